@@ -82,9 +82,7 @@ def run_multihead_self_attention_with_rope(
 ) -> Float[Tensor, " ... seq d_model"]:
     weights = _attention_weights(q_proj_weight, k_proj_weight, v_proj_weight, o_proj_weight)
     rope = model.RotaryPositionalEmbedding(theta, d_model // num_heads, max_seq_len)
-    return _loaded(model.MultiHeadSelfAttention(d_model, num_heads, rope), weights)(
-        in_features, token_positions
-    )
+    return _loaded(model.MultiHeadSelfAttention(d_model, num_heads, rope), weights)(in_features, token_positions)
 
 
 def run_rope(
@@ -94,7 +92,7 @@ def run_rope(
     in_query_or_key: Float[Tensor, " ... seq d_k"],
     token_positions: Int[Tensor, " ... seq"],
 ) -> Float[Tensor, " ... seq d_k"]:
-    rope = model.RotaryPositionalEmbedding(theta, d_k, max_seq_len).to(in_query_or_key.device)
+    rope = model.RotaryPositionalEmbedding(theta, d_k, max_seq_len).to(in_query_or_key)
     return rope(in_query_or_key, token_positions)
 
 
@@ -156,9 +154,7 @@ def run_silu(in_features: Float[Tensor, " ..."]) -> Float[Tensor, " ..."]:
     return functional.silu(in_features)
 
 
-def run_get_batch(
-    dataset: npt.NDArray, batch_size: int, context_length: int, device: str
-) -> tuple[Tensor, Tensor]:
+def run_get_batch(dataset: npt.NDArray, batch_size: int, context_length: int, device: str) -> tuple[Tensor, Tensor]:
     return data.get_batch(dataset, batch_size, context_length, device)
 
 
@@ -166,9 +162,7 @@ def run_softmax(in_features: Float[Tensor, " ..."], dim: int) -> Float[Tensor, "
     return functional.softmax(in_features, dim)
 
 
-def run_cross_entropy(
-    inputs: Float[Tensor, " ... vocab_size"], targets: Int[Tensor, " ..."]
-) -> Float[Tensor, ""]:
+def run_cross_entropy(inputs: Float[Tensor, " ... vocab_size"], targets: Int[Tensor, " ..."]) -> Float[Tensor, ""]:
     return functional.cross_entropy(inputs, targets)
 
 
@@ -187,9 +181,7 @@ def run_get_lr_cosine_schedule(
     warmup_iters: int,
     cosine_cycle_iters: int,
 ) -> float:
-    return optimizer.cosine_schedule(
-        it, max_learning_rate, min_learning_rate, warmup_iters, cosine_cycle_iters
-    )
+    return optimizer.cosine_schedule(it, max_learning_rate, min_learning_rate, warmup_iters, cosine_cycle_iters)
 
 
 def run_save_checkpoint(

@@ -1,0 +1,142 @@
+"""What changes the weights: AdamW, gradient clipping and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import Parameter
+
+
+class AdamW(torch.optim.Optimizer):
+    """Adam with decoupled weight decay.
+
+    Args:
+        params: parameters, or groups of them as dictionaries with their own settings.
+        lr: step size (learning rate), >= 0.
+        betas: decay rates of the running means of the gradient and of its square, each in [0, 1).
+        eps: added to the root of the second moment after its bias correction, as PyTorch does; >= 0.
+        weight_decay: the fraction lr * weight_decay of each weight is removed before the step; >= 0.
+
+    Raises:
+        ValueError: a setting is out of its range.
+
+    Source: Loshchilov and Hutter 2017, "Decoupled Weight Decay Regularization", algorithm 2; Kingma and Ba
+    2014, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ):
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not value >= 0:
+                raise ValueError(f"AdamW's {name} must be a number >= 0, got {value}")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"AdamW's betas must be two numbers in [0, 1), got {betas}")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Change every parameter that has a gradient by one step.
+
+        Args:
+            closure: if given, called first with gradients on; it shall compute the gradients and return the loss.
+
+        Returns:
+            What the closure returned, else None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return loss
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        first, second = state["exp_avg"], state["exp_avg_sq"]
+
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        first.mul_(beta1).add_(gradient, alpha=1 - beta1)
+        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        # Both moments start at zero, so their early values are too small by these factors.
+        first_correction = 1 - beta1 ** state["step"]
+        second_correction = 1 - beta2 ** state["step"]
+        denominator = second.sqrt().div_(math.sqrt(second_correction)).add_(group["eps"])
+        parameter.addcdiv_(first, denominator, value=-group["lr"] / first_correction)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Parameter], max_l2_norm: float) -> Float[Tensor, ""]:
+    """Scale all gradients in place so that their joint L2 norm is at most `max_l2_norm`.
+
+    Args:
+        parameters: those without a gradient are skipped; a one-shot iterator works.
+        max_l2_norm: >= 0; infinity leaves the gradients alone.
+
+    Returns:
+        The norm before clipping, on the gradients' device, so that nothing waits for it.
+
+    Raises:
+        ValueError: `max_l2_norm` is negative or NaN.
+
+    Source: handout, "Gradient clipping"; Pascanu et al. 2013, algorithm 1.
+    """
+    if not max_l2_norm >= 0:
+        raise ValueError(f"max_l2_norm must be a number >= 0, got {max_l2_norm}")
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    # Squares of half-precision numbers overflow: at least float32.
+    wide = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in gradients]
+    squares = [gradient.square().sum() for gradient in wide]
+    norm = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+    # Always multiplied, also by one: asking whether it is needed would wait for the device.
+    factor = (max_l2_norm / (norm + 1e-6)).clamp(max=1)
+    for gradient in gradients:
+        gradient.mul_(factor.to(gradient.device))
+    return norm
+
+
+def cosine_schedule(
+    iteration: int,
+    max_learning_rate: float,
+    min_learning_rate: float,
+    warmup_iters: int,
+    cosine_cycle_iters: int,
+) -> float:
+    """The learning rate at an iteration: linear warm-up from 0, half a cosine down to the minimum, the minimum.
+
+    Args:
+        iteration: counted from 0.
+        max_learning_rate: reached at `warmup_iters`.
+        min_learning_rate: reached at `cosine_cycle_iters` and kept from there on.
+        warmup_iters: length of the warm-up; 0 for none.
+        cosine_cycle_iters: iteration at which the cosine ends, counted from 0 too (not from the warm-up).
+
+    Source: handout, "Learning rate scheduling"; Loshchilov and Hutter 2016 (SGDR), eq. 5.
+    """
+    if iteration < warmup_iters:
+        return iteration / warmup_iters * max_learning_rate
+    if iteration >= cosine_cycle_iters:
+        return min_learning_rate
+    progress = (iteration - warmup_iters) / (cosine_cycle_iters - warmup_iters)
+    return min_learning_rate + (1 + math.cos(math.pi * progress)) / 2 * (max_learning_rate - min_learning_rate)
