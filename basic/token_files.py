@@ -100,7 +100,9 @@ class TokenFileWriter:
 
     info: TokenFileInfo
 
-    def __init__(self, path: str | os.PathLike, vocab_size: int, *, tokenizer_fingerprint: str | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike, vocab_size: int | np.integer, *, tokenizer_fingerprint: str | None = None
+    ) -> None:
         self.path = Path(path)
         if self.path.suffix == ".npy":
             raise ValueError(f"{path}: a token file has no .npy header; name it *.bin")
@@ -142,7 +144,7 @@ class TokenFileWriter:
             content = {**asdict(self.info), "dtype": self.dtype.name}
             sidecar.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    def write(self, ids: npt.ArrayLike | Sequence[int], source_bytes: int = 0) -> None:
+    def write(self, ids: npt.ArrayLike | Sequence[int], source_bytes: int | np.integer = 0) -> None:
         """Append ids.
 
         Args:
