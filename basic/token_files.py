@@ -28,7 +28,7 @@ _DTYPES = {"uint16": UINT16, "uint32": UINT32}
 _CHUNK_TOKENS = 1 << 20
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
+def token_dtype(vocab_size: int | np.integer) -> np.dtype:
     """The smallest of the two dtypes of token files that holds every id below `vocab_size`.
 
     Args:
