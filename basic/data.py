@@ -1,0 +1,217 @@
+"""From token ids on the disk to batches: rows of `context_length` ids, and the same rows one token later.
+
+A row that starts at `p` is `x = tokens[p : p + context_length]` with `y = tokens[p + 1 : p + context_length + 1]`,
+so the starts of `n` tokens are `0 .. n - context_length - 1`. Only the rows of a batch are ever read, so the
+tokens may be a memory map far larger than memory.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+# Tokens looked at together when a whole file is scanned: a few MB, whatever the size of the file.
+_SCAN_TOKENS = 1 << 22
+
+
+def get_batch(
+    dataset: np.ndarray, batch_size: int, context_length: int, device: str | torch.device
+) -> tuple[Int64[Tensor, " batch_size context_length"], Int64[Tensor, " batch_size context_length"]]:
+    """Draw rows at random, every possible start equally likely and independent of the others.
+
+    The starts come from torch's global generator, so `torch.manual_seed` repeats them.
+
+    Args:
+        dataset: one-dimensional integer array of token ids, also a memory map.
+        batch_size: number of rows.
+        context_length: tokens a row.
+        device: where the tensors shall be; an unusable one raises torch's own error.
+
+    Returns:
+        Inputs and targets; the targets are the inputs shifted by one token.
+
+    Raises:
+        ValueError: the dataset is not such an array, or has no `context_length + 1` tokens.
+
+    Source: assignment, section "Training loop", data loading.
+    """
+    num_starts = _count_starts(dataset, batch_size, context_length)
+    # A remainder of few random bits favours the low starts, by 6 % in the worst case if left to randint(num_starts);
+    # of 63 bits, by nothing that could be measured.
+    starts = torch.randint(2**63 - 1, (batch_size,)) % num_starts
+    x, y = _rows(dataset, starts.numpy(), context_length)
+    return to_device(x, device), to_device(y, device)
+
+
+def to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
+    """Send a CPU tensor to a device; to a GPU without waiting for it, so that the copy runs beside the computation.
+
+    An unusable device raises torch's own error.
+    """
+    if torch.device(device).type == "cuda" and torch.cuda.is_available():
+        # Only pinned memory can be copied in the background; torch keeps it until the copy is done.
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+class BatchSampler:
+    """Batches as a pure function of (seed, step): a resumed run sees the same data without any saved state.
+
+    Without `starts`, every row is a random window, drawn with replacement. With `starts`, rows begin at these
+    positions only, each once an epoch in an order shuffled anew for every epoch; a batch that reaches the end of
+    an epoch goes on with the next. Fixed validation batches are the first steps of a sampler of their own.
+
+    Args:
+        tokens: one-dimensional integer array of token ids, also a memory map.
+        batch_size: rows a batch.
+        context_length: tokens a row.
+        seed: non-negative; other seeds give independent batches.
+        starts: allowed first positions of rows, such as those of `document_starts`.
+
+    Raises:
+        ValueError: too few tokens for one row, a start that leaves no room for its row, or a negative seed.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        batch_size: int,
+        context_length: int,
+        *,
+        seed: int,
+        starts: np.ndarray | None = None,
+    ) -> None:
+        self.num_starts = _count_starts(tokens, batch_size, context_length)
+        if starts is not None:
+            _check_starts(starts, self.num_starts)
+        if seed < 0:
+            raise ValueError(f"{seed=} must not be negative")
+        self.tokens = tokens
+        self.batch_size = batch_size
+        self.context_length = context_length
+        self.seed = seed
+        self.starts = starts
+        self._orders: dict[int, np.ndarray] = {}
+
+    def batch(
+        self, step: int
+    ) -> tuple[Int64[Tensor, " batch_size context_length"], Int64[Tensor, " batch_size context_length"]]:
+        """Inputs and targets of a step, counted from 0, on the CPU; the same at every call, in any order."""
+        if step < 0:
+            raise ValueError(f"step={step} must not be negative: batches are counted from 0")
+        if self.starts is None:
+            generator = np.random.default_rng([self.seed, step])
+            starts = generator.integers(self.num_starts, size=self.batch_size)
+        else:
+            starts = self._shuffled(self.starts, step)
+        return _rows(self.tokens, starts, self.context_length)
+
+    def _shuffled(self, starts: np.ndarray, step: int) -> np.ndarray:
+        """The starts of a step, cut from the endless row of all epochs' orders laid end to end."""
+        places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, places = np.divmod(places, len(starts))
+        chosen = np.empty(self.batch_size, np.int64)
+        for epoch in range(epochs[0], epochs[-1] + 1):
+            if epoch not in self._orders:
+                # A batch that crosses into an epoch needs the order of the one before as well; older ones go.
+                self._orders = {old: order for old, order in self._orders.items() if old == epoch - 1}
+                self._orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(starts)
+            chosen[epochs == epoch] = self._orders[epoch][places[epochs == epoch]]
+        return chosen
+
+
+def document_starts(tokens: np.ndarray, separator_id: int, context_length: int) -> np.ndarray:
+    """Positions where a row may begin so that its first token is the separator before a document.
+
+    A row begins at the separator, not after it, so that the first token of the document is a target too.
+
+    Args:
+        tokens: one-dimensional integer array of token ids, also a memory map; scanned in pieces.
+        separator_id: id of the token between documents, such as that of `<|endoftext|>`.
+        context_length: tokens a row; a separator too near the end for a row is left out.
+
+    Returns:
+        int64 array, ascending.
+
+    Raises:
+        ValueError: there is no such position.
+
+    Example:
+        >>> document_starts(np.array([0, 5, 6, 0, 7, 8]), separator_id=0, context_length=2).tolist()
+        [0, 3]
+    """
+    num_starts = max(len(tokens) - context_length, 0)
+    pieces = [
+        begin + np.flatnonzero(tokens[begin : min(begin + _SCAN_TOKENS, num_starts)] == separator_id)
+        for begin in range(0, num_starts, _SCAN_TOKENS)
+    ]
+    starts = np.concatenate([np.empty(0, np.int64), *pieces])
+    if len(starts) == 0:
+        raise ValueError(
+            f"token {separator_id} does not occur in the {len(tokens)} tokens with {context_length} more after it; "
+            "check the separator, shorten the context, or use random windows"
+        )
+    return starts
+
+
+def check_token_ids(tokens: np.ndarray, vocab_size: int) -> None:
+    """Read all tokens once, in pieces, and make sure that a model of this vocabulary can embed each of them.
+
+    Args:
+        tokens: one-dimensional integer array of token ids, also a memory map.
+        vocab_size: number of ids the model knows.
+
+    Raises:
+        ValueError: an id is negative or not below `vocab_size`; the smallest or largest is named with its position.
+    """
+    if len(tokens) == 0:
+        return
+    smallest_at = largest_at = 0
+    for begin in range(0, len(tokens), _SCAN_TOKENS):
+        piece = tokens[begin : begin + _SCAN_TOKENS]
+        smallest_at = min(smallest_at, begin + int(piece.argmin()), key=tokens.__getitem__)
+        largest_at = max(largest_at, begin + int(piece.argmax()), key=tokens.__getitem__)
+    for position in (smallest_at, largest_at):
+        if not 0 <= tokens[position] < vocab_size:
+            raise ValueError(
+                f"token id {tokens[position]} at position {position} is not in the vocabulary of {vocab_size} ids "
+                f"(0 to {vocab_size - 1}); these tokens were made by another tokenizer, or opened with another dtype"
+            )
+
+
+def _rows(
+    tokens: np.ndarray, starts: np.ndarray, context_length: int
+) -> tuple[Int64[Tensor, " rows context_length"], Int64[Tensor, " rows context_length"]]:
+    windows = tokens[starts[:, None] + np.arange(context_length + 1)].astype(np.int64)
+    x, y = windows[:, :-1], windows[:, 1:]
+    return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(np.ascontiguousarray(y))
+
+
+def _count_starts(tokens: np.ndarray, batch_size: int, context_length: int) -> int:
+    """The number of positions at which a row may start; raises ValueError if there is none."""
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise ValueError(
+            f"tokens must be a one-dimensional array of integers, got {tokens.dtype} of shape {tokens.shape}"
+        )
+    if batch_size < 1 or context_length < 1:
+        raise ValueError(f"{batch_size=} and {context_length=} must be at least 1")
+    if len(tokens) <= context_length:
+        raise ValueError(
+            f"the dataset has {len(tokens)} tokens, but {context_length=} needs at least {context_length + 1} "
+            "(a row and the token after it); give more text or a shorter context"
+        )
+    return len(tokens) - context_length
+
+
+def _check_starts(starts: np.ndarray, num_starts: int) -> None:
+    if starts.ndim != 1 or starts.dtype.kind not in "iu" or len(starts) == 0:
+        raise ValueError(
+            f"starts must be a one-dimensional, non-empty array of integers, got {starts.dtype} of shape {starts.shape}"
+        )
+    if starts.min() < 0 or starts.max() >= num_starts:
+        raise ValueError(
+            f"starts go from {starts.min()} to {starts.max()}, but a row and the token after it fit only at 0 to "
+            f"{num_starts - 1}"
+        )
