@@ -32,7 +32,8 @@ def softmax(x: Float[Tensor, " ..."], dim: int) -> Float[Tensor, " ..."]:
     Source: handout, "Scaled Dot-Product Attention", eq. for softmax.
     """
     wide = at_least_float32(x)
-    exponentials = (wide - wide.amax(dim, keepdim=True)).exp()
+    # Detached, because what cancels in the value cancels in the gradient too.
+    exponentials = (wide - wide.detach().amax(dim, keepdim=True)).exp()
     return (exponentials / exponentials.sum(dim, keepdim=True)).to(x.dtype)
 
 
@@ -78,9 +79,17 @@ def token_nats(logits: Float[Tensor, " ... vocab_size"], targets: Int[Tensor, " 
 
     The logarithm and the exponential of the softmax cancel for the target itself, so no probability is ever
     formed that could round to zero.
+
+    Raises:
+        ValueError: not one target for each row of logits (broadcasting would hide a mistake).
     """
+    if targets.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"there must be one target for each row of logits, got targets of shape {tuple(targets.shape)} "
+            f"for logits of shape {tuple(logits.shape)}"
+        )
     wide = at_least_float32(logits)
-    shifted = wide - wide.amax(-1, keepdim=True)
+    shifted = wide - wide.detach().amax(-1, keepdim=True)
     target_scores = shifted.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return shifted.exp().sum(-1).log() - target_scores
 
@@ -110,7 +119,7 @@ def rotate_pairs(
 
     Source: Su et al. 2021, "RoFormer", eq. 34.
     """
-    even, odd = x[..., 0::2], x[..., 1::2]
+    even, odd = rearrange(x, "... (pair two) -> two ... pair", two=2)
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return rearrange(rotated, "... pair two -> ... (pair two)").to(x.dtype)
 
@@ -139,10 +148,9 @@ def scaled_dot_product_attention(
     scaled = queries / math.sqrt(queries.shape[-1])
     scores = einsum(scaled, keys, "... queries d_k, ... keys d_k -> ... queries keys")
     if mask is None:
-        weights = softmax(scores, -1)
-    else:
-        # The lowest finite number rather than -inf: a query without keys would get inf - inf = NaN, in the
-        # gradient too. Its weights come out uniform, and the second fill makes them zero.
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        weights = softmax(scores, -1).masked_fill(~mask, 0)
-    return einsum(weights, values, "... queries keys, ... keys d_v -> ... queries d_v")
+        return einsum(softmax(scores, -1), values, "... queries keys, ... keys d_v -> ... queries d_v")
+    # The lowest finite number rather than -inf: a query without keys would get inf - inf = NaN, in the gradient
+    # too. This way it looks at all keys alike, and the result is put to zero, which is smaller than the weights.
+    weights = softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min), -1)
+    attended = einsum(weights, values, "... queries keys, ... keys d_v -> ... queries d_v")
+    return attended.masked_fill(~mask.any(-1, keepdim=True), 0)

@@ -1,0 +1,98 @@
+"""How well a model predicts text it has not seen: mean loss over batches, and the information in whole documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from einops import rearrange
+
+from basic.data import BatchSampler
+from basic.functional import token_nats
+from basic.model import TransformerLM
+
+
+@torch.inference_mode()
+def mean_loss(model: torch.nn.Module, sampler: BatchSampler, num_batches: int, device: torch.device) -> float:
+    """The mean cross-entropy over the sampler's first batches, in nats a token; the same batches at every call."""
+    total = torch.zeros((), device=device)
+    for step in range(num_batches):
+        inputs, targets = (part.to(device) for part in sampler.batch(step))
+        total += token_nats(model(inputs), targets).mean()
+    return total.item() / num_batches
+
+
+@torch.inference_mode()
+def document_nats(
+    model: TransformerLM, documents: Sequence[Sequence[int]], separator_id: int, *, batch_size: int = 32
+) -> np.ndarray:
+    """-log of the probability that the model gives to each whole document, its end included, in nats.
+
+    Each document stands alone: it follows one separator, and the separator that ends it is scored too. So the mean
+    over documents drawn from a source can be compared with that source's entropy.
+
+    Args:
+        documents: ids without separators, each at most context_length - 1 of them.
+        separator_id: the end-of-text id.
+        batch_size: documents scored side by side; they are sorted by length, so that little is padded.
+
+    Returns:
+        float64 (documents,), in the order given.
+
+    Raises:
+        ValueError: a document does not fit into the context.
+    """
+    context = model.config.context_length
+    longest = max(map(len, documents), default=0)
+    if longest + 1 > context:
+        raise ValueError(
+            f"a document of {longest} tokens and its separator do not fit into context_length={context}; "
+            "leave out documents of more than context_length - 1 tokens"
+        )
+    device = model.token_embeddings.weight.device
+    nats = np.zeros(len(documents))
+    by_length = sorted(range(len(documents)), key=lambda index: len(documents[index]))
+    for first in range(0, len(documents), batch_size):
+        chosen = by_length[first : first + batch_size]
+        width = max(len(documents[index]) for index in chosen) + 2
+        # Padding stands behind the end, where a causal model cannot see it from the tokens that count.
+        rows = np.full((len(chosen), width), separator_id, dtype=np.int64)
+        for row, index in enumerate(chosen):
+            rows[row, 1 : 1 + len(documents[index])] = documents[index]
+        lengths = np.array([len(documents[index]) + 1 for index in chosen])
+        counts = np.arange(width - 1) < rearrange(lengths, "row -> row 1")
+        tokens = torch.from_numpy(rows).to(device)
+        losses = token_nats(model(tokens[:, :-1]).float(), tokens[:, 1:]).cpu().double().numpy()
+        nats[chosen] = (losses * counts).sum(1)
+    return nats
+
+
+def bigram_document_nats(
+    tokens: np.ndarray, documents: Sequence[Sequence[int]], separator_id: int, vocab_size: int
+) -> np.ndarray:
+    """What `document_nats` would give for a bigram model: a yardstick that knows one token back and no further.
+
+    Its probability of an id after another is (count of the pair + p(id)) / (count of the first + 1), where p is
+    the smoothed share of the id alone; so an unseen pair costs what the id alone would, and nothing is impossible.
+
+    Args:
+        tokens: ids (tokens,) to count, documents ending in the separator.
+        documents: ids without separators.
+
+    Returns:
+        Nats of each document, its end included, float64 (documents,).
+    """
+    tokens = np.asarray(tokens, dtype=np.int64)
+    single = np.bincount(tokens, minlength=vocab_size).astype(np.float64)
+    share = (single + 1) / (single.sum() + vocab_size)
+    # A pair is one number; only the pairs that occur are kept, in order, so that bisection finds them.
+    pairs, counts = np.unique(tokens[:-1] * vocab_size + tokens[1:], return_counts=True)
+    nats = np.zeros(len(documents))
+    for index, document in enumerate(documents):
+        row = np.array([separator_id, *document, separator_id])
+        asked = row[:-1] * vocab_size + row[1:]
+        place = np.searchsorted(pairs, asked).clip(max=len(pairs) - 1)
+        seen = np.where(pairs[place] == asked, counts[place], 0)
+        nats[index] = -np.log((seen + share[row[1:]]) / (single[row[:-1]] + 1)).sum()
+    return nats

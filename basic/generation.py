@@ -1,0 +1,200 @@
+"""From a prompt to its continuation: one token after the other, drawn from the model's distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from basic.functional import at_least_float32, softmax
+from basic.model import KVCache, TransformerLM
+
+
+class TextCodec(Protocol):
+    """What `complete` needs of a tokenizer; `basic.Tokenizer.Tokenizer` has it."""
+
+    special_token_ids: dict[str, int]
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+def complete(
+    model: TransformerLM,
+    tokenizer: TextCodec,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    end_of_text: str = "<|endoftext|>",
+) -> list[str]:
+    """Continue each text until the model ends it or `max_new_tokens` are there.
+
+    Args:
+        prompts: texts; to start from nothing, use the end-of-text token, behind which every document begins.
+        temperature, top_k, top_p, seed: as for `generate`.
+        end_of_text: the special token that ends a document; where the tokenizer has none, nothing ends early.
+
+    Returns:
+        The continuations, without the prompts and without the end-of-text token.
+
+    Raises:
+        ValueError: a prompt encodes to no token at all.
+    """
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if not ids:
+            raise ValueError(
+                f"the prompt {prompt!r} encodes to no token; give some text, or {end_of_text!r} to start from nothing"
+            )
+    completions = generate(
+        model,
+        encoded,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        end_id=tokenizer.special_token_ids.get(end_of_text),
+    )
+    return [tokenizer.decode(ids) for ids in completions]
+
+
+@torch.inference_mode()
+def generate(
+    model: TransformerLM,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    end_id: int | None = None,
+    use_cache: bool = True,
+) -> list[list[int]]:
+    """Continue each sequence of ids, all of them side by side.
+
+    The prompts may differ in length. All rows grow from the shortest prompt on, one token a step, and while a row
+    is still inside its own prompt, the prompt's token is taken instead of the drawn one; so no row is padded.
+
+    Args:
+        prompts: ids, at least one each; of those longer than the context the last ones are used.
+        max_new_tokens: most ids to add to each; the model sees the last `context_length` ids only.
+        temperature: divides the logits; 0 always takes the likeliest id, 1 is the model's own distribution.
+        top_k: draw among the k likeliest ids only.
+        top_p: draw among the fewest likeliest ids that together have at least this probability only (0 to 1).
+        seed: makes the draws repeatable; None draws afresh.
+        end_id: a row stops when it draws this id.
+        use_cache: keep keys and values of earlier tokens; the ids are the same without, only slower.
+
+    Returns:
+        The new ids of each row, without `end_id`.
+
+    Raises:
+        ValueError: a prompt is empty, or a setting is out of its range.
+
+    Source: handout, "Generating text"; Holtzman et al. 2019 (top-p).
+    """
+    _check_settings(max_new_tokens, temperature, top_k, top_p)
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {row} holds no token; the model needs at least one, such as end-of-text")
+    if not prompts:
+        return []
+    device = model.token_embeddings.weight.device
+    context = model.config.context_length
+    kept = [list(prompt[-context:]) for prompt in prompts]
+    prompt_lengths = torch.tensor([len(prompt) for prompt in kept], device=device)
+    shortest, longest = min(map(len, kept)), max(map(len, kept))
+    tokens = torch.zeros(len(kept), longest + max_new_tokens, dtype=torch.int64, device=device)
+    for row, prompt in enumerate(kept):
+        tokens[row, : len(prompt)] = torch.tensor(prompt)
+
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    cache = KVCache(model.config, len(kept), dtype=model.lm_head.weight.dtype, device=device) if use_cache else None
+    finished = prompt_lengths + max_new_tokens <= shortest  # only if nothing is to be added
+    for length in range(shortest, tokens.shape[1]):
+        if finished.all():
+            break
+        logits = _next_logits(model, tokens[:, :length], cache)
+        probabilities = next_token_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+        drawn = torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+        in_prompt = length < prompt_lengths
+        tokens[:, length] = torch.where(in_prompt, tokens[:, length], drawn)
+        finished |= length + 1 >= prompt_lengths + max_new_tokens
+        if end_id is not None:
+            finished |= ~in_prompt & (drawn == end_id)
+    added = [row[len(prompt) : len(prompt) + max_new_tokens] for row, prompt in zip(tokens.tolist(), kept, strict=True)]
+    return [ids[: ids.index(end_id)] if end_id in ids else ids for ids in added]
+
+
+def next_token_probabilities(
+    logits: Float[Tensor, " ... vocab_size"],
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Float[Tensor, " ... vocab_size"]:
+    """The distribution that the next token is drawn from.
+
+    Args:
+        logits: the model's scores.
+        temperature, top_k, top_p: as for `generate`; top_k is applied before top_p.
+
+    Returns:
+        Probabilities in at least float32; each row sums to one.
+    """
+    logits = at_least_float32(logits)
+    if temperature == 0:
+        # The first of the likeliest, with certainty.
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    # With the largest score at zero first: no temperature, however small, makes it overflow.
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        largest, ids = logits.topk(top_k)
+        logits = torch.full_like(logits, -torch.inf).scatter_(-1, ids, largest)
+    probabilities = softmax(logits, -1)
+    if top_p is not None:
+        descending, ids = probabilities.sort(dim=-1, descending=True, stable=True)
+        # An id is needed while those before it have not reached top_p yet; the first one always is.
+        mass_before = descending.cumsum(-1) - descending
+        needed = mass_before < top_p
+        needed[..., 0] = True
+        kept = torch.zeros_like(probabilities).scatter_(-1, ids, descending * needed)
+        probabilities = kept / kept.sum(-1, keepdim=True)
+    return probabilities
+
+
+def _next_logits(model: TransformerLM, tokens: Int[Tensor, " batch length"], cache: KVCache | None) -> Tensor:
+    """The scores of the token after the last one, (batch, vocab_size)."""
+    context = model.config.context_length
+    if cache is None or tokens.shape[1] > context:
+        # Past the context every token's position changes at every step, so nothing cached would be right.
+        return model(tokens[:, -context:])[:, -1]
+    new = tokens[:, cache.length :]
+    logits = model(new, cache)[:, -1]
+    cache.advance(new.shape[1])
+    return logits
+
+
+def _check_settings(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be a number >= 0 (0 takes the likeliest token), got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1 (None for all tokens), got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1 (None for all tokens), got {top_p}")

@@ -1,0 +1,256 @@
+"""A training run as it lies on the disk: its configuration, and a folder with all that came of it.
+
+runs/NAME/config.toml                        what was asked for, defaults filled in
+          metrics.jsonl                      a line of numbers every few steps
+          samples.txt                        what the model wrote on the way
+          tokenizer/                         vocabulary, merges and special tokens, if a tokenizer was given
+          checkpoints/step_00001000.safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+
+from basic.atomic_file import atomic_write
+from basic.checkpoint import load_checkpoint, read_extra, save_checkpoint
+from basic.config_files import load_config, save_config
+from basic.model import ModelConfig, TransformerLM
+
+CHECKPOINTS_KEPT = 2
+"""The newest so many; the one before is there should the newest turn out damaged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained.
+
+    Raises:
+        ValueError: a number is out of its range, or the accumulation does not divide the batch.
+    """
+
+    steps: int
+    """Optimizer steps; the tokens seen are steps x batch_size x context_length."""
+    batch_size: int = 64
+    """Sequences a step."""
+    gradient_accumulation: int = 1
+    """Parts into which a batch is cut to save memory; they are computed one after the other, for the same result."""
+    max_learning_rate: float = 1e-3
+    """Learning rate at the end of the warm-up."""
+    min_learning_rate: float = 1e-4
+    """Learning rate at the last step, at the end of a cosine."""
+    warmup_steps: int = 100
+    """Steps in which the learning rate grows from 0."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean gradient, a step."""
+    beta2: float = 0.95
+    """AdamW's decay of the mean squared gradient, a step."""
+    eps: float = 1e-8
+    """AdamW's addend to the root of the mean squared gradient."""
+    weight_decay: float = 0.1
+    """AdamW's weight decay, times the learning rate, a step."""
+    max_gradient_norm: float = 1.0
+    """Gradients whose joint L2 norm is above this are scaled down to it."""
+    rows: Literal["windows", "documents"] = "windows"
+    """Where a row of the batch begins: anywhere, or at a document's start (behind an end-of-text token)."""
+    end_of_text: str = "<|endoftext|>"
+    """The special token between documents."""
+    log_interval: int = 50
+    """Steps between lines of the metrics log; 0 for the last step only, as for the other intervals."""
+    eval_interval: int = 500
+    """Steps between evaluations."""
+    eval_batches: int = 20
+    """Batches of an evaluation, always the same ones."""
+    sample_interval: int = 0
+    """Steps between samples, if a tokenizer is there."""
+    sample_tokens: int = 256
+    """Most tokens of a sample."""
+    checkpoint_interval: int = 1000
+    """Steps between checkpoints."""
+    seed: int = 0
+    """Of the initial weights, the batches and the samples."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps ...; auto takes the best there is."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the matrix products: bfloat16 by autocast, weights stay float32; auto uses it on GPUs that have it."""
+    compile: bool = False
+    """Whether torch.compile makes the model faster; the first step then takes up to a minute."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "gradient_accumulation", "eval_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup_steps", "log_interval", "eval_interval", "sample_interval", "checkpoint_interval"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError(
+                f"batch_size={self.batch_size} must be divisible by gradient_accumulation={self.gradient_accumulation}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the data lies."""
+
+    train_tokens: str = ""
+    """Token file to learn from."""
+    valid_tokens: str = ""
+    """Token file to measure on."""
+    tokenizer: str = ""
+    """Folder of the tokenizer that made them; needed for samples and for rows = "documents"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a run is made from."""
+
+    model: ModelConfig
+    """The model's shape."""
+    train: TrainConfig
+    """How it is trained."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What it is trained on."""
+
+
+class Savable(Protocol):
+    """A tokenizer, as far as a run's folder is concerned."""
+
+    def save(self, directory: str | os.PathLike) -> None: ...
+
+
+class Run(NamedTuple):
+    """A trained model and where it comes from."""
+
+    model: TransformerLM
+    config: RunConfig
+    tokenizer_path: Path | None
+    """Folder for `Tokenizer.load`."""
+    step: int
+    """Optimizer steps it has seen."""
+
+
+def load_run(path: str | os.PathLike, *, device: str = "auto") -> Run:
+    """The trained model of a run's folder, with its configuration: its newest checkpoint.
+
+    Args:
+        device: as for `choose_device`.
+
+    Raises:
+        FileNotFoundError: the folder, its configuration or a checkpoint is missing.
+        ValueError: the checkpoint does not fit the configuration.
+    """
+    run_dir = Path(path)
+    if not (run_dir / "config.toml").is_file():
+        raise FileNotFoundError(f"{run_dir} is not a run: it has no config.toml; local/train.py makes runs")
+    config = load_config(run_dir / "config.toml", RunConfig)
+    model = TransformerLM(config.model)
+    step = load_checkpoint(_newest_checkpoint(run_dir), model)
+    tokenizer_path = run_dir / "tokenizer"
+    return Run(
+        model.to(choose_device(device)).eval(), config, tokenizer_path if tokenizer_path.is_dir() else None, step
+    )
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device of that name; "auto" is a CUDA GPU, else Apple's, else the CPU.
+
+    Raises:
+        ValueError: the device is not usable here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here ({reason}); use cpu or auto") from error
+    return torch.device(name)
+
+
+def start_folder(run_dir: Path, config: RunConfig, tokenizer: Savable | None) -> None:
+    """Make a run's folder with its configuration and a copy of its tokenizer.
+
+    Raises:
+        FileExistsError: there is a run already.
+    """
+    if (run_dir / "config.toml").exists():
+        raise FileExistsError(f"{run_dir} already holds a run; choose another folder, resume it, or remove it")
+    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        tokenizer.save(run_dir / "tokenizer")
+    save_config(config, run_dir / "config.toml")
+
+
+def save_step(run_dir: Path, model: TransformerLM, optimizer: torch.optim.Optimizer, step: int, wall_s: float) -> None:
+    """Save the newest checkpoint, then remove those that are too old to be kept."""
+    extra = {"wall_s": wall_s, "random_state": _random_state()}
+    save_checkpoint(model, optimizer, step, run_dir / "checkpoints" / f"step_{step:08d}.safetensors", extra=extra)
+    for old in _checkpoints(run_dir)[:-CHECKPOINTS_KEPT]:
+        old.unlink()
+
+
+def load_newest(run_dir: Path, model: TransformerLM, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    """Put the newest checkpoint into model and optimizer; return its step and the wall time until then, in s.
+
+    Lines of the metrics log from after that step are removed: the steps will be done again.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint yet.
+    """
+    path = _newest_checkpoint(run_dir)
+    step = load_checkpoint(path, model, optimizer)
+    extra = read_extra(path)
+    _set_random_state(extra["random_state"])
+    log = run_dir / "metrics.jsonl"
+    if log.exists():
+        kept = [record for record in read_metrics(log) if record["step"] <= step]
+        with atomic_write(log) as file:
+            file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
+    return step, extra["wall_s"]
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
+    """The records of a metrics log, oldest first; a last line that a crash cut off is left out."""
+    records = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return records
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    """All checkpoints of a run, oldest first."""
+    return sorted((run_dir / "checkpoints").glob("step_*.safetensors"))
+
+
+def _newest_checkpoint(run_dir: Path) -> Path:
+    checkpoints = _checkpoints(run_dir)
+    if not checkpoints:
+        raise FileNotFoundError(f"{run_dir / 'checkpoints'} has no checkpoint (step_*.safetensors) yet")
+    return checkpoints[-1]
+
+
+def _random_state() -> dict[str, str]:
+    """The state of torch's generators, as text: nothing draws from them now, but a model with dropout would."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {device: state.numpy().tobytes().hex() for device, state in states.items()}
+
+
+def _set_random_state(states: dict[str, str]) -> None:
+    for device, text in states.items():
+        state = torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+        if device == "cpu":
+            torch.set_rng_state(state)
+        elif torch.cuda.is_available():
+            torch.cuda.set_rng_state(state)

@@ -1,0 +1,253 @@
+"""The training loop: token arrays in, a run's folder out.
+
+A batch is a pure function of the seed and the step, so a run goes on from a checkpoint as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from basic.data import BatchSampler, check_token_ids, document_starts
+from basic.evaluation import mean_loss
+from basic.functional import cross_entropy
+from basic.generation import TextCodec, complete
+from basic.model import TransformerLM
+from basic.optimizer import AdamW, clip_gradients, cosine_schedule
+from basic.runs import DataConfig as DataConfig
+from basic.runs import Run, RunConfig, TrainConfig, choose_device, load_newest, save_step, start_folder
+from basic.runs import load_run as load_run
+
+
+class Tokenizing(TextCodec, Protocol):
+    """What the loop needs of a tokenizer; `basic.Tokenizer.Tokenizer` has it."""
+
+    vocab_size: int
+
+    def save(self, directory: str | os.PathLike) -> None: ...
+
+
+def train(
+    config: RunConfig,
+    train_tokens: np.ndarray,
+    valid_tokens: np.ndarray,
+    run_dir: str | os.PathLike,
+    *,
+    tokenizer: Tokenizing | None = None,
+    resume: bool = False,
+    progress: bool = False,
+) -> Run:
+    """Train a model and leave everything about it in a folder (`basic.runs` shows its layout).
+
+    Args:
+        config: saved with the run.
+        train_tokens, valid_tokens: integers (tokens,), a memmap of any size too.
+        run_dir: is made; must not hold a run already, unless it is resumed.
+        tokenizer: for samples and for rows that begin at documents; a copy is saved with the run.
+        resume: go on from the newest checkpoint of `run_dir`.
+        progress: show a bar.
+
+    Raises:
+        FileExistsError: `run_dir` holds a run and `resume` is off.
+        FileNotFoundError: there is nothing to resume.
+        ValueError: data, tokenizer and configuration do not fit together.
+        FloatingPointError: the loss is no longer finite; the last checkpoint is left as it was.
+    """
+    run_dir, settings = Path(run_dir), config.train
+    device = choose_device(settings.device)
+    training, validation = _samplers(config, train_tokens, valid_tokens, tokenizer)
+    if not resume:
+        start_folder(run_dir, config, tokenizer)
+    torch.manual_seed(settings.seed)
+    model = TransformerLM(config.model).to(device)
+    optimizer = make_optimizer(model, settings)
+    first_step, wall_s = load_newest(run_dir, model, optimizer) if resume else (0, 0.0)
+    forward: Any = torch.compile(model) if settings.compile else model
+    meter = _Meter(first_step, wall_s, settings.batch_size * config.model.context_length, device)
+
+    with (
+        open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as log,
+        tqdm(total=settings.steps, initial=first_step, desc="training", unit="step", disable=not progress) as bar,
+    ):
+        for done in range(first_step + 1, settings.steps + 1):
+            rate = _learning_rate(settings, done)
+            loss, norm = train_step(forward, optimizer, training.batch(done - 1), rate, settings, device)
+            meter.add(loss)
+            evaluate = _due(done, settings.eval_interval, settings)
+            if evaluate or _due(done, settings.log_interval, settings):
+                record = meter.record(done, learning_rate=rate, gradient_norm=norm.item())
+                if evaluate:
+                    with _precision(settings, device):
+                        record["valid_loss"] = mean_loss(forward, validation, settings.eval_batches, device)
+                _log(record, log, bar)
+                meter.restart()
+            if tokenizer is not None and _due(done, settings.sample_interval, settings):
+                _write_sample(run_dir / "samples.txt", model, tokenizer, settings, done)
+            if _due(done, settings.checkpoint_interval, settings):
+                save_step(run_dir, model, optimizer, done, meter.wall_s())
+            bar.update()
+    saved_tokenizer = run_dir / "tokenizer" if tokenizer is not None else None
+    return Run(model.eval(), config, saved_tokenizer, settings.steps)
+
+
+def train_step(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: tuple[Tensor, Tensor],
+    learning_rate: float,
+    config: TrainConfig,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """One step: gradients of the batch's mean loss, clipped, then the optimizer.
+
+    Args:
+        batch: ids and the ids after them, int64 (batch, seq) each, on the CPU.
+
+    Returns:
+        The mean loss in nats a token and the gradients' norm before clipping, both still on the device.
+    """
+    loss = torch.zeros((), device=device)
+    optimizer.zero_grad(set_to_none=True)
+    for inputs, targets in zip(*(ids.chunk(config.gradient_accumulation) for ids in batch), strict=True):
+        with _precision(config, device):
+            logits = model(_to_device(inputs, device))
+        part = cross_entropy(logits.float(), _to_device(targets, device)) / config.gradient_accumulation
+        part.backward()
+        loss += part.detach()
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    norm = clip_gradients(parameters, config.max_gradient_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    return loss, norm
+
+
+def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> AdamW:
+    """AdamW with the configured settings over all parameters."""
+    return AdamW(
+        model.parameters(),
+        lr=config.max_learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+
+
+class _Meter:
+    """Sums the loss on the device and measures time between two records, without waiting at every step."""
+
+    def __init__(self, step: int, wall_before_s: float, tokens_a_step: int, device: torch.device):
+        self.step, self.tokens_a_step = step, tokens_a_step
+        self.loss_sum = torch.zeros((), device=device)
+        self.started_s = time.perf_counter() - wall_before_s
+        self.restarted_s = time.perf_counter()
+        self.steps_since = 0
+
+    def add(self, loss: Tensor) -> None:
+        self.loss_sum += loss
+        self.step += 1
+        self.steps_since += 1
+
+    def wall_s(self) -> float:
+        return time.perf_counter() - self.started_s
+
+    def record(self, step: int, *, learning_rate: float, gradient_norm: float) -> dict[str, float]:
+        """The numbers since the last restart; a loss that is not finite ends the run."""
+        loss = self.loss_sum.item() / self.steps_since
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the training loss became {loss} by step {step} (learning rate {learning_rate:.3g}); the last "
+                "checkpoint is untouched; try a lower max_learning_rate or a longer warm-up"
+            )
+        since_s = time.perf_counter() - self.restarted_s
+        return {
+            "step": step,
+            "tokens": step * self.tokens_a_step,
+            "wall_s": round(self.wall_s(), 3),
+            "train_loss": loss,
+            "learning_rate": learning_rate,
+            "gradient_norm": gradient_norm,
+            "tokens_per_s": round(self.steps_since * self.tokens_a_step / since_s, 1),
+        }
+
+    def restart(self) -> None:
+        """Begin the next interval here: its speed is that of training alone, without the evaluation just done."""
+        self.loss_sum.zero_()
+        self.restarted_s = time.perf_counter()
+        self.steps_since = 0
+
+
+def _due(done: int, interval: int, config: TrainConfig) -> bool:
+    return done == config.steps or (interval > 0 and done % interval == 0)
+
+
+def _learning_rate(config: TrainConfig, done: int) -> float:
+    """The rate of the step that makes it `done` steps: above zero in the first one, the minimum in the last."""
+    return cosine_schedule(done, config.max_learning_rate, config.min_learning_rate, config.warmup_steps, config.steps)
+
+
+def _log(record: dict[str, float], log: Any, bar: tqdm) -> None:
+    log.write(json.dumps(record) + "\n")
+    log.flush()
+    bar.set_postfix({key: f"{record[key]:.3f}" for key in ("train_loss", "valid_loss") if key in record})
+
+
+def _samplers(
+    config: RunConfig, train_tokens: np.ndarray, valid_tokens: np.ndarray, tokenizer: Tokenizing | None
+) -> tuple[BatchSampler, BatchSampler]:
+    """What the batches of training and of evaluation are cut from, checked against the model and the tokenizer."""
+    settings, context = config.train, config.model.context_length
+    if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer's {tokenizer.vocab_size} ids do not fit into the model's "
+            f"vocab_size={config.model.vocab_size}; set model.vocab_size to at least that"
+        )
+    samplers = []
+    for tokens, seed in ((train_tokens, settings.seed), (valid_tokens, settings.seed + 1)):
+        check_token_ids(tokens, config.model.vocab_size)
+        starts = None
+        if settings.rows == "documents":
+            starts = document_starts(tokens, _separator_id(tokenizer, settings.end_of_text), context)
+        samplers.append(BatchSampler(tokens, settings.batch_size, context, seed=seed, starts=starts))
+    return samplers[0], samplers[1]
+
+
+def _separator_id(tokenizer: Tokenizing | None, end_of_text: str) -> int:
+    ids = {} if tokenizer is None else tokenizer.special_token_ids
+    if end_of_text not in ids:
+        raise ValueError(
+            f'rows = "documents" needs a tokenizer with the special token {end_of_text!r}, '
+            f"got {'none' if tokenizer is None else f'one with {list(ids)}'}"
+        )
+    return ids[end_of_text]
+
+
+def _precision(config: TrainConfig, device: torch.device) -> AbstractContextManager:
+    """The context in which matrix products run in the configured precision."""
+    has_bfloat16 = device.type == "mps" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
+    use = config.precision == "bfloat16" or (config.precision == "auto" and has_bfloat16)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=use)
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device; on a GPU from pinned memory, so that the copy does not wait for the step before."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def _write_sample(path: Path, model: TransformerLM, tokenizer: TextCodec, config: TrainConfig, step: int) -> None:
+    end = config.end_of_text
+    (text,) = complete(model, tokenizer, [end], config.sample_tokens, top_p=0.95, seed=config.seed, end_of_text=end)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(f"--- step {step} ---\n{text.strip()}\n\n")
