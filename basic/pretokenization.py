@@ -1,0 +1,264 @@
+"""Pre-tokens: the pieces of text inside which byte-pair encoding works, found, streamed and counted.
+
+A text is cut at its special tokens, and what lies between them by the GPT-2 pattern, which leaves nothing out:
+
+    "I've 2 cats.<|endoftext|>"  ->  ["I", "'ve", " 2", " cats", "."], "<|endoftext|>"
+
+No special token and no pre-token looks further ahead than a few characters. So a text can be cut in pieces and
+streamed (`pretoken_batches`), and a file in ranges that are counted in parallel (`count_pretokens`), with the
+same result as in one go.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain, pairwise, repeat
+from typing import BinaryIO
+
+import regex
+
+from basic.bytes_utils import decode_blocks, file_size_bytes, progress_bar, read_blocks
+
+GPT2_PATTERN = regex.compile(
+    r"'(?:[sdmt]|ll|ve|re)"  # the end of a contraction
+    r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"  # a run of letters, of digits, of other signs, with a space before it
+    r"|\s+(?!\S)|\s+"  # white space, which leaves its last character to the run after it
+)
+
+# Here a pre-token ends, whatever comes before or after: none holds white space after another character. Not one
+# alternative looks back, so the pattern goes on from here as it would from the beginning of a text.
+_SAFE_CUT = r"(?<=\S)(?=\s)"
+
+_PIECE_CHARACTERS = 1 << 13
+_SEARCH_BYTES = 1 << 12
+_MIN_CHUNK_BYTES, _MAX_CHUNK_BYTES = 1 << 20, 1 << 24
+_MIN_CHUNKS_FOR_PROCESSES = 4
+
+
+class SpecialTokens:
+    """Special tokens, checked and ready for the search.
+
+    Args:
+        tokens: strings, in the order in which they get their ids.
+
+    Attributes:
+        tokens: the same, as a tuple.
+        pattern: finds the leftmost special token, of several at a place the longest; nothing where there are none.
+        max_length: characters of the longest, 1 where there are none.
+
+    Raises:
+        TypeError: a special token is not a string, or one string is given instead of a list.
+        ValueError: a special token is empty, given twice, or has no UTF-8 form.
+    """
+
+    def __init__(self, tokens: Iterable[str] | None):
+        if isinstance(tokens, str | bytes):
+            raise TypeError(f"special_tokens must be a list of strings, got {tokens!r}; write [{tokens!r}]")
+        self.tokens = tuple(tokens or ())
+        for i, token in enumerate(self.tokens):
+            if not isinstance(token, str):
+                raise TypeError(f"special token {i} must be a string, got {token!r}")
+            if not token:
+                raise ValueError(f"special token {i} is empty: it would match everywhere; remove it")
+            if token in self.tokens[:i]:
+                raise ValueError(f"special token {token!r} is given twice; give it once")
+            if _SURROGATE.search(token):
+                raise ValueError(f"special token {token!r} has a lone surrogate, which has no UTF-8 form")
+        longest_first = sorted(self.tokens, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.max_length = max(map(len, self.tokens), default=1)
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def without_surrogates(pieces: Iterable[str]) -> Iterator[str]:
+    """The same text with a character for each pair of surrogates, also a pair cut in two, and U+FFFD for a lone one.
+
+    Raises:
+        TypeError: a piece is not a string.
+    """
+    cut = ""  # the first half of what may be a pair
+    for piece in pieces:
+        if not isinstance(piece, str):
+            raise TypeError(f"text must be a string, got {type(piece).__name__}: {piece!r:.80}")
+        piece = cut + piece
+        cut = piece[-1:] if "\ud800" <= piece[-1:] <= "\udbff" else ""
+        yield _repaired(piece[: len(piece) - len(cut)])
+    yield _repaired(cut)
+
+
+def _repaired(text: str) -> str:
+    if text.isascii() or not _SURROGATE.search(text):
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def pretoken_batches(pieces: Iterable[str], special_tokens: SpecialTokens) -> Iterator[tuple[list[str], str | None]]:
+    """Pre-tokenise a text that comes in pieces, wherever they are cut.
+
+    What is not yet certain is held back: a special token may begin in the last `max_length - 1` characters, and
+    the last two pre-tokens before them may still change (one grows; of two, "'" and "l" become "'ll").
+
+    Args:
+        pieces: the text, valid Unicode without surrogates.
+        special_tokens: hard boundaries.
+
+    Yields:
+        Some pre-tokens, in order, and the special token after them or None. The batches are small whatever the
+        pieces are, so that a list of all pre-tokens never exists.
+    """
+    held, new, new_length = "", [], 0
+    for piece in chain(_short(pieces), [None]):
+        if piece is not None:
+            new.append(piece)
+            new_length += len(piece)
+            # What is held is scanned again with what is new: waiting for as much of this makes the whole linear.
+            if new_length <= len(held):
+                continue
+        text = held + "".join(new)
+        certain = len(text) if piece is None else len(text) - special_tokens.max_length + 1
+        position = 0
+        for match in special_tokens.pattern.finditer(text):
+            if match.start() >= certain:
+                break
+            yield GPT2_PATTERN.findall(text[position : match.start()]), match.group()
+            position = match.end()
+        stop = max(position, certain)
+        pretokens = GPT2_PATTERN.findall(text[position:stop])
+        num_final = len(pretokens) if piece is None else max(0, len(pretokens) - 2)
+        yield pretokens[:num_final], None
+        held, new, new_length = text[stop - sum(map(len, pretokens[num_final:])) :], [], 0
+
+
+def _short(pieces: Iterable[str]) -> Iterator[str]:
+    """The same text in pieces of at most `_PIECE_CHARACTERS`."""
+    for piece in pieces:
+        for start in range(0, len(piece), _PIECE_CHARACTERS):
+            yield piece[start : start + _PIECE_CHARACTERS]
+
+
+def count_pretokens(
+    input_path: str | os.PathLike,
+    special_tokens: SpecialTokens,
+    *,
+    num_workers: int | None = None,
+    chunk_bytes: int | None = None,
+    progress: bool = False,
+) -> Counter[bytes]:
+    """Count the pre-tokens of a file, in parallel processes where it is large enough to be worth their start.
+
+    Args:
+        input_path: a text file in UTF-8.
+        special_tokens: hard boundaries, which are not counted themselves.
+        num_workers: processes, at least 1; by default one for each processor that this process may use.
+        chunk_bytes: about how much of the file is one task, at least 1; chosen by default. The result is the
+            same for any value.
+        progress: whether to show a progress bar.
+
+    Returns:
+        How often each pre-token, as UTF-8, is there.
+
+    Raises:
+        ValueError: the file is not UTF-8 (the byte offset is named), or a number is too small.
+        OSError: the file cannot be read.
+    """
+    num_workers = _default_num_workers() if num_workers is None else num_workers
+    size = file_size_bytes(input_path)
+    if chunk_bytes is None:
+        # Enough chunks that no process waits long for the last one, large enough to repeat few words.
+        chunk_bytes = min(max(size // (4 * max(num_workers, 1)), _MIN_CHUNK_BYTES), _MAX_CHUNK_BYTES)
+    for name, value in [("num_workers", num_workers), ("chunk_bytes", chunk_bytes)]:
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    chunks = list(pairwise(chunk_boundaries(input_path, special_tokens, chunk_bytes)))
+    counts: Counter[str] = Counter()
+    with progress_bar(progress, desc="counting", total=size, unit="B", unit_scale=True) as advance:
+        chunk_counts = _count_chunks(input_path, chunks, special_tokens, num_workers)
+        for (start, stop), counted in zip(chunks, chunk_counts, strict=True):
+            counts.update(counted)
+            advance(stop - start)
+    return Counter({pretoken.encode(): count for pretoken, count in counts.items()})
+
+
+def _default_num_workers() -> int:
+    """The processors this process may use, which in a container can be fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _count_chunks(
+    path: str | os.PathLike, chunks: list[tuple[int, int]], special_tokens: SpecialTokens, num_workers: int
+) -> Iterator[Counter[str]]:
+    """The counts of each chunk, in order."""
+    arguments = (repeat(path), chunks, repeat(special_tokens))
+    if num_workers == 1 or len(chunks) < _MIN_CHUNKS_FOR_PROCESSES:
+        yield from map(_count_chunk, *arguments)
+        return
+    # Not multiprocessing.Pool, which waits for ever for a worker that the system has killed.
+    with ProcessPoolExecutor(min(num_workers, len(chunks))) as executor:
+        yield from executor.map(_count_chunk, *arguments)
+
+
+def _count_chunk(path: str | os.PathLike, chunk: tuple[int, int], special_tokens: SpecialTokens) -> Counter[str]:
+    start, stop = chunk
+    counts: Counter[str] = Counter()
+    text = decode_blocks(read_blocks(path, start, stop), path, start)
+    for pretokens, _ in pretoken_batches(text, special_tokens):
+        counts.update(pretokens)
+    return counts
+
+
+def chunk_boundaries(path: str | os.PathLike, special_tokens: SpecialTokens, chunk_bytes: int) -> list[int]:
+    """Byte offsets at which a file can be cut without changing its pre-tokens.
+
+    Returns:
+        0, the first safe place from each multiple of `chunk_bytes` on, and the size of the file.
+    """
+    size = file_size_bytes(path)
+    boundaries = [0]
+    with open(path, "rb") as file:
+        for position in range(chunk_bytes, size, chunk_bytes):
+            if position > boundaries[-1]:
+                boundaries.append(_safe_cut_from(file, position, size, special_tokens))
+    return boundaries if boundaries[-1] == size else [*boundaries, size]
+
+
+def _safe_cut_from(file: BinaryIO, position: int, size: int, special_tokens: SpecialTokens) -> int:
+    """The first safe place at or after a byte offset, at the latest the end of the file.
+
+    A safe place is the beginning of a special token, or white space after another character, unless it lies
+    within what could be a special token: which of several overlapping ones is meant depends on all before it.
+    """
+    candidate = regex.compile(f"{_SAFE_CUT}|(?={special_tokens.pattern.pattern})")
+    # Seen before the offset: a whole special token and a whole character (of at most 4 bytes).
+    begin = max(0, position - max([4, *(len(token.encode()) for token in special_tokens.tokens)]))
+    length = position - begin + _SEARCH_BYTES
+    while True:
+        file.seek(begin)
+        # Invalid bytes, such as those of a character cut by the window, become one surrogate each, so that the
+        # way back to byte offsets is exact.
+        text = file.read(length).decode(errors="surrogateescape")
+        at_end = begin + length >= size
+        offset, previous = begin, 0
+        for match in candidate.finditer(text):
+            here = match.start()
+            if not at_end and here + special_tokens.max_length + 4 > len(text):
+                break
+            offset += len(text[previous:here].encode(errors="surrogateescape"))
+            previous = here
+            if offset >= position and not _within_special_token(text, here, special_tokens):
+                return offset
+        if at_end:
+            return size
+        length *= 2
+
+
+def _within_special_token(text: str, here: int, special_tokens: SpecialTokens) -> bool:
+    """Whether any special token stands in the text so that it begins before `here` and ends after it."""
+    return any(token in text[max(0, here - len(token) + 1) : here + len(token) - 1] for token in special_tokens.tokens)

@@ -1,0 +1,196 @@
+"""Training byte-pair encoding: which pairs of tokens to merge, learned from how often they stand together.
+
+A file is counted once into pre-tokens (`basic.pretokenization`); from then on only the distinct ones matter.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+
+from basic.bytes_utils import progress_bar
+from basic.pretokenization import SpecialTokens, count_pretokens
+
+Pair = tuple[int, int]
+
+_BOUNDARY = -1  # stands between the words, where nothing is merged
+_MERGED = -2  # the place of a token that is now part of the one to its left
+
+
+def train_bpe(
+    input_path: str | os.PathLike,
+    vocab_size: int,
+    special_tokens: Iterable[str],
+    *,
+    num_workers: int | None = None,
+    progress: bool = False,
+) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
+    """Train a byte-pair encoding on a text file.
+
+    Args:
+        input_path: a text file in UTF-8, read as it is (newlines are not translated).
+        vocab_size: the number of tokens wanted, at least 256 plus the special tokens. There are fewer where
+            the text runs out of pairs.
+        special_tokens: strings that are never split and across which nothing is merged.
+        num_workers: processes that count, by default one a processor; the result does not depend on it.
+        progress: whether to show progress bars.
+
+    Returns:
+        The vocabulary (ids: the special tokens in the order given, the 256 bytes, the merges in order) and the
+        merges, pairs of tokens, in order.
+
+    Raises:
+        ValueError: `vocab_size` is too small, a special token is empty or given twice, the file is not UTF-8.
+        TypeError: a special token is not a string.
+        OSError: the file cannot be read.
+
+    Source: Sennrich et al. 2016, over bytes with the pre-tokens of Radford et al. 2019; handout, BPE training.
+    """
+    special = SpecialTokens(special_tokens)
+    first_tokens = [token.encode() for token in special.tokens] + [bytes([byte]) for byte in range(256)]
+    if vocab_size < len(first_tokens):
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small: the 256 bytes and {len(special.tokens)} special tokens "
+            f"need at least {len(first_tokens)}"
+        )
+    counts = count_pretokens(input_path, special, num_workers=num_workers, progress=progress)
+    merges = merges_from_counts(counts, vocab_size - len(first_tokens), progress=progress)
+    tokens = first_tokens + [left + right for left, right in merges]
+    return dict(enumerate(tokens)), merges
+
+
+def merges_from_counts(
+    counts: Mapping[bytes, int], num_merges: int, *, progress: bool = False
+) -> list[tuple[bytes, bytes]]:
+    """Learn merges from how often each word is there.
+
+    At each step the most frequent pair of neighbouring tokens is merged wherever it stands, from left to right;
+    among equally frequent pairs the one with the greatest (left bytes, right bytes).
+
+    Args:
+        counts: words (pre-tokens) and how often each is there, at least 0.
+        num_merges: the most merges to learn, at least 0; fewer where no pair is left.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The merges, in order.
+
+    Example:
+        >>> merges_from_counts({b"low": 5, b"lower": 2, b"widest": 3, b"newest": 6}, 3)
+        [(b's', b't'), (b'e', b'st'), (b'o', b'w')]
+    """
+    if num_merges < 0:
+        raise ValueError(f"num_merges={num_merges} must be at least 0")
+    state = _MergeState(counts)
+    merges = []
+    with progress_bar(progress, desc="merging", total=num_merges, unit=" merges") as advance:
+        while len(merges) < num_merges and (pair := state.pop_best()) is not None:
+            merges.append((state.tokens[pair[0]], state.tokens[pair[1]]))
+            state.merge(pair)
+            advance(1)
+    return merges
+
+
+class _MergeState:
+    """All words as they are after the merges so far, and how often each pair of tokens stands in them.
+
+    The words lie one after the other in one list, a boundary around each. A merge puts the new token into the
+    place of the left one and takes the place of the right one out of the chain of neighbours, so that it costs
+    as much as the pair has occurrences, however long the words are:
+
+        place     0   1   2   3   4        merge s, t       0   1   2   3   4
+        token     |   e   s   t   |           --->          |   e   st  -   |
+        right     1   2   3   4                             1   2   4       -
+
+    A token is known by a number; two merges with the same bytes as result make the same token.
+    """
+
+    def __init__(self, counts: Mapping[bytes, int]):
+        self.tokens = [bytes([byte]) for byte in range(256)]
+        self._ids = {token: i for i, token in enumerate(self.tokens)}
+        self._order = [_descending(token) for token in self.tokens]
+
+        self._token_at = [_BOUNDARY]
+        self._count_at = [0]  # of the word that the place lies in
+        for word, count in counts.items():
+            if count < 0:
+                raise ValueError(f"the count of {word!r} is {count}; it must be at least 0")
+            if count > 0 and len(word) > 1:
+                self._token_at += [*word, _BOUNDARY]
+                self._count_at += [count] * (len(word) + 1)
+        self._left_of = list(range(-1, len(self._token_at) - 1))
+        self._right_of = list(range(1, len(self._token_at) + 1))
+
+        self._pair_counts: Counter[Pair] = Counter()
+        self._places: defaultdict[Pair, list[int]] = defaultdict(list)  # also places where the pair is no more
+        for place, pair in enumerate(pairwise(self._token_at)):
+            if _BOUNDARY not in pair:
+                self._pair_counts[pair] += self._count_at[place]
+                self._places[pair].append(place)
+        self._heap = [self._heap_entry(pair) for pair in self._pair_counts]
+        heapq.heapify(self._heap)
+
+    def pop_best(self) -> Pair | None:
+        """The pair to be merged next, None where there is no pair.
+
+        Entries of the heap are not corrected when a count falls; one that turns up with an old count goes back
+        with the present one. A count that rises gets an entry of its own.
+        """
+        while self._heap:
+            entry = heapq.heappop(self._heap)
+            pair = entry[-1]
+            if -entry[0] == self._pair_counts[pair]:
+                return pair
+            if self._pair_counts[pair] > 0:
+                heapq.heappush(self._heap, self._heap_entry(pair))
+        return None
+
+    def merge(self, pair: Pair) -> None:
+        """Merge the pair wherever it stands, and correct the counts of the pairs with its neighbours."""
+        left, right = pair
+        new = self._token_id(self.tokens[left] + self.tokens[right])
+        token_at, left_of, right_of = self._token_at, self._left_of, self._right_of
+        pair_counts, places = self._pair_counts, self._places
+        risen = set()
+        for place in sorted(places.pop(pair)):
+            right_place = right_of[place]
+            if token_at[place] != left or token_at[right_place] != right:
+                continue  # merged into something else since, or just now: in "aaa" there is one "aa"
+            before, after = left_of[place], right_of[right_place]
+            count = self._count_at[place]
+            token_at[place], token_at[right_place] = new, _MERGED
+            right_of[place], left_of[after] = after, place
+            pair_counts[pair] -= count
+            if (neighbour := token_at[before]) != _BOUNDARY:
+                pair_counts[neighbour, left] -= count
+                pair_counts[neighbour, new] += count
+                places[neighbour, new].append(before)
+                risen.add((neighbour, new))
+            if (neighbour := token_at[after]) != _BOUNDARY:
+                pair_counts[right, neighbour] -= count
+                pair_counts[new, neighbour] += count
+                places[new, neighbour].append(place)
+                risen.add((new, neighbour))
+        for risen_pair in risen:
+            heapq.heappush(self._heap, self._heap_entry(risen_pair))
+
+    def _token_id(self, token: bytes) -> int:
+        if token not in self._ids:
+            self._ids[token] = len(self.tokens)
+            self.tokens.append(token)
+            self._order.append(_descending(token))
+        return self._ids[token]
+
+    def _heap_entry(self, pair: Pair) -> tuple[int, str, str, Pair]:
+        """Smallest first: the highest count, then the greatest bytes."""
+        left, right = pair
+        return -self._pair_counts[pair], self._order[left], self._order[right], pair
+
+
+def _descending(token: bytes) -> str:
+    """A key that sorts tokens from the greatest to the smallest; at its end is more than any byte gives, so that a
+    token comes after its continuations."""
+    return "".join([chr(255 - byte) for byte in token]) + "\u0100"
