@@ -79,6 +79,10 @@ class ModelConfig:
                 f"(d_model={self.d_model} / num_heads={self.num_heads}); change one of them or use "
                 "positions='none'"
             )
+        if not self.rope_theta > 0:
+            raise ValueError(f"rope_theta must be a number > 0, got {self.rope_theta}")
+        if not self.norm_eps >= 0:
+            raise ValueError(f"norm_eps must be a number >= 0, got {self.norm_eps}")
         choices = {"norm": ("pre", "post", "none"), "positions": ("rope", "none"), "ffn": ("swiglu", "silu")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -169,7 +173,8 @@ class RotaryPositionalEmbedding(Module):
         if d_k % 2:
             raise ValueError(f"RoPE rotates pairs of features, so d_k must be even, got {d_k}")
         self.theta, self.d_k, self.max_seq_len = theta, d_k, max_seq_len
-        cos, sin = rope_tables(theta, d_k, max_seq_len, dtype=torch.float32)
+        # The default device is where the parameters made beside these tables lie.
+        cos, sin = rope_tables(theta, d_k, max_seq_len, dtype=torch.float32, device=torch.get_default_device())
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -191,8 +196,14 @@ class RotaryPositionalEmbedding(Module):
             token_positions: their positions, by default 0 .. seq - 1. Leading dimensions are matched with the
                 first ones of x, so that (batch, seq) serves (batch, heads, seq, d_k) too, or else broadcast
                 from the right as usual.
+
+        Raises:
+            ValueError: x has more rows than there are positions, and is to be numbered by default.
+            IndexError: a position outside 0 .. max_seq_len - 1 (on the CPU; a GPU stops with its own assertion).
         """
         if token_positions is None:
+            if x.shape[-2] > self.max_seq_len:
+                raise ValueError(f"{x.shape[-2]} tokens do not fit into max_seq_len={self.max_seq_len}")
             cos, sin = self.cos[: x.shape[-2]], self.sin[: x.shape[-2]]
         else:
             _check_range(token_positions, self.max_seq_len, "position", "max_seq_len")
@@ -282,11 +293,14 @@ class MultiHeadSelfAttention(Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.rope is not None:
-            if token_positions is None:
-                start = 0 if cache is None else cache.length
-                token_positions = torch.arange(start, start + x.shape[-2], device=x.device)
-            positions = token_positions.unsqueeze(-2) if token_positions.ndim > 1 else token_positions
-            q, k = self.rope(q, positions), self.rope(k, positions)
+            if token_positions is None and cache is not None:
+                token_positions = torch.arange(cache.length, cache.length + x.shape[-2], device=x.device)
+            if token_positions is not None and token_positions.ndim > 1:
+                # The same for every head. Ones in front hold the other axes where broadcasting against x puts
+                # them, now that there is an axis more.
+                missing = x.ndim - 1 - token_positions.ndim
+                token_positions = token_positions.unsqueeze(-2)[(None,) * missing]
+            q, k = self.rope(q, token_positions), self.rope(k, token_positions)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         mask = causal_mask(q.shape[-2], k.shape[-2], device=x.device)
@@ -439,6 +453,8 @@ def _check_range(ids: Tensor, limit: int, what: str, limit_name: str) -> None:
 
 def _match_leading(positions: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Give positions the rank of `shape`, matching leading dimensions from the left where their sizes allow it."""
+    while positions.ndim > len(shape) and positions.shape[0] == 1:
+        positions = positions.squeeze(0)  # or the result would have a dimension more than the features
     missing = len(shape) - positions.ndim
     fits = all(size in (1, wanted) for size, wanted in zip(positions.shape[:-1], shape, strict=False))
     if missing <= 0 or positions.ndim == 1 or not fits:

@@ -37,12 +37,18 @@ class AdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
     ):
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise ValueError(f"AdamW's {name} must be a number >= 0, got {value}")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take in more parameters; the constructor comes here too, with each of its groups."""
+        settings = {**self.defaults, **param_group}
+        for name in ("lr", "eps", "weight_decay"):
+            if not settings[name] >= 0:
+                raise ValueError(f"AdamW's {name} must be a number >= 0, got {settings[name]}")
+        betas = settings["betas"]
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"AdamW's betas must be two numbers in [0, 1), got {betas}")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

@@ -1,0 +1,619 @@
+"""The modules of the Transformer against torch.nn.functional, and the whole of it against transformers' Llama."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Generator
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from basic.functional import rope_tables
+from basic.model import (
+    Embedding,
+    KVCache,
+    Linear,
+    ModelConfig,
+    MultiHeadSelfAttention,
+    RotaryPositionalEmbedding,
+    TransformerLM,
+)
+
+from ._snapshots.make_model_snapshots import SHAPE, SNAPSHOT, llama, llama_name, llama_rows, random_weights
+from .adapters import (
+    run_embedding,
+    run_linear,
+    run_multihead_self_attention,
+    run_multihead_self_attention_with_rope,
+    run_rmsnorm,
+    run_rope,
+    run_scaled_dot_product_attention,
+    run_silu,
+    run_swiglu,
+    run_transformer_block,
+    run_transformer_lm,
+)
+
+# Every result is compared with the same computation in float64 on the same inputs.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 3e-2}
+every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
+every_leading = pytest.mark.parametrize("leading", [(), (3,), (2, 1, 3)], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Generator[None]:
+    """Threads that wait for one another cost more than they bring to matrices as small as these."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def assert_same(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Equal in shape, of this dtype, and within its tolerance of float64's numbers."""
+    assert actual.dtype == dtype
+    assert_close(actual.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def float64(dtype: torch.dtype, *shapes: tuple[int, ...], scale: float = 1.0) -> list[tuple[Tensor, Tensor]]:
+    """For each shape normal numbers of this dtype, and the same ones in float64."""
+    tensors = [(scale * torch.randn(shape)).to(dtype) for shape in shapes]
+    return [(tensor, tensor.double()) for tensor in tensors]
+
+
+def tiny(**changes: Any) -> ModelConfig:
+    """The smallest model in which every part has something to do."""
+    sizes: dict[str, Any] = dict(vocab_size=11, context_length=10, d_model=16, num_layers=2, num_heads=2, d_ff=24)
+    return ModelConfig(**{**sizes, **changes})
+
+
+# ---- the layers
+
+
+@every_dtype
+@every_leading
+def test_linear_is_torchs(dtype: torch.dtype, leading: tuple[int, ...]) -> None:
+    (x, x64), (w, w64) = float64(dtype, (*leading, 6), (5, 6))
+    assert_same(run_linear(6, 5, w, x), F.linear(x64, w64), dtype)
+
+
+@every_dtype
+@every_leading
+def test_embedding_is_torchs(dtype: torch.dtype, leading: tuple[int, ...]) -> None:
+    [(w, w64)] = float64(dtype, (7, 4))
+    ids = torch.randint(7, leading)
+    assert_same(run_embedding(7, 4, w, ids), F.embedding(ids, w64), dtype)
+
+
+def test_repeated_ids_add_their_gradients() -> None:
+    ids, layer = torch.tensor([[2, 0, 2], [2, 5, 0]]), Embedding(7, 4)
+    upstream = torch.randn(2, 3, 4)
+    (layer(ids) * upstream).sum().backward()
+    expected = torch.zeros(7, 4).index_add(0, ids.flatten(), upstream.flatten(0, 1))
+    assert layer.weight.grad is not None
+    assert_close(layer.weight.grad, expected)
+
+
+@pytest.mark.parametrize("bad_id", [-1, 7])
+def test_ids_outside_the_vocabulary_are_named(bad_id: int) -> None:
+    with pytest.raises(IndexError, match=rf"token id {bad_id} is outside 0 \.\. 6"):
+        run_embedding(7, 4, torch.randn(7, 4), torch.tensor([0, bad_id, 6]))
+
+
+@every_dtype
+@every_leading
+def test_silu_is_torchs(dtype: torch.dtype, leading: tuple[int, ...]) -> None:
+    [(x, x64)] = float64(dtype, leading, scale=5)
+    assert_same(run_silu(x), F.silu(x64), dtype)
+
+
+def test_silu_of_large_numbers() -> None:
+    x = torch.tensor([-1e30, -1000.0, 1000.0, 1e30])
+    assert_close(run_silu(x), torch.tensor([0.0, 0.0, 1000.0, 1e30]))
+
+
+@every_dtype
+@every_leading
+def test_swiglu_is_made_of_torchs_pieces(dtype: torch.dtype, leading: tuple[int, ...]) -> None:
+    tensors = float64(dtype, (*leading, 6), (8, 6), (6, 8), (8, 6), scale=0.5)
+    (x, w1, w2, w3), (x64, w1_64, w2_64, w3_64) = zip(*tensors, strict=True)
+    expected = F.linear(F.silu(F.linear(x64, w1_64)) * F.linear(x64, w3_64), w2_64)
+    assert_same(run_swiglu(6, 8, w1, w2, w3, x), expected, dtype)
+
+
+@every_dtype
+@every_leading
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e15])
+def test_rmsnorm_is_torchs(dtype: torch.dtype, leading: tuple[int, ...], scale: float) -> None:
+    (x, x64), (gains, gains64) = float64(dtype, (*leading, 9), (9,))
+    expected = F.rms_norm(x64 * scale, (9,), gains64, eps=1e-5)
+    if dtype == torch.bfloat16:  # the scaled numbers are rounded again
+        x64 = (x * scale).double() / scale
+        expected = F.rms_norm(x64 * scale, (9,), gains64, eps=1e-5)
+    assert_same(run_rmsnorm(9, 1e-5, gains, x * scale), expected, dtype)
+
+
+def test_rmsnorm_of_a_zero_vector_is_zero_with_a_gradient() -> None:
+    x = torch.zeros(2, 5, requires_grad=True)
+    out = run_rmsnorm(5, 1e-5, torch.ones(5), x)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert_close(out, torch.zeros(2, 5))
+    assert_close(gradient, torch.full((2, 5), 1e-5**-0.5))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        run_silu,
+        lambda x: run_rmsnorm(4, 1e-5, torch.tensor([1.0, 2.0, -1.0, 0.5], dtype=x.dtype), x),
+        lambda x: run_rope(4, 100.0, 5, x, torch.tensor([0, 3, 4])),
+        lambda x: run_scaled_dot_product_attention(x, 2 * x + 1, x.square()),
+        lambda x: run_scaled_dot_product_attention(x, x, x.sin(), torch.eye(3, dtype=torch.bool).roll(1, 0).tril()),
+    ],
+    ids=["silu", "rmsnorm", "rope", "attention", "masked attention"],
+)
+def test_gradients_are_the_functions_slopes(function: Any) -> None:
+    assert torch.autograd.gradcheck(function, torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True))
+
+
+# ---- RoPE
+
+
+def rotated(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """RoPE as the multiplication of complex numbers, in float64."""
+    frequencies = theta ** (-torch.arange(0, x.shape[-1], 2).double() / x.shape[-1])
+    angles = positions[..., None].double() * frequencies
+    pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    ("leading", "positions_shape"),
+    [((), (5,)), ((), (1, 5)), ((3,), (5,)), ((3,), (1, 5)), ((3,), (3, 5)), ((3, 2), (3, 5)), ((3, 2), (3, 2, 5))],
+    ids=str,
+)
+def test_rope_turns_complex_numbers(
+    dtype: torch.dtype, leading: tuple[int, ...], positions_shape: tuple[int, ...]
+) -> None:
+    [(x, x64)] = float64(dtype, (*leading, 5, 6))
+    positions = torch.randint(40, positions_shape)
+    # (3, 5) positions for features of (3, 2, 5) stand for all of the second axis; everything else broadcasts.
+    aligned = positions.unsqueeze(1) if (leading, positions_shape) == ((3, 2), (3, 5)) else positions
+    expected = rotated(x64, aligned, 1e4).reshape(x.shape)
+    assert_same(run_rope(6, 1e4, 40, x, positions), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rope_is_accurate_at_large_positions(dtype: torch.dtype) -> None:
+    [(x, x64)] = float64(dtype, (4, 8))
+    positions = torch.tensor([0, 16_383, 131_071, 131_070])
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
+    actual = run_rope(8, 1e4, 131_072, x, positions).double()
+    assert_close(actual, rotated(x64, positions, 1e4), rtol=tolerance, atol=tolerance)
+
+
+def test_rope_counts_from_zero_by_default() -> None:
+    rope, x = RotaryPositionalEmbedding(1e4, 6, 8), torch.randn(2, 5, 6)
+    assert_close(rope(x), rope(x, torch.arange(5)), rtol=0, atol=0)
+
+
+def test_casting_a_model_leaves_the_rope_tables_exact() -> None:
+    rope = RotaryPositionalEmbedding(1e4, 6, 300)
+    cos, sin = rope_tables(1e4, 6, 300, dtype=torch.float64)
+    assert_close(rope.bfloat16().cos, cos.float(), rtol=0, atol=0)
+    assert_close(rope.double().sin, sin, rtol=0, atol=0)
+
+
+def test_a_model_made_without_memory_gets_its_tables_on_arrival() -> None:
+    with torch.device("meta"):
+        rope = RotaryPositionalEmbedding(1e4, 6, 30)
+    assert rope.cos.is_meta
+    assert_close(rope.to_empty(device="cpu").sin, rope_tables(1e4, 6, 30, dtype=torch.float32)[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("position", [-1, 8])
+def test_positions_outside_the_tables_are_named(position: int) -> None:
+    with pytest.raises(IndexError, match=rf"position {position} is outside 0 \.\. 7"):
+        run_rope(4, 1e4, 8, torch.randn(2, 4), torch.tensor([0, position]))
+
+
+def test_more_tokens_than_positions_is_an_error() -> None:
+    with pytest.raises(ValueError, match="5 tokens do not fit into max_seq_len=1"):
+        RotaryPositionalEmbedding(1e4, 4, 1)(torch.randn(5, 4))
+
+
+def test_rope_needs_an_even_size() -> None:
+    with pytest.raises(ValueError, match="even, got 5"):
+        run_rope(5, 1e4, 8, torch.randn(2, 5), torch.arange(2))
+
+
+# ---- attention
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    ("leading", "mask_shape"),
+    [((), None), ((), (4, 5)), ((2,), None), ((2,), (4, 5)), ((2,), (1, 4, 5)), ((2,), (2, 4, 5)), ((2,), (4, 1))]
+    + [((3, 2), shape) for shape in (None, (4, 5), (2, 4, 5), (3, 1, 4, 5), (3, 2, 4, 5))],
+    ids=str,
+)
+def test_attention_is_torchs(dtype: torch.dtype, leading: tuple[int, ...], mask_shape: tuple[int, ...] | None) -> None:
+    (q, q64), (k, k64), (v, v64) = float64(dtype, (*leading, 4, 8), (*leading, 5, 8), (*leading, 5, 3))
+    mask = None if mask_shape is None else torch.rand(mask_shape) < 0.6
+    expected = F.scaled_dot_product_attention(q64, k64, v64, mask)
+    if mask is not None:  # by contract, where a query may look at nothing
+        expected = expected.where(mask.any(-1, keepdim=True), 0.0)
+    assert_same(run_scaled_dot_product_attention(q, k, v, mask), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_query_that_sees_nothing_gets_zeros_and_finite_gradients(dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(2, 4, 6).to(dtype).requires_grad_() for _ in range(3))
+    mask = torch.ones(4, 4, dtype=torch.bool).tril()
+    mask[2] = False
+    out = run_scaled_dot_product_attention(q, k, v, mask)
+    gradients = torch.autograd.grad(out.square().sum(), (q, k, v))
+    assert (out[:, 2] == 0).all()
+    assert (out[:, [0, 1, 3]] != 0).all()
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert (gradients[0][:, 2] == 0).all()
+
+
+def test_attention_survives_large_scores() -> None:
+    (q, q64), (k, k64), (v, v64) = float64(torch.float32, (2, 4, 8), (2, 5, 8), (2, 5, 3), scale=1000)
+    mask = torch.rand(4, 5) < 0.6
+    mask[:, 0] = True
+    expected = F.scaled_dot_product_attention(q64, k64, v64, mask)
+    assert_close(run_scaled_dot_product_attention(q, k, v, mask).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def self_attention(x: Tensor, projections: list[Tensor], num_heads: int, turn: Any = lambda q: q) -> Tensor:
+    """Causal self-attention out of torch's pieces; `turn` rotates queries and keys (..., head, seq, d)."""
+    q, k, v = (F.linear(x, w).unflatten(-1, (num_heads, -1)).transpose(-2, -3) for w in projections[:3])
+    out = F.scaled_dot_product_attention(turn(q), turn(k), v, is_causal=True)
+    return F.linear(out.transpose(-2, -3).flatten(-2), projections[3])
+
+
+@every_dtype
+@every_leading
+@pytest.mark.parametrize("positions_shape", ["no rope", None, (5,), (1, 5), "as x", "last axis"], ids=str)
+def test_multihead_attention_is_made_of_torchs_pieces(
+    dtype: torch.dtype, leading: tuple[int, ...], positions_shape: Any
+) -> None:
+    if positions_shape == "last axis":
+        leading = (2, 2)  # two equal axes: positions of (2, 5) belong to the second
+    (x, x64), *weights = float64(dtype, (*leading, 5, 12), *[(12, 12)] * 4, scale=0.6)
+    weights, weights64 = map(list, zip(*weights, strict=True))
+    if positions_shape == "no rope":
+        actual = run_multihead_self_attention(12, 3, *weights, x)
+        assert_same(actual, self_attention(x64, weights64, 3), dtype)
+        return
+    shape = {"as x": (*leading, 5), "last axis": (2, 5)}.get(positions_shape, positions_shape)
+    positions = None if shape is None else torch.randint(9, shape)
+    actual = run_multihead_self_attention_with_rope(12, 3, 9, 1e3, *weights, x, positions)
+    own = torch.arange(5) if positions is None else positions
+    turn = lambda q: rotated(q, own.expand(*leading, 5).unsqueeze(-2) if leading else own.reshape(5), 1e3)  # noqa: E731
+    assert_same(actual, self_attention(x64, weights64, 3, turn), dtype)
+
+
+def test_heads_must_divide_the_features() -> None:
+    with pytest.raises(ValueError, match=r"d_model=10 .* num_heads=3"):
+        run_multihead_self_attention(10, 3, *[torch.randn(10, 10)] * 4, torch.randn(2, 10))
+
+
+# ---- the block and the language model
+
+
+def reference_block(x: Tensor, weights: dict[str, Tensor], config: ModelConfig) -> Tensor:
+    """One block, in all its ablations, out of torch's pieces."""
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], weights[f"{name}.weight"], config.norm_eps)
+
+    def attention(x: Tensor) -> Tensor:
+        projections = [weights[f"attn.{name}_proj.weight"] for name in ("q", "k", "v", "output")]
+        if config.positions == "none":
+            return self_attention(x, projections, config.num_heads)
+        turn = lambda q: rotated(q, torch.arange(q.shape[-2]), config.rope_theta)  # noqa: E731
+        return self_attention(x, projections, config.num_heads, turn)
+
+    def feed_forward(x: Tensor) -> Tensor:
+        hidden = F.silu(x @ weights["ffn.w1.weight"].T)
+        if config.ffn == "swiglu":
+            hidden = hidden * (x @ weights["ffn.w3.weight"].T)
+        return hidden @ weights["ffn.w2.weight"].T
+
+    if config.norm == "post":
+        z = norm(x + attention(x), "ln1")
+        return norm(z + feed_forward(z), "ln2")
+    if config.norm == "none":
+        z = x + attention(x)
+        return z + feed_forward(z)
+    z = x + attention(norm(x, "ln1"))
+    return z + feed_forward(norm(z, "ln2"))
+
+
+def reference_logits(ids: Tensor, weights: dict[str, Tensor], config: ModelConfig) -> Tensor:
+    x = F.embedding(ids, weights["token_embeddings.weight"])
+    for layer in range(config.num_layers):
+        start = f"layers.{layer}."
+        block = {name.removeprefix(start): w for name, w in weights.items() if name.startswith(start)}
+        x = reference_block(x, block, config)
+    if config.norm != "none":
+        x = F.rms_norm(x, x.shape[-1:], weights["ln_final.weight"], config.norm_eps)
+    return F.linear(x, weights["lm_head.weight"])
+
+
+@every_dtype
+def test_block_is_made_of_torchs_pieces(dtype: torch.dtype) -> None:
+    weights = {
+        name.removeprefix("layers.1."): w.to(dtype)
+        for name, w in random_weights(SHAPE, seed=2).items()
+        if name.startswith("layers.1.")
+    }
+    sizes = {name: SHAPE[name] for name in ("d_model", "num_heads", "d_ff")}
+    [(x, x64)] = float64(dtype, (2, 7, 24))
+    actual = run_transformer_block(**sizes, max_seq_len=9, theta=100.0, weights=weights, in_features=x)
+    config = tiny(**sizes, rope_theta=100.0)
+    expected = reference_block(x64, {name: w.double() for name, w in weights.items()}, config)
+    # Six roundings to bfloat16 follow one another, and the numbers reach 5.
+    assert_close(actual.double(), expected, rtol=2 * TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
+    assert actual.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("sizes", "seq"),
+    [({}, 12), ({}, 1), ({"num_heads": 1, "num_layers": 1, "d_ff": 7}, 5), ({"num_heads": 12, "rope_theta": 1e6}, 12)],
+    ids=str,
+)
+def test_language_model_is_transformers_llama(sizes: dict[str, Any], seq: int) -> None:
+    shape = SHAPE | sizes
+    weights, ids = random_weights(shape, seed=3), torch.randint(13, (2, seq))
+    expected = llama(shape, weights)(ids).logits
+    assert_close(run_transformer_lm(**shape, weights=weights, in_indices=ids), expected, rtol=0, atol=1e-4)
+
+
+def test_language_model_learns_as_transformers_llama_does() -> None:
+    weights, ids = random_weights(SHAPE, seed=4), torch.randint(13, (2, 12))
+    theirs, ours = llama(SHAPE, weights), TransformerLM(ModelConfig(**SHAPE))
+    ours.load_state_dict(weights)
+    for logits in (ours(ids), theirs(ids).logits):
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad is not None
+        actual = llama_rows(name, parameter.grad, SHAPE)
+        assert_close(actual, expected[llama_name(name)], rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@every_dtype
+def test_language_model_says_what_llama_said(dtype: torch.dtype) -> None:
+    snapshot = json.loads(SNAPSHOT.read_text(encoding="utf-8"))
+    weights = {name: w.to(dtype) for name, w in random_weights(snapshot["shape"], snapshot["seed"]).items()}
+    actual = run_transformer_lm(**snapshot["shape"], weights=weights, in_indices=torch.tensor(snapshot["token_ids"]))
+    tolerance = 0.15 if dtype == torch.bfloat16 else 1e-5  # in bfloat16 the weights are other ones, too
+    assert actual.dtype == dtype
+    assert_close(actual.float(), torch.tensor(snapshot["logits"]), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post", "none"])
+@pytest.mark.parametrize("positions", ["rope", "none"])
+@pytest.mark.parametrize("ffn", ["swiglu", "silu"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_ablations_are_made_of_torchs_pieces(norm: Any, positions: Any, ffn: Any, tied: bool) -> None:
+    config = tiny(norm=norm, positions=positions, ffn=ffn, tied_embeddings=tied)
+    model = TransformerLM(config).double()
+    state = model.state_dict()
+
+    in_block = ["attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj", "ffn.w1", "ffn.w2"]
+    in_block += ["ffn.w3"] * (ffn == "swiglu") + ["ln1", "ln2"] * (norm != "none")
+    names = [f"layers.{layer}.{name}" for layer in range(2) for name in in_block]
+    names += ["token_embeddings", "lm_head"] + ["ln_final"] * (norm != "none")
+    assert set(state) == {f"{name}.weight" for name in names}
+    assert (state["lm_head.weight"].data_ptr() == state["token_embeddings.weight"].data_ptr()) == tied
+
+    for name, parameter in model.named_parameters():
+        if "ln" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    ids = torch.randint(11, (3, 7))
+    assert_close(model(ids), reference_logits(ids, state, config), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("positions", ["rope", "none"])
+def test_later_tokens_change_nothing_before_them(norm: Any, positions: Any) -> None:
+    model = TransformerLM(tiny(norm=norm, positions=positions)).double()
+    ids = torch.randint(11, (2, 10))
+    others = ids.clone()
+    others[:, 6:] = (ids[:, 6:] + torch.randint(1, 11, (2, 4))) % 11
+    difference = (model(ids) - model(others)).abs().amax(-1)
+    assert difference[:, :6].max() < 1e-12
+    assert difference[:, 6:].min() > 1e-3
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("positions", ["rope", "none"])
+@pytest.mark.parametrize("pieces", [(10,), (4, 1, 1, 3, 1), (1,) * 10], ids=str)
+@torch.no_grad()
+def test_cache_changes_nothing(norm: Any, positions: Any, pieces: tuple[int, ...]) -> None:
+    config = tiny(norm=norm, positions=positions)
+    model, cache = TransformerLM(config).double(), KVCache(config, batch_size=2, dtype=torch.float64)
+    ids, logits = torch.randint(11, (2, 10)), []
+    for piece in ids.split(pieces, dim=1):
+        logits.append(model(piece, cache))
+        cache.advance(piece.shape[1])
+    assert_close(torch.cat(logits, dim=1), model(ids), rtol=1e-10, atol=1e-10)
+
+
+def test_a_cache_that_was_not_advanced_is_written_over() -> None:
+    config = tiny()
+    model, cache = TransformerLM(config), KVCache(config, batch_size=1)
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]), cache)
+        assert_close(model(torch.tensor([[4, 5]]), cache), model(torch.tensor([[4, 5]])))
+
+
+def test_more_tokens_than_the_context_is_an_error() -> None:
+    config = tiny()
+    model, cache = TransformerLM(config), KVCache(config, batch_size=1)
+    with pytest.raises(ValueError, match="11 tokens do not fit into context_length=10"):
+        model(torch.zeros(1, 11, dtype=torch.int64))
+    cache.advance(8)
+    with pytest.raises(ValueError, match="11 tokens do not fit into context_length=10"):
+        model(torch.zeros(1, 3, dtype=torch.int64), cache)
+
+
+@pytest.mark.parametrize("bad_id", [-1, 13])
+def test_the_language_model_names_a_bad_id(bad_id: int) -> None:
+    ids = torch.tensor([[0, 12], [bad_id, 3]])
+    with pytest.raises(IndexError, match=rf"token id {bad_id} is outside 0 \.\. 12"):
+        run_transformer_lm(**SHAPE, weights=random_weights(SHAPE, seed=0), in_indices=ids)
+
+
+@pytest.mark.parametrize("change", ["missing", "surplus", "shape"])
+def test_weights_that_do_not_fit_are_refused(change: str) -> None:
+    weights = random_weights(SHAPE, seed=0)
+    name = "layers.1.ffn.w3.weight"
+    if change == "missing":
+        del weights[name]
+    elif change == "surplus":
+        name = "layers.2.ffn.w3.weight"
+        weights[name] = torch.zeros(1)
+    else:
+        weights[name] = weights[name].T.contiguous()
+    with pytest.raises(RuntimeError, match=name.replace(".", r"\.")):
+        run_transformer_lm(**SHAPE, weights=weights, in_indices=torch.tensor([[0]]))
+
+
+# ---- sizes, counts and the first weights
+
+
+@pytest.mark.parametrize(
+    ("d_model", "ffn", "d_ff"),
+    [(512, "swiglu", 1344), (768, "swiglu", 2048), (1600, "swiglu", 4288), (8, "swiglu", 64), (512, "silu", 2048)],
+)
+def test_default_feed_forward_size(d_model: int, ffn: Any, d_ff: int) -> None:
+    config = tiny(d_model=d_model, num_layers=1, ffn=ffn, d_ff=None)
+    assert config.d_ff == d_ff
+    with torch.device("meta"):
+        model = TransformerLM(config)
+    assert model.get_parameter("layers.0.ffn.w2.weight").shape == (d_model, d_ff)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 3}, r"d_model=16 .* num_heads=3"),
+        ({"d_model": 6, "num_heads": 2}, "must be even, got 3"),
+        ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
+        ({"num_layers": -1}, "num_layers must be at least 1, got -1"),
+        ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
+        ({"context_length": 0}, "context_length must be at least 1, got 0"),
+        ({"d_ff": 0}, "d_ff must be at least 1, got 0"),
+        ({"rope_theta": 0.0}, "rope_theta must be a number > 0, got 0"),
+        ({"rope_theta": math.nan}, "rope_theta must be a number > 0, got nan"),
+        ({"norm_eps": -1e-5}, "norm_eps must be a number >= 0, got -1e-05"),
+    ],
+    ids=str,
+)
+def test_impossible_shapes_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm": "before"}, "norm must be one of pre, post, none, got 'before'"),
+        ({"positions": "alibi"}, "positions must be one of rope, none, got 'alibi'"),
+        ({"ffn": "gelu"}, "ffn must be one of swiglu, silu, got 'gelu'"),
+    ],
+)
+def test_unknown_choices_are_refused(changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for everyone who is not a test
+    with pytest.raises(ValueError, match=message):
+        tiny(**changes)
+
+
+def test_odd_heads_are_possible_without_rope() -> None:
+    config = tiny(d_model=6, positions="none")
+    assert TransformerLM(config)(torch.tensor([[1, 2]])).shape == (1, 2, 11)
+
+
+CONFIGS = [
+    tiny(),
+    tiny(tied_embeddings=True),
+    tiny(ffn="silu", norm="none", positions="none"),
+    tiny(vocab_size=50, context_length=16, d_model=24, num_layers=3, num_heads=4, d_ff=None, norm="post"),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_parameters_are_counted(config: ModelConfig) -> None:
+    model = TransformerLM(config)
+    tensors = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}
+    assert model.num_parameters == sum(tensors.values())
+
+
+def test_gpt2_xl_has_the_parameters_of_the_handout() -> None:
+    config = tiny(vocab_size=50_257, context_length=1024, d_model=1600, num_layers=48, num_heads=25, d_ff=None)
+    with torch.device("meta"):
+        model = TransformerLM(config)
+    assert model.num_parameters == 2 * 50_257 * 1600 + 48 * (4 * 1600**2 + 3 * 1600 * 4288 + 2 * 1600) + 1600
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("seq", [None, 5])
+def test_flops_are_those_that_torch_counts(config: ModelConfig, seq: int | None) -> None:
+    model, length = TransformerLM(config), seq or config.context_length
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randint(config.vocab_size, (2, length)))
+    assert counter.get_total_flops() == 2 * length * model.matmul_flops_per_token(seq)
+
+
+def is_normal_cut_at_three(weight: Tensor, std: float) -> bool:
+    """Whether these look like at least 100,000 draws from a normal distribution without its tails."""
+    sigmas = weight.detach().numpy() / std
+    cut_std = 0.98658  # of a standard normal that keeps within -3 .. 3
+    tails = (abs(sigmas) > 2).mean()
+    return bool(
+        abs(sigmas.mean()) < 0.02
+        and abs(sigmas.std() / cut_std - 1) < 0.01
+        and 2.9 < abs(sigmas).max() <= 3.0001
+        and abs(tails - 0.0429) < 0.004  # a uniform distribution of this deviation has none there
+    )
+
+
+@pytest.mark.parametrize("shape", [(500, 250), (200, 600)])
+def test_first_linear_weights(shape: tuple[int, int]) -> None:
+    d_in, d_out = shape
+    assert is_normal_cut_at_three(Linear(d_in, d_out).weight, (2 / (d_in + d_out)) ** 0.5)
+
+
+@pytest.mark.parametrize(("tied", "std"), [(False, 1.0), (True, 1 / 16)])
+def test_first_weights_of_the_language_model(tied: bool, std: float) -> None:
+    model = TransformerLM(tiny(vocab_size=500, d_model=256, num_layers=1, d_ff=500, tied_embeddings=tied))
+    assert is_normal_cut_at_three(model.token_embeddings.weight, std)
+    assert is_normal_cut_at_three(model.get_parameter("layers.0.ffn.w2.weight"), (2 / 756) ** 0.5)
+    assert is_normal_cut_at_three(model.lm_head.weight, 1 / 16 if tied else (2 / 756) ** 0.5)
+    norms = [parameter for name, parameter in model.named_parameters() if "ln" in name]
+    assert len(norms) == 3
+    assert all((norm == 1).all() for norm in norms)
+
+
+def test_attention_takes_part_in_no_state_but_its_weights() -> None:
+    attention = MultiHeadSelfAttention(8, 2, RotaryPositionalEmbedding(1e4, 4, 6))
+    assert set(attention.state_dict()) == {f"{name}_proj.weight" for name in ("q", "k", "v", "output")}
