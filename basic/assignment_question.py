@@ -270,6 +270,8 @@ def _train(path: Path, vocab_size: int) -> Training:
     first_tokens = [SEPARATOR.encode(), *(bytes([byte]) for byte in range(256))]
     if vocab_size < len(first_tokens):
         raise ValueError(f"a vocabulary size must be at least {len(first_tokens)}, got {vocab_size}")
+    # A spawned process would spawn its workers too: let them start as they do anywhere else.
+    multiprocessing.set_start_method(None, force=True)
     start = time.perf_counter()
     counts = count_pretokens(path, SpecialTokens([SEPARATOR]))
     counted = time.perf_counter()
