@@ -1,0 +1,192 @@
+"""Softmax, cross-entropy and gradient clipping against torch's own."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn import Parameter
+from torch.testing import assert_close
+
+from basic.functional import token_nats
+from basic.optimizer import clip_gradients
+
+from .adapters import run_cross_entropy, run_gradient_clipping, run_softmax
+
+# Every result is compared with the same computation in float64 on the same inputs.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2}
+every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
+scales = pytest.mark.parametrize("scale", [1.0, 1000.0, 1e30])
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time() -> None:
+    torch.manual_seed(0)
+
+
+# ---- softmax
+
+
+@every_dtype
+@scales
+@pytest.mark.parametrize(("shape", "dim"), [((5,), 0), ((3, 5), 0), ((2, 3, 5), 1), ((2, 3, 5), -1), ((), 0)], ids=str)
+def test_softmax_is_torchs(dtype: torch.dtype, scale: float, shape: tuple[int, ...], dim: int) -> None:
+    x = (scale * torch.randn(shape)).to(dtype)
+    actual = run_softmax(x, dim)
+    assert actual.dtype == dtype
+    assert_close(actual.double(), F.softmax(x.double(), dim), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_softmax_sums_many_small_numbers_exactly() -> None:
+    probabilities = run_softmax(torch.zeros(4096, dtype=torch.bfloat16), 0)
+    assert_close(probabilities, torch.full((4096,), 1 / 4096, dtype=torch.bfloat16), rtol=0, atol=0)
+
+
+def test_softmax_of_minus_infinity_is_zero() -> None:
+    x = torch.tensor([0.0, -math.inf, math.log(3)])
+    assert_close(run_softmax(x, 0), torch.tensor([0.25, 0.0, 0.75]))
+
+
+def test_softmax_has_the_right_slope() -> None:
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: run_softmax(x, 0), x)
+    equal = torch.zeros(2, 4, dtype=torch.float64, requires_grad=True)  # the maximum is not one place
+    assert torch.autograd.gradcheck(lambda x: run_softmax(x, 1), equal)
+
+
+# ---- cross-entropy
+
+
+@every_dtype
+@scales
+@pytest.mark.parametrize("leading", [(), (6,), (2, 3), (2, 1, 3)], ids=str)
+def test_cross_entropy_is_torchs(dtype: torch.dtype, scale: float, leading: tuple[int, ...]) -> None:
+    logits = (scale * torch.randn(*leading, 7)).to(dtype)
+    targets = torch.randint(7, leading)
+    actual = run_cross_entropy(logits, targets)
+    expected = F.cross_entropy(logits.double().reshape(-1, 7), targets.reshape(-1))
+    assert actual.dtype == dtype
+    assert_close(actual.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_cross_entropy_has_torchs_gradient(scale: float) -> None:
+    logits, targets = scale * torch.randn(4, 7), torch.randint(7, (4,))
+    logits[0] = 0  # the maximum is not one place
+    gradients = []
+    for loss in (run_cross_entropy, F.cross_entropy):
+        leaf = logits.clone().requires_grad_()
+        gradients += torch.autograd.grad(loss(leaf, targets), leaf)
+    assert_close(*gradients)
+
+
+def test_cross_entropy_of_a_certain_and_of_an_impossible_target() -> None:
+    logits = torch.tensor([[0.0, -1000.0, -math.inf]])
+    assert run_cross_entropy(logits, torch.tensor([0])) == 0
+    assert run_cross_entropy(logits, torch.tensor([1])) == 1000
+    assert run_cross_entropy(logits, torch.tensor([2])) == math.inf
+
+
+@every_dtype
+def test_token_nats_are_torchs_for_each_position(dtype: torch.dtype) -> None:
+    logits, targets = torch.randn(2, 3, 7).to(dtype), torch.randint(7, (2, 3))
+    expected = F.cross_entropy(logits.double().flatten(0, 1), targets.flatten(), reduction="none").view(2, 3)
+    nats = token_nats(logits, targets)
+    assert nats.dtype == torch.promote_types(dtype, torch.float32)  # a bfloat16 would count in eighths
+    assert_close(nats.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad_target", [-100, -1, 7])
+def test_targets_outside_the_vocabulary_are_refused(bad_target: int) -> None:
+    with pytest.raises(RuntimeError, match=f"index {bad_target} is out of bounds"):
+        run_cross_entropy(torch.randn(2, 7), torch.tensor([0, bad_target]))
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (3,), (2, 1), (2, 4), (2, 3, 1)])
+def test_each_row_of_logits_needs_its_target(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"one target for each row .* shape \(2, 3, 7\)"):
+        run_cross_entropy(torch.randn(2, 3, 7), torch.zeros(shape, dtype=torch.int64))
+
+
+# ---- gradient clipping
+
+
+def parameters_with_gradients(*dtypes: torch.dtype | None, scale: float = 1.0) -> list[Parameter]:
+    """Parameters of different shapes; None stands for one without a gradient."""
+    parameters = []
+    for index, dtype in enumerate(dtypes):
+        parameter = Parameter(torch.randn(index + 2, 3).to(dtype or torch.float32))
+        if dtype is not None:
+            parameter.grad = (scale * torch.randn(index + 2, 3)).to(dtype)
+        parameters.append(parameter)
+    return parameters
+
+
+def joint_norm(parameters: list[Parameter]) -> float:
+    return math.hypot(*(p.grad.double().norm().item() for p in parameters if p.grad is not None))
+
+
+MIXES = [
+    [torch.float32, torch.float32],
+    [torch.float64],
+    [torch.bfloat16, torch.bfloat16],
+    [None, torch.float32, None, torch.float64, torch.bfloat16],
+]
+
+
+@pytest.mark.parametrize("dtypes", MIXES, ids=str)
+@pytest.mark.parametrize("max_l2_norm", [0.0, 1e-3, 1.0, 1e6, math.inf])
+def test_clipping_multiplies_by_the_contracts_factor(dtypes: list[torch.dtype | None], max_l2_norm: float) -> None:
+    parameters = parameters_with_gradients(*dtypes)
+    before = [None if p.grad is None else p.grad.clone() for p in parameters]
+    norm = joint_norm(parameters)
+    run_gradient_clipping(iter(parameters), max_l2_norm)
+    factor = min(1.0, max_l2_norm / (norm + 1e-6))
+    for parameter, old in zip(parameters, before, strict=True):
+        assert (parameter.grad is None) == (old is None)
+        if parameter.grad is not None and old is not None:
+            assert parameter.grad.dtype == old.dtype
+            assert_close(parameter.grad, (old.double() * factor).to(old.dtype))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 100.0])
+def test_clipping_is_torchs(scale: float) -> None:
+    ours = parameters_with_gradients(torch.float32, None, torch.float32, scale=scale)
+    theirs = [Parameter(p.detach().clone()) for p in ours]
+    for mine, their in zip(ours, theirs, strict=True):
+        their.grad = None if mine.grad is None else mine.grad.clone()
+    norm = clip_gradients(ours, 0.5)
+    assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs, 0.5))
+    for mine, their in zip(ours, theirs, strict=True):
+        assert (mine.grad is None) == (their.grad is None)
+        if mine.grad is not None:
+            assert_close(mine.grad, their.grad)
+
+
+def test_clipping_changes_the_gradient_in_place() -> None:
+    [parameter] = parameters_with_gradients(torch.float32)
+    gradient = parameter.grad
+    run_gradient_clipping([parameter], 0.01)
+    assert parameter.grad is gradient
+    assert joint_norm([parameter]) == pytest.approx(0.01, rel=1e-4)
+
+
+def test_clipping_survives_squares_that_float16_cannot_hold() -> None:
+    parameter = Parameter(torch.zeros(4, dtype=torch.float16))
+    parameter.grad = torch.full((4,), 1000.0, dtype=torch.float16)
+    assert clip_gradients([parameter], 1.0) == 2000
+    assert_close(parameter.grad, torch.full((4,), 0.5, dtype=torch.float16))
+
+
+def test_clipping_nothing_is_no_error() -> None:
+    assert clip_gradients([], 1.0) == 0
+    assert clip_gradients(parameters_with_gradients(None), 1.0) == 0
+
+
+@pytest.mark.parametrize("max_l2_norm", [-1.0, math.nan])
+def test_clipping_refuses_what_is_no_norm(max_l2_norm: float) -> None:
+    [parameter] = parameters_with_gradients(torch.float32)
+    with pytest.raises(ValueError, match=f"max_l2_norm must be a number >= 0, got {max_l2_norm}"):
+        run_gradient_clipping([parameter], max_l2_norm)
