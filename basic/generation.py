@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +13,7 @@ from basic.functional import at_least_float32, softmax
 from basic.model import KVCache, TransformerLM
 
 
+@runtime_checkable  # the tests check argument types while they run
 class TextCodec(Protocol):
     """What `complete` needs of a tokenizer; `basic.Tokenizer.Tokenizer` has it."""
 
@@ -46,8 +47,11 @@ def complete(
         The continuations, without the prompts and without the end-of-text token.
 
     Raises:
+        TypeError: `prompts` is a single text.
         ValueError: a prompt encodes to no token at all.
     """
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts must be a list of texts, got one text; write [{prompts[:20]!r}]")
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not ids:
@@ -160,13 +164,15 @@ def next_token_probabilities(
     if temperature == 0:
         # The first of the likeliest, with certainty.
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    # With the largest score at zero first: no temperature, however small, makes it overflow.
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    # The largest score at zero first, and a divisor whose reciprocal is finite (a GPU multiplies by it): no
+    # temperature, however small, makes anything overflow.
+    divisor = max(temperature, torch.finfo(torch.float32).tiny)
+    logits = (logits - logits.amax(-1, keepdim=True)) / divisor
     if top_k is not None and top_k < logits.shape[-1]:
         largest, ids = logits.topk(top_k)
         logits = torch.full_like(logits, -torch.inf).scatter_(-1, ids, largest)
     probabilities = softmax(logits, -1)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:  # with 1, rounding alone would leave ids out
         descending, ids = probabilities.sort(dim=-1, descending=True, stable=True)
         # An id is needed while those before it have not reached top_p yet; the first one always is.
         mass_before = descending.cumsum(-1) - descending
