@@ -91,6 +91,6 @@ def _checked(hint: Any, value: Any, name: str) -> Any:
 def _describe(option: Any) -> str:
     if get_origin(option) is Literal:
         return "one of " + ", ".join(map(repr, get_args(option)))
-    return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text in quotes"}.get(
-        getattr(option, "__name__", ""), f"a table ({option})"
-    )
+    if dataclasses.is_dataclass(option):
+        return "a table with the keys " + ", ".join(field.name for field in dataclasses.fields(option))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}[option]

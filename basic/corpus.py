@@ -50,31 +50,35 @@ def split_text(
 ) -> None:
     """Copy the beginning of a text to train.txt and its end to valid.txt, a file of any size.
 
-    It is cut behind the first separator of its last part, or else behind the first line there.
+    It is cut behind the first separator in its last part, or else behind the first line or word there; but never
+    so late that less than half of that part is left.
 
     Args:
         source: UTF-8 text.
         folder: where train.txt and valid.txt shall stand.
-        valid_fraction: share of the bytes in the last part.
+        valid_fraction: share of the bytes in the last part, between 0 and 1.
 
     Raises:
         FileNotFoundError: no such text.
-        ValueError: the text is empty.
+        ValueError: the text is empty, or `valid_fraction` out of its range.
     """
+    if not 0 < valid_fraction < 1:
+        raise ValueError(f"valid_fraction must be between 0 and 1, got {valid_fraction}")
     if os.path.getsize(source) == 0:
         raise ValueError(f"{source} is empty; give a text of at least some ten thousand characters")
     with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        cut = _cut(text, int(len(text) * (1 - valid_fraction)), separator.encode())
+        start = int(len(text) * (1 - valid_fraction))
+        cut = _cut(text, start, (start + len(text)) // 2, separator.encode())
         with open(Path(folder) / "train.txt", "wb") as train:
             _copy(file, train, cut)
         with open(Path(folder) / "valid.txt", "wb") as valid:
             shutil.copyfileobj(file, valid)
 
 
-def _cut(text: mmap.mmap, start: int, separator: bytes) -> int:
-    """The first good place to cut at or behind `start`."""
+def _cut(text: mmap.mmap, start: int, end: int, separator: bytes) -> int:
+    """The first good place to cut from `start` to `end`, or else the first between two characters."""
     for edge in (separator, b"\n", b" "):
-        found = text.find(edge, start)
+        found = text.find(edge, start, end)
         if found >= 0:
             return found + len(edge)
     while start < len(text) and text[start] & 0xC0 == 0x80:  # inside a character of several bytes

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from basic.data import BatchSampler
+from basic.data import BatchSampler, to_device
 from basic.functional import token_nats
 from basic.model import TransformerLM
 
@@ -18,7 +18,7 @@ def mean_loss(model: torch.nn.Module, sampler: BatchSampler, num_batches: int, d
     """The mean cross-entropy over the sampler's first batches, in nats a token; the same batches at every call."""
     total = torch.zeros((), device=device)
     for step in range(num_batches):
-        inputs, targets = (part.to(device) for part in sampler.batch(step))
+        inputs, targets = (to_device(part, device) for part in sampler.batch(step))
         total += token_nats(model(inputs), targets).mean()
     return total.item() / num_batches
 
@@ -63,7 +63,7 @@ def document_nats(
         lengths = np.array([len(documents[index]) + 1 for index in chosen])
         counts = np.arange(width - 1) < rearrange(lengths, "row -> row 1")
         tokens = torch.from_numpy(rows).to(device)
-        losses = token_nats(model(tokens[:, :-1]).float(), tokens[:, 1:]).cpu().double().numpy()
+        losses = token_nats(model(tokens[:, :-1]), tokens[:, 1:]).cpu().double().numpy()
         nats[chosen] = (losses * counts).sum(1)
     return nats
 
@@ -73,8 +73,8 @@ def bigram_document_nats(
 ) -> np.ndarray:
     """What `document_nats` would give for a bigram model: a yardstick that knows one token back and no further.
 
-    Its probability of an id after another is (count of the pair + p(id)) / (count of the first + 1), where p is
-    the smoothed share of the id alone; so an unseen pair costs what the id alone would, and nothing is impossible.
+    Its probability of an id after another is (count of the pair + p(id)) / (count of pairs with that first + 1),
+    where p is the smoothed share of the id alone; so nothing is impossible, and the probabilities sum to one.
 
     Args:
         tokens: ids (tokens,) to count, documents ending in the separator.
@@ -86,6 +86,7 @@ def bigram_document_nats(
     tokens = np.asarray(tokens, dtype=np.int64)
     single = np.bincount(tokens, minlength=vocab_size).astype(np.float64)
     share = (single + 1) / (single.sum() + vocab_size)
+    firsts = np.bincount(tokens[:-1], minlength=vocab_size)
     # A pair is one number; only the pairs that occur are kept, in order, so that bisection finds them.
     pairs, counts = np.unique(tokens[:-1] * vocab_size + tokens[1:], return_counts=True)
     nats = np.zeros(len(documents))
@@ -94,5 +95,5 @@ def bigram_document_nats(
         asked = row[:-1] * vocab_size + row[1:]
         place = np.searchsorted(pairs, asked).clip(max=len(pairs) - 1)
         seen = np.where(pairs[place] == asked, counts[place], 0)
-        nats[index] = -np.log((seen + share[row[1:]]) / (single[row[:-1]] + 1)).sum()
+        nats[index] = -np.log((seen + share[row[1:]]) / (firsts[row[:-1]] + 1)).sum()
     return nats

@@ -1,0 +1,109 @@
+"""Evaluation against one document, one pair, one batch at a time."""
+
+import itertools
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from basic.data import BatchSampler
+from basic.evaluation import bigram_document_nats, document_nats, mean_loss
+from basic.model import ModelConfig, TransformerLM
+
+VOCAB, CONTEXT, END = 19, 16, 7
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model() -> TransformerLM:
+    torch.manual_seed(2)
+    model = TransformerLM(
+        ModelConfig(vocab_size=VOCAB, context_length=CONTEXT, d_model=16, num_layers=2, num_heads=2)
+    ).eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=1.0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[list[int]]:
+    """Documents of every length that fits, the empty one too, in no order."""
+    generator = np.random.default_rng(1)
+    lengths = generator.permutation([*range(CONTEXT), *range(CONTEXT)])
+    return [generator.choice([i for i in range(VOCAB) if i != END], size=length).tolist() for length in lengths]
+
+
+@torch.no_grad()
+def nats_by_hand(model: TransformerLM, document: list[int]) -> float:
+    log_probabilities = torch.log_softmax(model(torch.tensor([[END, *document]]))[0].double(), -1)
+    return -sum(log_probabilities[place, token].item() for place, token in enumerate([*document, END]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 32, 1000])
+def test_document_nats_are_those_of_each_document_alone_in_the_order_given(model, documents, batch_size):
+    expected = [nats_by_hand(model, document) for document in documents]
+    actual = document_nats(model, documents, END, batch_size=batch_size)
+    assert actual.dtype == np.float64
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+def test_document_nats_of_no_documents(model):
+    assert document_nats(model, [], END).shape == (0,)
+
+
+def test_a_document_that_does_not_fit_is_an_error_that_says_what_would(model):
+    with pytest.raises(ValueError, match=r"a document of 16 tokens .* context_length=16"):
+        document_nats(model, [[1], [2] * CONTEXT], END)
+
+
+def test_mean_loss_is_the_mean_over_the_first_batches_every_time(model):
+    tokens = np.random.default_rng(0).integers(VOCAB, size=300).astype(np.uint16)
+    sampler = BatchSampler(tokens, 4, CONTEXT, seed=3)
+    losses = []
+    for step in range(3):
+        inputs, targets = sampler.batch(step)
+        with torch.no_grad():
+            logits = model(inputs)
+        losses += [
+            -torch.log_softmax(logits[row, place], -1)[targets[row, place]].item()
+            for row in range(4)
+            for place in range(CONTEXT)
+        ]
+    first = mean_loss(model, sampler, 3, CPU)
+    assert first == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert mean_loss(model, sampler, 3, CPU) == first
+    assert mean_loss(model, sampler, 1, CPU) == pytest.approx(sum(losses[:64]) / 64, rel=1e-5)
+
+
+# --- The bigram model -----------------------------------------------------------------------------------------
+
+
+def bigram_probability(tokens: list[int], first: int, second: int) -> float:
+    pairs = Counter(itertools.pairwise(tokens))
+    firsts = Counter(tokens[:-1])
+    share = (tokens.count(second) + 1) / (len(tokens) + VOCAB)
+    return (pairs[first, second] + share) / (firsts[first] + 1)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> list[int]:
+    generator = np.random.default_rng(4)
+    return [*generator.choice(6, size=100).tolist(), END, *generator.choice(9, size=100).tolist(), END]
+
+
+def test_bigram_against_counts_in_dictionaries(tokens, documents):
+    expected = [
+        -sum(
+            math.log(bigram_probability(tokens, first, second))
+            for first, second in zip([END, *document], [*document, END], strict=True)
+        )
+        for document in documents
+    ]
+    actual = bigram_document_nats(np.array(tokens, np.uint16), documents, END, VOCAB)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
+def test_the_bigram_probabilities_in_that_comparison_sum_to_one(tokens):
+    for first in range(VOCAB):  # the last of the tokens, which begins no pair, and ids that never occur, are among them
+        assert sum(bigram_probability(tokens, first, second) for second in range(VOCAB)) == pytest.approx(1, abs=1e-12)
