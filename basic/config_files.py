@@ -58,7 +58,7 @@ def from_table(cls: type[T], table: dict[str, Any], where: str = "") -> T:
     Raises:
         ValueError: an unknown or missing key, or a value of the wrong type or out of its range.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # ty: ignore[invalid-argument-type]
     for key in table:
         if key not in fields:
             raise ValueError(f"unknown key {where + key!r}; the keys here are {', '.join(fields)}")
@@ -75,7 +75,7 @@ def from_table(cls: type[T], table: dict[str, Any], where: str = "") -> T:
 def _checked(hint: Any, value: Any, name: str) -> Any:
     """The value as the type its field is annotated with, or a ValueError."""
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return from_table(hint, value, name + ".")  # type: ignore[arg-type]
+        return from_table(hint, value, name + ".")
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     for option in options:
         if get_origin(option) is Literal and value in get_args(option):

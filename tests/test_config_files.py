@@ -106,7 +106,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_saving_replaces_the_file_only_when_it_is_whole(tmp_path):
     save_config(Outer(count=1), tmp_path / "config.toml")
     with pytest.raises(TypeError):
-        save_config(Outer(count=object()), tmp_path / "config.toml")  # type: ignore[arg-type]
+        save_config(Outer(count=object()), tmp_path / "config.toml")  # ty: ignore[invalid-argument-type]
     assert load_config(tmp_path / "config.toml", Outer) == Outer(count=1)
     assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
 
