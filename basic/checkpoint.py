@@ -120,9 +120,7 @@ def load_checkpoint(
         optimizer_state = unpack(document["optimizer"], tensors)
         _check_optimizer(optimizer, optimizer_state)
         _load_optimizer(optimizer, optimizer_state)
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        if 0 in tensor.stride() and tensor.numel() > 0:  # torch refuses to fill memory that several elements share
-            tensor.data = tensor.data.clone()
+    _unfold(model)
     model.load_state_dict(model_state)
     return unpack(document["iteration"], tensors)
 
@@ -234,6 +232,15 @@ def _check_model(model: torch.nn.Module, saved: dict[str, Any]) -> None:
             )
 
 
+def _unfold(model: torch.nn.Module) -> None:
+    """Give expanded tensors memory for each of their elements: torch refuses to load into them as they are."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if not is_lazy(tensor) and any(
+            size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        ):
+            tensor.data = tensor.data.clone()
+
+
 def _described(value: Any) -> str:
     if not isinstance(value, Tensor):
         return f"a {type_name(type(value))}"
@@ -270,7 +277,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> 
     parameters = itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
     for key, parameter in zip(ids, parameters, strict=False):
         # An optimizer that saves its state in another form than it keeps it in can alone restore it.
-        if key in saved["state"] and loaded.get(key) is optimizer.state.get(parameter):
+        if key in saved["state"] and key in loaded and loaded[key] is optimizer.state.get(parameter):
             optimizer.state[parameter] = _exactly(saved["state"][key], loaded[key])
 
 

@@ -1,0 +1,265 @@
+"""Batches: the right rows, every start equally often, and the same again for the same seed and step."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from basic import data
+from basic.data import BatchSampler, check_token_ids, document_starts, to_device
+
+from .adapters import run_get_batch
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int32, np.int64, np.uint8])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_rows_and_the_rows_one_later(tmp_path, dtype, on_disk):
+    tokens = (np.arange(100) * 7 % 101).astype(dtype)
+    if on_disk:
+        tokens.tofile(tmp_path / "tokens")
+        tokens = np.memmap(tmp_path / "tokens", dtype=dtype, mode="r")
+    x, y = run_get_batch(dataset=tokens, batch_size=32, context_length=8, device="cpu")
+    for batch in (x, y):
+        assert (batch.dtype, batch.shape, batch.device.type) == (torch.int64, (32, 8), "cpu")
+        assert batch.is_contiguous()
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    # Neighbours differ by 7 modulo 101, so a row of other tokens than neighbours would show.
+    assert ((y - x) % 101 == 7).all()
+    y += 1
+    assert torch.equal(x[:, 1:], y[:, :-1] - 1)
+
+
+def test_every_start_is_equally_likely():
+    """Starts 0 .. 90 - 7 - 1, each expected in 1 of 83 rows.
+
+    The number of times that a start comes up in n = 83,000 rows is binomial with mean 1000 and standard deviation
+    below sqrt(1000) < 32. Five of these happen by chance to one of 83 starts in fewer than 1 of 20,000 trials.
+    """
+    torch.manual_seed(0)
+    counts = np.zeros(90, int)
+    for _ in range(83):
+        x, _ = run_get_batch(np.arange(90), 1000, 7, "cpu")
+        counts += np.bincount(x[:, 0].numpy(), minlength=90)
+    assert (counts[83:] == 0).all()
+    assert (abs(counts[:83] - 1000) < 5 * 32).all()
+
+
+def test_low_starts_are_not_favoured():
+    """Few random bits and a remainder would give the lower half of these starts 51.5 % of the rows.
+
+    0.5 % are ten standard deviations of the share of one half among 1,000,000 rows. The tokens are an array of
+    one zero, seen at every place, that notes where it is looked at.
+    """
+
+    class Notebook(np.ndarray):
+        def __getitem__(self, places):
+            starts.append(places[:, 0])
+            return np.zeros(places.shape, np.uint16)
+
+    starts = []
+    num_starts = int(2**32 / 16.5)
+    tokens = np.broadcast_to(np.zeros(1, np.uint16), num_starts + 1).view(Notebook)
+    torch.manual_seed(0)
+    run_get_batch(tokens, 1_000_000, 1, "cpu")
+    assert abs((starts[0] < num_starts // 2).mean() - 0.5) < 0.005
+
+
+def test_drawn_afresh_and_repeated_by_torchs_seed():
+    def draw():
+        return run_get_batch(np.arange(10_000), 16, 4, "cpu")[0]
+
+    torch.manual_seed(3)
+    first, second = draw(), draw()
+    torch.manual_seed(3)
+    assert torch.equal(draw(), first)
+    assert not torch.equal(first, second)
+
+
+def test_the_shortest_dataset():
+    x, y = run_get_batch(np.arange(6), 3, 5, "cpu")
+    assert x.tolist() == [[0, 1, 2, 3, 4]] * 3
+    assert y.tolist() == [[1, 2, 3, 4, 5]] * 3
+
+
+@pytest.mark.parametrize("length", [0, 1, 5])
+def test_a_dataset_shorter_than_the_context(length):
+    with pytest.raises(ValueError, match=rf"has {length} tokens, but context_length=5 needs at least 6"):
+        run_get_batch(np.arange(length), 3, 5, "cpu")
+    with pytest.raises(ValueError, match=rf"has {length} tokens, but context_length=5 needs at least 6"):
+        BatchSampler(np.arange(length), 3, 5, seed=0)
+
+
+@pytest.mark.parametrize("tokens", [np.zeros((9, 9), int), np.zeros(9), np.zeros(9, bool), np.int64(3)])
+def test_what_is_no_row_of_integers(tokens):
+    with pytest.raises(ValueError, match="tokens must be a one-dimensional array of integers"):
+        run_get_batch(np.asarray(tokens), 3, 5, "cpu")
+
+
+@pytest.mark.parametrize(("batch_size", "context_length"), [(0, 5), (5, 0), (-1, 5)])
+def test_sizes_below_one(batch_size, context_length):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        run_get_batch(np.arange(9), batch_size, context_length, "cpu")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "xpu", "no such device"])
+def test_an_unusable_device_raises_torchs_own_error(device):
+    with pytest.raises((RuntimeError, AssertionError)) as expected:
+        torch.zeros(1).to(device)
+    with pytest.raises(expected.type) as raised:
+        run_get_batch(np.arange(9), 3, 5, device)
+    assert str(raised.value) == str(expected.value)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_batches_on_a_gpu():
+    x, y = run_get_batch(np.arange(1000, dtype=np.uint16), 16, 100, "cuda")
+    assert x.device.type == y.device.type == "cuda"
+    assert torch.equal(y.cpu(), x.cpu() + 1)
+    assert torch.equal(to_device(x.cpu(), "cuda:0"), x)
+
+
+# --- The sampler -----------------------------------------------------------------------------------------------
+
+
+def first_tokens(sampler, steps):
+    """The starts of the rows of some steps, of a sampler over 0, 1, 2, ..."""
+    return [sampler.batch(step)[0][:, 0].tolist() for step in steps]
+
+
+def end_to_end(steps):
+    return [row for rows in steps for row in rows]
+
+
+@pytest.mark.parametrize("starts", [None, np.arange(0, 900, 7)])
+def test_a_batch_is_a_function_of_seed_and_step(starts):
+    def make(seed=5):
+        return BatchSampler(np.arange(1000), 8, 16, seed=seed, starts=starts)
+
+    in_order = first_tokens(make(), range(60))
+    sampler = make()
+    np.random.seed(1)  # the global states have no part in it
+    torch.manual_seed(1)
+    for step in (59, 3, 31, 3, 0, 58):
+        assert first_tokens(sampler, [step]) == [in_order[step]]
+    assert len({tuple(rows) for rows in in_order}) == 60
+    assert first_tokens(make(seed=6), range(60)) != in_order
+
+
+def test_rows_of_the_sampler():
+    x, y = BatchSampler(np.arange(1000, dtype=np.uint16), 8, 16, seed=0).batch(0)
+    assert x.dtype == y.dtype == torch.int64
+    assert x.shape == y.shape == (8, 16)
+    assert torch.equal(y, x + 1)
+    assert torch.equal(x, x[:, :1] + torch.arange(16))
+
+
+def test_random_windows_reach_both_ends():
+    sampler = BatchSampler(np.arange(20), 64, 16, seed=0)
+    assert set(end_to_end(first_tokens(sampler, range(4)))) == {0, 1, 2, 3}
+
+
+@given(
+    num_starts=st.integers(1, 12),
+    batch_size=st.integers(1, 30),
+    first_step=st.integers(0, 10**6),
+    seed=st.integers(0, 2**40),
+)
+def test_every_start_once_an_epoch(num_starts, batch_size, first_step, seed):
+    """Laid end to end, the rows are epochs of a shuffle each, also where a batch spans several."""
+    starts = np.arange(num_starts) * 3 + 1
+    sampler = BatchSampler(np.arange(100), batch_size, 8, seed=seed, starts=starts)
+    steps = range(first_step, first_step + 2 * num_starts // batch_size + 3)
+    rows = end_to_end(first_tokens(sampler, steps))
+    to_boundary = -(first_step * batch_size) % num_starts
+    for begin in range(to_boundary, len(rows) - num_starts + 1, num_starts):
+        assert sorted(rows[begin : begin + num_starts]) == starts.tolist()
+    # However it is asked, the same rows come.
+    again = BatchSampler(np.arange(100), batch_size, 8, seed=seed, starts=starts)
+    assert end_to_end(reversed(first_tokens(again, reversed(steps)))) == rows
+
+
+def test_epochs_differ_in_order():
+    sampler = BatchSampler(np.arange(100), 50, 8, seed=0, starts=np.arange(50))
+    epochs = first_tokens(sampler, range(4))
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_orders_of_past_epochs_are_not_kept():
+    sampler = BatchSampler(np.arange(100), 7, 8, seed=0, starts=np.arange(10))
+    for step in range(100):
+        sampler.batch(step)
+    assert len(sampler._orders) <= 2
+
+
+@pytest.mark.parametrize(
+    ("starts", "message"),
+    [
+        (np.array([0, 84]), "starts go from 0 to 84, but .* only at 0 to 83"),
+        (np.array([-1, 3]), "starts go from -1 to 3"),
+        (np.array([], int), "non-empty array of integers"),
+        (np.array([0.5]), "got float64"),
+        (np.zeros((2, 2), int), r"shape \(2, 2\)"),
+    ],
+)
+def test_starts_without_room_for_a_row(starts, message):
+    with pytest.raises(ValueError, match=message):
+        BatchSampler(np.arange(100), 4, 16, seed=0, starts=starts)
+
+
+def test_the_last_possible_start():
+    x, y = BatchSampler(np.arange(100), 1, 16, seed=0, starts=np.array([83])).batch(0)
+    assert (x[0, 0].item(), y[0, -1].item()) == (83, 99)
+
+
+def test_negative_seeds_and_steps():
+    with pytest.raises(ValueError, match="seed=-1 must not be negative"):
+        BatchSampler(np.arange(100), 4, 16, seed=-1)
+    with pytest.raises(ValueError, match="step=-1 must not be negative"):
+        BatchSampler(np.arange(100), 4, 16, seed=0).batch(-1)
+
+
+# --- Documents and vocabulary ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[1, 3, 1 << 22])
+def scan_tokens(request, monkeypatch):
+    """Files are scanned in pieces; the results must not depend on where they are cut."""
+    monkeypatch.setattr(data, "_SCAN_TOKENS", request.param)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int64])
+@pytest.mark.parametrize(("context_length", "expected"), [(1, [0, 3, 4, 7]), (2, [0, 3, 4]), (5, [0, 3]), (8, [0])])
+def test_rows_begin_at_the_separator(scan_tokens, dtype, context_length, expected):
+    tokens = np.array([9, 1, 2, 9, 9, 3, 4, 9, 5], dtype)
+    starts = document_starts(tokens, 9, context_length)
+    assert starts.dtype == np.int64
+    assert starts.tolist() == expected
+    x, y = BatchSampler(tokens, len(starts), context_length, seed=0, starts=starts).batch(0)
+    assert (x[:, 0] == 9).all()
+    assert sorted(y[:, 0].tolist()) == sorted(tokens[starts + 1].tolist())
+
+
+@pytest.mark.parametrize(("separator_id", "context_length"), [(8, 2), (9, 9), (9, 100), (70_000, 2), (-1, 2)])
+def test_no_document_to_begin_at(scan_tokens, separator_id, context_length):
+    tokens = np.array([9, 1, 2, 9, 9, 3, 4, 9, 5], np.uint16)
+    with pytest.raises(ValueError, match=rf"token {separator_id} does not occur in the 9 tokens with {context_length}"):
+        document_starts(tokens, separator_id, context_length)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (np.array([5, 7, 300, 12, 300], np.uint16), "token id 300 at position 2 is not in the vocabulary of 300 ids"),
+        (np.array([299, 65_535], np.uint16), "token id 65535 at position 1"),
+        (np.array([5, -2, 7, -2]), "token id -2 at position 1"),
+    ],
+)
+def test_ids_beyond_the_vocabulary(scan_tokens, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        check_token_ids(tokens, 300)
+
+
+@pytest.mark.parametrize("tokens", [np.array([0, 299], np.uint16), np.array([], np.uint16), np.array([299, 0])])
+def test_ids_within_the_vocabulary(scan_tokens, tokens):
+    check_token_ids(tokens, 300)
