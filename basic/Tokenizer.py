@@ -30,7 +30,7 @@ from basic.pretokenization import SpecialTokens, pretoken_batches, without_surro
 from basic.token_files import TokenFileInfo, TokenFileWriter
 
 # Half a megabyte of cached words, of everyday length: memory stays flat on a text without end.
-_CACHE_WORDS = 4096
+_CACHE_WORDS = 3072
 _CACHE_WORD_CHARACTERS = 32
 
 # Up to here the simple loop is the faster one.
@@ -148,10 +148,12 @@ class Tokenizer:
 
         Raises:
             ValueError: the text is not UTF-8 (the byte offset is named), or needs a byte that the vocabulary
-                lacks.
+                lacks; or both paths are the same file.
             OSError: a file cannot be read or written.
         """
         size = file_size_bytes(input_path)
+        if os.path.exists(output_path) and os.path.samefile(input_path, output_path):
+            raise ValueError(f"{os.fspath(output_path)!r} is the text itself; give another output_path")
         with (
             TokenFileWriter(output_path, self.vocab_size, tokenizer_fingerprint=self.fingerprint) as writer,
             progress_bar(progress, desc="encoding", total=size, unit="B", unit_scale=True) as advance,
@@ -233,6 +235,11 @@ class Tokenizer:
             OSError: a file is missing or cannot be read.
         """
         vocab_path, merges_path, special_tokens_path = (Path(directory) / name for name in _FILES)
+        if not special_tokens_path.exists():
+            raise FileNotFoundError(
+                f"{os.fspath(directory)!r} is not the folder of a saved tokenizer: it has no {_FILES[2]}; save one "
+                "there (local/train_bpe.py does), or read GPT-2's two files with from_files"
+            )
         special_tokens = load_json(special_tokens_path)
         if not isinstance(special_tokens, list):
             raise ValueError(f"{str(special_tokens_path)!r} must hold a JSON list of strings")
@@ -252,9 +259,13 @@ class _WordIds(dict[str, tuple[int, ...]]):
         self._ranks: dict[Pair, int] = {}
         self._results: list[int] = []  # by rank
         for rank, merge in enumerate(merges):
-            left, right = _checked_merge(rank, merge, ids)
-            self._ranks.setdefault((ids[left], ids[right]), rank)
-            self._results.append(ids[left + right])
+            try:
+                left, right = merge
+                pair, result = (ids[left], ids[right]), ids[left + right]
+            except (KeyError, TypeError, ValueError):
+                raise _merge_error(rank, merge, ids) from None
+            self._ranks.setdefault(pair, rank)
+            self._results.append(result)
 
     def __missing__(self, word: str) -> tuple[int, ...]:
         try:
@@ -273,16 +284,13 @@ class _WordIds(dict[str, tuple[int, ...]]):
         return encoded
 
 
-def _checked_merge(rank: int, merge: tuple[bytes, bytes], ids: dict[bytes, int]) -> tuple[bytes, bytes]:
-    if len(merge) != 2 or not all(isinstance(part, bytes) for part in merge):
-        raise TypeError(f"merge {rank} must be a pair of bytes, got {merge!r}")
+def _merge_error(rank: int, merge: tuple[bytes, bytes], ids: dict[bytes, int]) -> Exception:
+    """What is wrong with a merge."""
+    if not (isinstance(merge, tuple | list) and len(merge) == 2 and all(isinstance(part, bytes) for part in merge)):
+        return TypeError(f"merge {rank} must be a pair of bytes, got {merge!r}")
     left, right = merge
-    if not left or not right:
-        raise ValueError(f"merge {rank}, {merge!r}, has an empty part")
-    for token in (left, right, left + right):
-        if token not in ids:
-            raise ValueError(f"merge {rank}, {merge!r}, needs the token {token!r}, which is not in the vocabulary")
-    return left, right
+    missing = next(token for token in (left, right, left + right) if token not in ids)
+    return ValueError(f"merge {rank}, {merge!r}, needs the token {missing!r}, which is not in the vocabulary")
 
 
 def merge_short_word(ids: list[int], ranks: dict[Pair, int], results: list[int]) -> list[int]:

@@ -59,15 +59,17 @@ class SpecialTokens:
         if isinstance(tokens, str | bytes):
             raise TypeError(f"special_tokens must be a list of strings, got {tokens!r}; write [{tokens!r}]")
         self.tokens = tuple(tokens or ())
+        seen = set()
         for i, token in enumerate(self.tokens):
             if not isinstance(token, str):
                 raise TypeError(f"special token {i} must be a string, got {token!r}")
             if not token:
                 raise ValueError(f"special token {i} is empty: it would match everywhere; remove it")
-            if token in self.tokens[:i]:
+            if token in seen:
                 raise ValueError(f"special token {token!r} is given twice; give it once")
             if _SURROGATE.search(token):
                 raise ValueError(f"special token {token!r} has a lone surrogate, which has no UTF-8 form")
+            seen.add(token)
         longest_first = sorted(self.tokens, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self.max_length = max(map(len, self.tokens), default=1)

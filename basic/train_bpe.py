@@ -78,6 +78,10 @@ def merges_from_counts(
     Returns:
         The merges, in order.
 
+    Raises:
+        TypeError: a word is not bytes.
+        ValueError: a number is negative.
+
     Example:
         >>> merges_from_counts({b"low": 5, b"lower": 2, b"widest": 3, b"newest": 6}, 3)
         [(b's', b't'), (b'e', b'st'), (b'o', b'w')]
@@ -116,6 +120,8 @@ class _MergeState:
         self._token_at = [_BOUNDARY]
         self._count_at = [0]  # of the word that the place lies in
         for word, count in counts.items():
+            if not isinstance(word, bytes):
+                raise TypeError(f"words must be bytes, got {word!r}")
             if count < 0:
                 raise ValueError(f"the count of {word!r} is {count}; it must be at least 0")
             if count > 0 and len(word) > 1:
@@ -175,7 +181,8 @@ class _MergeState:
                 places[new, neighbour].append(place)
                 risen.add((new, neighbour))
         for risen_pair in risen:
-            heapq.heappush(self._heap, self._heap_entry(risen_pair))
+            if pair_counts[risen_pair] > 0:  # in "abab" the first "ab" makes a pair with "a" that the second ends
+                heapq.heappush(self._heap, self._heap_entry(risen_pair))
 
     def _token_id(self, token: bytes) -> int:
         if token not in self._ids:

@@ -1,0 +1,41 @@
+"""Encode a text file into a file of token ids: `uv run local/encode.py data/TinyStories-valid.txt runs/valid.bin`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    input: tyro.conf.Positional[Path]
+    """Text file in UTF-8, of any size."""
+    output: tyro.conf.Positional[Path]
+    """Token file to write, *.bin; a .json of the same name beside it says what is in it."""
+    tokenizer: Path = Path("runs/tokenizer")
+    """Folder of the tokenizer, as local/train_bpe.py saves it."""
+
+
+def main(options: Options) -> None:
+    from basic.token_files import sidecar_path
+    from basic.Tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(options.tokenizer)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    info = tokenizer.encode_file(options.input, options.output, progress=True)
+    seconds = time.perf_counter() - start
+    print(f"text     {info.source_bytes:,} bytes, {info.source_bytes / seconds / 1e6:.2f} MB/s")
+    print(f"tokens   {info.count:,}, {info.source_bytes / max(info.count, 1):.3f} bytes a token, {info.dtype}")
+    print(f"saved as {options.output} and {sidecar_path(options.output)}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except (OSError, ValueError, TypeError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,70 @@
+"""Train a tokenizer on a text file: `uv run local/train_bpe.py data/TinyStories-train.txt`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    input: tyro.conf.Positional[Path]
+    """Text file in UTF-8."""
+    vocab_size: int = 10_000
+    """Tokens to have in the end: the special tokens, the 256 bytes, and the merges."""
+    special_tokens: tuple[str, ...] = ("<|endoftext|>",)
+    """Strings that are one token each, never split; nothing is merged across them."""
+    output: Path = Path("runs/tokenizer")
+    """Folder for vocab.json, merges.txt and special_tokens.json."""
+    num_workers: int | None = None
+    """Processes that count; by default one for each processor. The result is the same for any number."""
+
+
+def main(options: Options) -> None:
+    from basic.Tokenizer import Tokenizer
+    from basic.train_bpe import train_bpe
+
+    start = time.perf_counter()
+    vocab, merges = train_bpe(
+        options.input,
+        options.vocab_size,
+        options.special_tokens,
+        num_workers=options.num_workers,
+        progress=True,
+    )
+    seconds = time.perf_counter() - start
+    tokenizer = Tokenizer(vocab, merges, options.special_tokens)
+    tokenizer.save(options.output)
+
+    special = {token.encode() for token in options.special_tokens}
+    longest = max((token for token in vocab.values() if token not in special), key=len)
+    print(f"trained in    {seconds:.1f} s, {peak_memory()}")
+    print(f"tokens        {tokenizer.vocab_size:,} ({len(merges):,} merges)")
+    print(f"longest token {longest.decode(errors='replace')!r}, {len(longest)} bytes")
+    print(f"saved in      {options.output}/ (vocab.json, merges.txt, special_tokens.json)")
+    if tokenizer.vocab_size < options.vocab_size:
+        print(f"note: the text has no more pairs to merge, so there are fewer tokens than {options.vocab_size:,}")
+
+
+def peak_memory() -> str:
+    """The most memory used, where the platform tells (Windows does not)."""
+    try:
+        import resource
+    except ImportError:
+        return "peak memory unknown"
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    this, worker = (
+        resource.getrusage(who).ru_maxrss * unit_bytes / 1e6 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    return f"peak memory {this:.0f} MB" + (f" and {worker:.0f} MB a worker" if worker else "")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except (OSError, ValueError, TypeError) as error:
+        sys.exit(f"error: {error}")

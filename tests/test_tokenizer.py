@@ -1,0 +1,546 @@
+"""The tokenizer: against tiktoken, the `tokenizers` package and itself, in memory that is really measured."""
+
+import itertools
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from basic import Tokenizer as tokenizer_module
+from basic.bytes_utils import load_merges, load_vocab, to_printable
+from basic.token_files import open_tokens, read_info
+from basic.Tokenizer import Tokenizer, merge_long_word, merge_short_word
+
+from .adapters import get_tokenizer, run_train_bpe
+from .conftest import shared_data
+from .fixtures.make_tokenizer_fixtures import PATTERN, SAMPLE, SNAPSHOT, SPECIAL_TOKENS
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+END = "<|endoftext|>"
+BYTES = {byte: bytes([byte]) for byte in range(256)}
+
+TEXT_FILES = [
+    "address.txt",
+    "corpus.en",
+    "german.txt",
+    "japanese_novel.txt",
+    "multilingual_wikipedia.txt",
+    "naughty_strings.json",
+    "novels_train.txt",
+    "novels_valid.txt",
+    "tinystories_2MiB.txt",
+    "tinystories_sample.txt",
+    "tinystories_shuffled_words_5M.txt",
+]
+
+
+def tiktoken_of(tokenizer: Tokenizer) -> tiktoken.Encoding:
+    """tiktoken with the same tokens; it needs ids in the order of the merges."""
+    special = tokenizer.special_token_ids
+    return tiktoken.Encoding(
+        "ours",
+        pat_str=PATTERN,
+        mergeable_ranks={token: i for i, token in tokenizer.vocab.items() if i not in special.values()},
+        special_tokens=special,
+    )
+
+
+def tokenizers_of(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """The `tokenizers` package with the same tokens."""
+    model = tokenizers.models.BPE(
+        vocab={to_printable(token): i for i, token in tokenizer.vocab.items()},
+        merges=[(to_printable(left), to_printable(right)) for left, right in tokenizer.merges],
+    )
+    theirs = tokenizers.Tokenizer(model)
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    theirs.add_special_tokens(
+        [tokenizers.AddedToken(token, normalized=False, special=True) for token in tokenizer.special_token_ids]
+    )
+    return theirs
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Tokenizer:
+    vocab, merges = shared_data("gpt2_vocab.json"), shared_data("gpt2_merges.txt")
+    return get_tokenizer(load_vocab(vocab), load_merges(merges), [END])
+
+
+@pytest.fixture(scope="module")
+def ours() -> Tokenizer:
+    """A small tokenizer trained on the project's own sample."""
+    special_tokens = [END, "<| a break |>"]
+    return get_tokenizer(*run_train_bpe(SAMPLE, 500, special_tokens), special_tokens)
+
+
+# Against other programs
+
+
+def test_snapshot():
+    snapshot = json.loads(SNAPSHOT.read_text(encoding="utf-8"))
+    lines = [line.split() for line in snapshot["merges_hex"]]
+    merges = [(bytes.fromhex(left), bytes.fromhex(right)) for left, right in lines]
+    tokens = [token.encode() for token in SPECIAL_TOKENS] + [*BYTES.values()]
+    vocab = dict(enumerate(tokens + [left + right for left, right in merges]))
+    ids = get_tokenizer(vocab, merges, snapshot["special_tokens"]).encode(SAMPLE.read_bytes().decode())
+    assert ids == [int(i) for i in snapshot["ids"].split()]
+
+
+@pytest.mark.parametrize("name", TEXT_FILES)
+def test_gpt2_equals_tiktoken(gpt2, name):
+    text = shared_data(name).read_bytes().decode()[:400_000]
+    if name.endswith(".json"):
+        text += "".join(json.loads(text))  # the file has escapes, the strings themselves are worse
+    ids = gpt2.encode(text)
+    assert ids == tiktoken_of(gpt2).encode(text, allowed_special="all")
+    assert gpt2.decode(ids) == text
+
+
+@pytest.mark.parametrize("name", ["corpus.en", "multilingual_wikipedia.txt", "naughty_strings.json"])
+def test_a_trained_vocabulary_equals_tiktoken_and_tokenizers(name):
+    path = shared_data(name)
+    text = path.read_bytes().decode()[:200_000] + SAMPLE.read_bytes().decode()
+    tokenizer = get_tokenizer(*run_train_bpe(path, 800, [END]), [END])
+    ids = tokenizer.encode(text)
+    assert ids == tiktoken_of(tokenizer).encode(text, allowed_special="all")
+    assert ids == tokenizers_of(tokenizer).encode(text).ids
+
+
+@given(text=st.text(st.sampled_from("lowes rt'd \n\u00e9\u706f1<|>"), max_size=60))
+def test_random_text_equals_tiktoken_and_tokenizers(ours, text):
+    ids = ours.encode(text)
+    assert ids == tiktoken_of(ours).encode(text, allowed_special="all")
+    assert ids == tokenizers_of(ours).encode(text).ids
+
+
+@given(
+    special_tokens=st.lists(st.sampled_from(["<a>", "<a><a>", "a><a", "<a>b", "b", "<"]), unique=True),
+    text=st.lists(st.sampled_from(["<a>", "<", "a>", "b", " "]), max_size=12).map("".join),
+)
+def test_overlapping_special_tokens_equal_those_of_tokenizers(special_tokens, text):
+    tokenizer = get_tokenizer(BYTES, [], special_tokens)
+    assert tokenizer.encode(text) == tokenizers_of(tokenizer).encode(text).ids
+
+
+@given(text=st.text(st.sampled_from("a\ud83d\ude00\ud800\U0001f600"), max_size=8))
+def test_surrogates_equal_tiktoken(ours, text):
+    ids = ours.encode(text)
+    assert ids == tiktoken_of(ours).encode(text)
+    assert list(ours.encode_iterable(text)) == ids
+
+
+def test_a_lone_surrogate_is_the_replacement_character(ours):
+    assert ours.encode("a\ud800b\udfff") == ours.encode("a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}")
+
+
+# Against itself
+
+
+@given(st.text())
+def test_round_trip(text):
+    tokenizer = get_tokenizer(BYTES, [], [END])
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(
+    parts=st.lists(st.sampled_from([END, END[:5], END[5:], "<| a break |>", "it's", "'", "ll", "  ", "\n", "row"])),
+    cuts=st.lists(st.integers(0, 200)),
+)
+def test_encode_iterable_equals_encode_wherever_it_is_cut(ours, parts, cuts):
+    text = "".join(parts)
+    cuts = sorted(cut % (len(text) + 1) for cut in cuts)
+    pieces = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
+    ids = ours.encode(text)
+    assert list(ours.encode_iterable(pieces)) == ids
+    assert list(ours.encode_iterable(text)) == ids
+    assert ours.decode(ids) == text
+
+
+def test_encode_iterable_of_lines_and_letters(gpt2):
+    path = shared_data("tinystories_sample.txt")
+    text = path.read_bytes().decode()
+    with open(path, encoding="utf-8", newline="") as lines:
+        assert list(gpt2.encode_iterable(lines)) == gpt2.encode(text)
+    assert list(gpt2.encode_iterable(text)) == gpt2.encode(text)
+
+
+def test_encode_iterable_is_lazy(ours):
+    asked = itertools.count()
+    ids = ours.encode_iterable(f"line {number} of an endless text\n" for number in asked)
+    assert len(list(itertools.islice(ids, 100))) == 100
+    assert next(asked) < 50
+
+
+@given(
+    word=st.lists(st.integers(0, 3), max_size=60),
+    pairs=st.lists(st.tuples(st.integers(0), st.integers(0)), max_size=12),
+)
+def test_long_words_are_merged_like_short_ones(word, pairs):
+    """Random merges over four letters and the results of earlier merges, ranked in any order."""
+    pairs = [(left % (4 + i), right % (4 + i)) for i, (left, right) in enumerate(pairs)]
+    results = list(range(4, 4 + len(pairs)))
+    ranks = {}
+    for rank, pair in enumerate(pairs):
+        ranks.setdefault(pair, rank)
+    assert merge_long_word(list(word), ranks, results) == merge_short_word(list(word), ranks, results)
+    shuffled = dict(zip(ranks, random.Random(len(word)).sample(list(ranks.values()), len(ranks)), strict=True))
+    assert merge_long_word(list(word), shuffled, results) == merge_short_word(list(word), shuffled, results)
+
+
+def test_long_words_equal_tiktoken(gpt2):
+    generator = random.Random(0)
+    for letters in ("ab", "etaoinshrdl", "=-"):
+        word = "".join(generator.choices(letters, k=3000))
+        assert gpt2.encode(word) == tiktoken_of(gpt2).encode(word)
+
+
+def test_a_million_identical_letters(gpt2):
+    """Were it quadratic, this would take days."""
+    ids = gpt2.encode("a" * 1_000_000)
+    assert ids == gpt2.encode("a" * 1_000) * 1_000
+    assert gpt2.encode("a" * 1_000) == tiktoken_of(gpt2).encode("a" * 1_000)
+
+
+def test_only_short_words_are_kept_and_not_too_many(monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "_CACHE_WORDS", 5)
+    tokenizer = get_tokenizer(BYTES, [])
+    text = " ".join(map(str, range(100, 150))) + " " + "x" * 1000
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode(text) == list(text.encode())
+    assert len(tokenizer._words) <= 5
+    assert max(map(len, tokenizer._words)) < 100
+
+
+# The vocabulary is anything
+
+
+@given(seed=st.integers(0, 1000), text=st.text(st.sampled_from("lower thn's"), max_size=40))
+def test_ids_mean_nothing_but_what_the_vocabulary_says(ours, seed, text):
+    new_ids = random.Random(seed).sample(range(10**6), len(ours.vocab))
+    translate = dict(zip(ours.vocab, new_ids, strict=True))
+    vocab = {translate[i]: token for i, token in ours.vocab.items()}
+    shuffled = get_tokenizer(vocab, ours.merges, list(ours.special_token_ids))
+    assert shuffled.encode(text) == [translate[i] for i in ours.encode(text)]
+
+
+def test_special_tokens_get_their_ids():
+    vocab = {5: b"a", 900: b"<x>", 7: b"<"}
+    tokenizer = get_tokenizer(vocab, [], ["<new>", "<x>", "é", "<"])
+    assert tokenizer.special_token_ids == {"<new>": 901, "<x>": 900, "é": 902, "<": 7}
+    assert vocab == {5: b"a", 900: b"<x>", 7: b"<"}, "the caller's dictionary is not changed"
+    assert tokenizer.encode("a<new>é<x><a") == [5, 901, 902, 900, 7, 5]
+    assert tokenizer.decode([901, 902, 900]) == "<new>é<x>"
+    assert tokenizer.vocab_size == 903
+
+
+def test_a_vocabulary_entry_that_looks_special_is_not():
+    vocab = BYTES | {256: b"<|endoftext|>"}
+    assert get_tokenizer(vocab, []).encode(END) == list(END.encode())
+    assert get_tokenizer(vocab, [], [END]).encode(END) == [256]
+
+
+def test_bytes_with_two_ids_are_encoded_as_the_smaller():
+    tokenizer = get_tokenizer({9: b"a", 2: b"a", 4: b"b", 3: b"ab", 1: b"ab"}, [(b"a", b"b")])
+    assert tokenizer.encode("aba") == [1, 2]
+    assert tokenizer.decode([9, 3]) == "aab"
+
+
+def test_of_equal_merges_the_first_counts():
+    merges = [(b"a", b"b"), (b"b", b"c"), (b"a", b"b")]
+    vocab = dict(enumerate([b"a", b"b", b"c", b"ab", b"bc"]))
+    assert get_tokenizer(vocab, merges).encode("abc") == [3, 2]
+
+
+def test_a_missing_byte():
+    tokenizer = get_tokenizer({0: b"a", 1: b" "}, [], [END])
+    assert tokenizer.encode(f"a a{END}") == [0, 1, 0, 2]
+    for text in ("ab", "é"):
+        with pytest.raises(ValueError, match=f"no token for the byte 0x{text.encode().removeprefix(b'a')[0]:02x}"):
+            tokenizer.encode(text)
+    assert tokenizer.encode("a") == [0]
+
+
+# Decoding
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter, np.array, lambda ids: np.array(ids, np.uint16)])
+def test_decode_takes_any_ids(ours, kind):
+    text = SAMPLE.read_bytes().decode()
+    assert ours.decode(kind(ours.encode(text))) == text
+    assert ours.decode_bytes(kind(ours.encode(text))) == text.encode()
+
+
+def test_malformed_utf8_becomes_replacement_characters():
+    tokenizer = get_tokenizer(BYTES, [])
+    data = shared_data("utf8tests.bin").read_bytes()
+    assert tokenizer.decode(list(data)) == data.decode(errors="replace")
+    assert tokenizer.decode([0xC3]) == "\N{REPLACEMENT CHARACTER}"
+    assert tokenizer.decode_bytes([0xC3]) == b"\xc3"
+    assert tokenizer.decode([]) == ""
+
+
+@pytest.mark.parametrize(("ids", "wrong"), [([1, 500], "id 500 at position 1"), ([-1], "id -1"), (["a"], "id 'a'")])
+def test_decode_names_an_id_out_of_range(ours, ids, wrong):
+    assert ours.vocab_size == 500
+    with pytest.raises(ValueError, match=f"{wrong}.* whose largest id is 499"):
+        ours.decode(ids)
+
+
+def test_decode_names_an_id_of_an_array_out_of_range(ours):
+    with pytest.raises(ValueError, match="id 65535 at position 2"):
+        ours.decode(np.array([0, 1, 65535], np.uint16))
+
+
+# Files
+
+
+def test_from_files_reads_what_gpt2_has():
+    vocab, merges = shared_data("gpt2_vocab.json"), shared_data("gpt2_merges.txt")
+    tokenizer = Tokenizer.from_files(vocab, str(merges), special_tokens=[END])
+    assert tokenizer.special_token_ids == {END: 50256}
+    assert tokenizer.encode(f"Hello world{END}") == [15496, 995, 50256]
+
+
+def test_save_and_load(tmp_path, ours):
+    ours.save(tmp_path / "new" / "folder")
+    loaded = Tokenizer.load(tmp_path / "new" / "folder")
+    assert (loaded.vocab, loaded.merges) == (ours.vocab, ours.merges)
+    assert loaded.special_token_ids == ours.special_token_ids
+    assert loaded.fingerprint == ours.fingerprint
+    text = SAMPLE.read_bytes().decode()
+    assert loaded.encode(text) == ours.encode(text)
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
+        "merges.txt",
+        "special_tokens.json",
+        "vocab.json",
+    ]
+
+
+@settings(max_examples=30)
+@given(
+    special_tokens=st.lists(st.text(min_size=1), unique=True, max_size=4),
+    merges=st.lists(
+        st.tuples(st.sampled_from([b"#", b"\n", b" ", b"\xff"]), st.sampled_from([b"#", b"\r"])), unique=True
+    ),
+)
+def test_any_special_tokens_and_merges_survive_saving(tmp_path_factory, special_tokens, merges):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    vocab = dict(enumerate([*BYTES.values(), *(left + right for left, right in merges)]))
+    tokenizer = get_tokenizer(vocab, merges, special_tokens)
+    tokenizer.save(folder)
+    loaded = Tokenizer.load(folder)
+    assert (loaded.vocab, loaded.merges) == (tokenizer.vocab, tokenizer.merges)
+    assert list(loaded.special_token_ids.items()) == list(tokenizer.special_token_ids.items())
+    assert loaded.fingerprint == tokenizer.fingerprint
+
+
+def test_fingerprint_tells_tokenizers_apart():
+    vocab = BYTES | {256: b"ab", 257: b"bc"}
+    merges = [(b"a", b"b"), (b"b", b"c")]
+    tokenizer = get_tokenizer(vocab, merges, ["<x>", "<y>"])
+    others = [
+        get_tokenizer(vocab, merges, ["<y>", "<x>"]),
+        get_tokenizer(vocab, merges, ["<x>"]),
+        get_tokenizer(tokenizer.vocab, merges, ["<x>"]),
+        get_tokenizer(vocab, merges[::-1], ["<x>", "<y>"]),
+        get_tokenizer(vocab, merges[:1], ["<x>", "<y>"]),
+        get_tokenizer(vocab | {256: b"bc", 257: b"ab"}, merges, ["<x>", "<y>"]),
+    ]
+    assert len({other.fingerprint for other in [tokenizer, *others]}) == len(others) + 1
+    assert get_tokenizer(dict(reversed(vocab.items())), merges, ["<x>", "<y>"]).fingerprint == tokenizer.fingerprint
+    assert re.fullmatch("[0-9a-f]{64}", tokenizer.fingerprint)
+
+
+def test_loading_says_what_is_missing_or_wrong(tmp_path, ours):
+    with pytest.raises(FileNotFoundError, match="is not the folder of a saved tokenizer"):
+        Tokenizer.load(tmp_path)
+    ours.save(tmp_path)
+    (tmp_path / "special_tokens.json").write_text('{"<x>": 1}')
+    with pytest.raises(ValueError, match="must hold a JSON list"):
+        Tokenizer.load(tmp_path)
+    ours.save(tmp_path)
+    (tmp_path / "merges.txt").write_text("q z\n")
+    with pytest.raises(ValueError, match=r"merge 0.*needs the token b'qz'"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 1 << 16])
+def test_encode_file(tmp_path, monkeypatch, ours, block_bytes):
+    monkeypatch.setattr("basic.bytes_utils.BLOCK_BYTES", block_bytes)
+    info = ours.encode_file(SAMPLE, tmp_path / "sample.bin")
+    data = SAMPLE.read_bytes()
+    assert open_tokens(tmp_path / "sample.bin", verify=True).tolist() == ours.encode(data.decode())
+    assert info == read_info(tmp_path / "sample.bin")
+    assert info.source_bytes == len(data)
+    assert (info.vocab_size, info.tokenizer_fingerprint) == (500, ours.fingerprint)
+
+
+def test_encode_file_leaves_nothing_half_written(tmp_path, ours):
+    text, output = tmp_path / "text.txt", tmp_path / "tokens.bin"
+    text.write_bytes(b"good " * 100_000 + b"\xff")
+    with pytest.raises(ValueError, match=r"text\.txt' is not valid UTF-8 at byte offset 500000 "):
+        ours.encode_file(text, output)
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        ours.encode_file(tmp_path / "nowhere.txt", output)
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        ours.encode_file(tmp_path, output)
+    with pytest.raises(ValueError, match="is the text itself"):
+        ours.encode_file(text, text)
+    assert text.stat().st_size == 500_001
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("vocab", "merges", "special_tokens", "error", "message"),
+    [
+        (BYTES, [(b"a", b"b")], None, ValueError, r"merge 0, \(b'a', b'b'\), needs the token b'ab'"),
+        (BYTES | {256: b"ab"}, [(b"a", b"b"), (b"ab", b"cd")], None, ValueError, "merge 1, .*the token b'cd'"),
+        ({0: b"b", 1: b"ab"}, [(b"a", b"b")], None, ValueError, "needs the token b'a'"),
+        (BYTES, [("a", "b")], None, TypeError, "merge 0 must be a pair of bytes, got"),
+        (BYTES, [(b"a",)], None, TypeError, "merge 0 must be a pair of bytes, got"),
+        (BYTES, [b"ab"], None, TypeError, "merge 0 must be a pair of bytes, got b'ab'"),
+        ({0: "a"}, [], None, TypeError, "vocab must map ints to bytes, but has 0: 'a'"),
+        ({"a": 0}, [], None, TypeError, "vocab must map ints to bytes, but has 'a': 0"),
+        ({-1: b"a"}, [], None, ValueError, "the id -1"),
+        (BYTES, [], [""], ValueError, "special token 0 is empty"),
+        (BYTES, [], ["a", "a"], ValueError, "'a' is given twice"),
+        (BYTES, [], [b"a"], TypeError, "must be a string, got b'a'"),
+        (BYTES, [], "a", TypeError, "must be a list of strings"),
+    ],
+)
+def test_bad_arguments(vocab, merges, special_tokens, error, message):
+    with pytest.raises(error, match=message):
+        get_tokenizer(vocab, merges, special_tokens)
+
+
+def test_text_must_be_a_string(ours):
+    with pytest.raises(TypeError, match="text must be a string, got bytes"):
+        ours.encode(b"bytes")
+    with pytest.raises(TypeError, match="text must be a string, got int"):
+        list(ours.encode_iterable(["a", 1]))
+
+
+def test_repr(ours):
+    assert repr(ours) == f"Tokenizer(vocab_size=500, merges=242, special_tokens=['{END}', '<| a break |>'])"
+
+
+# Memory, of a process of its own
+
+linux_only = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc/self/status")
+
+MEASURE = """
+import collections, itertools, resource, sys
+from basic.Tokenizer import Tokenizer
+
+tokenizer = Tokenizer.load(sys.argv[1])
+
+def memory_bytes(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
+def limit(allowance_bytes):
+    most = memory_bytes("VmSize") + allowance_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+def peak_bytes():
+    return memory_bytes("VmHWM")
+
+def pieces(size_bytes, start=0):
+    # A long word of one token is quick; one in each piece is new, so that a cache without a bound would show.
+    for number in itertools.count(start):
+        piece = " lighthousekeeper" * 40 + " the" + "".join(chr(97 + int(digit)) for digit in str(number)) + "\\n"
+        size_bytes -= len(piece)
+        if size_bytes < 0:
+            return
+        yield piece
+
+def consume(ids):
+    collections.deque(ids, maxlen=0)
+"""
+
+
+def measured(tmp_path, tokenizer: Tokenizer, code: str) -> str:
+    tokenizer.save(tmp_path)
+    done = subprocess.run([sys.executable, "-c", MEASURE + code, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@linux_only
+def test_encode_iterable_memory_does_not_grow_with_the_stream(tmp_path):
+    word = b" lighthousekeeper"
+    merges = [(word[:i], word[i : i + 1]) for i in range(1, len(word))]
+    vocab = BYTES | {256 + i: left + right for i, (left, right) in enumerate(merges)}
+    code = """
+consume(tokenizer.encode_iterable(pieces(2_000_000)))
+before = peak_bytes()
+consume(tokenizer.encode_iterable(pieces(5_000_000, 10_000)))
+after_5 = peak_bytes()
+consume(tokenizer.encode_iterable(pieces(50_000_000, 100_000)))
+after_50 = peak_bytes()
+kept = list(tokenizer.encode_iterable(pieces(10_000_000)))
+print(after_5 - before, after_50 - after_5, peak_bytes() - after_50)
+"""
+    growth_5, growth_45_more, control = map(int, measured(tmp_path, get_tokenizer(vocab, merges, [END]), code).split())
+    assert growth_5 <= 1_000_000
+    assert growth_45_more <= 1_000_000
+    assert control > 2_000_000, "a list of ids is seen, so what is measured is real"
+
+
+@linux_only
+def test_encode_iterable_fits_a_megabyte_and_encode_ends_in_memory_error(tmp_path, gpt2):
+    path = shared_data("tinystories_shuffled_words_5M.txt")
+    code = f"""
+text = open({str(path)!r}, encoding="utf-8", newline="")
+whole = text.read()
+text.seek(0)
+long_word, surrogates = "a" * 5_000_000, "a\\ud800" * 2_000_000
+consume(tokenizer.encode_iterable(["a warm-up"]))
+limit(1_000_000)
+consume(tokenizer.encode_iterable(text))
+for too_large in (whole, long_word, surrogates):
+    try:
+        tokenizer.encode(too_large)
+    except MemoryError:
+        print("MemoryError", end=" ")
+print(len(tokenizer.encode("and it still works")))
+"""
+    assert measured(tmp_path, gpt2, code) == "MemoryError MemoryError MemoryError 4"
+
+
+def test_the_text_half_loads_neither_torch_nor_numba():
+    code = "import sys, basic.Tokenizer, basic.train_bpe; print({'torch', 'numba', 'tqdm'} & sys.modules.keys())"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+# The scripts
+
+
+def run_script(name: str, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, REPOSITORY / "local" / name, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+
+
+def test_scripts_train_and_encode(tmp_path):
+    trained = run_script("train_bpe.py", SAMPLE, "--vocab-size", 400, "--output", tmp_path / "tokenizer")
+    assert trained.returncode == 0, trained.stderr
+    assert "400 (143 merges)" in trained.stdout
+    encoded = run_script("encode.py", SAMPLE, tmp_path / "sample.bin", "--tokenizer", tmp_path / "tokenizer")
+    assert encoded.returncode == 0, encoded.stderr
+    ids = open_tokens(tmp_path / "sample.bin", verify=True)
+    assert Tokenizer.load(tmp_path / "tokenizer").decode(ids) == SAMPLE.read_bytes().decode()
+    failed = run_script("train_bpe.py", tmp_path / "nowhere.txt", "--output", tmp_path / "never")
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("error: there is no file")
+    assert not (tmp_path / "never").exists()
