@@ -25,7 +25,6 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 from basic.atomic_file import atomic_paths
 from basic.state_tree import dtype_name, pack, type_name, unpack
@@ -215,7 +214,7 @@ def _check_model(model: torch.nn.Module, saved: dict[str, Any]) -> None:
                 "the model as it was saved"
             )
         theirs = saved[key]
-        if key.endswith("_extra_state") or not isinstance(mine, Tensor) or is_lazy(mine):
+        if key.endswith("_extra_state") or not isinstance(mine, Tensor) or _is_lazy(mine):
             continue  # the module alone knows what fits here
         if not isinstance(theirs, Tensor) or (theirs.shape, theirs.dtype) != (mine.shape, mine.dtype):
             raise ValueError(
@@ -235,10 +234,15 @@ def _check_model(model: torch.nn.Module, saved: dict[str, Any]) -> None:
 def _unfold(model: torch.nn.Module) -> None:
     """Give expanded tensors memory for each of their elements: torch refuses to load into them as they are."""
     for tensor in itertools.chain(model.parameters(), model.buffers()):
-        if not is_lazy(tensor) and any(
+        if not _is_lazy(tensor) and any(
             size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
         ):
             tensor.data = tensor.data.clone()
+
+
+def _is_lazy(tensor: Tensor) -> bool:
+    """Whether it is a parameter of a lazy module, which has no shape yet and takes that of what is loaded."""
+    return hasattr(type(tensor), "materialize")
 
 
 def _described(value: Any) -> str:

@@ -33,12 +33,24 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-# Dtypes that every version of safetensors in use can name.
+# Dtypes that every version of safetensors in use can name; the others are stored as bytes.
 _NAMED_DTYPES = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.bool),
     *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
 }
+_OTHER_DTYPES = {
+    *(torch.complex128, torch.complex64, torch.complex32),
+    *(torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu, torch.float4_e2m1fn_x2),
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype without the name of torch, such as `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+_DTYPES = {dtype_name(dtype): dtype for dtype in _NAMED_DTYPES | _OTHER_DTYPES}
 
 
 def pack(tree: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -187,11 +199,11 @@ def _encode_key(key: Any, path: str) -> Any:
 
 def _encode_tensor(tensor: Tensor, path: str, leaves: list[_Leaf]) -> dict[str, Any]:
     kind = type(tensor)
-    dense = kind in (Tensor, Parameter) and tensor.layout is torch.strided and not tensor.is_nested
-    if not dense or tensor.is_quantized or tensor.is_meta:
+    dense = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_meta
+    if not dense or kind not in (Tensor, Parameter) or tensor.dtype not in _DTYPES.values():
         raise TypeError(
             f"{path} is a {type_name(kind)} ({tensor.dtype}, {tensor.layout}, {tensor.device}) and cannot be saved: "
-            "allowed are dense tensors in memory, exactly of type Tensor or Parameter; convert it to one of them"
+            "allowed are dense tensors in memory, exactly of type Tensor or Parameter, not quantized; convert it"
         )
     node: dict[str, Any] = {"$tensor": None}
     if tensor.requires_grad:
@@ -235,7 +247,7 @@ def _decode(node: Any, stored: Callable[[str], Tensor]) -> Any:
 def _decode_tensor(node: dict[str, Any], tensor: Tensor) -> Tensor:
     if "view" in node:
         name, shape, strides, offset = node["view"]
-        view = torch.empty(0, dtype=getattr(torch, name))
+        view = torch.empty(0, dtype=_DTYPES[name])
         tensor = view.set_(tensor.untyped_storage(), offset, tuple(shape), tuple(strides))
     requires_grad = node.get("requires_grad", False)
     if node.get("parameter", False):
@@ -258,8 +270,3 @@ def _is_unicode(text: str) -> bool:
 def type_name(kind: type) -> str:
     """A type with its module, such as `numpy.float64`."""
     return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype without the name of torch, such as `float32`."""
-    return str(dtype).removeprefix("torch.")
