@@ -77,7 +77,10 @@ def save_checkpoint(
     try:
         if isinstance(out, (str, os.PathLike)):
             with atomic_paths(out) as (temporary,):
+                temporary.touch()
+                mode = temporary.stat().st_mode  # safetensors would leave a file that only its owner can read
                 safetensors.torch.save_file(tensors, temporary, metadata)
+                temporary.chmod(mode)
         else:
             content = safetensors.torch.save(tensors, metadata)
             written = out.write(content)

@@ -328,6 +328,12 @@ def test_other_programs_find_the_weights_by_name(trained, tmp_path):
     assert document["model"]["0.weight"] == {"$tensor": "model.0.weight"}
 
 
+def test_the_file_may_be_read_by_whom_a_new_file_may(trained, tmp_path):
+    run_save_checkpoint(*trained, 3, tmp_path / "c")
+    (tmp_path / "ordinary").touch()
+    assert (tmp_path / "c").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
 def test_shared_memory_is_stored_once(tmp_path):
     def size_bytes(**buffers):
         model = nn.Module()
