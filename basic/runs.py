@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -19,7 +20,7 @@ import torch
 
 from basic.atomic_file import atomic_write
 from basic.checkpoint import load_checkpoint, read_extra, save_checkpoint
-from basic.config_files import load_config, save_config
+from basic.config_files import load_config, save_config, to_table
 from basic.model import ModelConfig, TransformerLM
 
 CHECKPOINTS_KEPT = 2
@@ -31,7 +32,7 @@ class TrainConfig:
     """How a model is trained.
 
     Raises:
-        ValueError: a number is out of its range, or the accumulation does not divide the batch.
+        ValueError: a setting is out of its range, or the accumulation does not divide the batch.
     """
 
     steps: int
@@ -82,12 +83,26 @@ class TrainConfig:
     """Whether torch.compile makes the model faster; the first step then takes up to a minute."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation", "eval_batches"):
+        for name in ("steps", "batch_size", "gradient_accumulation", "eval_batches", "sample_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup_steps", "log_interval", "eval_interval", "sample_interval", "checkpoint_interval"):
-            if getattr(self, name) < 0:
+        intervals = ("log_interval", "eval_interval", "sample_interval", "checkpoint_interval")
+        for name in ("warmup_steps", "min_learning_rate", "eps", "weight_decay", *intervals, "seed"):
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if not self.max_gradient_norm > 0:
+            raise ValueError(f"max_gradient_norm must be above 0, got {self.max_gradient_norm}")
+        if not self.max_learning_rate >= self.min_learning_rate:
+            raise ValueError(
+                f"max_learning_rate={self.max_learning_rate} must be at least "
+                f"min_learning_rate={self.min_learning_rate}; change one of them"
+            )
+        for name, allowed in (("rows", ("windows", "documents")), ("precision", ("auto", "float32", "bfloat16"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.batch_size % self.gradient_accumulation:
             raise ValueError(
                 f"batch_size={self.batch_size} must be divisible by gradient_accumulation={self.gradient_accumulation}"
@@ -173,14 +188,22 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def start_folder(run_dir: Path, config: RunConfig, tokenizer: Savable | None) -> None:
+def start_folder(run_dir: Path, config: RunConfig, tokenizer: Savable | None, *, overwrite: bool = False) -> None:
     """Make a run's folder with its configuration and a copy of its tokenizer.
 
+    Args:
+        overwrite: remove a run that is there already; of other files in the folder, none.
+
     Raises:
-        FileExistsError: there is a run already.
+        FileExistsError: there is a run already, and `overwrite` is off.
     """
     if (run_dir / "config.toml").exists():
-        raise FileExistsError(f"{run_dir} already holds a run; choose another folder, resume it, or remove it")
+        if not overwrite:
+            raise FileExistsError(f"{run_dir} already holds a run; choose another folder, resume it, or overwrite it")
+        for name in ("config.toml", "metrics.jsonl", "samples.txt"):
+            (run_dir / name).unlink(missing_ok=True)
+        for name in ("checkpoints", "tokenizer"):
+            shutil.rmtree(run_dir / name, ignore_errors=True)
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save(run_dir / "tokenizer")
@@ -195,15 +218,26 @@ def save_step(run_dir: Path, model: TransformerLM, optimizer: torch.optim.Optimi
         old.unlink()
 
 
-def load_newest(run_dir: Path, model: TransformerLM, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+def load_newest(
+    run_dir: Path, config: RunConfig, model: TransformerLM, optimizer: torch.optim.Optimizer
+) -> tuple[int, float]:
     """Put the newest checkpoint into model and optimizer; return its step and the wall time until then, in s.
 
-    Lines of the metrics log from after that step are removed: the steps will be done again.
+    Lines of the metrics log from after that step are removed: the steps will be done again. The configuration is
+    saved anew, because a run may go on for more steps than it was begun for.
 
     Raises:
         FileNotFoundError: there is no checkpoint yet.
+        ValueError: the run was begun with another model.
     """
     path = _newest_checkpoint(run_dir)
+    began_with = to_table(load_config(run_dir / "config.toml", RunConfig).model)
+    for name, value in to_table(config.model).items():
+        if began_with[name] != value:
+            raise ValueError(
+                f"{run_dir} was begun with model.{name} = {began_with[name]}, but is to be resumed with {value}; "
+                "resume it with the model it has, or train this one in another folder"
+            )
     step = load_checkpoint(path, model, optimizer)
     extra = read_extra(path)
     _set_random_state(extra["random_state"])
@@ -212,6 +246,7 @@ def load_newest(run_dir: Path, model: TransformerLM, optimizer: torch.optim.Opti
         kept = [record for record in read_metrics(log) if record["step"] <= step]
         with atomic_write(log) as file:
             file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
+    save_config(config, run_dir / "config.toml")
     return step, extra["wall_s"]
 
 

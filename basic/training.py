@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from basic.data import BatchSampler, check_token_ids, document_starts
+from basic.data import BatchSampler, check_token_ids, document_starts, to_device
 from basic.evaluation import mean_loss
 from basic.functional import cross_entropy
 from basic.generation import TextCodec, complete
@@ -45,6 +45,7 @@ def train(
     *,
     tokenizer: Tokenizing | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = False,
 ) -> Run:
     """Train a model and leave everything about it in a folder (`basic.runs` shows its layout).
@@ -52,26 +53,29 @@ def train(
     Args:
         config: saved with the run.
         train_tokens, valid_tokens: integers (tokens,), a memmap of any size too.
-        run_dir: is made; must not hold a run already, unless it is resumed.
+        run_dir: is made; must not hold a run already, unless it is resumed or overwritten.
         tokenizer: for samples and for rows that begin at documents; a copy is saved with the run.
         resume: go on from the newest checkpoint of `run_dir`.
+        overwrite: remove the run that `run_dir` holds, once it is clear that the new one can begin.
         progress: show a bar.
 
     Raises:
-        FileExistsError: `run_dir` holds a run and `resume` is off.
+        FileExistsError: `run_dir` holds a run, and neither `resume` nor `overwrite` is on.
         FileNotFoundError: there is nothing to resume.
         ValueError: data, tokenizer and configuration do not fit together.
-        FloatingPointError: the loss is no longer finite; the last checkpoint is left as it was.
+        FloatingPointError: the loss is no longer finite; the checkpoints from before are left as they were.
     """
+    if resume and overwrite:
+        raise ValueError("a run cannot be both resumed and overwritten; choose one")
     run_dir, settings = Path(run_dir), config.train
     device = choose_device(settings.device)
     training, validation = _samplers(config, train_tokens, valid_tokens, tokenizer)
     if not resume:
-        start_folder(run_dir, config, tokenizer)
+        start_folder(run_dir, config, tokenizer, overwrite=overwrite)
     torch.manual_seed(settings.seed)
     model = TransformerLM(config.model).to(device)
     optimizer = make_optimizer(model, settings)
-    first_step, wall_s = load_newest(run_dir, model, optimizer) if resume else (0, 0.0)
+    first_step, wall_s = load_newest(run_dir, config, model, optimizer) if resume else (0, 0.0)
     forward: Any = torch.compile(model) if settings.compile else model
     meter = _Meter(first_step, wall_s, settings.batch_size * config.model.context_length, device)
 
@@ -84,20 +88,25 @@ def train(
             loss, norm = train_step(forward, optimizer, training.batch(done - 1), rate, settings, device)
             meter.add(loss)
             evaluate = _due(done, settings.eval_interval, settings)
-            if evaluate or _due(done, settings.log_interval, settings):
-                record = meter.record(done, learning_rate=rate, gradient_norm=norm.item())
+            log_now = evaluate or _due(done, settings.log_interval, settings)
+            save_now = _due(done, settings.checkpoint_interval, settings)
+            if log_now or save_now:
+                meter.check_finite(norm)
+            if log_now:
+                record = meter.record(learning_rate=rate, gradient_norm=norm.item())
                 if evaluate:
                     with _precision(settings, device):
                         record["valid_loss"] = mean_loss(forward, validation, settings.eval_batches, device)
                 _log(record, log, bar)
-                meter.restart()
             if tokenizer is not None and _due(done, settings.sample_interval, settings):
                 _write_sample(run_dir / "samples.txt", model, tokenizer, settings, done)
-            if _due(done, settings.checkpoint_interval, settings):
+            if save_now:
                 save_step(run_dir, model, optimizer, done, meter.wall_s())
+            if log_now:
+                meter.restart()
             bar.update()
     saved_tokenizer = run_dir / "tokenizer" if tokenizer is not None else None
-    return Run(model.eval(), config, saved_tokenizer, settings.steps)
+    return Run(model.eval(), config, saved_tokenizer, max(first_step, settings.steps))
 
 
 def train_step(
@@ -120,8 +129,8 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     for inputs, targets in zip(*(ids.chunk(config.gradient_accumulation) for ids in batch), strict=True):
         with _precision(config, device):
-            logits = model(_to_device(inputs, device))
-        part = cross_entropy(logits.float(), _to_device(targets, device)) / config.gradient_accumulation
+            logits = model(to_device(inputs, device))
+        part = cross_entropy(logits.float(), to_device(targets, device)) / config.gradient_accumulation
         part.backward()
         loss += part.detach()
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
@@ -161,27 +170,30 @@ class _Meter:
     def wall_s(self) -> float:
         return time.perf_counter() - self.started_s
 
-    def record(self, step: int, *, learning_rate: float, gradient_norm: float) -> dict[str, float]:
-        """The numbers since the last restart; a loss that is not finite ends the run."""
-        loss = self.loss_sum.item() / self.steps_since
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the training loss became {loss} by step {step} (learning rate {learning_rate:.3g}); the last "
-                "checkpoint is untouched; try a lower max_learning_rate or a longer warm-up"
-            )
+    def check_finite(self, gradient_norm: Tensor) -> None:
+        """End the run if a loss since the last restart was not finite, or now the gradient, which ruins all weights."""
+        for name, value in (("training loss", self.loss_sum.item()), ("gradient's norm", gradient_norm.item())):
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the {name} became {value} by step {self.step}; checkpoints from before are untouched; try a "
+                    "lower max_learning_rate or a longer warm-up"
+                )
+
+    def record(self, *, learning_rate: float, gradient_norm: float) -> dict[str, float]:
+        """The numbers since the last restart."""
         since_s = time.perf_counter() - self.restarted_s
         return {
-            "step": step,
-            "tokens": step * self.tokens_a_step,
+            "step": self.step,
+            "tokens": self.step * self.tokens_a_step,
             "wall_s": round(self.wall_s(), 3),
-            "train_loss": loss,
+            "train_loss": self.loss_sum.item() / self.steps_since,
             "learning_rate": learning_rate,
             "gradient_norm": gradient_norm,
             "tokens_per_s": round(self.steps_since * self.tokens_a_step / since_s, 1),
         }
 
     def restart(self) -> None:
-        """Begin the next interval here: its speed is that of training alone, without the evaluation just done."""
+        """Begin the next interval here: its speed is that of training alone, without what was done between."""
         self.loss_sum.zero_()
         self.restarted_s = time.perf_counter()
         self.steps_since = 0
@@ -213,12 +225,17 @@ def _samplers(
             f"vocab_size={config.model.vocab_size}; set model.vocab_size to at least that"
         )
     samplers = []
-    for tokens, seed in ((train_tokens, settings.seed), (valid_tokens, settings.seed + 1)):
-        check_token_ids(tokens, config.model.vocab_size)
-        starts = None
-        if settings.rows == "documents":
-            starts = document_starts(tokens, _separator_id(tokenizer, settings.end_of_text), context)
-        samplers.append(BatchSampler(tokens, settings.batch_size, context, seed=seed, starts=starts))
+    separator_id = _separator_id(tokenizer, settings.end_of_text) if settings.rows == "documents" else None
+    for name, tokens, seed in (
+        ("training", train_tokens, settings.seed),
+        ("validation", valid_tokens, settings.seed + 1),
+    ):
+        try:
+            check_token_ids(tokens, config.model.vocab_size)
+            starts = None if separator_id is None else document_starts(tokens, separator_id, context)
+            samplers.append(BatchSampler(tokens, settings.batch_size, context, seed=seed, starts=starts))
+        except ValueError as error:
+            raise ValueError(f"{name} tokens: {error}") from error
     return samplers[0], samplers[1]
 
 
@@ -234,16 +251,11 @@ def _separator_id(tokenizer: Tokenizing | None, end_of_text: str) -> int:
 
 def _precision(config: TrainConfig, device: torch.device) -> AbstractContextManager:
     """The context in which matrix products run in the configured precision."""
-    has_bfloat16 = device.type == "mps" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
+    has_bfloat16 = device.type == "mps"
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     use = config.precision == "bfloat16" or (config.precision == "auto" and has_bfloat16)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=use)
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device; on a GPU from pinned memory, so that the copy does not wait for the step before."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def _write_sample(path: Path, model: TransformerLM, tokenizer: TextCodec, config: TrainConfig, step: int) -> None:
