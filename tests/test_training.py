@@ -385,7 +385,7 @@ def test_a_learning_rate_that_is_far_too_high_ends_in_that_error(tmp_path):
     ],
 )
 def test_what_does_not_fit_is_told_before_anything_is_written(tmp_path, changes, message):
-    arguments = {"config": configuration(), "train_tokens": TRAIN, "valid_tokens": VALID, **changes}
+    arguments: dict[str, Any] = {"config": configuration(), "train_tokens": TRAIN, "valid_tokens": VALID, **changes}
     with pytest.raises(ValueError, match=message):
         train(**arguments, run_dir=tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
