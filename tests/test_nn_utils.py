@@ -15,8 +15,8 @@ from basic.optimizer import clip_gradients
 
 from .adapters import run_cross_entropy, run_gradient_clipping, run_softmax
 
-# Every result is compared with the same computation in float64 on the same inputs.
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2}
+# Every result is compared with the same computation in float64 on the same inputs; bfloat16 is rounded at the end only.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2**-8}
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
 scales = pytest.mark.parametrize("scale", [1.0, 1000.0, 1e30])
 
@@ -36,7 +36,7 @@ def test_softmax_is_torchs(dtype: torch.dtype, scale: float, shape: tuple[int, .
     x = (scale * torch.randn(shape)).to(dtype)
     actual = run_softmax(x, dim)
     assert actual.dtype == dtype
-    assert_close(actual.double(), F.softmax(x.double(), dim), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert_close(actual.double(), F.softmax(x.double(), dim), rtol=TOLERANCE[dtype], atol=1e-12)
 
 
 def test_softmax_sums_many_small_numbers_exactly() -> None:
