@@ -14,8 +14,7 @@ class Options:
     run: tyro.conf.Positional[Path]
     """Folder of the run, such as runs/quickstart."""
     prompt: str = "<|endoftext|>"
-    """Text to continue; the end-of-text token starts a new document. Of a prompt longer than the context, the last
-    tokens count."""
+    """Text to continue; the end-of-text token starts a new document. Of a long text, the last tokens count."""
     num_samples: int = 1
     """Continuations to write, each drawn on its own."""
     max_tokens: int = 256

@@ -24,7 +24,7 @@ def main(options: Options) -> None:
     if not options.runs:
         raise ValueError("no run given; name at least one folder, such as runs/quickstart")
     output = options.output or options.runs[0] / "loss.png"
-    plot_losses({run.name: read_metrics(run / "metrics.jsonl") for run in options.runs}, output)
+    plot_losses({str(run): read_metrics(run / "metrics.jsonl") for run in options.runs}, output)
     print(f"wrote {output}")
 
 

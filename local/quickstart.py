@@ -15,13 +15,13 @@ from pathlib import Path
 import tyro
 
 END = "<|endoftext|>"
+TRAIN_STORIES, VALID_STORIES = 40_000, 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     input: Path | None = None
-    """UTF-8 text to learn from, with <|endoftext|> between its documents if it has several; by default the embedded
-    stories."""
+    """UTF-8 text to learn from, with <|endoftext|> between documents if it has them; None for the embedded stories."""
     output: Path = Path("runs/quickstart")
     """Folder for everything that is made."""
     vocab_size: int = 2048
@@ -36,7 +36,6 @@ class Options:
 
 def main(options: Options) -> None:
     from basic.corpus import split_text, write_stories
-    from basic.evaluation import bigram_document_nats, document_nats
     from basic.generation import complete
     from basic.plotting import plot_losses
     from basic.runs import read_metrics
@@ -52,7 +51,7 @@ def main(options: Options) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     if options.input is None:
-        stories = write_stories(folder, 40_000, 1_000, seed=options.seed, separator=END, progress=True)
+        stories = write_stories(folder, TRAIN_STORIES, VALID_STORIES, seed=options.seed, separator=END, progress=True)
     else:
         split_text(options.input, folder, separator=END)
     tokenizer = Tokenizer(*train_bpe(folder / "train.txt", options.vocab_size, [END], progress=True), [END])
@@ -66,19 +65,11 @@ def main(options: Options) -> None:
     bits_per_byte = loss / math.log(2) * info.count / info.source_bytes
     print(f"\nvalidation loss {loss:.3f} nats a token, {bits_per_byte:.3f} bits per byte")
     if options.input is None:
-        documents = [tokenizer.encode(story.text) for story in stories]
-        exact = sum(story.nats for story in stories) / len(stories)
-        floor = exact * len(stories) / info.count
-        model = document_nats(run.model, documents, tokenizer.special_token_ids[END]).mean()
-        bigram = bigram_document_nats(
-            tokens[0], documents, tokenizer.special_token_ids[END], tokenizer.vocab_size
-        ).mean()
-        print(f"{len(stories):,} unseen stories, each from its start to its end, in nats a story:")
-        print(f"  exact information {exact:7.2f}")
-        print(f"  this model        {model:7.2f}  ({model / exact - 1:+.1%})")
-        print(f"  a bigram model    {bigram:7.2f}  ({bigram / exact - 1:+.1%})")
+        floor = sum(story.nats for story in stories) / info.count
+        compare_with_source(stories, run.model, tokenizer, tokens[0])
     plot_losses({options.output.name: records}, folder / "loss.png", floor_nats=floor)
-    samples = complete(run.model, tokenizer, [END] * 8, 256, temperature=0.9, top_p=0.95, seed=options.seed)
+    start = END if tokenizer.special_token_ids[END] in tokens[0] else "\n"
+    samples = complete(run.model, tokenizer, [start] * 8, 256, temperature=0.9, top_p=0.95, seed=options.seed)
     (folder / "samples.txt").write_text("\n\n".join(map(str.strip, samples)) + "\n", encoding="utf-8")
     for number, sample in enumerate(samples[:2], 1):
         print(f"\nsample {number}: {sample.strip()}")
@@ -87,6 +78,27 @@ def main(options: Options) -> None:
     folder.rename(options.output)
     names = sorted(path.name for path in options.output.iterdir())
     print(f"\neverything is in {options.output}: {', '.join(names)}")
+
+
+def compare_with_source(stories, model, tokenizer, train_tokens) -> None:
+    """Print what unseen stories hold, and what this model and a bigram model need for them."""
+    from basic.evaluation import bigram_document_nats, document_nats
+
+    end_id, context = tokenizer.special_token_ids[END], model.config.context_length
+    encoded = [(story.nats, tokenizer.encode(story.text)) for story in stories]
+    fitting = [(nats, ids) for nats, ids in encoded if len(ids) < context]
+    if not fitting:
+        print(f"no story fits into {context} tokens, so none can be scored; a larger --vocab-size makes them shorter")
+        return
+    documents = [ids for _, ids in fitting]
+    exact = sum(nats for nats, _ in fitting) / len(fitting)
+    ours = document_nats(model, documents, end_id).mean()
+    bigram = bigram_document_nats(train_tokens, documents, end_id, tokenizer.vocab_size).mean()
+    of_all = "" if len(fitting) == len(stories) else f" (of {len(stories):,}; the others do not fit into the context)"
+    print(f"{len(fitting):,} unseen stories{of_all}, each from its start to its end, in nats a story:")
+    print(f"  exact information {exact:7.2f}")
+    print(f"  this model        {ours:7.2f}  ({ours / exact - 1:+.1%})")
+    print(f"  a bigram model    {bigram:7.2f}  ({bigram / exact - 1:+.1%})")
 
 
 def configure(options: Options, vocab_size: int):

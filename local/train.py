@@ -1,12 +1,11 @@
 """Train a model from a configuration file: `uv run local/train.py --config local/configs/tinystories.toml`.
 
-Every setting of the file can be overridden: `--run.train.batch-size 32 --run.model.num-layers 6`.
+Every setting of the file can be overridden: `--batch-size 32 --num-layers 6`.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +18,16 @@ from basic.runs import RunConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    run: RunConfig
+    run: tyro.conf.OmitArgPrefixes[RunConfig]
     """What to train, on what and how."""
     config: Path | None = None
     """TOML file with these settings; its values become the defaults of the other options."""
     output: Path | None = None
-    """Folder for the run; by default runs/ and the configuration file's name. It must not hold a run yet, unless
-    it is resumed or overwritten."""
+    """Folder for the run; by default runs/ and the configuration file's name. Must not hold another run."""
     resume: bool = False
     """Go on from the newest checkpoint in the folder."""
     overwrite: bool = False
-    """Remove the run that the folder holds, and start anew."""
+    """Remove the run that the folder holds, and start anew; other files in it stay."""
 
 
 def parse(arguments: list[str]) -> Options:
@@ -44,7 +42,7 @@ def parse(arguments: list[str]) -> Options:
 
 
 def main(options: Options) -> None:
-    from basic.token_files import open_tokens
+    from basic.token_files import open_tokens, read_info, sidecar_path
     from basic.Tokenizer import Tokenizer
     from basic.training import train
 
@@ -55,9 +53,19 @@ def main(options: Options) -> None:
             raise ValueError(f"data.{name} is not set; give a token file made by local/encode.py")
     tokens = open_tokens(data.train_tokens), open_tokens(data.valid_tokens)
     tokenizer = Tokenizer.load(data.tokenizer) if data.tokenizer else None
-    if options.overwrite and (output / "config.toml").is_file():
-        shutil.rmtree(output)
-    run = train(options.run, *tokens, output, tokenizer=tokenizer, resume=options.resume, progress=True)
+    for path in (data.train_tokens, data.valid_tokens):
+        maker = read_info(path).tokenizer_fingerprint if sidecar_path(path).is_file() else None
+        if tokenizer is not None and maker not in (None, tokenizer.fingerprint):
+            raise ValueError(f"{path} was not made by the tokenizer in {data.tokenizer}; encode the text again with it")
+    run = train(
+        options.run,
+        *tokens,
+        output,
+        tokenizer=tokenizer,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        progress=True,
+    )
     print(f"trained {run.model.num_parameters:,} parameters for {run.step:,} steps; everything is in {output}")
 
 
