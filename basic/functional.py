@@ -133,7 +133,7 @@ def scaled_dot_product_attention(
     queries: Float[Tensor, " ... queries d_k"],
     keys: Float[Tensor, " ... keys d_k"],
     values: Float[Tensor, " ... keys d_v"],
-    mask: Bool[Tensor, "... #queries #keys"] | None = None,
+    mask: Bool[Tensor, " ... #queries #keys"] | None = None,
 ) -> Float[Tensor, " ... queries d_v"]:
     """softmax(Q K^T / sqrt(d_k)) V.
 
