@@ -71,11 +71,10 @@ def main(options: Options) -> None:
     start = END if tokenizer.special_token_ids[END] in tokens[0] else "\n"
     samples = complete(run.model, tokenizer, [start] * 8, 256, temperature=0.9, top_p=0.95, seed=options.seed)
     (folder / "samples.txt").write_text("\n\n".join(map(str.strip, samples)) + "\n", encoding="utf-8")
-    for number, sample in enumerate(samples[:2], 1):
-        print(f"\nsample {number}: {sample.strip()}")
-
     shutil.rmtree(options.output, ignore_errors=True)
     folder.rename(options.output)
+    for number, sample in enumerate(samples[:2], 1):
+        print(f"\nsample {number}: {sample.strip()}")
     names = sorted(path.name for path in options.output.iterdir())
     print(f"\neverything is in {options.output}: {', '.join(names)}")
 
