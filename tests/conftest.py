@@ -1,9 +1,20 @@
-"""What all tests share: Hypothesis runs the same examples every time, and real data is optional."""
+"""What all tests share: annotated shapes are checked, examples are the same every time, real data is optional."""
 
 from pathlib import Path
 
 import pytest
+import torch
+from beartype import BeartypeConf, beartype
 from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# An int may stand for a float, as everywhere in Python; jaxtyping's pytest option cannot be told that.
+typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+CHECKED_ROOMS = ("functional", "model", "optimizer", "data", "generation", "evaluation")
+install_import_hook([f"basic.{room}" for room in CHECKED_ROOMS], f"{__name__}.typechecked")
+
+# The tests' tensors are so small that a second thread only waits for the first.
+torch.set_num_threads(1)
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
