@@ -109,12 +109,12 @@ class _MergeState:
         token     |   e   s   t   |           --->          |   e   st  -   |
         right     1   2   3   4                             1   2   4       -
 
-    A token is known by a number; two merges with the same bytes as result make the same token.
+    A token is known by its number, as good as its bytes: what becomes of a stretch of bytes whose ends no token
+    crosses does not depend on what is around it, so that no two merges ever make the same bytes.
     """
 
     def __init__(self, counts: Mapping[bytes, int]):
         self.tokens = [bytes([byte]) for byte in range(256)]
-        self._ids = {token: i for i, token in enumerate(self.tokens)}
         self._order = [_descending(token) for token in self.tokens]
 
         self._token_at = [_BOUNDARY]
@@ -142,8 +142,8 @@ class _MergeState:
     def pop_best(self) -> Pair | None:
         """The pair to be merged next, None where there is no pair.
 
-        Entries of the heap are not corrected when a count falls; one that turns up with an old count goes back
-        with the present one. A count that rises gets an entry of its own.
+        A pair gets its entry in the heap in the step that makes it; from then on its count can only fall. Entries
+        are not corrected: one that turns up with an old count goes back with the present one.
         """
         while self._heap:
             entry = heapq.heappop(self._heap)
@@ -157,11 +157,13 @@ class _MergeState:
     def merge(self, pair: Pair) -> None:
         """Merge the pair wherever it stands, and correct the counts of the pairs with its neighbours."""
         left, right = pair
-        new = self._token_id(self.tokens[left] + self.tokens[right])
+        new = len(self.tokens)
+        self.tokens.append(self.tokens[left] + self.tokens[right])
+        self._order.append(_descending(self.tokens[new]))
         token_at, left_of, right_of = self._token_at, self._left_of, self._right_of
         pair_counts, places = self._pair_counts, self._places
-        risen = set()
-        for place in sorted(places.pop(pair)):
+        made = set()
+        for place in places.pop(pair):  # from left to right, as they were found
             right_place = right_of[place]
             if token_at[place] != left or token_at[right_place] != right:
                 continue  # merged into something else since, or just now: in "aaa" there is one "aa"
@@ -174,22 +176,15 @@ class _MergeState:
                 pair_counts[neighbour, left] -= count
                 pair_counts[neighbour, new] += count
                 places[neighbour, new].append(before)
-                risen.add((neighbour, new))
+                made.add((neighbour, new))
             if (neighbour := token_at[after]) != _BOUNDARY:
                 pair_counts[right, neighbour] -= count
                 pair_counts[new, neighbour] += count
                 places[new, neighbour].append(place)
-                risen.add((new, neighbour))
-        for risen_pair in risen:
-            if pair_counts[risen_pair] > 0:  # in "abab" the first "ab" makes a pair with "a" that the second ends
-                heapq.heappush(self._heap, self._heap_entry(risen_pair))
-
-    def _token_id(self, token: bytes) -> int:
-        if token not in self._ids:
-            self._ids[token] = len(self.tokens)
-            self.tokens.append(token)
-            self._order.append(_descending(token))
-        return self._ids[token]
+                made.add((new, neighbour))
+        for made_pair in made:
+            if pair_counts[made_pair] > 0:  # in "abab" the first "ab" makes a pair with "a" that the second ends
+                heapq.heappush(self._heap, self._heap_entry(made_pair))
 
     def _heap_entry(self, pair: Pair) -> tuple[int, str, str, Pair]:
         """Smallest first: the highest count, then the greatest bytes."""
