@@ -17,6 +17,7 @@ from basic.model import KVCache, TransformerLM
 class TextCodec(Protocol):
     """What `complete` needs of a tokenizer; `basic.Tokenizer.Tokenizer` has it."""
 
+    vocab_size: int
     special_token_ids: dict[str, int]
 
     def encode(self, text: str) -> list[int]: ...
@@ -67,6 +68,7 @@ def complete(
         top_p=top_p,
         seed=seed,
         end_id=tokenizer.special_token_ids.get(end_of_text),
+        vocab_size=tokenizer.vocab_size,
     )
     return [tokenizer.decode(ids) for ids in completions]
 
@@ -82,6 +84,7 @@ def generate(
     top_p: float | None = None,
     seed: int | None = None,
     end_id: int | None = None,
+    vocab_size: int | None = None,
     use_cache: bool = True,
 ) -> list[list[int]]:
     """Continue each sequence of ids, all of them side by side.
@@ -97,6 +100,7 @@ def generate(
         top_p: draw among the fewest likeliest ids that together have at least this probability only (0 to 1).
         seed: makes the draws repeatable; None draws afresh.
         end_id: a row stops when it draws this id.
+        vocab_size: draw ids below this only, where the model has room for more than the tokenizer knows.
         use_cache: keep keys and values of earlier tokens; the ids are the same without, only slower.
 
     Returns:
@@ -132,7 +136,7 @@ def generate(
     for length in range(shortest, tokens.shape[1]):
         if finished.all():
             break
-        logits = _next_logits(model, tokens[:, :length], cache)
+        logits = _next_logits(model, tokens[:, :length], cache)[:, :vocab_size]
         probabilities = next_token_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
         drawn = torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
         in_prompt = length < prompt_lengths

@@ -32,8 +32,6 @@ from basic.runs import load_run as load_run
 class Tokenizing(TextCodec, Protocol):
     """What the loop needs of a tokenizer; `basic.Tokenizer.Tokenizer` has it."""
 
-    vocab_size: int
-
     def save(self, directory: str | os.PathLike) -> None: ...
 
 

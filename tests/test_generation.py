@@ -181,7 +181,7 @@ def test_a_temperature_near_zero_becomes_certain_and_shares_between_equals(tempe
 
 def test_temperature_zero_takes_the_first_of_the_likeliest_and_a_large_one_any_id():
     logits = torch.tensor([1.0, 3.0, 3.0, -20.0])
-    assert next_token_probabilities(logits, temperature=0.0).tolist() == [0, 1, 0, 0]
+    assert next_token_probabilities(logits, temperature=0).tolist() == [0, 1, 0, 0]
     assert next_token_probabilities(logits, temperature=1e9).tolist() == pytest.approx([0.25] * 4)
 
 
@@ -228,8 +228,9 @@ def test_empty_prompt_is_named_by_its_row(model):
 class Letters:
     """A tokenizer of the letters a to v and one special token; the rest encodes to nothing."""
 
-    def __init__(self, special_token_ids: dict[str, int]) -> None:
+    def __init__(self, special_token_ids: dict[str, int], vocab_size: int = VOCAB) -> None:
         self.special_token_ids = special_token_ids
+        self.vocab_size = vocab_size
 
     def encode(self, text: str) -> list[int]:
         if text in self.special_token_ids:
@@ -254,6 +255,13 @@ def test_complete_returns_the_continuations_up_to_the_end_of_text(model):
     settings: dict[str, Any] = {"temperature": 1.3, "top_k": 9, "top_p": 0.8, "seed": 4}
     drawn = generate(model, [[0, 1], [22]], 15, end_id=22, **settings)
     assert complete(model, letters, prompts, 15, **settings) == [letters.decode(row) for row in drawn]
+
+
+def test_ids_that_the_tokenizer_does_not_know_are_never_drawn(model):
+    assert max(generate(model, [[0]], 40, seed=1)[0]) >= 5
+    assert max(generate(model, [[0]], 40, seed=1, vocab_size=5)[0]) == 4
+    (text,) = complete(model, Letters({}, vocab_size=5), ["a"], 40, seed=1)
+    assert set(text) <= set("abcde")
 
 
 def test_complete_names_a_prompt_that_encodes_to_nothing(model):
