@@ -33,8 +33,10 @@ GPT2_PATTERN = regex.compile(
 # alternative looks back, so the pattern goes on from here as it would from the beginning of a text.
 _SAFE_CUT = r"(?<=\S)(?=\s)"
 
-_PIECE_CHARACTERS = 1 << 13
-_SEARCH_BYTES = 1 << 12
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+_PIECE_CHARACTERS = 1 << 13  # pre-tokenised at a time: their list takes some fifteen bytes a character
+_SEARCH_BYTES = 1 << 12  # read at first to find a place to cut
 _MIN_CHUNK_BYTES, _MAX_CHUNK_BYTES = 1 << 20, 1 << 24
 _MIN_CHUNKS_FOR_PROCESSES = 4
 
@@ -73,9 +75,6 @@ class SpecialTokens:
         longest_first = sorted(self.tokens, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self.max_length = max(map(len, self.tokens), default=1)
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def without_surrogates(pieces: Iterable[str]) -> Iterator[str]:
