@@ -86,12 +86,14 @@ def test_a_row_ends_before_its_end_id_and_the_others_go_on(model):
         assert generate(model, PROMPTS[1:2], 20, temperature=0.0, end_id=end_id) == expected[1:2]
 
 
-def test_generation_stops_working_when_all_rows_have_ended(model, monkeypatch):
-    free = generate(model, [[3]], 8, temperature=0.0)[0]
-    passes = []
-    monkeypatch.setattr(model, "forward", lambda *args, old=model.forward: passes.append(1) or old(*args))
-    generate(model, [[3]], 8, temperature=0.0, end_id=free[2])
-    assert len(passes) == free.index(free[2]) + 1
+def test_the_model_sees_each_token_once_and_none_when_all_rows_have_ended(model, monkeypatch):
+    free = generate(model, [[3, 1, 2]], 8, temperature=0.0)[0]
+    seen = []
+    monkeypatch.setattr(
+        model, "forward", lambda ids, *args, old=model.forward: seen.append(ids.shape[1]) or old(ids, *args)
+    )
+    generate(model, [[3, 1, 2]], 8, temperature=0.0, end_id=free[2])
+    assert seen == [3] + [1] * free.index(free[2])
 
 
 def test_seed_repeats_the_draws_and_none_draws_afresh(model):
@@ -148,11 +150,18 @@ def test_distribution_against_the_one_by_hand(temperature, top_k, top_p):
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("top_p", "size"), [(0.1, 1), (0.25, 1), (0.2501, 2), (0.5, 2), (0.75, 3), (0.76, 4)])
+@pytest.mark.parametrize(
+    ("top_p", "size"), [(1e-50, 1), (0.1, 1), (0.25, 1), (0.2501, 2), (0.5, 2), (0.75, 3), (0.76, 4)]
+)
 def test_top_p_takes_the_smallest_set_that_reaches_it_and_of_equals_the_first(top_p, size):
     logits = torch.tensor([-90.0, 1.0, 1.0, 1.0, 1.0])  # a quarter each, exact in binary
     expected = [0.0] + [1 / size] * size + [0.0] * (4 - size)
     assert next_token_probabilities(logits, top_p=top_p).tolist() == pytest.approx(expected)
+
+
+def test_top_p_takes_the_first_of_many_equals():
+    kept = next_token_probabilities(torch.zeros(4096), top_p=0.25) > 0
+    assert kept.nonzero().flatten().tolist() == list(range(1024))
 
 
 def test_top_k_keeps_k_ids_of_equal_ones_too():
