@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -97,3 +99,47 @@ def bigram_document_nats(
         seen = np.where(pairs[place] == asked, counts[place], 0)
         nats[index] = -np.log((seen + share[row[1:]]) / (firsts[row[:-1]] + 1)).sum()
     return nats
+
+
+class SourceComparison(NamedTuple):
+    """What documents hold, and what models need for them: means over those that fit into the context, in nats each."""
+
+    num_documents: int
+    num_fitting: int
+    exact: float
+    model: float
+    bigram: float
+
+    def __str__(self) -> str:
+        if self.num_fitting == 0:
+            return "no document fits into the context, so none can be scored; a larger vocabulary makes them shorter"
+        of_all = f" of {self.num_documents:,}" if self.num_fitting < self.num_documents else ""
+        return (
+            f"{self.num_fitting:,}{of_all} unseen documents, each from its start to its end, in nats a document:\n"
+            f"  exact information {self.exact:7.2f}\n"
+            f"  this model        {self.model:7.2f}  ({self.model / self.exact - 1:+.1%})\n"
+            f"  a bigram model    {self.bigram:7.2f}  ({self.bigram / self.exact - 1:+.1%})"
+        )
+
+
+def compare_with_source(
+    model: TransformerLM,
+    documents: Sequence[Sequence[int]],
+    exact_nats: Sequence[float],
+    train_tokens: np.ndarray,
+    separator_id: int,
+) -> SourceComparison:
+    """Compare a model, and a bigram model, with the exact information of documents from a known source.
+
+    Args:
+        documents: ids without separators; those that do not fit into the context are left out.
+        exact_nats: -log of each document's true probability.
+        train_tokens: what the bigrams are counted in.
+    """
+    fits = [len(document) < model.config.context_length for document in documents]
+    kept = [document for document, fit in zip(documents, fits, strict=True) if fit]
+    exact = [nats for nats, fit in zip(exact_nats, fits, strict=True) if fit]
+    ours = document_nats(model, kept, separator_id)
+    bigram = bigram_document_nats(train_tokens, kept, separator_id, model.config.vocab_size)
+    means = (float(np.mean(nats)) if kept else math.nan for nats in (exact, ours, bigram))
+    return SourceComparison(len(documents), len(kept), *means)

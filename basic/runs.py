@@ -45,6 +45,8 @@ class TrainConfig:
     """Learning rate at the end of the warm-up."""
     min_learning_rate: float = 1e-4
     """Learning rate at the last step, at the end of a cosine."""
+    embedding_rate_factor: float = 1.0
+    """Learning rate of the embedding and output matrices, over that of all else: their rows are learned one by one."""
     warmup_steps: int = 100
     """Steps in which the learning rate grows from 0."""
     beta1: float = 0.9

@@ -134,15 +134,21 @@ def train_step(
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     norm = clip_gradients(parameters, config.max_gradient_norm)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["rate_factor"]
     optimizer.step()
     return loss, norm
 
 
-def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> AdamW:
-    """AdamW with the configured settings over all parameters."""
+def make_optimizer(model: TransformerLM, config: TrainConfig) -> AdamW:
+    """AdamW with the configured settings over all parameters, the matrices with a row for each token id apart."""
+    # A dictionary, because they may be one and the same, and the order of a set would change from run to run.
+    by_token = dict.fromkeys([model.token_embeddings.weight, model.lm_head.weight])
+    others = [parameter for parameter in model.parameters() if parameter not in by_token]
     return AdamW(
-        model.parameters(),
+        [
+            {"params": others, "rate_factor": 1.0},
+            {"params": list(by_token), "rate_factor": config.embedding_rate_factor},
+        ],
         lr=config.max_learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,

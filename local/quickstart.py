@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -24,7 +24,7 @@ class Options:
     """UTF-8 text to learn from, with <|endoftext|> between documents if it has them; None for the embedded stories."""
     output: Path = Path("runs/quickstart")
     """Folder for everything that is made."""
-    vocab_size: int = 2048
+    vocab_size: int = 2300
     """Tokens of the tokenizer: 256 bytes, the end of text, and merges."""
     steps: int = 1500
     """Training steps of 16 sequences of 128 tokens each."""
@@ -36,6 +36,7 @@ class Options:
 
 def main(options: Options) -> None:
     from basic.corpus import split_text, write_stories
+    from basic.evaluation import compare_with_source
     from basic.generation import complete
     from basic.plotting import plot_losses
     from basic.runs import read_metrics
@@ -50,6 +51,7 @@ def main(options: Options) -> None:
     folder = options.output.with_name(options.output.name + ".partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    stories = []
     if options.input is None:
         stories = write_stories(folder, TRAIN_STORIES, VALID_STORIES, seed=options.seed, separator=END, progress=True)
     else:
@@ -58,71 +60,42 @@ def main(options: Options) -> None:
     for part in ("train", "valid"):
         tokenizer.encode_file(folder / f"{part}.txt", folder / f"{part}.bin", progress=True)
     tokens = open_tokens(folder / "train.bin"), open_tokens(folder / "valid.bin")
-    run = train(configure(options, tokenizer.vocab_size), *tokens, folder, tokenizer=tokenizer, progress=True)
+    model = train(configure(options, tokenizer.vocab_size), *tokens, folder, tokenizer=tokenizer, progress=True).model
 
     records, info = read_metrics(folder / "metrics.jsonl"), read_info(folder / "valid.bin")
     loss, floor = records[-1]["valid_loss"], None
     bits_per_byte = loss / math.log(2) * info.count / info.source_bytes
     print(f"\nvalidation loss {loss:.3f} nats a token, {bits_per_byte:.3f} bits per byte")
-    if options.input is None:
-        floor = sum(story.nats for story in stories) / info.count
-        compare_with_source(stories, run.model, tokenizer, tokens[0])
+    end_id = tokenizer.special_token_ids[END]
+    if stories:
+        exact = [story.nats for story in stories]
+        floor = sum(exact) / info.count
+        documents = [tokenizer.encode(story.text) for story in stories]
+        print(compare_with_source(model, documents, exact, tokens[0], end_id))
     plot_losses({options.output.name: records}, folder / "loss.png", floor_nats=floor)
-    start = END if tokenizer.special_token_ids[END] in tokens[0] else "\n"
-    samples = complete(run.model, tokenizer, [start] * 8, 256, temperature=0.9, top_p=0.95, seed=options.seed)
+    start = END if end_id in tokens[0] else "\n"
+    samples = complete(model, tokenizer, [start] * 8, 256, temperature=0.9, top_p=0.95, seed=options.seed)
     (folder / "samples.txt").write_text("\n\n".join(map(str.strip, samples)) + "\n", encoding="utf-8")
     shutil.rmtree(options.output, ignore_errors=True)
     folder.rename(options.output)
     for number, sample in enumerate(samples[:2], 1):
         print(f"\nsample {number}: {sample.strip()}")
-    names = sorted(path.name for path in options.output.iterdir())
-    print(f"\neverything is in {options.output}: {', '.join(names)}")
-
-
-def compare_with_source(stories, model, tokenizer, train_tokens) -> None:
-    """Print what unseen stories hold, and what this model and a bigram model need for them."""
-    from basic.evaluation import bigram_document_nats, document_nats
-
-    end_id, context = tokenizer.special_token_ids[END], model.config.context_length
-    encoded = [(story.nats, tokenizer.encode(story.text)) for story in stories]
-    fitting = [(nats, ids) for nats, ids in encoded if len(ids) < context]
-    if not fitting:
-        print(f"no story fits into {context} tokens, so none can be scored; a larger --vocab-size makes them shorter")
-        return
-    documents = [ids for _, ids in fitting]
-    exact = sum(nats for nats, _ in fitting) / len(fitting)
-    ours = document_nats(model, documents, end_id).mean()
-    bigram = bigram_document_nats(train_tokens, documents, end_id, tokenizer.vocab_size).mean()
-    of_all = "" if len(fitting) == len(stories) else f" (of {len(stories):,}; the others do not fit into the context)"
-    print(f"{len(fitting):,} unseen stories{of_all}, each from its start to its end, in nats a story:")
-    print(f"  exact information {exact:7.2f}")
-    print(f"  this model        {ours:7.2f}  ({ours / exact - 1:+.1%})")
-    print(f"  a bigram model    {bigram:7.2f}  ({bigram / exact - 1:+.1%})")
+    print(f"\neverything is in {options.output}: {', '.join(sorted(path.name for path in options.output.iterdir()))}")
 
 
 def configure(options: Options, vocab_size: int):
-    """The small run: on the stories, rows begin at a story's start, because windows cut inside miss the names."""
-    from basic.model import ModelConfig
-    from basic.runs import DataConfig, RunConfig, TrainConfig
+    """The run of configs/quickstart.toml with the options filled in; texts that may have no documents get windows."""
+    from basic.config_files import load_config
+    from basic.runs import DataConfig, RunConfig
 
+    config = load_config(Path(__file__).parent / "configs" / "quickstart.toml", RunConfig)
+    names = {"train_tokens": "train.bin", "valid_tokens": "valid.bin", "tokenizer": "tokenizer"}
+    changes = {"steps": options.steps, "seed": options.seed, "device": options.device}
+    rows = config.train.rows if options.input is None else "windows"
     return RunConfig(
-        model=ModelConfig(vocab_size=vocab_size, context_length=128, d_model=128, num_layers=2, num_heads=4),
-        train=TrainConfig(
-            steps=options.steps,
-            batch_size=16,
-            max_learning_rate=6e-3,
-            min_learning_rate=1e-4,
-            warmup_steps=100,
-            rows="documents" if options.input is None else "windows",
-            eval_interval=250,
-            seed=options.seed,
-            device=options.device,
-        ),
-        data=DataConfig(
-            train_tokens=str(options.output / "train.bin"),
-            valid_tokens=str(options.output / "valid.bin"),
-            tokenizer=str(options.output / "tokenizer"),
-        ),
+        model=replace(config.model, vocab_size=vocab_size),
+        train=replace(config.train, rows=rows, **changes),
+        data=DataConfig(**{key: str(options.output / name) for key, name in names.items()}),
     )
 
 

@@ -206,7 +206,7 @@ def test_quickstart_on_a_text_leaves_all_it_promises_and_replaces_its_earlier_re
     assert f"validation loss {loss:.3f} nats a token, {bits_per_byte:.3f} bits per byte" in printed
     assert len(re.findall(r"^sample \d: ", printed, re.MULTILINE)) == 2
     assert f"everything is in {output}: " in printed
-    assert "a story" not in printed  # nothing is known about the information in this text
+    assert "nats a document" not in printed  # nothing is known about the information in this text
 
     (output / "notes.txt").touch()  # in its folder, and so a part of the earlier result
     quickstart.main(dataclasses.replace(options, steps=3))
@@ -242,7 +242,7 @@ def test_quickstart_compares_with_the_information_in_unseen_stories(quickstart, 
     known = {story.text: story.nats for story in stories(11, 60)}
     nats = [known[story] for story in unseen if len(tokenizer.encode(story)) < 128]
     exact = sum(nats) / len(nats)
-    assert re.search(rf"^{len(nats)} unseen stories", printed, re.MULTILINE)
+    assert re.search(rf"^{len(nats)}(| of 40) unseen documents", printed, re.MULTILINE)
     figures = re.search(
         r" exact information +([\d.]+)\n"
         r" +this model +([\d.]+) +\(\+([\d.]+)%\)\n"
@@ -259,7 +259,7 @@ def test_quickstart_compares_with_the_information_in_unseen_stories(quickstart, 
 
 def test_quickstart_is_not_lost_when_no_story_fits_into_the_context(quickstart, tmp_path, capsys):
     quickstart.main(quickstart.Options(output=tmp_path / "run", vocab_size=262, steps=1, device="cpu"))
-    assert "no story fits into 128 tokens" in capsys.readouterr().out
+    assert "no document fits into the context" in capsys.readouterr().out
     assert load_run(tmp_path / "run").step == 1
 
 
