@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from basic.data import BatchSampler
-from basic.evaluation import bigram_document_nats, document_nats, mean_loss
+from basic.evaluation import bigram_document_nats, compare_with_source, document_nats, mean_loss
 from basic.model import ModelConfig, TransformerLM
 
 VOCAB, CONTEXT, END = 19, 16, 7
@@ -107,3 +107,22 @@ def test_bigram_against_counts_in_dictionaries(tokens, documents):
 def test_the_bigram_probabilities_in_that_comparison_sum_to_one(tokens):
     for first in range(VOCAB):  # the last of the tokens, which begins no pair, and ids that never occur, are among them
         assert sum(bigram_probability(tokens, first, second) for second in range(VOCAB)) == pytest.approx(1, abs=1e-12)
+
+
+def test_comparison_with_the_source_is_over_the_documents_that_fit(model, documents, tokens):
+    exact = [float(number) for number in range(1, len(documents) + 1)]
+    too_long = [0] * model.config.context_length
+    means = compare_with_source(model, [*documents, too_long], [*exact, 1e6], np.array(tokens), END)
+    assert (means.num_documents, means.num_fitting) == (len(documents) + 1, len(documents))
+    assert means.exact == pytest.approx(np.mean(exact))
+    assert means.model == pytest.approx(np.mean([nats_by_hand(model, document) for document in documents]), rel=1e-5)
+    bigram = bigram_document_nats(np.array(tokens), documents, END, model.config.vocab_size)
+    assert means.bigram == pytest.approx(bigram.mean())
+    assert f"{len(documents)} of {len(documents) + 1} unseen documents" in str(means)
+
+
+def test_comparison_with_the_source_says_so_when_nothing_fits(model, tokens):
+    too_long = [0] * model.config.context_length
+    means = compare_with_source(model, [too_long], [1.0], np.array(tokens), END)
+    assert means.num_fitting == 0
+    assert "no document fits into the context" in str(means)

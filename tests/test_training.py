@@ -154,6 +154,17 @@ def test_bfloat16_rounds_and_auto_on_a_cpu_does_not(tmp_path):
         assert rounded == pytest.approx(exact, rel=2e-2)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_factor_of_zero_leaves_the_matrices_with_a_row_a_token_alone(tmp_path, tied):
+    config = configuration(embedding_rate_factor=0.0)
+    config = replace(config, model=replace(MODEL, tied_embeddings=tied))
+    trained = train(config, TRAIN, VALID, tmp_path / "run").model.state_dict()
+    torch.manual_seed(config.train.seed)
+    before = TransformerLM(config.model).state_dict()
+    same = {name for name in before if torch.equal(before[name], trained[name])}
+    assert same == {"token_embeddings.weight", "lm_head.weight"}
+
+
 def test_rows_of_documents_begin_at_the_end_of_text(tmp_path, monkeypatch):
     batches = []
     real = basic.training.train_step
