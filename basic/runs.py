@@ -89,7 +89,8 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         intervals = ("log_interval", "eval_interval", "sample_interval", "checkpoint_interval")
-        for name in ("warmup_steps", "min_learning_rate", "eps", "weight_decay", *intervals, "seed"):
+        numbers = ("min_learning_rate", "embedding_rate_factor", "eps", "weight_decay")
+        for name in ("warmup_steps", "seed", *numbers, *intervals):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("beta1", "beta2"):

@@ -134,5 +134,11 @@ def test_the_handouts_runs_have_its_sizes(name, vocab_size, num_tokens):
     assert all((config.data.train_tokens, config.data.valid_tokens, config.data.tokenizer))
 
 
+def test_the_quickstarts_configuration_loads():
+    config = load_config(CONFIGS / "quickstart.toml", RunConfig)
+    assert (config.model.context_length, config.train.batch_size, config.train.rows) == (128, 16, "documents")
+
+
 def test_all_configurations_are_tested():
-    assert sorted(path.stem for path in CONFIGS.iterdir()) == ["openwebtext", "tinystories", "tinystories_low_resource"]
+    names = {path.stem for path in CONFIGS.iterdir()}
+    assert names == {"openwebtext", "quickstart", "tinystories", "tinystories_low_resource"}
