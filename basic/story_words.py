@@ -1,14 +1,17 @@
 """The words and sentences of the embedded corpus: what `stories.py` draws from, and nothing that draws.
 
-Three brackets make a sentence a template:
+A sentence is a template with four kinds of brackets:
 
     {thing}      a remembered word: drawn when the story first mentions it, and the same ever after;
-    {hero.his}   another form of it (a capital, {hero.His}, writes that form with a capital);
-    <spot>       a rule, chosen anew each time; <spot {place.kind}> lets a remembered word pick the rule;
+    {hero.his}   another form of it (written {hero.His}, the form with a capital letter);
+    <spot>       a rule, chosen anew each time; in <spot {place.kind}> a remembered word says which rule;
     [one|other]  a choice on the spot.
 
-An alternative that starts with `3*` is three times as likely as one without. No word from a list opens a story
-or a quotation: a tokenizer would see it without its space there, as a second, different word.
+An alternative that starts with `3*` is three times as likely as one without a number.
+
+Two habits make the stories a fair test of memory. What is new comes with "a", what is already known with "the", so
+that a reader who remembers the story knows the word. And no word from a list opens a story or a quotation, where
+a tokenizer would see it without its space, as a second, different word.
 """
 
 from __future__ import annotations
@@ -17,527 +20,424 @@ Word = dict[str, str]
 
 
 def _list(text: str) -> list[str]:
-    """The items of a comma-separated list that may run over several lines."""
+    "The items of a comma-separated list that may run over several lines."
     return [" ".join(item.split()) for item in text.split(",")]
 
 
 def _words(text: str, **forms: str) -> list[Word]:
-    """Words with their indefinite article (`a`) and the forms that all of them share."""
+    "Words with their indefinite article (`a`) and the forms that all of them share."
     return [{"": word, "a": f"{'an' if word[0] in 'aeiou' else 'a'} {word}", **forms} for word in _list(text)]
 
 
-SHE = {"he": "she", "him": "her", "his": "her", "child": "girl", "opposite": "boy"}
-HE = {"he": "he", "him": "him", "his": "his", "child": "boy", "opposite": "girl"}
-
 GIRLS = _words(
-    """Ada, Amy, Anna, Bella, Clara, Daisy, Ella, Emma, Eva, Fay, Flora, Gina, Grace, Hanna, Hazel, Holly, Iris,
-    Ivy, Jane, Jenny, Julia, Kate, Kiki, Lena, Lily, Lola, Lucy, Lulu, Maya, Mia, Millie, Molly, Nell, Nina,
-    Nora, Olive, Penny, Pia, Polly, Rosa, Ruby, Sally, Sara, Sofia, Stella, Tess, Tilly, Vera, Wendy, Zoe""",
-    **SHE,
+    """Ada, Amy, Anna, Bella, Clara, Daisy, Ella, Emma, Eva, Flora, Grace, Iris, Ivy, Jane, Kate, Lena, Lily, Lola,
+    Lucy, Maya, Mia, Molly, Nell, Nina, Nora, Olive, Polly, Rosa, Ruby, Sally, Tess, Zoe""",
+    **{"he": "she", "him": "her", "his": "her", "child": "girl", "opposite": "boy"},
 )
 BOYS = _words(
-    """Adam, Alex, Arlo, Ben, Billy, Bobby, Carl, Dan, David, Eddie, Eli, Emil, Felix, Finn, Frank, Fred,
-    George, Gus, Hans, Harry, Henry, Hugo, Jack, Jake, Jim, Joe, Jonas, Leo, Liam, Louis, Luke, Max, Milo,
-    Ned, Nico, Noah, Oscar, Otto, Owen, Paul, Peter, Ralph, Rob, Sam, Simon, Theo, Tim, Toby, Tom, Walter""",
-    **HE,
+    """Adam, Alex, Ben, Billy, Dan, David, Eli, Emil, Felix, Finn, Frank, Fred, George, Gus, Henry, Hugo, Jack, Jim,
+    Joe, Leo, Luke, Max, Milo, Ned, Noah, Oscar, Otto, Paul, Peter, Sam, Tim, Toby""",
+    **{"he": "he", "him": "him", "his": "his", "child": "boy", "opposite": "girl"},
 )
 
-# The lists that remembered words are drawn from. The list of a word is named after it unless DRAWN_FROM says
-# otherwise; `weight` makes a word likelier than the others of its list.
+# What remembered words are drawn from: the list of the word's own name, unless DRAWN_FROM says otherwise. A word
+# with a `weight` is that much likelier than the others of its list. A word stands in one list only, so that
+# a reader can tell from the word what part it plays.
 WORDS: dict[str, list[Word]] = {
     "girl": GIRLS,
     "boy": BOYS,
     "anyone": GIRLS + BOYS,
     "who": [
-        *_words("girl", names="girl", weight="12"),
-        *_words("boy", names="boy", weight="12"),
+        *_words("girl", names="girl", weight="8"),
+        *_words("boy", names="boy", weight="8"),
         *_words(
-            """bear, fox, rabbit, mouse, hedgehog, badger, otter, squirrel, beaver, mole, kitten, puppy, duckling, lamb,
-            goat, pig, panda, koala, penguin, elephant, lion, tiger, monkey, dragon""",
+            """bear, fox, rabbit, mouse, hedgehog, badger, otter, squirrel, beaver, mole, kitten, puppy, lamb, pig,
+            panda, penguin, lion, tiger, monkey, dragon""",
             names="anyone",
         ),
     ],
     "trait": _words(
-        """brave, kind, curious, clever, calm, cheerful, gentle, lively, quiet, merry, patient, polite, funny,
-        dreamy, busy, bold, careful, friendly, playful, thoughtful, happy, eager, hopeful, helpful, smart,
-        sweet, jolly, proud, tidy, wise, nimble, good, generous, faithful, humble, bright, daring, caring,
-        loyal, sunny"""
-    ),
-    "elder": _words(
-        """mother, father, grandmother, grandfather, aunt, uncle, sister, brother, cousin, teacher, neighbor,
-        godmother"""
+        """brave, kind, curious, clever, calm, cheerful, gentle, lively, quiet, merry, patient, polite, funny, dreamy,
+        busy, bold, careful, friendly, playful, hopeful, helpful, smart, jolly, proud, tidy, wise, generous, loyal"""
     ),
     "look": _words(
-        """red, blue, green, yellow, orange, purple, pink, white, black, golden, silver, brown, gray, striped,
-        spotted, shiny, tiny, big, small, old, new, pretty, lovely, beautiful, fine, magic, special,
-        wonderful, funny, bright, neat, dusty, colorful, sparkling, painted, rare"""
+        """red, blue, green, yellow, orange, purple, pink, white, black, silver, brown, striped, spotted, shiny, big,
+        small, pretty, lovely, magic, special, bright, dusty, painted, plain"""
     ),
     "thing": [
         *_words(
-            """ball, kite, doll, top, puppet, balloon, marble, robot, teddy, sled, boat, train, truck, hoop, rattle,
-            rocket, wagon, puzzle, scooter, castle, dinosaur, plane, bike, bear""",
-            kind="toy",
+            "ball, kite, doll, puppet, balloon, marble, teddy, sled, train, truck, rocket, wagon, puzzle", kind="toy"
         ),
+        *_words("hat, scarf, cap, mitten, ribbon, coat, belt, glove, sock, boot, sweater, crown", kind="clothes"),
         *_words(
-            """hat, scarf, cap, mitten, ribbon, coat, belt, glove, sock, boot, cape, sweater, necklace, bracelet, apron,
-            crown, bow, jacket, shirt, ring, slipper, wig, mask, vest""",
-            kind="clothes",
-        ),
-        *_words(
-            """shell, stone, feather, coin, key, map, book, bell, lantern, mirror, pearl, medal, box, compass, pencil,
-            picture, postcard, jewel, locket, acorn, clock, umbrella, basket, cup, jar, flag, brush, egg,
-            button, statue, vase, crystal""",
+            "shell, stone, feather, coin, key, map, book, bell, mirror, pearl, medal, pencil, jewel, clock, cup, flag",
             kind="treasure",
         ),
-        *_words(
-            "flute, drum, horn, harp, fiddle, violin, guitar, trumpet, banjo, whistle, accordion, tuba",
-            kind="instrument",
-        ),
+        *_words("flute, harp, fiddle, violin, guitar, trumpet, horn", kind="instrument"),
     ],
     "place": [
-        *_words(
-            """forest, meadow, valley, woods, jungle, field, desert, swamp, canyon, clearing, grove, hills, mountains,
-            dunes, bushes""",
-            kind="wild",
-            at="in",
-        ),
-        *_words(
-            """river, lake, pond, stream, sea, creek, waterfall, harbor, bay, canal, brook, spring, fountain, pier,
-            lighthouse""",
-            kind="water",
-            at="by",
-        ),
-        *_words(
-            """market, school, station, library, bakery, museum, fair, zoo, circus, playground, theater, park, castle,
-            palace, bookshop, festival, parade, inn""",
-            kind="town",
-            at="at",
-        ),
-        *_words(
-            """garden, orchard, barn, stable, yard, greenhouse, vineyard, pasture, cellar, attic, hayloft, courtyard""",
-            kind="farm",
-            at="in",
-        ),
+        *_words("forest, meadow, valley, jungle, field, desert, swamp, canyon", kind="wild", at="in"),
+        *_words("river, lake, pond, stream, waterfall, harbor, canal, fountain", kind="water", at="by"),
+        *_words("market, school, station, library, museum, fair, zoo, circus, theater, castle", kind="town", at="at"),
+        *_words("garden, orchard, barn, stable, yard, greenhouse, vineyard, pasture", kind="farm", at="in"),
     ],
     "age": _words(
-        """old, young, tall, wise, kind, friendly, gray, fat, tiny, large, funny, gentle, sleepy, grumpy, clever,
-        quick, shy, jolly, silly, hungry, proud, fluffy, lonely, merry, busy, brown"""
+        """old, gray, fat, tall, large, skinny, sleepy, grumpy, quick, slow, shy, silly, fluffy, noisy, nosy, sly,
+        plump, strong"""
     ),
     "helper": _words(
-        """owl, turtle, hare, wolf, frog, toad, hen, rooster, goose, duck, crow, raven, sparrow, robin, rat, cat,
-        dog, cow, horse, donkey, pony, sheep, deer, moose, lizard, snail, worm, bee, spider, cricket,
-        parrot, pelican, stork, swan, crab, seal, camel, peacock, ant, weasel, pigeon, ox, llama, zebra,
-        giraffe, hippo, flamingo, butterfly"""
-    ),
-    "creature": _words(
-        """chick, bird, ladybug, bunny, fawn, cub, calf, piglet, hamster, owlet, gosling, foal, bat, moth, chipmunk,
-        canary, dove, wren, tadpole, gecko, beetle, caterpillar, newt, dragonfly, pup, lark, cygnet,
-        seagull"""
+        """owl, turtle, hare, wolf, frog, toad, hen, goose, duck, crow, robin, rat, cat, dog, cow, horse, donkey,
+        sheep, deer, moose, snail, spider, parrot, swan"""
     ),
     "plight": _words(
-        "little, wet, lost, cold, thin, frightened, muddy, lonely, hungry, weak, shivering, sad, scruffy, tired"
+        "wet, cold, thin, frightened, muddy, weak, shivering, scruffy, tired, young, poor, dizzy, sick, tiny"
     ),
-    "tool": _words(
-        """rope, net, ladder, stick, spoon, shovel, hook, rake, broom, bucket, ruler, hammer, pole, string, fork,
-        ladle, plank, pan, saw, towel"""
+    "creature": _words(
+        """chick, bird, bunny, fawn, cub, calf, piglet, hamster, foal, bat, moth, chipmunk, dove, wren, tadpole,
+        beetle, newt, seagull"""
     ),
-    "taste": _words(
-        """sweet, warm, fresh, crunchy, tasty, sticky, creamy, spicy, juicy, huge, crispy, buttery, fruity, golden,
-        delicious, round"""
-    ),
+    "tool": _words("""rope, net, ladder, stick, spoon, shovel, hook, rake, broom, bucket, hammer, pole"""),
+    "taste": _words("sweet, warm, fresh, tasty, sticky, creamy, spicy, juicy, huge, crispy, fruity, delicious, salty"),
     "food": _words(
-        """cake, pie, cookie, loaf, muffin, pancake, pudding, tart, bun, waffle, pizza, sandwich, pastry, omelet,
-        biscuit, dumpling, salad, stew, roll, pretzel, cupcake, doughnut, noodle, soup"""
+        "cake, pie, cookie, loaf, muffin, pancake, pudding, tart, waffle, pizza, sandwich, salad, stew, soup"
     ),
     "fear": _words(
-        """the dark, thunder, lightning, deep water, big dogs, spiders, high places, loud noises, shadows, ghosts,
-        monsters, snakes, bees, strangers, wolves, the moon, the wind, the fog, doctors, crowds, tunnels,
-        witches, giants, bulls"""
+        """spiders, shadows, ghosts, monsters, snakes, bees, strangers, wolves, sharks, witches, storms, clowns, rats,
+        trolls"""
     ),
     "building": _words(
-        """tower, castle, raft, hut, bridge, tent, fort, cabin, treehouse, boat, wagon, snowman, swing, sandcastle,
-        windmill, cart, fence, dam, slide, stage, birdhouse, oven, shed, tunnel"""
+        "tower, raft, hut, bridge, tent, fort, cabin, treehouse, snowman, swing, windmill, fence, slide, stage"
     ),
     "hobby": _words(
-        """chase butterflies, pick flowers, fly kites, watch clouds, count stars, feed ducks, collect shells, climb
-        trees, tell stories, sing songs, hunt for bugs, dig holes, splash in puddles, roll down hills, throw
-        snowballs, play tag, bake cookies, paint pictures, read books, solve riddles, plant seeds, race
-        snails, gather berries, invent games, catch frogs, make masks, draw maps, whistle tunes, follow
-        ants, jump over logs, slide on the ice, blow bubbles, sail boats, toss pebbles, share secrets, ride
-        ponies, juggle apples, wear funny hats, fold paper birds, dance in the rain"""
+        """chase butterflies, pick flowers, fly kites, watch clouds, count stars, feed ducks, collect shells, tell
+        stories, dig holes, paint pictures, read books, solve riddles, plant seeds, race snails, gather berries,
+        invent games, catch frogs, throw snowballs, blow bubbles, share secrets"""
     ),
     "skill": [
         *_words(
-            """swim, skate, ski, surf, juggle, turn cartwheels, ride a bike, walk on stilts, climb ropes, jump rope,
-            skip stones, catch a ball, row a boat, dive, tumble, spin a hoop, do a handstand, kick a ball,
-            gallop, fly""",
-            kind="body",
+            "swim, skate, ski, surf, juggle, climb ropes, skip stones, row, dive, tumble, dance, wrestle", kind="body"
         ),
+        *_words("sing, whistle, ring bells, play drums, hum, chirp", kind="music"),
         *_words(
-            """sing, whistle, yodel, hum, play the flute, play the harp, play the fiddle, play the piano, ring the
-            bells, beat the drum, blow the horn, strum the banjo""",
-            kind="music",
-        ),
-        *_words(
-            """paint, draw, knit, sew, weave, carve, bake bread, cook, write, fold paper hats, tie knots, make soup,
-            braid hair, mend shoes, stitch quilts, mix colors""",
-            kind="craft",
+            "draw, knit, sew, weave, carve, cook, write, tie knots, mend shoes, mix colors, fold hats", kind="craft"
         ),
     ],
-    "noise": _words(
-        """thump, squeak, scratch, growl, rattle, rustle, whisper, tapping, crunch, sneeze, howl, hiss, creak, buzz,
-        click, snore"""
-    ),
-    "room": _words("attic, cellar, kitchen, cupboard, barn, hallway, closet, pantry, bathroom, chimney, garage, shed"),
+    "noise": _words("""thump, squeak, scratch, growl, rumble, rustle, bang, sneeze, howl, hiss, creak, buzz"""),
+    "room": _words("""cellar, kitchen, cupboard, hallway, closet, pantry, chimney, garage, shed, basement"""),
 }
-
-# Where a remembered word is drawn from when that is not the list of its own name.
 DRAWN_FROM = {"hero": "{who.names}", "friend": "{hero.opposite}"}
 
-# The story grammar. A rule is a list of alternatives.
+# The story grammar: each rule is a list of alternatives.
 RULES: dict[str, list[str]] = {
-    "story": [
-        "<opening> <lost thing>",
-        "<opening> <new skill>",
-        "<opening> <rescue>",
-        "<opening> <shared meal>",
-        "<opening> <fear>",
-        "<opening> <building>",
-        "<opening> <saving up>",
-        "<opening> <new friend>",
-        "<opening> <strange noise>",
+    "story": ["<opening> <plot><moral>"],
+    "plot": [
+        "<lost thing>",
+        "<new skill>",
+        "<rescue>",
+        "<shared meal>",
+        "<old fear>",
+        "<building>",
+        "<saving up>",
+        "<new friend>",
+        "<strange noise>",
     ],
     "opening": [
         "3*Once upon a time, there was {trait.a} little {who} named {hero}.",
         "2*There once was {trait.a} {who} named {hero}.",
-        "In a <cozy> <cottage> <somewhere> lived {trait.a} {who} named {hero}.",
-        "Long ago, <somewhere>, there lived {trait.a} young {who} called {hero}.",
-        "The {who} in this story is called {hero}, and a more {trait} {who} was hard to find.",
+        "In a <cozy> <house> <by the sea> lived {trait.a} {who} named {hero}.",
+        "Long ago, <by the sea>, there lived {trait.a} {who} named {hero}.",
+        "Have you heard of the {trait} {who} named {hero}?",
     ],
-    "cozy": _list("cozy, crooked, tiny, snug, warm, yellow, round, mossy, narrow, quiet, sunny, wooden"),
-    "cottage": _list("cottage, house, cabin, hut, burrow, den, tower, village, town, windmill"),
-    "somewhere": [
-        "[by|near|far from|across] the [sea|river|forest|mountains|railway|old bridge|great lake|meadows|snow]",
-        "[at the edge of|not far from|high above] the [world|woods|desert|village|harbor|cliffs]",
+    "cozy": _list("cozy, crooked, snug, narrow, mossy, leafy, simple, drafty, brick, wooden"),
+    "house": _list("cottage, house, burrow, den, village, town, lighthouse, farmhouse, mansion, cave"),
+    "by the sea": [
+        "[by|near|far from|across|behind|beyond] the"
+        " [ocean|railway|volcano|glacier|cliffs|rainbow|mill|crossroads|marsh|coast]"
     ],
+    "moral": [
+        "4*",
+        " What a [good|clever|brave|wonderful] {who}!",
+        " Everyone [loved|praised|admired] the little {who}.",
+        " And {hero} was [happy|glad] ever after.",
+    ],
+    # --- what many stories share
+    "when": ["2*One <weather> <day>", "2*On a <weather> <day>", "The next <day>", "Early one <day>", "Late one <day>"],
+    "weather": _list(
+        "sunny, windy, rainy, foggy, snowy, cloudy, frosty, hot, misty, stormy, chilly, breezy, mild, golden"
+    ),
+    "day": _list("2*morning, 2*afternoon, 2*evening, Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday"),
+    "elder": _list("mother, father, grandmother, grandfather, aunt, uncle, sister, brother, cousin, teacher"),
+    "moved": _list(
+        """walked, ran, skipped, hopped, marched, strolled, wandered, hurried, raced, tiptoed, danced, rushed, dashed,
+        trotted, jogged, crept, hiked, galloped, bounced, sneaked, rode, scampered"""
+    ),
+    "said": _list("said, whispered, murmured, mumbled, laughed, chuckled, declared, announced"),
+    "cried": _list("cried, shouted, gasped, wailed, called, yelled, exclaimed, groaned, muttered, screamed"),
+    "wept": _list("wept, sighed, sobbed, sniffled, frowned, trembled, sulked, moaned, shivered, cried"),
+    "arrived": _list("came by, stopped, appeared, looked up, woke up, waved, turned around, peeked out"),
+    "thanked": _list("thanked, hugged, kissed, cuddled, patted, praised"),
+    "cheered": _list("cheered, clapped, danced, sang, waved, laughed, smiled, celebrated"),
+    "had fun": _list("danced, sang, played all day, shared a nap, laughed together, told jokes, hugged, ate plums"),
     # --- a lost thing is found
     "lost thing": ["<treasure> <outing> <loss> <search> <found>"],
     "treasure": [
-        "{hero.He} had {look.a} {thing} and <adored it>.",
-        "{hero.His} [dearest|favorite] [thing|possession|treasure] was {look.a} {thing}.",
-        "{hero.His} {elder} had given {hero.him} {look.a} {thing}.",
-        "For {hero.his} birthday, {hero.he} got {look.a} {thing} from {hero.his} {elder}.",
+        "{hero} had {look.a} {thing} and <adored it>.",
+        "{hero} never went anywhere without {hero.his} {look} {thing}.",
+        "{hero}'s <elder> had given {hero.him} {look.a} {thing}.",
+        "For {hero.his} birthday, {hero} got {look.a} {thing}.",
     ],
-    "adored it": _list(
-        """took it everywhere, never slept without it, loved it dearly, showed it to everyone, kept it very clean,
-        hugged it every night, told it many secrets, would not trade it for gold"""
-    ),
+    "adored it": _list("took it everywhere, loved it dearly, kept it clean, hugged it often, told it secrets"),
     "outing": [
-        "One <weather> <day>, {hero.he} <moved> to the {place} with the {thing}.",
-        "On a <weather> <day>, {hero} took the {thing} to the {place}.",
-        "When the <weather> <day> came, {hero.he} carried the {thing} to the {place}.",
+        "<when>, {hero} <moved> to {place.a} with the {look} {thing}.",
+        "<when>, {hero} took the {look} {thing} to {place.a}.",
     ],
-    "weather": _list(
-        """sunny, windy, rainy, cold, warm, bright, foggy, snowy, cloudy, quiet, gray, frosty, fine, hot, misty,
-        golden"""
-    ),
-    "day": _list(
-        """morning, afternoon, evening, day, Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday"""
-    ),
-    "moved": _list(
-        """walked, ran, skipped, hopped, marched, strolled, wandered, hurried, raced, tiptoed, danced, rushed,
-        dashed, trotted, jogged, crept, hiked, galloped, bounced, stomped, sneaked, paraded, rode,
-        scampered"""
-    ),
     "loss": [
-        "But [on the way home|at noon|after lunch|a moment later], the {thing} was [gone|missing|nowhere]. <sorrow>",
-        "But the {thing} <vanished {thing.kind}> and was [gone|lost]. <sorrow>",
+        "But near the {place}, the {thing} was [gone|missing|lost]. <sorrow>",
+        "But the {thing} <vanished {thing.kind}>. <sorrow>",
     ],
-    "vanished toy": _list("rolled away, bounced down a hill, tumbled into a hole, slid out of sight"),
-    "vanished clothes": _list("blew away, slipped off, caught on a branch, fluttered off"),
-    "vanished treasure": _list("dropped out of a pocket, sank into the mud, slipped through a crack, fell down"),
-    "vanished instrument": _list("was left on a bench, went silent, was put down, lay forgotten"),
+    "vanished toy": _list("rolled away, bounced away, tumbled away, slid out of sight"),
+    "vanished clothes": _list("blew away, slipped off, fluttered away, flew away"),
+    "vanished treasure": _list("fell out of the bag, dropped out of sight, slipped away, sank into the mud"),
+    "vanished instrument": _list("was left behind, went missing, was forgotten, fell down"),
     "sorrow": [
-        "{hero} <wept>.",
-        '"Oh no!" <cried> {hero}.',
-        "{hero.He} felt so <sad> that {hero.he} <wept>.",
+        "The {who} <wept>.",
+        '"Oh no!" <cried> the {who}.',
+        "The {who} felt [sad|lonely|worried|upset|unhappy] and <wept>.",
     ],
-    "wept": _list(
-        "wept, sighed, sobbed, sniffled, frowned, trembled, sulked, moaned, groaned, shivered, wailed, cried"
-    ),
-    "cried": _list("cried, shouted, gasped, wailed, called, yelled, exclaimed, groaned, muttered, whispered"),
-    "sad": _list("sad, lonely, worried, upset, gloomy, unhappy, miserable, helpless"),
     "search": [
-        '"Have you seen my {thing}?" {hero.he} asked {age.a} {helper}. <hunt>',
-        'Just then, {age.a} {helper} <arrived>. "I will help you," <said> the {helper}. <hunt>',
-        '{age.A} {helper} <arrived>. "Did you lose {look.a} {thing}?" <said> the {helper}. <hunt>',
+        '"Have you seen my {look} {thing}?" {hero} asked {age.a} {helper}. <hunt>',
+        "{age.A} {helper} <arrived> and offered to help. <hunt>",
+        '"I will help you," <said> {age.a} {helper}. <hunt>',
     ],
-    "arrived": _list("came by, stopped, appeared, looked up, woke up, waved, turned around, peeked out"),
-    "said": _list("said, asked, whispered, murmured, replied, answered, laughed, chuckled, smiled"),
     "hunt": [
-        "They <searched> [everywhere|for hours|high and low] and found the {thing} <spot {place.kind}>.",
-        "The {helper} <searched> <spot {place.kind}>, and there was the {thing}!",
+        "They <searched> all over the {place} and found it <spot {place.kind}>.",
+        "The {helper} <searched> <spot {place.kind}>, and there it was!",
     ],
-    "searched": _list("looked, searched, hunted, peeked, sniffed, dug, poked, explored, rummaged, peered"),
+    "searched": _list("looked, searched, hunted, peeked, sniffed, dug, poked, rummaged, peered"),
     "spot wild": _list(
-        """under a log, behind a tree, in a hollow stump, under a fern, beneath a bush, behind a rock, between two
-        roots, under some leaves, in an empty nest, beside a mushroom"""
+        "under a log, behind a tree, in a hollow stump, beneath a bush, between two roots, in the grass"
     ),
     "spot water": _list(
-        """under a boat, behind a rock, among the reeds, under a lily pad, between two stones, on the sand, in a
-        fishing net, beside a bucket, under a bridge, in the shallow water"""
+        "under a canoe, among the reeds, under a lily pad, between two pebbles, on the sand, in the mud"
     ),
-    "spot town": _list(
-        """under a bench, behind a barrel, in a cart, beside a lamp, under a table, behind a door, in a flowerpot,
-        on a windowsill, behind a statue, under the stairs"""
-    ),
-    "spot farm": _list(
-        """in the hay, behind a bucket, under a wheelbarrow, beside a fence, behind a ladder, under a cabbage, among
-        the pumpkins, in an empty barrel, beside a rake, under a pile of straw"""
-    ),
+    "spot town": _list("under a bench, behind a barrel, in a gutter, under a table, behind a door, behind a statue"),
+    "spot farm": _list("in the hay, behind a bush, under a cart, beside a gate, under a cabbage, in the straw"),
     "found": [
-        "{hero} <thanked> the {helper} and <moved> home with the {thing}.",
-        '"Thank you, dear {helper}!" said {hero}, and {hero.he} never lost the {look} {thing} again.',
-        "That night, {hero.he} <slept> with the {look} {thing} <close by>.",
+        "{hero} <thanked> the {helper} and <moved> home with the {look} {thing}.",
+        "{hero} <thanked> the {helper} and never lost the {look} {thing} again.",
+        "That night, {hero} <slept> with the {look} {thing} <close by>.",
     ],
-    "thanked": _list("thanked, hugged, kissed, cuddled, patted, praised"),
-    "slept": _list("slept, dreamed, snored, dozed, rested, fell asleep"),
-    "close by": _list("on the pillow, under the pillow, close by, by the window, next to the bed, under the blanket"),
+    "slept": _list("slept, dreamed, snored, dozed, rested, cuddled up"),
+    "close by": _list("on the pillow, under the pillow, by the window, next to the bed, under the blanket"),
     # --- a skill is learned
     "new skill": ["<dream> <practice> <lesson> <success>"],
     "dream": [
-        "{hero.He} wanted to learn how to {skill}.",
-        "More than anything, {hero.he} wished to {skill}.",
-        "{hero.His} [great|secret|biggest] dream was to {skill}.",
+        "{hero} wanted to learn how to {skill}.",
+        "{hero} dreamed of one thing: to {skill}.",
+        "{hero}'s [great|secret|biggest|dearest] wish was to {skill}.",
     ],
     "practice": [
-        "Every <day>, {hero.he} <moved> to the {place} to try, but <failed {skill.kind}>.",
-        "{hero.He} practiced {place.at} the {place}, but <failed {skill.kind}>.",
+        "Every <day>, {hero} tried to {skill} {place.at} {place.a}, but <failed {skill.kind}>.",
+        "<when>, {hero} <moved> to {place.a} and tried to {skill}, but <failed {skill.kind}>.",
     ],
-    "failed body": [
-        "{hero.he} always fell [over|down|on {hero.his} nose|into the mud]",
-        "{hero.his} [legs|arms|knees|feet] would not obey",
-    ],
-    "failed music": _list(
-        "the birds flew away, the dogs howled, it sounded awful, people covered their ears, the babies cried"
-    ),
-    "failed craft": _list("it came out crooked, it looked silly, everything got messy, it fell apart, nobody liked it"),
+    "failed body": ["{hero.he} always fell [over|down]", "{hero.his} [legs|arms|knees|feet] would not obey"],
+    "failed music": _list("the birds flew away, the dogs howled, it sounded awful, people covered their ears"),
+    "failed craft": _list("it came out crooked, it looked silly, it fell apart, nobody liked it"),
     "lesson": [
-        '"I will never {skill}!" {hero.he} <cried>. {age.A} {helper} heard {hero.him}. <animal lesson>',
-        "One <weather> <day>, {age.a} {helper} <arrived>. <animal lesson>",
+        '"I will never {skill}!" <cried> the {who}. {age.A} {helper} heard it. <animal lesson>',
+        "Then {age.a} {helper} <arrived>. <animal lesson>",
         "Then {hero.his} friend {friend} <arrived>. <friend lesson>",
     ],
     "animal lesson": [
-        '"<advice>," <said> the {helper}. So the {helper} and {hero} <practiced>.',
-        'The {helper} [showed|taught] {hero.him} a trick. "<advice>," <said> the {helper}.',
+        '"<advice>," <said> the {helper}, and they <practiced>.',
+        'The {helper} showed {hero} a trick and <said>, "<advice>."',
     ],
     "friend lesson": [
-        '"<advice>," <said> {friend}. So {friend} and {hero} <practiced>.',
-        '{friend} [showed|taught] {hero.him} a trick. "<advice>," <said> {friend}.',
+        '"<advice>," <said> {friend}, and they <practiced>.',
+        '{friend} showed {hero} a trick and <said>, "<advice>."',
     ],
     "advice": _list(
-        """Do not hurry, Try once more, Take a deep breath, Start with a small step, Just follow me, Close your eyes
-        and smile, Never give up, Think of something nice"""
+        """Do not hurry, Try once more, Take a deep breath, Take small steps, Just follow me, Close your eyes, Never
+        give up, Stay calm"""
     ),
     "practiced": [
-        "practiced [all day|until dark|for a week|every day|for hours|in the rain|until the stars came out]",
-        "tried [again and again|a hundred times|very hard]",
+        "practiced [all day|until dark|for a week|every day|for hours|in the rain|all summer]",
+        "tried [again and again|very hard]",
     ],
     "success": [
-        "At last, {hero} could {skill} <very well>, and everyone {place.at} the {place} <cheered>.",
-        "[Soon|By spring|After that|The next day], {hero.he} could {skill} <very well>. {hero} <celebrated>.",
+        "At last, {hero} could {skill} <very well>, and the whole {place} <cheered>.",
+        "[Soon|By spring|After that|In the end], {hero} could {skill} <very well> and <was proud>.",
     ],
-    "very well": _list("very well, better than anyone, without any help, like a star, all day long, with closed eyes"),
-    "cheered": _list("cheered, clapped, whistled, danced, bowed, waved, jumped for joy, laughed"),
-    "celebrated": _list(
-        """was proud, smiled all week, danced for joy, hugged everyone, could not stop grinning, shouted with joy,
-        felt ten feet tall, glowed with joy"""
-    ),
+    "very well": _list("very well, better than anyone, without any help, like a star, all day long"),
+    "was proud": _list("was proud, smiled all week, jumped for joy, hugged everyone, felt ten feet tall"),
     # --- a creature is rescued
-    "rescue": ["<equipped> <cry> <saved> <friends>"],
+    "rescue": ["<equipped> <cry> <saved> <grateful>"],
     "equipped": [
-        "{hero.He} always carried {look.a} {tool} in {hero.his} [bag|basket|cart|backpack].",
-        "{hero.His} {elder} had lent {hero.him} {look.a} {tool}.",
-        "{hero.He} never left home without {look.a} {tool}.",
+        "{hero} always carried {look.a} {tool} in {hero.his} [bag|basket|pocket|backpack].",
+        "{hero}'s <elder> had lent {hero.him} {look.a} {tool}.",
+        "{hero} never left home without {look.a} {tool}.",
     ],
     "cry": [
-        "One <weather> <day>, {hero.he} <moved> to the {place} and heard a [soft|faint|tiny|strange] cry. <victim>",
-        "On a <weather> <day>, {place.at} the {place}, {hero.he} heard a [voice|sob|whimper]. <victim>",
+        "<when>, {hero} took the {look} {tool} to {place.a} and heard a [soft|faint|strange] cry. <victim>",
+        "<when>, {hero} <moved> to {place.a} and heard a [voice|sob|whimper]. <victim>",
     ],
     "victim": [
         "It was {plight.a} {creature}, <trapped> <spot {place.kind}>.",
         '{plight.A} {creature} was <trapped> <spot {place.kind}>. "<plea>!" <begged> the {creature}.',
     ],
-    "trapped": _list("stuck, trapped, caught, lost, tangled, pinned, lying"),
-    "plea": _list("Help me, Please, I cannot move, My leg hurts, I am so scared, I want my mother"),
-    "begged": _list("begged, squeaked, whimpered, cried, pleaded, peeped, sobbed, yelped"),
+    "trapped": _list("stuck, trapped, caught, tangled, pinned, lying, shaking, hiding"),
+    "plea": _list("Help me, Please help, I cannot move, My leg hurts, I am so scared, I want my mother"),
+    "begged": _list("begged, squeaked, whimpered, cried, peeped, sobbed, yelped"),
     "saved": [
-        "With the {tool}, {hero} <freed> the {creature}.",
-        "{hero} remembered the {look} {tool} and used it to <free> the {creature}.",
+        "With the {look} {tool}, {hero} <freed> the {creature}.",
+        "{hero} used the {look} {tool} to <free> the {creature}.",
     ],
-    "freed": _list("freed, lifted, pulled out, rescued, untangled, saved, dragged out"),
-    "free": _list("free, lift, reach, rescue, untangle, save, pull out"),
-    "friends": [
-        "The {creature} <nuzzled> {hero.him}, and the two met {place.at} the {place} every <day>.",
-        '"You are a very {trait} {who}," said the {creature}, and they <celebrated together>.',
-        "From then on, {hero} and the {creature} were [best friends|never apart|like family].",
+    "freed": _list("freed, lifted, pulled out, rescued, untangled, saved, dragged out, helped"),
+    "free": _list("free, lift, reach, rescue, untangle, save, pull out, help"),
+    "grateful": [
+        "The {creature} <nuzzled> the {who}, and they <had fun> near the {place}.",
+        "From then on, {hero} and the {creature} <moved> to the {place} every <day>.",
     ],
-    "nuzzled": _list("nuzzled, kissed, thanked, tickled, licked, hugged, followed"),
-    "celebrated together": _list(
-        "danced, sang, played all day, shared a nap, laughed together, walked home, hugged, ate berries"
-    ),
+    "nuzzled": _list("kissed, thanked, tickled, licked, hugged, followed, trusted"),
     # --- a meal is shared
     "shared meal": ["<baking> <meeting> <gift> <reward>"],
     "baking": [
-        "{hero.He} <baked> {taste.a} {food} for {hero.his} {elder} and <moved> to the {place} with it.",
-        "One <weather> <day>, {hero.he} <baked> {taste.a} {food} for {hero.his} {elder}, who lived {place.at} the"
-        " {place}.",
+        "{hero} <baked> {taste.a} {food} for {hero.his} friend {friend} and <moved> to {place.a}.",
+        "<when>, {hero} <baked> {taste.a} {food} for {hero.his} friend {friend}, who lived {place.at} {place.a}.",
     ],
-    "baked": _list("baked, made, cooked, prepared, bought, packed, wrapped"),
+    "baked": _list("baked, made, cooked, prepared, bought, packed, wrapped, fetched"),
     "meeting": [
-        'On the way, {hero.he} met {age.a} {helper}. "I have not eaten [today|all day|for days]," <said> the {helper}.',
+        "Near the {place}, the {who} met {age.a} {helper}."
+        ' "I have not eaten [today|all day|for days]," <said> the {helper}.',
         '{age.A} {helper} <arrived>. "That {food} smells [good|so nice|like home]," <said> the {helper}.',
     ],
     "gift": [
         "{hero} gave [half of|most of|all of] the {food} to the {helper}.",
-        "{hero} [thought|waited|smiled] for a moment and shared the {food} with the {helper}.",
+        "The {who} [thought|waited|smiled|stopped] for a moment and shared the {food} with the {helper}.",
     ],
     "reward": [
-        "The {helper} <thanked> {hero.him} and brought <gifts> for {hero.his} {elder}. <praise>",
-        "{hero.His} {elder} was not [angry|cross|upset] at all. <praise>",
+        "The {helper} <thanked> {hero} and gave {hero.him} <a basket of berries> for {friend}. <praise>",
+        "{friend} was not [angry|cross|upset] at all. <praise>",
     ],
-    "gifts": [
-        "[a basket of|a pile of|fresh|two sacks of|a hat full of] [berries|apples|nuts|honey|flowers|pears|plums|figs]"
+    "a basket of berries": [
+        "[a basket of|a pile of|two sacks of|a hat full of] [berries|apples|nuts|honey|roses|pears|peas|figs]"
     ],
-    "praise": [
-        '"What {trait.a} {who} you are!" said {hero.his} {elder}.',
-        "They all ate together, and no {food} had ever tasted [so good|better].",
-    ],
+    "praise": ["{hero} and {friend} <had fun>.", "{friend} said that no {food} had ever tasted better."],
     # --- a fear is overcome
-    "fear": ["<afraid> <trial> <comfort> <courage>"],
+    "old fear": ["<afraid> <trial> <comfort> <courage>"],
     "afraid": [
-        "But {hero.he} was [afraid|scared|terrified] of {fear}.",
-        "Only one thing [frightened|scared] {hero.him}: {fear}.",
+        "But {hero} was [afraid|scared|terrified] of {fear}.",
+        "Only one thing [frightened|scared|worried] {hero}: {fear}.",
     ],
     "trial": [
-        "One <weather> <day>, {hero.he} had to go to the {place} alone and <shook>.",
-        "When {hero.his} {elder} sent {hero.him} to the {place}, {hero.he} <shook>.",
+        '<when>, {hero} had to go to {place.a}. "The {fear} live near the {place}!" <cried> the {who}.',
+        "When {hero.his} <elder> sent {hero} to {place.a}, the {who} thought of the {fear} and <shook>.",
     ],
-    "shook": _list("shook, hid, trembled, froze, shivered, fainted, hesitated, stopped, screamed, blushed"),
+    "shook": _list("shook, hid, trembled, froze, shivered, fainted, screamed"),
     "comfort": [
-        '{hero.His} friend {friend} gave {hero.him} {look.a} {thing}. "<comforting>," <said> {friend}.',
-        '"Take my {look} {thing}," <said> {friend}, {hero.his} best friend. "<comforting>."',
+        '{hero.His} friend {friend} gave {hero.him} {look.a} {thing}. "<You can do it>," <said> {friend}.',
+        '"Take my {look} {thing}," <said> {hero.his} friend {friend}. "<You can do it>."',
     ],
-    "comforting": _list(
+    "You can do it": _list(
         "It will keep you safe, It makes me brave, It will bring you luck, Hold it tight, You can do it"
     ),
     "courage": [
-        "{hero} held the {thing} and <moved> to the {place}. {hero.He} was not afraid of {fear} any more.",
-        "With the {look} {thing}, {hero.he} forgot all about {fear}. {hero} and {friend} <celebrated together>.",
-        "It worked! {hero} laughed at {fear} and gave the {thing} back to {friend}.",
+        "{hero} held the {look} {thing} and <moved> to the {place}, not afraid of the {fear} any more.",
+        "With the {look} {thing}, {hero} forgot all about the {fear}. {hero} and {friend} <had fun>.",
+        "It worked! {hero} laughed at the {fear} and gave the {look} {thing} back to {friend}.",
     ],
     # --- something is built twice
-    "building": ["<plan> <work> <collapse> <again>"],
+    "building": ["<plan> <work> <collapse> <new try>"],
     "plan": [
-        "{hero.He} and {hero.his} friend {friend} decided to build {look.a} {building} {place.at} the {place}.",
-        "One <weather> <day>, {hero.his} friend {friend} said,"
-        ' "Let us build {look.a} {building} {place.at} the {place}."',
+        "{hero} and {hero.his} friend {friend} decided to build {look.a} {building} {place.at} {place.a}.",
+        '<when>, {hero.his} friend {friend} <said>, "Let us build {look.a} {building} {place.at} {place.a}."',
     ],
     "work": [
-        "They used <soft stuff> and <soft stuff 2>.",
-        "{friend} brought <soft stuff>, and {hero} brought <soft stuff 2>.",
+        "They used <straw> and <sticks>.",
+        "{hero} brought <straw>, and {friend} brought <sticks>.",
     ],
-    "soft stuff": _list("straw, paper, leaves, feathers, sand, grass, cloth, blankets, pillows, cardboard, moss, mud"),
-    "soft stuff 2": _list(
-        "sticks, branches, glue, string, ribbons, twigs, shells, old boxes, pine cones, jam, snow, socks"
-    ),
+    "straw": _list("straw, paper, leaves, feathers, sand, grass, cloth, blankets, pillows, moss"),
+    "sticks": _list("sticks, branches, glue, string, ribbons, twigs, boxes, jam, snow, socks"),
     "collapse": [
-        "But <disaster> <broke> the {building}. {friend} <wept>.",
-        'But <disaster> came, and the {building} fell down. "Oh no!" <cried> {friend}.',
+        "But <the wind> <broke> the {look} {building}, and {friend} <wept>.",
+        'But <the wind> came, and the {look} {building} fell down. "Oh no!" <cried> {friend}.',
     ],
-    "disaster": [
-        "[the wind|the rain|a storm|a wave|a cow|a big dog|a goat|a flood|an earthquake|the snow|a clumsy bear]"
+    "the wind": _list("the wind, the rain, the snow, a storm, a wave, a flood, a goat, a big bull, a pirate, a giant"),
+    "broke": _list("broke, smashed, crushed, ruined, squashed, wrecked, toppled, flattened"),
+    "new try": [
+        '"We will try again," <said> the {who}. This time they used <bricks>, and the {building} stood. <party>',
+        "{hero} fetched <bricks>, and they built a better {building}. <party>",
     ],
-    "broke": _list("broke, smashed, crushed, knocked over, ruined, squashed, wrecked, toppled"),
-    "again": [
-        '"We will try again," <said> {hero}. This time they used <hard stuff>, and the {building} stood. <in it>',
-        "{hero} fetched <hard stuff>, and they built an even better {building}. <in it>",
-    ],
-    "hard stuff": _list("bricks, stones, wood, nails, iron, logs, strong rope, planks, steel, clay, rocks, bolts"),
-    "in it": [
-        "{friend} and {hero} <celebrated together>.",
-        "Everyone {place.at} the {place} <cheered> for {hero} and {friend}.",
-    ],
+    "bricks": _list("bricks, stones, wood, nails, iron, logs, planks, steel, clay, rocks"),
+    "party": ["{hero} and {friend} <had fun> in the {building}.", "The whole {place} <cheered>."],
     # --- something is saved up for
-    "saving up": ["<longing> <chores> <shop>"],
+    "saving up": ["<longing> <chores> <purchase>"],
     "longing": [
-        "{hero.He} wanted {look.a} {thing} more than anything, but {hero.he} had only <few> coins.",
-        "At the {place}, {hero.he} saw {look.a} {thing}. It cost <many> coins, and {hero.he} had only <few>.",
+        "{hero} wanted {look.a} {thing} more than anything, but had only <few> coins.",
+        "At {place.a}, {hero} saw {look.a} {thing}. It cost <many> coins, and {hero} had only <few>.",
     ],
     "few": _list("two, three, four, five, six, seven"),
     "many": _list("ten, twelve, twenty, thirty, forty, fifty"),
     "chores": [
-        "So {hero.he} <chore> for the <worker> and <chore 2> for {hero.his} {elder}.",
-        "All <season>, {hero.he} <chore> for {hero.his} {elder} and <chore 2> for the <worker>.",
+        "To buy the {look} {thing}, {hero} <swept floors> for the <baker> and <dusted shelves> for {hero.his} <elder>.",
+        "All <season>, {hero} <swept floors> for the <baker> and <dusted shelves> for {hero.his} <elder>.",
     ],
-    "season": _list("spring, summer, autumn, winter, week, month, year"),
-    "chore": _list(
-        """swept floors, washed dishes, watered roses, peeled potatoes, picked cherries, carried water, chopped
-        wood, polished boots, milked cows, fed chickens, raked leaves, pulled weeds"""
+    "season": _list("spring, summer, fall, winter, week, month, year"),
+    "swept floors": _list(
+        """swept floors, washed dishes, watered roses, peeled carrots, picked cherries, carried water, chopped wood,
+        polished boots, milked cows, raked leaves"""
     ),
-    "chore 2": _list(
-        """ironed shirts, dusted shelves, ground flour, delivered letters, walked dogs, brushed horses, mended nets,
-        scrubbed pots, stacked boxes, trimmed hedges, cleaned windows, sorted buttons"""
+    "dusted shelves": _list(
+        """dusted shelves, ironed shirts, ground flour, delivered letters, walked dogs, brushed horses, mended nets,
+        scrubbed pots, stacked boxes, cleaned windows"""
     ),
-    "worker": _list(
-        """baker, farmer, miller, potter, fisherman, tailor, blacksmith, doctor, king, queen, mayor, painter,
-        sailor, shepherd, cook, librarian, gardener, carpenter, clown, pilot, barber, captain, knight,
-        wizard"""
+    "baker": _list(
+        "baker, farmer, miller, tailor, doctor, king, queen, painter, sailor, gardener, pilot, captain, wizard"
     ),
-    "shop": [
-        "At last, {hero.he} bought the {look} {thing}, and {hero} <used {thing.kind}> all day.",
-        "But the {thing} was [sold|gone]! Then {hero.his} friend {friend} came with a box. In it was the {look}"
-        " {thing}. {hero} <thanked> {friend}.",
-        "{hero} <moved> to the shop and came home with the {look} {thing}. {hero.His} {elder} <cheered>.",
+    "purchase": [
+        "At last, {hero} bought the {look} {thing} and <used {thing.kind}> all day.",
+        "But the {look} {thing} was [sold|gone]! Then {hero.his} friend {friend} came with a box."
+        " In it was the {look} {thing}. {hero} <thanked> {friend}.",
+        "{hero} <moved> to the shop and came home with the {look} {thing}. Everyone <cheered>.",
     ],
     "used toy": _list("played with it, pushed it, cuddled it"),
     "used clothes": _list("wore it, tried it on, twirled in it"),
-    "used treasure": _list("admired it, looked at it, guarded it"),
+    "used treasure": _list("admired it, looked at it, showed it around"),
     "used instrument": _list("played it, made music, practiced"),
     # --- a friend is made
     "new friend": ["<alone> <stranger> <invitation> <together>"],
     "alone": [
-        "{hero.He} liked to {hobby}, but {hero.he} had nobody to play with.",
-        "{hero.He} was new in town, and it was no fun to {hobby} alone.",
+        "{hero} liked to {hobby}, but had nobody to play with.",
+        "{hero} was new in town, and it was no fun to {hobby} alone.",
     ],
     "stranger": [
-        "One <weather> <day>, {place.at} the {place}, {hero.he} saw a {friend.child} with {look.a} {thing}.",
-        "Then a {friend.child} with {look.a} {thing} came to the {place}.",
+        "<when>, {place.at} {place.a}, {hero} met a {friend.child} called {friend} with {look.a} {thing}.",
+        "<when>, a {friend.child} called {friend} came to {place.a} with {look.a} {thing}.",
     ],
     "invitation": [
-        '"I am {friend}," said the {friend.child}. "Do you want to {hobby} with me?"',
-        'The name of the {friend.child} was {friend}. "Can I hold your {thing}?" <said> {hero}. {friend} <nodded>.',
+        '"Do you want to {hobby} with me?" asked the {who}. {friend} <nodded>.',
+        '"Let us {hobby}, and you may hold my {thing}," <said> {friend}. The {who} <nodded>.',
     ],
     "nodded": _list("nodded, smiled, laughed, agreed, blushed, grinned"),
     "together": [
-        "So {hero} and {friend} went to {hobby} {place.at} the {place}.",
-        "Now {friend} and {hero} {hobby} every <day>, and {friend} even lets {hero.him} hold the {look} {thing}.",
+        "So {hero} and {friend} went to the {place} to {hobby}.",
+        "Now {hero} and {friend} {hobby} every <day>, and {friend} shares the {look} {thing}.",
     ],
     # --- a noise is explained
-    "strange noise": ["<noise> <guess> <look> <mystery solved>"],
-    "noise": [
-        "One <weather> night, {hero.he} heard a {noise} in the {room}.",
+    "strange noise": ["<night> <guess> <courage to look> <surprise>"],
+    "night": [
+        "One <weather> night, {hero} heard a {noise} in the {room}.",
         "Every night, there was a {noise} in the {room}, and {hero} could not sleep.",
     ],
     "guess": [
-        '"Is it a [ghost|monster|thief|dragon|witch|giant|pirate|goblin]?" {hero.he} <cried>.',
-        "{hero.He} [hid|trembled|shivered] under the [bed|blanket|table|pillow].",
+        '"Did a [ghost|monster|thief|giant|dragon|troll|pirate|witch] make the {noise}?" <cried> the {who}.',
+        "The {noise} grew louder, and the {who} [hid|trembled|shivered] under the [bed|blanket|table|pillow].",
     ],
-    "look": [
-        "{hero.His} {elder} took {look.a} [lamp|candle|lantern|torch], and they <moved> to the {room}.",
-        "With {look.a} {tool} in {hero.his} hand, {hero.he} <moved> to the {room}.",
+    "courage to look": [
+        "{hero}'s <elder> took a [lamp|candle|lantern|torch], and they <moved> to the {room}.",
+        "{hero} took {look.a} {tool} and <moved> to the {room}.",
     ],
-    "mystery solved": [
+    "surprise": [
         "It was only {plight.a} {creature} that wanted {taste.a} {food}. <pet>",
         'There sat {plight.a} {creature}. "The {noise} was me," <said> the {creature}. <pet>',
     ],
