@@ -9,9 +9,10 @@ A sentence is a template with four kinds of brackets:
 
 An alternative that starts with `3*` is three times as likely as one without a number.
 
-Two habits make the stories a fair test of memory. What is new comes with "a", what is already known with "the", so
-that a reader who remembers the story knows the word. And no word from a list opens a story or a quotation, where
-a tokenizer would see it without its space, as a second, different word.
+Three habits make the stories a fair test of memory, one that a small model can learn to pass. What is new comes
+with "a" and what is known with "the", and friends are called by name where the hero may be "the girl": so one can tell
+when to remember, and whom. What is mentioned comes back soon, and often. And no word from a list opens a story or a
+quotation, where a tokenizer would see it without its space, as a second, different word.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ Word = dict[str, str]
 
 
 def _list(text: str) -> list[str]:
-    "The items of a comma-separated list that may run over several lines."
+    """The items of a comma-separated list that may run over several lines."""
     return [" ".join(item.split()) for item in text.split(",")]
 
 
 def _words(text: str, **forms: str) -> list[Word]:
-    "Words with their indefinite article (`a`) and the forms that all of them share."
+    """Words with their indefinite article (`a`) and the forms that all of them share."""
     return [{"": word, "a": f"{'an' if word[0] in 'aeiou' else 'a'} {word}", **forms} for word in _list(text)]
 
 
@@ -96,7 +97,7 @@ WORDS: dict[str, list[Word]] = {
         """chick, bird, bunny, fawn, cub, calf, piglet, hamster, foal, bat, moth, chipmunk, dove, wren, tadpole,
         beetle, newt, seagull"""
     ),
-    "tool": _words("""rope, net, ladder, stick, spoon, shovel, hook, rake, broom, bucket, hammer, pole"""),
+    "tool": _words("rope, net, ladder, stick, spoon, shovel, hook, rake, broom, bucket, hammer, pole"),
     "taste": _words("sweet, warm, fresh, tasty, sticky, creamy, spicy, juicy, huge, crispy, fruity, delicious, salty"),
     "food": _words(
         "cake, pie, cookie, loaf, muffin, pancake, pudding, tart, waffle, pizza, sandwich, salad, stew, soup"
@@ -122,8 +123,8 @@ WORDS: dict[str, list[Word]] = {
             "draw, knit, sew, weave, carve, cook, write, tie knots, mend shoes, mix colors, fold hats", kind="craft"
         ),
     ],
-    "noise": _words("""thump, squeak, scratch, growl, rumble, rustle, bang, sneeze, howl, hiss, creak, buzz"""),
-    "room": _words("""cellar, kitchen, cupboard, hallway, closet, pantry, chimney, garage, shed, basement"""),
+    "noise": _words("thump, squeak, scratch, growl, rumble, rustle, bang, sneeze, howl, hiss, creak, buzz"),
+    "room": _words("cellar, kitchen, cupboard, hallway, closet, pantry, chimney, garage, shed, basement"),
 }
 DRAWN_FROM = {"hero": "{who.names}", "friend": "{hero.opposite}"}
 
@@ -176,7 +177,7 @@ RULES: dict[str, list[str]] = {
     "wept": _list("wept, sighed, sobbed, sniffled, frowned, trembled, sulked, moaned, shivered, cried"),
     "arrived": _list("came by, stopped, appeared, looked up, woke up, waved, turned around, peeked out"),
     "thanked": _list("thanked, hugged, kissed, cuddled, patted, praised"),
-    "cheered": _list("cheered, clapped, danced, sang, waved, laughed, smiled, celebrated"),
+    "cheered": _list("cheered, clapped, danced, sang, waved, smiled, whistled, celebrated"),
     "had fun": _list("danced, sang, played all day, shared a nap, laughed together, told jokes, hugged, ate plums"),
     # --- a lost thing is found
     "lost thing": ["<treasure> <outing> <loss> <search> <found>"],
@@ -273,7 +274,7 @@ RULES: dict[str, list[str]] = {
     # --- a creature is rescued
     "rescue": ["<equipped> <cry> <saved> <grateful>"],
     "equipped": [
-        "{hero} always carried {look.a} {tool} in {hero.his} [bag|basket|pocket|backpack].",
+        "{hero} always carried {look.a} {tool} in {hero.his} [bag|basket|cart|backpack].",
         "{hero}'s <elder> had lent {hero.him} {look.a} {tool}.",
         "{hero} never left home without {look.a} {tool}.",
     ],
