@@ -24,7 +24,7 @@ class Options:
     """UTF-8 text to learn from, with <|endoftext|> between documents if it has them; None for the embedded stories."""
     output: Path = Path("runs/quickstart")
     """Folder for everything that is made."""
-    vocab_size: int = 2300
+    vocab_size: int = 2048
     """Tokens of the tokenizer: 256 bytes, the end of text, and merges."""
     steps: int = 1500
     """Training steps of 16 sequences of 128 tokens each."""
