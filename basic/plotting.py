@@ -38,7 +38,7 @@ def plot_losses(runs: Mapping[str, Records], path: str | os.PathLike, *, floor_n
         _line(norm, records, "step", "gradient_norm", color=color, linewidth=1)
     for axes in (by_step, by_time):
         if floor_nats is not None:
-            text = f"entropy of the source: {floor_nats:.3f}"
+            text = f"entropy of the source, whole documents: {floor_nats:.3f}"
             axes.axhline(floor_nats, color="black", linestyle="--", linewidth=1, label=text)
         # The last hundredths matter as much as the first nats.
         _logarithmic(axes)
