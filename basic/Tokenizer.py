@@ -3,43 +3,49 @@
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
 import os
-from collections.abc import Iterable, Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from basic.atomic_file import atomic_paths
+from basic import bpe_kernels
+from basic.atomic_file import atomic_paths, atomic_write
 from basic.bytes_utils import (
     decode_blocks,
     file_size_bytes,
     load_json,
     load_merges,
     load_vocab,
+    map_bytes,
     progress_bar,
     read_blocks,
     save_merges,
     save_vocab,
 )
-from basic.pretokenization import SpecialTokens, pretoken_batches, without_surrogates
-from basic.token_files import TokenFileInfo, TokenFileWriter
-
-# Half a megabyte of cached words, of everyday length: memory stays flat on a text without end.
-_CACHE_WORDS = 3072
-_CACHE_WORD_CHARACTERS = 32
-
-# Up to here the simple loop is the faster one.
-_SHORT_WORD_BYTES = 64
-
-Pair = tuple[int, int]
-_NO_ID = -1  # where a word ends, and where an id has become part of the one to its left
+from basic.pretokenization import (
+    GPT2_PATTERN,
+    KERNEL_CHUNK_BYTES,
+    SpecialTokens,
+    compile_pattern,
+    default_num_workers,
+    invalid_byte,
+    pretoken_batches,
+    safe_cuts,
+    without_surrogates,
+)
+from basic.token_files import TokenFileInfo, TokenFileWriter, token_dtype
+from basic.word_ids import WordIds
 
 _FILES = ("vocab.json", "merges.txt", "special_tokens.json")
+_PATTERN_FILE = "pattern.json"
+_NO_SPECIALS = SpecialTokens(())
 
 
 class Tokenizer:
@@ -55,6 +61,10 @@ class Tokenizer:
         special_tokens: strings that become one token each and are never split; of several that begin at the
             same place the longest. One whose bytes are in the vocabulary has that id; the others get the ids
             after the largest, in the order given.
+        pattern: finds the pre-tokens, in the syntax of the `regex` package; GPT-2's by default, for which alone
+            there is a compiled scanner.
+        kernels: whether to use compiled code; by default for large texts, and for all once it is loaded. The ids are
+            the same.
 
     Attributes:
         vocab: id to bytes, with the special tokens.
@@ -73,8 +83,13 @@ class Tokenizer:
         vocab: dict[int, bytes],
         merges: Iterable[tuple[bytes, bytes]],
         special_tokens: Iterable[str] | None = None,
+        *,
+        pattern: str | None = None,
+        kernels: bool | None = None,
     ) -> None:
         self._special = SpecialTokens(special_tokens)
+        self._pattern = compile_pattern(pattern)
+        self.kernels = kernels
         self.vocab = dict(vocab)
         self.merges = list(merges)
         ids: dict[bytes, int] = {}
@@ -84,7 +99,7 @@ class Tokenizer:
             if token_id < 0:
                 raise ValueError(f"vocab has the id {token_id}; ids must be at least 0")
             ids.setdefault(token, token_id)
-        self._words = _WordIds(ids, self.merges)
+        self._words = WordIds(ids, self.merges)
         self.special_token_ids: dict[str, int] = {}
         next_id = max(self.vocab, default=-1) + 1
         for special_token in self._special.tokens:
@@ -95,12 +110,22 @@ class Tokenizer:
                 next_id += 1
             self.special_token_ids[special_token] = ids[token]
         self.vocab_size = max(self.vocab, default=-1) + 1
+        self._kernel_encoder: bpe_kernels.KernelEncoder | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What the kernels remember can be built again, and is of no use to another process.
+        return {**self.__dict__, "_kernel_encoder": None}
 
     def __repr__(self) -> str:
         return (
             f"Tokenizer(vocab_size={self.vocab_size}, merges={len(self.merges)}, "
             f"special_tokens={list(self.special_token_ids)})"
         )
+
+    @property
+    def pattern(self) -> str | None:
+        """The pattern that finds the pre-tokens, None for GPT-2's."""
+        return None if self._pattern is GPT2_PATTERN else self._pattern.pattern
 
     @cached_property
     def fingerprint(self) -> str:
@@ -110,18 +135,83 @@ class Tokenizer:
             [[left.hex(), right.hex()] for left, right in self.merges],
             sorted(self.special_token_ids.items()),
         ]
+        if self.pattern is not None:
+            content.append(self.pattern)
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, specials_as_text: bool = False) -> list[int]:
         """The ids of a text. Lone surrogates, which have no UTF-8 form, are encoded as U+FFFD.
+
+        Args:
+            text: of any length.
+            specials_as_text: whether special tokens in the text are text like any other.
 
         Raises:
             TypeError: `text` is not a string.
             ValueError: the text needs a byte that the vocabulary lacks.
         """
-        return list(chain.from_iterable(self._encode_batches([text])))
+        if isinstance(text, str) and (encoder := self._encoder_for(len(text))) is not None:
+            data = np.frombuffer(_utf8(text), np.uint8)
+            try:
+                return encoder.encode_list(data, specials_as_text)
+            except bpe_kernels.InvalidByteError as error:
+                raise _byte_error("text", data, error) from None
+        return list(chain.from_iterable(self._encode_batches([text], specials_as_text)))
 
-    def encode_iterable(self, iterable: Iterable[str]) -> Iterator[int]:
+    def encode_array(
+        self,
+        data: str | bytes | bytearray | memoryview | npt.NDArray[np.uint8],
+        *,
+        num_threads: int | None = None,
+        errors: str = "strict",
+        specials_as_text: bool = False,
+    ) -> np.ndarray:
+        """The ids of a text as an array: much faster than a list.
+
+        Args:
+            data: the text, or its UTF-8 bytes.
+            num_threads: by default one for each processor that this process may use; the result is the same.
+            errors: what to do about bytes that are not UTF-8: "strict" raises, "replace" encodes U+FFFD for them.
+            specials_as_text: whether special tokens in the text are text like any other.
+
+        Returns:
+            uint16 where all ids of the vocabulary fit, else uint32.
+
+        Raises:
+            TypeError: `data` is something else.
+            ValueError: the bytes are not UTF-8, or need a byte that the vocabulary lacks.
+        """
+        _check_errors(errors)
+        num_threads = _checked_threads(num_threads)
+        array = np.frombuffer(_utf8(data), np.uint8) if isinstance(data, str) else _readonly_bytes(data)
+        if (encoder := self._encoder_for(len(array))) is None:
+            text = decode_blocks([array.tobytes()], "data", errors=errors)
+            ids = chain.from_iterable(self._encode_batches(text, specials_as_text))
+            return np.fromiter(ids, token_dtype(max(self.vocab_size, 1)))
+        chunks = self._chunks(array, len(array) // num_threads + 1, specials_as_text)
+        try:
+            encoded = encoder.encode_chunks(chunks, specials_as_text, num_threads, replace=errors == "replace")
+            parts = [ids for ids, _ in encoded]
+        except bpe_kernels.InvalidByteError as error:
+            raise _byte_error("data", array, error) from None
+        return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.zeros(0, encoder.dtype)])
+
+    def encode_batch(
+        self, texts: Iterable[str], *, num_threads: int | None = None, specials_as_text: bool = False
+    ) -> list[list[int]]:
+        """The ids of each text, `encode` of each in turn, in threads where the kernels are used."""
+        texts, num_threads = list(texts), _checked_threads(num_threads)
+        encode = partial(self.encode, specials_as_text=specials_as_text)
+        num_characters = sum(map(len, texts))
+        if self._encoder_for(num_characters) is None or num_threads == 1 or len(texts) < 2:
+            return list(map(encode, texts))
+        with ThreadPoolExecutor(num_threads) as executor:
+            # Some pieces a thread: one that has the longest texts is not waited for, nor each text handed over.
+            size = -(-len(texts) // (8 * num_threads))
+            pieces = [texts[start : start + size] for start in range(0, len(texts), size)]
+            return list(chain.from_iterable(executor.map(lambda piece: list(map(encode, piece)), pieces)))
+
+    def encode_iterable(self, iterable: Iterable[str], *, specials_as_text: bool = False) -> Iterator[int]:
         """The ids of a text that comes in pieces (the lines of an open file, say), one by one.
 
         They equal the ids of the joined text wherever the pieces are cut. Memory is bounded by the longest
@@ -131,16 +221,26 @@ class Tokenizer:
             TypeError: a piece is not a string.
             ValueError: the text needs a byte that the vocabulary lacks.
         """
-        return chain.from_iterable(self._encode_batches(iterable))
+        return chain.from_iterable(self._encode_batches(iterable, specials_as_text))
 
     def encode_file(
-        self, input_path: str | os.PathLike, output_path: str | os.PathLike, *, progress: bool = False
+        self,
+        input_path: str | os.PathLike,
+        output_path: str | os.PathLike,
+        *,
+        num_threads: int | None = None,
+        errors: str = "strict",
+        specials_as_text: bool = False,
+        progress: bool = False,
     ) -> TokenFileInfo:
         """Encode a text file of any size into a token file, in bounded memory.
 
         Args:
             input_path: a text file in UTF-8.
             output_path: of the token file, `*.bin`; it and its sidecar appear when they are complete.
+            num_threads: by default one for each processor that this process may use; the result is the same.
+            errors: what to do about bytes that are not UTF-8: "strict" raises, "replace" encodes U+FFFD for them.
+            specials_as_text: whether special tokens in the text are text like any other.
             progress: whether to show a progress bar.
 
         Returns:
@@ -151,30 +251,65 @@ class Tokenizer:
                 lacks; or both paths are the same file.
             OSError: a file cannot be read or written.
         """
+        _check_errors(errors)
+        num_threads = _checked_threads(num_threads)
         size = file_size_bytes(input_path)
         if os.path.exists(output_path) and os.path.samefile(input_path, output_path):
             raise ValueError(f"{os.fspath(output_path)!r} is the text itself; give another output_path")
+        encoder = self._encoder_for(size, num_mapped_bytes=size)
         with (
             TokenFileWriter(output_path, self.vocab_size, tokenizer_fingerprint=self.fingerprint) as writer,
             progress_bar(progress, desc="encoding", total=size, unit="B", unit_scale=True) as advance,
         ):
-
-            def blocks() -> Iterator[bytes]:
-                for block in read_blocks(input_path):
-                    writer.write((), source_bytes=len(block))
-                    advance(len(block))
-                    yield block
-
-            for ids in self._encode_batches(decode_blocks(blocks(), input_path)):
-                writer.write(ids)
+            if encoder is not None:
+                data = map_bytes(input_path)
+                chunks = self._chunks(data, KERNEL_CHUNK_BYTES, specials_as_text)
+                try:
+                    for ids, num_bytes in encoder.encode_chunks(
+                        chunks, specials_as_text, num_threads, replace=errors == "replace"
+                    ):
+                        writer.write(ids, source_bytes=num_bytes)
+                        advance(num_bytes)
+                except bpe_kernels.InvalidByteError as error:
+                    raise _byte_error(input_path, data, error) from None
+            else:
+                blocks = _counted(read_blocks(input_path), writer, advance)
+                for batch in self._encode_batches(decode_blocks(blocks, input_path, errors=errors), specials_as_text):
+                    writer.write(batch)
         return writer.info
 
-    def _encode_batches(self, pieces: Iterable[str]) -> Iterator[list[int]]:
-        for pretokens, special_token in pretoken_batches(without_surrogates(pieces), self._special):
+    def _encode_batches(self, pieces: Iterable[str], specials_as_text: bool = False) -> Iterator[list[int]]:
+        special = _NO_SPECIALS if specials_as_text else self._special
+        for pretokens, special_token in pretoken_batches(without_surrogates(pieces), special, self._pattern):
             ids = list(chain.from_iterable(map(self._words.__getitem__, pretokens)))
             if special_token is not None:
                 ids.append(self.special_token_ids[special_token])
             yield ids
+
+    def _chunks(self, data: np.ndarray, chunk_bytes: int, specials_as_text: bool) -> Iterator[bpe_kernels.Chunk]:
+        """The data in chunks that can be encoded apart."""
+        special = _NO_SPECIALS if specials_as_text else self._special
+
+        def read(start: int, length: int) -> bytes:
+            return data[start : start + length].tobytes()
+
+        for start, stop in pairwise(chain((0,), safe_cuts(read, len(data), special, chunk_bytes))):
+            yield data, start, stop
+
+    def _encoder_for(self, num_bytes: int, num_mapped_bytes: int = 0) -> bpe_kernels.KernelEncoder | None:
+        """What encodes a text of this size with kernels, None where the plain path shall."""
+        if self.kernels is False or not (self.kernels or bpe_kernels.worth_it("encoding", num_bytes, num_mapped_bytes)):
+            return None
+        if self._kernel_encoder is None:
+            if self.pattern is not None or self.vocab_size >= bpe_kernels.MAX_VOCAB_SIZE:
+                return None
+            self._kernel_encoder = bpe_kernels.KernelEncoder(
+                *self._words.tables(),
+                self.vocab,
+                [(token, self.special_token_ids[token.decode()]) for token in self._special.longest_first_bytes],
+                token_dtype(max(self.vocab_size, 1)),
+            )
+        return self._kernel_encoder
 
     def decode(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> str:
         """The text of ids (a list, an array, any iterable); bytes that are not UTF-8 become U+FFFD.
@@ -190,6 +325,11 @@ class Tokenizer:
         Raises:
             ValueError: an id is not in the vocabulary.
         """
+        if isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu":
+            encoder = self._encoder_for(4 * len(ids))  # four bytes a token, as is usual
+            # The plain path says what is wrong with an id.
+            if encoder is not None and (decoded := encoder.decode(ids)) is not None:
+                return decoded
         ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
         try:
             return b"".join([self.vocab[token_id] for token_id in ids])
@@ -208,6 +348,9 @@ class Tokenizer:
         vocab_filepath: str | os.PathLike,
         merges_filepath: str | os.PathLike,
         special_tokens: Iterable[str] | None = None,
+        *,
+        pattern: str | None = None,
+        kernels: bool | None = None,
     ) -> Tokenizer:
         """A tokenizer from GPT-2's two files, `vocab.json` and `merges.txt`.
 
@@ -215,12 +358,18 @@ class Tokenizer:
             ValueError: a file is damaged (the line is named), or the files do not fit each other.
             OSError: a file cannot be read.
         """
-        return cls(load_vocab(vocab_filepath), load_merges(merges_filepath), special_tokens)
+        vocab, merges = load_vocab(vocab_filepath), load_merges(merges_filepath)
+        return cls(vocab, merges, special_tokens, pattern=pattern, kernels=kernels)
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write the tokenizer to a folder, made if need be: `vocab.json`, `merges.txt`, `special_tokens.json`."""
+        """Write the tokenizer to a folder, made if need be: `vocab.json`, `merges.txt`, `special_tokens.json`; and
+        `pattern.json` where the pattern is not GPT-2's."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / _PATTERN_FILE).unlink(missing_ok=True)
+        if self.pattern is not None:
+            with atomic_write(directory / _PATTERN_FILE) as file:
+                file.write(json.dumps(self.pattern).encode() + b"\n")
         with atomic_paths(*(directory / name for name in _FILES)) as (vocab, merges, special_tokens):
             save_vocab(self.vocab, vocab)
             save_merges(self.merges, merges)
@@ -243,113 +392,53 @@ class Tokenizer:
         special_tokens = load_json(special_tokens_path)
         if not isinstance(special_tokens, list):
             raise ValueError(f"{str(special_tokens_path)!r} must hold a JSON list of strings")
-        return cls.from_files(vocab_path, merges_path, special_tokens)
+        pattern_path = Path(directory) / _PATTERN_FILE
+        pattern = load_json(pattern_path) if pattern_path.exists() else None
+        return cls.from_files(vocab_path, merges_path, special_tokens, pattern=pattern)
 
 
-class _WordIds(dict[str, tuple[int, ...]]):
-    """The ids of each word, worked out where it is first looked up, and kept while there is room.
-
-    Args:
-        ids: of the tokens.
-        merges: pairs of tokens, the earliest first.
-    """
-
-    def __init__(self, ids: dict[bytes, int], merges: list[tuple[bytes, bytes]]) -> None:
-        self._byte_ids = {byte: ids[bytes([byte])] for byte in range(256) if bytes([byte]) in ids}
-        self._ranks: dict[Pair, int] = {}
-        self._results: list[int] = []  # by rank
-        for rank, merge in enumerate(merges):
-            try:
-                left, right = merge
-                pair, result = (ids[left], ids[right]), ids[left + right]
-            except (KeyError, TypeError, ValueError):
-                raise _merge_error(rank, merge, ids) from None
-            self._ranks.setdefault(pair, rank)
-            self._results.append(result)
-
-    def __missing__(self, word: str) -> tuple[int, ...]:
-        try:
-            ids = [self._byte_ids[byte] for byte in word.encode()]
-        except KeyError as error:
-            raise ValueError(
-                f"the vocabulary has no token for the byte 0x{error.args[0]:02x}, which {word[:40]!r} needs; "
-                "train the tokenizer with all 256 bytes"
-            ) from None
-        merge_word = merge_short_word if len(ids) <= _SHORT_WORD_BYTES else merge_long_word
-        encoded = tuple(merge_word(ids, self._ranks, self._results))
-        if len(word) <= _CACHE_WORD_CHARACTERS:
-            if len(self) >= _CACHE_WORDS:
-                self.clear()
-            self[word] = encoded
-        return encoded
+def _checked_threads(num_threads: int | None) -> int:
+    if num_threads is None:
+        return default_num_workers()
+    if num_threads < 1:
+        raise ValueError(f"num_threads={num_threads} must be at least 1")
+    return num_threads
 
 
-def _merge_error(rank: int, merge: tuple[bytes, bytes], ids: dict[bytes, int]) -> Exception:
-    """What is wrong with a merge."""
-    if not (isinstance(merge, tuple | list) and len(merge) == 2 and all(isinstance(part, bytes) for part in merge)):
-        return TypeError(f"merge {rank} must be a pair of bytes, got {merge!r}")
-    left, right = merge
-    missing = next(token for token in (left, right, left + right) if token not in ids)
-    return ValueError(f"merge {rank}, {merge!r}, needs the token {missing!r}, which is not in the vocabulary")
+def _check_errors(errors: str) -> None:
+    if errors not in ("strict", "replace"):
+        raise ValueError(f"errors={errors!r} must be 'strict' or 'replace'")
 
 
-def merge_short_word(ids: list[int], ranks: dict[Pair, int], results: list[int]) -> list[int]:
-    """Apply merges to a word: the earliest wherever it can be, from left to right, again and again until none can.
-
-    Takes time quadratic in the length of the word, yet nothing is faster for the length of everyday words.
-
-    Args:
-        ids: of the tokens of the word; changed.
-        ranks: the place of each pair of ids in the list of merges.
-        results: the id that each merge makes, by rank.
-
-    Returns:
-        The ids after all merges.
-    """
-    none = len(results)
-    pair_ranks = [ranks.get(pair, none) for pair in pairwise(ids)]
-    while pair_ranks and (rank := min(pair_ranks)) < none:
-        while rank in pair_ranks:
-            i = pair_ranks.index(rank)
-            ids[i : i + 2] = [results[rank]]
-            del pair_ranks[i]
-            if i > 0:
-                pair_ranks[i - 1] = ranks.get((ids[i - 1], ids[i]), none)
-            if i < len(pair_ranks):
-                pair_ranks[i] = ranks.get((ids[i], ids[i + 1]), none)
-    return ids
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return "".join(without_surrogates([text])).encode()
 
 
-def merge_long_word(ids: list[int], ranks: dict[Pair, int], results: list[int]) -> list[int]:
-    """The same, in time that hardly grows faster than the word.
+def _readonly_bytes(data: bytes | bytearray | memoryview | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    if not isinstance(data, bytes | bytearray | memoryview | np.ndarray):
+        raise TypeError(f"data must be a string, bytes or a uint8 array, got {type(data).__name__}: {data!r:.80}")
+    if isinstance(data, np.ndarray) and (data.dtype != np.uint8 or data.ndim != 1):
+        raise TypeError(f"an array of text must be one-dimensional uint8, got {data.dtype} of shape {data.shape}")
+    array = np.frombuffer(np.ascontiguousarray(data) if isinstance(data, np.ndarray) else data, np.uint8)
+    array.flags.writeable = False
+    return array
 
-    The places of the pairs are kept by rank, and the ranks in a heap. A merge puts its result into the place of
-    the left id, and `right_of` and `left_of` lead past the place of the right one. Places at which the pair is no
-    more are not looked for, but passed over.
-    """
-    right_of, left_of = list(range(1, len(ids) + 1)), list(range(-1, len(ids)))
-    ids.append(_NO_ID)  # right of the last place and, as ids[-1], left of the first
-    places: dict[int, list[int]] = {}
-    for place, pair in enumerate(pairwise(ids)):
-        if (rank := ranks.get(pair)) is not None:
-            places.setdefault(rank, []).append(place)
-    heap = list(places)
-    heapq.heapify(heap)
-    while heap:
-        rank = heapq.heappop(heap)
-        result = results[rank]
-        for place in sorted(places.pop(rank)):
-            right = right_of[place]
-            if ranks.get((ids[place], ids[right])) != rank:
-                continue
-            ids[place], ids[right] = result, _NO_ID
-            before, after = left_of[place], right_of[right]
-            right_of[place], left_of[after] = after, place
-            for new_place, pair in ((before, (ids[before], result)), (place, (result, ids[after]))):
-                if (new_rank := ranks.get(pair)) is None:
-                    continue
-                if new_rank not in places:
-                    places[new_rank] = []
-                    heapq.heappush(heap, new_rank)
-                places[new_rank].append(new_place)
-    return [token_id for token_id in ids if token_id != _NO_ID]
+
+def _byte_error(name: str | os.PathLike, data: np.ndarray, error: bpe_kernels.InvalidByteError) -> ValueError:
+    if not error.lacks_token:
+        return invalid_byte(name, data, error.place)
+    return ValueError(
+        f"the vocabulary has no token for the byte 0x{data[error.place]:02x}, at byte offset {error.place} of "
+        f"{os.fspath(name)!r}; train the tokenizer with all 256 bytes"
+    )
+
+
+def _counted(blocks: Iterable[bytes], writer: TokenFileWriter, advance: Callable[[int], object]) -> Iterator[bytes]:
+    """The same blocks, whose sizes go to the sidecar and the progress bar."""
+    for block in blocks:
+        writer.write((), source_bytes=len(block))
+        advance(len(block))
+        yield block

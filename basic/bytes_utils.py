@@ -9,10 +9,13 @@ from __future__ import annotations
 import codecs
 import functools
 import json
+import mmap
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import numpy as np
 
 from basic.atomic_file import atomic_write
 
@@ -47,18 +50,38 @@ def read_blocks(path: str | os.PathLike, start: int = 0, stop: int | None = None
             yield block
 
 
-def decode_blocks(blocks: Iterable[bytes], name: str | os.PathLike, start: int = 0) -> Iterator[str]:
+def map_bytes(path: str | os.PathLike) -> np.ndarray:
+    """A file as a read-only uint8 array, of which nothing is read before it is looked at."""
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:  # nothing can be mapped
+            return np.frombuffer(b"", np.uint8)
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+
+
+def utf8_error(name: str | os.PathLike, offset: int, wrong: int, reason: str) -> ValueError:
+    """What to raise for a byte that is not UTF-8."""
+    return ValueError(
+        f"{os.fspath(name)!r} is not valid UTF-8 at byte offset {offset} (byte 0x{wrong:02x}: {reason}); "
+        "convert the file to UTF-8"
+    )
+
+
+def decode_blocks(
+    blocks: Iterable[bytes], name: str | os.PathLike, start: int = 0, *, errors: str = "strict"
+) -> Iterator[str]:
     """Decode consecutive blocks of UTF-8, wherever they are cut; nothing is translated, newlines included.
 
     Args:
         blocks: the bytes, in order.
         name: what they are read from, for the error message.
         start: the byte offset of the first block in `name`.
+        errors: "strict", or "replace" for U+FFFD in the place of what is wrong.
 
     Raises:
-        ValueError: the bytes are not UTF-8; the message names the offset of the first byte that is wrong.
+        ValueError: the bytes are not UTF-8 and errors is "strict"; the message names the offset of the first byte
+            that is wrong.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    decoder = codecs.getincrementaldecoder("utf-8")(errors)
     offset = start
     for block in _then_nothing(blocks):
         undecoded = len(decoder.getstate()[0])  # the beginning of a character that the last block cut
@@ -66,10 +89,7 @@ def decode_blocks(blocks: Iterable[bytes], name: str | os.PathLike, start: int =
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             wrong = offset - undecoded + error.start
-            raise ValueError(
-                f"{os.fspath(name)!r} is not valid UTF-8 at byte offset {wrong} "
-                f"(byte 0x{error.object[error.start]:02x}: {error.reason}); convert the file to UTF-8"
-            ) from None
+            raise utf8_error(name, wrong, error.object[error.start], error.reason) from None
         offset += len(block)
         if text:
             yield text

@@ -14,14 +14,17 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import chain, pairwise, repeat
-from typing import BinaryIO
 
+import numpy as np
 import regex
 
-from basic.bytes_utils import decode_blocks, file_size_bytes, progress_bar, read_blocks
+from basic import bpe_kernels
+from basic.bpe_kernels import Words
+from basic.bytes_utils import decode_blocks, file_size_bytes, map_bytes, progress_bar, read_blocks, utf8_error
 
 GPT2_PATTERN = regex.compile(
     r"'(?:[sdmt]|ll|ve|re)"  # the end of a contraction
@@ -39,6 +42,9 @@ _PIECE_CHARACTERS = 1 << 13  # pre-tokenised at a time: their list takes some fi
 _SEARCH_BYTES = 1 << 12  # read at first to find a place to cut
 _MIN_CHUNK_BYTES, _MAX_CHUNK_BYTES = 1 << 20, 1 << 24
 _MIN_CHUNKS_FOR_PROCESSES = 4
+KERNEL_CHUNK_BYTES = 1 << 22
+
+FileChunk = tuple[str | os.PathLike, int, int]  # path, start, stop
 
 
 class SpecialTokens:
@@ -51,6 +57,7 @@ class SpecialTokens:
         tokens: the same, as a tuple.
         pattern: finds the leftmost special token, of several at a place the longest; nothing where there are none.
         max_length: characters of the longest, 1 where there are none.
+        longest_first_bytes: as UTF-8, those of more characters first.
 
     Raises:
         TypeError: a special token is not a string, or one string is given instead of a list.
@@ -74,6 +81,7 @@ class SpecialTokens:
             seen.add(token)
         longest_first = sorted(self.tokens, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.longest_first_bytes = [token.encode() for token in longest_first]
         self.max_length = max(map(len, self.tokens), default=1)
 
 
@@ -99,7 +107,26 @@ def _repaired(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def pretoken_batches(pieces: Iterable[str], special_tokens: SpecialTokens) -> Iterator[tuple[list[str], str | None]]:
+def compile_pattern(pattern: str | None) -> re.Pattern[str]:
+    """The pattern to find pre-tokens with, GPT-2's by default.
+
+    Raises:
+        TypeError: it is not a string.
+        ValueError: it is not in the syntax of the `regex` package.
+    """
+    if pattern is None or pattern == GPT2_PATTERN.pattern:
+        return GPT2_PATTERN
+    if not isinstance(pattern, str):
+        raise TypeError(f"pattern must be a string in the syntax of the regex package, got {pattern!r}")
+    try:
+        return regex.compile(pattern)
+    except regex.error as error:
+        raise ValueError(f"pattern {pattern!r} is not in the syntax of the regex package: {error}") from None
+
+
+def pretoken_batches(
+    pieces: Iterable[str], special_tokens: SpecialTokens, pattern: re.Pattern[str] | None = None
+) -> Iterator[tuple[list[str], str | None]]:
     """Pre-tokenise a text that comes in pieces, wherever they are cut.
 
     What is not yet certain is held back: a special token may begin in the last `max_length - 1` characters, and
@@ -108,11 +135,15 @@ def pretoken_batches(pieces: Iterable[str], special_tokens: SpecialTokens) -> It
     Args:
         pieces: the text, valid Unicode without surrogates.
         special_tokens: hard boundaries.
+        pattern: another than GPT-2's. It may look as far as it likes, so that the text between two special tokens is
+            held as a whole; what it leaves out becomes pre-tokens too.
 
     Yields:
         Some pre-tokens, in order, and the special token after them or None. The batches are small whatever the
         pieces are, so that a list of all pre-tokens never exists.
     """
+    own = pattern is None or pattern is GPT2_PATTERN
+    find = GPT2_PATTERN.findall if own else partial(_all_parts, pattern)
     held, new, new_length = "", [], 0
     for piece in chain(_short(pieces), [None]):
         if piece is not None:
@@ -127,13 +158,26 @@ def pretoken_batches(pieces: Iterable[str], special_tokens: SpecialTokens) -> It
         for match in special_tokens.pattern.finditer(text):
             if match.start() >= certain:
                 break
-            yield GPT2_PATTERN.findall(text[position : match.start()]), match.group()
+            yield find(text[position : match.start()]), match.group()
             position = match.end()
+        if not own and piece is not None:
+            held, new, new_length = text[position:], [], 0
+            continue
         stop = max(position, certain)
-        pretokens = GPT2_PATTERN.findall(text[position:stop])
+        pretokens = find(text[position:stop])
         num_final = len(pretokens) if piece is None else max(0, len(pretokens) - 2)
         yield pretokens[:num_final], None
         held, new, new_length = text[stop - sum(map(len, pretokens[num_final:])) :], [], 0
+
+
+def _all_parts(pattern: re.Pattern[str], text: str) -> list[str]:
+    """What the pattern finds and what lies between, so that joined together they are the text."""
+    parts, position = [], 0
+    for match in pattern.finditer(text):
+        start, stop = match.span()
+        parts += [part for part in (text[position:start], text[start:stop]) if part]
+        position = stop
+    return [*parts, text[position:]] if position < len(text) else parts
 
 
 def _short(pieces: Iterable[str]) -> Iterator[str]:
@@ -144,21 +188,25 @@ def _short(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def count_pretokens(
-    input_path: str | os.PathLike,
+    input_path: str | os.PathLike | Sequence[str | os.PathLike],
     special_tokens: SpecialTokens,
     *,
+    pattern: str | None = None,
     num_workers: int | None = None,
     chunk_bytes: int | None = None,
+    kernels: bool | None = None,
     progress: bool = False,
 ) -> Counter[bytes]:
-    """Count the pre-tokens of a file, in parallel processes where it is large enough to be worth their start.
+    """Count the pre-tokens of a file, in parallel where it is large enough to be worth it.
 
     Args:
-        input_path: a text file in UTF-8.
+        input_path: a text file in UTF-8, or several; no pre-token goes from one file to the next.
         special_tokens: hard boundaries, which are not counted themselves.
-        num_workers: processes, at least 1; by default one for each processor that this process may use.
+        pattern: another than GPT-2's, in the syntax of the `regex` package.
+        num_workers: threads or processes, at least 1; by default one for each processor that this process may use.
         chunk_bytes: about how much of the file is one task, at least 1; chosen by default. The result is the
             same for any value.
+        kernels: whether to count with compiled code; by default where the text is large.
         progress: whether to show a progress bar.
 
     Returns:
@@ -168,25 +216,97 @@ def count_pretokens(
         ValueError: the file is not UTF-8 (the byte offset is named), or a number is too small.
         OSError: the file cannot be read.
     """
-    num_workers = _default_num_workers() if num_workers is None else num_workers
-    size = file_size_bytes(input_path)
+    counted = count_words(
+        input_path,
+        special_tokens,
+        pattern=pattern,
+        num_workers=num_workers,
+        chunk_bytes=chunk_bytes,
+        kernels=kernels,
+        progress=progress,
+    )
+    return counted if isinstance(counted, Counter) else counted.counter()
+
+
+def count_words(
+    input_path: str | os.PathLike | Sequence[str | os.PathLike],
+    special_tokens: SpecialTokens,
+    *,
+    pattern: str | None = None,
+    num_workers: int | None = None,
+    chunk_bytes: int | None = None,
+    kernels: bool | None = None,
+    progress: bool = False,
+) -> Counter[bytes] | Words:
+    """The same, but what the kernels have counted stays in arrays."""
+    paths = [input_path] if isinstance(input_path, str | os.PathLike) else list(input_path)
+    if num_workers is None:
+        num_workers = default_num_workers()
+    compiled = compile_pattern(pattern)
+    sizes = [file_size_bytes(path) for path in paths]
+    size = sum(sizes)
+    kernels = (
+        compiled is GPT2_PATTERN
+        and kernels is not False
+        and (bool(kernels) or bpe_kernels.worth_it("training", size, num_mapped_bytes=size))
+    )
     if chunk_bytes is None:
-        # Enough chunks that no process waits long for the last one, large enough to repeat few words.
-        chunk_bytes = min(max(size // (4 * max(num_workers, 1)), _MIN_CHUNK_BYTES), _MAX_CHUNK_BYTES)
+        # Enough chunks that nobody waits long for the last one, large enough to repeat few words; the kernels find
+        # the special tokens of a chunk, then its words, and the second time it is best still in the cache.
+        largest = KERNEL_CHUNK_BYTES if kernels else _MAX_CHUNK_BYTES
+        chunk_bytes = min(max(size // (4 * max(num_workers, 1)), _MIN_CHUNK_BYTES), largest)
     for name, value in [("num_workers", num_workers), ("chunk_bytes", chunk_bytes)]:
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    chunks = list(pairwise(chunk_boundaries(input_path, special_tokens, chunk_bytes)))
-    counts: Counter[str] = Counter()
+    chunks = [
+        (path, start, stop)
+        for path in paths
+        for start, stop in pairwise(chunk_boundaries(path, special_tokens, chunk_bytes, compiled))
+    ]
     with progress_bar(progress, desc="counting", total=size, unit="B", unit_scale=True) as advance:
-        chunk_counts = _count_chunks(input_path, chunks, special_tokens, num_workers)
-        for (start, stop), counted in zip(chunks, chunk_counts, strict=True):
+        if kernels:
+            return _count_with_kernels(chunks, special_tokens, num_workers, advance)
+        counts: Counter[str] = Counter()
+        chunk_counts = _count_chunks(chunks, special_tokens, pattern, num_workers)
+        for (_, start, stop), counted in zip(chunks, chunk_counts, strict=True):
             counts.update(counted)
             advance(stop - start)
     return Counter({pretoken.encode(): count for pretoken, count in counts.items()})
 
 
-def _default_num_workers() -> int:
+def _count_with_kernels(
+    chunks: list[FileChunk], special_tokens: SpecialTokens, num_threads: int, advance: Callable[[int], object]
+) -> Words:
+    arrays = {path: map_bytes(path) for path, _, _ in chunks}
+    done = 0
+
+    def count_done(num_bytes: int) -> None:
+        nonlocal done
+        done += 1
+        advance(num_bytes)
+
+    try:
+        return bpe_kernels.count_words(
+            [(arrays[path], start, stop) for path, start, stop in chunks],
+            special_tokens.longest_first_bytes,
+            num_threads,
+            count_done,
+        )
+    except bpe_kernels.InvalidByteError as error:
+        path = chunks[done][0]
+        raise invalid_byte(path, arrays[path], error.place) from None
+
+
+def invalid_byte(name: str | os.PathLike, data: np.ndarray, place: int) -> ValueError:
+    """What to raise for a byte of an array that is not UTF-8."""
+    try:
+        data[place : place + 4].tobytes().decode()
+    except UnicodeDecodeError as error:
+        return utf8_error(name, place, int(data[place]), error.reason)
+    raise AssertionError(f"the bytes at {place} are UTF-8")
+
+
+def default_num_workers() -> int:
     """The processors this process may use, which in a container can be fewer than there are."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -194,10 +314,10 @@ def _default_num_workers() -> int:
 
 
 def _count_chunks(
-    path: str | os.PathLike, chunks: list[tuple[int, int]], special_tokens: SpecialTokens, num_workers: int
+    chunks: list[FileChunk], special_tokens: SpecialTokens, pattern: str | None, num_workers: int
 ) -> Iterator[Counter[str]]:
     """The counts of each chunk, in order."""
-    arguments = (repeat(path), chunks, repeat(special_tokens))
+    arguments = (chunks, repeat(special_tokens), repeat(pattern))
     if num_workers == 1 or len(chunks) < _MIN_CHUNKS_FOR_PROCESSES:
         yield from map(_count_chunk, *arguments)
         return
@@ -206,45 +326,79 @@ def _count_chunks(
         yield from executor.map(_count_chunk, *arguments)
 
 
-def _count_chunk(path: str | os.PathLike, chunk: tuple[int, int], special_tokens: SpecialTokens) -> Counter[str]:
-    start, stop = chunk
+def _count_chunk(chunk: FileChunk, special_tokens: SpecialTokens, pattern: str | None) -> Counter[str]:
+    path, start, stop = chunk
     counts: Counter[str] = Counter()
     text = decode_blocks(read_blocks(path, start, stop), path, start)
-    for pretokens, _ in pretoken_batches(text, special_tokens):
+    for pretokens, _ in pretoken_batches(text, special_tokens, compile_pattern(pattern)):
         counts.update(pretokens)
     return counts
 
 
-def chunk_boundaries(path: str | os.PathLike, special_tokens: SpecialTokens, chunk_bytes: int) -> list[int]:
+def chunk_boundaries(
+    path: str | os.PathLike,
+    special_tokens: SpecialTokens,
+    chunk_bytes: int,
+    pattern: re.Pattern[str] = GPT2_PATTERN,
+) -> list[int]:
     """Byte offsets at which a file can be cut without changing its pre-tokens.
 
     Returns:
         0, the first safe place from each multiple of `chunk_bytes` on, and the size of the file.
     """
-    size = file_size_bytes(path)
-    boundaries = [0]
     with open(path, "rb") as file:
-        for position in range(chunk_bytes, size, chunk_bytes):
-            if position > boundaries[-1]:
-                boundaries.append(_safe_cut_from(file, position, size, special_tokens))
-    return boundaries if boundaries[-1] == size else [*boundaries, size]
+
+        def read(start: int, length: int) -> bytes:
+            file.seek(start)
+            return file.read(length)
+
+        return [0, *safe_cuts(read, file_size_bytes(path), special_tokens, chunk_bytes, pattern)]
 
 
-def _safe_cut_from(file: BinaryIO, position: int, size: int, special_tokens: SpecialTokens) -> int:
+def safe_cuts(
+    read: Callable[[int, int], bytes],
+    size: int,
+    special_tokens: SpecialTokens,
+    chunk_bytes: int,
+    pattern: re.Pattern[str] = GPT2_PATTERN,
+) -> Iterator[int]:
+    """The ends of chunks of a text, one after the other as they are asked for.
+
+    Args:
+        read: gives the bytes from an offset on, as many as there are of a length.
+        size: of the text in bytes.
+        pattern: of another than GPT-2's nothing is known; only special tokens are safe places then.
+    """
+    safe = _SAFE_CUT if pattern is GPT2_PATTERN else "(?!)"
+    candidate = regex.compile(f"{safe}|(?={special_tokens.pattern.pattern})")
+    last = 0
+    for position in range(chunk_bytes, size, chunk_bytes):
+        if position > last:
+            last = _safe_cut_from(read, position, size, special_tokens, candidate)
+            yield last
+    if last < size:
+        yield size
+
+
+def _safe_cut_from(
+    read: Callable[[int, int], bytes],
+    position: int,
+    size: int,
+    special_tokens: SpecialTokens,
+    candidate: re.Pattern[str],
+) -> int:
     """The first safe place at or after a byte offset, at the latest the end of the file.
 
     A safe place is the beginning of a special token, or white space after another character, unless it lies
     within what could be a special token: which of several overlapping ones is meant depends on all before it.
     """
-    candidate = regex.compile(f"{_SAFE_CUT}|(?={special_tokens.pattern.pattern})")
     # Seen before the offset: a whole special token and a whole character (of at most 4 bytes).
     begin = max(0, position - max([4, *(len(token.encode()) for token in special_tokens.tokens)]))
     length = position - begin + _SEARCH_BYTES
     while True:
-        file.seek(begin)
         # Invalid bytes, such as those of a character cut by the window, become one surrogate each, so that the
         # way back to byte offsets is exact.
-        text = file.read(length).decode(errors="surrogateescape")
+        text = read(begin, length).decode(errors="surrogateescape")
         at_end = begin + length >= size
         offset, previous = begin, 0
         for match in candidate.finditer(text):

@@ -8,11 +8,13 @@ from __future__ import annotations
 import heapq
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
+from basic import bpe_kernels
+from basic.bpe_kernels import Words
 from basic.bytes_utils import progress_bar
-from basic.pretokenization import SpecialTokens, count_pretokens
+from basic.pretokenization import SpecialTokens, count_words
 
 Pair = tuple[int, int]
 
@@ -21,21 +23,25 @@ _MERGED = -2  # the place of a token that is now part of the one to its left
 
 
 def train_bpe(
-    input_path: str | os.PathLike,
+    input_path: str | os.PathLike | Sequence[str | os.PathLike],
     vocab_size: int,
     special_tokens: Iterable[str],
     *,
+    pattern: str | None = None,
     num_workers: int | None = None,
+    kernels: bool | None = None,
     progress: bool = False,
 ) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
     """Train a byte-pair encoding on a text file.
 
     Args:
-        input_path: a text file in UTF-8, read as it is (newlines are not translated).
+        input_path: a text file in UTF-8, read as it is (newlines are not translated), or a list of them.
         vocab_size: the number of tokens wanted, at least 256 plus the special tokens. There are fewer where
             the text runs out of pairs.
         special_tokens: strings that are never split and across which nothing is merged.
-        num_workers: processes that count, by default one a processor; the result does not depend on it.
+        pattern: finds the pre-tokens, in the syntax of the `regex` package; GPT-2's by default.
+        num_workers: threads or processes that count, by default one a processor; the result does not depend on it.
+        kernels: whether to use compiled code; by default where the text is large. The result is the same.
         progress: whether to show progress bars.
 
     Returns:
@@ -56,14 +62,16 @@ def train_bpe(
             f"vocab_size={vocab_size} is too small: the 256 bytes and {len(special.tokens)} special tokens "
             f"need at least {len(first_tokens)}"
         )
-    counts = count_pretokens(input_path, special, num_workers=num_workers, progress=progress)
-    merges = merges_from_counts(counts, vocab_size - len(first_tokens), progress=progress)
+    counts = count_words(
+        input_path, special, pattern=pattern, num_workers=num_workers, kernels=kernels, progress=progress
+    )
+    merges = _merges_from_words(counts, vocab_size - len(first_tokens), kernels=kernels, progress=progress)
     tokens = first_tokens + [left + right for left, right in merges]
     return dict(enumerate(tokens)), merges
 
 
 def merges_from_counts(
-    counts: Mapping[bytes, int], num_merges: int, *, progress: bool = False
+    counts: Mapping[bytes, int], num_merges: int, *, kernels: bool | None = None, progress: bool = False
 ) -> list[tuple[bytes, bytes]]:
     """Learn merges from how often each word is there.
 
@@ -73,14 +81,11 @@ def merges_from_counts(
     Args:
         counts: words (pre-tokens) and how often each is there, at least 0.
         num_merges: the most merges to learn, at least 0; fewer where no pair is left.
+        kernels: whether to use compiled code; by default where the words are many. The result is the same.
         progress: whether to show a progress bar.
 
     Returns:
         The merges, in order.
-
-    Raises:
-        TypeError: a word is not bytes.
-        ValueError: a number is negative.
 
     Example:
         >>> merges_from_counts({b"low": 5, b"lower": 2, b"widest": 3, b"newest": 6}, 3)
@@ -88,14 +93,42 @@ def merges_from_counts(
     """
     if num_merges < 0:
         raise ValueError(f"num_merges={num_merges} must be at least 0")
-    state = _MergeState(counts)
-    merges = []
+    for word, count in counts.items():
+        if not isinstance(word, bytes):
+            raise TypeError(f"words must be bytes, got {word!r}; encode text first")
+        if count < 0:
+            raise ValueError(f"the count of {word!r} is {count}; it must be at least 0")
+    return _merges_from_words(counts, num_merges, kernels=kernels, progress=progress)
+
+
+def _merges_from_words(
+    words: Mapping[bytes, int] | Words, num_merges: int, *, kernels: bool | None, progress: bool
+) -> list[tuple[bytes, bytes]]:
     with progress_bar(progress, desc="merging", total=num_merges, unit=" merges") as advance:
+        if (arrays := _for_kernels(words, kernels)) is not None:
+            return bpe_kernels.learn_merges(arrays, num_merges, advance)
+        state = _MergeState(words if isinstance(words, Mapping) else words.counter())
+        merges = []
         while len(merges) < num_merges and (pair := state.pop_best()) is not None:
             merges.append((state.tokens[pair[0]], state.tokens[pair[1]]))
             state.merge(pair)
             advance(1)
-    return merges
+        return merges
+
+
+def _for_kernels(words: Mapping[bytes, int] | Words, kernels: bool | None) -> Words | None:
+    """The words as arrays, None where the plain path shall merge them: they are few, or the numbers too large."""
+    if kernels is False:
+        return None
+    if isinstance(words, Mapping):
+        words = {word: count for word, count in words.items() if count > 0 and len(word) > 1}
+        num_bytes = sum(map(len, words))
+        # No sum of pair counts can be larger than this.
+        most = sum(count * len(word) for word, count in words.items())
+        if not (kernels or bpe_kernels.worth_it("training", 4 * num_bytes)) or most >= 1 << 63:
+            return None
+        words = Words.from_counts(words)
+    return words if len(words.data) + len(words.counts) < bpe_kernels.MAX_SYMBOLS else None
 
 
 class _MergeState:
@@ -120,10 +153,6 @@ class _MergeState:
         self._token_at = [_BOUNDARY]
         self._count_at = [0]  # of the word that the place lies in
         for word, count in counts.items():
-            if not isinstance(word, bytes):
-                raise TypeError(f"words must be bytes, got {word!r}")
-            if count < 0:
-                raise ValueError(f"the count of {word!r} is {count}; it must be at least 0")
             if count > 0 and len(word) > 1:
                 self._token_at += [*word, _BOUNDARY]
                 self._count_at += [count] * (len(word) + 1)

@@ -8,6 +8,8 @@ from beartype import BeartypeConf, beartype
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
+from basic import bpe_kernels
+
 # An int may stand for a float, as everywhere in Python; jaxtyping's pytest option cannot be told that.
 typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 CHECKED_ROOMS = ("functional", "model", "optimizer", "data", "generation", "evaluation")
@@ -28,3 +30,9 @@ def shared_data(name: str) -> Path:
     if not path.is_file():
         pytest.skip(f"needs ../shared/data/{name}, which is not here")
     return path
+
+
+@pytest.fixture
+def plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without kernels, also where an earlier test has loaded them; they have tests of their own."""
+    monkeypatch.setattr(bpe_kernels, "worth_it", lambda *arguments, **options: False)

@@ -33,10 +33,19 @@ ROOMS: dict[str, set[str]] = {
     # text to tokens
     "bytes_utils": set(),
     "pretokenization": {"bytes_utils", "bpe_kernels"},
-    "bpe_kernels": set(),
+    "bpe_kernels": {"bpe_kernels", "bpe_machine", "bpe_scan", "bpe_count", "bpe_merge", "bpe_encode", "bpe_decode"},
+    # the kernels themselves, which use errors and types of the module that leads to them
+    "bpe_machine": set(),
+    "bpe_scan": {"bpe_machine"},
+    "bpe_words": {"bpe_machine", "bpe_scan"},
+    "bpe_count": {"bpe_kernels", "bpe_machine", "bpe_scan", "bpe_words"},
+    "bpe_merge": {"bpe_kernels", "bpe_machine", "bpe_words"},
+    "bpe_encode": {"bpe_kernels", "bpe_machine", "bpe_scan", "bpe_words"},
+    "bpe_decode": {"bpe_machine"},
     "token_files": set(),
     "train_bpe": {"pretokenization", "bpe_kernels", "bytes_utils"},
-    "Tokenizer": {"pretokenization", "bpe_kernels", "bytes_utils", "token_files"},
+    "word_ids": set(),
+    "Tokenizer": {"pretokenization", "bpe_kernels", "bytes_utils", "token_files", "word_ids"},
     # text
     "story_words": set(),
     "stories": {"story_words"},
@@ -63,13 +72,16 @@ ROOMS["training"] = {
 }
 ROOMS["export"] = ROOMS["assignment_question"] = set(ROOMS)  # anything but one another; imported by none
 
+NUMBA = {"bpe_machine", "bpe_scan", "bpe_words", "bpe_count", "bpe_merge", "bpe_encode", "bpe_decode"}
 TORCH_FREE = {"atomic_file", "bytes_utils", "pretokenization", "bpe_kernels", "token_files", "train_bpe", "Tokenizer"}
+TORCH_FREE |= NUMBA | {"word_ids"}
 TORCH_FREE |= {"story_words", "stories", "corpus", "config_files", "plotting"}
 # Packages that few rooms may import.
 ONLY_IN = {
     "torch": set(ROOMS) - TORCH_FREE,
     "safetensors": {"checkpoint", "export"},
-    "numba": {"bpe_kernels"},
+    "numba": {"bpe_machine"},
+    "llvmlite": {"bpe_machine"},
     "triton": {"flash_attention"},
     "matplotlib": {"plotting"},
 }
@@ -122,7 +134,8 @@ def test_all_that_is_imported_is_declared(path: Path) -> None:
     extras = project.get("optional-dependencies", {}).values()
     declared = [line for lines in (project["dependencies"], *extras) for line in lines]
     packages = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in declared}
-    packages |= {"basic", "triton"} | sys.stdlib_module_names  # triton comes with torch
+    packages |= {"basic", "triton", "llvmlite"}  # these come with torch and numba
+    packages |= sys.stdlib_module_names
     assert {module.split(".")[0] for module in imports(path)} <= packages
 
 
@@ -133,7 +146,7 @@ def test_adapters_can_be_copied_alone() -> None:
 
 
 def test_text_to_tokens_needs_neither_torch_nor_numba() -> None:
-    present = sorted(TORCH_FREE.intersection(path.stem for path in BASIC) - {"bpe_kernels"})
+    present = sorted(TORCH_FREE.intersection(path.stem for path in BASIC) - NUMBA)
     assert "Tokenizer" in present
     lines = ["import importlib, sys"]
     for module in present:

@@ -24,6 +24,8 @@ from basic.pretokenization import (
 from .conftest import shared_data
 from .fixtures.make_tokenizer_fixtures import PATTERN, SAMPLE, SPECIAL_TOKENS, naive_pretoken_counts
 
+pytestmark = pytest.mark.usefixtures("plain_path")
+
 # One of each kind that the pattern tells apart, and what is special: contractions, white space beyond ASCII,
 # control characters that str.isspace and the pattern see differently.
 ALPHABET = "ls1' \n!\u00a0\u3000\x1c\x85é漢٣²😀\u0301"

@@ -15,14 +15,17 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from basic import Tokenizer as tokenizer_module
+from basic import word_ids
 from basic.bytes_utils import load_merges, load_vocab, to_printable
 from basic.token_files import open_tokens, read_info
-from basic.Tokenizer import Tokenizer, merge_long_word, merge_short_word
+from basic.Tokenizer import Tokenizer
+from basic.word_ids import merge_long_word, merge_short_word
 
 from .adapters import get_tokenizer, run_train_bpe
 from .conftest import shared_data
 from .fixtures.make_tokenizer_fixtures import PATTERN, SAMPLE, SNAPSHOT, SPECIAL_TOKENS
+
+pytestmark = pytest.mark.usefixtures("plain_path")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 END = "<|endoftext|>"
@@ -206,7 +209,7 @@ def test_a_million_identical_letters(gpt2):
 
 
 def test_only_short_words_are_kept_and_not_too_many(monkeypatch):
-    monkeypatch.setattr(tokenizer_module, "_CACHE_WORDS", 5)
+    monkeypatch.setattr(word_ids, "_CACHE_WORDS", 5)
     tokenizer = get_tokenizer(BYTES, [])
     text = " ".join(map(str, range(100, 150))) + " " + "x" * 1000
     assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -22,6 +22,8 @@ from .fixtures.make_tokenizer_fixtures import (
     naive_pretoken_counts,
 )
 
+pytestmark = pytest.mark.usefixtures("plain_path")
+
 # Few letters make many ties, overlaps ("aaa") and tokens that several merges make.
 ties = st.text(st.sampled_from("aab b"), max_size=40)
 
