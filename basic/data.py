@@ -7,6 +7,11 @@ tokens may be a memory map far larger than memory.
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from jaxtyping import Int64
@@ -50,7 +55,7 @@ def to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
 
     An unusable device raises torch's own error.
     """
-    if torch.device(device).type == "cuda" and torch.cuda.is_available():
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available():
         # Only pinned memory can be copied in the background; torch keeps it until the copy is done.
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -120,6 +125,40 @@ class BatchSampler:
                 self._orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(starts)
             chosen[epochs == epoch] = self._orders[epoch][places[epochs == epoch]]
         return chosen
+
+
+@contextmanager
+def prefetch(
+    sampler: BatchSampler, steps: range, device: torch.device, *, ahead: int = 2
+) -> Generator[Iterator[tuple[Tensor, Tensor]]]:
+    """The batches of some steps on the device, cut and sent by a thread while the steps before are computed.
+
+    Args:
+        ahead: batches that may be waiting.
+
+    Yields:
+        An iterator over the batches; a failure of the thread is raised by it. Leaving the block ends the thread.
+    """
+    with ThreadPoolExecutor(1, "prefetch") as thread:
+        waiting: deque[Future] = deque()
+
+        def fetch(step: int) -> tuple[Tensor, Tensor]:
+            x, y = sampler.batch(step)
+            return to_device(x, device), to_device(y, device)
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for step in steps:
+                waiting.append(thread.submit(fetch, step))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+        try:
+            yield batches()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def document_starts(tokens: np.ndarray, separator_id: int, context_length: int) -> np.ndarray:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange
+from torch import Tensor
 
 from basic.data import BatchSampler, to_device
 from basic.functional import token_nats
@@ -16,12 +17,18 @@ from basic.model import TransformerLM
 
 
 @torch.inference_mode()
-def mean_loss(model: torch.nn.Module, sampler: BatchSampler, num_batches: int, device: torch.device) -> float:
-    """The mean cross-entropy over the sampler's first batches, in nats a token; the same batches at every call."""
+def mean_loss(
+    loss_of: Callable[[Tensor, Tensor], Tensor], sampler: BatchSampler, num_batches: int, device: torch.device
+) -> float:
+    """The mean loss over the sampler's first batches, in nats a token; the same batches at every call.
+
+    Args:
+        loss_of: from ids and the ids after them to their mean loss, such as `TransformerLM.loss`.
+    """
     total = torch.zeros((), device=device)
     for step in range(num_batches):
         inputs, targets = (to_device(part, device) for part in sampler.batch(step))
-        total += token_nats(model(inputs), targets).mean()
+        total += loss_of(inputs, targets)
     return total.item() / num_batches
 
 

@@ -19,6 +19,13 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def linear(x: Float[Tensor, " ... d_in"], *weights: Float[Tensor, "_ d_in"]) -> Float[Tensor, " ... d_out"]:
+    """x W^T, with the weights in the precision of x; of several weights the results side by side, as one product."""
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    # Not an einsum: with the weight as (out, in) it would copy every weight gradient on a GPU.
+    return x @ weight.to(x.dtype).T
+
+
 def softmax(x: Float[Tensor, " ..."], dim: int) -> Float[Tensor, " ..."]:
     """Exponentiate and normalise along one dimension.
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from basic import kernels
 from basic.functional import at_least_float32, softmax
 from basic.model import KVCache, TransformerLM
+
+if TYPE_CHECKING:
+    from basic.decoder import Decoder
+
+# Greedy steps between two looks at whether all rows have ended: looking waits for the GPU.
+_STEPS_BETWEEN_LOOKS = 32
 
 
 @runtime_checkable  # the tests check argument types while they run
@@ -91,6 +98,7 @@ def generate(
 
     The prompts may differ in length. All rows grow from the shortest prompt on, one token a step, and while a row
     is still inside its own prompt, the prompt's token is taken instead of the drawn one; so no row is padded.
+    On a GPU the single steps go through the kernels of `basic.decoder`, if they cover the model.
 
     Args:
         prompts: ids, at least one each; of those longer than the context the last ones are used.
@@ -131,19 +139,22 @@ def generate(
         generator.seed()
     else:
         generator.manual_seed(seed)
-    cache = KVCache(model.config, len(kept), dtype=model.lm_head.weight.dtype, device=device) if use_cache else None
-    finished = prompt_lengths + max_new_tokens <= shortest  # only if nothing is to be added
-    for length in range(shortest, tokens.shape[1]):
-        if finished.all():
+    cache, decoder = None, None
+    if use_cache:
+        cache = KVCache(model.config, len(kept), dtype=model.compute_dtype, device=device)
+        decoder = _decoder(model, cache, prompt_lengths, vocab_size)
+    length = shortest
+    while length < tokens.shape[1]:
+        if _all_finished(tokens[:, :length], prompt_lengths, max_new_tokens, end_id):
             break
-        logits = _next_logits(model, tokens[:, :length], cache)[:, :vocab_size]
+        if decoder is not None and temperature == 0 and decoder.cache.length == length - 1 < context:
+            length = _decode_greedily(decoder, tokens, length)
+            continue
+        logits = _next_logits(model, tokens[:, :length], cache, decoder)[:, :vocab_size]
         probabilities = next_token_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
         drawn = torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
-        in_prompt = length < prompt_lengths
-        tokens[:, length] = torch.where(in_prompt, tokens[:, length], drawn)
-        finished |= length + 1 >= prompt_lengths + max_new_tokens
-        if end_id is not None:
-            finished |= ~in_prompt & (drawn == end_id)
+        tokens[:, length] = torch.where(length < prompt_lengths, tokens[:, length], drawn)
+        length += 1
     added = [row[len(prompt) : len(prompt) + max_new_tokens] for row, prompt in zip(tokens.tolist(), kept, strict=True)]
     return [ids[: ids.index(end_id)] if end_id in ids else ids for ids in added]
 
@@ -187,13 +198,51 @@ def next_token_probabilities(
     return probabilities
 
 
-def _next_logits(model: TransformerLM, tokens: Int[Tensor, " batch length"], cache: KVCache | None) -> Tensor:
+def _all_finished(
+    tokens: Int[Tensor, " batch length"], prompt_lengths: Int[Tensor, " batch"], max_new_tokens: int, end_id: int | None
+) -> bool:
+    """Whether every row has drawn its end, or all the tokens it may."""
+    finished = tokens.shape[1] >= prompt_lengths + max_new_tokens
+    if end_id is not None:
+        drawn = torch.arange(tokens.shape[1], device=tokens.device) >= prompt_lengths.unsqueeze(-1)
+        finished = finished | (drawn & (tokens == end_id)).any(-1)
+    return bool(finished.all())
+
+
+def _decoder(model: TransformerLM, cache: KVCache, prompt_lengths: Tensor, vocab_size: int | None) -> Decoder | None:
+    """The kernels for single steps, where there are any for this model."""
+    config = model.config
+    usual = (config.norm, config.positions, config.ffn) == ("pre", "rope", "swiglu")
+    if not usual or not kernels.cover_decoding(cache.keys[0]):
+        return None
+    from basic.decoder import Decoder  # here, because it needs Triton
+
+    return Decoder(model, cache, prompt_lengths, vocab_size)
+
+
+def _decode_greedily(decoder: Decoder, tokens: Int[Tensor, " batch total"], length: int) -> int:
+    """Fill in some tokens from `length` on, without waiting for the GPU in between; returns how far it got."""
+    decoder.start(tokens)
+    end = min(length + _STEPS_BETWEEN_LOOKS, tokens.shape[1], decoder.tokens.shape[1])
+    for _ in range(length, end):
+        decoder.step()
+    tokens[:, length:end] = decoder.tokens[:, length:end]
+    return end
+
+
+def _next_logits(
+    model: TransformerLM, tokens: Int[Tensor, " batch length"], cache: KVCache | None, decoder: Decoder | None
+) -> Tensor:
     """The scores of the token after the last one, (batch, vocab_size)."""
     context = model.config.context_length
     if cache is None or tokens.shape[1] > context:
         # Past the context every token's position changes at every step, so nothing cached would be right.
         return model(tokens[:, -context:])[:, -1]
     new = tokens[:, cache.length :]
+    if decoder is not None and new.shape[1] == 1:
+        decoder.start(tokens)
+        decoder.step()
+        return decoder.logits
     logits = model(new, cache)[:, -1]
     cache.advance(new.shape[1])
     return logits

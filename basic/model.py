@@ -18,7 +18,16 @@ from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 from torch.nn.init import trunc_normal_
 
-from basic.functional import causal_mask, rms_norm, rope_tables, rotate_pairs, scaled_dot_product_attention, silu
+from basic import kernels
+from basic.functional import (
+    causal_mask,
+    linear,
+    rms_norm,
+    rope_tables,
+    rotate_pairs,
+    scaled_dot_product_attention,
+    silu,
+)
 from basic.functional import cross_entropy as cross_entropy
 from basic.functional import softmax as softmax
 from basic.optimizer import AdamW as AdamW
@@ -109,8 +118,7 @@ class Linear(Module):
         trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
 
     def forward(self, x: Float[Tensor, " ... d_in"]) -> Float[Tensor, " ... d_out"]:
-        # Not an einsum: with the weight as (out, in) it would copy every weight gradient on a GPU.
-        return x @ self.weight.T
+        return linear(x, self.weight)
 
 
 class Embedding(Module):
@@ -288,24 +296,35 @@ class MultiHeadSelfAttention(Module):
             cache: keys and values of earlier tokens, to which these are added.
             layer: which layer of the cache is this one's.
         """
-        q, k, v = (
-            rearrange(projection(x), "... seq (head d) -> ... head seq d", head=self.num_heads)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        qkv = rearrange(
+            linear(x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight),
+            "... seq (three head d) -> ... seq three head d",
+            three=3,
+            head=self.num_heads,
         )
+        if token_positions is None and cache is None and kernels.cover_attention(qkv):
+            attended = kernels.rotary_attention(qkv, None if self.rope is None else (self.rope.cos, self.rope.sin))
+        else:
+            attended = self._attend(qkv, token_positions, cache, layer)
+        return self.output_proj(rearrange(attended, "... seq head d -> ... seq (head d)"))
+
+    def _attend(
+        self, qkv: Tensor, token_positions: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Float[Tensor, " ... seq head d"]:
+        q, k, v = rearrange(qkv, "... seq three head d -> three ... head seq d")
         if self.rope is not None:
             if token_positions is None and cache is not None:
-                token_positions = torch.arange(cache.length, cache.length + x.shape[-2], device=x.device)
+                token_positions = torch.arange(cache.length, cache.length + q.shape[-2], device=q.device)
             if token_positions is not None and token_positions.ndim > 1:
                 # The same for every head. Ones in front hold the other axes where broadcasting against x puts
                 # them, now that there is an axis more.
-                missing = x.ndim - 1 - token_positions.ndim
+                missing = q.ndim - 2 - token_positions.ndim
                 token_positions = token_positions.unsqueeze(-2)[(None,) * missing]
             q, k = self.rope(q, token_positions), self.rope(k, token_positions)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-        mask = causal_mask(q.shape[-2], k.shape[-2], device=x.device)
-        attended = scaled_dot_product_attention(q, k, v, mask)
-        return self.output_proj(rearrange(attended, "... head seq d -> ... seq (head d)"))
+        mask = causal_mask(q.shape[-2], k.shape[-2], device=q.device)
+        return rearrange(scaled_dot_product_attention(q, k, v, mask), "... head seq d -> ... seq head d")
 
 
 class SwiGLU(Module):
@@ -321,7 +340,7 @@ class SwiGLU(Module):
         self.w3 = Linear(d_model, d_ff)
 
     def forward(self, x: Float[Tensor, " ... d_model"]) -> Float[Tensor, " ... d_model"]:
-        return self.w2(silu(self.w1(x)) * self.w3(x))
+        return self.w2(kernels.swiglu(linear(x, self.w1.weight, self.w3.weight)))
 
 
 class SiLUFeedForward(Module):
@@ -378,6 +397,8 @@ class TransformerLM(Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.activation_dtype: torch.dtype | None = None
+        """Precision of everything between embedding and loss; None for that of the weights."""
         # A tied matrix is read as output layer too, where rows of norm 1 keep the first logits small.
         embedding_std = config.d_model**-0.5 if config.tied_embeddings else 1.0
         self.token_embeddings = Embedding(config.vocab_size, config.d_model, std=embedding_std)
@@ -408,10 +429,25 @@ class TransformerLM(Module):
             raise ValueError(
                 f"{length} tokens do not fit into context_length={self.config.context_length}; pass the last ones only"
             )
-        x = self.token_embeddings(token_ids)
+        return self.lm_head(self.features(token_ids, cache))
+
+    def features(
+        self, token_ids: Int[Tensor, " batch seq"], cache: KVCache | None = None
+    ) -> Float[Tensor, " batch seq d_model"]:
+        """What the output layer reads: each token's features after all blocks, in the activations' precision."""
+        x = self.token_embeddings(token_ids).to(self.compute_dtype)
         for layer, block in enumerate(self.layers):
             x = block(x, cache, layer)
-        return self.lm_head(self.ln_final(x))
+        return self.ln_final(x)
+
+    def loss(self, token_ids: Int[Tensor, " batch seq"], targets: Int[Tensor, " batch seq"]) -> Float[Tensor, ""]:
+        """The mean cross-entropy of the targets, float32, in nats a token."""
+        return kernels.linear_cross_entropy(self.features(token_ids), self.lm_head.weight, targets)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Precision of the activations, and so of keys and values."""
+        return self.activation_dtype or self.token_embeddings.weight.dtype
 
     @property
     def num_parameters(self) -> int:

@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
+from basic import kernels
+
 
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay.
@@ -51,11 +53,16 @@ class AdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None, *, gradient_factor: Tensor | None = None) -> Any:  # type: ignore[override]
         """Change every parameter that has a gradient by one step.
+
+        On a GPU, float32 parameters are stepped by a kernel, one pass each, without waiting for the device; the
+        learning rate of a group may then be a tensor there.
 
         Args:
             closure: if given, called first with gradients on; it shall compute the gradients and return the loss.
+            gradient_factor: a number on the parameters' device that every gradient is multiplied by on the way (see
+                `clipping_factor`); if it is NaN, nothing changes.
 
         Returns:
             What the closure returned, else None.
@@ -65,27 +72,64 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in parameters:
+                self._start(parameter)
+            if parameters and all(_kernel_covers(parameter) for parameter in parameters):
+                self._update_on_device(parameters, group, gradient_factor)
+                continue
+            if gradient_factor is not None and not gradient_factor.isfinite():
+                continue
+            for parameter in parameters:
+                gradient = parameter.grad if gradient_factor is None else parameter.grad * gradient_factor
+                self._update(parameter, gradient, group)
         return loss
+
+    def _start(self, parameter: Tensor) -> None:
+        if not self.state[parameter]:
+            self.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device) if _kernel_covers(parameter) else 0,
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def _update_on_device(
+        self, parameters: list[Tensor], group: dict[str, Any], gradient_factor: Tensor | None
+    ) -> None:
+        from basic.adamw_kernel import step_parameter
+
+        device = parameters[0].device
+        states = [self.state[parameter] for parameter in parameters]
+        for state in states:  # one that was saved on a CPU counts in Python
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=device)
+        factor = torch.ones((), device=device) if gradient_factor is None else gradient_factor
+        torch._foreach_add_([state["step"] for state in states], [factor.isfinite().float()] * len(states))
+        steps = torch.stack([state["step"] for state in states]).double()
+        beta1, beta2 = group["betas"]
+        scalars = torch.empty((len(states), 4), device=device)
+        scalars[:, 0] = group["lr"]
+        scalars[:, 1] = factor
+        scalars[:, 2] = 1 - beta1**steps
+        scalars[:, 3] = 1 - beta2**steps
+        for parameter, state, row in zip(parameters, states, scalars, strict=True):
+            assert parameter.grad is not None
+            step_parameter(
+                parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], row,
+                beta1, beta2, group["eps"], group["weight_decay"])  # fmt: skip
 
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         state = self.state[parameter]
-        if not state:
-            state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
         state["step"] += 1
+        step = int(state["step"])
         first, second = state["exp_avg"], state["exp_avg_sq"]
 
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         first.mul_(beta1).add_(gradient, alpha=1 - beta1)
         second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         # Both moments start at zero, so their early values are too small by these factors.
-        first_correction = 1 - beta1 ** state["step"]
-        second_correction = 1 - beta2 ** state["step"]
+        first_correction = 1 - beta1**step
+        second_correction = 1 - beta2**step
         denominator = second.sqrt().div_(math.sqrt(second_correction)).add_(group["eps"])
         parameter.addcdiv_(first, denominator, value=-group["lr"] / first_correction)
 
@@ -111,15 +155,30 @@ def clip_gradients(parameters: Iterable[Parameter], max_l2_norm: float) -> Float
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros(())
+    norm, factor = clipping_factor(gradients, max_l2_norm)
+    for gradient in gradients:
+        gradient.mul_(factor.to(gradient.device))
+    return norm
+
+
+def clipping_factor(gradients: list[Tensor], max_l2_norm: float) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """The joint L2 norm of gradients, and what to multiply them by so that it is at most `max_l2_norm`."""
     # Squares of half-precision numbers overflow: at least float32.
     wide = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in gradients]
     squares = [gradient.square().sum() for gradient in wide]
     norm = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
-    # Always multiplied, also by one: asking whether it is needed would wait for the device.
-    factor = (max_l2_norm / (norm + 1e-6)).clamp(max=1)
-    for gradient in gradients:
-        gradient.mul_(factor.to(gradient.device))
-    return norm
+    # Never asked whether it is needed: that would wait for the device.
+    return norm, (max_l2_norm / (norm + 1e-6)).clamp(max=1)
+
+
+def _kernel_covers(parameter: Tensor) -> bool:
+    assert parameter.grad is not None
+    return (
+        kernels.available_on(parameter.device)
+        and parameter.dtype == torch.float32
+        and parameter.is_contiguous()
+        and parameter.grad.is_contiguous()
+    )
 
 
 def cosine_schedule(

@@ -80,7 +80,11 @@ class TrainConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1, mps ...; auto takes the best there is."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the matrix products: bfloat16 by autocast, weights stay float32; auto uses it on GPUs that have it."""
+    """Of the activations and matrix products; weights, norms, softmax and loss stay float32. auto is bfloat16 on GPUs
+    that have it."""
+    cuda_graph: bool = True
+    """Whether a GPU records the whole step once and replays it, so that it never waits for Python (not with
+    gradient accumulation)."""
     compile: bool = False
     """Whether torch.compile makes the model faster; the first step then takes up to a minute."""
 
@@ -169,10 +173,10 @@ def load_run(path: str | os.PathLike, *, device: str = "auto") -> Run:
     config = load_config(run_dir / "config.toml", RunConfig)
     model = TransformerLM(config.model)
     step = load_checkpoint(_newest_checkpoint(run_dir), model)
+    model.to(choose_device(device)).eval()
+    model.activation_dtype = activation_dtype(config.train, choose_device(device))
     tokenizer_path = run_dir / "tokenizer"
-    return Run(
-        model.to(choose_device(device)).eval(), config, tokenizer_path if tokenizer_path.is_dir() else None, step
-    )
+    return Run(model, config, tokenizer_path if tokenizer_path.is_dir() else None, step)
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -189,6 +193,13 @@ def choose_device(name: str = "auto") -> torch.device:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used here ({reason}); use cpu or auto") from error
     return torch.device(name)
+
+
+def activation_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """What the model computes in between its weights, which are float32, and its loss, which is too."""
+    has_bfloat16 = device.type == "mps" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
+    use = config.precision == "bfloat16" or (config.precision == "auto" and has_bfloat16)
+    return torch.bfloat16 if use else torch.float32
 
 
 def start_folder(run_dir: Path, config: RunConfig, tokenizer: Savable | None, *, overwrite: bool = False) -> None:

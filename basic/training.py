@@ -9,7 +9,6 @@ import json
 import math
 import os
 import time
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,15 +17,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from basic.data import BatchSampler, check_token_ids, document_starts, to_device
+from basic.data import BatchSampler, check_token_ids, document_starts, prefetch
 from basic.evaluation import mean_loss
-from basic.functional import cross_entropy
 from basic.generation import TextCodec, complete
 from basic.model import TransformerLM
-from basic.optimizer import AdamW, clip_gradients, cosine_schedule
+from basic.optimizer import AdamW, cosine_schedule
 from basic.runs import DataConfig as DataConfig
-from basic.runs import Run, RunConfig, TrainConfig, choose_device, load_newest, save_step, start_folder
+from basic.runs import (
+    Run,
+    RunConfig,
+    TrainConfig,
+    activation_dtype,
+    choose_device,
+    load_newest,
+    save_step,
+    start_folder,
+)
 from basic.runs import load_run as load_run
+from basic.train_step import TrainStep
 
 
 class Tokenizing(TextCodec, Protocol):
@@ -72,18 +80,20 @@ def train(
         start_folder(run_dir, config, tokenizer, overwrite=overwrite)
     torch.manual_seed(settings.seed)
     model = TransformerLM(config.model).to(device)
+    model.activation_dtype = activation_dtype(settings, device)
     optimizer = make_optimizer(model, settings)
     first_step, wall_s = load_newest(run_dir, config, model, optimizer) if resume else (0, 0.0)
-    forward: Any = torch.compile(model) if settings.compile else model
+    take_step = TrainStep(model, optimizer, settings, device)
     meter = _Meter(first_step, wall_s, settings.batch_size * config.model.context_length, device)
 
     with (
         open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as log,
         tqdm(total=settings.steps, initial=first_step, desc="training", unit="step", disable=not progress) as bar,
+        prefetch(training, range(first_step, settings.steps), device) as batches,
     ):
-        for done in range(first_step + 1, settings.steps + 1):
+        for done, batch in enumerate(batches, first_step + 1):
             rate = _learning_rate(settings, done)
-            loss, norm = train_step(forward, optimizer, training.batch(done - 1), rate, settings, device)
+            loss, norm = take_step(batch, rate)
             meter.add(loss)
             evaluate = _due(done, settings.eval_interval, settings)
             log_now = evaluate or _due(done, settings.log_interval, settings)
@@ -93,8 +103,7 @@ def train(
             if log_now:
                 record = meter.record(learning_rate=rate, gradient_norm=norm.item())
                 if evaluate:
-                    with _precision(settings, device):
-                        record["valid_loss"] = mean_loss(forward, validation, settings.eval_batches, device)
+                    record["valid_loss"] = mean_loss(take_step.loss_of, validation, settings.eval_batches, device)
                 _log(record, log, bar)
             if tokenizer is not None and _due(done, settings.sample_interval, settings):
                 _write_sample(run_dir / "samples.txt", model, tokenizer, settings, done)
@@ -105,38 +114,6 @@ def train(
             bar.update()
     saved_tokenizer = run_dir / "tokenizer" if tokenizer is not None else None
     return Run(model.eval(), config, saved_tokenizer, max(first_step, settings.steps))
-
-
-def train_step(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: tuple[Tensor, Tensor],
-    learning_rate: float,
-    config: TrainConfig,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """One step: gradients of the batch's mean loss, clipped, then the optimizer.
-
-    Args:
-        batch: ids and the ids after them, int64 (batch, seq) each, on the CPU.
-
-    Returns:
-        The mean loss in nats a token and the gradients' norm before clipping, both still on the device.
-    """
-    loss = torch.zeros((), device=device)
-    optimizer.zero_grad(set_to_none=True)
-    for inputs, targets in zip(*(ids.chunk(config.gradient_accumulation) for ids in batch), strict=True):
-        with _precision(config, device):
-            logits = model(to_device(inputs, device))
-        part = cross_entropy(logits.float(), to_device(targets, device)) / config.gradient_accumulation
-        part.backward()
-        loss += part.detach()
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    norm = clip_gradients(parameters, config.max_gradient_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group["rate_factor"]
-    optimizer.step()
-    return loss, norm
 
 
 def make_optimizer(model: TransformerLM, config: TrainConfig) -> AdamW:
@@ -251,15 +228,6 @@ def _separator_id(tokenizer: Tokenizing | None, end_of_text: str) -> int:
             f"got {'none' if tokenizer is None else f'one with {list(ids)}'}"
         )
     return ids[end_of_text]
-
-
-def _precision(config: TrainConfig, device: torch.device) -> AbstractContextManager:
-    """The context in which matrix products run in the configured precision."""
-    has_bfloat16 = device.type == "mps"
-    if device.type == "cuda":
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    use = config.precision == "bfloat16" or (config.precision == "auto" and has_bfloat16)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=use)
 
 
 def _write_sample(path: Path, model: TransformerLM, tokenizer: TextCodec, config: TrainConfig, step: int) -> None:

@@ -56,7 +56,9 @@ def main(options: Options) -> None:
         stories = write_stories(folder, TRAIN_STORIES, VALID_STORIES, seed=options.seed, separator=END, progress=True)
     else:
         split_text(options.input, folder, separator=END)
-    tokenizer = Tokenizer(*train_bpe(folder / "train.txt", options.vocab_size, [END], progress=True), [END])
+    # Without kernels: compiling them would take longer than these few megabytes do.
+    vocab, merges = train_bpe(folder / "train.txt", options.vocab_size, [END], kernels=False, progress=True)
+    tokenizer = Tokenizer(vocab, merges, [END], kernels=False)
     for part in ("train", "valid"):
         tokenizer.encode_file(folder / f"{part}.txt", folder / f"{part}.bin", progress=True)
     tokens = open_tokens(folder / "train.bin"), open_tokens(folder / "valid.bin")
@@ -74,7 +76,7 @@ def main(options: Options) -> None:
         print(compare_with_source(model, documents, exact, tokens[0], end_id))
     plot_losses({options.output.name: records}, folder / "loss.png", floor_nats=floor)
     start = END if end_id in tokens[0] else "\n"
-    samples = complete(model, tokenizer, [start] * 8, 256, temperature=0.9, top_p=0.95, seed=options.seed)
+    samples = complete(model, tokenizer, [start] * 8, 256, temperature=0.7, top_p=0.95, seed=options.seed)
     (folder / "samples.txt").write_text("\n\n".join(map(str.strip, samples)) + "\n", encoding="utf-8")
     shutil.rmtree(options.output, ignore_errors=True)
     folder.rename(options.output)

@@ -52,14 +52,24 @@ ROOMS: dict[str, set[str]] = {
     "corpus": {"stories"},
     # tokens to model
     "functional": set(),
-    "flash_attention": set(),
-    "model": {"functional", "flash_attention", "optimizer"},
-    "optimizer": set(),
+    "triton_support": set(),
+    "flash_attention": {"triton_support"},
+    "decode_kernels": {"triton_support"},
+    "rope_kernel": set(),
+    "swiglu_kernel": set(),
+    "cross_entropy_kernel": set(),
+    "adamw_kernel": set(),
+    "triton_ops": {"flash_attention", "rope_kernel", "swiglu_kernel", "cross_entropy_kernel"},
+    "kernels": {"functional", "triton_ops"},
+    "model": {"functional", "kernels", "optimizer"},
+    "optimizer": {"kernels", "adamw_kernel"},
+    "train_step": {"data", "kernels", "model", "optimizer", "runs"},
+    "decoder": {"decode_kernels", "flash_attention", "model"},
     "data": {"token_files"},
     "state_tree": set(),
     "checkpoint": {"state_tree"},
     "distributed": set(),
-    "generation": {"functional", "model"},
+    "generation": {"functional", "kernels", "model", "decoder"},
     "evaluation": {"data", "functional", "model"},
     "config_files": set(),
     "runs": {"checkpoint", "config_files", "model"},
@@ -68,7 +78,7 @@ ROOMS: dict[str, set[str]] = {
 }
 ROOMS["training"] = {
     *("functional", "model", "optimizer", "token_files", "data", "checkpoint", "distributed"),
-    *("generation", "evaluation", "config_files", "runs"),
+    *("generation", "evaluation", "config_files", "runs", "train_step"),
 }
 ROOMS["export"] = ROOMS["assignment_question"] = set(ROOMS)  # anything but one another; imported by none
 
@@ -82,7 +92,10 @@ ONLY_IN = {
     "safetensors": {"checkpoint", "export"},
     "numba": {"bpe_machine"},
     "llvmlite": {"bpe_machine"},
-    "triton": {"flash_attention"},
+    "triton": {
+        *("triton_support", "flash_attention", "rope_kernel", "swiglu_kernel", "cross_entropy_kernel", "adamw_kernel"),
+        *("decode_kernels", "decoder"),
+    },
     "matplotlib": {"plotting"},
 }
 

@@ -70,10 +70,10 @@ def test_mean_loss_is_the_mean_over_the_first_batches_every_time(model):
             for row in range(4)
             for place in range(CONTEXT)
         ]
-    first = mean_loss(model, sampler, 3, CPU)
+    first = mean_loss(model.loss, sampler, 3, CPU)
     assert first == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-    assert mean_loss(model, sampler, 3, CPU) == first
-    assert mean_loss(model, sampler, 1, CPU) == pytest.approx(sum(losses[:64]) / 64, rel=1e-5)
+    assert mean_loss(model.loss, sampler, 3, CPU) == first
+    assert mean_loss(model.loss, sampler, 1, CPU) == pytest.approx(sum(losses[:64]) / 64, rel=1e-5)
 
 
 # --- The bigram model -----------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def saved(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
 
 def stop_in_step(monkeypatch, number: int, error: BaseException) -> None:
     """Let the loop die in a step, as an interrupt does."""
-    real, steps = basic.training.train_step, []
+    real, steps = basic.training.TrainStep.__call__, []
 
     def train_step(*args):
         steps.append(None)
@@ -74,7 +74,7 @@ def stop_in_step(monkeypatch, number: int, error: BaseException) -> None:
             raise error
         return real(*args)
 
-    monkeypatch.setattr(basic.training, "train_step", train_step)
+    monkeypatch.setattr(basic.training.TrainStep, "__call__", train_step)
 
 
 # --- What it computes -----------------------------------------------------------------------------------------
@@ -167,13 +167,13 @@ def test_a_factor_of_zero_leaves_the_matrices_with_a_row_a_token_alone(tmp_path,
 
 def test_rows_of_documents_begin_at_the_end_of_text(tmp_path, monkeypatch):
     batches = []
-    real = basic.training.train_step
+    real = basic.training.TrainStep.__call__
 
-    def train_step(model, optimizer, batch, *args):
+    def train_step(step, batch, *args):
         batches.append(batch)
-        return real(model, optimizer, batch, *args)
+        return real(step, batch, *args)
 
-    monkeypatch.setattr(basic.training, "train_step", train_step)
+    monkeypatch.setattr(basic.training.TrainStep, "__call__", train_step)
     train(configuration(rows="documents"), TRAIN, VALID, tmp_path / "run", tokenizer=Words())
     assert len(batches) == 8
     assert all((inputs[:, 0] == END).all() for inputs, _ in batches)
@@ -342,7 +342,7 @@ def test_nothing_to_resume(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("wrong", "name"), [(0, "training loss"), (1, "gradient's norm")])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_or_gradient_that_is_not_finite_is_never_saved(tmp_path, monkeypatch, wrong, name, value):
-    real, steps = basic.training.train_step, []
+    real, steps = basic.training.TrainStep.__call__, []
 
     def train_step(*args):
         steps.append(None)
@@ -351,7 +351,7 @@ def test_a_loss_or_gradient_that_is_not_finite_is_never_saved(tmp_path, monkeypa
             numbers[wrong] = torch.tensor(value)
         return tuple(numbers)
 
-    monkeypatch.setattr(basic.training, "train_step", train_step)
+    monkeypatch.setattr(basic.training.TrainStep, "__call__", train_step)
     config = configuration(checkpoint_interval=2, log_interval=0, eval_interval=0)
     with pytest.raises(FloatingPointError, match=f"{name} became {value} by step 6; .* lower max_learning_rate"):
         train(config, TRAIN, VALID, tmp_path / "run")

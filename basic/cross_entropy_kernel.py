@@ -1,0 +1,55 @@
+"""Output layer and cross-entropy as one: the gradient of the loss takes the place of the logits in memory.
+
+The logits are the largest tensor of a training step, and what the backward pass needs of them is softmax minus one-hot.
+So a kernel reads each row twice, once for its maximum and sum and once to overwrite it with its gradient. In chunks of
+rows, only one chunk's logits exist at a time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _overwrite(LOGITS, TARGETS, LOSSES, stride, vocab_size, inverse_count, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    LOGITS += row * stride
+    target = tl.load(TARGETS + row)
+    target_score = tl.load(LOGITS + target).to(tl.float32)
+    columns = tl.arange(0, COLUMNS)
+    # Each lane keeps the maximum and the sum of its own columns; they are joined once, at the end.
+    maxima = tl.full([COLUMNS], -1e30, tl.float32)
+    sums = tl.zeros([COLUMNS], tl.float32)
+    for start in range(0, vocab_size, COLUMNS):
+        inside = start + columns < vocab_size
+        x = tl.load(LOGITS + start + columns, mask=inside, other=-float("inf")).to(tl.float32)
+        new_maxima = tl.maximum(maxima, x)
+        sums = sums * tl.exp(maxima - new_maxima) + tl.exp(x - new_maxima)
+        maxima = new_maxima
+    maximum = tl.max(maxima, 0)
+    log_sum = maximum + tl.log(tl.sum(sums * tl.exp(maxima - maximum), 0))
+    tl.store(LOSSES + row, log_sum - target_score)
+    # No thread may overwrite what another still has to read.
+    tl.debug_barrier()
+    for start in range(0, vocab_size, COLUMNS):
+        inside = start + columns < vocab_size
+        x = tl.load(LOGITS + start + columns, mask=inside, other=-float("inf")).to(tl.float32)
+        gradient = tl.exp(x - log_sum) - tl.where(start + columns == target, 1.0, 0.0)
+        tl.store(LOGITS + start + columns, (gradient * inverse_count).to(LOGITS.dtype.element_ty), mask=inside)
+
+
+def overwrite_with_gradient(logits: Tensor, targets: Tensor, losses: Tensor, count: int) -> None:
+    """Write each row's loss, and put the gradient of the mean over `count` rows in place of the logits.
+
+    Args:
+        logits: (rows, vocab_size), the last dimension contiguous; overwritten.
+        targets: int64 (rows,), inside the vocabulary.
+        losses: float32 (rows,); overwritten.
+        count: rows in the mean, those of other chunks included.
+    """
+    rows, vocab_size = logits.shape
+    columns = min(2048 if vocab_size < 20_000 else 4096, triton.next_power_of_2(vocab_size))
+    _overwrite[(rows,)](
+        logits, targets, losses, logits.stride(0), vocab_size, 1.0 / count, COLUMNS=columns, num_warps=8)  # fmt: skip

@@ -1,0 +1,277 @@
+"""Causal attention in Triton that never writes the scores to memory, forward and backward.
+
+One program takes a tile of queries and walks over the keys before it, a tile at a time. The softmax is rescaled as
+larger scores turn up, so what is kept is the running maximum, the running sum and the weighted values of the tile.
+For the backward pass only the logarithm of each query's sum (`log_sums`) is saved; the weights are computed anew.
+
+Causality does the masking at the end of the sequence, too: a key past the end is past every real query.
+
+Legend: B batch, T sequence, H heads, D head size; M tile of queries, N tile of keys. The layout is (B, T, H, D) with
+any strides but the last, so that queries, keys and values can be slices of one packed product.
+
+Source: Dao 2023, "FlashAttention-2", algorithms 1 and 2; Milakov and Gimelshein 2018 (online softmax).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from basic.triton_support import dot
+
+LOG2_E = math.log2(math.e)
+
+# (queries a tile, keys a tile, warps, stages) found by trying them on an H200, by padded head size.
+_FORWARD_TILES = {16: (64, 32, 4, 3), 32: (64, 32, 4, 4), 64: (64, 64, 4, 3), 128: (128, 64, 8, 3)}
+_KEY_GRADIENT_TILES = {16: (32, 64, 4, 3), 32: (32, 128, 4, 3), 64: (32, 64, 4, 3), 128: (64, 128, 8, 3)}
+_QUERY_GRADIENT_TILES = {16: (64, 32, 4, 3), 32: (64, 32, 4, 3), 64: (64, 64, 4, 2), 128: (128, 32, 8, 3)}
+
+
+@triton.jit
+def _tile(pointer, rows, stride, columns, T, D: tl.constexpr, WIDTH: tl.constexpr, CHECK_ROWS: tl.constexpr):
+    """Load rows of D features, padded with zeros to WIDTH, a power of two."""
+    pointers = pointer + rows[:, None] * stride + columns[None, :]
+    if CHECK_ROWS:
+        if D == WIDTH:
+            return tl.load(pointers, mask=rows[:, None] < T, other=0.0)
+        return tl.load(pointers, mask=(rows[:, None] < T) & (columns[None, :] < D), other=0.0)
+    if D == WIDTH:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=columns[None, :] < D, other=0.0)
+
+
+@triton.jit
+def _store(pointer, value, rows, stride, columns, T, D: tl.constexpr):
+    mask = (rows[:, None] < T) & (columns[None, :] < D)
+    tl.store(pointer + rows[:, None] * stride + columns[None, :], value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _attend(q, weighted, maximum, total, K, V, first, stop, k_stride, v_stride, rows, columns, scale, T,
+            D: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, DIAGONAL: tl.constexpr):  # fmt: skip
+    """Let a tile of queries look at the keys of first .. stop - 1; on the diagonal each up to its own place."""
+    for start in range(first, stop, N):
+        keys = start + tl.arange(0, N)
+        k = _tile(K, keys, k_stride, columns, T, D, WIDTH, DIAGONAL)
+        scores = dot(q, tl.trans(k)) * scale
+        if DIAGONAL:
+            scores = tl.where(rows[:, None] >= keys[None, :], scores, -1e30)
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_maximum[:, None])
+        rescale = tl.exp2(maximum - new_maximum)
+        total = total * rescale + tl.sum(weights, 1)
+        v = _tile(V, keys, v_stride, columns, T, D, WIDTH, DIAGONAL)
+        weighted = dot(weights.to(v.dtype), v, weighted * rescale[:, None])
+        maximum = new_maximum
+    return weighted, maximum, total
+
+
+@triton.jit
+def _forward(Q, K, V, OUT, LOG_SUMS,
+             q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head, o_batch, o_stride, o_head,
+             H, T, scale, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    # The last tiles have the most keys to look at: they start first, so that none is left alone at the end.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    Q += batch * q_batch + head * q_head
+    K += batch * k_batch + head * k_head
+    V += batch * v_batch + head * v_head
+    OUT += batch * o_batch + head * o_head
+    rows, columns = tile * M + tl.arange(0, M), tl.arange(0, WIDTH)
+    q = _tile(Q, rows, q_stride, columns, T, D, WIDTH, True)
+    maximum = tl.full([M], -float("inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    weighted = tl.zeros([M, WIDTH], tl.float32)
+    weighted, maximum, total = _attend(
+        q, weighted, maximum, total, K, V, 0, tile * M, k_stride, v_stride, rows, columns, scale, T, D, WIDTH, N, False
+    )
+    weighted, maximum, total = _attend(
+        q,
+        weighted,
+        maximum,
+        total,
+        K,
+        V,
+        tile * M,
+        tl.minimum((tile + 1) * M, T),
+        k_stride,
+        v_stride,
+        rows,
+        columns,
+        scale,
+        T,
+        D,
+        WIDTH,
+        N,
+        True,
+    )
+    _store(OUT, weighted / total[:, None], rows, o_stride, columns, T, D)
+    tl.store(LOG_SUMS + tl.program_id(1).to(tl.int64) * T + rows, maximum + tl.log2(total), mask=rows < T)
+
+
+@triton.jit
+def _overlaps(OUT, DO, OVERLAPS, o_batch, o_stride, o_head, do_batch, do_stride, do_head, H, T,
+              D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr):  # fmt: skip
+    """sum(o * do) of each query: what the softmax's gradient takes from every score of the row."""
+    batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    rows, columns = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, WIDTH)
+    o = _tile(OUT + batch * o_batch + head * o_head, rows, o_stride, columns, T, D, WIDTH, True).to(tl.float32)
+    do = _tile(DO + batch * do_batch + head * do_head, rows, do_stride, columns, T, D, WIDTH, True).to(tl.float32)
+    tl.store(OVERLAPS + tl.program_id(1).to(tl.int64) * T + rows, tl.sum(o * do, 1), mask=rows < T)
+
+
+@triton.jit
+def _add_key_gradients(dk, dv, k, v, Q, DO, LOG_SUMS, OVERLAPS, first, stop, q_stride, do_stride, keys, columns, scale,
+                       T, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, CHECK: tl.constexpr):  # fmt: skip
+    """What the queries of first .. stop - 1 add to the gradients of a tile of keys and values."""
+    for start in range(first, stop, M):
+        rows = start + tl.arange(0, M)
+        q = _tile(Q, rows, q_stride, columns, T, D, WIDTH, CHECK)
+        do = _tile(DO, rows, do_stride, columns, T, D, WIDTH, CHECK)
+        if CHECK:
+            log_sums = tl.load(LOG_SUMS + rows, mask=rows < T, other=0.0)
+            overlaps = tl.load(OVERLAPS + rows, mask=rows < T, other=0.0)
+        else:
+            log_sums = tl.load(LOG_SUMS + rows)
+            overlaps = tl.load(OVERLAPS + rows)
+        # Transposed, (N, M): then no tile but q and do need to be turned.
+        weights = tl.exp2(dot(k, tl.trans(q)) * scale - log_sums[None, :])
+        if CHECK:
+            weights = tl.where((rows[None, :] >= keys[:, None]) & (rows[None, :] < T), weights, 0.0)
+        dv = dot(weights.to(do.dtype), do, dv)
+        dscores = weights * (dot(v, tl.trans(do)) - overlaps[None, :])
+        dk = dot(dscores.to(q.dtype), q, dk)
+    return dk, dv
+
+
+@triton.jit
+def _key_gradients(Q, K, V, DO, DK, DV, LOG_SUMS, OVERLAPS,
+                   q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
+                   do_batch, do_stride, do_head, dk_batch, dk_stride, dk_head, dv_batch, dv_stride, dv_head,
+                   H, T, scale, out_scale,
+                   D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    Q += batch * q_batch + head * q_head
+    K += batch * k_batch + head * k_head
+    V += batch * v_batch + head * v_head
+    DO += batch * do_batch + head * do_head
+    DK += batch * dk_batch + head * dk_head
+    DV += batch * dv_batch + head * dv_head
+    LOG_SUMS += tl.program_id(1).to(tl.int64) * T
+    OVERLAPS += tl.program_id(1).to(tl.int64) * T
+    tile = tl.program_id(0)
+    keys, columns = tile * N + tl.arange(0, N), tl.arange(0, WIDTH)
+    k = _tile(K, keys, k_stride, columns, T, D, WIDTH, True)
+    v = _tile(V, keys, v_stride, columns, T, D, WIDTH, True)
+    dk = tl.zeros([N, WIDTH], tl.float32)
+    dv = tl.zeros([N, WIDTH], tl.float32)
+    # Tiles of queries that the diagonal runs through, then whole ones below it, then the rest at the end.
+    diagonal = tile * N // M * M
+    below = tl.minimum((tile * N + N + M - 1) // M * M, T)
+    rest = tl.maximum(below, T // M * M)
+    dk, dv = _add_key_gradients(dk, dv, k, v, Q, DO, LOG_SUMS, OVERLAPS, diagonal, below, q_stride, do_stride, keys,
+                                columns, scale, T, D, WIDTH, M, True)  # fmt: skip
+    dk, dv = _add_key_gradients(dk, dv, k, v, Q, DO, LOG_SUMS, OVERLAPS, below, rest, q_stride, do_stride, keys,
+                                columns, scale, T, D, WIDTH, M, False)  # fmt: skip
+    if rest < T:
+        dk, dv = _add_key_gradients(dk, dv, k, v, Q, DO, LOG_SUMS, OVERLAPS, rest, T, q_stride, do_stride, keys,
+                                    columns, scale, T, D, WIDTH, M, True)  # fmt: skip
+    _store(DK, dk * out_scale, keys, dk_stride, columns, T, D)
+    _store(DV, dv, keys, dv_stride, columns, T, D)
+
+
+@triton.jit
+def _add_query_gradients(dq, q, do, log_sums, overlaps, K, V, first, stop, k_stride, v_stride, rows, columns, scale, T,
+                         D: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, DIAGONAL: tl.constexpr):  # fmt: skip
+    """What the keys of first .. stop - 1 add to the gradient of a tile of queries."""
+    for start in range(first, stop, N):
+        keys = start + tl.arange(0, N)
+        k = _tile(K, keys, k_stride, columns, T, D, WIDTH, DIAGONAL)
+        v = _tile(V, keys, v_stride, columns, T, D, WIDTH, DIAGONAL)
+        weights = tl.exp2(dot(q, tl.trans(k)) * scale - log_sums[:, None])
+        if DIAGONAL:
+            weights = tl.where(rows[:, None] >= keys[None, :], weights, 0.0)
+        dscores = weights * (dot(do, tl.trans(v)) - overlaps[:, None])
+        dq = dot(dscores.to(k.dtype), k, dq)
+    return dq
+
+
+@triton.jit
+def _query_gradients(Q, K, V, DO, DQ, LOG_SUMS, OVERLAPS,
+                     q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
+                     do_batch, do_stride, do_head, dq_batch, dq_stride, dq_head, H, T, scale, out_scale,
+                     D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    Q += batch * q_batch + head * q_head
+    K += batch * k_batch + head * k_head
+    V += batch * v_batch + head * v_head
+    DO += batch * do_batch + head * do_head
+    DQ += batch * dq_batch + head * dq_head
+    rows, columns = tile * M + tl.arange(0, M), tl.arange(0, WIDTH)
+    q = _tile(Q, rows, q_stride, columns, T, D, WIDTH, True)
+    do = _tile(DO, rows, do_stride, columns, T, D, WIDTH, True)
+    log_sums = tl.load(LOG_SUMS + tl.program_id(1).to(tl.int64) * T + rows, mask=rows < T, other=0.0)
+    overlaps = tl.load(OVERLAPS + tl.program_id(1).to(tl.int64) * T + rows, mask=rows < T, other=0.0)
+    dq = tl.zeros([M, WIDTH], tl.float32)
+    dq = _add_query_gradients(dq, q, do, log_sums, overlaps, K, V, 0, tile * M, k_stride, v_stride, rows, columns,
+                              scale, T, D, WIDTH, N, False)  # fmt: skip
+    dq = _add_query_gradients(dq, q, do, log_sums, overlaps, K, V, tile * M, tl.minimum((tile + 1) * M, T), k_stride,
+                              v_stride, rows, columns, scale, T, D, WIDTH, N, True)  # fmt: skip
+    _store(DQ, dq * out_scale, rows, dq_stride, columns, T, D)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attend.
+
+    Args:
+        q, k, v: (B, T, H, D), the last dimension contiguous.
+
+    Returns:
+        The output (B, T, H, D), contiguous, and `log_sums` (B, H, T), the base-2 logarithm of the sum of each
+        query's exponentials, in float32.
+    """
+    B, T, H, D = q.shape
+    width = triton.next_power_of_2(D)
+    M, N, warps, stages = _FORWARD_TILES[width]
+    o = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
+    log_sums = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    scale = LOG2_E / math.sqrt(D)  # exp2 is the hardware's own exponential
+    _forward[triton.cdiv(T, M), B * H](
+        q, k, v, o, log_sums, *_strides(q, k, v, o), H, T, scale,
+        D=D, WIDTH=width, M=M, N=N, num_warps=warps, num_stages=stages)  # fmt: skip
+    return o, log_sums
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sums: Tensor, do: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
+) -> None:
+    """Write the gradients of queries, keys and values into dq, dk and dv.
+
+    Args:
+        q, k, v, o, log_sums: inputs and outputs of `forward`.
+        do: gradient of the output.
+        dq, dk, dv: (B, T, H, D) to be overwritten, the last dimension contiguous.
+    """
+    B, T, H, D = q.shape
+    width = triton.next_power_of_2(D)
+    scale, out_scale = LOG2_E / math.sqrt(D), 1 / math.sqrt(D)
+    overlaps = torch.empty_like(log_sums)
+    _overlaps[triton.cdiv(T, 64), B * H](o, do, overlaps, *_strides(o, do), H, T, D=D, WIDTH=width, M=64, num_warps=4)
+    M, N, warps, stages = _KEY_GRADIENT_TILES[width]
+    _key_gradients[triton.cdiv(T, N), B * H](
+        q, k, v, do, dk, dv, log_sums, overlaps, *_strides(q, k, v, do, dk, dv), H, T, scale, out_scale,
+        D=D, WIDTH=width, M=M, N=N, num_warps=warps, num_stages=stages)  # fmt: skip
+    M, N, warps, stages = _QUERY_GRADIENT_TILES[width]
+    _query_gradients[triton.cdiv(T, M), B * H](
+        q, k, v, do, dq, log_sums, overlaps, *_strides(q, k, v, do, dq), H, T, scale, out_scale,
+        D=D, WIDTH=width, M=M, N=N, num_warps=warps, num_stages=stages)  # fmt: skip
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """Strides of batch, sequence and head of each."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]

@@ -1,0 +1,95 @@
+"""Decoding speed on one GPU: `python3 local/bench/decoding.py --batch-size 64` prints one JSON line.
+
+Greedy, bfloat16, a prompt of 32 tokens and 512 new ones. `tokens_per_s` are those of the single steps alone (of all
+rows together), `generate_tokens_per_s` those of a whole call of `basic.generation.generate`, which copies the weights,
+reads the prompt and records the step first. `--peers` adds Hugging Face's Llama with its static cache, compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+from training import SIZES
+
+from basic.decoder import Decoder
+from basic.generation import generate
+from basic.model import KVCache, ModelConfig, TransformerLM
+
+PROMPT, NEW = 32, 512
+
+
+def seconds(work: Callable[[], object], repeats: int = 3) -> float:
+    """The median time of some calls, after one that does not count."""
+    times = []
+    for _ in range(repeats + 1):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return median(times[1:])
+
+
+@torch.inference_mode()
+def ours(config: ModelConfig, rows: int) -> dict[str, float]:
+    model = TransformerLM(config).cuda()
+    model.activation_dtype = torch.bfloat16
+    prompts = torch.randint(config.vocab_size, (rows, PROMPT), device="cuda")
+    cache = KVCache(config, rows, dtype=torch.bfloat16, device="cuda")
+    decoder = Decoder(model, cache, torch.full((rows,), PROMPT, device="cuda"))
+
+    def steps() -> None:
+        cache.length = PROMPT - 1
+        decoder.start(prompts)
+        for _ in range(NEW):
+            decoder.step()
+
+    model(prompts[:, :-1], cache)
+    alone_s = seconds(steps)
+    ids = prompts.tolist()
+    whole_s = seconds(lambda: generate(model, ids, NEW, temperature=0.0))
+    return {"tokens_per_s": round(rows * NEW / alone_s), "generate_tokens_per_s": round(rows * NEW / whole_s)}
+
+
+@torch.inference_mode()
+def peer(config: ModelConfig, rows: int) -> dict[str, float]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=config.d_ff or 0,
+        num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
+        max_position_embeddings=config.context_length,
+    )  # fmt: skip
+    model = LlamaForCausalLM(shape).cuda().bfloat16().eval()
+    model.generation_config.eos_token_id = None
+    prompts = torch.randint(config.vocab_size, (rows, PROMPT), device="cuda")
+
+    def whole() -> None:
+        model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=NEW, do_sample=False,
+                       cache_implementation="static", pad_token_id=0)  # fmt: skip
+
+    return {"generate_tokens_per_s": round(rows * NEW / seconds(whole, repeats=2))}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="M")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--peers", action="store_true")
+    options = parser.parse_args()
+    config = ModelConfig(**SIZES[options.size])
+    for name, run in {"basic": ours, **({"HF Llama": peer} if options.peers else {})}.items():
+        torch.manual_seed(0)
+        print(json.dumps({"model": name, "size": options.size, "batch_size": options.batch_size,
+                          **run(config, options.batch_size), "device": torch.cuda.get_device_name(),
+                          "torch": torch.__version__}), flush=True)  # fmt: skip

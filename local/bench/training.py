@@ -1,0 +1,154 @@
+"""Training speed on one GPU: `python3 local/bench/training.py --size S --batch-size 256` prints one JSON line.
+
+The step is the one of `basic.training`, with batches from its background thread. `--peers` adds a line for Hugging
+Face's Llama of the same size, compiled, with PyTorch's fused AdamW. MFU is tokens/s * (6 N + 6 L T d) / 989e12, where
+N counts the weights of all matrix products, the output layer's too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from basic.data import BatchSampler, prefetch
+from basic.model import ModelConfig, TransformerLM
+from basic.optimizer import AdamW
+from basic.runs import TrainConfig
+from basic.train_step import TrainStep
+
+SIZES: dict[str, dict[str, Any]] = {
+    "S": {"vocab_size": 10_000, "context_length": 256, "d_model": 512, "num_layers": 4, "num_heads": 16, "d_ff": 1344},
+    "M": {
+        "vocab_size": 32_768,
+        "context_length": 1024,
+        "d_model": 768,
+        "num_layers": 12,
+        "num_heads": 12,
+        "d_ff": 2048,
+    },
+    "L": {
+        "vocab_size": 32_768,
+        "context_length": 2048,
+        "d_model": 2048,
+        "num_layers": 16,
+        "num_heads": 16,
+        "d_ff": 5632,
+    },
+    "tiny": {"vocab_size": 300, "context_length": 32, "d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64},
+}
+PEAK_FLOPS = 989e12
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def our_step(config: ModelConfig, batch_size: int) -> Callable[[tuple[Tensor, Tensor]], Tensor]:
+    model = TransformerLM(config).to(DEVICE)
+    model.activation_dtype = torch.bfloat16
+    optimizer = AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    step = TrainStep(model, optimizer, TrainConfig(steps=1, batch_size=batch_size, compile=True), DEVICE)
+    return lambda batch: step(batch, 1e-4)[0]
+
+
+def peer_step(config: ModelConfig, batch_size: int) -> Callable[[tuple[Tensor, Tensor]], Tensor]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape: Any = LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=config.d_ff or 0,
+        num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
+        max_position_embeddings=config.context_length, use_cache=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(shape).to(DEVICE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    @torch.compile
+    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            logits = model(input_ids=inputs).logits
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    def step(batch: tuple[Tensor, Tensor]) -> Tensor:
+        loss = loss_of(batch[0], batch[1])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def measure(make_step: Callable, config: ModelConfig, batch_size: int, seconds: float, *, fixed: bool) -> dict:
+    torch.manual_seed(0)
+    tokens = np.random.default_rng(0).integers(config.vocab_size, size=20_000_000, dtype=np.uint16)
+    sampler = BatchSampler(tokens, batch_size, config.context_length, seed=0)
+    with prefetch(sampler, range(1_000_000), DEVICE) as batches:
+        step = make_step(config, batch_size)
+        synchronize()
+        started = time.perf_counter()
+        first_loss = step(next(batches)).item()
+        first_step_s = time.perf_counter() - started
+        for _ in range(7):
+            step(next(batches))
+        batch = next(batches)
+        synchronize()
+        started, count = time.perf_counter(), 0
+        while time.perf_counter() - started < seconds:
+            for _ in range(10):
+                loss = step(batch if fixed else next(batches))
+                count += 1
+            synchronize()
+        step_s = (time.perf_counter() - started) / count
+    matrices = config.num_layers * (4 * config.d_model**2 + 3 * config.d_model * (config.d_ff or 0))
+    weights = matrices + config.vocab_size * config.d_model
+    flops_per_token = 6 * weights + 6 * config.num_layers * config.context_length * config.d_model
+    tokens_per_s = batch_size * config.context_length / step_s
+    result = {
+        "tokens_per_s": round(tokens_per_s),
+        "step_ms": round(step_s * 1e3, 3),
+        "mfu": round(tokens_per_s * flops_per_token / PEAK_FLOPS, 4),
+        "first_step_s": round(first_step_s, 1),
+        "first_loss": round(first_loss, 3),
+        "loss": round(loss.item(), 3),
+        "steps": count,
+    }
+    if DEVICE.type == "cuda":
+        # Over everything since the start, the recording's memory too.
+        result["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        result["reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
+        result["device"] = torch.cuda.get_device_name()
+    return result
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="S")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--seconds", type=float, default=3, help="to measure for, after the first steps")
+    parser.add_argument("--fixed-batch", action="store_true", help="without cutting batches: what the data costs")
+    parser.add_argument("--peers", action="store_true")
+    options = parser.parse_args()
+    makers = {"basic": our_step} | ({"HF Llama": peer_step} if options.peers else {})
+    for name, maker in makers.items():
+        torch.compiler.reset()
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        config = ModelConfig(**SIZES[options.size])
+        result = measure(maker, config, options.batch_size, options.seconds, fixed=options.fixed_batch)
+        print(json.dumps({"model": name, "size": options.size, "batch_size": options.batch_size, **result,
+                          "torch": torch.__version__}), flush=True)  # fmt: skip

@@ -1,0 +1,88 @@
+"""Generation with the decoding kernels beside generation without a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton")
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+from basic import decoder, generation
+from basic.generation import generate
+from basic.model import ModelConfig, TransformerLM
+
+CONTEXT, NEW = 200, 256
+PROMPTS = [list(range(7)), [3], list(range(40, 80))]
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float32])
+def model(request) -> TransformerLM:
+    torch.manual_seed(1)
+    sizes: dict[str, Any] = {
+        "vocab_size": 501,
+        "context_length": CONTEXT,
+        "d_model": 256,
+        "num_layers": 3,
+        "num_heads": 8,
+    }
+    model = TransformerLM(ModelConfig(**sizes)).cuda().eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.3)  # scores apart, as a trained model has them
+    model.activation_dtype = request.param
+    return model
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=len)
+def test_greedy_ids_are_those_without_a_cache_but_for_ties(model, prompts, monkeypatch):
+    used = []
+    real = decoder.Decoder.step
+    monkeypatch.setattr(decoder.Decoder, "step", lambda self: used.append(1) or real(self))
+    ids = generate(model, prompts, NEW, temperature=0.0)
+    if model.activation_dtype == torch.float32:
+        assert not used
+        assert ids == generate(model, prompts, NEW, temperature=0.0, use_cache=False)
+        return
+    assert len(used) >= CONTEXT - max(map(len, prompts)) - 1
+    without = generate(model, prompts, NEW, temperature=0.0, use_cache=False)
+    agreeing = [
+        next((i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), NEW)
+        for pair in zip(ids, without, strict=True)
+    ]
+    print("ids until the first difference", agreeing)
+    # Where two scores are as close as rounding, either may win, and all that follows differs: so each id is judged by
+    # the scores that a full pass over what stands before it gives.
+    ulp = 2.0**-8 if model.activation_dtype == torch.bfloat16 else 2.0**-11
+    for prompt, new in zip(prompts, ids, strict=True):
+        assert len(new) == NEW
+        assert len(set(new)) > 5
+        row = torch.tensor([prompt + new], device="cuda")
+        for place in range(len(prompt), row.shape[1]):
+            if place >= CONTEXT and place % 16:
+                continue  # behind the context it is one and the same pass; some places do
+            with torch.no_grad():
+                scores = model(row[:, max(0, place - CONTEXT) : place])[0, -1].float()
+            assert scores.max() - scores[row[0, place]] <= 8 * ulp * scores.abs().max()
+
+
+def test_draws_with_and_without_the_kernels(model):
+    """The same seed, and scores that differ by rounding: almost all rows draw the same first ids."""
+    prompts = [[i % 50, 1, 2] for i in range(48)]
+    settings: dict[str, Any] = {"temperature": 0.7, "top_k": 20, "seed": 5}
+    with_kernels = generate(model, prompts, 3, **settings)
+    without = generate(model, prompts, 3, use_cache=False, **settings)
+    assert sum(a == b for a, b in zip(with_kernels, without, strict=True)) >= 40
+
+
+def test_rows_end_at_their_end_id(model):
+    free = generate(model, PROMPTS, 60, temperature=0.0)
+    end = free[0][5]
+    expected = [ids[: ids.index(end)] if end in ids else ids for ids in free]
+    assert generate(model, PROMPTS, 60, temperature=0.0, end_id=end) == expected
+
+
+def test_more_rows_than_the_kernels_take(model):
+    ids = generate(model, [[1, 2]] * (generation.kernels._MOST_ROWS_DECODED + 1), 5, temperature=0.0)
+    assert len({tuple(row) for row in ids}) == 1

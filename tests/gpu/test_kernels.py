@@ -1,0 +1,89 @@
+"""Every kernel at full size on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton")
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+from basic.model import ModelConfig
+from basic.optimizer import AdamW
+
+from .. import kernel_checks
+
+FLOAT16, BFLOAT16 = torch.float16, torch.bfloat16
+HALVES = pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16])
+
+
+@HALVES
+@pytest.mark.parametrize("head_size", range(16, 129, 16))
+def test_attention(head_size, dtype):
+    for seq in (1, 17, 64, 129, 512, 1000):
+        kernel_checks.check_attention(seq, head_size, dtype, "cuda", batch=3, heads=5)
+
+
+@HALVES
+def test_attention_finds_nan(dtype):
+    kernel_checks.check_attention_finds_nan(dtype, "cuda")
+
+
+@HALVES
+@pytest.mark.parametrize(("seq", "head_size"), [(256, 32), (1023, 80)])
+def test_rotation(seq, head_size, dtype):
+    kernel_checks.check_rotation(seq, head_size, dtype, "cuda")
+
+
+@HALVES
+@pytest.mark.parametrize("shape", [(4, 777, 2 * 1344), (501, 2 * 77)])
+def test_swiglu(shape, dtype):
+    kernel_checks.check_swiglu(shape, dtype, "cuda")
+
+
+@HALVES
+@pytest.mark.parametrize("vocab_size", [257, 10_000, 32_768, 50_257])
+@pytest.mark.parametrize("chunk_rows", [1001, 300])
+def test_cross_entropy(vocab_size, chunk_rows, dtype):
+    kernel_checks.check_cross_entropy(1001, vocab_size, chunk_rows, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+def test_adamw(dtype):
+    kernel_checks.check_adamw(1_000_003, dtype, "cuda")
+
+
+def test_the_optimizer_against_pytorchs_over_twenty_steps():
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(1000, 37, device="cuda")) for _ in range(3)]
+    theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    settings: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    optimizer, peer = AdamW(ours, **settings), torch.optim.AdamW(theirs, **settings)
+    for _ in range(20):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        optimizer.step()
+        peer.step()
+    assert max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True)) < 1e-5
+
+
+def test_registrations():
+    kernel_checks.check_registrations(BFLOAT16, "cuda")
+
+
+@HALVES
+@pytest.mark.parametrize("prompt_lengths", [[1], [30], [3, 1, 60], [5] * 64], ids=len)
+@pytest.mark.parametrize(("d_model", "num_heads"), [(768, 12), (96, 3), (1024, 8)])
+def test_decoder(d_model, num_heads, prompt_lengths, dtype):
+    sizes: dict[str, Any] = {
+        "vocab_size": 1001,
+        "context_length": 200,
+        "d_model": d_model,
+        "num_heads": num_heads,
+        "num_layers": 2,
+    }
+    kernel_checks.check_decoder(ModelConfig(**sizes), prompt_lengths, 130, dtype, "cuda")

@@ -1,0 +1,67 @@
+"""The kernels without a GPU: run by tests/test_kernels.py in a process where Triton is an interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from basic import decoder
+from basic.model import ModelConfig
+from basic.triton_support import INTERPRETED
+
+from .. import kernel_checks
+
+assert INTERPRETED, "run this through tests/test_kernels.py, which sets TRITON_INTERPRET=1"
+
+FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("seq", "head_size", "dtype"),
+    [
+        *((33, size, FLOAT32) for size in range(16, 129, 16)),
+        *((seq, 16, FLOAT32) for seq in (1, 2, 17, 64, 131)),
+        *((33, size, dtype) for size in (32, 48) for dtype in (FLOAT16, BFLOAT16)),
+    ],
+)
+def test_attention(seq, head_size, dtype):
+    kernel_checks.check_attention(seq, head_size, dtype, "cpu", batch=1 if seq > 100 else 2)
+
+
+def test_attention_finds_nan():
+    kernel_checks.check_attention_finds_nan(FLOAT32, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16])
+def test_rotation(dtype):
+    kernel_checks.check_rotation(7, 48, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16])
+@pytest.mark.parametrize("shape", [(3, 5, 2 * 37), (9, 2 * 192)])
+def test_swiglu(shape, dtype):
+    kernel_checks.check_swiglu(shape, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16])
+@pytest.mark.parametrize(("vocab_size", "chunk_rows"), [(11, 7), (300, 7), (5000, 3)])
+def test_cross_entropy(vocab_size, chunk_rows, dtype):
+    kernel_checks.check_cross_entropy(7, vocab_size, chunk_rows, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16])
+def test_adamw(dtype):
+    kernel_checks.check_adamw(2500, dtype, "cpu")
+
+
+def test_registrations():
+    kernel_checks.check_registrations(FLOAT32, "cpu")
+
+
+@pytest.mark.parametrize(("prompt_lengths", "dtype"), [([1], FLOAT32), ([1], FLOAT16), ([3, 1, 5], FLOAT32)])
+def test_decoder(prompt_lengths, dtype, monkeypatch):
+    # Few programs with much work each: the interpreter runs one after the other.
+    monkeypatch.setattr(decoder, "_tiles", lambda n, k, rows: (32, 64 if rows == 1 else 32, 1))
+    monkeypatch.setattr(decoder, "_splits", lambda rows: 2)
+    config = ModelConfig(vocab_size=37, context_length=12, d_model=48, num_layers=1, num_heads=3, d_ff=60)
+    kernel_checks.check_decoder(config, prompt_lengths, 5, dtype, "cpu")
