@@ -63,19 +63,16 @@ def main(options: Options) -> None:
         tokenizer.encode_file(folder / f"{part}.txt", folder / f"{part}.bin", progress=True)
     tokens = open_tokens(folder / "train.bin"), open_tokens(folder / "valid.bin")
     model = train(configure(options, tokenizer.vocab_size), *tokens, folder, tokenizer=tokenizer, progress=True).model
-
     records, info = read_metrics(folder / "metrics.jsonl"), read_info(folder / "valid.bin")
-    loss, floor = records[-1]["valid_loss"], None
+    loss, exact = records[-1]["valid_loss"], [story.nats for story in stories]
     bits_per_byte = loss / math.log(2) * info.count / info.source_bytes
     print(f"\nvalidation loss {loss:.3f} nats a token, {bits_per_byte:.3f} bits per byte")
-    end_id = tokenizer.special_token_ids[END]
     if stories:
-        exact = [story.nats for story in stories]
-        floor = sum(exact) / info.count
         documents = [tokenizer.encode(story.text) for story in stories]
-        print(compare_with_source(model, documents, exact, tokens[0], end_id))
+        print(compare_with_source(model, documents, exact, tokens[0], tokenizer.special_token_ids[END]))
+    floor = sum(exact) / info.count if stories else None
     plot_losses({options.output.name: records}, folder / "loss.png", floor_nats=floor)
-    start = END if end_id in tokens[0] else "\n"
+    start = END if tokenizer.special_token_ids[END] in tokens[0] else "\n"
     samples = complete(model, tokenizer, [start] * 8, 256, temperature=0.7, top_p=0.95, seed=options.seed)
     (folder / "samples.txt").write_text("\n\n".join(map(str.strip, samples)) + "\n", encoding="utf-8")
     shutil.rmtree(options.output, ignore_errors=True)
@@ -91,14 +88,10 @@ def configure(options: Options, vocab_size: int):
     from basic.runs import DataConfig, RunConfig
 
     config = load_config(Path(__file__).parent / "configs" / "quickstart.toml", RunConfig)
-    names = {"train_tokens": "train.bin", "valid_tokens": "valid.bin", "tokenizer": "tokenizer"}
-    changes = {"steps": options.steps, "seed": options.seed, "device": options.device}
-    rows = config.train.rows if options.input is None else "windows"
-    return RunConfig(
-        model=replace(config.model, vocab_size=vocab_size),
-        train=replace(config.train, rows=rows, **changes),
-        data=DataConfig(**{key: str(options.output / name) for key, name in names.items()}),
-    )
+    out, rows = options.output, config.train.rows if options.input is None else "windows"
+    train = replace(config.train, rows=rows, steps=options.steps, seed=options.seed, device=options.device)
+    data = DataConfig(train_tokens=f"{out}/train.bin", valid_tokens=f"{out}/valid.bin", tokenizer=f"{out}/tokenizer")
+    return RunConfig(model=replace(config.model, vocab_size=vocab_size), train=train, data=data)
 
 
 if __name__ == "__main__":
