@@ -115,13 +115,9 @@ WORDS: dict[str, list[Word]] = {
         invent games, catch frogs, throw snowballs, blow bubbles, share secrets"""
     ),
     "skill": [
-        *_words(
-            "swim, skate, ski, surf, juggle, climb ropes, skip stones, row, dive, tumble, dance, wrestle", kind="body"
-        ),
-        *_words("sing, whistle, ring bells, play drums, hum, chirp", kind="music"),
-        *_words(
-            "draw, knit, sew, weave, carve, cook, write, tie knots, mend shoes, mix colors, fold hats", kind="craft"
-        ),
+        *_words("swim, skate, ski, surf, juggle, climb, row, dive, tumble, dance, wrestle, leap", kind="body"),
+        *_words("sing, whistle, hum, drum, chirp, yodel", kind="music"),
+        *_words("draw, knit, sew, weave, carve, cook, write, bake, spell, tie knots", kind="craft"),
     ],
     "noise": _words("thump, squeak, scratch, growl, rumble, rustle, bang, sneeze, howl, hiss, creak, buzz"),
     "room": _words("cellar, kitchen, cupboard, hallway, closet, pantry, chimney, garage, shed, basement"),
@@ -152,12 +148,12 @@ RULES: dict[str, list[str]] = {
     "cozy": _list("cozy, crooked, snug, narrow, mossy, leafy, simple, drafty, brick, wooden"),
     "house": _list("cottage, house, burrow, den, village, town, lighthouse, farmhouse, mansion, cave"),
     "by the sea": [
-        "[by|near|far from|across|behind|beyond] the"
+        "[by|near|far from|beside|close to|beyond] the"
         " [ocean|railway|volcano|glacier|cliffs|rainbow|mill|crossroads|marsh|coast]"
     ],
     "moral": [
         "4*",
-        " What a [good|clever|brave|wonderful] {who}!",
+        " What {trait.a} {who}!",
         " Everyone [loved|praised|admired] the little {who}.",
         " And {hero} was [happy|glad] ever after.",
     ],
@@ -262,7 +258,7 @@ RULES: dict[str, list[str]] = {
         give up, Stay calm"""
     ),
     "practiced": [
-        "practiced [all day|until dark|for a week|every day|for hours|in the rain|all summer]",
+        "practiced [all day|all night|all summer|every day|for hours|in the rain]",
         "tried [again and again|very hard]",
     ],
     "success": [
@@ -321,7 +317,7 @@ RULES: dict[str, list[str]] = {
         "{friend} was not [angry|cross|upset] at all. <praise>",
     ],
     "a basket of berries": [
-        "[a basket of|a pile of|two sacks of|a hat full of] [berries|apples|nuts|honey|roses|pears|peas|figs]"
+        "[a basket of|a pile of|two sacks of|a hat full of] [berries|apples|nuts|corn|roses|pears|peas|figs]"
     ],
     "praise": ["{hero} and {friend} <had fun>.", "{friend} said that no {food} had ever tasted better."],
     # --- a fear is overcome
