@@ -26,7 +26,7 @@ class Options:
     """Folder for everything that is made."""
     vocab_size: int = 2048
     """Tokens of the tokenizer: 256 bytes, the end of text, and merges."""
-    steps: int = 1500
+    steps: int = 1400
     """Training steps of 16 sequences of 128 tokens each."""
     seed: int = 0
     """Of the stories, the initial weights, the batches and the samples."""
