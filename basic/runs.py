@@ -173,8 +173,9 @@ def load_run(path: str | os.PathLike, *, device: str = "auto") -> Run:
     config = load_config(run_dir / "config.toml", RunConfig)
     model = TransformerLM(config.model)
     step = load_checkpoint(_newest_checkpoint(run_dir), model)
-    model.to(choose_device(device)).eval()
-    model.activation_dtype = activation_dtype(config.train, choose_device(device))
+    chosen = choose_device(device)
+    model.to(chosen).eval()
+    model.activation_dtype = activation_dtype(config.train, chosen)
     tokenizer_path = run_dir / "tokenizer"
     return Run(model, config, tokenizer_path if tokenizer_path.is_dir() else None, step)
 
@@ -197,7 +198,9 @@ def choose_device(name: str = "auto") -> torch.device:
 
 def activation_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     """What the model computes in between its weights, which are float32, and its loss, which is too."""
-    has_bfloat16 = device.type == "mps" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
+    has_bfloat16 = device.type == "mps"
+    if device.type == "cuda":  # older GPUs only emulate it, slower than float32
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     use = config.precision == "bfloat16" or (config.precision == "auto" and has_bfloat16)
     return torch.bfloat16 if use else torch.float32
 

@@ -28,10 +28,12 @@ class TrainStep:
         self.optimizer, self.config, self.device = optimizer, config, device
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         kernels.warn_of_plain_attention(model.config.d_head, device, model.compute_dtype)
-        compiles = config.compile and (device.type != "cuda" or kernels.available_on(device))
+        with_kernels = kernels.available_on(device)
+        compiles = config.compile and (device.type != "cuda" or with_kernels)
         self.loss_of = torch.compile(model.loss) if compiles else model.loss
         self.clipping_factor = torch.compile(clipping_factor) if compiles else clipping_factor
-        self.use_graph = device.type == "cuda" and config.cuda_graph and config.gradient_accumulation == 1
+        # Without its kernel AdamW asks the device for numbers, which cannot be recorded.
+        self.use_graph = with_kernels and config.cuda_graph and config.gradient_accumulation == 1
         self.rate = torch.zeros((), device=device)
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
