@@ -165,8 +165,9 @@ def _warm_up_training() -> None:
 
 
 def _warm_up_encoding() -> None:
+    from basic.bpe_apply import merges_as_arrays
     from basic.bpe_decode import TokenBytes
-    from basic.bpe_encode import WordEncoder, merges_as_arrays
+    from basic.bpe_encode import WordEncoder
 
     data = _bytes_array(b"the cat and the dog, \xc3\xa9t\xc3\xa9 " + b"long" * 300)
     tokens = {i: bytes([i]) for i in range(256)} | {256: b"th", 257: b"the"}
@@ -295,8 +296,8 @@ class KernelEncoder:
         dtype: np.dtype,
     ) -> None:
         load("encoding")
+        from basic.bpe_apply import merges_as_arrays
         from basic.bpe_decode import TokenBytes
-        from basic.bpe_encode import merges_as_arrays
 
         self._merges, self.dtype = merges_as_arrays(byte_ids, ranks, results), dtype
         self._specials = (

@@ -64,16 +64,23 @@ def _numba_uses(folder: Path) -> Generator[None]:
         _config.CACHE_DIR = before
 
 
-def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+def kernel(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """Compile a function over arrays and numbers when it is first called, or load it from the cache.
 
     It runs without the interpreter's lock, so that threads run side by side; divisions are not checked.
     """
     folder = cache_folder()
+    # Without Numba's counting of references to arrays: kernels make none, and it took up to 12 calls a function call.
+    options |= {"nogil": True, "error_model": "numpy", "_nrt": False}
     if folder is None:
-        return njit(nogil=True, error_model="numpy")(function)
+        return njit(**options)(function)
     with _numba_uses(folder):
-        return njit(nogil=True, error_model="numpy", cache=True)(function)
+        return njit(cache=True, **options)(function)
+
+
+def inlined_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a small function with many arrays, each of which is seven numbers to be handed over."""
+    return kernel(function, forceinline=True)
 
 
 def _instruction(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,3 +159,44 @@ def count_ones(typing_context, value):
         return builder.ctpop(arguments[0])
 
     return types.uint64(types.uint64), generate
+
+
+@_instruction
+def smallest16(typing_context, array, index):
+    """The smallest of sixteen numbers of an int32 array, those from `index` on."""
+
+    def generate(context, builder, signature, arguments):
+        number, vector = ir.IntType(32), ir.VectorType(ir.IntType(32), 16)
+        address = _address(context, builder, signature.args[0], *arguments)
+        reduce = builder.module.declare_intrinsic(
+            "llvm.vector.reduce.smin.v16i32", fnty=ir.FunctionType(number, [vector])
+        )
+        return builder.call(reduce, [builder.load(builder.bitcast(address, vector.as_pointer()), align=4)])
+
+    return types.int32(array, types.uint64), generate
+
+
+@_instruction
+def low_bits_where(typing_context, array, index, high_bits, shift):
+    """Of eight numbers of a uint64 array, those from `index` on, the low `shift` bits of the one with these high bits.
+
+    Returns 0 where there is none; there must not be two.
+    """
+
+    def generate(context, builder, signature, arguments):
+        number, vector = ir.IntType(64), ir.VectorType(ir.IntType(64), 8)
+        address = _address(context, builder, signature.args[0], *arguments[:2])
+        numbers = builder.load(builder.bitcast(address, vector.as_pointer()), align=8)
+        places = ir.Constant(ir.VectorType(ir.IntType(32), 8), [0] * 8)
+
+        def everywhere(value):
+            first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
+            return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), places)
+
+        shifts = everywhere(arguments[3])
+        equal = builder.icmp_unsigned("==", builder.lshr(numbers, shifts), everywhere(arguments[2]))
+        low = builder.xor(numbers, builder.shl(builder.lshr(numbers, shifts), shifts))
+        reduce = builder.module.declare_intrinsic("llvm.vector.reduce.or.v8i64", fnty=ir.FunctionType(number, [vector]))
+        return builder.call(reduce, [builder.select(equal, low, ir.Constant(vector, [0] * 8))])
+
+    return types.uint64(array, types.uint64, types.uint64, types.uint64), generate
