@@ -273,8 +273,8 @@ class WordEncoder:
 
     def __init__(self, code_classes: np.ndarray, merges: Merges, dtype: np.dtype) -> None:
         self._code_classes, self._merges, self._dtype = code_classes, merges, dtype
-        # Begun at 2 MB: a table that has to grow from a quarter of that makes new words take twice as long.
-        self._table, self._pool = new_table(1 << 16), np.zeros(1 << 14, np.uint64)
+        # Begun at 4 MB, and so hardly ever grown: a growing table makes a new word take up to twice as long.
+        self._table, self._pool = new_table(1 << 17), np.zeros(1 << 14, np.uint64)
         self._state = np.zeros(STATE_LENGTH, np.int64)
         self._small = np.empty((SMALL_BYTES + _SLACK) * dtype.itemsize, np.uint8)
         news = tuple(np.zeros(BLOCK, np.int64) for _ in range(5))
