@@ -37,6 +37,7 @@ from basic.pretokenization import (
     default_num_workers,
     invalid_byte,
     pretoken_batches,
+    pretokens_of,
     safe_cuts,
     without_surrogates,
 )
@@ -46,6 +47,10 @@ from basic.word_ids import WordIds
 _FILES = ("vocab.json", "merges.txt", "special_tokens.json")
 _PATTERN_FILE = "pattern.json"
 _NO_SPECIALS = SpecialTokens(())
+
+# Calling a kernel takes two microseconds: for a word or two the plain path is faster. Where there are no kernels, a
+# text of many characters is streamed, so that there is never a list of all its words.
+_FEW_CHARACTERS, _MANY_CHARACTERS = 6, 1 << 14
 
 
 class Tokenizer:
@@ -150,13 +155,16 @@ class Tokenizer:
             TypeError: `text` is not a string.
             ValueError: the text needs a byte that the vocabulary lacks.
         """
-        if isinstance(text, str) and (encoder := self._encoder_for(len(text))) is not None:
+        length = len(text) if isinstance(text, str) else 0
+        if length > _FEW_CHARACTERS and (encoder := self._encoder_for(length)) is not None:
             data = np.frombuffer(_utf8(text), np.uint8)
             try:
                 return encoder.encode_list(data, specials_as_text)
             except bpe_kernels.InvalidByteError as error:
                 raise _byte_error("text", data, error) from None
-        return list(chain.from_iterable(self._encode_batches([text], specials_as_text)))
+        if length > _MANY_CHARACTERS or not isinstance(text, str):
+            return list(chain.from_iterable(self._encode_batches([text], specials_as_text)))
+        return self._encode_whole(text if text.isascii() else "".join(without_surrogates([text])), specials_as_text)
 
     def encode_array(
         self,
@@ -278,9 +286,21 @@ class Tokenizer:
                     writer.write(batch)
         return writer.info
 
+    def _encode_whole(self, text: str, specials_as_text: bool) -> list[int]:
+        """The ids of a text without surrogates that is not worth being streamed."""
+        special = _NO_SPECIALS if specials_as_text else self._special
+        if self._pattern is GPT2_PATTERN and not special.pattern.search(text):
+            if (known := self._words.get(text)) is not None:  # a word of this pattern is one too if it stands alone
+                return list(known)
+            return list(chain.from_iterable(map(self._words.__getitem__, GPT2_PATTERN.findall(text))))
+        return list(chain.from_iterable(self._ids_of(pretokens_of(text, special, self._pattern))))
+
     def _encode_batches(self, pieces: Iterable[str], specials_as_text: bool = False) -> Iterator[list[int]]:
         special = _NO_SPECIALS if specials_as_text else self._special
-        for pretokens, special_token in pretoken_batches(without_surrogates(pieces), special, self._pattern):
+        return self._ids_of(pretoken_batches(without_surrogates(pieces), special, self._pattern))
+
+    def _ids_of(self, batches: Iterable[tuple[list[str], str | None]]) -> Iterator[list[int]]:
+        for pretokens, special_token in batches:
             ids = list(chain.from_iterable(map(self._words.__getitem__, pretokens)))
             if special_token is not None:
                 ids.append(self.special_token_ids[special_token])

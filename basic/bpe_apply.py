@@ -29,20 +29,21 @@ STEP = 16  # pairs that are looked at in one go
 _NOTHING = np.int32(NO_RANK << PLACE_BITS)
 
 
+BYTE_RANKS = 256
+RESULTS = BYTE_RANKS + 256 * 256
+
+
 class Merges(NamedTuple):
     """The merges of a tokenizer as arrays.
 
     Attributes:
-        byte_ids: the id of each byte, -1 without one (int32).
         rows: hash table of left id, right id and rank (uint64).
-        results: the id that each merge makes, by rank (int32).
-        byte_ranks: of each pair of bytes, the first times 256 (int32), which takes no hash.
+        numbers: the id of each byte, -1 without one; from BYTE_RANKS on the rank of each pair of bytes, the first
+            times 256, which takes no hash; from RESULTS on the id that each merge makes, by rank (int32).
     """
 
-    byte_ids: np.ndarray
     rows: np.ndarray
-    results: np.ndarray
-    byte_ranks: np.ndarray
+    numbers: np.ndarray
 
 
 @kernel
@@ -90,25 +91,26 @@ def merges_as_arrays(byte_ids: dict[int, int], ranks: dict[tuple[int, int], int]
     for (left, right), rank in ranks.items():
         if left in bytes_of and right in bytes_of:
             byte_ranks[bytes_of[left], bytes_of[right]] = rank
-    return Merges(ids, rows, np.array(results, np.int32), byte_ranks.reshape(-1))
+    return Merges(rows, np.concatenate([ids, byte_ranks.reshape(-1), np.array(results, np.int32)]))
 
 
-def new_room(length: int) -> tuple[np.ndarray, ...]:
-    """What words of together this length are merged in: symbols, pairs, neighbours, and a heap for a long word.
+def new_room(length: int) -> tuple[np.ndarray, np.ndarray]:
+    """What words of together this length are merged in.
 
-    The symbol in the middle of what was merged is -1. The pairs hold rank and place of each symbol's pair with the
-    next, in one number.
+    Returns:
+        Rows for symbols (-1 where one was merged with the one before), for pairs (rank and place of each symbol's pair
+        with the next, in one number), for the left and the right neighbour; and a heap for a long word, behind it
+        the places of one rank.
     """
-    symbols, pairs, left_of, right_of = (np.empty(length, np.int32) for _ in range(4))
-    return symbols, pairs, left_of, right_of, np.empty(length, np.int64), np.empty(3 * length, np.int64)
+    return np.empty((4, length), np.int32), np.empty(4 * length, np.int64)
 
 
 @inlined_kernel
 def bytes_to_ids(data, start, length, merges, symbols, first):
     """Put the ids of the bytes of a word into the symbols; returns the place of a byte that has none, else -1."""
-    byte_ids, missing = merges[0], I64(-1)
+    numbers, missing = merges[1], I64(-1)
     for i in range(length):
-        token_id = byte_ids[data[start + i]]
+        token_id = numbers[data[start + i]]
         symbols[first + i] = token_id
         if token_id < 0 and missing < 0:
             missing = start + i
@@ -121,10 +123,10 @@ def begin_word(data, start, length, merges, room, first):
 
     Behind the last pair there are empty ones, up to a whole number of steps.
     """
-    pairs, left_of, right_of, byte_ranks = room[1], room[2], room[3], merges[3]
+    pairs, left_of, right_of, numbers = room[0][1], room[0][2], room[0][3], merges[1]
     for i in range(length - 1):
         pair = (U64(data[start + i]) << U64(8)) | U64(data[start + i + 1])
-        pairs[first + i] = (byte_ranks[pair] << PLACE_BITS) | i
+        pairs[first + i] = (numbers[U64(BYTE_RANKS) + pair] << PLACE_BITS) | i
     stop = (length + STEP - 1) // STEP * STEP
     for i in range(length - 1, stop):
         pairs[first + i] = _NOTHING
@@ -141,8 +143,8 @@ def merge_once(length, merges, room, first):
         1; 0 where no merge is left; -1 where it makes a pair of an earlier rank, which would have to wait until the
         present rank is through, as it never happens with merges that were learned.
     """
-    rows, results = merges[1], merges[2]
-    symbols, pairs, left_of, right_of = room[0], room[1], room[2], room[3]
+    rows, numbers = merges
+    symbols, pairs, left_of, right_of = room[0][0], room[0][1], room[0][2], room[0][3]
     best = smallest16(pairs, U64(first))
     for i in range(U64(STEP), U64(length), U64(STEP)):
         best = min(best, smallest16(pairs, U64(first) + i))
@@ -151,7 +153,7 @@ def merge_once(length, merges, room, first):
     i, rank = first + (best & ((1 << PLACE_BITS) - 1)), I64(best >> PLACE_BITS)
     right = first + right_of[i]
     after, before = right_of[right], left_of[i]
-    symbols[i], symbols[right] = results[rank], -1
+    symbols[i], symbols[right] = numbers[RESULTS + rank], -1
     pairs[i] = pairs[right] = _NOTHING
     right_of[i] = after
     new_rank = I64(NO_RANK)
@@ -210,9 +212,9 @@ def merge_all(length, merges, room):
     taken off before the first is merged, since its neighbours may form a pair of an earlier rank, which has to wait.
     A place where the pair is no more is passed over.
     """
-    rows, results = merges[1], merges[2]
-    symbols, left_of, right_of, batch, heap = room[0], room[2], room[3], room[4], room[5]
-    size = 0
+    rows, numbers = merges
+    symbols, left_of, right_of, heap = room[0][0], room[0][2], room[0][3], room[1]
+    batch, size = 3 * len(symbols), 0
     for i in range(length):
         left_of[i], right_of[i] = i - 1, i + 1
         if i + 1 < length:
@@ -223,15 +225,15 @@ def merge_all(length, merges, room):
     while size > 0:
         rank, n = heap[0] >> 40, 0
         while size > 0 and heap[0] >> 40 == rank:
-            batch[n] = _heap_pop(heap, size) & ((1 << 40) - 1)
+            heap[batch + n] = _heap_pop(heap, size) & ((1 << 40) - 1)
             size -= 1
             n += 1
         for k in range(n):
-            i = batch[k]
+            i = heap[batch + k]
             right = right_of[i]
             if symbols[i] < 0 or right >= length or _rank(rows, symbols[i], symbols[right]) != rank:
                 continue
-            symbols[i], symbols[right] = results[rank], -1
+            symbols[i], symbols[right] = numbers[RESULTS + rank], -1
             after = right_of[right]
             right_of[i] = after
             if after < length:

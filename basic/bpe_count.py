@@ -73,7 +73,7 @@ def _count_words(data, stop, code_classes, special_bytes, special_starts, first_
         or of unknown class; state[PROBLEM] says where. Called again, it goes on.
     """
     scratch, places, keys = work
-    text, (key0s, key1s, rows) = scratch[0], keys
+    text, key0s, key1s, rows = scratch[0], keys[0], keys[1], keys[2]
     position = state[POSITION]
     while position < stop:
         segment_stop, special = find_special(data, position, stop, special_bytes, special_starts, first_bytes)

@@ -26,9 +26,7 @@ from basic.bpe_kernels import InvalidByteError
 from basic.bpe_machine import U64, kernel, store8
 from basic.bpe_scan import BLOCK, ROOM, end_of_long_word, find_special, learn_classes, new_scratch, scan_block
 from basic.bpe_words import (
-    DONE,
     ENTRIES,
-    FULL,
     I64,
     LENGTH_SHIFT,
     LONG,
@@ -39,7 +37,6 @@ from basic.bpe_words import (
     ROW,
     STATE_LENGTH,
     WRITTEN,
-    WRONG,
     block_keys,
     in_pool,
     is_long,
@@ -49,9 +46,9 @@ from basic.bpe_words import (
     rehash,
 )
 
-# More that the kernel can return: the ids have no room, a word is longer than the arrays for merging, or it has a byte
-# that no token of the vocabulary is.
-NO_ROOM_FOR_IDS, NO_ROOM_FOR_WORD, NO_BYTE = 3, 4, 5
+# Why the kernel stops before it is done: it has no room in the table or its pool, for ids, or to merge a long word; or
+# there is a byte that is not UTF-8 or whose class is not known, or one that no token of the vocabulary is.
+_FULL, _NO_ROOM_FOR_IDS, _NO_ROOM_FOR_WORD, _WRONG, _NO_BYTE = -1, -2, -3, -4, -5
 
 # Value 1 of a row: how many bytes the ids of the word have, and where ids and the bytes of a long word begin in the
 # pool, if they are there.
@@ -112,9 +109,9 @@ def _learn_words(data, position, j, num_words, places, keys, table, pool, merges
         Whether all their bytes have ids; else state[PROBLEM] is the first place of one that has none, and the table
         must not be used again.
     """
-    key0s, key1s, rows = keys
-    new_rows, starts, lengths, firsts, waiting = news
-    symbols = room[0]
+    key0s, key1s, rows = keys[0], keys[1], keys[2]
+    new_rows, starts, lengths, firsts, waiting = news[0], news[1], news[2], news[3], news[4]
+    symbols = room[0][0]
     num_new, first = 0, 0
     for k in range(j, U64(num_words)):
         r = rows[k] * U64(ROW)
@@ -169,7 +166,7 @@ def _learn_words(data, position, j, num_words, places, keys, table, pool, merges
 @kernel
 def _write_long_word(data, start, length, merges, room, out, id_bytes, state):
     """Merge a word that is not kept, and write its ids at byte state[WRITTEN]; False where a byte has none."""
-    symbols, written = room[0], U64(state[WRITTEN])
+    symbols, written = room[0][0], U64(state[WRITTEN])
     missing = bytes_to_ids(data, start, length, merges, symbols, 0)
     if missing >= 0:
         state[PROBLEM] = missing
@@ -183,40 +180,47 @@ def _write_long_word(data, start, length, merges, room, out, id_bytes, state):
 
 
 @kernel
-def _encode(data, stop, code_classes, specials, table, pool, merges, work, out, id_bytes, state):
-    """Encode from state[POSITION] to `stop`, writing from byte state[WRITTEN] on. Returns why it stopped.
+def _encode(
+    data, stop, code_classes, special_data, special_starts, first_bytes, special_ids, table, pool, rows_of_merges,
+    numbers, scratch, places, keys, news, room_of_symbols, heap, out, id_bytes, state, start
+):  # fmt: skip
+    """Encode from `start` to `stop`, writing to `out`; where `start` is negative, go on where the last call stopped.
+
+    Returns:
+        The bytes of all ids when it is done, else why it stopped, which is negative.
 
     The ids have `id_bytes` bytes; their sizes and places are in bytes, so that the same code writes both kinds.
     """
-    scratch, places, keys, news, room = work
-    key0s, key1s, rows = keys
-    special_data, special_starts, first_bytes, special_ids = specials
+    merges, room = (rows_of_merges, numbers), (room_of_symbols, heap)
+    key0s, key1s, rows = keys[0], keys[1], keys[2]
+    if start >= 0:
+        state[POSITION], state[WRITTEN] = start, 0
     position = state[POSITION]
     while position < stop:
         segment_stop, special = find_special(data, position, stop, special_data, special_starts, first_bytes)
         while position < segment_stop:
             state[POSITION] = position
             if (state[ENTRIES] + BLOCK) * 2 * ROW > len(table) or state[POOL_USED] + BLOCK > len(pool):
-                return FULL
+                return _FULL
             state[PROBLEM] = 0
             if state[WRITTEN] + _SLACK * id_bytes > len(out):
-                return NO_ROOM_FOR_IDS
+                return _NO_ROOM_FOR_IDS
             num_words, wrong = scan_block(data, position, segment_stop, code_classes, scratch, places)
             if wrong >= 0:
                 state[PROBLEM] = position + wrong
-                return WRONG
+                return _WRONG
             if num_words == 0:
                 end = end_of_long_word(data, position, segment_stop, code_classes)
                 if end < 0:
                     state[PROBLEM] = -1 - end
-                    return WRONG
+                    return _WRONG
                 state[PROBLEM] = end - position
-                if end - position > len(room[0]):
-                    return NO_ROOM_FOR_WORD
+                if end - position > len(room[1]) // 4:
+                    return _NO_ROOM_FOR_WORD
                 if state[WRITTEN] + (end - position + _SLACK) * id_bytes > len(out):
-                    return NO_ROOM_FOR_IDS
+                    return _NO_ROOM_FOR_IDS
                 if not _write_long_word(data, position, end - position, merges, room, out, id_bytes, state):
-                    return NO_BYTE
+                    return _NO_BYTE
                 position = end
                 continue
             block_keys(scratch[0], places, num_words, table, keys)
@@ -235,13 +239,13 @@ def _encode(data, stop, code_classes, specials, table, pool, merges, work, out, 
                         if length > SIMPLE_BYTES:
                             state[WRITTEN] = I64(written)
                             if not _write_long_word(data, start, length, merges, room, out, id_bytes, state):
-                                return NO_BYTE
+                                return _NO_BYTE
                             written = U64(state[WRITTEN])
                             continue
                         if not _learn_words(
                             data, position, j, num_words, places, keys, table, pool, merges, room, news, id_bytes, state
                         ):
-                            return NO_BYTE
+                            return _NO_BYTE
                     store8(out, written, table[r + U64(2)])
                 size = table[r + U64(3)] & _SIZE
                 if size > U64(8):
@@ -254,12 +258,12 @@ def _encode(data, stop, code_classes, specials, table, pool, merges, work, out, 
         if special >= 0:
             if state[WRITTEN] + _SLACK * id_bytes > len(out):
                 state[POSITION], state[PROBLEM] = position, 0
-                return NO_ROOM_FOR_IDS
+                return _NO_ROOM_FOR_IDS
             store8(out, U64(state[WRITTEN]), U64(special_ids[special]))
             state[WRITTEN] += id_bytes
             position += special_starts[special + 1] - special_starts[special]
     state[POSITION] = position
-    return DONE
+    return state[WRITTEN]
 
 
 class WordEncoder:
@@ -276,14 +280,10 @@ class WordEncoder:
         # Begun at 4 MB, and so hardly ever grown: a growing table makes a new word take up to twice as long.
         self._table, self._pool = new_table(1 << 17), np.zeros(1 << 14, np.uint64)
         self._state = np.zeros(STATE_LENGTH, np.int64)
-        self._small = np.empty((SMALL_BYTES + _SLACK) * dtype.itemsize, np.uint8)
-        news = tuple(np.zeros(BLOCK, np.int64) for _ in range(5))
-        self._scan_work = (new_scratch(), np.zeros(ROOM, np.int64), new_keys(ROOM), news)
-        self._merge_room(_MERGE_ROOM)
-
-    def _merge_room(self, length: int) -> None:
-        """Make room to merge words of this length."""
-        self._work = (*self._scan_work, new_room(length))
+        self._small_ids = np.empty(SMALL_BYTES + _SLACK, dtype)
+        self._small = self._small_ids.view(np.uint8)
+        self._work = (new_scratch(), np.zeros(ROOM, np.int64), new_keys(ROOM), np.zeros((5, BLOCK), np.int64))
+        self._room = new_room(_MERGE_ROOM)
 
     def encode(self, data: np.ndarray, start: int, stop: int, specials: tuple[np.ndarray, ...]) -> np.ndarray:
         """The ids of data[start:stop], which must begin and end where words do.
@@ -299,38 +299,35 @@ class WordEncoder:
             InvalidByteError: the text is not UTF-8, or needs a byte that the vocabulary lacks.
         """
         is_small = stop - start <= SMALL_BYTES
-        id_bytes = self._dtype.itemsize
+        state, id_bytes = self._state, self._dtype.itemsize
         out = self._small if is_small else np.empty(((stop - start) // 3 + 2 * _SLACK) * id_bytes, np.uint8)
-        state = self._state
-        state[POSITION], state[WRITTEN] = start, 0
+        room, begin = self._room, start
         while (
             status := _encode(
-                data, stop, self._code_classes, specials,
-                self._table, self._pool, self._merges, self._work, out, id_bytes, state,
+                data, stop, self._code_classes, *specials, self._table, self._pool, *self._merges,
+                *self._work, *room, out, id_bytes, state, begin,
             )
-        ) != DONE:  # fmt: skip
-            if status == FULL:
+        ) < 0:  # fmt: skip
+            begin = -1
+            if status == _FULL:
                 self.grow()
-            elif status == NO_ROOM_FOR_IDS:
+            elif status == _NO_ROOM_FOR_IDS:
                 # What is written so far says how much more there will be; a long word may need all its bytes.
                 written, done = int(state[WRITTEN]), int(state[POSITION]) - start
                 estimate = written * (stop - start) // max(done, 1) * 9 // 8
                 # In place where the system can remap pages, so that nothing is copied.
                 estimate = max(estimate, written + int(state[PROBLEM]) * id_bytes) + 2 * _SLACK * id_bytes
                 out.resize(estimate, refcheck=False)
-            elif status == NO_ROOM_FOR_WORD:
-                self._merge_room(int(state[PROBLEM]))
-            elif status == NO_BYTE:
+            elif status == _NO_ROOM_FOR_WORD:
+                room = new_room(int(state[PROBLEM]))  # for this text alone
+            elif status == _NO_BYTE:
                 self._forget()
                 raise InvalidByteError(int(state[PROBLEM]), lacks_token=True)
             elif not learn_classes(self._code_classes, data, int(state[PROBLEM])):
                 raise InvalidByteError(int(state[PROBLEM]))
-        if len(self._work[-1][0]) > _MERGE_ROOM:
-            self._merge_room(_MERGE_ROOM)
-        written = int(state[WRITTEN])
         if is_small:
-            return out[:written].view(self._dtype)
-        out.resize(written, refcheck=False)
+            return self._small_ids[: status // id_bytes]
+        out.resize(status, refcheck=False)
         return out.view(self._dtype)
 
     def grow(self) -> None:

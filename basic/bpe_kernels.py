@@ -324,8 +324,7 @@ class KernelEncoder:
             InvalidByteError: see there.
         """
         encoder = self._idle.pop() if self._idle else self._encoder()
-        specials = self._no_specials if specials_as_text else self._specials
-        ids = encoder.encode(data, 0, len(data), specials).tolist()
+        ids = encoder.encode(data, 0, len(data), self._no_specials if specials_as_text else self._specials).tolist()
         self._idle.append(encoder)
         return ids
 

@@ -50,9 +50,9 @@ def new_table(rows: int) -> np.ndarray:
     return room[first : first + rows * ROW]
 
 
-def new_keys(length: int) -> tuple[np.ndarray, ...]:
-    """Room for key 0, key 1 and the first row to look in of as many words."""
-    return tuple(np.zeros(length, np.uint64) for _ in range(3))
+def new_keys(length: int) -> np.ndarray:
+    """Room for key 0, key 1 and the first row to look in of as many words, a row of the array for each."""
+    return np.zeros((3, length), np.uint64)
 
 
 @kernel
@@ -93,7 +93,7 @@ def block_keys(text, places, num_words, table, keys):
 
     All of them before the first look: the rows are then on their way from memory while other keys are made.
     """
-    key0s, key1s, rows = keys
+    key0s, key1s, rows = keys[0], keys[1], keys[2]
     start = U64(places[0])
     for j in range(U64(num_words)):
         stop = U64(places[j + U64(1)])

@@ -124,6 +124,23 @@ def compile_pattern(pattern: str | None) -> re.Pattern[str]:
         raise ValueError(f"pattern {pattern!r} is not in the syntax of the regex package: {error}") from None
 
 
+def pretokens_of(
+    text: str, special_tokens: SpecialTokens, pattern: re.Pattern[str] | None = None
+) -> Iterator[tuple[list[str], str | None]]:
+    """Pre-tokenise a text that is there as a whole; what `pretoken_batches` yields of it, joined, in larger batches."""
+    find = _finder(pattern)
+    position = 0
+    for match in special_tokens.pattern.finditer(text):
+        yield find(text[position : match.start()]), match.group()
+        position = match.end()
+    yield find(text[position:]), None
+
+
+def _finder(pattern: re.Pattern[str] | None) -> Callable[[str], list[str]]:
+    """What finds all pre-tokens of a text between two special tokens."""
+    return GPT2_PATTERN.findall if pattern in (None, GPT2_PATTERN) else partial(_all_parts, pattern)
+
+
 def pretoken_batches(
     pieces: Iterable[str], special_tokens: SpecialTokens, pattern: re.Pattern[str] | None = None
 ) -> Iterator[tuple[list[str], str | None]]:
@@ -142,8 +159,7 @@ def pretoken_batches(
         Some pre-tokens, in order, and the special token after them or None. The batches are small whatever the
         pieces are, so that a list of all pre-tokens never exists.
     """
-    own = pattern is None or pattern is GPT2_PATTERN
-    find = GPT2_PATTERN.findall if own else partial(_all_parts, pattern)
+    own, find = pattern in (None, GPT2_PATTERN), _finder(pattern)
     held, new, new_length = "", [], 0
     for piece in chain(_short(pieces), [None]):
         if piece is not None:

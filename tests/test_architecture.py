@@ -33,14 +33,24 @@ ROOMS: dict[str, set[str]] = {
     # text to tokens
     "bytes_utils": set(),
     "pretokenization": {"bytes_utils", "bpe_kernels"},
-    "bpe_kernels": {"bpe_kernels", "bpe_machine", "bpe_scan", "bpe_count", "bpe_merge", "bpe_encode", "bpe_decode"},
+    "bpe_kernels": {
+        "bpe_kernels",
+        "bpe_machine",
+        "bpe_scan",
+        "bpe_count",
+        "bpe_merge",
+        "bpe_apply",
+        "bpe_encode",
+        "bpe_decode",
+    },
     # the kernels themselves, which use errors and types of the module that leads to them
     "bpe_machine": set(),
     "bpe_scan": {"bpe_machine"},
     "bpe_words": {"bpe_machine", "bpe_scan"},
     "bpe_count": {"bpe_kernels", "bpe_machine", "bpe_scan", "bpe_words"},
     "bpe_merge": {"bpe_kernels", "bpe_machine", "bpe_words"},
-    "bpe_encode": {"bpe_kernels", "bpe_machine", "bpe_scan", "bpe_words"},
+    "bpe_apply": {"bpe_machine", "bpe_words"},
+    "bpe_encode": {"bpe_kernels", "bpe_machine", "bpe_scan", "bpe_words", "bpe_apply"},
     "bpe_decode": {"bpe_machine"},
     "token_files": set(),
     "train_bpe": {"pretokenization", "bpe_kernels", "bytes_utils"},
@@ -82,7 +92,7 @@ ROOMS["training"] = {
 }
 ROOMS["export"] = ROOMS["assignment_question"] = set(ROOMS)  # anything but one another; imported by none
 
-NUMBA = {"bpe_machine", "bpe_scan", "bpe_words", "bpe_count", "bpe_merge", "bpe_encode", "bpe_decode"}
+NUMBA = {"bpe_machine", "bpe_scan", "bpe_words", "bpe_count", "bpe_merge", "bpe_apply", "bpe_encode", "bpe_decode"}
 TORCH_FREE = {"atomic_file", "bytes_utils", "pretokenization", "bpe_kernels", "token_files", "train_bpe", "Tokenizer"}
 TORCH_FREE |= NUMBA | {"word_ids"}
 TORCH_FREE |= {"story_words", "stories", "corpus", "config_files", "plotting"}

@@ -347,6 +347,38 @@ def test_a_missing_byte(tmp_path, trained):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_missing_byte_among_new_words_is_the_first_and_leaves_nothing_behind(trained):
+    vocab = {i: token for i, token in trained[0].items() if token != b"q"}
+    merges = [merge for merge in trained[1] if b"q" not in merge[0] + merge[1]]
+    fast, slow = Tokenizer(vocab, merges, kernels=True), Tokenizer(vocab, merges, kernels=False)
+    for text in ("new words and a queen", "new words, " + "y" * 300 + "q and a queen"):
+        with pytest.raises(ValueError, match=rf"0x71, at byte offset {text.index('q')} of 'text'"):
+            fast.encode(text)
+        # The words before it had rows already.
+        assert fast.encode("new words and a new word") == slow.encode("new words and a new word")
+
+
+def test_words_that_are_not_kept_stand_between_new_ones(pair):
+    fast, slow = pair
+    rng = random.Random(5)
+    for _ in range(50):
+        words = ["".join(rng.choices("abcdeé", k=rng.choice([1, 3, 9, 17, 255, 256, 300, 700]))) for _ in range(9)]
+        text = " ".join(words)
+        assert fast.encode(text) == slow.encode(text)
+
+
+def test_a_word_by_itself_is_that_word():
+    # The plain path takes the ids of a short text from its words, if it is one of them.
+    rng = random.Random(6)
+    merges = [(b" ", b" "), (b"'", b"s"), (b"\n", b"\n"), (b" ", b"a"), (b"a", b"a")]
+    vocab = {i: bytes([i]) for i in range(256)} | {256 + i: left + right for i, (left, right) in enumerate(merges)}
+    warm = Tokenizer(vocab, merges, ["<|a|>"], kernels=False)
+    for _ in range(3000):
+        text = "".join(rng.choices("aas' \n\t1!<|>\u00a0", k=rng.randint(0, 12)))
+        fresh = Tokenizer(vocab, merges, ["<|a|>"], kernels=False)
+        assert warm.encode(text) == fresh.encode(text) == list(fresh.encode_iterable([text]))
+
+
 def test_a_million_identical_letters(gpt2):
     for number in (10**6, 2 * 10**6):
         assert gpt2.encode_array("a" * number).tolist() == [24794] * (number // 4)
