@@ -1,8 +1,10 @@
 """Measure our tokenizer side by side with its peers: `uv run --group bench local/bench/tokenizer.py [FILES]`.
 
-Every program works in a process of its own, with the same number of threads, on the same text. Medians of the
-repetitions after a warm-up; `cold` begins each repetition with an empty cache of words, `warm` with a full one.
-The ids are compared, and the merges up to the first tie that another program breaks otherwise.
+Every program works in processes of its own, with the same number of threads, on the same text. We and a peer take
+turns, round after round, so that a machine's mood is the same for both; in a round a program repeats its work after a
+warm-up. The table has medians: of a program's repetitions, and of the rounds' ratios. `cold` begins each repetition
+with an empty cache of words, `warm` with a full one. The ids are compared, and the merges up to the first tie that
+another program breaks otherwise.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = REPOSITORY.parent / "shared" / "data"
 ENGLISH_BYTES = 80_000_000
 
-# What is measured: the name in the table, the work, the text, threads, the peers, and the goals.
+# What is measured: the name in the table, the work, the text, threads, the peers, and the goals. We are a peer of
+# ourselves with one thread.
 WORKS = [
     *(
         (f"train {vocab_size}", f"train{vocab_size}", "english", 2, {"gigatoken": 3, "rustbpe": 10, "tokenizers": 25})
@@ -35,8 +38,7 @@ WORKS = [
         for work, goals in (("cold", (1.1, 1.1, 1.0)), ("warm", (1.2, 1.2, 1.0)))
         for text, goal in zip(("english", "program", "mixed"), goals, strict=True)
     ),
-    ("encode english, two threads", "all", "english", 2, {"gigatoken": None}),
-    ("encode english, one thread", "all", "english", 1, {"gigatoken": None}),
+    ("encode english, two threads", "all", "english", 2, {"ours": 1.7, "gigatoken": None}),
     ("encode a file", "file", "english", 2, {"gigatoken": 1.3}),
     ("encode 100 bytes", "short", "english", 1, {"gigatoken": None, "tiktoken": 1, "tokenizers": None}),
     ("decode an array", "decode", "english", 1, {"gigatoken": None, "tiktoken": 3}),
@@ -48,7 +50,9 @@ class Options:
     files: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Texts in UTF-8 to measure instead; by default English, program text and mixed scripts."""
     repeats: int = 3
-    """Repetitions, of which the median counts."""
+    """Repetitions in a round."""
+    rounds: int = 3
+    """Rounds, in which we and each peer take turns; slow peers take part in the first only."""
     only: str = ""
     """Measure only works whose name contains this."""
     slow_peers: bool = True
@@ -90,7 +94,7 @@ def measure(program: str, work: str, text: Path, num_threads: int, options: Opti
     return {**result, "median": statistics.median(result["seconds"])}
 
 
-def speed(result: dict[str, Any], text: Path, work: str) -> str:
+def speed(result: dict[str, Any], work: str) -> str:
     if work == "short":
         return f"{result['median'] * 1e6:.1f} µs"
     if work.startswith("train"):
@@ -108,23 +112,43 @@ def agreement(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     return ""
 
 
+def compare(name: str, work: str, text: Path, num_threads: int, peers: dict[str, Any], options: Options) -> None:
+    """Print a line for each peer."""
+    is_slow = {peer: peer in ("rustbpe", "tokenizers") for peer in peers}
+    ours, theirs = [], {peer: [] for peer in peers}
+    for number in range(options.rounds):
+        ours.append(measure("ours", work, text, num_threads, options))
+        for peer in peers:
+            if not is_slow[peer] or (number == 0 and (options.slow_peers or not work.startswith("train"))):
+                theirs[peer].append(measure(peer, work, text, 1 if peer == "ours" else num_threads, options))
+    us = merged(ours)
+    for peer, results in theirs.items():
+        if results:
+            them = merged(results)
+            ratios = [per_byte(y) / per_byte(x) for x, y in zip(ours, results, strict=False)]
+            mark = f"{peers[peer]}x" if peers[peer] else ""
+            peer_name = "ours, one thread" if peer == "ours" else peer
+            line = [name, speed(us, work), peer_name, speed(them, work), f"{statistics.median(ratios):.2f}x", mark]
+            print("| " + " | ".join([*line, agreement(us, them)]) + " |", flush=True)
+
+
+def merged(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first of some results, with the median of all their seconds."""
+    return {**results[0], "median": statistics.median([s for result in results for s in result["seconds"]])}
+
+
+def per_byte(result: dict[str, Any]) -> float:
+    return result["median"] / result.get("bytes", 1)
+
+
 def main(options: Options) -> None:
     print("| work | ours | peer | its speed | ratio | goal | result |\n|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         texts = {"english": options.files[0]} if options.files else make_texts(Path(folder))
         for name, work, text_name, num_threads, peers in WORKS:
-            if options.only not in name or (options.files and text_name != "english"):
-                continue
-            for text in options.files or [texts[text_name]]:
-                ours = measure("ours", work, text, num_threads, options)
-                for peer, goal in peers.items():
-                    if work.startswith("train") and peer != "gigatoken" and not options.slow_peers:
-                        continue
-                    theirs = measure(peer, work, text, num_threads, options)
-                    seconds = [x["median"] / x.get("bytes", 1) for x in (ours, theirs)]
-                    ratio, mark = seconds[1] / seconds[0], "" if goal is None else f"{goal}x"
-                    line = [name, speed(ours, text, work), peer, speed(theirs, text, work), f"{ratio:.2f}x", mark]
-                    print("| " + " | ".join([*line, agreement(ours, theirs)]) + " |", flush=True)
+            if options.only in name and (text_name == "english" or not options.files):
+                for text in options.files or [texts[text_name]]:
+                    compare(name, work, text, num_threads, peers, options)
 
 
 if __name__ == "__main__":
