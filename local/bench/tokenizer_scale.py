@@ -1,0 +1,103 @@
+"""Train on and encode a large text, and say how long and how much memory: `uv run local/bench/tokenizer_scale.py`.
+
+The text is TinyStories-like: the stories of ../shared/data/tinystories_2MiB.txt, or the embedded ones where that is
+missing, shuffled again and again. Each work has a process of its own, whose anonymous memory is watched: what it holds
+beyond the mapped files.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+END = "<|endoftext|>"
+
+
+def train(text: Path, folder: Path) -> float:
+    from basic.train_bpe import train_bpe
+
+    begin = time.perf_counter()
+    train_bpe(text, 10_000, [END])
+    return time.perf_counter() - begin
+
+
+def encode(text: Path, folder: Path) -> float:
+    from basic.Tokenizer import Tokenizer
+    from basic.train_bpe import train_bpe
+
+    with open(text, "rb") as file:
+        (folder / "start.txt").write_bytes(file.read(20_000_000).decode(errors="ignore").encode())
+    tokenizer = Tokenizer(*train_bpe(folder / "start.txt", 10_000, [END]), [END])
+    begin = time.perf_counter()
+    tokenizer.encode_file(text, folder / "tokens.bin")
+    return time.perf_counter() - begin
+
+
+WORK = {"train 10000": train, "encode_file": encode}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    gigabytes: tyro.conf.Positional[tuple[float, ...]] = (0.5, 2.0)
+    """Sizes of the text."""
+
+
+def make_text(path: Path, num_bytes: float) -> None:
+    source = DATA / "tinystories_2MiB.txt"
+    if source.is_file():
+        stories = source.read_text(encoding="utf-8").split(END)
+    else:
+        from basic.stories import stories as tell
+
+        stories = [story.text for story in tell(0, 5000)]
+    rng = random.Random(0)
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        while file.tell() < num_bytes:
+            rng.shuffle(stories)
+            file.write(END.join(stories) + END)
+
+
+def measure(work: str, text: Path, folder: Path) -> None:
+    """Do a work in this process and print its seconds and the peak of its anonymous memory in MB."""
+    from basic import bpe_kernels
+
+    bpe_kernels.load("training")
+    bpe_kernels.load("encoding")
+    peak_kb = 0
+
+    def watch() -> None:
+        nonlocal peak_kb
+        while True:
+            status = Path("/proc/self/status").read_text().split("RssAnon:")[1]
+            peak_kb = max(peak_kb, int(status.split()[0]))
+            time.sleep(0.02)
+
+    threading.Thread(target=watch, daemon=True).start()
+    seconds = WORK[work](text, folder)
+    size = text.stat().st_size / 1e9
+    print(f"| {work} | {size:.1f} GB | {seconds:.2f} s | {peak_kb / 1000:.0f} MB |", flush=True)
+
+
+def main(options: Options) -> None:
+    print("| work | text | time | memory |\n|---|---|---|---|", flush=True)
+    for gigabytes in options.gigabytes:
+        with tempfile.TemporaryDirectory() as folder:
+            make_text(Path(folder) / "text.txt", gigabytes * 1e9)
+            for work in WORK:
+                subprocess.run([sys.executable, __file__, "--measure", work, folder], check=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        measure(sys.argv[2], Path(sys.argv[3]) / "text.txt", Path(sys.argv[3]))
+    else:
+        main(tyro.cli(Options, description=__doc__))
