@@ -321,7 +321,7 @@ class Tokenizer:
         if self.kernels is False or not (self.kernels or bpe_kernels.worth_it("encoding", num_bytes, num_mapped_bytes)):
             return None
         if self._kernel_encoder is None:
-            if self.pattern is not None or self.vocab_size >= bpe_kernels.MAX_VOCAB_SIZE:
+            if self.pattern is not None or max(self.vocab_size, len(self.merges)) >= bpe_kernels.MAX_VOCAB_SIZE:
                 return None
             self._kernel_encoder = bpe_kernels.KernelEncoder(
                 *self._words.tables(),

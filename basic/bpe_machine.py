@@ -70,7 +70,8 @@ def kernel(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     It runs without the interpreter's lock, so that threads run side by side; divisions are not checked.
     """
     folder = cache_folder()
-    # Without Numba's counting of references to arrays: kernels make none, and it took up to 12 calls a function call.
+    # Without Numba's counting of references to arrays (which its documentation does not tell how to do): kernels make
+    # none, and it was twelve calls in a function that merges a word, a third of the time of training.
     options |= {"nogil": True, "error_model": "numpy", "_nrt": False}
     if folder is None:
         return njit(**options)(function)
@@ -79,7 +80,10 @@ def kernel(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
 
 def inlined_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same for a small function with many arrays, each of which is seven numbers to be handed over."""
+    """The same for a small function with many arrays, each of which is seven numbers to be handed over.
+
+    Where new words are merged, that took as long as the work: 0.88 microseconds a word, 0.57 without.
+    """
     return kernel(function, forceinline=True)
 
 

@@ -171,7 +171,7 @@ class TokenFileWriter:
                 f"{self.vocab_size - 1}; give the vocab_size of the tokenizer that made them"
             )
         for begin in range(0, array.size, _CHUNK_TOKENS):
-            piece = array[begin : begin + _CHUNK_TOKENS].astype(self.dtype)
+            piece = np.ascontiguousarray(array[begin : begin + _CHUNK_TOKENS], self.dtype)  # no copy if it is that
             self._digest.update(piece.data)
             self._file.write(piece.data)
         self._count += array.size
