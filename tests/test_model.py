@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import gradcheck
+from torch.func import functional_call
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -310,6 +312,30 @@ def test_multihead_attention_is_made_of_torchs_pieces(
     assert_same(actual, self_attention(x64, weights64, 3, turn), dtype)
 
 
+@every_dtype
+@every_leading
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+def test_shared_keys_and_values_are_repeated_ones(dtype: torch.dtype, leading: Any, num_kv_heads: int) -> None:
+    """Grouped-query attention equals full attention whose groups of heads have equal rows."""
+    attention = MultiHeadSelfAttention(12, 4, num_kv_heads=num_kv_heads).to(dtype)
+    assert attention.k_proj.weight.shape == attention.v_proj.weight.shape == (3 * num_kv_heads, 12)
+    [(x, x64)] = float64(dtype, (*leading, 5, 12))
+    weights64 = [parameter.detach().double() for parameter in attention.parameters()]
+    for k_or_v in (1, 2):
+        weights64[k_or_v] = torch.cat([weights64[k_or_v][3 * (head * num_kv_heads // 4) :][:3] for head in range(4)])
+    assert_same(attention(x), self_attention(x64, weights64, 4), dtype)
+
+
+def test_gradients_of_shared_keys_and_values_are_those_of_finite_differences() -> None:
+    attention = MultiHeadSelfAttention(8, 4, RotaryPositionalEmbedding(1e2, 2, 3), num_kv_heads=2).double()
+    names, weights = zip(*attention.named_parameters(), strict=True)
+
+    def attend(x: Tensor, *weights: Tensor) -> Tensor:
+        return functional_call(attention, dict(zip(names, weights, strict=True)), (x,))
+
+    assert gradcheck(attend, (torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True), *weights))
+
+
 def test_heads_must_divide_the_features() -> None:
     with pytest.raises(ValueError, match=r"d_model=10 .* num_heads=3"):
         run_multihead_self_attention(10, 3, *[torch.randn(10, 10)] * 4, torch.randn(2, 10))
@@ -522,6 +548,9 @@ def test_default_feed_forward_size(d_model: int, ffn: Any, d_ff: int) -> None:
         ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
         ({"num_layers": -1}, "num_layers must be at least 1, got -1"),
         ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
+        ({"num_heads": 8, "num_kv_heads": 3}, "num_kv_heads=3 must be at least 1 and divide num_heads=8"),
+        ({"num_kv_heads": 0}, "num_kv_heads=0 must be at least 1 and divide num_heads=2"),
+        ({"num_kv_heads": -1}, "num_kv_heads=-1 must be at least 1 and divide num_heads=2"),
         ({"context_length": 0}, "context_length must be at least 1, got 0"),
         ({"d_ff": 0}, "d_ff must be at least 1, got 0"),
         ({"rope_theta": 0.0}, "rope_theta must be a number > 0, got 0"),
@@ -557,6 +586,7 @@ def test_odd_heads_are_possible_without_rope() -> None:
 CONFIGS = [
     tiny(),
     tiny(tied_embeddings=True),
+    tiny(num_kv_heads=1),
     tiny(ffn="silu", norm="none", positions="none"),
     tiny(vocab_size=50, context_length=16, d_model=24, num_layers=3, num_heads=4, d_ff=None, norm="post"),
 ]
