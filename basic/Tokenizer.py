@@ -29,6 +29,7 @@ from basic.bytes_utils import (
     save_merges,
     save_vocab,
 )
+from basic.patterns import name_of
 from basic.pretokenization import (
     GPT2_PATTERN,
     KERNEL_CHUNK_BYTES,
@@ -61,8 +62,8 @@ class Tokenizer:
         special_tokens: strings that become one token each and are never split; of several that begin at the
             same place the longest. One whose bytes are in the vocabulary has that id; the others get the ids
             after the largest, in the order given.
-        pattern: finds the pre-tokens, in the syntax of the `regex` package; GPT-2's by default, for which alone
-            there is a compiled scanner.
+        pattern: finds the pre-tokens: "gpt2", "cl100k", "o200k", or another in the syntax of the `regex` package;
+            GPT-2's by default, for which alone there is a compiled scanner.
         kernels: whether to use compiled code; by default for large texts, and for all once it is loaded. The ids are
             the same.
 
@@ -117,9 +118,12 @@ class Tokenizer:
         return {**self.__dict__, "_kernel_encoder": None}
 
     def __repr__(self) -> str:
+        special = list(self.special_token_ids)
+        more = f" and {len(special) - 4} more" if len(special) > 5 else ""
         return (
             f"Tokenizer(vocab_size={self.vocab_size}, merges={len(self.merges)}, "
-            f"special_tokens={list(self.special_token_ids)})"
+            f"pattern={name_of(self._pattern.pattern) or self._pattern.pattern!r}, "
+            f"special_tokens={special[:4] if more else special}{more})"
         )
 
     @property

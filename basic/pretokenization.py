@@ -25,12 +25,9 @@ import regex
 from basic import bpe_kernels
 from basic.bpe_kernels import Words
 from basic.bytes_utils import decode_blocks, file_size_bytes, map_bytes, progress_bar, read_blocks, utf8_error
+from basic.patterns import PATTERNS, spelled_out
 
-GPT2_PATTERN = regex.compile(
-    r"'(?:[sdmt]|ll|ve|re)"  # the end of a contraction
-    r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"  # a run of letters, of digits, of other signs, with a space before it
-    r"|\s+(?!\S)|\s+"  # white space, which leaves its last character to the run after it
-)
+GPT2_PATTERN = regex.compile(PATTERNS["gpt2"])
 
 # Here a pre-token ends, whatever comes before or after: none holds white space after another character. Not one
 # alternative looks back, so the pattern goes on from here as it would from the beginning of a text.
@@ -108,16 +105,19 @@ def _repaired(text: str) -> str:
 
 
 def compile_pattern(pattern: str | None) -> re.Pattern[str]:
-    """The pattern to find pre-tokens with, GPT-2's by default.
+    """The pattern to find pre-tokens with, GPT-2's by default; a name stands for a published one (`basic.patterns`).
 
     Raises:
         TypeError: it is not a string.
         ValueError: it is not in the syntax of the `regex` package.
     """
-    if pattern is None or pattern == GPT2_PATTERN.pattern:
+    if pattern is None:
         return GPT2_PATTERN
     if not isinstance(pattern, str):
         raise TypeError(f"pattern must be a string in the syntax of the regex package, got {pattern!r}")
+    pattern = spelled_out(pattern)
+    if pattern == GPT2_PATTERN.pattern:
+        return GPT2_PATTERN
     try:
         return regex.compile(pattern)
     except regex.error as error:

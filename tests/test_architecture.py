@@ -32,7 +32,8 @@ ROOMS: dict[str, set[str]] = {
     "atomic_file": set(),
     # text to tokens
     "bytes_utils": set(),
-    "pretokenization": {"bytes_utils", "bpe_kernels"},
+    "patterns": set(),
+    "pretokenization": {"bytes_utils", "bpe_kernels", "patterns"},
     "bpe_kernels": {"bpe_kernels", "bpe_machine", "bpe_scan", "bpe_count", "bpe_merge", "bpe_encode", "bpe_decode"},
     # the kernels themselves, which use errors and types of the module that leads to them
     "bpe_machine": set(),
@@ -45,7 +46,11 @@ ROOMS: dict[str, set[str]] = {
     "token_files": set(),
     "train_bpe": {"pretokenization", "bpe_kernels", "bytes_utils"},
     "word_ids": set(),
-    "Tokenizer": {"pretokenization", "bpe_kernels", "bytes_utils", "token_files", "word_ids"},
+    "Tokenizer": {"patterns", "pretokenization", "bpe_kernels", "bytes_utils", "token_files", "word_ids"},
+    # tokenizers of others
+    "merge_order": {"word_ids"},
+    "tokenizer_formats": {"Tokenizer", "bytes_utils", "merge_order", "patterns"},
+    "tiktoken_files": {"Tokenizer", "merge_order"},
     # text
     "story_words": set(),
     "stories": {"story_words"},
@@ -84,7 +89,7 @@ ROOMS["export"] = ROOMS["assignment_question"] = set(ROOMS)  # anything but one 
 
 NUMBA = {"bpe_machine", "bpe_scan", "bpe_words", "bpe_count", "bpe_merge", "bpe_encode", "bpe_decode"}
 TORCH_FREE = {"atomic_file", "bytes_utils", "pretokenization", "bpe_kernels", "token_files", "train_bpe", "Tokenizer"}
-TORCH_FREE |= NUMBA | {"word_ids"}
+TORCH_FREE |= NUMBA | {"word_ids", "patterns", "merge_order", "tokenizer_formats", "tiktoken_files"}
 TORCH_FREE |= {"story_words", "stories", "corpus", "config_files", "plotting"}
 # Packages that few rooms may import.
 ONLY_IN = {
