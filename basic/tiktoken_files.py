@@ -6,6 +6,7 @@ import base64
 import binascii
 import os
 from collections.abc import Iterable, Mapping
+from itertools import zip_longest
 
 from basic.atomic_file import atomic_write
 from basic.merge_order import check_bytes, merges_of_ranks, used_merges
@@ -40,11 +41,11 @@ def save_tiktoken(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
             raise ValueError(f"the ids {ranks[token]} and {token_id} are both {token!r}, which can have one rank only")
         ranks[token] = token_id
     check_bytes(ranks, "the vocabulary")
-    for ours, theirs in zip(merges, merges_of_ranks(ranks), strict=True):
+    for number, (ours, theirs) in enumerate(zip_longest(merges, merges_of_ranks(ranks))):
         if ours != theirs:
             raise ValueError(
-                f"tiktoken would merge {theirs!r} where the merge {ours!r} has its turn: the ids, which are the ranks, "
-                "must be in the order of the merges"
+                f"merge {number} is {ours!r}, but would be {theirs!r} for tiktoken: ids are ranks there, so they "
+                "must be in the order of the merges, one a token"
             )
     lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items()]
     with atomic_write(path) as file:
