@@ -8,7 +8,7 @@ optimizer can be imported from here too, so that a notebook needs one line:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -33,6 +33,7 @@ from basic.functional import softmax as softmax
 from basic.optimizer import AdamW as AdamW
 from basic.optimizer import clip_gradients as clip_gradients
 from basic.optimizer import cosine_schedule as cosine_schedule
+from basic.summary import Summary, summarize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,10 @@ class ModelConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+    def __repr__(self) -> str:
+        shown = [setting.name for setting in fields(self) if getattr(self, setting.name) != setting.default]
+        return f"ModelConfig({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     @property
     def d_head(self) -> int:
@@ -440,6 +445,16 @@ class TransformerLM(Module):
         self.lm_head = Linear(config.d_model, config.vocab_size)
         if config.tied_embeddings:
             self.lm_head.weight = self.token_embeddings.weight
+
+    def __repr__(self) -> str:
+        weight = self.token_embeddings.weight
+        where = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}"
+        return f"TransformerLM({self.config}: {self.num_parameters:,} parameters, {where})"
+
+    def summary(self, context_length: int | None = None) -> Summary:
+        """A table of the parameters and of the operations for each token, as for `matmul_flops_per_token`."""
+        context_length = context_length or self.config.context_length
+        return summarize(self, context_length, self.matmul_flops_per_token(context_length))
 
     def forward(
         self, token_ids: Int[Tensor, " batch seq"], cache: KVCache | None = None

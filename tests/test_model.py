@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Generator
 from typing import Any
 
@@ -613,6 +614,37 @@ def test_flops_are_those_that_torch_counts(config: ModelConfig, seq: int | None)
     with FlopCounterMode(display=False) as counter:
         model(torch.randint(config.vocab_size, (2, length)))
     assert counter.get_total_flops() == 2 * length * model.matmul_flops_per_token(seq)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_summary_accounts_for_every_parameter_and_operation(config: ModelConfig) -> None:
+    model = TransformerLM(config)
+    table = model.summary(5)
+    assert sum(part.parameters for part in table.parts) == model.num_parameters
+    assert sum(part.flops_per_token for part in table.parts) == model.matmul_flops_per_token(5)
+    by_name = {part.name: part for part in table.parts}
+    part = by_name["layers.*.attn.k_proj.weight"]
+    rows, columns = config.kv_heads * config.d_head, config.d_model
+    assert part == (
+        part.name,
+        (rows, columns),
+        config.num_layers,
+        *[config.num_layers * rows * columns * f for f in (1, 2)],
+    )
+    assert by_name["attention to 5 tokens"].flops_per_token == config.num_layers * 4 * 5 * config.d_model
+    lines = repr(table).splitlines()
+    assert len(lines) == len(table.parts) + 2
+    assert lines[-1].split() == ["all", f"{model.num_parameters:,}", f"{model.matmul_flops_per_token(5):,}"]
+    assert any(re.search(rf"k_proj.weight +{rows} x {columns} +{config.num_layers} ", line) for line in lines)
+
+
+def test_models_show_themselves_in_a_line() -> None:
+    config = tiny(num_kv_heads=1)
+    sizes = "vocab_size=11, context_length=10, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, d_ff=24"
+    assert repr(config) == f"ModelConfig({sizes})"
+    assert eval(repr(tiny(norm="post", tied_embeddings=True))) == tiny(norm="post", tied_embeddings=True)
+    model = TransformerLM(config).bfloat16()
+    assert repr(model) == f"TransformerLM({config}: {model.num_parameters:,} parameters, bfloat16 on cpu)"
 
 
 def is_normal_cut_at_three(weight: Tensor, std: float) -> bool:
