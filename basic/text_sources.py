@@ -165,7 +165,9 @@ def _document(line: bytes, source: TextSource, name: str, offset: int, errors: s
     text = record.get(source.field)
     if not isinstance(text, str):
         has = f"has {text!r:.40} as {source.field!r}" if source.field in record else f"has no field {source.field!r}"
-        names = ", ".join(repr(name) for name, value in record.items() if isinstance(value, str))
-        raise ValueError(f"{name!r} (from byte offset {offset} on) {has}; its strings are {names or 'none'}")
+        strings = [key for key, value in record.items() if isinstance(value, str)]
+        raise ValueError(
+            f"{name!r} (from byte offset {offset} on) {has}; the field must be one of its strings, {strings}"
+        )
     # "\ud800" is JSON, but no character.
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
