@@ -106,7 +106,7 @@ def _vocab_entries(tokenizer: Tokenizer) -> dict[str, int]:
 def load_tokenizer_json(path: str | os.PathLike) -> Tokenizer:
     """Read a `tokenizer.json` that holds byte-level BPE.
 
-    Added tokens become special tokens, in the order of the file.
+    Added tokens become special tokens, in the order of the file, whether they are marked as special or not.
 
     Raises:
         ValueError: the file is damaged, or asks for what `Tokenizer` does not do; the message names the field.
@@ -143,9 +143,8 @@ def _tokenizer_of(content: dict[str, Any]) -> Tokenizer:
     tokenizer = Tokenizer(vocab, merges, added, pattern=pattern)
     made = {left + right for left, right in used_merges(merges)}
     if model.get("ignore_merges"):
-        never = [
-            token for i, token in vocab.items() if i not in added.values() and len(token) > 1 and token not in made
-        ]
+        special = set(added.values())
+        never = [token for i, token in vocab.items() if i not in special and len(token) > 1 and token not in made]
         if (whole := next(filter(_is_text, never), None)) is not None:
             raise ValueError(
                 f"model.ignore_merges is true and matters: a pre-token {whole!r} would become that token, which no "
@@ -202,7 +201,7 @@ def _pattern_of(pre_tokenizer: dict[str, Any] | None) -> str | None:
     ((kind, pattern),) = split["pattern"].items()
     if kind == "String":
         pattern = regex.escape(pattern)
-    elif name_of(pattern) is None:
+    else:
         _check_engines_agree(pattern, "pre_tokenizer.pattern")
     behavior = (split["behavior"], split["invert"])
     # To remove what is not found is nothing, where the pattern is known to find all.

@@ -330,6 +330,7 @@ def test_what_others_write_is_read(tmp_path, path, value):
                 ({"behavior": "MergedWithNext", "invert": True}, "pre_tokenizer.behavior is 'MergedWithNext'"),
                 ({"pattern": {"Regex": "a"}, "behavior": "Removed", "invert": True}, "pre_tokenizer.behavior"),
                 ({"pattern": {"Regex": r"\p{N}{1,3}+"}}, r"pre_tokenizer.pattern has '\{1,3\}\+'"),
+                ({"pattern": {"Regex": PUBLISHED["cl100k"]}}, r"pre_tokenizer.pattern has '\{1,3\}\+'"),
                 ({"pattern": {"Regex": r"a$|[^b]"}}, r"pre_tokenizer.pattern has '\$'"),
                 ({"pattern": {"Regex": r"[a^]|^b"}}, r"pre_tokenizer.pattern has '\^'"),
                 ({"pattern": {"Regex": "("}}, "is not in the syntax of the regex package"),
