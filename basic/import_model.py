@@ -21,7 +21,7 @@ from torch import Tensor
 from basic.atomic_file import atomic_folder
 from basic.checkpoint import save_checkpoint
 from basic.hf_llama import from_hf_rows, hf_name, model_config
-from basic.model import TransformerLM
+from basic.model import ModelConfig, TransformerLM
 from basic.runs import RunConfig, TrainConfig, start_folder
 from basic.Tokenizer import Tokenizer
 from basic.tokenizer_formats import load_tokenizer_json
@@ -76,10 +76,10 @@ def import_pt(path: str | os.PathLike, run_dir: str | os.PathLike, config: RunCo
         FileExistsError: the run's folder is there already.
     """
     tokenizer = Tokenizer.load(config.data.tokenizer) if config.data.tokenizer else None
-    model = TransformerLM(config.model)
+    model = _without_memory(config.model)
     expected = {name: name for name in model.state_dict()}
     found = ((Path(path), name, tensor) for name, tensor in _state_dict_in(path).items())
-    _load(model, _checked_weights(model, expected, found), expected)
+    _fill(model, _checked_weights(model, expected, found), expected)
     _write_run(run_dir, config, model, tokenizer)
 
 
@@ -125,12 +125,18 @@ def load_hf(
                 f"context_length must be 1 to {config.context_length} for this model, got {context_length}"
             )
         config = dataclasses.replace(config, context_length=context_length)
-    model = TransformerLM(config)
+    model = _without_memory(config)
     names = {hf_name(name): name for name in model.state_dict()}
     found = (item for item in _tensors(directory, unpickle) if not item[1].endswith(_FOLLOWS_FROM_THETA))
     weights = _checked_weights(model, names, found)
-    _load(model, {name: from_hf_rows(name, weight, config.d_head) for name, weight in weights.items()}, names)
+    _fill(model, {name: from_hf_rows(name, weight, config.d_head) for name, weight in weights.items()}, names)
     return model
+
+
+def _without_memory(config: ModelConfig) -> TransformerLM:
+    """A model that knows its shapes, and draws no weights that would be overwritten."""
+    with torch.device("meta"):
+        return TransformerLM(config)
 
 
 def _checked_weights(
@@ -157,8 +163,8 @@ def _checked_weights(
     return weights
 
 
-def _load(model: TransformerLM, weights: dict[str, Tensor], names: dict[str, str]) -> None:
-    """Put all weights into the model; of a tied matrix one copy is enough."""
+def _fill(model: TransformerLM, weights: dict[str, Tensor], names: dict[str, str]) -> None:
+    """Give the model memory on the CPU, and put all weights into it; of a tied matrix one copy is enough."""
     if model.config.tied_embeddings and "token_embeddings.weight" in weights:
         embedding = weights["token_embeddings.weight"]
         if not torch.equal(weights.setdefault("lm_head.weight", embedding), embedding):
@@ -166,6 +172,9 @@ def _load(model: TransformerLM, weights: dict[str, Tensor], names: dict[str, str
     for theirs, ours in names.items():
         if ours not in weights:
             raise ValueError(f"there is no {theirs!r} among the weights, which this model needs")
+    model.to_empty(device="cpu")
+    if model.config.tied_embeddings:  # to_empty made two of it
+        model.lm_head.weight = model.token_embeddings.weight
     model.load_state_dict(weights)
 
 

@@ -109,6 +109,7 @@ def test_a_llama_of_transformers_loads(changes, max_shard_size, tmp_path):
     assert (tmp_path / "model.safetensors").exists() == (max_shard_size == "1GB")
     ours = load_hf(tmp_path)
     assert ours.config == config
+    assert ours.num_parameters == theirs.num_parameters()
     assert_same_behaviour(ours, theirs)
 
 
