@@ -23,6 +23,7 @@ from basic.train_bpe import train_bpe
 
 from .fixtures.make_tokenizer_fixtures import SAMPLE
 from .test_pretokenization import pieces_of, special_token_lists, streamed, texts, whole
+from .test_scripts import run_script
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -283,6 +284,16 @@ def test_a_text_is_split_as_its_plain_form_is(tmp_path):
         parts.append([(tmp_path / "out" / name).read_bytes() for name in ("train.txt", "valid.txt")])
     assert b"".join(parts[0]) == END.join(documents).encode()
     assert all(part == parts[0] for part in parts)
+
+
+def test_the_scripts_take_json_lines_with_a_field_and_a_separator(tmp_path, monkeypatch):
+    (tmp_path / "corpus.jsonl.zst").write_bytes(zstd.compress(b'{"body": "low lower"}\n{"body": "lowest"}\n'))
+    options = ["--field", "body", "--end-of-text", "<s>"]
+    source, tokenizer = tmp_path / "corpus.jsonl.zst", tmp_path / "tokenizer"
+    settings = ["--vocab-size", "260", "--special-tokens", "<s>", "--num-workers", "1"]
+    run_script(monkeypatch, "train_bpe", source, "--output", tokenizer, *settings, *options)
+    run_script(monkeypatch, "encode", source, tmp_path / "ids.bin", "--tokenizer", tokenizer, *options)
+    assert Tokenizer.load(tokenizer).decode(open_tokens(tmp_path / "ids.bin")) == "low lower<s>lowest"
 
 
 def test_a_token_file_of_another_program_opens_with_its_dtype(tmp_path):
