@@ -96,7 +96,7 @@ def model_config(fields: dict[str, Any]) -> ModelConfig:
     if fields.get("model_type") != "llama":
         raise ValueError(f"model_type is {fields.get('model_type')!r}; only 'llama' can be read")
     for name, wanted in _REQUIRED.items():
-        if fields.get(name, wanted) != wanted:
+        if fields.get(name) not in (None, wanted):
             raise ValueError(f"{name} is {fields[name]!r}; only {wanted!r} can be read")
     for name in _FIELDS.values():
         if name not in fields:

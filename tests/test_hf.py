@@ -128,6 +128,7 @@ def test_old_configurations_and_a_shorter_context(tmp_path):
     fields = json.loads(path.read_text())
     for name in ("rope_parameters", "head_dim", "num_key_value_heads", "tie_word_embeddings", "dtype", "mlp_bias"):
         del fields[name]
+    fields |= {"partial_rotary_factor": None, "sliding_window": None, "is_llama_config": True}
     path.write_text(
         json.dumps({**fields, "torch_dtype": "float32", "pretraining_tp": 1, "transformers_version": "4.28"})
     )

@@ -18,7 +18,8 @@ from torch.func import functional_call
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from basic.functional import rope_tables
+from basic import kernels
+from basic.functional import rope_tables, rotate_pairs
 from basic.model import (
     Embedding,
     KVCache,
@@ -325,6 +326,23 @@ def test_shared_keys_and_values_are_repeated_ones(dtype: torch.dtype, leading: A
     for k_or_v in (1, 2):
         weights64[k_or_v] = torch.cat([weights64[k_or_v][3 * (head * num_kv_heads // 4) :][:3] for head in range(4)])
     assert_same(attention(x), self_attention(x64, weights64, 4), dtype)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+def test_kernels_are_given_keys_and_values_for_every_head(num_kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = MultiHeadSelfAttention(16, 4, RotaryPositionalEmbedding(1e2, 4, 5), num_kv_heads)
+    x = torch.randn(2, 5, 16)
+    expected = attention(x)
+
+    def rotary_attention(qkv: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k = rotate_pairs(q, *tables), rotate_pairs(k, *tables)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+    monkeypatch.setattr(kernels, "cover_attention", lambda heads: heads.shape == (2, 5, 4 + 2 * num_kv_heads, 4))
+    monkeypatch.setattr(kernels, "rotary_attention", rotary_attention)
+    monkeypatch.setattr(attention, "_attend", None)  # nor is it needed
+    assert_close(attention(x), expected)
 
 
 def test_gradients_of_shared_keys_and_values_are_those_of_finite_differences() -> None:
