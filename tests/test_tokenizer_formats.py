@@ -82,6 +82,7 @@ def theirs(tmp_path_factory):
         back = load_tokenizer_json(json_path), load_tiktoken(ranks_path, pattern=pattern, special_tokens=special)
         assert [loaded.fingerprint for loaded in back] == [tokenizer.fingerprint] * 2
         programs = tokenizers.Tokenizer.from_file(str(json_path)), tiktoken_of(ranks_path, special, PUBLISHED[pattern])
+        assert programs[0].get_vocab_size() == programs[1].n_vocab == tokenizer.vocab_size
         return programs, back
 
     return make
