@@ -188,8 +188,13 @@ def test_an_exported_tokenizer_gives_our_ids(tokenizer, tmp_path):
         ids = tokenizer.encode(text)
         assert theirs(text)["input_ids"] == ids
         assert theirs.decode(ids) == text
+
+
+def test_an_exported_tokenizer_gives_our_ids_on_real_and_on_naughty_text(tokenizer, tmp_path):
     texts = strings()
     assert len(texts) > 500
+    export_hf(random_model({}, tokenizer.vocab_size), tmp_path / "hf", tokenizer)
+    theirs: Any = AutoTokenizer.from_pretrained(tmp_path / "hf")
     for text, ids in zip(texts, theirs(texts)["input_ids"], strict=True):
         assert ids == tokenizer.encode(text)
     with_specials = [OTHER.join(texts[i : i + 50]) for i in range(0, len(texts), 50)]
