@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
@@ -29,6 +30,7 @@ from basic.bytes_utils import (
     save_merges,
     save_vocab,
 )
+from basic.patterns import name_of
 from basic.pretokenization import (
     GPT2_PATTERN,
     KERNEL_CHUNK_BYTES,
@@ -39,8 +41,10 @@ from basic.pretokenization import (
     pretoken_batches,
     pretokens_of,
     safe_cuts,
+    stream_chunks,
     without_surrogates,
 )
+from basic.text_sources import check_separator, read_text, text_source
 from basic.token_files import TokenFileInfo, TokenFileWriter, token_dtype
 from basic.word_ids import WordIds
 
@@ -66,8 +70,8 @@ class Tokenizer:
         special_tokens: strings that become one token each and are never split; of several that begin at the
             same place the longest. One whose bytes are in the vocabulary has that id; the others get the ids
             after the largest, in the order given.
-        pattern: finds the pre-tokens, in the syntax of the `regex` package; GPT-2's by default, for which alone
-            there is a compiled scanner.
+        pattern: finds the pre-tokens: "gpt2", "cl100k", "o200k", or another in the syntax of the `regex` package;
+            GPT-2's by default, for which alone there is a compiled scanner.
         kernels: whether to use compiled code; by default for large texts, and for all once it is loaded. The ids are
             the same.
 
@@ -122,9 +126,12 @@ class Tokenizer:
         return {**self.__dict__, "_kernel_encoder": None}
 
     def __repr__(self) -> str:
+        special = list(self.special_token_ids)
+        more = f" and {len(special) - 4} more" if len(special) > 5 else ""
         return (
             f"Tokenizer(vocab_size={self.vocab_size}, merges={len(self.merges)}, "
-            f"special_tokens={list(self.special_token_ids)})"
+            f"pattern={name_of(self._pattern.pattern) or self._pattern.pattern!r}, "
+            f"special_tokens={special[:4] if more else special}{more})"
         )
 
     @property
@@ -244,7 +251,7 @@ class Tokenizer:
         """Encode a text file of any size into a token file, in bounded memory.
 
         Args:
-            input_path: a text file in UTF-8.
+            input_path: a text file in UTF-8, plain or of those of `basic.text_sources`.
             output_path: of the token file, `*.bin`; it and its sidecar appear when they are complete.
             num_threads: by default one for each processor that this process may use; the result is the same.
             errors: what to do about bytes that are not UTF-8: "strict" raises, "replace" encodes U+FFFD for them.
@@ -252,7 +259,7 @@ class Tokenizer:
             progress: whether to show a progress bar.
 
         Returns:
-            What the sidecar says, with `source_bytes`, the size of the text file.
+            What the sidecar says, with `source_bytes`, the size of the text.
 
         Raises:
             ValueError: the text is not UTF-8 (the byte offset is named), or needs a byte that the vocabulary
@@ -262,26 +269,39 @@ class Tokenizer:
         _check_errors(errors)
         num_threads = _checked_threads(num_threads)
         size = file_size_bytes(input_path)
+        source = text_source(input_path)
+        check_separator(source, () if specials_as_text else self.special_token_ids)
         if os.path.exists(output_path) and os.path.samefile(input_path, output_path):
             raise ValueError(f"{os.fspath(output_path)!r} is the text itself; give another output_path")
-        encoder = self._encoder_for(size, num_mapped_bytes=size)
+        encoder = self._encoder_for(size, num_mapped_bytes=size if source.is_plain else 0)
+        total = size if source.is_plain else None  # how much text a stream has, nobody knows
         with (
             TokenFileWriter(output_path, self.vocab_size, tokenizer_fingerprint=self.fingerprint) as writer,
-            progress_bar(progress, desc="encoding", total=size, unit="B", unit_scale=True) as advance,
+            progress_bar(progress, desc="encoding", total=total, unit="B", unit_scale=True) as advance,
         ):
             if encoder is not None:
-                data = map_bytes(input_path)
-                chunks = self._chunks(data, KERNEL_CHUNK_BYTES, specials_as_text)
+                if source.is_plain:
+                    chunks = self._chunks(map_bytes(input_path), KERNEL_CHUNK_BYTES, specials_as_text)
+                else:
+                    special = _NO_SPECIALS if specials_as_text else self._special
+                    chunks = stream_chunks(read_text(source, errors=errors), special, KERNEL_CHUNK_BYTES)
+                done, waiting = 0, deque[bpe_kernels.Chunk]()
                 try:
                     for ids, num_bytes in encoder.encode_chunks(
-                        chunks, specials_as_text, num_threads, replace=errors == "replace"
+                        _noted(chunks, waiting), specials_as_text, num_threads, replace=errors == "replace"
                     ):
+                        waiting.popleft()
+                        done += num_bytes
                         writer.write(ids, source_bytes=num_bytes)
                         advance(num_bytes)
                 except bpe_kernels.InvalidByteError as error:
-                    raise _byte_error(input_path, data, error) from None
+                    data, start, _ = waiting[0]
+                    raise _byte_error(input_path, data, error, offset=done - start) from None
             else:
-                blocks = _counted(read_blocks(input_path), writer, advance)
+                blocks = (
+                    read_blocks(input_path) if source.is_plain else map(str.encode, read_text(source, errors=errors))
+                )
+                blocks = _counted(blocks, writer, advance)
                 for batch in self._encode_batches(decode_blocks(blocks, input_path, errors=errors), specials_as_text):
                     writer.write(batch)
         return writer.info
@@ -447,13 +467,23 @@ def _readonly_bytes(data: bytes | bytearray | memoryview | npt.NDArray[np.uint8]
     return array
 
 
-def _byte_error(name: str | os.PathLike, data: np.ndarray, error: bpe_kernels.InvalidByteError) -> ValueError:
+def _byte_error(
+    name: str | os.PathLike, data: np.ndarray, error: bpe_kernels.InvalidByteError, *, offset: int = 0
+) -> ValueError:
+    """What to raise; the data begins at an offset of what the name stands for."""
     if not error.lacks_token:
         return invalid_byte(name, data, error.place)
     return ValueError(
-        f"the vocabulary has no token for the byte 0x{data[error.place]:02x}, at byte offset {error.place} of "
+        f"the vocabulary has no token for the byte 0x{data[error.place]:02x}, at byte offset {offset + error.place} of "
         f"{os.fspath(name)!r}; train the tokenizer with all 256 bytes"
     )
+
+
+def _noted(chunks: Iterable[bpe_kernels.Chunk], notes: deque[bpe_kernels.Chunk]) -> Iterator[bpe_kernels.Chunk]:
+    """The same chunks, each also put at the end of the notes."""
+    for chunk in chunks:
+        notes.append(chunk)
+        yield chunk
 
 
 def _counted(blocks: Iterable[bytes], writer: TokenFileWriter, advance: Callable[[int], object]) -> Iterator[bytes]:

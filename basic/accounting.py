@@ -112,7 +112,7 @@ def amount(formula: str, config: ModelConfig, batch_size: int = 1) -> int:
     Raises:
         ValueError: the configuration is another architecture.
     """
-    described = {"norm": "pre", "ffn": "swiglu", "tied_embeddings": False}
+    described = {"norm": "pre", "ffn": "swiglu", "tied_embeddings": False, "kv_heads": config.num_heads}
     for name, wanted in described.items():
         if getattr(config, name) != wanted:
             raise ValueError(

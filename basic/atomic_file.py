@@ -1,9 +1,10 @@
-"""Writing a file so that it is either there, whole, or not there at all."""
+"""Writing a file or a folder so that it is either there, whole, or not there at all."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -68,6 +69,38 @@ def atomic_paths(*paths: str | os.PathLike) -> Generator[tuple[Path, ...]]:
         raise
     for folder in {target.parent for target in targets}:
         _sync_folder(folder)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike) -> Generator[Path]:
+    """Yield a new folder to fill, which appears under its name when the block has ended well.
+
+    If the block raises, nothing is left behind.
+
+    Args:
+        path: where the folder shall stand; nothing may stand there yet, and the folder around it must exist.
+
+    Raises:
+        FileExistsError: something has this name already.
+        FileNotFoundError: there is no folder around it.
+    """
+    target = Path(path)
+    if target.exists():
+        raise FileExistsError(f"{str(target)!r} is there already; choose another name, or remove it first")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(target.parent)!r} to write into; create it first")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            _sync_folder(file) if file.is_dir() else _sync(file, os.O_RDWR)
+        _sync_folder(temporary)
+        os.rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_folder(target.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -198,7 +198,7 @@ def special_arrays(tokens: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def count_words(
-    chunks: Sequence[Chunk], special_tokens: Sequence[bytes], num_threads: int, advance: Callable[[int], object]
+    chunks: Iterable[Chunk], special_tokens: Sequence[bytes], num_threads: int, advance: Callable[[int], object]
 ) -> Words:
     """Count the words of chunks, which must begin and end where words do.
 
@@ -215,19 +215,19 @@ def count_words(
     counters, idle = [], []
     specials = special_arrays(special_tokens)
 
-    def count(chunk: Chunk) -> int | None:
+    def count(chunk: Chunk) -> tuple[int | None, int]:
         if idle:
             counter = idle.pop()
         else:
             counters.append(counter := WordCounter(code_classes(), specials))
         wrong = counter.add_text(*chunk)
         idle.append(counter)
-        return wrong
+        return wrong, chunk[2] - chunk[1]
 
-    for chunk, wrong in zip(chunks, _in_order(count, chunks, num_threads), strict=True):
+    for wrong, num_bytes in _in_order(count, chunks, num_threads):
         if wrong is not None:
             raise InvalidByteError(wrong)
-        advance(chunk[2] - chunk[1])
+        advance(num_bytes)
     if not counters:
         counters.append(WordCounter(code_classes(), specials))
     for counter in counters[1:]:

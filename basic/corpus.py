@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from basic.stories import Story, stories
+from basic.text_sources import as_plain_file
 
 
 def write_stories(
@@ -54,25 +55,26 @@ def split_text(
     so late that less than half of that part is left.
 
     Args:
-        source: UTF-8 text.
+        source: UTF-8 text, plain or of those of `basic.text_sources`.
         folder: where train.txt and valid.txt shall stand.
         valid_fraction: share of the bytes in the last part, between 0 and 1.
 
     Raises:
         FileNotFoundError: no such text.
-        ValueError: the text is empty, or `valid_fraction` out of its range.
+        ValueError: the text is empty or not what its name says, or `valid_fraction` out of its range.
     """
     if not 0 < valid_fraction < 1:
         raise ValueError(f"valid_fraction must be between 0 and 1, got {valid_fraction}")
-    if os.path.getsize(source) == 0:
-        raise ValueError(f"{source} is empty; give a text of at least some ten thousand characters")
-    with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        start = int(len(text) * (1 - valid_fraction))
-        cut = _cut(text, start, (start + len(text)) // 2, separator.encode())
-        with open(Path(folder) / "train.txt", "wb") as train:
-            _copy(file, train, cut)
-        with open(Path(folder) / "valid.txt", "wb") as valid:
-            shutil.copyfileobj(file, valid)
+    with as_plain_file(source, folder) as plain:
+        if os.path.getsize(plain) == 0:
+            raise ValueError(f"{os.fspath(source)} is empty; give a text of at least some ten thousand characters")
+        with open(plain, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            start = int(len(text) * (1 - valid_fraction))
+            cut = _cut(text, start, (start + len(text)) // 2, separator.encode())
+            with open(Path(folder) / "train.txt", "wb") as train:
+                _copy(file, train, cut)
+            with open(Path(folder) / "valid.txt", "wb") as valid:
+                shutil.copyfileobj(file, valid)
 
 
 def _cut(text: mmap.mmap, start: int, end: int, separator: bytes) -> int:

@@ -20,7 +20,8 @@ class Decoder:
     theirs while others are continued already.
 
     Args:
-        model: pre-norm, RoPE, SwiGLU (see `kernels.cover_decoding`). Its weights are copied into the cache's precision.
+        model: pre-norm, RoPE, SwiGLU, own keys and values for each head (see `kernels.cover_decoding`). Its weights
+            are copied into the cache's precision.
         cache: is continued in place.
         prompt_lengths: int64 (rows,).
         vocab_size: choose among so many first ids only; None for all.

@@ -213,7 +213,7 @@ def _decoder(model: TransformerLM, cache: KVCache, prompt_lengths: Tensor, vocab
     """The kernels for single steps, where there are any for this model."""
     config = model.config
     usual = (config.norm, config.positions, config.ffn) == ("pre", "rope", "swiglu")
-    if not usual or not kernels.cover_decoding(cache.keys[0]):
+    if not usual or config.kv_heads < config.num_heads or not kernels.cover_decoding(cache.keys[0]):
         return None
     from basic.decoder import Decoder  # here, because it needs Triton
 

@@ -55,9 +55,9 @@ def _covered(x: Tensor) -> bool:
     return available_on(x.device) and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def cover_attention(qkv: Tensor) -> bool:
-    """Whether the attention kernels take this (batch, seq, 3, heads, head size)."""
-    return _covered(qkv) and qkv.ndim == 5 and qkv.shape[-1] in _HEAD_SIZES
+def cover_attention(heads: Tensor) -> bool:
+    """Whether the attention kernels take such heads (batch, seq, heads, head size)."""
+    return _covered(heads) and heads.ndim == 4 and heads.shape[-1] in _HEAD_SIZES
 
 
 def cover_decoding(keys: Tensor) -> bool:

@@ -8,7 +8,7 @@ optimizer can be imported from here too, so that a notebook needs one line:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -33,6 +33,7 @@ from basic.functional import softmax as softmax
 from basic.optimizer import AdamW as AdamW
 from basic.optimizer import clip_gradients as clip_gradients
 from basic.optimizer import cosine_schedule as cosine_schedule
+from basic.summary import Summary, summarize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,8 @@ class ModelConfig:
     """Transformer blocks."""
     num_heads: int
     """Attention heads; they share d_model evenly."""
+    num_kv_heads: int | None = None
+    """Heads of keys and values, each for a group of attention heads; None for one to each head."""
     d_ff: int | None = None
     """Features inside the feed-forward layer; None is the multiple of 64 nearest to 8/3 d_model, or 4 d_model for
     `ffn="silu"`, which has two matrices instead of three."""
@@ -82,6 +85,7 @@ class ModelConfig:
                 f"d_model={self.d_model} must be divisible by num_heads={self.num_heads}; "
                 f"change one of them (the remainder is {self.d_model % self.num_heads})"
             )
+        _check_groups(self.num_heads, self.kv_heads)
         if self.positions == "rope" and self.d_head % 2:
             raise ValueError(
                 f"RoPE rotates pairs of features, so the head size must be even, got {self.d_head} "
@@ -97,10 +101,19 @@ class ModelConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
+    def __repr__(self) -> str:
+        shown = [setting.name for setting in fields(self) if getattr(self, setting.name) != setting.default]
+        return f"ModelConfig({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+
     @property
     def d_head(self) -> int:
         """Features of one attention head."""
         return self.d_model // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values; unlike `num_kv_heads` never None."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
 
 class Linear(Module):
@@ -240,7 +253,7 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ):
-        shape = (config.num_layers, batch_size, config.num_heads, config.context_length, config.d_head)
+        shape = (config.num_layers, batch_size, config.kv_heads, config.context_length, config.d_head)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
@@ -264,19 +277,31 @@ class MultiHeadSelfAttention(Module):
         d_model: features of a token.
         num_heads: they share d_model evenly.
         rope: rotates queries and keys; None for no positions.
+        num_kv_heads: heads of keys and values, each for a group of neighbouring query heads; None for one to each.
 
     Raises:
-        ValueError: the heads do not divide d_model.
+        ValueError: the heads do not divide d_model, or those of keys and values do not divide the heads.
+
+    Source: Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models" (the groups).
     """
 
-    def __init__(self, d_model: int, num_heads: int, rope: RotaryPositionalEmbedding | None = None):
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        rope: RotaryPositionalEmbedding | None = None,
+        num_kv_heads: int | None = None,
+    ):
         super().__init__()
         if d_model % num_heads:
             raise ValueError(f"d_model={d_model} must be divisible by num_heads={num_heads}")
         self.num_heads = num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        _check_groups(num_heads, self.num_kv_heads)
+        kv_features = self.num_kv_heads * (d_model // num_heads)
         self.q_proj = Linear(d_model, d_model)
-        self.k_proj = Linear(d_model, d_model)
-        self.v_proj = Linear(d_model, d_model)
+        self.k_proj = Linear(d_model, kv_features)
+        self.v_proj = Linear(d_model, kv_features)
         self.output_proj = Linear(d_model, d_model)
         self.rope = rope
 
@@ -296,22 +321,26 @@ class MultiHeadSelfAttention(Module):
             cache: keys and values of earlier tokens, to which these are added.
             layer: which layer of the cache is this one's.
         """
-        qkv = rearrange(
+        heads = rearrange(  # of queries, then of keys, then of values
             linear(x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight),
-            "... seq (three head d) -> ... seq three head d",
-            three=3,
-            head=self.num_heads,
+            "... seq (heads d) -> ... seq heads d",
+            heads=self.num_heads + 2 * self.num_kv_heads,
         )
-        if token_positions is None and cache is None and kernels.cover_attention(qkv):
+        if token_positions is None and cache is None and kernels.cover_attention(heads):
+            if self.num_kv_heads < self.num_heads:
+                q, kv = heads.split((self.num_heads, 2 * self.num_kv_heads), dim=-2)
+                heads = torch.cat((q, self._for_each_query_head(kv, dim=-2)), dim=-2)
+            qkv = rearrange(heads, "... seq (three head) d -> ... seq three head d", three=3)
             attended = kernels.rotary_attention(qkv, None if self.rope is None else (self.rope.cos, self.rope.sin))
         else:
-            attended = self._attend(qkv, token_positions, cache, layer)
+            attended = self._attend(heads, token_positions, cache, layer)
         return self.output_proj(rearrange(attended, "... seq head d -> ... seq (head d)"))
 
     def _attend(
-        self, qkv: Tensor, token_positions: Tensor | None, cache: KVCache | None, layer: int
+        self, heads: Tensor, token_positions: Tensor | None, cache: KVCache | None, layer: int
     ) -> Float[Tensor, " ... seq head d"]:
-        q, k, v = rearrange(qkv, "... seq three head d -> three ... head seq d")
+        heads = rearrange(heads, "... seq heads d -> ... heads seq d")
+        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=-3)
         if self.rope is not None:
             if token_positions is None and cache is not None:
                 token_positions = torch.arange(cache.length, cache.length + q.shape[-2], device=q.device)
@@ -323,8 +352,14 @@ class MultiHeadSelfAttention(Module):
             q, k = self.rope(q, token_positions), self.rope(k, token_positions)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
+        if self.num_kv_heads < self.num_heads:
+            k, v = self._for_each_query_head(k, dim=-3), self._for_each_query_head(v, dim=-3)
         mask = causal_mask(q.shape[-2], k.shape[-2], device=q.device)
         return rearrange(scaled_dot_product_attention(q, k, v, mask), "... head seq d -> ... seq head d")
+
+    def _for_each_query_head(self, kv: Tensor, dim: int) -> Tensor:
+        """Repeat the heads of keys or values along `dim`, so that neighbouring query heads have the same one."""
+        return kv.repeat_interleave(self.num_heads // self.num_kv_heads, dim)
 
 
 class SwiGLU(Module):
@@ -371,7 +406,7 @@ class TransformerBlock(Module):
         assert config.d_ff is not None  # its __post_init__ saw to that
         self.post_norm = config.norm == "post"
         self.ln1 = make_norm(config)
-        self.attn = MultiHeadSelfAttention(config.d_model, config.num_heads, rope)
+        self.attn = MultiHeadSelfAttention(config.d_model, config.num_heads, rope, config.kv_heads)
         self.ln2 = make_norm(config)
         self.ffn = feed_forward(config.d_model, config.d_ff)
 
@@ -410,6 +445,16 @@ class TransformerLM(Module):
         self.lm_head = Linear(config.d_model, config.vocab_size)
         if config.tied_embeddings:
             self.lm_head.weight = self.token_embeddings.weight
+
+    def __repr__(self) -> str:
+        weight = self.token_embeddings.weight
+        where = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}"
+        return f"TransformerLM({self.config}: {self.num_parameters:,} parameters, {where})"
+
+    def summary(self, context_length: int | None = None) -> Summary:
+        """A table of the parameters and of the operations for each token, as for `matmul_flops_per_token`."""
+        context_length = context_length or self.config.context_length
+        return summarize(self, context_length, self.matmul_flops_per_token(context_length))
 
     def forward(
         self, token_ids: Int[Tensor, " batch seq"], cache: KVCache | None = None
@@ -472,6 +517,14 @@ class TransformerLM(Module):
 def make_norm(config: ModelConfig) -> Module:
     """RMSNorm, or nothing where the configuration takes the norms out."""
     return Unchanged() if config.norm == "none" else RMSNorm(config.d_model, config.norm_eps)
+
+
+def _check_groups(num_heads: int, num_kv_heads: int) -> None:
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_kv_heads={num_kv_heads} must be at least 1 and divide num_heads={num_heads}; change one of them, or "
+            "leave num_kv_heads out for as many"
+        )
 
 
 def _check_range(ids: Tensor, limit: int, what: str, limit_name: str) -> None:

@@ -25,12 +25,10 @@ import regex
 from basic import bpe_kernels
 from basic.bpe_kernels import Words
 from basic.bytes_utils import decode_blocks, file_size_bytes, map_bytes, progress_bar, read_blocks, utf8_error
+from basic.patterns import PATTERNS, spelled_out
+from basic.text_sources import TextSource, check_separator, read_text, text_source
 
-GPT2_PATTERN = regex.compile(
-    r"'(?:[sdmt]|ll|ve|re)"  # the end of a contraction
-    r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"  # a run of letters, of digits, of other signs, with a space before it
-    r"|\s+(?!\S)|\s+"  # white space, which leaves its last character to the run after it
-)
+GPT2_PATTERN = regex.compile(PATTERNS["gpt2"])
 
 # Here a pre-token ends, whatever comes before or after: none holds white space after another character. Not one
 # alternative looks back, so the pattern goes on from here as it would from the beginning of a text.
@@ -108,16 +106,19 @@ def _repaired(text: str) -> str:
 
 
 def compile_pattern(pattern: str | None) -> re.Pattern[str]:
-    """The pattern to find pre-tokens with, GPT-2's by default.
+    """The pattern to find pre-tokens with, GPT-2's by default; a name stands for a published one (`basic.patterns`).
 
     Raises:
         TypeError: it is not a string.
         ValueError: it is not in the syntax of the `regex` package.
     """
-    if pattern is None or pattern == GPT2_PATTERN.pattern:
+    if pattern is None:
         return GPT2_PATTERN
     if not isinstance(pattern, str):
         raise TypeError(f"pattern must be a string in the syntax of the regex package, got {pattern!r}")
+    pattern = spelled_out(pattern)
+    if pattern == GPT2_PATTERN.pattern:
+        return GPT2_PATTERN
     try:
         return regex.compile(pattern)
     except regex.error as error:
@@ -216,7 +217,8 @@ def count_pretokens(
     """Count the pre-tokens of a file, in parallel where it is large enough to be worth it.
 
     Args:
-        input_path: a text file in UTF-8, or several; no pre-token goes from one file to the next.
+        input_path: a text file in UTF-8, plain or of those of `basic.text_sources`, or several; no pre-token goes from
+            one file to the next.
         special_tokens: hard boundaries, which are not counted themselves.
         pattern: another than GPT-2's, in the syntax of the `regex` package.
         num_workers: threads or processes, at least 1; by default one for each processor that this process may use.
@@ -255,7 +257,9 @@ def count_words(
     progress: bool = False,
 ) -> Counter[bytes] | Words:
     """The same, but what the kernels have counted stays in arrays."""
-    paths = [input_path] if isinstance(input_path, str | os.PathLike) else list(input_path)
+    paths = [text_source(path) for path in ([input_path] if isinstance(input_path, str | os.PathLike) else input_path)]
+    for path in paths:
+        check_separator(path, special_tokens.tokens)
     if num_workers is None:
         num_workers = default_num_workers()
     compiled = compile_pattern(pattern)
@@ -274,26 +278,39 @@ def count_words(
     for name, value in [("num_workers", num_workers), ("chunk_bytes", chunk_bytes)]:
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    chunks = [
+    chunks: list[FileChunk] = [
         (path, start, stop)
         for path in paths
+        if path.is_plain
         for start, stop in pairwise(chunk_boundaries(path, special_tokens, chunk_bytes, compiled))
     ]
-    with progress_bar(progress, desc="counting", total=size, unit="B", unit_scale=True) as advance:
+    streams = [path for path in paths if not path.is_plain]
+    # How much text a stream has, nobody knows.
+    total = None if streams else size
+    with progress_bar(progress, desc="counting", total=total, unit="B", unit_scale=True) as advance:
         if kernels:
-            return _count_with_kernels(chunks, special_tokens, num_workers, advance)
+            return _count_with_kernels(chunks, streams, chunk_bytes, special_tokens, num_workers, advance)
         counts: Counter[str] = Counter()
         chunk_counts = _count_chunks(chunks, special_tokens, pattern, num_workers)
         for (_, start, stop), counted in zip(chunks, chunk_counts, strict=True):
             counts.update(counted)
             advance(stop - start)
+        for piece_counts in _count_streams(streams, special_tokens, compiled, advance):
+            counts.update(piece_counts)
     return Counter({pretoken.encode(): count for pretoken, count in counts.items()})
 
 
 def _count_with_kernels(
-    chunks: list[FileChunk], special_tokens: SpecialTokens, num_threads: int, advance: Callable[[int], object]
+    chunks: list[FileChunk],
+    streams: list[TextSource],
+    chunk_bytes: int,
+    special_tokens: SpecialTokens,
+    num_threads: int,
+    advance: Callable[[int], object],
 ) -> Words:
     arrays = {path: map_bytes(path) for path, _, _ in chunks}
+    mapped = ((arrays[path], start, stop) for path, start, stop in chunks)
+    streamed = (stream_chunks(read_text(stream), special_tokens, chunk_bytes) for stream in streams)
     done = 0
 
     def count_done(num_bytes: int) -> None:
@@ -303,12 +320,12 @@ def _count_with_kernels(
 
     try:
         return bpe_kernels.count_words(
-            [(arrays[path], start, stop) for path, start, stop in chunks],
+            chain(mapped, chain.from_iterable(streamed)),
             special_tokens.longest_first_bytes,
             num_threads,
             count_done,
         )
-    except bpe_kernels.InvalidByteError as error:
+    except bpe_kernels.InvalidByteError as error:  # of a mapped file: a stream is UTF-8 when it arrives
         path = chunks[done][0]
         raise invalid_byte(path, arrays[path], error.place) from None
 
@@ -349,6 +366,19 @@ def _count_chunk(chunk: FileChunk, special_tokens: SpecialTokens, pattern: str |
     for pretokens, _ in pretoken_batches(text, special_tokens, compile_pattern(pattern)):
         counts.update(pretokens)
     return counts
+
+
+def _count_streams(
+    streams: list[TextSource],
+    special_tokens: SpecialTokens,
+    pattern: re.Pattern[str],
+    advance: Callable[[int], object],
+) -> Iterator[list[str]]:
+    """The pre-tokens of each stream, some at a time."""
+    for stream in streams:
+        for pretokens, _ in pretoken_batches(read_text(stream), special_tokens, pattern):
+            yield pretokens
+            advance(sum(map(len, pretokens)))
 
 
 def chunk_boundaries(
@@ -394,6 +424,41 @@ def safe_cuts(
             yield last
     if last < size:
         yield size
+
+
+def stream_chunks(
+    pieces: Iterable[str],
+    special_tokens: SpecialTokens,
+    chunk_bytes: int,
+    pattern: re.Pattern[str] = GPT2_PATTERN,
+) -> Iterator[bpe_kernels.Chunk]:
+    """A text that comes in pieces, in chunks that begin and end at safe places, as UTF-8.
+
+    In memory are two chunks, or as much as there is up to the first safe place.
+    """
+    # A place is known to be safe when all is there that a special token across it, or a character, would have.
+    margin = 4 + max([0, *map(len, special_tokens.longest_first_bytes)])
+    held, size, enough = [], 0, 2 * chunk_bytes
+    for piece in chain(pieces, [None]):
+        if piece is not None:
+            held.append(piece.encode())
+            size += len(held[-1])
+            if size < enough:
+                continue
+        text = b"".join(held)
+        data = np.frombuffer(text, np.uint8)
+        start = 0
+        read = partial(_slice, text)
+        for stop in safe_cuts(read, size, special_tokens, chunk_bytes, pattern):
+            if stop + margin <= size or piece is None:
+                yield data, start, stop
+                start = stop
+        held, size = [text[start:]], size - start
+        enough = 2 * max(size, chunk_bytes)
+
+
+def _slice(text: bytes, start: int, length: int) -> bytes:
+    return text[start : start + length]
 
 
 def _safe_cut_from(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -20,7 +20,7 @@ import torch
 
 from basic.atomic_file import atomic_write
 from basic.checkpoint import load_checkpoint, read_extra, save_checkpoint
-from basic.config_files import load_config, save_config, to_table
+from basic.config_files import load_config, save_config
 from basic.model import ModelConfig, TransformerLM
 
 CHECKPOINTS_KEPT = 2
@@ -248,11 +248,12 @@ def load_newest(
         ValueError: the run was begun with another model.
     """
     path = _newest_checkpoint(run_dir)
-    began_with = to_table(load_config(run_dir / "config.toml", RunConfig).model)
-    for name, value in to_table(config.model).items():
-        if began_with[name] != value:
+    began_with = load_config(run_dir / "config.toml", RunConfig).model
+    for name in (setting.name for setting in fields(ModelConfig)):
+        old, value = getattr(began_with, name), getattr(config.model, name)
+        if old != value:
             raise ValueError(
-                f"{run_dir} was begun with model.{name} = {began_with[name]}, but is to be resumed with {value}; "
+                f"{run_dir} was begun with model.{name} = {old}, but is to be resumed with {value}; "
                 "resume it with the model it has, or train this one in another folder"
             )
     step = load_checkpoint(path, model, optimizer)

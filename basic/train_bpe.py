@@ -35,7 +35,8 @@ def train_bpe(
     """Train a byte-pair encoding on a text file.
 
     Args:
-        input_path: a text file in UTF-8, read as it is (newlines are not translated), or a list of them.
+        input_path: a text file in UTF-8, read as it is (newlines are not translated), or a list of them; also
+            compressed or as JSON lines (`basic.text_sources`).
         vocab_size: the number of tokens wanted, at least 256 plus the special tokens. There are fewer where
             the text runs out of pairs.
         special_tokens: strings that are never split and across which nothing is merged.

@@ -21,7 +21,9 @@ TRAIN_STORIES, VALID_STORIES = 40_000, 1_000
 @dataclass(frozen=True, kw_only=True)
 class Options:
     input: Path | None = None
-    """UTF-8 text to learn from, with <|endoftext|> between documents if it has them; None for the embedded stories."""
+    """Text to learn from (.txt, .gz, .zst, .jsonl), <|endoftext|> between its documents; None for embedded stories."""
+    field: str = "text"
+    """Name of the string in each object of JSON lines that is the document."""
     output: Path = Path("runs/quickstart")
     """Folder for everything that is made."""
     vocab_size: int = 2048
@@ -40,6 +42,7 @@ def main(options: Options) -> None:
     from basic.generation import complete
     from basic.plotting import plot_losses
     from basic.runs import read_metrics
+    from basic.text_sources import TextSource
     from basic.token_files import open_tokens, read_info
     from basic.Tokenizer import Tokenizer
     from basic.train_bpe import train_bpe
@@ -55,7 +58,7 @@ def main(options: Options) -> None:
     if options.input is None:
         stories = write_stories(folder, TRAIN_STORIES, VALID_STORIES, seed=options.seed, separator=END, progress=True)
     else:
-        split_text(options.input, folder, separator=END)
+        split_text(TextSource(options.input, options.field, END), folder, separator=END)
     # Without kernels: compiling them would take longer than these few megabytes do.
     vocab, merges = train_bpe(folder / "train.txt", options.vocab_size, [END], kernels=False, progress=True)
     tokenizer = Tokenizer(vocab, merges, [END], kernels=False)

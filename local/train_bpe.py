@@ -13,11 +13,15 @@ import tyro
 @dataclass(frozen=True, kw_only=True)
 class Options:
     input: tyro.conf.Positional[Path]
-    """Text file in UTF-8."""
+    """Text file in UTF-8: .txt (or any name), .gz, .zst, .jsonl, .jsonl.gz or .jsonl.zst."""
     vocab_size: int = 10_000
     """Tokens to have in the end: the special tokens, the 256 bytes, and the merges."""
     special_tokens: tuple[str, ...] = ("<|endoftext|>",)
     """Strings that are one token each, never split; nothing is merged across them."""
+    field: str = "text"
+    """Name of the string in each object of JSON lines that is the document."""
+    end_of_text: str = "<|endoftext|>"
+    """Special token to put between the documents of JSON lines."""
     output: Path = Path("runs/tokenizer")
     """Folder for vocab.json, merges.txt and special_tokens.json."""
     num_workers: int | None = None
@@ -25,12 +29,13 @@ class Options:
 
 
 def main(options: Options) -> None:
+    from basic.text_sources import TextSource
     from basic.Tokenizer import Tokenizer
     from basic.train_bpe import train_bpe
 
     start = time.perf_counter()
     vocab, merges = train_bpe(
-        options.input,
+        TextSource(options.input, options.field, options.end_of_text),
         options.vocab_size,
         options.special_tokens,
         num_workers=options.num_workers,

@@ -1,10 +1,10 @@
-"""A file appears whole or not at all, whatever fails on the way."""
+"""A file or a folder appears whole or not at all, whatever fails on the way."""
 
 import os
 
 import pytest
 
-from basic.atomic_file import atomic_paths, atomic_write
+from basic.atomic_file import atomic_folder, atomic_paths, atomic_write
 
 
 def contents(folder):
@@ -100,3 +100,37 @@ def test_no_data_beside_the_description_of_another(tmp_path, monkeypatch, dies_a
     with pytest.raises(OSError, match="power"):
         write_both()
     assert contents(tmp_path) == {"data": [b"old data", b"new data"][dies_at_rename]}
+
+
+# --- Folders --------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_appears_only_when_the_block_has_ended(tmp_path):
+    with atomic_folder(tmp_path / "new") as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "a.bin").write_bytes(b"a")
+        assert not (tmp_path / "new").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    assert contents(tmp_path / "new" / "inner") == {"a.bin": b"a"}
+
+
+@pytest.mark.parametrize("function", ["fsync", "rename"])
+def test_a_folder_that_fails_leaves_nothing(tmp_path, monkeypatch, function):
+    def fail(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, function, fail)
+    with pytest.raises(OSError, match="No space"), atomic_folder(tmp_path / "new") as folder:
+        (folder / "a.bin").write_bytes(b"a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_takes_no_other_things_place(tmp_path):
+    (tmp_path / "file").write_bytes(b"mine")
+    (tmp_path / "folder").mkdir()
+    for name in ("file", "folder"):
+        with pytest.raises(FileExistsError, match=rf"{name}' is there already; choose another name"):
+            atomic_folder(tmp_path / name).__enter__()
+    with pytest.raises(FileNotFoundError, match="create it first"):
+        atomic_folder(tmp_path / "absent" / "new").__enter__()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]

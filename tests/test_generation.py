@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from basic.generation import complete, generate, next_token_probabilities
-from basic.model import ModelConfig, TransformerLM
+from basic.model import KVCache, ModelConfig, TransformerLM
 
 VOCAB, CONTEXT = 23, 12
 PROMPTS = [[3], [1, 4, 1, 5, 9], [2, 6, 5], list(range(17))]  # the last one is longer than the context
@@ -69,6 +69,17 @@ def test_ragged_prompts_side_by_side_give_what_each_gives_alone(model):
     alone = [generate(model, [prompt], 20, temperature=0.0)[0] for prompt in PROMPTS]
     assert generate(model, PROMPTS, 20, temperature=0.0) == alone
     assert generate(model, PROMPTS, 20, temperature=0.0, use_cache=False) == alone
+
+
+def test_shared_keys_and_values_are_cached_as_they_are():
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": VOCAB, "context_length": CONTEXT, "d_model": 16, "num_layers": 2}
+    model = TransformerLM(ModelConfig(**sizes, num_heads=4, num_kv_heads=2)).eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=1.0)
+    assert KVCache(model.config, 3).keys.shape == (2, 3, 2, CONTEXT, 4)
+    expected = [continue_by_hand(model, prompt, CONTEXT, lambda logits: int(logits.argmax())) for prompt in PROMPTS]
+    assert len({token for ids in expected for token in ids}) > 4  # else anything could produce them
+    assert generate(model, PROMPTS, CONTEXT, temperature=0.0) == expected
 
 
 def test_draws_are_the_same_with_and_without_cache(model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Generator
 from typing import Any
 
@@ -12,10 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import gradcheck
+from torch.func import functional_call
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from basic.functional import rope_tables
+from basic import kernels
+from basic.functional import rope_tables, rotate_pairs
 from basic.model import (
     Embedding,
     KVCache,
@@ -310,6 +314,47 @@ def test_multihead_attention_is_made_of_torchs_pieces(
     assert_same(actual, self_attention(x64, weights64, 3, turn), dtype)
 
 
+@every_dtype
+@every_leading
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+def test_shared_keys_and_values_are_repeated_ones(dtype: torch.dtype, leading: Any, num_kv_heads: int) -> None:
+    """Grouped-query attention equals full attention whose groups of heads have equal rows."""
+    attention = MultiHeadSelfAttention(12, 4, num_kv_heads=num_kv_heads).to(dtype)
+    assert attention.k_proj.weight.shape == attention.v_proj.weight.shape == (3 * num_kv_heads, 12)
+    [(x, x64)] = float64(dtype, (*leading, 5, 12))
+    weights64 = [parameter.detach().double() for parameter in attention.parameters()]
+    for k_or_v in (1, 2):
+        weights64[k_or_v] = torch.cat([weights64[k_or_v][3 * (head * num_kv_heads // 4) :][:3] for head in range(4)])
+    assert_same(attention(x), self_attention(x64, weights64, 4), dtype)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+def test_kernels_are_given_keys_and_values_for_every_head(num_kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = MultiHeadSelfAttention(16, 4, RotaryPositionalEmbedding(1e2, 4, 5), num_kv_heads)
+    x = torch.randn(2, 5, 16)
+    expected = attention(x)
+
+    def rotary_attention(qkv: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k = rotate_pairs(q, *tables), rotate_pairs(k, *tables)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+    monkeypatch.setattr(kernels, "cover_attention", lambda heads: heads.shape == (2, 5, 4 + 2 * num_kv_heads, 4))
+    monkeypatch.setattr(kernels, "rotary_attention", rotary_attention)
+    monkeypatch.setattr(attention, "_attend", None)  # nor is it needed
+    assert_close(attention(x), expected)
+
+
+def test_gradients_of_shared_keys_and_values_are_those_of_finite_differences() -> None:
+    attention = MultiHeadSelfAttention(8, 4, RotaryPositionalEmbedding(1e2, 2, 3), num_kv_heads=2).double()
+    names, weights = zip(*attention.named_parameters(), strict=True)
+
+    def attend(x: Tensor, *weights: Tensor) -> Tensor:
+        return functional_call(attention, dict(zip(names, weights, strict=True)), (x,))
+
+    assert gradcheck(attend, (torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True), *weights))
+
+
 def test_heads_must_divide_the_features() -> None:
     with pytest.raises(ValueError, match=r"d_model=10 .* num_heads=3"):
         run_multihead_self_attention(10, 3, *[torch.randn(10, 10)] * 4, torch.randn(2, 10))
@@ -522,6 +567,9 @@ def test_default_feed_forward_size(d_model: int, ffn: Any, d_ff: int) -> None:
         ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
         ({"num_layers": -1}, "num_layers must be at least 1, got -1"),
         ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
+        ({"num_heads": 8, "num_kv_heads": 3}, "num_kv_heads=3 must be at least 1 and divide num_heads=8"),
+        ({"num_kv_heads": 0}, "num_kv_heads=0 must be at least 1 and divide num_heads=2"),
+        ({"num_kv_heads": -1}, "num_kv_heads=-1 must be at least 1 and divide num_heads=2"),
         ({"context_length": 0}, "context_length must be at least 1, got 0"),
         ({"d_ff": 0}, "d_ff must be at least 1, got 0"),
         ({"rope_theta": 0.0}, "rope_theta must be a number > 0, got 0"),
@@ -557,6 +605,7 @@ def test_odd_heads_are_possible_without_rope() -> None:
 CONFIGS = [
     tiny(),
     tiny(tied_embeddings=True),
+    tiny(num_kv_heads=1),
     tiny(ffn="silu", norm="none", positions="none"),
     tiny(vocab_size=50, context_length=16, d_model=24, num_layers=3, num_heads=4, d_ff=None, norm="post"),
 ]
@@ -583,6 +632,37 @@ def test_flops_are_those_that_torch_counts(config: ModelConfig, seq: int | None)
     with FlopCounterMode(display=False) as counter:
         model(torch.randint(config.vocab_size, (2, length)))
     assert counter.get_total_flops() == 2 * length * model.matmul_flops_per_token(seq)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_summary_accounts_for_every_parameter_and_operation(config: ModelConfig) -> None:
+    model = TransformerLM(config)
+    table = model.summary(5)
+    assert sum(part.parameters for part in table.parts) == model.num_parameters
+    assert sum(part.flops_per_token for part in table.parts) == model.matmul_flops_per_token(5)
+    by_name = {part.name: part for part in table.parts}
+    part = by_name["layers.*.attn.k_proj.weight"]
+    rows, columns = config.kv_heads * config.d_head, config.d_model
+    assert part == (
+        part.name,
+        (rows, columns),
+        config.num_layers,
+        *[config.num_layers * rows * columns * f for f in (1, 2)],
+    )
+    assert by_name["attention to 5 tokens"].flops_per_token == config.num_layers * 4 * 5 * config.d_model
+    lines = repr(table).splitlines()
+    assert len(lines) == len(table.parts) + 2
+    assert lines[-1].split() == ["all", f"{model.num_parameters:,}", f"{model.matmul_flops_per_token(5):,}"]
+    assert any(re.search(rf"k_proj.weight +{rows} x {columns} +{config.num_layers} ", line) for line in lines)
+
+
+def test_models_show_themselves_in_a_line() -> None:
+    config = tiny(num_kv_heads=1)
+    sizes = "vocab_size=11, context_length=10, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, d_ff=24"
+    assert repr(config) == f"ModelConfig({sizes})"
+    assert eval(repr(tiny(norm="post", tied_embeddings=True))) == tiny(norm="post", tied_embeddings=True)
+    model = TransformerLM(config).bfloat16()
+    assert repr(model) == f"TransformerLM({config}: {model.num_parameters:,} parameters, bfloat16 on cpu)"
 
 
 def is_normal_cut_at_three(weight: Tensor, std: float) -> bool:

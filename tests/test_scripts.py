@@ -120,6 +120,17 @@ def corpus(tmp_path) -> Path:
         (["generate", "foreign"], "foreign is not a run: it has no config.toml"),
         (["plot", "foreign"], "No such file or directory: 'foreign/metrics.jsonl'"),
         (["plot"], "no run given; name at least one folder"),
+        (["export", "foreign", "out"], "foreign is not a run: it has no config.toml"),
+        (["import", "missing", "--output", "run"], "there is no missing"),
+        (
+            ["import", "foreign", "--output", "run"],
+            "foreign is no folder of a model that transformers saved: it has no config",
+        ),
+        (["import", "corpus.txt", "--output", "run"], "corpus.txt is a file; if torch.save wrote it, add --unpickle"),
+        (
+            ["import", "corpus.txt", "--output", "run", "--unpickle", "--config", "run.toml"],
+            "corpus.txt is damaged, or holds more than tensors and plain containers",
+        ),
         (["train_bpe", "missing.txt"], "missing.txt"),
         (["train_bpe", "corpus.txt", "--vocab-size", "256"], "256"),
         (["train_bpe", "corpus.txt", "--special-tokens", ""], "special token"),
@@ -321,6 +332,18 @@ def test_from_text_to_text_one_script_after_the_other(tmp_path, monkeypatch, cap
     assert END not in capsys.readouterr().out
     with pytest.raises(SystemExit, match="error: the prompt '' encodes to no token"):
         run_script(monkeypatch, "generate", "runs/other", "--prompt", "")
+
+    run_script(monkeypatch, "export", "runs/other", "--to", "hf", "exported/llama")
+    assert "wrote exported/llama: config.json, " in capsys.readouterr().out
+    run_script(monkeypatch, "import", "exported/llama", "--output", "runs/back")
+    assert re.search("a model of [0-9,]+ parameters is now in runs/back", capsys.readouterr().out)
+    run_script(monkeypatch, "generate", "runs/back", *generate[2:], "--seed", "1")
+    assert capsys.readouterr().out == first
+    with pytest.raises(SystemExit, match="error: 'exported/llama' is there already"):
+        run_script(monkeypatch, "export", "runs/other", "exported/llama")
+    run_script(monkeypatch, "export", "runs/other", "--to", "tiktoken", "ours.tiktoken")
+    assert f"special_tokens={{{END!r}: 0}}" in capsys.readouterr().out
+    assert len(Path("ours.tiktoken").read_text().splitlines()) == 289
 
     run_script(monkeypatch, "plot", "runs/small", "runs/other", "--output", "both.png")
     run_script(monkeypatch, "plot", "runs/other")

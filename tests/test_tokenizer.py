@@ -431,7 +431,10 @@ def test_text_must_be_a_string(ours):
 
 
 def test_repr(ours):
-    assert repr(ours) == f"Tokenizer(vocab_size=500, merges=242, special_tokens=['{END}', '<| a break |>'])"
+    start = "Tokenizer(vocab_size=500, merges=242, pattern='gpt2'"
+    assert repr(ours) == f"{start}, special_tokens=['{END}', '<| a break |>'])"
+    many = Tokenizer(BYTES, [], list("abcdefgh"), pattern=r"\w+|\W")
+    assert repr(many).endswith(r"pattern='\\w+|\\W', special_tokens=['a', 'b', 'c', 'd'] and 4 more)")
 
 
 # Memory, of a process of its own

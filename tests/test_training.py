@@ -321,9 +321,10 @@ def test_a_run_can_go_on_beyond_its_end_and_its_configuration_says_so(tmp_path):
 def test_a_run_does_not_go_on_with_another_model(tmp_path):
     config = configuration(steps=2)
     train(config, TRAIN, VALID, tmp_path / "run")
-    other = replace(config, model=replace(MODEL, num_heads=4))  # same shapes, other arithmetic
-    with pytest.raises(ValueError, match=r"begun with model.num_heads = 2, but is to be resumed with 4"):
-        train(other, TRAIN, VALID, tmp_path / "run", resume=True)
+    for name, before, after in (("num_heads", 2, 4), ("num_kv_heads", None, 1)):  # the first has the same shapes
+        other = replace(config, model=replace(MODEL, **{name: after}))
+        with pytest.raises(ValueError, match=rf"begun with model.{name} = {before}, but is to be resumed with {after}"):
+            train(other, TRAIN, VALID, tmp_path / "run", resume=True)
     assert load_config(tmp_path / "run" / "config.toml", RunConfig) == config
 
 

@@ -1,0 +1,173 @@
+"""Corpora as they come: plain text, and text out of .gz, .zst and .jsonl files, also .jsonl.gz and .jsonl.zst.
+
+Plain text is mapped into memory by those who read it. All else is a stream of text here, read front to back: in memory
+there are a block of it or, of JSON lines, the longest line.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import sys
+import zlib
+from collections.abc import Collection, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from basic.bytes_utils import BLOCK_BYTES, decode_blocks, file_size_bytes, utf8_error
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+_OPENERS: dict[str, Any] = {".gz": gzip.open, ".zst": zstd.open}
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A file of text, and how to read it if it holds JSON lines. Stands for its path wherever a corpus is read."""
+
+    path: str | os.PathLike
+    """Text in UTF-8. A name that ends in .gz or .zst says that it is compressed, .jsonl (before that) that each line is
+    a JSON object, which holds a document."""
+    field: str = "text"
+    """The name under which a JSON object has its text."""
+    end_of_text: str = "<|endoftext|>"
+    """The special token to put between the documents of JSON lines."""
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+    @property
+    def compression(self) -> str | None:
+        """ ".gz", ".zst" or None."""
+        suffix = Path(self.path).suffix.lower()
+        return suffix if suffix in _OPENERS else None
+
+    @property
+    def is_json_lines(self) -> bool:
+        return os.fspath(self).lower().removesuffix(self.compression or "").endswith(".jsonl")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the bytes of the file are those of the text."""
+        return not self.is_json_lines and self.compression is None
+
+
+def text_source(path: str | os.PathLike) -> TextSource:
+    """The source that a path stands for, or is."""
+    return path if isinstance(path, TextSource) else TextSource(path)
+
+
+def check_separator(source: TextSource, special_tokens: Collection[str]) -> None:
+    """Raise ValueError if what separates the documents is not one of these."""
+    if source.is_json_lines and source.end_of_text not in special_tokens:
+        raise ValueError(
+            f"the documents of {os.fspath(source)!r} are to be joined by {source.end_of_text!r}, which is none of the "
+            f"special tokens {list(special_tokens)}; choose one of these as end_of_text"
+        )
+
+
+def read_text(path: str | os.PathLike, *, errors: str = "strict") -> Iterator[str]:
+    """The text of a source, piece by piece; newlines are not translated.
+
+    Args:
+        errors: "strict", or "replace" for U+FFFD in the place of bytes that are not UTF-8.
+
+    Raises:
+        ValueError: the text is not UTF-8 (its byte offset is named), a line is not a JSON object with a string of that
+            name (the line is named), or the compressed file is cut off or damaged. Offsets count bytes of what the
+            file holds when it is decompressed.
+        OSError: the file cannot be read.
+    """
+    source = text_source(path)
+    file_size_bytes(source)  # says what is wrong with other things than files
+    opener: Any = open if source.compression is None else _OPENERS[source.compression]
+    with opener(source.path, "rb") as file:
+        if source.is_json_lines:
+            yield from _documents(_lines(file, source), source, errors)
+        else:
+            yield from decode_blocks(_blocks(file, source), source, errors=errors)
+
+
+@contextmanager
+def as_plain_file(path: str | os.PathLike, folder: str | os.PathLike) -> Generator[Path]:
+    """The path of a file with the plain text of a source: itself, or a temporary one in this folder."""
+    source = text_source(path)
+    if source.is_plain:
+        yield Path(source)
+        return
+    plain = Path(folder) / f".{Path(source).name}.txt"
+    try:
+        with open(plain, "xb") as file:
+            file.writelines(piece.encode() for piece in read_text(source))
+        yield plain
+    finally:
+        plain.unlink(missing_ok=True)
+
+
+def _blocks(file: io.BufferedIOBase, source: TextSource) -> Iterator[bytes]:
+    """What the file holds, decompressed."""
+    offset = 0
+    while block := _read(file.read, BLOCK_BYTES, source, offset):
+        offset += len(block)
+        yield block
+
+
+def _lines(file: io.BufferedIOBase, source: TextSource) -> Iterator[tuple[int, bytes]]:
+    """The lines of what the file holds, each with its byte offset."""
+    offset = 0
+    while line := _read(file.readline, -1, source, offset):
+        yield offset, line
+        offset += len(line)
+
+
+def _read(read: Any, size: int, source: TextSource, offset: int) -> bytes:
+    try:
+        return read(size)
+    except EOFError:
+        raise ValueError(
+            f"{os.fspath(source)!r} is cut off: it ends soon after byte offset {offset} of its decompressed content; "
+            "copy it again"
+        ) from None
+    except (gzip.BadGzipFile, zlib.error, zstd.ZstdError) as error:
+        raise ValueError(
+            f"{os.fspath(source)!r} is damaged, or not compressed as its name says, soon after byte offset {offset} of "
+            f"its decompressed content ({error})"
+        ) from None
+
+
+def _documents(lines: Iterator[tuple[int, bytes]], source: TextSource, errors: str) -> Iterator[str]:
+    """The documents, and what separates them."""
+    is_first = True
+    for number, (offset, line) in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        document = _document(line, source, f"{os.fspath(source)}, line {number}", offset, errors)
+        yield document if is_first else source.end_of_text + document
+        is_first = False
+
+
+def _document(line: bytes, source: TextSource, name: str, offset: int, errors: str) -> str:
+    try:
+        record = json.loads(line.decode(errors=errors))
+    except UnicodeDecodeError as error:
+        raise utf8_error(name, offset + error.start, line[error.start], error.reason) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name!r} (from byte offset {offset} on) is not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{name!r} (from byte offset {offset} on) is no JSON object, but {record!r:.40}")
+    text = record.get(source.field)
+    if not isinstance(text, str):
+        has = f"has {text!r:.40} as {source.field!r}" if source.field in record else f"has no field {source.field!r}"
+        strings = [key for key, value in record.items() if isinstance(value, str)]
+        raise ValueError(
+            f"{name!r} (from byte offset {offset} on) {has}; the field must be one of its strings, {strings}"
+        )
+    # "\ud800" is JSON, but no character.
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,0 +1,53 @@
+"""Hand a trained model to other people's programs: `uv run local/export.py runs/quickstart --to hf my_llama`.
+
+hf: a folder that transformers opens with AutoModelForCausalLM and AutoTokenizer.
+tiktoken: the tokenizer alone, as a file of ranks.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    run: tyro.conf.Positional[Path]
+    """Folder of the run, such as runs/quickstart."""
+    output: tyro.conf.Positional[Path]
+    """Folder to write, which must not be there yet; for tiktoken a file."""
+    to: Literal["hf", "tiktoken"] = "hf"
+    """The format."""
+
+
+def main(options: Options) -> None:
+    from basic.export import export_hf
+    from basic.patterns import PATTERNS
+    from basic.runs import load_run
+    from basic.tiktoken_files import save_tiktoken
+    from basic.Tokenizer import Tokenizer
+
+    run = load_run(options.run, device="cpu")
+    tokenizer = None if run.tokenizer_path is None else Tokenizer.load(run.tokenizer_path)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    if options.to == "hf":
+        export_hf(run.model, options.output, tokenizer, end_of_text=run.config.train.end_of_text)
+        print(f"wrote {options.output}: {', '.join(sorted(path.name for path in options.output.iterdir()))}")
+        return
+    if tokenizer is None:
+        raise ValueError(f"{options.run} has no tokenizer/ folder")
+    save_tiktoken(tokenizer, options.output)
+    print(f"wrote {options.output}; tiktoken.Encoding takes what the file does not say:")
+    print(f"  pat_str={tokenizer.pattern or PATTERNS['gpt2']!r}")
+    print(f"  special_tokens={tokenizer.special_token_ids!r}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
