@@ -77,6 +77,7 @@ ROOMS: dict[str, set[str]] = {
     "accounting": {"model"},
     "trackers": set(),
     "run_log": {"accounting", "trackers"},
+    "report": {"config_files", "model", "runs", "token_files"},
 }
 ROOMS["training"] = {
     *("functional", "model", "optimizer", "token_files", "data", "checkpoint", "distributed"),
