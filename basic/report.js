@@ -31,14 +31,18 @@ function short(value) {
   for (const [unit, letter] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]]) {
     if (size >= unit) return `${Number((value / unit).toPrecision(3))}${letter}`;
   }
-  if (size > 0 && size < 1e-3) return Number(value.toPrecision(3)).toExponential();
-  return String(Number(value.toPrecision(3)));
+  return digits(value, 3);
+}
+
+function digits(value, count) {
+  const rounded = Number(value.toPrecision(count));
+  return value !== 0 && Math.abs(value) < 1e-3 ? rounded.toExponential() : String(rounded);
 }
 
 function exact(key, value) {
   if (value === null || value === undefined) return "–";
   if (key.endsWith("_loss")) return value.toFixed(3);
-  return key === "tokens_per_s" ? grouped(value) : String(Number(value.toPrecision(4)));
+  return key === "tokens_per_s" ? grouped(value) : digits(value, 4);
 }
 
 function place(index) {

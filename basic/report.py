@@ -289,18 +289,28 @@ def _configuration_section(config: RunConfig) -> str:
 
 
 def _environment_section(path: Path) -> str:
+    """A table for each start of the run; of the later ones, what had changed."""
     if not path.is_file():
         return ""
-    return _table({name: str(value) for name, value in _flat(json.loads(path.read_text("utf-8")))})
+    content = json.loads(path.read_text("utf-8"))
+    tables, before = [], {}
+    for start in content.get("starts", [content]):
+        values = dict(_flat(start))
+        step = values.pop("step", 0)
+        changed = {name: str(value) for name, value in values.items() if before.get(name) != value}
+        title = f"<h3>Resumed after step {step:,}</h3>\n" if tables else ""
+        tables.append(f"<div>\n{title}{_table(changed)}\n</div>")
+        before = values
+    return f'<div class="starts">\n{_lines(tables)}\n</div>'
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of nested dictionaries, under their names."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _flat(inner, f"{name}, {key}" if name else str(key))
+            yield from _flat(inner, f"{name}.{key}" if name else str(key))
     else:
-        yield name, ", ".join(map(str, value)) if isinstance(value, list) else value
+        yield name, " ".join(map(str, value)) if isinstance(value, list) else value
 
 
 # --- Pieces of HTML -------------------------------------------------------------------------------------------
@@ -333,7 +343,9 @@ def _setting(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:g}"
-    return "–" if value in (None, "", ()) else str(value)
+    if isinstance(value, tuple):
+        value = ", ".join(map(str, value))
+    return "–" if value in (None, "") else str(value)
 
 
 def _perplexity(loss: float) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
@@ -63,7 +63,7 @@ class RunLog:
         self._flops_a_token, self._peak_flops = flops_a_token, peak_bf16_flops(device)
         self._device, self._progress = device, progress
         self._tracker_names, self._config_table = trackers, config_table
-        self._live = progress and sys.stderr.isatty()
+        self._live = progress and _can_be_redrawn(sys.stderr)
         self._lock = threading.Lock()  # checkpoints report from a thread of their own
         self._unsaved: list[bytes] = []
         self._warned = False
@@ -181,6 +181,14 @@ class RunLog:
             if self._peak_flops and self._flops_a_token:
                 facts.append(f"{rate * self._flops_a_token / self._peak_flops:.1%} MFU")
         return facts
+
+
+def _can_be_redrawn(stream: TextIO) -> bool:
+    """Whether it is a terminal that knows its size; on others, as in some containers, tqdm shows nothing."""
+    try:
+        return stream.isatty() and min(os.get_terminal_size(stream.fileno())) > 0
+    except OSError:
+        return False
 
 
 def _not_finite(value: Any) -> bool:

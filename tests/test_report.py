@@ -88,7 +88,9 @@ def run_dir(tmp_path) -> Path:
     for name, source_bytes in (("train", 50), ("valid", 12)):
         with TokenFileWriter(folder / f"{name}.bin", vocab_size=11) as writer:
             writer.write([1, 2, 3, 4], source_bytes=source_bytes)
-    (folder / "environment.json").write_text(json.dumps({"torch": HOSTILE, "machine": {"cpus": [0, 1]}}))
+    first = {"step": 0, "torch": HOSTILE, "tokens": {"count": 7}, "command": ["train.py", "--resume"]}
+    starts = [first, first | {"step": 12, "tokens": {"count": 8}}]
+    (folder / "environment.json").write_text(json.dumps({"starts": starts}))
     return folder
 
 
@@ -212,7 +214,15 @@ def test_settings_that_nobody_chose_are_marked(run_dir):
     )
     assert marked["max_learning_rate0.003"] is None
     assert marked["min_learning_rate0.0001"] == "default"
-    assert marked["machine, cpus0, 1"] is None
+
+
+def test_of_a_resumed_run_the_later_environment_is_shown_where_it_changed(run_dir):
+    page = page_of(run_dir)
+    environment = page.rows()[-4:]
+    assert environment == [f"torch{HOSTILE}", "tokens.count7", "commandtrain.py --resume", "tokens.count8"]
+    assert "Resumed after step 12" in page.texts["h3"]
+    (run_dir / "environment.json").write_text('{"torch": "2.15"}')
+    assert page_of(run_dir).rows()[-1] == "torch2.15"
 
 
 def test_a_run_that_has_only_begun(tmp_path):

@@ -4,9 +4,11 @@ import builtins
 import errno
 import io
 import json
+import os
 import re
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -144,14 +146,24 @@ def test_where_nobody_watches_lines_are_few_and_whole(tmp_path, capsys, monkeypa
     ]
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+@pytest.fixture
+def terminal(monkeypatch):
+    """A function that makes stderr a terminal of a size, and returns one that reads what was written there."""
+    termios = pytest.importorskip("termios", reason="needs Unix terminals")
+    controller, user = os.openpty()
+
+    def make(lines: int, columns: int) -> Callable[[], str]:
+        termios.tcsetwinsize(user, (lines, columns))
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.FileIO(user, "w", closefd=False), line_buffering=True))
+        return lambda: os.read(controller, 1 << 20).decode().replace("\r\n", "\n")
+
+    yield make
+    os.close(controller)
+    os.close(user)
 
 
-def test_in_a_terminal_one_line_lives_and_messages_stand_above_it(tmp_path, monkeypatch):
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
+def test_in_a_terminal_one_line_lives_and_messages_stand_above_it(tmp_path, terminal, monkeypatch):
+    written = terminal(40, 120)
     monkeypatch.setattr(accounting.torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     gpu = torch.device("cuda")
     with make_log(tmp_path, progress=True, device=gpu, flops_a_token=0.25 * 989e12 / 34120) as log:
@@ -160,7 +172,7 @@ def test_in_a_terminal_one_line_lives_and_messages_stand_above_it(tmp_path, monk
         log.message("a checkpoint was saved")
         log.step(40)
         log.write(record(40))
-    text = terminal.getvalue()
+    text = written()
     assert "on NVIDIA H200\n" in text
     assert "a checkpoint was saved\n" in text
     assert text.count("\n") == 3  # the header, the message, and the end of the live line
@@ -168,6 +180,13 @@ def test_in_a_terminal_one_line_lives_and_messages_stand_above_it(tmp_path, monk
     assert re.fullmatch(
         r"training 40/100 \|.{20}\| \d\d:\d\d left, loss 0.200, validation 2.500, 34.1k tokens/s, 25.0% MFU *\n", last
     )
+
+
+def test_in_a_terminal_of_unknown_size_there_are_lines(tmp_path, terminal):
+    written = terminal(0, 0)
+    with make_log(tmp_path, progress=True) as log:
+        log.write(record(10))
+    assert "step 10/100: loss 0.800, 34.1k tokens/s, " in written()
 
 
 def test_training_costs_six_operations_a_weight_and_token_and_attention_over_half_the_context():
