@@ -66,6 +66,12 @@ ROOMS: dict[str, set[str]] = {
     "train_step": {"data", "kernels", "model", "optimizer", "runs"},
     "decoder": {"decode_kernels", "flash_attention", "model"},
     "data": {"token_files"},
+    "background_save": {"checkpoint"},
+    "run_checkpoints": {"background_save", "checkpoint", "config_files", "model", "run_log", "runs"},
+    "run_record": {"token_files"},
+    "meter": set(),
+    "stop_signals": set(),
+    "command_line": set(),
     "state_tree": set(),
     "checkpoint": {"state_tree"},
     "distributed": set(),
@@ -82,7 +88,7 @@ ROOMS: dict[str, set[str]] = {
 ROOMS["training"] = {
     *("functional", "model", "optimizer", "token_files", "data", "checkpoint", "distributed"),
     *("generation", "evaluation", "config_files", "runs", "train_step"),
-    *("accounting", "run_log", "trackers"),
+    *("accounting", "run_log", "trackers", "run_checkpoints", "run_record", "meter", "stop_signals"),
 }
 ROOMS["export"] = ROOMS["assignment_question"] = set(ROOMS)  # anything but one another; imported by none
 
@@ -90,6 +96,7 @@ NUMBA = {"bpe_machine", "bpe_scan", "bpe_words", "bpe_count", "bpe_merge", "bpe_
 TORCH_FREE = {"atomic_file", "bytes_utils", "pretokenization", "bpe_kernels", "token_files", "train_bpe", "Tokenizer"}
 TORCH_FREE |= NUMBA | {"word_ids"}
 TORCH_FREE |= {"story_words", "stories", "corpus", "config_files", "plotting"}
+TORCH_FREE |= {"stop_signals", "command_line"}
 # Packages that few rooms may import.
 ONLY_IN = {
     "torch": set(ROOMS) - TORCH_FREE,
