@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -65,7 +66,7 @@ class RunLog:
         self._tracker_names, self._config_table = trackers, config_table
         self._live = progress and _can_be_redrawn(sys.stderr)
         self._lock = threading.Lock()  # checkpoints report from a thread of their own
-        self._unsaved: list[bytes] = []
+        self._unsaved: deque[bytes] = deque()
         self._warned = False
         self._shown: dict[str, Any] = {}  # the newest of every number
 
@@ -133,21 +134,27 @@ class RunLog:
             self._bar.update(done - self._bar.n)
 
     def _save_lines(self) -> None:
-        """Put the waiting lines into the file, all of them or none."""
-        data = b"".join(self._unsaved)
-        end_bytes = os.fstat(self._file.fileno()).st_size
+        """Put the waiting lines into the file, as many whole ones as there is room for."""
         try:
-            while data:
-                data = data[self._file.write(data) :]
+            while self._unsaved:
+                self._append(self._unsaved[0])
+                self._unsaved.popleft()
+            self._warned = False
         except OSError as error:
-            with suppress(OSError):
-                self._file.truncate(end_bytes)
             if not self._warned:
                 self.message(f"warning: {self._path} cannot be written ({error}); its lines are kept and tried again")
             self._warned = True
-        else:
-            self._unsaved.clear()
-            self._warned = False
+
+    def _append(self, line: bytes) -> None:
+        """Put a line into the file, or nothing of it: a full disk takes what fits of it and fails at the rest."""
+        end_bytes = os.fstat(self._file.fileno()).st_size
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError:
+            with suppress(OSError):
+                self._file.truncate(end_bytes)
+            raise
 
     def _try(self, tracker: Tracker, call: Any, *arguments: Any) -> None:
         """Call a tracker; no training ends because somebody's server does."""

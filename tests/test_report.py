@@ -45,14 +45,10 @@ class Page(HTMLParser):
 
     @property
     def curves(self) -> dict:
-        (text,) = (
-            text
-            for (tag, attributes), text in zip(
-                [element for element in self.elements if element[0] == "script"], self.texts["script"], strict=True
-            )
-            if attributes.get("id") == "curves"
-        )
-        return json.loads(text)
+        scripts = [attributes for tag, attributes in self.elements if tag == "script"]
+        assert [attributes.get("id") for attributes in scripts] == ["curves", None]
+        assert not set("<>&").intersection(self.texts["script"][0]), "nothing in it can look like the end of a script"
+        return json.loads(self.texts["script"][0])
 
     def rows(self) -> list[str]:
         return [" ".join(row.split()) for row in self.texts["tr"]]

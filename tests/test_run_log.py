@@ -1,6 +1,7 @@
 """The log of a run: its file on a full disk, its line in a terminal and elsewhere, its trackers."""
 
 import builtins
+import contextlib
 import errno
 import io
 import json
@@ -104,6 +105,17 @@ def test_a_full_disk_costs_a_warning_and_no_line(tmp_path, capsys, full_disk):
     assert capsys.readouterr().err == ""
 
 
+def test_of_the_lines_that_waited_as_many_are_saved_as_there_is_room_for(tmp_path, full_disk):
+    with make_log(tmp_path) as log:
+        for step in (1, 2, 3):
+            log.write(record(step))
+        full_disk.room_bytes = 2 * (len(json.dumps(record(1))) + 20)
+        log.write(record(4))
+        assert lines(tmp_path) == [record(1), record(2)]
+        full_disk.room_bytes = 10_000
+    assert lines(tmp_path) == [record(step) for step in (1, 2, 3, 4)]
+
+
 def test_lines_lost_in_the_end_are_counted(tmp_path, capsys, full_disk):
     with make_log(tmp_path) as log:
         log.write(record(1))
@@ -152,14 +164,21 @@ def terminal(monkeypatch):
     termios = pytest.importorskip("termios", reason="needs Unix terminals")
     controller, user = os.openpty()
 
+    def read() -> str:
+        os.close(user)
+        parts = []
+        with contextlib.suppress(OSError):  # which is how a terminal ends whose user has gone
+            while part := os.read(controller, 1 << 16):
+                parts.append(part)
+        return b"".join(parts).decode().replace("\r\n", "\n")
+
     def make(lines: int, columns: int) -> Callable[[], str]:
         termios.tcsetwinsize(user, (lines, columns))
         monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.FileIO(user, "w", closefd=False), line_buffering=True))
-        return lambda: os.read(controller, 1 << 20).decode().replace("\r\n", "\n")
+        return read
 
     yield make
     os.close(controller)
-    os.close(user)
 
 
 def test_in_a_terminal_one_line_lives_and_messages_stand_above_it(tmp_path, terminal, monkeypatch):
