@@ -185,7 +185,7 @@ function mark(chart) {
     const value = document.createElement("b");
     value.textContent = exact(key, values[at]);
     if (name) item.append(Object.assign(document.createElement("i"), { className: style }), `${name} `);
-    item.append(value, at === index ? "" : ` (${place(at)})`);
+    item.append(value, at === index || values[at] === null ? "" : ` (${place(at)})`);
     return { at, values, style, item };
   });
   const where = document.createElement("span");

@@ -126,7 +126,8 @@ class RunLog:
 
     def message(self, text: str) -> None:
         """Print a line on stderr, above the live line where there is one."""
-        tqdm.write(text, file=sys.stderr)
+        with suppress(OSError):  # it may go into a file, on the disk that is full
+            tqdm.write(text, file=sys.stderr)
 
     def step(self, done: int) -> None:
         """Move the live line on to so many steps; cheap, and the device is not waited for."""

@@ -116,6 +116,15 @@ def test_of_the_lines_that_waited_as_many_are_saved_as_there_is_room_for(tmp_pat
     assert lines(tmp_path) == [record(step) for step in (1, 2, 3, 4)]
 
 
+def test_an_output_on_the_full_disk_does_not_end_the_run_either(tmp_path, full_disk, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(FullDisk(tmp_path / "log.txt", "w"), write_through=True))
+    with make_log(tmp_path, progress=True) as log:
+        log.write(record(1))
+        log.message("a message")
+        full_disk.room_bytes = 10_000
+    assert lines(tmp_path) == [record(1)]
+
+
 def test_lines_lost_in_the_end_are_counted(tmp_path, capsys, full_disk):
     with make_log(tmp_path) as log:
         log.write(record(1))
