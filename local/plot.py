@@ -5,11 +5,12 @@ Several runs are labelled by the settings in which they differ, or by their fold
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+
+from basic import command_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    command_line.run(lambda: main(tyro.cli(Options, description=__doc__)))

@@ -2,6 +2,9 @@
 
 import json
 import math
+import runpy
+import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -230,6 +233,34 @@ def test_a_run_that_has_only_begun(tmp_path):
     assert page.texts["h2"] == ["Curves", "Configuration"]
     write_log(tmp_path, [record(1)])
     assert page_of(tmp_path).curves["columns"]["valid_loss"] == [None]
+
+
+def run_script(monkeypatch, name: str, *arguments: str | Path) -> None:
+    path = str(Path(__file__).resolve().parents[1] / "local" / f"{name}.py")
+    monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
+    runpy.run_path(path, run_name="__main__")
+
+
+def test_the_script_leaves_the_page_in_the_run_or_where_one_wants_it(run_dir, tmp_path, monkeypatch, capsys):
+    run_script(monkeypatch, "report", run_dir)
+    assert f"wrote {run_dir / 'report.html'} " in capsys.readouterr().out
+    assert Page((run_dir / "report.html").read_text("utf-8")).curves["floor"] is None
+    run_script(monkeypatch, "report", run_dir, "--output", tmp_path / "page.html", "--entropy", "0.25")
+    assert Page((tmp_path / "page.html").read_text("utf-8")).curves["floor"] == 0.25
+    with pytest.raises(SystemExit, match=r"^error: .*No such file or directory: .*nowhere.config\.toml'$"):
+        run_script(monkeypatch, "report", tmp_path / "nowhere")
+
+
+def test_the_plotting_script_labels_runs_by_what_differs_and_names_a_run_once(run_dir, monkeypatch):
+    other = run_dir.parent / "other"
+    shutil.copytree(run_dir, other)
+    text = (other / "config.toml").read_text()
+    (other / "config.toml").write_text(text.replace("max_learning_rate = 0.003", "max_learning_rate = 0.05"))
+    plotted = {}
+    monkeypatch.setattr("basic.plotting.plot_losses", lambda runs, path, floor_nats: plotted.update(runs))
+    run_script(monkeypatch, "plot", run_dir, other, run_dir)
+    assert list(plotted) == ["max_learning_rate=0.003", "max_learning_rate=0.05"]
+    assert plotted["max_learning_rate=0.05"] == read_metrics(other / "metrics.jsonl")
 
 
 def test_what_is_no_run(tmp_path):
