@@ -90,6 +90,7 @@ ROOMS["training"] = {
     *("generation", "evaluation", "config_files", "runs", "train_step"),
     *("accounting", "run_log", "trackers", "run_checkpoints", "run_record", "meter", "stop_signals"),
 }
+ROOMS["sweep"] = {"config_files", "evaluation", "plotting", "runs", "training"}
 ROOMS["export"] = ROOMS["assignment_question"] = set(ROOMS)  # anything but one another; imported by none
 
 NUMBA = {"bpe_machine", "bpe_scan", "bpe_words", "bpe_count", "bpe_merge", "bpe_encode", "bpe_decode"}
