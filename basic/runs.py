@@ -238,8 +238,8 @@ def start_folder(run_dir: Path, config: RunConfig, tokenizer: Savable | None, *,
     if (run_dir / "config.toml").exists():
         if not overwrite:
             raise FileExistsError(
-                f"{run_dir} already holds a run; choose another folder, go on with it (--resume {run_dir}), or remove it "
-                "(--overwrite)"
+                f"{run_dir} already holds a run; choose another folder, go on with it (--resume {run_dir}), or "
+                "remove it (--overwrite)"
             )
         for name in ("config.toml", "environment.json", "metrics.jsonl", "samples.txt"):
             (run_dir / name).unlink(missing_ok=True)

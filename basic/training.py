@@ -205,7 +205,7 @@ class _NonfiniteSteps:
                     "max_learning_rate or a longer warm-up, or look at these rows, or go on without such steps: "
                     f"on_nonfinite = skip, max_nonfinite_steps above {self.allowed}"
                 )
-            self.log.message(f"warning: {message}; skipped, the {self.count}th of at most {self.allowed} such steps")
+            self.log.message(f"warning: {message}; skipped, number {self.count} of at most {self.allowed} such steps")
 
 
 @contextmanager
