@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # an optimizer imports it, which takes seconds: once for all forks
 
 from basic.checkpoint import read_checkpoint
 from basic.model import ModelConfig
@@ -60,11 +61,12 @@ def kill_at_random_moments(run_dir: Path, kills: int, seed: int, longest_s: floa
     """Start a run, kill it with SIGKILL at random moments, and go on with it every time.
 
     Returns:
-        How many kills hit a run at work, how many checkpoints were found invalid, and the step that was reached.
+        The number of kills, how often the run had come further in between, the checkpoints found invalid, and the step
+        that was reached.
     """
     torch.set_num_threads(1)  # threads do not survive a fork
     config = configuration(steps=100_000, checkpoint_interval=2, log_interval=1, eval_interval=7)
-    moments, invalid, done = random.Random(seed), 0, 0
+    moments, invalid, done, further = random.Random(seed), 0, 0, 0
     for _ in range(kills):
         resume = (run_dir / "config.toml").exists()
         safe = acknowledged(run_dir)
@@ -81,8 +83,9 @@ def kill_at_random_moments(run_dir: Path, kills: int, seed: int, longest_s: floa
             except ValueError:
                 invalid += 1
         assert max(whole, default=0) >= max(safe, acknowledged(run_dir)), "a checkpoint that was acknowledged is gone"
+        further += max(whole, default=0) > done
         done = max(whole, default=0)
-    return {"kills": kills, "invalid": invalid, "step": done}
+    return {"kills": kills, "further": further, "invalid": invalid, "step": done}
 
 
 def _train_quietly(config: RunConfig, run_dir: Path, resume: bool) -> None:

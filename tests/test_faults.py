@@ -108,6 +108,7 @@ def test_a_run_that_was_killed_goes_on_and_loses_nothing_it_had_acknowledged(tmp
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "'invalid': 0" in done.stdout
+    assert "'step': 0" not in done.stdout
 
 
 def test_an_invalid_newest_checkpoint_is_told_and_the_one_before_is_taken(tmp_path, capsys):
