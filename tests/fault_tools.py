@@ -57,7 +57,7 @@ def acknowledged(run_dir: Path) -> int:
     return max(steps)
 
 
-def kill_at_random_moments(run_dir: Path, kills: int, seed: int, longest_s: float = 1.5) -> dict[str, int]:
+def kill_at_random_moments(run_dir: Path, kills: int, seed: int, longest_s: float = 0.3) -> dict[str, int]:
     """Start a run, kill it with SIGKILL at random moments, and go on with it every time.
 
     Returns:
@@ -65,13 +65,16 @@ def kill_at_random_moments(run_dir: Path, kills: int, seed: int, longest_s: floa
         that was reached.
     """
     torch.set_num_threads(1)  # threads do not survive a fork
-    config = configuration(steps=100_000, checkpoint_interval=2, log_interval=1, eval_interval=7)
+    config = configuration(steps=1_000_000, checkpoint_interval=2, log_interval=1, eval_interval=7)
     moments, invalid, done, further = random.Random(seed), 0, 0, 0
-    for _ in range(kills):
+    for kill in range(kills):
         resume = (run_dir / "config.toml").exists()
         safe = acknowledged(run_dir)
         child = in_a_process(_train_quietly, config, run_dir, resume)
-        time.sleep(moments.uniform(0.1, longest_s))
+        if kill % 4:  # on a busy machine too, most kills shall find it at work; the others find it starting
+            while acknowledged(run_dir) <= safe:
+                time.sleep(0.01)
+        time.sleep(moments.uniform(0, longest_s))
         os.kill(child, signal.SIGKILL)
         status = status_of(child)
         assert status == -signal.SIGKILL, f"it ended by itself with status {status}"

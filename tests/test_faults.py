@@ -102,7 +102,7 @@ def test_other_data_is_refused_and_another_number_of_threads_is_told(tmp_path, c
 
 def test_a_run_that_was_killed_goes_on_and_loses_nothing_it_had_acknowledged(tmp_path):
     script = "import sys; from pathlib import Path; from tests.fault_tools import *\n"
-    script += "print(kill_at_random_moments(Path(sys.argv[1]), 4, 0, 1.2))"
+    script += "print(kill_at_random_moments(Path(sys.argv[1]), 4, 0))"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", script, str(tmp_path / "run")]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
