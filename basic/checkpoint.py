@@ -3,10 +3,10 @@
 A checkpoint is an ordinary safetensors file. The model's tensors stand under their state-dict keys after
 `model.`, so that any safetensors tool can read the weights; the optimizer's under `optimizer.`, a caller's own
 under `extra.`. The metadata has three strings: `format` is "pt" (what other tools expect of tensors from
-PyTorch), `checkpoint` is a JSON document, and `sha256` the digest of that document and of all tensors. The
-document is
+PyTorch), `checkpoint` is a JSON document, and `sha256` the hexadecimal digest of the whole file, header and data, with
+zeros in the place of these 64 digits. The document is
 
-    {"version": 1, "iteration": ..., "model": ..., "model_metadata": ..., "optimizer": ..., "extra": ...}
+    {"version": 2, "iteration": ..., "model": ..., "model_metadata": ..., "optimizer": ..., "extra": ...}
 
 where the last four are trees of tensors and plain values; `basic.state_tree` says how they are written as JSON.
 """
@@ -14,12 +14,15 @@ where the last four are trees of tensors and plain values; `basic.state_tree` sa
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
 import operator
 import os
+import re
 from collections import OrderedDict
-from typing import IO, Any, BinaryIO
+from collections.abc import Callable
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import safetensors.torch
 import torch
@@ -29,17 +32,22 @@ from torch import Tensor
 from basic.atomic_file import atomic_paths
 from basic.state_tree import dtype_name, pack, type_name, unpack
 
-_VERSION = 1
+Source = str | os.PathLike | BinaryIO | IO[bytes]
+
+_VERSION = 2
 
 # safetensors reads no longer header, and the metadata are part of it.
 _HEADER_LIMIT_BYTES = 100_000_000
+
+# Where a header has the digest. A quote inside a JSON text has a backslash before it, so this is the key itself.
+_DIGEST_KEY, _NO_DIGEST = b'"sha256":"', "0" * 64
 
 
 def save_checkpoint(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer | None,
     iteration: int,
-    out: str | os.PathLike | BinaryIO | IO[bytes],
+    out: Source,
     *,
     extra: dict | None = None,
 ) -> None:
@@ -62,6 +70,31 @@ def save_checkpoint(
 
     Source: assignment, section "Training loop", checkpointing.
     """
+    write_snapshot(take_snapshot(model, optimizer, iteration, extra=extra), out)
+
+
+class Snapshot(NamedTuple):
+    """What a checkpoint's file is made of: the JSON document, and the contiguous CPU tensors by name."""
+
+    document: str
+    tensors: dict[str, Tensor]
+
+
+def take_snapshot(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    iteration: int,
+    *,
+    extra: dict | None = None,
+    to_host: Callable[[Tensor], Tensor] = Tensor.cpu,
+) -> Snapshot:
+    """All that a checkpoint holds, to be written later.
+
+    Args:
+        model, optimizer, iteration, extra, and Raises: as for `save_checkpoint`.
+        to_host: makes of a contiguous tensor the one on the CPU that is written; where it copies, training may go on
+            before that.
+    """
     model_state = model.state_dict()
     tree = {
         "version": _VERSION,
@@ -71,9 +104,19 @@ def save_checkpoint(
         "optimizer": None if optimizer is None else optimizer.state_dict(),
         "extra": {} if extra is None else extra,
     }
-    document, tensors = pack(tree)
-    text = json.dumps(document)
-    metadata = {"format": "pt", "checkpoint": text, "sha256": _digest(text, tensors)}
+    node, tensors = pack(tree, to_host)
+    return Snapshot(json.dumps(node), tensors)
+
+
+def write_snapshot(snapshot: Snapshot, out: Source) -> None:
+    """Write the file of a checkpoint; `save_checkpoint` says how.
+
+    Raises:
+        OSError: the disk is full, or fails otherwise.
+        ValueError: the document is longer than the format allows.
+    """
+    document, tensors = snapshot
+    metadata = {"format": "pt", "checkpoint": document, "sha256": _NO_DIGEST}
     try:
         if isinstance(out, (str, os.PathLike)):
             with atomic_paths(out) as (temporary,):
@@ -81,17 +124,26 @@ def save_checkpoint(
                 mode = temporary.stat().st_mode  # safetensors would leave a file that only its owner can read
                 safetensors.torch.save_file(tensors, temporary, metadata)
                 temporary.chmod(mode)
+                with open(temporary, "r+b") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                    file.seek(0)
+                    file.seek(_digest_place(_read_header(file)[0]))
+                    file.write(digest.encode())
         else:
-            content = safetensors.torch.save(tensors, metadata)
+            content = bytearray(safetensors.torch.save(tensors, metadata))
+            place = _digest_place(content)
+            content[place : place + len(_NO_DIGEST)] = hashlib.sha256(content).hexdigest().encode()
             written = out.write(content)
             while written is not None and written < len(content):  # an unbuffered file may take less than all
                 written += out.write(memoryview(content)[written:])
     except SafetensorError as error:
+        if number := re.search(r"I/O error.*\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), f"{os.strerror(int(number[1]))} while a checkpoint was written") from error
         raise ValueError(f"the checkpoint does not fit into a safetensors file: {error}") from error
 
 
 def load_checkpoint(
-    src: str | os.PathLike | BinaryIO | IO[bytes],
+    src: Source,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> int:
@@ -113,83 +165,130 @@ def load_checkpoint(
         FileNotFoundError: there is no such file.
         ValueError: the file is no whole checkpoint, or does not fit; the first difference is named.
     """
-    document, tensors = _read(src)
-    model_state = OrderedDict(unpack(document["model"], tensors))
-    # The versions of the modules' formats: without them a module may take its state for that of an old version.
-    model_state._metadata = unpack(document["model_metadata"], tensors)  # ty: ignore[missing-attribute]
-    _check_model(model, model_state)
-    if optimizer is not None:
-        optimizer_state = unpack(document["optimizer"], tensors)
-        _check_optimizer(optimizer, optimizer_state)
-        _load_optimizer(optimizer, optimizer_state)
-    _unfold(model)
-    model.load_state_dict(model_state)
-    return unpack(document["iteration"], tensors)
+    return restore(read_checkpoint(src), model, optimizer)
 
 
-def read_extra(src: str | os.PathLike | BinaryIO | IO[bytes]) -> dict:
+def read_extra(src: Source) -> dict:
     """What was given as `extra` when the checkpoint was saved; {} where nothing was.
 
     Args and Raises: as for `load_checkpoint`.
     """
-    document, tensors = _read(src)
-    return unpack(document["extra"], tensors)
+    return read_checkpoint(src).part("extra")
 
 
-def _digest(text: str, tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of the document and, by ascending name, of each tensor's "name dtype shape" and bytes."""
-    digest = hashlib.sha256(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {dtype_name(tensor.dtype)} {list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+class Checkpoint(NamedTuple):
+    """A checkpoint that has been read and is whole."""
+
+    src: Source
+    document: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def part(self, name: str) -> Any:
+        """The iteration, model, model_metadata, optimizer or extra, in memory of its own.
+
+        Raises:
+            ValueError: a description of it has been forged.
+        """
+        try:
+            return unpack(self.document[name], self.tensors)
+        except (LookupError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise _not_whole(self.src, error) from error
+
+
+def restore(checkpoint: Checkpoint, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Put a checkpoint that has been read into model and optimizer, as `load_checkpoint` does."""
+    iteration = checkpoint.part("iteration")
+    model_state = OrderedDict(checkpoint.part("model"))
+    # The versions of the modules' formats: without them a module may take its state for that of an old version.
+    model_state._metadata = checkpoint.part("model_metadata")  # ty: ignore[missing-attribute]
+    _check_model(model, model_state)
+    if optimizer is not None:
+        optimizer_state = checkpoint.part("optimizer")
+        _check_optimizer(optimizer, optimizer_state)
+        _load_optimizer(optimizer, optimizer_state)
+    _unfold(model)
+    model.load_state_dict(model_state)
+    return iteration
 
 
 # --- Files -----------------------------------------------------------------------------------------------------
 
 
-def _read(src: str | os.PathLike | BinaryIO | IO[bytes]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The document of a checkpoint and its tensors by name, after checking that all is there.
+def read_checkpoint(src: Source) -> Checkpoint:
+    """Open a checkpoint and make sure that all is there, unchanged.
 
     The tensors of a path are views of the file, read when they are used.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no whole checkpoint.
     """
     try:
         if isinstance(src, (str, os.PathLike)):
             if not os.path.isfile(src):
                 raise FileNotFoundError(f"there is no checkpoint file {os.fspath(src)!r}")
+            with open(src, "rb") as file:
+                digest, actual = _digests(file)
             with safe_open(src, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in list(file.keys())}
         else:
-            metadata, content = _read_stream(src)
+            content = _read_stream(src)
+            digest, actual = _digests(io.BytesIO(content))
             tensors = safetensors.torch.load(content)
+            metadata = _read_header(io.BytesIO(content))[1].get("__metadata__", {})
             del content
-        text = metadata["checkpoint"]
-        if metadata["sha256"] != _digest(text, tensors):
-            raise ValueError("its contents do not match their checksum")
-        document = json.loads(text)
+        document = json.loads(metadata["checkpoint"])
         if document["version"] != _VERSION:
             raise ValueError(f"its version is {document['version']}, this library reads version {_VERSION}")
+        if digest != actual:
+            raise ValueError("its contents do not match their checksum")
     except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{src} is not a whole checkpoint ({type(error).__name__}: {error}): it is incomplete, damaged or the "
-            "work of another program; use an earlier checkpoint, or save it again with save_checkpoint (a file of "
-            "torch.save is never opened, because loading a pickle can run code)"
-        ) from error
-    return document, tensors
+        raise _not_whole(src, error) from error
+    return Checkpoint(src, document, tensors)
 
 
-def _read_stream(src: BinaryIO | IO[bytes]) -> tuple[dict[str, str], bytes]:
-    """The metadata and the bytes of a safetensors file that begins at the position of a file object.
+def _not_whole(src: Source, error: Exception) -> ValueError:
+    return ValueError(
+        f"{src} is not a whole checkpoint ({type(error).__name__}: {error}): it is incomplete, damaged or the "
+        "work of another program; use an earlier checkpoint, or save it again with save_checkpoint (a file of "
+        "torch.save is never opened, because loading a pickle can run code)"
+    )
 
-    safetensors reads files by path or whole strings of bytes, and the header alone tells where this one ends.
-    """
+
+def _digest_place(header: bytes | bytearray) -> int:
+    return header.index(_DIGEST_KEY) + len(_DIGEST_KEY)
+
+
+def _digests(file: BinaryIO) -> tuple[str, str]:
+    """The SHA-256 that a file claims to have, and the one that it has with zeros in the place of that claim."""
+    header, _ = _read_header(file)
+    place = _digest_place(header)
+    end = place + len(_NO_DIGEST)
+    digest = hashlib.sha256(header[:place] + _NO_DIGEST.encode() + header[end:])
+    while piece := file.read(1 << 20):
+        digest.update(piece)
+    return header[place:end].decode(), digest.hexdigest()
+
+
+def _read_header(src: BinaryIO | IO[bytes]) -> tuple[bytes, dict[str, Any]]:
+    """The header of a safetensors file with the length before it, and what it says."""
     length = _read_exactly(src, 8)
     header = _read_exactly(src, min(int.from_bytes(length, "little"), _HEADER_LIMIT_BYTES))
     entries = json.loads(header)
-    metadata = entries.pop("__metadata__", {})
-    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    return metadata, b"".join([length, header, _read_exactly(src, end)])
+    if not isinstance(entries, dict):
+        raise TypeError(f"its header is a {type_name(type(entries))}")
+    return length + header, entries
+
+
+def _read_stream(src: BinaryIO | IO[bytes]) -> bytes:
+    """The bytes of a safetensors file that begins at the position of a file object.
+
+    safetensors reads files by path or whole strings of bytes, and the header alone tells where this one ends.
+    """
+    header, entries = _read_header(src)
+    end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
+    return header + _read_exactly(src, end)
 
 
 def _read_exactly(src: BinaryIO | IO[bytes], count: int) -> bytes:

@@ -17,8 +17,12 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from basic.token_files import mapped_file
+
 # Tokens looked at together when a whole file is scanned: a few MB, whatever the size of the file.
 _SCAN_TOKENS = 1 << 22
+# Up to so many tokens without a sidecar are read whole before training: about a second.
+_MOST_SCANNED_TOKENS = 1 << 30
 
 
 def get_batch(
@@ -74,6 +78,7 @@ class BatchSampler:
         context_length: tokens a row.
         seed: non-negative; other seeds give independent batches.
         starts: allowed first positions of rows, such as those of `document_starts`.
+        vocab_size: every batch is checked to have no id beyond it; None for no check.
 
     Raises:
         ValueError: too few tokens for one row, a start that leaves no room for its row, or a negative seed.
@@ -87,6 +92,7 @@ class BatchSampler:
         *,
         seed: int,
         starts: np.ndarray | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         self.num_starts = _count_starts(tokens, batch_size, context_length)
         if starts is not None:
@@ -98,20 +104,27 @@ class BatchSampler:
         self.context_length = context_length
         self.seed = seed
         self.starts = starts
+        self.vocab_size = vocab_size
         self._orders: dict[int, np.ndarray] = {}
 
     def batch(
         self, step: int
     ) -> tuple[Int64[Tensor, " batch_size context_length"], Int64[Tensor, " batch_size context_length"]]:
         """Inputs and targets of a step, counted from 0, on the CPU; the same at every call, in any order."""
+        starts = self.row_starts(step)
+        x, y = _rows(self.tokens, starts, self.context_length)
+        if self.vocab_size is not None:
+            _check_rows(x, starts, self.vocab_size)
+            _check_rows(y[:, -1:], starts + self.context_length, self.vocab_size)
+        return x, y
+
+    def row_starts(self, step: int) -> np.ndarray:
+        """The positions at which the rows of a step begin, int64 (batch_size,)."""
         if step < 0:
             raise ValueError(f"step={step} must not be negative: batches are counted from 0")
-        if self.starts is None:
-            generator = np.random.default_rng([self.seed, step])
-            starts = generator.integers(self.num_starts, size=self.batch_size)
-        else:
-            starts = self._shuffled(self.starts, step)
-        return _rows(self.tokens, starts, self.context_length)
+        if self.starts is not None:
+            return self._shuffled(self.starts, step)
+        return np.random.default_rng([self.seed, step]).integers(self.num_starts, size=self.batch_size)
 
     def _shuffled(self, starts: np.ndarray, step: int) -> np.ndarray:
         """The starts of a step, cut from the endless row of all epochs' orders laid end to end."""
@@ -196,7 +209,10 @@ def document_starts(tokens: np.ndarray, separator_id: int, context_length: int) 
 
 
 def check_token_ids(tokens: np.ndarray, vocab_size: int) -> None:
-    """Read all tokens once, in pieces, and make sure that a model of this vocabulary can embed each of them.
+    """Make sure that a model of this vocabulary can embed the tokens, without reading a large file.
+
+    A token file says in its sidecar which id is its largest. Other tokens are read once, in pieces, unless there are
+    more than a billion of them; those are left to the check of each batch, as is damage to a file.
 
     Args:
         tokens: one-dimensional integer array of token ids, also a memory map.
@@ -205,7 +221,16 @@ def check_token_ids(tokens: np.ndarray, vocab_size: int) -> None:
     Raises:
         ValueError: an id is negative or not below `vocab_size`; the smallest or largest is named with its position.
     """
-    if len(tokens) == 0:
+    path, info = mapped_file(tokens)
+    if info is not None:
+        if (info.largest_id or 0) >= vocab_size:
+            raise ValueError(
+                f"{path} has token ids up to {info.largest_id}, but the vocabulary has {vocab_size} (0 to "
+                f"{vocab_size - 1}); set model.vocab_size to that of its tokenizer, {info.vocab_size}, or encode the "
+                "text again with the right one"
+            )
+        return
+    if not 0 < len(tokens) <= _MOST_SCANNED_TOKENS:
         return
     smallest_at = largest_at = 0
     for begin in range(0, len(tokens), _SCAN_TOKENS):
@@ -213,11 +238,26 @@ def check_token_ids(tokens: np.ndarray, vocab_size: int) -> None:
         smallest_at = min(smallest_at, begin + int(piece.argmin()), key=tokens.__getitem__)
         largest_at = max(largest_at, begin + int(piece.argmax()), key=tokens.__getitem__)
     for position in (smallest_at, largest_at):
-        if not 0 <= tokens[position] < vocab_size:
-            raise ValueError(
-                f"token id {tokens[position]} at position {position} is not in the vocabulary of {vocab_size} ids "
-                f"(0 to {vocab_size - 1}); these tokens were made by another tokenizer, or opened with another dtype"
-            )
+        _check_id(int(tokens[position]), position, vocab_size)
+
+
+def _check_rows(rows: Tensor, starts: np.ndarray, vocab_size: int) -> None:
+    """Raise ValueError if a row, whose first token stands at its start in the file, has an id that no model knows."""
+    smallest, largest = rows.aminmax()
+    if smallest >= 0 and largest < vocab_size:
+        return
+    for place in (int(rows.argmin()), int(rows.argmax())):
+        row, offset = divmod(place, rows.shape[1])
+        _check_id(int(rows[row, offset]), int(starts[row]) + offset, vocab_size)
+
+
+def _check_id(token_id: int, position: int, vocab_size: int) -> None:
+    if not 0 <= token_id < vocab_size:
+        raise ValueError(
+            f"token id {token_id} at position {position} is not in the vocabulary of {vocab_size} ids "
+            f"(0 to {vocab_size - 1}); these tokens were made by another tokenizer, opened with another dtype, or "
+            "damaged: encode the text again"
+        )
 
 
 def _rows(

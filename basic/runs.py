@@ -1,6 +1,7 @@
 """A training run as it lies on the disk: its configuration, and a folder with all that came of it.
 
 runs/NAME/config.toml                        what was asked for, defaults filled in
+          environment.json                   code, machine and data, for every start
           metrics.jsonl                      a line of numbers every few steps
           samples.txt                        what the model wrote on the way
           tokenizer/                         vocabulary, merges and special tokens, if a tokenizer was given
@@ -12,19 +13,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass, field, fields
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
-from basic.atomic_file import atomic_write
-from basic.checkpoint import load_checkpoint, read_extra, save_checkpoint
+from basic.checkpoint import Checkpoint, read_checkpoint, restore
 from basic.config_files import load_config, save_config
 from basic.model import ModelConfig, TransformerLM
-
-CHECKPOINTS_KEPT = 2
-"""The newest so many; the one before is there should the newest turn out damaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,21 @@ class TrainConfig:
     """Most tokens of a sample."""
     checkpoint_interval: int = 1000
     """Steps between checkpoints."""
+    checkpoint_minutes: float = 30.0
+    """Minutes after which a checkpoint is saved whatever the step; 0 for never."""
+    checkpoints_kept: int = 2
+    """The newest so many are kept; the one before is there should the newest turn out damaged."""
+    keep_best: bool = True
+    """Whether the weights with the lowest validation loss are saved and kept too."""
+    milestone_interval: int = 0
+    """Steps between checkpoints that are kept for good; 0 for none."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What follows a loss or gradient that is not finite. The weights never take that step: the run stops, or goes on
+    without it."""
+    max_nonfinite_steps: int = 10
+    """Most steps that a run may go on without, if on_nonfinite is skip."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Programs that the metrics are sent to as well: tensorboard, wandb."""
     seed: int = 0
     """Of the initial weights, the batches and the samples."""
     device: str = "auto"
@@ -89,12 +104,13 @@ class TrainConfig:
     """Whether torch.compile makes the model faster; the first step then takes up to a minute."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation", "eval_batches", "sample_tokens"):
+        counts = ("steps", "batch_size", "gradient_accumulation", "eval_batches", "sample_tokens", "checkpoints_kept")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        intervals = ("log_interval", "eval_interval", "sample_interval", "checkpoint_interval")
-        numbers = ("min_learning_rate", "embedding_rate_factor", "eps", "weight_decay")
-        for name in ("warmup_steps", "seed", *numbers, *intervals):
+        intervals = ("log_interval", "eval_interval", "sample_interval", "checkpoint_interval", "milestone_interval")
+        numbers = ("min_learning_rate", "embedding_rate_factor", "eps", "weight_decay", "checkpoint_minutes")
+        for name in ("warmup_steps", "seed", "max_nonfinite_steps", *numbers, *intervals):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("beta1", "beta2"):
@@ -107,7 +123,12 @@ class TrainConfig:
                 f"max_learning_rate={self.max_learning_rate} must be at least "
                 f"min_learning_rate={self.min_learning_rate}; change one of them"
             )
-        for name, allowed in (("rows", ("windows", "documents")), ("precision", ("auto", "float32", "bfloat16"))):
+        choices = {
+            "rows": ("windows", "documents"),
+            "precision": ("auto", "float32", "bfloat16"),
+            "on_nonfinite": ("stop", "skip"),
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.batch_size % self.gradient_accumulation:
@@ -158,21 +179,21 @@ class Run(NamedTuple):
 
 
 def load_run(path: str | os.PathLike, *, device: str = "auto") -> Run:
-    """The trained model of a run's folder, with its configuration: its newest checkpoint.
+    """The trained model of a run's folder, with its configuration: its newest checkpoint that is whole.
 
     Args:
         device: as for `choose_device`.
 
     Raises:
         FileNotFoundError: the folder, its configuration or a checkpoint is missing.
-        ValueError: the checkpoint does not fit the configuration.
+        ValueError: no checkpoint is whole, or it does not fit the configuration.
     """
     run_dir = Path(path)
     if not (run_dir / "config.toml").is_file():
         raise FileNotFoundError(f"{run_dir} is not a run: it has no config.toml; local/train.py makes runs")
     config = load_config(run_dir / "config.toml", RunConfig)
     model = TransformerLM(config.model)
-    step = load_checkpoint(_newest_checkpoint(run_dir), model)
+    step = restore(newest_checkpoint(run_dir, warnings.warn), model)
     chosen = choose_device(device)
     model.to(chosen).eval()
     model.activation_dtype = activation_dtype(config.train, chosen)
@@ -216,8 +237,11 @@ def start_folder(run_dir: Path, config: RunConfig, tokenizer: Savable | None, *,
     """
     if (run_dir / "config.toml").exists():
         if not overwrite:
-            raise FileExistsError(f"{run_dir} already holds a run; choose another folder, resume it, or overwrite it")
-        for name in ("config.toml", "metrics.jsonl", "samples.txt"):
+            raise FileExistsError(
+                f"{run_dir} already holds a run; choose another folder, go on with it (--resume {run_dir}), or "
+                "remove it (--overwrite)"
+            )
+        for name in ("config.toml", "environment.json", "metrics.jsonl", "samples.txt"):
             (run_dir / name).unlink(missing_ok=True)
         for name in ("checkpoints", "tokenizer"):
             shutil.rmtree(run_dir / name, ignore_errors=True)
@@ -227,83 +251,54 @@ def start_folder(run_dir: Path, config: RunConfig, tokenizer: Savable | None, *,
     save_config(config, run_dir / "config.toml")
 
 
-def save_step(run_dir: Path, model: TransformerLM, optimizer: torch.optim.Optimizer, step: int, wall_s: float) -> None:
-    """Save the newest checkpoint, then remove those that are too old to be kept."""
-    extra = {"wall_s": wall_s, "random_state": _random_state()}
-    save_checkpoint(model, optimizer, step, run_dir / "checkpoints" / f"step_{step:08d}.safetensors", extra=extra)
-    for old in _checkpoints(run_dir)[:-CHECKPOINTS_KEPT]:
-        old.unlink()
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The training records of a metrics log, oldest first; the log's other records have a kind."""
+    return read_records(path, None)
 
 
-def load_newest(
-    run_dir: Path, config: RunConfig, model: TransformerLM, optimizer: torch.optim.Optimizer
-) -> tuple[int, float]:
-    """Put the newest checkpoint into model and optimizer; return its step and the wall time until then, in s.
+def read_records(path: str | os.PathLike, kind: str | None) -> list[dict[str, Any]]:
+    """The records of one kind in a metrics log, oldest first.
 
-    Lines of the metrics log from after that step are removed: the steps will be done again. The configuration is
-    saved anew, because a run may go on for more steps than it was begun for.
-
-    Raises:
-        FileNotFoundError: there is no checkpoint yet.
-        ValueError: the run was begun with another model.
+    Args:
+        kind: "evaluation", "sample", "checkpoint" or "nonfinite"; None for the training records.
     """
-    path = _newest_checkpoint(run_dir)
-    began_with = load_config(run_dir / "config.toml", RunConfig).model
-    for name in (setting.name for setting in fields(ModelConfig)):
-        old, value = getattr(began_with, name), getattr(config.model, name)
-        if old != value:
-            raise ValueError(
-                f"{run_dir} was begun with model.{name} = {old}, but is to be resumed with {value}; "
-                "resume it with the model it has, or train this one in another folder"
-            )
-    step = load_checkpoint(path, model, optimizer)
-    extra = read_extra(path)
-    _set_random_state(extra["random_state"])
-    log = run_dir / "metrics.jsonl"
-    if log.exists():
-        kept = [record for record in read_metrics(log) if record["step"] <= step]
-        with atomic_write(log) as file:
-            file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
-    save_config(config, run_dir / "config.toml")
-    return step, extra["wall_s"]
+    return [record for record in read_all_records(path) if record.get("kind") == kind]
 
 
-def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
-    """The records of a metrics log, oldest first; a last line that a crash cut off is left out."""
+def read_all_records(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """All records of a metrics log; lines that a crash or a full disk cut off are left out."""
     records = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
-            try:
+            with suppress(json.JSONDecodeError):
                 records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return records
+    return [record for record in records if isinstance(record, dict)]
 
 
-def _checkpoints(run_dir: Path) -> list[Path]:
+def checkpoint_paths(run_dir: Path) -> list[Path]:
     """All checkpoints of a run, oldest first."""
     return sorted((run_dir / "checkpoints").glob("step_*.safetensors"))
 
 
-def _newest_checkpoint(run_dir: Path) -> Path:
-    checkpoints = _checkpoints(run_dir)
-    if not checkpoints:
+def newest_checkpoint(run_dir: Path, report: Callable[[str], None]) -> Checkpoint:
+    """The newest checkpoint of a run that is whole.
+
+    Args:
+        report: called with a line for each newer one that is not.
+
+    Raises:
+        FileNotFoundError: there is none at all.
+        ValueError: none is whole.
+    """
+    paths = checkpoint_paths(run_dir)
+    if not paths:
         raise FileNotFoundError(f"{run_dir / 'checkpoints'} has no checkpoint (step_*.safetensors) yet")
-    return checkpoints[-1]
-
-
-def _random_state() -> dict[str, str]:
-    """The state of torch's generators, as text: nothing draws from them now, but a model with dropout would."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return {device: state.numpy().tobytes().hex() for device, state in states.items()}
-
-
-def _set_random_state(states: dict[str, str]) -> None:
-    for device, text in states.items():
-        state = torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
-        if device == "cpu":
-            torch.set_rng_state(state)
-        elif torch.cuda.is_available():
-            torch.cuda.set_rng_state(state)
+    for path in reversed(paths):
+        try:
+            return read_checkpoint(path)
+        except ValueError as error:
+            report(f"warning: {error}")
+    raise ValueError(
+        f"none of the {len(paths)} checkpoints in {run_dir / 'checkpoints'} is whole, the newest is {paths[-1].name}; "
+        "restore one from a copy, or train again with --overwrite"
+    )

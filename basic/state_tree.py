@@ -53,11 +53,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 _DTYPES = {dtype_name(dtype): dtype for dtype in _NAMED_DTYPES | _OTHER_DTYPES}
 
 
-def pack(tree: Any) -> tuple[Any, dict[str, Tensor]]:
+def pack(tree: Any, to_host: Callable[[Tensor], Tensor] = Tensor.cpu) -> tuple[Any, dict[str, Tensor]]:
     """Take a tree apart into what JSON can hold and the tensors to be stored.
 
     Args:
         tree: dicts, lists and tuples of tensors and plain values, nested as you like.
+        to_host: makes of a contiguous tensor on any device what is returned of it.
 
     Returns:
         An object for `json.dumps`, and contiguous CPU tensors by name, no two of which share memory. Tensors that
@@ -69,11 +70,15 @@ def pack(tree: Any) -> tuple[Any, dict[str, Tensor]]:
     """
     leaves: list[_Leaf] = []
     node = _encode(tree, "", leaves)
-    return node, _store(leaves)
+    return node, _store(leaves, to_host)
 
 
 def unpack(node: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Put a tree, or a part of one, together again; the tensors are copied, so that they own their memory."""
+    """Put a tree, or a part of one, together again; the tensors are copied, so that they own their memory.
+
+    Raises:
+        LookupError, TypeError, ValueError: the node was not made by `pack`.
+    """
     return _decode(node, functools.cache(lambda name: tensors[name].clone()))
 
 
@@ -101,7 +106,7 @@ class _Leaf:
         return offset * self.tensor.itemsize, (offset + extent) * self.tensor.itemsize
 
 
-def _store(leaves: list[_Leaf]) -> dict[str, Tensor]:
+def _store(leaves: list[_Leaf], to_host: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """The contiguous CPU tensors to write, by name; tells each leaf where to find itself in them."""
     tensors: dict[str, Tensor] = {}
     for cluster in _clusters(leaves):
@@ -116,7 +121,7 @@ def _store(leaves: list[_Leaf]) -> dict[str, Tensor]:
         while name in tensors:  # the paths of {1: ...} and {"1": ...} look alike
             name += "~"
         if base is not None:
-            tensors[name] = base.tensor.cpu()
+            tensors[name] = to_host(base.tensor)
         else:
             begin -= begin % 16  # so that the offset of every view is a whole number of its elements
             tensors[name] = _bytes_of(cluster[0].tensor, begin, end)
@@ -248,6 +253,10 @@ def _decode_tensor(node: dict[str, Any], tensor: Tensor) -> Tensor:
     if "view" in node:
         name, shape, strides, offset = node["view"]
         view = torch.empty(0, dtype=_DTYPES[name])
+        last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        inside = offset >= 0 and (last + 1) * view.itemsize <= tensor.untyped_storage().nbytes()
+        if min([0, *shape, *strides]) < 0 or (0 not in shape and not inside):  # torch would take more memory silently
+            raise ValueError(f"a view of shape {shape} and strides {strides} at {offset} leaves its tensor's memory")
         tensor = view.set_(tensor.untyped_storage(), offset, tuple(shape), tuple(strides))
     requires_grad = node.get("requires_grad", False)
     if node.get("parameter", False):

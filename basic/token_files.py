@@ -253,6 +253,15 @@ def open_tokens(path: str | os.PathLike, *, dtype: npt.DTypeLike | None = None, 
     return np.memmap(path, dtype=asked, mode="r")
 
 
+def mapped_file(tokens: np.ndarray) -> tuple[Path | None, TokenFileInfo | None]:
+    """The file that an array of `open_tokens` maps, and what its sidecar says; None for either where there is none."""
+    path = Path(tokens.filename) if isinstance(tokens, np.memmap) and tokens.filename else None
+    if path is None or path.suffix == ".npy" or not sidecar_path(path).is_file():
+        return path, None
+    info = read_info(path)
+    return path, info if info.count == len(tokens) else None
+
+
 def _check_sidecar(path: Path, info: TokenFileInfo, asked: np.dtype | None, verify: bool) -> None:
     """Raise ValueError if the data at `path` is not what its sidecar describes."""
     if asked is not None and asked != info.dtype:

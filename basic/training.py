@@ -1,39 +1,37 @@
 """The training loop: token arrays in, a run's folder out.
 
-A batch is a pure function of the seed and the step, so a run goes on from a checkpoint as if it had never stopped.
+A batch is a pure function of the seed and the step, and a checkpoint holds all else that a step depends on. So a run
+goes on as if it had never stopped: on a CPU to the last bit, on a GPU as near as two equal runs are.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import time
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
+from basic.accounting import training_flops_a_token
+from basic.config_files import to_table
 from basic.data import BatchSampler, check_token_ids, document_starts, prefetch
 from basic.evaluation import mean_loss
 from basic.generation import TextCodec, complete
+from basic.meter import Meter, StepNumbers
 from basic.model import TransformerLM
 from basic.optimizer import AdamW, cosine_schedule
+from basic.run_checkpoints import Progress, RunCheckpoints, resume_run
+from basic.run_log import RunLog
+from basic.run_record import add_start, check_start, describe_start
 from basic.runs import DataConfig as DataConfig
-from basic.runs import (
-    Run,
-    RunConfig,
-    TrainConfig,
-    activation_dtype,
-    choose_device,
-    load_newest,
-    save_step,
-    start_folder,
-)
+from basic.runs import Run, RunConfig, TrainConfig, activation_dtype, choose_device, start_folder
 from basic.runs import load_run as load_run
+from basic.stop_signals import StopSignals
+from basic.trackers import check_trackers
 from basic.train_step import TrainStep
 
 
@@ -61,20 +59,25 @@ def train(
         train_tokens, valid_tokens: integers (tokens,), a memmap of any size too.
         run_dir: is made; must not hold a run already, unless it is resumed or overwritten.
         tokenizer: for samples and for rows that begin at documents; a copy is saved with the run.
-        resume: go on from the newest checkpoint of `run_dir`.
+        resume: go on from the newest whole checkpoint of `run_dir`.
         overwrite: remove the run that `run_dir` holds, once it is clear that the new one can begin.
-        progress: show a bar.
+        progress: show a live line.
 
     Raises:
         FileExistsError: `run_dir` holds a run, and neither `resume` nor `overwrite` is on.
         FileNotFoundError: there is nothing to resume.
-        ValueError: data, tokenizer and configuration do not fit together.
-        FloatingPointError: the loss is no longer finite; the checkpoints from before are left as they were.
+        ValueError: data, tokenizer and configuration do not fit together, or not to the run that is resumed.
+        FloatingPointError: a loss or gradient was not finite; the weights are those from before it, and so are the
+            checkpoints.
+        MemoryError: the memory does not suffice; the message says what to lower.
+        OSError: the last checkpoint could not be written.
+        KeyboardInterrupt: SIGINT or SIGTERM came; the run has been saved, and the message says how to go on.
     """
     if resume and overwrite:
         raise ValueError("a run cannot be both resumed and overwritten; choose one")
     run_dir, settings = Path(run_dir), config.train
     device = choose_device(settings.device)
+    check_trackers(settings.trackers)
     training, validation = _samplers(config, train_tokens, valid_tokens, tokenizer)
     if not resume:
         start_folder(run_dir, config, tokenizer, overwrite=overwrite)
@@ -82,38 +85,78 @@ def train(
     model = TransformerLM(config.model).to(device)
     model.activation_dtype = activation_dtype(settings, device)
     optimizer = make_optimizer(model, settings)
-    first_step, wall_s = load_newest(run_dir, config, model, optimizer) if resume else (0, 0.0)
-    take_step = TrainStep(model, optimizer, settings, device)
-    meter = _Meter(first_step, wall_s, settings.batch_size * config.model.context_length, device)
+    start, begun = describe_start(train_tokens, valid_tokens, tokenizer, device), Progress()
+    if resume:
+        check_start(run_dir, start, _print)
+        begun = resume_run(run_dir, config, model, optimizer, _print)
+    add_start(run_dir, start, begun.step)
+    log = RunLog(
+        run_dir,
+        total_steps=settings.steps,
+        first_step=begun.step,
+        tokens_a_step=settings.batch_size * config.model.context_length,
+        flops_a_token=training_flops_a_token(model),
+        device=device,
+        progress=progress,
+        trackers=settings.trackers,
+        config_table=to_table(config),
+    )
+    with _repeatable(device), _explained_memory(config), log, RunCheckpoints(run_dir, settings, log) as checkpoints:
+        _loop(config, model, optimizer, training, validation, tokenizer, begun, log, checkpoints)
+    saved_tokenizer = run_dir / "tokenizer" if tokenizer is not None else None
+    return Run(model.eval(), config, saved_tokenizer, max(begun.step, settings.steps))
 
-    with (
-        open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as log,
-        tqdm(total=settings.steps, initial=first_step, desc="training", unit="step", disable=not progress) as bar,
-        prefetch(training, range(first_step, settings.steps), device) as batches,
-    ):
-        for done, batch in enumerate(batches, first_step + 1):
+
+def _loop(
+    config: RunConfig,
+    model: TransformerLM,
+    optimizer: AdamW,
+    training: BatchSampler,
+    validation: BatchSampler,
+    tokenizer: Tokenizing | None,
+    begun: Progress,
+    log: RunLog,
+    checkpoints: RunCheckpoints,
+) -> None:
+    """All steps from where the run was begun to its end."""
+    settings, run_dir, device = config.train, checkpoints.run_dir, choose_device(config.train.device)
+    take_step = TrainStep(model, optimizer, settings, device)
+    meter = Meter(begun.step, begun.wall_s, settings.batch_size * config.model.context_length, device)
+    nonfinite = _NonfiniteSteps(settings, training, begun.nonfinite_steps, log)
+    steps = range(begun.step, settings.steps)
+    with StopSignals() as stop, prefetch(training, steps, device) as batches:
+        for done, batch in enumerate(batches, begun.step + 1):
             rate = _learning_rate(settings, done)
-            loss, norm = take_step(batch, rate)
-            meter.add(loss)
+            nonfinite.report(meter.add(*take_step(batch, rate), rate))
+            log.step(done)
+
+            valid_loss = None
             evaluate = _due(done, settings.eval_interval, settings)
             log_now = evaluate or _due(done, settings.log_interval, settings)
-            save_now = _due(done, settings.checkpoint_interval, settings)
-            if log_now or save_now:
-                meter.check_finite(norm)
             if log_now:
-                record = meter.record(learning_rate=rate, gradient_norm=norm.item())
+                nonfinite.report(meter.catch_up())
+                record = meter.record()
                 if evaluate:
-                    record["valid_loss"] = mean_loss(take_step.loss_of, validation, settings.eval_batches, device)
-                _log(record, log, bar)
+                    valid_loss = mean_loss(take_step.loss_of, validation, settings.eval_batches, device)
+                    record["valid_loss"] = valid_loss
+                    evaluation = {"step": done, "wall_s": record["wall_s"], "valid_loss": valid_loss}
+                    log.write({"kind": "evaluation", **evaluation})
+                log.write(record)
             if tokenizer is not None and _due(done, settings.sample_interval, settings):
-                _write_sample(run_dir / "samples.txt", model, tokenizer, settings, done)
-            if save_now:
-                save_step(run_dir, model, optimizer, done, meter.wall_s())
+                _write_sample(run_dir / "samples.txt", model, tokenizer, settings, done, log)
+
+            last = done == settings.steps or stop.received is not None
+            if checkpoints.due(done, valid_loss) or last:
+                nonfinite.report(meter.catch_up())  # nothing is saved that may have gone wrong
+                now = Progress(done, meter.wall_s(), nonfinite.count)
+                checkpoints.save(model, optimizer, now, valid_loss=valid_loss, last=last)
+            if stop.received is not None and done < settings.steps:
+                raise KeyboardInterrupt(
+                    f"stopped after step {done:,} by {stop.received.name}, and saved; go on with:  "
+                    f"uv run local/train.py --resume {run_dir}"
+                )
             if log_now:
                 meter.restart()
-            bar.update()
-    saved_tokenizer = run_dir / "tokenizer" if tokenizer is not None else None
-    return Run(model.eval(), config, saved_tokenizer, max(first_step, settings.steps))
 
 
 def make_optimizer(model: TransformerLM, config: TrainConfig) -> AdamW:
@@ -133,51 +176,71 @@ def make_optimizer(model: TransformerLM, config: TrainConfig) -> AdamW:
     )
 
 
-class _Meter:
-    """Sums the loss on the device and measures time between two records, without waiting at every step."""
+class _NonfiniteSteps:
+    """Counts the steps whose loss or gradient was not finite, and ends the run when there are too many.
 
-    def __init__(self, step: int, wall_before_s: float, tokens_a_step: int, device: torch.device):
-        self.step, self.tokens_a_step = step, tokens_a_step
-        self.loss_sum = torch.zeros((), device=device)
-        self.started_s = time.perf_counter() - wall_before_s
-        self.restarted_s = time.perf_counter()
-        self.steps_since = 0
+    The device has taken none of them: `TrainStep` leaves the weights, moments and step counts as they were.
+    """
 
-    def add(self, loss: Tensor) -> None:
-        self.loss_sum += loss
-        self.step += 1
-        self.steps_since += 1
+    def __init__(self, config: TrainConfig, training: BatchSampler, count: int, log: RunLog):
+        self.allowed = config.max_nonfinite_steps if config.on_nonfinite == "skip" else 0
+        self.training, self.count, self.log = training, count, log
 
-    def wall_s(self) -> float:
-        return time.perf_counter() - self.started_s
-
-    def check_finite(self, gradient_norm: Tensor) -> None:
-        """End the run if a loss since the last restart was not finite, or now the gradient, which ruins all weights."""
-        for name, value in (("training loss", self.loss_sum.item()), ("gradient's norm", gradient_norm.item())):
-            if not math.isfinite(value):
+    def report(self, steps: list[StepNumbers]) -> None:
+        for step in steps:
+            self.count += 1
+            # A batch is a function of seed and step; steps are counted from 0 there.
+            starts = self.training.row_starts(step.step - 1).tolist()
+            numbers = {"loss": repr(step.loss), "gradient_norm": repr(step.gradient_norm)}
+            record = {"kind": "nonfinite", "step": step.step, "learning_rate": step.learning_rate, **numbers}
+            self.log.write({**record, "row_starts": starts})
+            shown = ", ".join(map(str, starts[:8])) + (", ..." if len(starts) > 8 else "")
+            message = (
+                f"step {step.step} gave the loss {step.loss} and the gradient's norm {step.gradient_norm} at the "
+                f"learning rate {step.learning_rate:.3g}, on the rows that begin at tokens {shown} of the training data"
+            )
+            if self.count > self.allowed:
                 raise FloatingPointError(
-                    f"the {name} became {value} by step {self.step}; checkpoints from before are untouched; try a "
-                    "lower max_learning_rate or a longer warm-up"
+                    f"{message}; the weights did not take it, and checkpoints from before are untouched; try a lower "
+                    "max_learning_rate or a longer warm-up, or look at these rows, or go on without such steps: "
+                    f"on_nonfinite = skip, max_nonfinite_steps above {self.allowed}"
                 )
+            self.log.message(f"warning: {message}; skipped, number {self.count} of at most {self.allowed} such steps")
 
-    def record(self, *, learning_rate: float, gradient_norm: float) -> dict[str, float]:
-        """The numbers since the last restart."""
-        since_s = time.perf_counter() - self.restarted_s
-        return {
-            "step": self.step,
-            "tokens": self.step * self.tokens_a_step,
-            "wall_s": round(self.wall_s(), 3),
-            "train_loss": self.loss_sum.item() / self.steps_since,
-            "learning_rate": learning_rate,
-            "gradient_norm": gradient_norm,
-            "tokens_per_s": round(self.steps_since * self.tokens_a_step / since_s, 1),
-        }
 
-    def restart(self) -> None:
-        """Begin the next interval here: its speed is that of training alone, without what was done between."""
-        self.loss_sum.zero_()
-        self.restarted_s = time.perf_counter()
-        self.steps_since = 0
+@contextmanager
+def _repeatable(device: torch.device) -> Generator[None]:
+    """Let a CPU add up in one order always: with two threads, the gradient of an embedding is in a race otherwise."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def _explained_memory(config: RunConfig) -> Generator[None]:
+    """Say what was tried, and what to lower, where the memory does not suffice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch's own for GPUs is a RuntimeError, on a CPU a plain one
+        on_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+        if not (on_cpu or isinstance(error, torch.OutOfMemoryError)):
+            raise
+        batch_size, parts = config.train.batch_size, config.train.gradient_accumulation
+        more = next((n for n in range(parts + 1, batch_size + 1) if batch_size % n == 0), None)
+        remedy = "a smaller model" if more is None else f"gradient_accumulation = {more} for the same result"
+        raise MemoryError(
+            f"out of memory with batch_size = {batch_size}, gradient_accumulation = {parts}, context_length = "
+            f"{config.model.context_length}; try {remedy}, or lower batch_size or context_length "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        ) from error
+
+
+def _print(message: str) -> None:
+    print(message, file=sys.stderr)
 
 
 def _due(done: int, interval: int, config: TrainConfig) -> bool:
@@ -187,12 +250,6 @@ def _due(done: int, interval: int, config: TrainConfig) -> bool:
 def _learning_rate(config: TrainConfig, done: int) -> float:
     """The rate of the step that makes it `done` steps: above zero in the first one, the minimum in the last."""
     return cosine_schedule(done, config.max_learning_rate, config.min_learning_rate, config.warmup_steps, config.steps)
-
-
-def _log(record: dict[str, float], log: Any, bar: tqdm) -> None:
-    log.write(json.dumps(record) + "\n")
-    log.flush()
-    bar.set_postfix({key: f"{record[key]:.3f}" for key in ("train_loss", "valid_loss") if key in record})
 
 
 def _samplers(
@@ -214,7 +271,10 @@ def _samplers(
         try:
             check_token_ids(tokens, config.model.vocab_size)
             starts = None if separator_id is None else document_starts(tokens, separator_id, context)
-            samplers.append(BatchSampler(tokens, settings.batch_size, context, seed=seed, starts=starts))
+            sampler = BatchSampler(
+                tokens, settings.batch_size, context, seed=seed, starts=starts, vocab_size=config.model.vocab_size
+            )
+            samplers.append(sampler)
         except ValueError as error:
             raise ValueError(f"{name} tokens: {error}") from error
     return samplers[0], samplers[1]
@@ -230,8 +290,14 @@ def _separator_id(tokenizer: Tokenizing | None, end_of_text: str) -> int:
     return ids[end_of_text]
 
 
-def _write_sample(path: Path, model: TransformerLM, tokenizer: TextCodec, config: TrainConfig, step: int) -> None:
+def _write_sample(
+    path: Path, model: TransformerLM, tokenizer: TextCodec, config: TrainConfig, step: int, log: RunLog
+) -> None:
     end = config.end_of_text
     (text,) = complete(model, tokenizer, [end], config.sample_tokens, top_p=0.95, seed=config.seed, end_of_text=end)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(f"--- step {step} ---\n{text.strip()}\n\n")
+    log.write({"kind": "sample", "step": step, "text": text.strip()})
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"--- step {step} ---\n{text.strip()}\n\n")
+    except OSError as error:  # a full disk; the log keeps what it cannot write
+        log.message(f"warning: {path} cannot be written ({error})")

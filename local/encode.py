@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+
+from basic import command_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except (OSError, ValueError, TypeError) as error:
-        sys.exit(f"error: {error}")
+    command_line.run(lambda: main(tyro.cli(Options, description=__doc__)))

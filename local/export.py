@@ -6,12 +6,13 @@ tiktoken: the tokenizer alone, as a file of ranks.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
+
+from basic import command_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    command_line.run(lambda: main(tyro.cli(Options, description=__doc__)))

@@ -1,22 +1,30 @@
-"""Let a trained model continue a text: `uv run local/generate.py runs/quickstart --prompt "Once upon a time"`."""
+"""Let a trained model continue a text, shown while it grows: `uv run local/generate.py runs/quickstart`.
+
+The text comes from --prompt, from --prompt-file, from a pipe, or, in a terminal, is asked for again and again.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+
+from basic import command_line
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     run: tyro.conf.Positional[Path]
     """Folder of the run, such as runs/quickstart."""
-    prompt: str = "<|endoftext|>"
+    prompt: str | None = None
     """Text to continue; the end-of-text token starts a new document. Of a long text, the last tokens count."""
+    prompt_file: Path | None = None
+    """File with the text to continue, in UTF-8; the newline at its end does not count."""
     num_samples: int = 1
-    """Continuations to write, each drawn on its own."""
+    """Continuations to write of each text, each drawn on its own."""
     max_tokens: int = 256
     """Most tokens to add; the model may end the text earlier."""
     temperature: float = 1.0
@@ -32,31 +40,52 @@ class Options:
 
 
 def main(options: Options) -> None:
-    from basic.generation import complete
+    from basic.generation import stream
     from basic.runs import load_run
     from basic.Tokenizer import Tokenizer
 
+    if options.prompt is not None and options.prompt_file is not None:
+        raise ValueError("--prompt and --prompt-file are both given; leave one of them out")
     run = load_run(options.run, device=options.device)
     if run.tokenizer_path is None:
         raise ValueError(f"{options.run} has no tokenizer/ folder, which turns text into the model's ids")
+    tokenizer = Tokenizer.load(run.tokenizer_path)
     end_of_text = run.config.train.end_of_text
-    completions = complete(
-        run.model,
-        Tokenizer.load(run.tokenizer_path),
-        [options.prompt] * options.num_samples,
-        options.max_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-        end_of_text=end_of_text,
-    )
-    for completion in completions:
-        print((options.prompt.removeprefix(end_of_text) + completion).strip(), end="\n\n")
+    for prompt in prompts(options, end_of_text):
+        for sample in range(options.num_samples):
+            pieces = stream(
+                run.model,
+                tokenizer,
+                prompt,
+                options.max_tokens,
+                temperature=options.temperature,
+                top_k=options.top_k,
+                top_p=options.top_p,
+                seed=None if options.seed is None else options.seed + sample,
+                end_of_text=end_of_text,
+            )
+            print(prompt.removeprefix(end_of_text), end="", flush=True)
+            for piece in pieces:
+                print(piece, end="", flush=True)
+            print("\n", flush=True)
+
+
+def prompts(options: Options, end_of_text: str) -> Iterator[str]:
+    """The texts to continue; where nothing is piped or typed, the start of a new document."""
+    if options.prompt is not None:
+        yield options.prompt
+    elif options.prompt_file is not None:
+        yield options.prompt_file.read_text(encoding="utf-8").removesuffix("\n")
+    elif not sys.stdin.isatty():
+        yield sys.stdin.read().removesuffix("\n") or end_of_text
+    else:
+        print("A text to continue, or nothing for a new one; Ctrl-D ends.", file=sys.stderr)
+        while True:
+            try:
+                yield input("> ") or end_of_text
+            except EOFError:
+                return
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    command_line.run(lambda: main(tyro.cli(Options, description=__doc__)))

@@ -1,12 +1,16 @@
-"""Plot the losses of one or more runs: `uv run local/plot.py runs/quickstart`."""
+"""Plot the losses of one or more runs: `uv run local/plot.py runs/quickstart`.
+
+Several runs are labelled by the settings in which they differ, or by their folders' names.
+"""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+
+from basic import command_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,21 +19,24 @@ class Options:
     """Folders of runs, such as runs/quickstart."""
     output: Path | None = None
     """Picture to write (.png, .svg or .pdf); by default loss.png in the first run's folder."""
+    entropy: float | None = None
+    """Nats a token that no model can get under, where they are known: drawn as a line."""
 
 
 def main(options: Options) -> None:
-    from basic.plotting import plot_losses
-    from basic.runs import read_metrics
+    from basic.config_files import load_config, to_table
+    from basic.plotting import plot_losses, run_labels
+    from basic.runs import RunConfig, read_metrics
 
     if not options.runs:
         raise ValueError("no run given; name at least one folder, such as runs/quickstart")
+    runs = dict.fromkeys(options.runs)  # a run named twice is one
+    records = [read_metrics(run / "metrics.jsonl") for run in runs]
+    labels = run_labels({str(run): to_table(load_config(run / "config.toml", RunConfig)) for run in runs})
     output = options.output or options.runs[0] / "loss.png"
-    plot_losses({str(run): read_metrics(run / "metrics.jsonl") for run in options.runs}, output)
+    plot_losses(dict(zip(labels, records, strict=True)), output, floor_nats=options.entropy)
     print(f"wrote {output}")
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    command_line.run(lambda: main(tyro.cli(Options, description=__doc__)))

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import shutil
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
+
+from basic import command_line
 
 END = "<|endoftext|>"
 TRAIN_STORIES, VALID_STORIES = 40_000, 1_000
@@ -98,7 +99,4 @@ def configure(options: Options, vocab_size: int):
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except (OSError, ValueError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    command_line.run(lambda: main(tyro.cli(Options, description=__doc__)))

@@ -1,6 +1,7 @@
 """Train a model from a configuration file: `uv run local/train.py --config local/configs/tinystories.toml`.
 
-Every setting of the file can be overridden: `--batch-size 32 --num-layers 6`.
+Every setting of the file can be overridden: `--batch-size 32 --num-layers 6`. `--resume runs/NAME` goes on with a run,
+with nothing else to say. Errors are one line; with --traceback they show where they come from.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import tyro
 
+from basic import command_line
 from basic.config_files import load_config
 from basic.runs import RunConfig
 
@@ -24,53 +26,61 @@ class Options:
     """TOML file with these settings; its values become the defaults of the other options."""
     output: Path | None = None
     """Folder for the run; by default runs/ and the configuration file's name. Must not hold another run."""
-    resume: bool = False
-    """Go on from the newest checkpoint in the folder."""
+    resume: Path | None = None
+    """Folder of a run to go on with, from its newest whole checkpoint and with its settings; those given here change
+    them, such as --steps for a longer run."""
     overwrite: bool = False
     """Remove the run that the folder holds, and start anew; other files in it stay."""
+    verify: bool = False
+    """Read all tokens first and compare them with their checksums."""
 
 
 def parse(arguments: list[str]) -> Options:
-    """The options; the file named by --config is read first, because it gives the others their defaults."""
+    """The options; what --config or --resume names is read first, because it gives the others their defaults."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
-    path = first.parse_known_args(arguments)[0].config
-    if path is None:
+    first.add_argument("--resume", type=Path, nargs="?")
+    given = first.parse_known_args(arguments)[0]
+    if given.config is not None and given.resume is not None:
+        raise ValueError("--resume takes the settings from the run itself; leave --config out")
+    if given.resume is not None:
+        if not (given.resume / "config.toml").is_file():
+            raise FileNotFoundError(f"{given.resume} is not a run: it has no config.toml; start one with --config")
+        default = Options(run=load_config(given.resume / "config.toml", RunConfig), output=given.resume)
+    elif given.config is not None:
+        output = Path("runs") / given.config.stem
+        default = Options(run=load_config(given.config, RunConfig), config=given.config, output=output)
+    else:
         return tyro.cli(Options, args=arguments, description=__doc__)
-    default = Options(run=load_config(path, RunConfig), config=path, output=Path("runs") / path.stem)
     return tyro.cli(Options, args=arguments, default=default, description=__doc__)
 
 
-def main(options: Options) -> None:
+def main() -> None:
+    options = parse(sys.argv[1:])
     from basic.token_files import open_tokens, read_info, sidecar_path
     from basic.Tokenizer import Tokenizer
     from basic.training import train
 
-    output = options.output or Path("runs/unnamed")
-    data = options.run.data
+    output, data = options.output or Path("runs/unnamed"), options.run.data
+    if options.resume is not None and output != options.resume:
+        raise ValueError(f"a run goes on in its own folder; leave out --output {output}, or copy the folder first")
     for name in ("train_tokens", "valid_tokens"):
         if not getattr(data, name):
             raise ValueError(f"data.{name} is not set; give a token file made by local/encode.py")
-    tokens = open_tokens(data.train_tokens), open_tokens(data.valid_tokens)
-    tokenizer = Tokenizer.load(data.tokenizer) if data.tokenizer else None
-    for path in (data.train_tokens, data.valid_tokens):
+    paths = data.train_tokens, data.valid_tokens
+    tokens = [open_tokens(path, verify=options.verify) for path in paths]
+    # A run has a copy of its tokenizer.
+    own = output / "tokenizer" if options.resume else Path()
+    folder = own if options.resume and own.is_dir() else data.tokenizer
+    tokenizer = Tokenizer.load(folder) if folder else None
+    for path in paths:
         maker = read_info(path).tokenizer_fingerprint if sidecar_path(path).is_file() else None
         if tokenizer is not None and maker not in (None, tokenizer.fingerprint):
-            raise ValueError(f"{path} was not made by the tokenizer in {data.tokenizer}; encode the text again with it")
-    run = train(
-        options.run,
-        *tokens,
-        output,
-        tokenizer=tokenizer,
-        resume=options.resume,
-        overwrite=options.overwrite,
-        progress=True,
-    )
+            raise ValueError(f"{path} was not made by the tokenizer in {folder}; encode the text again with it")
+    how = {"resume": options.resume is not None, "overwrite": options.overwrite, "progress": True}
+    run = train(options.run, tokens[0], tokens[1], output, tokenizer=tokenizer, **how)
     print(f"trained {run.model.num_parameters:,} parameters for {run.step:,} steps; everything is in {output}")
 
 
 if __name__ == "__main__":
-    try:
-        main(parse(sys.argv[1:]))
-    except (OSError, ValueError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    command_line.run(main)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import tyro
 
+from basic import command_line
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -69,7 +71,4 @@ def peak_memory() -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except (OSError, ValueError, TypeError) as error:
-        sys.exit(f"error: {error}")
+    command_line.run(lambda: main(tyro.cli(Options, description=__doc__)))

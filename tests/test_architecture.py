@@ -78,6 +78,12 @@ ROOMS: dict[str, set[str]] = {
     "train_step": {"data", "kernels", "model", "optimizer", "runs"},
     "decoder": {"decode_kernels", "flash_attention", "model"},
     "data": {"token_files"},
+    "background_save": {"checkpoint"},
+    "run_checkpoints": {"background_save", "checkpoint", "config_files", "model", "run_log", "runs"},
+    "run_record": {"token_files"},
+    "meter": set(),
+    "stop_signals": set(),
+    "command_line": set(),
     "state_tree": set(),
     "checkpoint": {"state_tree"},
     "distributed": set(),
@@ -88,11 +94,16 @@ ROOMS: dict[str, set[str]] = {
     "plotting": set(),
     "accounting": {"model"},
     "hf_llama": {"config_files", "model"},
+    "trackers": set(),
+    "run_log": {"accounting", "trackers"},
+    "report": {"config_files", "model", "runs", "token_files"},
 }
 ROOMS["training"] = {
     *("functional", "model", "optimizer", "token_files", "data", "checkpoint", "distributed"),
     *("generation", "evaluation", "config_files", "runs", "train_step"),
+    *("accounting", "run_log", "trackers", "run_checkpoints", "run_record", "meter", "stop_signals"),
 }
+ROOMS["sweep"] = {"config_files", "evaluation", "plotting", "runs", "training"}
 # anything but one another; imported by none
 ROOMS["export"] = ROOMS["import_model"] = ROOMS["assignment_question"] = set(ROOMS)
 
@@ -100,6 +111,7 @@ NUMBA = {"bpe_machine", "bpe_scan", "bpe_words", "bpe_count", "bpe_merge", "bpe_
 TORCH_FREE = {"atomic_file", "bytes_utils", "pretokenization", "bpe_kernels", "token_files", "train_bpe", "Tokenizer"}
 TORCH_FREE |= NUMBA | {"word_ids", "patterns", "text_sources", "merge_order", "tokenizer_formats", "tiktoken_files"}
 TORCH_FREE |= {"story_words", "stories", "corpus", "config_files", "plotting"}
+TORCH_FREE |= {"stop_signals", "command_line"}
 # Packages that few rooms may import.
 ONLY_IN = {
     "torch": set(ROOMS) - TORCH_FREE,
@@ -111,6 +123,8 @@ ONLY_IN = {
         *("decode_kernels", "decoder"),
     },
     "matplotlib": {"plotting"},
+    "wandb": {"trackers"},
+    "tensorboard": {"trackers"},
 }
 
 

@@ -5,7 +5,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from basic.plotting import plot_losses
+from basic.plotting import plot_losses, run_labels
 
 
 def records(scale: float, num_records: int = 8) -> list[dict[str, float]]:
@@ -58,6 +58,22 @@ def test_a_single_record_and_one_without_validation_can_be_seen(tmp_path):
     assert pixels(tmp_path / "loss.png", "C0") > 20
 
 
+def test_all_that_is_measured_has_a_panel_and_what_was_not_finite_leaves_a_gap(tmp_path):
+    shown: list[dict] = [dict(record) for record in records(3.0)]
+    shown[2] |= {"train_loss": None, "gradient_norm": None}
+    shown[7] |= {"valid_loss": None}
+    plot_losses({"run": shown}, tmp_path / "loss.svg")
+    written = texts(tmp_path / "loss.svg")
+    assert b"run: validation loss 1.250" in written
+    for name in (b"step", b"tokens", b"wall time (s)", b"learning rate", b"gradient norm", b"tokens a second"):
+        assert name in written
+
+
+def texts(path) -> bytes:
+    """Of an SVG: what is written with outlines stands beside them as a comment."""
+    return b"\n".join(line for line in path.read_bytes().splitlines() if line.strip().startswith(b"<!--"))
+
+
 def test_the_ending_says_the_format(tmp_path):
     plot_losses({"run": records(3.0)}, tmp_path / "loss.svg")
     assert (tmp_path / "loss.svg").read_bytes().startswith(b"<?xml")
@@ -69,3 +85,31 @@ def test_no_records_and_unknown_formats_are_errors(tmp_path):
     with pytest.raises(ValueError, match=r"'text' is not supported \(supported formats: .*png"):
         plot_losses({"run": records(3.0)}, tmp_path / "loss.text")
     assert list(tmp_path.iterdir()) == []
+
+
+# --- Labels ---------------------------------------------------------------------------------------------------
+
+BASE = {"model": {"d_model": 64}, "train": {"max_learning_rate": 1e-3, "seed": 0, "compile": False}}
+
+
+def changed(**values) -> dict:
+    return BASE | {"train": BASE["train"] | values}
+
+
+@pytest.mark.parametrize(
+    ("configs", "labels"),
+    [
+        ([BASE], ["runs/0"]),
+        ([BASE, BASE], ["runs/0", "runs/1"]),
+        ([BASE, changed(max_learning_rate=0.02)], ["max_learning_rate=0.001", "max_learning_rate=0.02"]),
+        ([BASE, changed(seed=3, compile=True)], ["seed=0, compile=False", "seed=3, compile=True"]),
+        ([changed(d_ff=256), BASE], ["d_ff=256", "d_ff=None"]),
+        # Of three runs, two are alike.
+        ([BASE, changed(seed=1), BASE], ["seed=0 (runs/0)", "seed=1", "seed=0 (runs/2)"]),
+        ([BASE, changed(seed=1, compile=True, a=1, b=1)], ["runs/0", "runs/1"]),
+        # Equal when printed short, and yet not the same.
+        ([changed(eps=0.1), changed(eps=0.1 + 1e-12)], ["eps=0.1 (runs/0)", "eps=0.1 (runs/1)"]),
+    ],
+)
+def test_labels_say_what_differs(configs, labels):
+    assert run_labels({f"runs/{number}": config for number, config in enumerate(configs)}) == labels

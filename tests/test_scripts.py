@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib.util
+import io
 import itertools
 import json
 import re
@@ -192,7 +193,7 @@ def quickstart() -> Any:
 PROMISED = {
     *("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/special_tokens.json"),
     *("train.txt", "train.bin", "train.json", "valid.txt", "valid.bin", "valid.json"),
-    *("config.toml", "metrics.jsonl", "loss.png", "samples.txt"),
+    *("config.toml", "environment.json", "metrics.jsonl", "loss.png", "samples.txt"),
 }
 
 
@@ -303,7 +304,8 @@ def test_from_text_to_text_one_script_after_the_other(tmp_path, monkeypatch, cap
 
     with pytest.raises(SystemExit, match="error: runs/small already holds a run"):
         run_script(monkeypatch, "train", "--config=small.toml")
-    run_script(monkeypatch, "train", "--config=small.toml", *overrides[2:], "--steps", "5", "--resume")
+    run_script(monkeypatch, "train", "--resume", "runs/small")
+    run_script(monkeypatch, "train", "--resume", "runs/small", "--steps", "5")
     assert [record["step"] for record in read_metrics("runs/small/metrics.jsonl")] == [1, 2, 3, 4, 5]
     run_script(monkeypatch, "train", "--config", "small.toml", "--overwrite", "--tokenizer", "")
     assert load_run("runs/small").step == 2
@@ -328,6 +330,7 @@ def test_from_text_to_text_one_script_after_the_other(tmp_path, monkeypatch, cap
     run_script(monkeypatch, *generate, "--temperature", "0", "--top-p", "None")
     greedy = capsys.readouterr().out.split("the cat")
     assert greedy[1].strip() == greedy[2].strip()
+    monkeypatch.setattr("sys.stdin", io.StringIO())
     run_script(monkeypatch, "generate", "runs/other", "--max-tokens", "6")
     assert END not in capsys.readouterr().out
     with pytest.raises(SystemExit, match="error: the prompt '' encodes to no token"):

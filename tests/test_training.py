@@ -186,7 +186,12 @@ def test_the_log_has_the_promised_numbers(tmp_path):
     config = configuration(steps=10, log_interval=3, eval_interval=5)
     train(config, TRAIN, VALID, tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    every = [json.loads(line) for line in lines]
+    records = [record for record in every if "kind" not in record]
+    evaluations = [record for record in every if record.get("kind") == "evaluation"]
+    assert [(r["step"], r["valid_loss"]) for r in evaluations] == [
+        (r["step"], r["valid_loss"]) for r in records if "valid_loss" in r
+    ]
     assert [record["step"] for record in records] == [3, 5, 6, 9, 10]
     for record in records:
         evaluated = ["valid_loss"] if record["step"] in (5, 10) else []
@@ -237,7 +242,7 @@ def test_a_run_leaves_configuration_tokenizer_samples_and_its_last_two_checkpoin
     run = train(config, TRAIN, VALID, tmp_path / "deep" / "run", tokenizer=Words())
     folder = tmp_path / "deep" / "run"
     assert sorted(path.name for path in folder.iterdir()) == [
-        *("checkpoints", "config.toml", "metrics.jsonl", "samples.txt", "tokenizer")
+        *("checkpoints", "config.toml", "environment.json", "metrics.jsonl", "samples.txt", "tokenizer")
     ]
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
         *("step_00000006.safetensors", "step_00000008.safetensors")
@@ -260,7 +265,7 @@ def test_a_folder_with_a_run_is_refused_and_left_alone_unless_it_is_to_be_overwr
         return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
     before = files()
-    with pytest.raises(FileExistsError, match=r"run already holds a run; choose another folder, resume .* overwrite"):
+    with pytest.raises(FileExistsError, match=r"run already holds a run; choose another .*--resume .*--overwrite"):
         train(configuration(), TRAIN, VALID, tmp_path / "run")
     with pytest.raises(ValueError, match="both resumed and overwritten"):
         train(configuration(), TRAIN, VALID, tmp_path / "run", resume=True, overwrite=True)
@@ -271,7 +276,7 @@ def test_a_folder_with_a_run_is_refused_and_left_alone_unless_it_is_to_be_overwr
     train(configuration(steps=3), TRAIN, VALID, tmp_path / "run", overwrite=True)
     assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
     assert sorted(str(path.relative_to(tmp_path / "run")) for path in files()) == [
-        *("checkpoints/step_00000003.safetensors", "config.toml", "metrics.jsonl", "notes.txt")
+        *("checkpoints/step_00000003.safetensors", "config.toml", "environment.json", "metrics.jsonl", "notes.txt")
     ]
 
 
@@ -328,37 +333,20 @@ def test_a_run_does_not_go_on_with_another_model(tmp_path):
     assert load_config(tmp_path / "run" / "config.toml", RunConfig) == config
 
 
-def test_nothing_to_resume(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"checkpoints has no checkpoint"):
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing is not a run: it has no config\.toml; start one"):
         train(configuration(), TRAIN, VALID, tmp_path / "missing", resume=True)
     assert not (tmp_path / "missing").exists()
+
+
+def test_a_run_without_a_checkpoint_begins_again(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        stop_in_step(patch, 1, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
+        stop_in_step(patch, 3, ZeroDivisionError())
+        with pytest.raises(ZeroDivisionError):
             train(configuration(), TRAIN, VALID, tmp_path / "run")
-    with pytest.raises(FileNotFoundError, match=r"checkpoints has no checkpoint"):
-        train(configuration(), TRAIN, VALID, tmp_path / "run", resume=True)
-
-
-@pytest.mark.parametrize(("wrong", "name"), [(0, "training loss"), (1, "gradient's norm")])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_or_gradient_that_is_not_finite_is_never_saved(tmp_path, monkeypatch, wrong, name, value):
-    real, steps = basic.training.TrainStep.__call__, []
-
-    def train_step(*args):
-        steps.append(None)
-        numbers = list(real(*args))
-        if len(steps) >= 5 + wrong:  # a gradient would ruin the next loss too, were this not the step of a checkpoint
-            numbers[wrong] = torch.tensor(value)
-        return tuple(numbers)
-
-    monkeypatch.setattr(basic.training.TrainStep, "__call__", train_step)
-    config = configuration(checkpoint_interval=2, log_interval=0, eval_interval=0)
-    with pytest.raises(FloatingPointError, match=f"{name} became {value} by step 6; .* lower max_learning_rate"):
-        train(config, TRAIN, VALID, tmp_path / "run")
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
-        *("step_00000002.safetensors", "step_00000004.safetensors")
-    ]
+    train(configuration(), TRAIN, VALID, tmp_path / "run", resume=True)
+    assert "run has no checkpoint yet; it begins again at its first step" in capsys.readouterr().err
+    assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 9))
 
 
 def test_a_learning_rate_that_is_far_too_high_ends_in_that_error(tmp_path):

@@ -1,0 +1,238 @@
+"""The checkpoints of a run while it trains: when one is due, which are kept, and what happens when a disk is full."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+
+from basic.atomic_file import atomic_write
+from basic.background_save import BackgroundSaver
+from basic.checkpoint import restore
+from basic.config_files import load_config, save_config
+from basic.model import ModelConfig, TransformerLM
+from basic.run_log import RunLog
+from basic.runs import RunConfig, TrainConfig, checkpoint_paths, newest_checkpoint, read_all_records, read_metrics
+
+RETRY_S = 10.0
+"""After a checkpoint could not be written."""
+LAST_TRIES = 6
+"""Of a checkpoint after which the process ends."""
+
+
+class Progress(NamedTuple):
+    """How far a run has come."""
+
+    step: int = 0
+    wall_s: float = 0.0
+    nonfinite_steps: int = 0
+    """Steps that it went on without."""
+
+
+class RunCheckpoints:
+    """Saves a run's checkpoints in the background and keeps those that are wanted; a context manager.
+
+    The newest are kept, the one with the lowest validation loss, and milestones. A disk that is full, or fails
+    otherwise, is a warning: the run goes on, older checkpoints stay, and a newer state is tried some seconds later.
+
+    Args:
+        run_dir: of the run.
+        config: how it is trained.
+        log: told of every checkpoint, after it is safely on the disk.
+    """
+
+    def __init__(self, run_dir: Path, config: TrainConfig, log: RunLog):
+        self.run_dir, self.config, self.log = run_dir, config, log
+        self.saver = BackgroundSaver()
+        self._started_s = time.monotonic()
+        self._retry_s = math.inf
+        self._step = 0
+        known = {path.name for path in checkpoint_paths(run_dir)}
+        metrics = run_dir / "metrics.jsonl"
+        self._valid_losses = {
+            _name(record["step"]): record["valid_loss"]
+            for record in (read_metrics(metrics) if metrics.exists() else [])
+            if record.get("valid_loss") is not None and _name(record["step"]) in known
+        }
+        for leftover in (run_dir / "checkpoints").glob(".step_*.tmp"):  # of a process that was killed
+            leftover.unlink(missing_ok=True)
+
+    def __enter__(self) -> RunCheckpoints:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.saver.__exit__(kind, error, traceback)
+        self._settle(wait=True)
+
+    def due(self, done: int, valid_loss: float | None) -> bool:
+        """Whether the state after so many steps is to be saved: by steps, by time, as the best, or after a failure.
+
+        Args:
+            valid_loss: of this state, if it was measured.
+        """
+        if self.saver.busy:  # what is due now is due again when it has ended
+            if self._due_by_step(done) or self._would_be_best(valid_loss):
+                self._retry_s = 0.0
+            return False
+        self._settle(wait=False)
+        now_s, period_s = time.monotonic(), self.config.checkpoint_minutes * 60
+        by_time = now_s >= self._retry_s or (period_s > 0 and now_s >= self._started_s + period_s)
+        return by_time or self._due_by_step(done) or self._would_be_best(valid_loss)
+
+    def save(
+        self,
+        model: TransformerLM,
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
+        *,
+        valid_loss: float | None = None,
+        last: bool = False,
+    ) -> None:
+        """Copy the state, and write it in the background.
+
+        Args:
+            valid_loss: of this state, if it was measured.
+            last: the process ends after it: wait until it is on the disk, and try several times.
+
+        Raises:
+            OSError: the last one could not be written.
+        """
+        self._settle(wait=True)
+        for attempt in range(LAST_TRIES if last else 1):
+            time.sleep(RETRY_S if attempt else 0)
+            self._start(model, optimizer, progress, valid_loss)
+            if not last or self._settle(wait=True):
+                return
+        raise OSError(
+            f"the checkpoint of step {progress.step} could not be saved in {LAST_TRIES} tries; make room on the disk "
+            f"of {self.run_dir}, then go on from the one before with --resume {self.run_dir}"
+        )
+
+    def _start(
+        self, model: TransformerLM, optimizer: torch.optim.Optimizer, progress: Progress, valid_loss: float | None
+    ) -> None:
+        path = self.run_dir / "checkpoints" / _name(progress.step)
+        extra = {**progress._asdict(), "random_state": _random_state()}
+        self._started_s, self._retry_s, self._step = time.monotonic(), math.inf, progress.step
+
+        def saved() -> None:
+            if valid_loss is not None:
+                self._valid_losses[path.name] = valid_loss
+            self._remove_old()
+            save_s = round(time.monotonic() - self._started_s, 3)
+            self.log.write({"kind": "checkpoint", "step": progress.step, "save_s": save_s})
+
+        self.saver.start(model, optimizer, progress.step, path, extra=extra, then=saved)
+
+    def _settle(self, *, wait: bool) -> bool:
+        """Whether the save that has ended, if one has, ended well; what is not the disk's fault is raised."""
+        try:
+            self.saver.finish(wait=wait)
+        except OSError as error:
+            self._retry_s = time.monotonic() + RETRY_S
+            self.log.message(
+                f"warning: the checkpoint of step {self._step} could not be saved ({error}); those before are "
+                f"untouched, and the run goes on; trying again in {RETRY_S:.0f} s"
+            )
+            return False
+        return True
+
+    def _due_by_step(self, done: int) -> bool:
+        intervals = (self.config.checkpoint_interval, self.config.milestone_interval)
+        return any(interval > 0 and done % interval == 0 for interval in intervals)
+
+    def _would_be_best(self, valid_loss: float | None) -> bool:
+        return (
+            self.config.keep_best
+            and valid_loss is not None
+            and valid_loss < min(self._valid_losses.values(), default=math.inf)
+        )
+
+    def _remove_old(self) -> None:
+        names = [path.name for path in checkpoint_paths(self.run_dir)]
+        kept = set(names[-self.config.checkpoints_kept :])
+        if self.config.keep_best and self._valid_losses:
+            kept.add(min(self._valid_losses, key=lambda name: self._valid_losses[name]))
+        if self.config.milestone_interval:
+            kept |= {name for name in names if _step(name) % self.config.milestone_interval == 0}
+        for name in set(names) - kept:
+            (self.run_dir / "checkpoints" / name).unlink(missing_ok=True)
+            self._valid_losses.pop(name, None)
+
+
+def resume_run(
+    run_dir: Path, config: RunConfig, model: TransformerLM, optimizer: torch.optim.Optimizer, log: Any
+) -> Progress:
+    """Put the newest checkpoint that is whole into model and optimizer; a run that has none yet begins at its start.
+
+    Lines of the metrics log from after that step are removed: the steps will be done again. The configuration is
+    saved anew, because a run may go on for more steps than it was begun for.
+
+    Args:
+        log: called with a line for the user where something is not as it should be.
+
+    Raises:
+        FileNotFoundError: there is no such run.
+        ValueError: the run was begun with another model, or no checkpoint is whole.
+    """
+    if not (run_dir / "config.toml").is_file():
+        raise FileNotFoundError(f"{run_dir} is not a run: it has no config.toml; start one with --config")
+    began_with = load_config(run_dir / "config.toml", RunConfig).model
+    for name in (setting.name for setting in fields(ModelConfig)):
+        old, value = getattr(began_with, name), getattr(config.model, name)
+        if old != value:
+            raise ValueError(
+                f"{run_dir} was begun with model.{name} = {old}, but is to be resumed with {value}; "
+                "resume it with the model it has, or train this one in another folder"
+            )
+    progress = Progress()
+    if checkpoint_paths(run_dir):
+        checkpoint = newest_checkpoint(run_dir, log)
+        step, extra = restore(checkpoint, model, optimizer), checkpoint.part("extra")
+        progress = Progress(step, extra["wall_s"], extra["nonfinite_steps"])
+        _set_random_state(extra["random_state"])
+    else:
+        log(f"{run_dir} has no checkpoint yet; it begins again at its first step")
+    metrics = run_dir / "metrics.jsonl"
+    if metrics.exists():
+        kept = [record for record in read_all_records(metrics) if record.get("step", 0) <= progress.step]
+        with atomic_write(metrics) as file:
+            file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
+    save_config(config, run_dir / "config.toml")
+    return progress
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}.safetensors"
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step_").removesuffix(".safetensors"))
+
+
+def _random_state() -> dict[str, str]:
+    """The state of torch's generators, as text: nothing draws from them now, but a model with dropout would."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {device: state.numpy().tobytes().hex() for device, state in states.items()}
+
+
+def _set_random_state(states: dict[str, str]) -> None:
+    for device, text in states.items():
+        state = torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+        if device == "cpu":
+            torch.set_rng_state(state)
+        elif torch.cuda.is_available():
+            torch.cuda.set_rng_state(state)
