@@ -296,22 +296,18 @@ class MultiHeadSelfAttention(Module):
             cache: keys and values of earlier tokens, to which these are added.
             layer: which layer of the cache is this one's.
         """
-        qkv = rearrange(
-            linear(x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight),
-            "... seq (three head d) -> ... seq three head d",
-            three=3,
-            head=self.num_heads,
-        )
-        if token_positions is None and cache is None and kernels.cover_attention(qkv):
-            attended = kernels.rotary_attention(qkv, None if self.rope is None else (self.rope.cos, self.rope.sin))
+        weights = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
+        if token_positions is None and cache is None and kernels.cover_attention(x, len(weights[0]) // self.num_heads):
+            tables = None if self.rope is None else (self.rope.cos, self.rope.sin)
+            attended = kernels.rotary_attention(x, weights, self.num_heads, tables)
         else:
-            attended = self._attend(qkv, token_positions, cache, layer)
+            attended = self._attend(linear(x, *weights), token_positions, cache, layer)
         return self.output_proj(rearrange(attended, "... seq head d -> ... seq (head d)"))
 
     def _attend(
         self, qkv: Tensor, token_positions: Tensor | None, cache: KVCache | None, layer: int
     ) -> Float[Tensor, " ... seq head d"]:
-        q, k, v = rearrange(qkv, "... seq three head d -> three ... head seq d")
+        q, k, v = rearrange(qkv, "... seq (three head d) -> three ... head seq d", three=3, head=self.num_heads)
         if self.rope is not None:
             if token_positions is None and cache is not None:
                 token_positions = torch.arange(cache.length, cache.length + q.shape[-2], device=q.device)
@@ -340,7 +336,7 @@ class SwiGLU(Module):
         self.w3 = Linear(d_model, d_ff)
 
     def forward(self, x: Float[Tensor, " ... d_model"]) -> Float[Tensor, " ... d_model"]:
-        return self.w2(kernels.swiglu(linear(x, self.w1.weight, self.w3.weight)))
+        return kernels.swiglu_linear(linear(x, self.w1.weight, self.w3.weight), self.w2.weight)
 
 
 class SiLUFeedForward(Module):

@@ -31,7 +31,6 @@ class TrainStep:
         with_kernels = kernels.available_on(device)
         compiles = config.compile and (device.type != "cuda" or with_kernels)
         self.loss_of = torch.compile(model.loss) if compiles else model.loss
-        self.clipping_factor = torch.compile(clipping_factor) if compiles else clipping_factor
         # Without its kernel AdamW asks the device for numbers, which cannot be recorded.
         self.use_graph = with_kernels and config.cuda_graph and config.gradient_accumulation == 1
         self.rate = torch.zeros((), device=device)
@@ -82,7 +81,7 @@ class TrainStep:
             loss += part.detach()
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         with torch.no_grad():
-            norm, factor = self.clipping_factor(gradients, self.config.max_gradient_norm)
+            norm, factor = clipping_factor(gradients, self.config.max_gradient_norm)
             # One number that is not finite anywhere makes the norm so; then nothing is changed.
             factor = torch.where(torch.isfinite(loss + norm), factor, torch.nan)
         for group in self.optimizer.param_groups:

@@ -53,7 +53,7 @@ def test_cross_entropy(vocab_size, chunk_rows, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 def test_adamw(dtype):
-    kernel_checks.check_adamw(1_000_003, dtype, "cuda")
+    kernel_checks.check_adamw([1_000_003, *range(1, 100), 2048 * 4096], dtype, "cuda")
 
 
 def test_the_optimizer_against_pytorchs_over_twenty_steps():
