@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 2048
-# Addresses are arguments of the launch, which may have 4 KB of them.
-_MOST_TENSORS = 48
+# Numbers a block, and blocks a program: finding its tensor costs a program as much as some blocks do.
+_BLOCK, _BLOCKS = 2048, 4
+# Addresses are arguments of the launch, and every program looks through them.
+_MOST_TENSORS = 16
 
 
 @triton.jit
@@ -31,7 +32,7 @@ def _pick(choices, which):
 
 @triton.jit
 def _step(PARAMETERS, GRADIENTS, FIRSTS, SECONDS, SCALARS, sizes, last_programs, beta1, beta2, eps, weight_decay,
-          BLOCK: tl.constexpr):  # fmt: skip
+          BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
     program = tl.program_id(0)
     which, before = 0, 0
     for i in tl.static_range(len(sizes) - 1):
@@ -40,22 +41,26 @@ def _step(PARAMETERS, GRADIENTS, FIRSTS, SECONDS, SCALARS, sizes, last_programs,
     SCALARS += 4 * which
     learning_rate, factor = tl.load(SCALARS), tl.load(SCALARS + 1)
     first_correction, second_correction = tl.load(SCALARS + 2), tl.load(SCALARS + 3)
-    places = (program - before).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    PARAMETER, GRADIENT = _pick(PARAMETERS, which), _pick(GRADIENTS, which)
+    FIRST, SECOND = _pick(FIRSTS, which), _pick(SECONDS, which)
     # A factor that is not a number, from a loss or gradient that is not finite, lets the step touch nothing.
-    mask = places < tl.where(factor == factor, _pick(sizes, which), 0)
-    PARAMETER, FIRST, SECOND = _pick(PARAMETERS, which), _pick(FIRSTS, which), _pick(SECONDS, which)
-    parameter = tl.load(PARAMETER + places, mask=mask)
-    gradient = tl.load(_pick(GRADIENTS, which) + places, mask=mask).to(tl.float32) * factor
-    first = tl.load(FIRST + places, mask=mask)
-    second = tl.load(SECOND + places, mask=mask)
-    parameter *= 1 - learning_rate * weight_decay
-    first = beta1 * first + (1 - beta1) * gradient
-    second = beta2 * second + (1 - beta2) * gradient * gradient
-    denominator = tl.sqrt(second / second_correction) + eps
-    parameter -= learning_rate / first_correction * first / denominator
-    tl.store(PARAMETER + places, parameter, mask=mask)
-    tl.store(FIRST + places, first, mask=mask)
-    tl.store(SECOND + places, second, mask=mask)
+    size = tl.where(factor == factor, _pick(sizes, which), 0)
+    start = (program - before).to(tl.int64) * BLOCKS * BLOCK
+    for block in range(BLOCKS):
+        places = start + block * BLOCK + tl.arange(0, BLOCK)
+        mask = places < size
+        parameter = tl.load(PARAMETER + places, mask=mask)
+        gradient = tl.load(GRADIENT + places, mask=mask).to(tl.float32) * factor
+        first = tl.load(FIRST + places, mask=mask)
+        second = tl.load(SECOND + places, mask=mask)
+        parameter *= 1 - learning_rate * weight_decay
+        first = beta1 * first + (1 - beta1) * gradient
+        second = beta2 * second + (1 - beta2) * gradient * gradient
+        denominator = tl.sqrt(second / second_correction) + eps
+        parameter -= learning_rate / first_correction * first / denominator
+        tl.store(PARAMETER + places, parameter, mask=mask)
+        tl.store(FIRST + places, first, mask=mask)
+        tl.store(SECOND + places, second, mask=mask)
 
 
 def step_parameters(
@@ -73,7 +78,8 @@ def step_parameters(
     for start in range(0, len(parameters), _MOST_TENSORS):
         some = slice(start, start + _MOST_TENSORS)
         sizes = [parameter.numel() for parameter in parameters[some]]
-        last_programs = list(accumulate(triton.cdiv(size, _BLOCK) for size in sizes))
+        last_programs = list(accumulate(triton.cdiv(size, _BLOCKS * _BLOCK) for size in sizes))
         _step[(last_programs[-1],)](
             tuple(parameters[some]), tuple(gradients[some]), tuple(firsts[some]), tuple(seconds[some]), scalars[some],
-            tuple(sizes), tuple(last_programs), beta1, beta2, eps, weight_decay, BLOCK=_BLOCK, num_warps=8)  # fmt: skip
+            tuple(sizes), tuple(last_programs), beta1, beta2, eps, weight_decay,
+            BLOCK=_BLOCK, BLOCKS=_BLOCKS, num_warps=8)  # fmt: skip

@@ -60,4 +60,4 @@ def _tile(vocab_size: int) -> tuple[int, int, int]:
     """Parts and columns looked at together, and warps; found by trying them on an H200."""
     if vocab_size < 2048:
         return 1, triton.next_power_of_2(vocab_size), 4
-    return (4, 2048, 8) if vocab_size < 20_000 else (2, 8192, 32)
+    return (2, 1024, 4) if vocab_size < 20_000 else (4, 4096, 16)

@@ -28,9 +28,9 @@ from basic.triton_support import dot
 LOG2_E = math.log2(math.e)
 
 # (queries a tile, keys a tile, warps, stages) found by trying them on an H200, by padded head size.
-_FORWARD_TILES = {16: (64, 32, 4, 3), 32: (64, 32, 4, 4), 64: (64, 64, 4, 3), 128: (128, 64, 8, 3)}
-_KEY_GRADIENT_TILES = {16: (32, 64, 4, 3), 32: (32, 128, 4, 3), 64: (32, 64, 4, 3), 128: (64, 128, 8, 3)}
-_QUERY_GRADIENT_TILES = {16: (64, 32, 4, 3), 32: (64, 32, 4, 3), 64: (64, 64, 4, 2), 128: (128, 32, 8, 3)}
+_FORWARD_TILES = {16: (64, 32, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 3)}
+_KEY_GRADIENT_TILES = {16: (32, 64, 4, 3), 32: (32, 64, 4, 3), 64: (32, 64, 4, 3), 128: (64, 64, 4, 2)}
+_QUERY_GRADIENT_TILES = {16: (64, 32, 4, 3), 32: (64, 32, 4, 3), 64: (64, 64, 4, 2), 128: (128, 64, 8, 3)}
 
 
 @triton.jit
