@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 # Numbers a block, and blocks a program: finding its tensor costs a program as much as some blocks do.
-_BLOCK, _BLOCKS = 2048, 4
+_BLOCK, _BLOCKS = 2048, 2
 # Addresses are arguments of the launch, and every program looks through them.
 _MOST_TENSORS = 16
 
