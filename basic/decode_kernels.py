@@ -153,16 +153,19 @@ def _rotated(pointer, cos, sin, D: tl.constexpr):
 
 @triton.jit
 def attend(QKV, KEYS, VALUES, COS, SIN, POSITIONS, SHARES, ARRIVALS, ATTENDED, H, capacity, scale, D: tl.constexpr,
-           SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+           SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Attention of one head of one sequence to a share of its keys; the last program to end joins the shares.
 
     The cache is (R, H, capacity, D). Keys are dealt out in blocks, one split after the other, so that all splits have
     work from the first keys on. ARRIVALS counts the programs that have ended, zero before and after.
 
-    Positions and old keys are those of the step before, which has ended: they are loaded before the wait.
+    Positions and old keys are those of the step before, which has ended: with EARLY they are loaded before the wait.
+    That is a gain as long as the programs that wait leave room for those they wait for, with few rows.
     """
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     pairs, features = tl.arange(0, D // 2), tl.arange(0, D)
+    if not EARLY:
+        _follow(OVERLAP)
     position = tl.load(POSITIONS + row).to(tl.int32)
     cos, sin = tl.load(COS + position * (D // 2) + pairs), tl.load(SIN + position * (D // 2) + pairs)
     packed = QKV + row * 3 * H * D + head * D
@@ -170,7 +173,8 @@ def attend(QKV, KEYS, VALUES, COS, SIN, POSITIONS, SHARES, ARRIVALS, ATTENDED, H
     keys = split * BLOCK + tl.arange(0, BLOCK)
     k = tl.load(KEYS + cache + keys[:, None] * D + features[None, :], mask=keys[:, None] < position, other=0.0)
     v = tl.load(VALUES + cache + keys[:, None] * D + features[None, :], mask=keys[:, None] < position, other=0.0)
-    _follow(OVERLAP)
+    if EARLY:
+        _follow(OVERLAP)
     q = _rotated(packed, cos, sin, D).to(tl.float32)
     k_new = _rotated(packed + H * D, cos, sin, D)
     v_new = tl.load(packed + 2 * H * D + features)

@@ -88,9 +88,7 @@ def rotary_attention(
     return triton_ops.rotary_attention(x, torch.cat(weights).to(x.dtype), *tables, num_heads)[0]
 
 
-def swiglu_linear(
-    x: Float[Tensor, " ... both"], weight: Float[Tensor, " d_out d_ff"]
-) -> Float[Tensor, " ... d_out"]:
+def swiglu_linear(x: Float[Tensor, " ... both"], weight: Float[Tensor, " d_out d_ff"]) -> Float[Tensor, " ... d_out"]:
     """SiLU of the first half of the features times the second half, times the weight."""
     if triton_ops is not None and _covered(x):
         return triton_ops.swiglu_linear(x, weight.to(x.dtype))

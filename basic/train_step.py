@@ -64,7 +64,8 @@ class TrainStep:
             self.static = to_device(batch[0], self.device).clone(), to_device(batch[1], self.device).clone()
             self.graph = torch.cuda.CUDAGraph()
             self.optimizer.zero_grad(set_to_none=True)
-            with torch.cuda.graph(self.graph):
+            # Only this thread may do nothing else meanwhile: the one that sends batches goes on.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.result = self._step(self.static)
         for ids, new in zip(self.static, batch, strict=True):
             ids.copy_(new, non_blocking=True)
