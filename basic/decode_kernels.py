@@ -95,11 +95,16 @@ def project(X, W, GAIN, Y, R, K, N, eps, ROWS: tl.constexpr, BLOCK_N: tl.constex
     """Y = norm(X) W^T, or Y += X W^T; of a single row, BLOCK_K must take in all of K."""
     rows = tl.arange(0, ROWS)
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    places = Y + rows[None, :] * N + outputs[:, None]
+    mask = (rows[None, :] < R) & (outputs[:, None] < N)
+    addend = tl.zeros([BLOCK_N, ROWS], tl.float32)
     if ROWS == 1:
         # A single vector: no matrix unit, whose tiles would be almost empty.
         w = _rows_of_weights(W, outputs, K, N, BLOCK_K)
         gain = tl.load(GAIN + tl.arange(0, BLOCK_K), mask=tl.arange(0, BLOCK_K) < K, other=0.0)
         _follow(OVERLAP)
+        if ADD:  # asked for now, so that it comes together with the vector
+            addend = tl.load(places, mask=mask, other=0.0).to(tl.float32)
         x = _vector(X, gain, K, eps, BLOCK_K, NORM)
         sums = tl.sum(w.to(tl.float32) * x[None, :], 1)[:, None]
     else:
@@ -108,10 +113,10 @@ def project(X, W, GAIN, Y, R, K, N, eps, ROWS: tl.constexpr, BLOCK_N: tl.constex
         if NORM:
             inverse_rms = _inverse_rms(X, rows, R, K, eps, ROWS, BLOCK_K)
         sums = _product(X, W, GAIN, inverse_rms, rows, outputs, R, K, N, ROWS, BLOCK_N, BLOCK_K, NORM)
-    places = Y + rows[None, :] * N + outputs[:, None]
-    mask = (rows[None, :] < R) & (outputs[:, None] < N)
+        if ADD:
+            addend = tl.load(places, mask=mask, other=0.0).to(tl.float32)
     if ADD:
-        sums = sums.to(Y.dtype.element_ty).to(tl.float32) + tl.load(places, mask=mask, other=0.0).to(tl.float32)
+        sums = sums.to(Y.dtype.element_ty).to(tl.float32) + addend
     tl.store(places, sums.to(Y.dtype.element_ty), mask=mask)
 
 
@@ -148,19 +153,28 @@ def _rotated(pointer, cos, sin, D: tl.constexpr):
 
 @triton.jit
 def attend(QKV, KEYS, VALUES, COS, SIN, POSITIONS, SHARES, ARRIVALS, ATTENDED, H, capacity, scale, D: tl.constexpr,
-           SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+           SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Attention of one head of one sequence to a share of its keys; the last program to end joins the shares.
 
     The cache is (R, H, capacity, D). Keys are dealt out in blocks, one split after the other, so that all splits have
     work from the first keys on. ARRIVALS counts the programs that have ended, zero before and after.
+
+    Positions and old keys are those of the step before, which has ended: with EARLY they are loaded before the wait.
+    That is a gain as long as the programs that wait leave room for those they wait for, with few rows.
     """
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     pairs, features = tl.arange(0, D // 2), tl.arange(0, D)
-    _follow(OVERLAP)
+    if not EARLY:
+        _follow(OVERLAP)
     position = tl.load(POSITIONS + row).to(tl.int32)
     cos, sin = tl.load(COS + position * (D // 2) + pairs), tl.load(SIN + position * (D // 2) + pairs)
     packed = QKV + row * 3 * H * D + head * D
     cache = (row.to(tl.int64) * H + head) * capacity * D
+    keys = split * BLOCK + tl.arange(0, BLOCK)
+    k = tl.load(KEYS + cache + keys[:, None] * D + features[None, :], mask=keys[:, None] < position, other=0.0)
+    v = tl.load(VALUES + cache + keys[:, None] * D + features[None, :], mask=keys[:, None] < position, other=0.0)
+    if EARLY:
+        _follow(OVERLAP)
     q = _rotated(packed, cos, sin, D).to(tl.float32)
     k_new = _rotated(packed + H * D, cos, sin, D)
     v_new = tl.load(packed + 2 * H * D + features)
@@ -171,19 +185,20 @@ def attend(QKV, KEYS, VALUES, COS, SIN, POSITIONS, SHARES, ARRIVALS, ATTENDED, H
     weighted = tl.zeros([D], tl.float32)
     for start in range(split * BLOCK, position + 1, SPLITS * BLOCK):
         keys = start + tl.arange(0, BLOCK)
-        old = keys < position
-        k = tl.load(KEYS + cache + keys[:, None] * D + features[None, :], mask=old[:, None], other=0.0)
-        v = tl.load(VALUES + cache + keys[:, None] * D + features[None, :], mask=old[:, None], other=0.0)
         # The new key may not have reached memory yet: it is put in its place here.
         new = keys == position
-        k = tl.where(new[:, None], k_new[None, :], k).to(tl.float32)
-        v = tl.where(new[:, None], v_new[None, :], v).to(tl.float32)
-        scores = tl.where(keys <= position, tl.sum(k * q[None, :], 1) * scale, -1e30)
+        k_wide = tl.where(new[:, None], k_new[None, :], k).to(tl.float32)
+        v_wide = tl.where(new[:, None], v_new[None, :], v).to(tl.float32)
+        keys += SPLITS * BLOCK
+        k = tl.load(KEYS + cache + keys[:, None] * D + features[None, :], mask=keys[:, None] < position, other=0.0)
+        v = tl.load(VALUES + cache + keys[:, None] * D + features[None, :], mask=keys[:, None] < position, other=0.0)
+        keys -= SPLITS * BLOCK
+        scores = tl.where(keys <= position, tl.sum(k_wide * q[None, :], 1) * scale, -1e30)
         new_maximum = tl.maximum(maximum, tl.max(scores, 0))
         weights = tl.exp2(scores - new_maximum)
         rescale = tl.exp2(maximum - new_maximum)
         total = total * rescale + tl.sum(weights, 0)
-        weighted = weighted * rescale + tl.sum(weights[:, None] * v, 0)
+        weighted = weighted * rescale + tl.sum(weights[:, None] * v_wide, 0)
         maximum = new_maximum
     shares = SHARES + (row * H + head) * SPLITS * (D + 2)
     tl.store(shares + split * (D + 2) + features, weighted)

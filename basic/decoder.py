@@ -100,7 +100,8 @@ class Decoder:
             self._step()  # compiles; what it writes is overwritten by the first real step
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # Other threads, such as one that sends batches, go on meanwhile.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self._step()
 
     def _step(self) -> None:
@@ -117,7 +118,7 @@ class Decoder:
             decode_kernels.attend[rows, config.num_heads, self.splits](
                 self.qkv, self.cache.keys[layer], self.cache.values[layer], self.cos, self.sin, self.positions,
                 self.shares, self.arrivals, self.attended, config.num_heads, capacity, scale,
-                D=config.d_head, SPLITS=self.splits, BLOCK=64, **self._launch(4))  # fmt: skip
+                D=config.d_head, SPLITS=self.splits, BLOCK=64, EARLY=rows <= 2, **self._launch(4))  # fmt: skip
             self._project(self.attended, output, ln1, self.x, add=True)
             block_n, block_k, warps = _tiles(width, d, self.padded)
             decode_kernels.gate[triton.cdiv(width, block_n),](

@@ -3,6 +3,8 @@
 One program takes a tile of queries and walks over the keys before it, a tile at a time. The softmax is rescaled as
 larger scores turn up, so what is kept is the running maximum, the running sum and the weighted values of the tile.
 For the backward pass only the logarithm of each query's sum (`log_sums`) is saved; the weights are computed anew.
+Queries and keys come rotated by RoPE; their gradients are rotated back in registers before they are written, which
+saves a pass over them.
 
 Causality does the masking at the end of the sequence, too: a key past the end is past every real query.
 
@@ -26,9 +28,9 @@ from basic.triton_support import dot
 LOG2_E = math.log2(math.e)
 
 # (queries a tile, keys a tile, warps, stages) found by trying them on an H200, by padded head size.
-_FORWARD_TILES = {16: (64, 32, 4, 3), 32: (64, 32, 4, 4), 64: (64, 64, 4, 3), 128: (128, 64, 8, 3)}
-_KEY_GRADIENT_TILES = {16: (32, 64, 4, 3), 32: (32, 128, 4, 3), 64: (32, 64, 4, 3), 128: (64, 128, 8, 3)}
-_QUERY_GRADIENT_TILES = {16: (64, 32, 4, 3), 32: (64, 32, 4, 3), 64: (64, 64, 4, 2), 128: (128, 32, 8, 3)}
+_FORWARD_TILES = {16: (64, 32, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 3)}
+_KEY_GRADIENT_TILES = {16: (32, 64, 4, 3), 32: (32, 64, 4, 3), 64: (32, 64, 4, 3), 128: (64, 64, 4, 2)}
+_QUERY_GRADIENT_TILES = {16: (64, 32, 4, 3), 32: (64, 32, 4, 3), 64: (64, 64, 4, 2), 128: (128, 64, 8, 3)}
 
 
 @triton.jit
@@ -57,11 +59,11 @@ def _attend(q, weighted, maximum, total, K, V, first, stop, k_stride, v_stride, 
     for start in range(first, stop, N):
         keys = start + tl.arange(0, N)
         k = _tile(K, keys, k_stride, columns, T, D, WIDTH, DIAGONAL)
-        scores = dot(q, tl.trans(k)) * scale
+        scores = dot(q, tl.trans(k))
         if DIAGONAL:
             scores = tl.where(rows[:, None] >= keys[None, :], scores, -1e30)
-        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_maximum[:, None])
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - new_maximum[:, None])  # one multiply-add a score
         rescale = tl.exp2(maximum - new_maximum)
         total = total * rescale + tl.sum(weights, 1)
         v = _tile(V, keys, v_stride, columns, T, D, WIDTH, DIAGONAL)
@@ -86,42 +88,23 @@ def _forward(Q, K, V, OUT, LOG_SUMS,
     maximum = tl.full([M], -float("inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     weighted = tl.zeros([M, WIDTH], tl.float32)
-    weighted, maximum, total = _attend(
-        q, weighted, maximum, total, K, V, 0, tile * M, k_stride, v_stride, rows, columns, scale, T, D, WIDTH, N, False
-    )
-    weighted, maximum, total = _attend(
-        q,
-        weighted,
-        maximum,
-        total,
-        K,
-        V,
-        tile * M,
-        tl.minimum((tile + 1) * M, T),
-        k_stride,
-        v_stride,
-        rows,
-        columns,
-        scale,
-        T,
-        D,
-        WIDTH,
-        N,
-        True,
-    )
+    weighted, maximum, total = _attend(q, weighted, maximum, total, K, V, 0, tile * M, k_stride, v_stride, rows,
+                                       columns, scale, T, D, WIDTH, N, False)  # fmt: skip
+    weighted, maximum, total = _attend(q, weighted, maximum, total, K, V, tile * M, tl.minimum((tile + 1) * M, T),
+                                       k_stride, v_stride, rows, columns, scale, T, D, WIDTH, N, True)  # fmt: skip
     _store(OUT, weighted / total[:, None], rows, o_stride, columns, T, D)
     tl.store(LOG_SUMS + tl.program_id(1).to(tl.int64) * T + rows, maximum + tl.log2(total), mask=rows < T)
 
 
 @triton.jit
-def _overlaps(OUT, DO, OVERLAPS, o_batch, o_stride, o_head, do_batch, do_stride, do_head, H, T,
-              D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr):  # fmt: skip
-    """sum(o * do) of each query: what the softmax's gradient takes from every score of the row."""
-    batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    rows, columns = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, WIDTH)
-    o = _tile(OUT + batch * o_batch + head * o_head, rows, o_stride, columns, T, D, WIDTH, True).to(tl.float32)
-    do = _tile(DO + batch * do_batch + head * do_head, rows, do_stride, columns, T, D, WIDTH, True).to(tl.float32)
-    tl.store(OVERLAPS + tl.program_id(1).to(tl.int64) * T + rows, tl.sum(o * do, 1), mask=rows < T)
+def _rotate_back(x, rows, COS, SIN, T, D: tl.constexpr, WIDTH: tl.constexpr):
+    """The gradient before RoPE of a tile of rows, from the one behind it."""
+    pairs = tl.arange(0, WIDTH // 2)
+    mask = (rows[:, None] < T) & (pairs[None, :] < D // 2)
+    cos = tl.load(COS + rows[:, None] * (D // 2) + pairs[None, :], mask=mask, other=0.0)
+    sin = tl.load(SIN + rows[:, None] * (D // 2) + pairs[None, :], mask=mask, other=0.0)
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], WIDTH // 2, 2)))
+    return tl.reshape(tl.join(even * cos + odd * sin, odd * cos - even * sin), (x.shape[0], WIDTH))
 
 
 @triton.jit
@@ -149,7 +132,7 @@ def _add_key_gradients(dk, dv, k, v, Q, DO, LOG_SUMS, OVERLAPS, first, stop, q_s
 
 
 @triton.jit
-def _key_gradients(Q, K, V, DO, DK, DV, LOG_SUMS, OVERLAPS,
+def _key_gradients(Q, K, V, DO, DK, DV, LOG_SUMS, OVERLAPS, COS, SIN,
                    q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
                    do_batch, do_stride, do_head, dk_batch, dk_stride, dk_head, dv_batch, dv_stride, dv_head,
                    H, T, scale, out_scale,
@@ -180,7 +163,7 @@ def _key_gradients(Q, K, V, DO, DK, DV, LOG_SUMS, OVERLAPS,
     if rest < T:
         dk, dv = _add_key_gradients(dk, dv, k, v, Q, DO, LOG_SUMS, OVERLAPS, rest, T, q_stride, do_stride, keys,
                                     columns, scale, T, D, WIDTH, M, True)  # fmt: skip
-    _store(DK, dk * out_scale, keys, dk_stride, columns, T, D)
+    _store(DK, _rotate_back(dk * out_scale, keys, COS, SIN, T, D, WIDTH), keys, dk_stride, columns, T, D)
     _store(DV, dv, keys, dv_stride, columns, T, D)
 
 
@@ -201,28 +184,33 @@ def _add_query_gradients(dq, q, do, log_sums, overlaps, K, V, first, stop, k_str
 
 
 @triton.jit
-def _query_gradients(Q, K, V, DO, DQ, LOG_SUMS, OVERLAPS,
+def _query_gradients(Q, K, V, OUT, DO, DQ, LOG_SUMS, OVERLAPS, COS, SIN,
                      q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
-                     do_batch, do_stride, do_head, dq_batch, dq_stride, dq_head, H, T, scale, out_scale,
+                     o_batch, o_stride, o_head, do_batch, do_stride, do_head, dq_batch, dq_stride, dq_head,
+                     H, T, scale, out_scale,
                      D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     Q += batch * q_batch + head * q_head
     K += batch * k_batch + head * k_head
     V += batch * v_batch + head * v_head
+    OUT += batch * o_batch + head * o_head
     DO += batch * do_batch + head * do_head
     DQ += batch * dq_batch + head * dq_head
     rows, columns = tile * M + tl.arange(0, M), tl.arange(0, WIDTH)
     q = _tile(Q, rows, q_stride, columns, T, D, WIDTH, True)
     do = _tile(DO, rows, do_stride, columns, T, D, WIDTH, True)
     log_sums = tl.load(LOG_SUMS + tl.program_id(1).to(tl.int64) * T + rows, mask=rows < T, other=0.0)
-    overlaps = tl.load(OVERLAPS + tl.program_id(1).to(tl.int64) * T + rows, mask=rows < T, other=0.0)
+    # sum(o * do) of each query is what the softmax's gradient takes from every score of the row; the keys need it too.
+    o = _tile(OUT, rows, o_stride, columns, T, D, WIDTH, True)
+    overlaps = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(OVERLAPS + tl.program_id(1).to(tl.int64) * T + rows, overlaps, mask=rows < T)
     dq = tl.zeros([M, WIDTH], tl.float32)
     dq = _add_query_gradients(dq, q, do, log_sums, overlaps, K, V, 0, tile * M, k_stride, v_stride, rows, columns,
                               scale, T, D, WIDTH, N, False)  # fmt: skip
     dq = _add_query_gradients(dq, q, do, log_sums, overlaps, K, V, tile * M, tl.minimum((tile + 1) * M, T), k_stride,
                               v_stride, rows, columns, scale, T, D, WIDTH, N, True)  # fmt: skip
-    _store(DQ, dq * out_scale, rows, dq_stride, columns, T, D)
+    _store(DQ, _rotate_back(dq * out_scale, rows, COS, SIN, T, D, WIDTH), rows, dq_stride, columns, T, D)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,27 +236,28 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sums: Tensor, do: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
-) -> None:
-    """Write the gradients of queries, keys and values into dq, dk and dv.
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sums: Tensor, do: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    cos: Tensor, sin: Tensor,
+) -> None:  # fmt: skip
+    """Write the gradients of queries and keys before their rotation, and of values, into dq, dk and dv.
 
     Args:
         q, k, v, o, log_sums: inputs and outputs of `forward`.
         do: gradient of the output.
         dq, dk, dv: (B, T, H, D) to be overwritten, the last dimension contiguous.
+        cos, sin: what queries and keys were rotated by, float32 (at least T, D / 2), contiguous.
     """
     B, T, H, D = q.shape
     width = triton.next_power_of_2(D)
     scale, out_scale = LOG2_E / math.sqrt(D), 1 / math.sqrt(D)
     overlaps = torch.empty_like(log_sums)
-    _overlaps[triton.cdiv(T, 64), B * H](o, do, overlaps, *_strides(o, do), H, T, D=D, WIDTH=width, M=64, num_warps=4)
-    M, N, warps, stages = _KEY_GRADIENT_TILES[width]
-    _key_gradients[triton.cdiv(T, N), B * H](
-        q, k, v, do, dk, dv, log_sums, overlaps, *_strides(q, k, v, do, dk, dv), H, T, scale, out_scale,
-        D=D, WIDTH=width, M=M, N=N, num_warps=warps, num_stages=stages)  # fmt: skip
     M, N, warps, stages = _QUERY_GRADIENT_TILES[width]
     _query_gradients[triton.cdiv(T, M), B * H](
-        q, k, v, do, dq, log_sums, overlaps, *_strides(q, k, v, do, dq), H, T, scale, out_scale,
+        q, k, v, o, do, dq, log_sums, overlaps, cos, sin, *_strides(q, k, v, o, do, dq), H, T, scale, out_scale,
+        D=D, WIDTH=width, M=M, N=N, num_warps=warps, num_stages=stages)  # fmt: skip
+    M, N, warps, stages = _KEY_GRADIENT_TILES[width]
+    _key_gradients[triton.cdiv(T, N), B * H](
+        q, k, v, do, dk, dv, log_sums, overlaps, cos, sin, *_strides(q, k, v, do, dk, dv), H, T, scale, out_scale,
         D=D, WIDTH=width, M=M, N=N, num_warps=warps, num_stages=stages)  # fmt: skip
 
 

@@ -55,9 +55,9 @@ def _covered(x: Tensor) -> bool:
     return available_on(x.device) and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def cover_attention(heads: Tensor) -> bool:
-    """Whether the attention kernels take such heads (batch, seq, heads, head size)."""
-    return _covered(heads) and heads.ndim == 4 and heads.shape[-1] in _HEAD_SIZES
+def cover_attention(x: Tensor, head_size: int) -> bool:
+    """Whether the attention kernels take these features (batch, seq, d_model) with such heads."""
+    return _covered(x) and x.ndim == 3 and head_size in _HEAD_SIZES
 
 
 def cover_decoding(keys: Tensor) -> bool:
@@ -66,30 +66,34 @@ def cover_decoding(keys: Tensor) -> bool:
 
 
 def rotary_attention(
-    qkv: Float[Tensor, " batch seq three head d"], tables: tuple[Tensor, Tensor] | None
+    x: Float[Tensor, " batch seq d_model"],
+    weights: tuple[Tensor, Tensor, Tensor],
+    num_heads: int,
+    tables: tuple[Tensor, Tensor] | None,
 ) -> Float[Tensor, " batch seq head d"]:
-    """Causal attention from the packed product, only where `cover_attention`.
+    """Causal attention from the features, only where `cover_attention`.
 
     Args:
+        weights: of the queries, keys and values of all heads, each (head d, d_model).
         tables: RoPE's cosines and sines of the positions 0, 1, ..., (positions, d / 2); None for no rotation.
     """
-    seq = qkv.shape[1]
+    seq = x.shape[1]
     if tables is None:
         # No rotation is one by no angle: attention without positions is an experiment, not worth a kernel.
-        angles = torch.zeros(seq, qkv.shape[-1] // 2, device=qkv.device)
+        angles = torch.zeros(seq, weights[0].shape[0] // num_heads // 2, device=x.device)
         tables = angles + 1, angles
     if seq > tables[0].shape[0]:
         raise ValueError(f"{seq} tokens do not fit into max_seq_len={tables[0].shape[0]}")
     assert triton_ops is not None
-    return triton_ops.rotary_attention(qkv, *tables)[0]
+    return triton_ops.rotary_attention(x, torch.cat(weights).to(x.dtype), *tables, num_heads)[0]
 
 
-def swiglu(x: Float[Tensor, " ... both"]) -> Float[Tensor, " ... d_ff"]:
-    """SiLU of the first half of the features times the second half."""
+def swiglu_linear(x: Float[Tensor, " ... both"], weight: Float[Tensor, " d_out d_ff"]) -> Float[Tensor, " ... d_out"]:
+    """SiLU of the first half of the features times the second half, times the weight."""
     if triton_ops is not None and _covered(x):
-        return triton_ops.swiglu(x)
+        return triton_ops.swiglu_linear(x, weight.to(x.dtype))
     gate, value = x.chunk(2, -1)
-    return silu(gate) * value
+    return linear(silu(gate) * value, weight)
 
 
 def linear_cross_entropy(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
@@ -321,25 +321,24 @@ class MultiHeadSelfAttention(Module):
             cache: keys and values of earlier tokens, to which these are added.
             layer: which layer of the cache is this one's.
         """
-        heads = rearrange(  # of queries, then of keys, then of values
-            linear(x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight),
-            "... seq (heads d) -> ... seq heads d",
-            heads=self.num_heads + 2 * self.num_kv_heads,
-        )
-        if token_positions is None and cache is None and kernels.cover_attention(heads):
-            if self.num_kv_heads < self.num_heads:
-                q, kv = heads.split((self.num_heads, 2 * self.num_kv_heads), dim=-2)
-                heads = torch.cat((q, self._for_each_query_head(kv, dim=-2)), dim=-2)
-            qkv = rearrange(heads, "... seq (three head) d -> ... seq three head d", three=3)
-            attended = kernels.rotary_attention(qkv, None if self.rope is None else (self.rope.cos, self.rope.sin))
+        weights = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
+        if token_positions is None and cache is None and kernels.cover_attention(x, len(weights[0]) // self.num_heads):
+            tables = None if self.rope is None else (self.rope.cos, self.rope.sin)
+            if self.num_kv_heads < self.num_heads:  # the kernels take parts of one size, so the rows are repeated
+                sizes = {"head": self.num_kv_heads, "copies": self.num_heads // self.num_kv_heads}
+                k, v = (repeat(w, "(head d) d_in -> (head copies d) d_in", **sizes) for w in weights[1:])
+                weights = weights[0], k, v
+            attended = kernels.rotary_attention(x, weights, self.num_heads, tables)
         else:
-            attended = self._attend(heads, token_positions, cache, layer)
+            attended = self._attend(linear(x, *weights), token_positions, cache, layer)
         return self.output_proj(rearrange(attended, "... seq head d -> ... seq (head d)"))
 
     def _attend(
-        self, heads: Tensor, token_positions: Tensor | None, cache: KVCache | None, layer: int
+        self, qkv: Tensor, token_positions: Tensor | None, cache: KVCache | None, layer: int
     ) -> Float[Tensor, " ... seq head d"]:
-        heads = rearrange(heads, "... seq heads d -> ... heads seq d")
+        heads = rearrange(  # of queries, then of keys, then of values
+            qkv, "... seq (heads d) -> ... heads seq d", heads=self.num_heads + 2 * self.num_kv_heads
+        )
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=-3)
         if self.rope is not None:
             if token_positions is None and cache is not None:
@@ -375,7 +374,7 @@ class SwiGLU(Module):
         self.w3 = Linear(d_model, d_ff)
 
     def forward(self, x: Float[Tensor, " ... d_model"]) -> Float[Tensor, " ... d_model"]:
-        return self.w2(kernels.swiglu(linear(x, self.w1.weight, self.w3.weight)))
+        return kernels.swiglu_linear(linear(x, self.w1.weight, self.w3.weight), self.w2.weight)
 
 
 class SiLUFeedForward(Module):

@@ -96,7 +96,7 @@ class AdamW(torch.optim.Optimizer):
     def _update_on_device(
         self, parameters: list[Tensor], group: dict[str, Any], gradient_factor: Tensor | None
     ) -> None:
-        from basic.adamw_kernel import step_parameter
+        from basic.adamw_kernel import step_parameters
 
         device = parameters[0].device
         states = [self.state[parameter] for parameter in parameters]
@@ -111,11 +111,12 @@ class AdamW(torch.optim.Optimizer):
         scalars[:, 1] = factor
         scalars[:, 2] = 1 - beta1**steps
         scalars[:, 3] = 1 - beta2**steps
-        for parameter, state, row in zip(parameters, states, scalars, strict=True):
-            assert parameter.grad is not None
-            step_parameter(
-                parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], row,
-                beta1, beta2, group["eps"], group["weight_decay"])  # fmt: skip
+        step_parameters(
+            parameters,
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            scalars, beta1, beta2, group["eps"], group["weight_decay"])  # fmt: skip
 
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
@@ -165,8 +166,8 @@ def clipping_factor(gradients: list[Tensor], max_l2_norm: float) -> tuple[Float[
     """The joint L2 norm of gradients, and what to multiply them by so that it is at most `max_l2_norm`."""
     # Squares of half-precision numbers overflow: at least float32.
     wide = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in gradients]
-    squares = [gradient.square().sum() for gradient in wide]
-    norm = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+    norms = torch._foreach_norm(wide)  # on a GPU many in one launch
+    norm = torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum().sqrt()
     # Never asked whether it is needed: that would wait for the device.
     return norm, (max_l2_norm / (norm + 1e-6)).clamp(max=1)
 

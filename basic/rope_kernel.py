@@ -1,4 +1,4 @@
-"""RoPE in Triton on the packed product of queries, keys and values: rotate in one pass, into packed memory.
+"""RoPE in Triton on the packed product of queries, keys and values: rotate in one pass, in place.
 
 Plain tensor operations read the even and odd features apart and stack them again, several passes over memory. Here a
 program loads neighbouring pairs as they lie, splits them in registers, and writes them back as they lay.
@@ -12,34 +12,32 @@ from torch import Tensor
 
 
 @triton.jit
-def _rotate(X, Y, COS, SIN, x_stride, y_stride, num_rows, num_pairs, T, half, sign,
-            ROWS: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
+def _rotate(X, COS, SIN, stride, num_rows, num_pairs, T, half, ROWS: tl.constexpr, PAIRS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     # A row of the matrix is a token: the features of all its queries and keys, head after head.
     pairs = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
     features = tl.program_id(1) * 2 * PAIRS + tl.arange(0, 2 * PAIRS)
     mask = (rows[:, None] < num_rows) & (features[None, :] < 2 * num_pairs)
-    x = tl.load(X + rows[:, None].to(tl.int64) * x_stride + features[None, :], mask=mask, other=0.0)
+    X += rows[:, None].to(tl.int64) * stride + features[None, :]
+    x = tl.load(X, mask=mask, other=0.0)
     even, odd = tl.split(tl.reshape(x.to(tl.float32), (ROWS, PAIRS, 2)))
     angle = (rows % T)[:, None] * half + (pairs % half)[None, :]
     cos = tl.load(COS + angle)
-    sin = tl.load(SIN + angle) * sign
+    sin = tl.load(SIN + angle)
     y = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (ROWS, 2 * PAIRS))
-    tl.store(Y + rows[:, None].to(tl.int64) * y_stride + features[None, :], y.to(Y.dtype.element_ty), mask=mask)
+    tl.store(X, y.to(x.dtype), mask=mask)
 
 
-def rotate_packed(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> None:
-    """Rotate the heads of x by their tokens' angles, into y, which may be x.
+def rotate_packed(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate the heads of x by their tokens' angles, in place.
 
     Args:
-        x, y: (B, T, heads, D) with everything but B and T contiguous; B and T as if they were one dimension.
+        x: (B, T, heads, D) with everything but B and T contiguous; B and T as if they were one dimension.
         cos, sin: float32 (at least T, D / 2), of the positions 0, 1, ...
-        inverse: rotate back, which is the gradient of rotating.
     """
     B, T, heads, D = x.shape
     num_pairs = heads * D // 2
     pairs = min(triton.next_power_of_2(num_pairs), 256)
     rows = max(1, 1024 // pairs)
     _rotate[triton.cdiv(B * T, rows), triton.cdiv(num_pairs, pairs)](
-        x, y, cos, sin, x.stride(1), y.stride(1), B * T, num_pairs, T, D // 2, -1.0 if inverse else 1.0,
-        ROWS=rows, PAIRS=pairs, num_warps=4)  # fmt: skip
+        x, cos, sin, x.stride(1), B * T, num_pairs, T, D // 2, ROWS=rows, PAIRS=pairs, num_warps=4)  # fmt: skip

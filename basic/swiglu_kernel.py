@@ -1,4 +1,8 @@
-"""SwiGLU in Triton on the packed product of W1 and W3: SiLU of the one half times the other, each number read once."""
+"""SwiGLU in Triton on the packed product of W1 and W3: SiLU of the one half times the other, each number read once.
+
+What comes out is needed again for the gradient of W2, but it is not kept until then: the backward kernel, which reads
+both halves anyway, makes it anew. That is a seventh of all activations, for one more writing.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +31,7 @@ def _backward(X, DY, DX, num_rows, width, x_stride, dy_stride, ROWS: tl.constexp
     x3 = tl.load(X + rows * x_stride + columns + width, mask=mask, other=0.0).to(tl.float32)
     dy = tl.load(DY + rows * dy_stride + columns, mask=mask, other=0.0).to(tl.float32)
     gate = tl.sigmoid(x1)
+    tl.store(DY + rows * dy_stride + columns, (x1 * gate * x3).to(DY.dtype.element_ty), mask=mask)
     dx1 = dy * x3 * gate * (1 + x1 * (1 - gate))
     out = DX + rows * 2 * width + columns
     tl.store(out, dx1.to(DX.dtype.element_ty), mask=mask)
@@ -42,7 +47,7 @@ def forward(x: Tensor) -> Tensor:
 
 
 def backward(x: Tensor, dy: Tensor) -> Tensor:
-    """The gradient of `forward` for its input, (rows, 2 width)."""
+    """The gradient of `forward` for its input, (rows, 2 width); dy is overwritten with what `forward` returned."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grid, tile = _grid(*dy.shape)
     _backward[grid](x, dy, dx, *dy.shape, x.stride(0), dy.stride(0), **tile)

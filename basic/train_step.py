@@ -31,7 +31,6 @@ class TrainStep:
         with_kernels = kernels.available_on(device)
         compiles = config.compile and (device.type != "cuda" or with_kernels)
         self.loss_of = torch.compile(model.loss) if compiles else model.loss
-        self.clipping_factor = torch.compile(clipping_factor) if compiles else clipping_factor
         # Without its kernel AdamW asks the device for numbers, which cannot be recorded.
         self.use_graph = with_kernels and config.cuda_graph and config.gradient_accumulation == 1
         self.rate = torch.zeros((), device=device)
@@ -65,7 +64,8 @@ class TrainStep:
             self.static = to_device(batch[0], self.device).clone(), to_device(batch[1], self.device).clone()
             self.graph = torch.cuda.CUDAGraph()
             self.optimizer.zero_grad(set_to_none=True)
-            with torch.cuda.graph(self.graph):
+            # Only this thread may do nothing else meanwhile: the one that sends batches goes on.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.result = self._step(self.static)
         for ids, new in zip(self.static, batch, strict=True):
             ids.copy_(new, non_blocking=True)
@@ -82,7 +82,7 @@ class TrainStep:
             loss += part.detach()
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         with torch.no_grad():
-            norm, factor = self.clipping_factor(gradients, self.config.max_gradient_norm)
+            norm, factor = clipping_factor(gradients, self.config.max_gradient_norm)
             # One number that is not finite anywhere makes the norm so; then nothing is changed.
             factor = torch.where(torch.isfinite(loss + norm), factor, torch.nan)
         for group in self.optimizer.param_groups:

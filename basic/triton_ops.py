@@ -12,95 +12,100 @@ from basic import cross_entropy_kernel, flash_attention, rope_kernel, swiglu_ker
 
 
 @torch.library.custom_op("basic::rotary_attention", mutates_args=())
-def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotate queries and keys of qkv (B, T, 3, H, D), and attend causally.
+def rotary_attention(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of x (B, T, d_model) as one product, rotated in place, and causal attention.
+
+    The product is part of the operator because nobody but the attention needs it as it was before the rotation.
 
     Returns:
-        The output (B, T, H, D); for the backward pass, the logarithms of the softmax's sums and the rotated queries
-        and keys (B, T, 2, H, D).
+        The output (B, T, H, D); for the backward pass, the logarithms of the softmax's sums and the rotated product
+        (B, T, 3, H, D).
     """
-    B, T, _, H, D = qkv.shape
-    rotated = qkv.new_empty((B, T, 2, H, D))
-    rope_kernel.rotate_packed(_heads(qkv, 0, 2), _heads(rotated, 0, 2), cos, sin)
-    o, log_sums = flash_attention.forward(rotated[:, :, 0], rotated[:, :, 1], qkv[:, :, 2])
-    return o, log_sums, rotated
+    qkv = (x @ weight.T).view(*x.shape[:2], 3, num_heads, -1)
+    rope_kernel.rotate_packed(qkv[:, :, :2].flatten(2, 3), cos, sin)
+    o, log_sums = flash_attention.forward(*qkv.unbind(2))
+    return o, log_sums, qkv
 
 
 @rotary_attention.register_fake
-def _(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    B, T, _, H, D = qkv.shape
+def _(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, _ = x.shape
+    D = weight.shape[0] // (3 * num_heads)
     return (
-        qkv.new_empty((B, T, H, D)),
-        qkv.new_empty((B, H, T), dtype=torch.float32),
-        qkv.new_empty((B, T, 2, H, D)),
+        x.new_empty((B, T, num_heads, D)),
+        x.new_empty((B, num_heads, T), dtype=torch.float32),
+        x.new_empty((B, T, 3, num_heads, D)),
     )
 
 
 @torch.library.custom_op("basic::rotary_attention_backward", mutates_args=())
 def rotary_attention_backward(
-    qkv: Tensor, rotated: Tensor, cos: Tensor, sin: Tensor, o: Tensor, log_sums: Tensor, do: Tensor
-) -> Tensor:
-    """The gradient of qkv, written where it belongs by the kernels themselves: nothing is put together afterwards."""
+    x: Tensor, weight: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, o: Tensor, log_sums: Tensor, do: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the weight. The kernels write each part of that of the product where it belongs."""
     do = do if do.stride(-1) == 1 else do.contiguous()
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    flash_attention.backward(
-        rotated[:, :, 0], rotated[:, :, 1], qkv[:, :, 2], o, log_sums, do, dqkv[:, :, 0], dqkv[:, :, 1], dqkv[:, :, 2]
-    )
-    both = _heads(dqkv, 0, 2)
-    rope_kernel.rotate_packed(both, both, cos, sin, inverse=True)
-    return dqkv
+    dqkv = torch.empty_like(qkv)
+    flash_attention.backward(*qkv.unbind(2), o, log_sums, do, *dqkv.unbind(2), cos, sin)
+    return _linear_backward(x, weight, dqkv)
 
 
 @rotary_attention_backward.register_fake
-def _(qkv: Tensor, rotated: Tensor, cos: Tensor, sin: Tensor, o: Tensor, log_sums: Tensor, do: Tensor) -> Tensor:
-    return qkv.new_empty(qkv.shape)
+def _(
+    x: Tensor, weight: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, o: Tensor, log_sums: Tensor, do: Tensor
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _save_attention(ctx, inputs, output) -> None:
-    qkv, cos, sin = inputs
-    o, log_sums, rotated = output
-    ctx.save_for_backward(qkv, rotated, cos, sin, o, log_sums)
+    x, weight, cos, sin, _ = inputs
+    o, log_sums, qkv = output
+    ctx.save_for_backward(x, weight, qkv, cos, sin, o, log_sums)
 
 
-def _attention_gradient(ctx, do, _log_sums, _rotated):
-    return rotary_attention_backward(*ctx.saved_tensors, do), None, None
+def _attention_gradient(ctx, do, _log_sums, _qkv):
+    return *rotary_attention_backward(*ctx.saved_tensors, do), None, None, None
 
 
 rotary_attention.register_autograd(_attention_gradient, setup_context=_save_attention)
 
 
-def _heads(packed: Tensor, first: int, last: int) -> Tensor:
-    """Some of the parts of (B, T, parts, H, D) as one row of heads, (B, T, heads, D), without a copy."""
-    return packed[:, :, first:last].flatten(2, 3)
+def _linear_backward(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x W^T for x and W."""
+    dy = dy.view(-1, weight.shape[0])
+    return (dy @ weight).view(x.shape), dy.T @ x.reshape(-1, x.shape[-1])
 
 
-@torch.library.custom_op("basic::swiglu", mutates_args=())
-def swiglu(x: Tensor) -> Tensor:
-    """silu(x[..., :width]) * x[..., width:] of (..., 2 width)."""
-    return swiglu_kernel.forward(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+@torch.library.custom_op("basic::swiglu_linear", mutates_args=())
+def swiglu_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """(silu(x1) * x3) W^T of x = (x1, x3), side by side (..., 2 width), and W (d_out, width)."""
+    gated = swiglu_kernel.forward(x.reshape(-1, x.shape[-1]))
+    return (gated @ weight.T).view(*x.shape[:-1], -1)
 
 
-@swiglu.register_fake
-def _(x: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+@swiglu_linear.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.custom_op("basic::swiglu_backward", mutates_args=())
-def swiglu_backward(x: Tensor, dy: Tensor) -> Tensor:
-    """The gradient of `swiglu` for its input."""
+@torch.library.custom_op("basic::swiglu_linear_backward", mutates_args=())
+def swiglu_linear_backward(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `swiglu_linear` for x and W."""
     dy = dy.reshape(-1, dy.shape[-1])
-    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-    return swiglu_kernel.backward(x.reshape(-1, x.shape[-1]), dy).view(x.shape)
+    gated = dy @ weight  # first the gradient of what was gated, then, after the kernel, that itself
+    dx = swiglu_kernel.backward(x.reshape(-1, x.shape[-1]), gated)
+    return dx.view(x.shape), dy.T @ gated
 
 
-@swiglu_backward.register_fake
-def _(x: Tensor, dy: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+@swiglu_linear_backward.register_fake
+def _(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-swiglu.register_autograd(
-    lambda ctx, dy: swiglu_backward(ctx.saved_tensors[0], dy),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
+swiglu_linear.register_autograd(
+    lambda ctx, dy: swiglu_linear_backward(*ctx.saved_tensors, dy),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 
 

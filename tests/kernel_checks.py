@@ -4,14 +4,14 @@ GPU's. Output buffers hold NaN before a kernel writes them."""
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from basic import functional, rope_kernel, triton_ops
-from basic.adamw_kernel import step_parameter
+from basic import flash_attention, functional, rope_kernel, triton_ops
+from basic.adamw_kernel import step_parameters
 from basic.decoder import Decoder
 from basic.model import KVCache, ModelConfig, TransformerLM
 from basic.triton_support import INTERPRETED
@@ -43,13 +43,14 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 def check_attention(
     seq: int, head_size: int, dtype: torch.dtype, device: str, *, batch: int = 2, heads: int = 2
 ) -> None:
-    """RoPE and attention, the output and the gradient of the packed product, with strided gradients coming in."""
+    """RoPE and attention, output and gradients, with strided gradients coming in; the weight changes nothing."""
     torch.manual_seed(seq + head_size)
     qkv = torch.randn(batch, seq, 3, heads, head_size, device=device).to(dtype).requires_grad_()
     coming = torch.randn(batch, heads, seq, head_size, device=device).to(dtype).transpose(1, 2)
     cos, sin = functional.rope_tables(1e4, head_size, seq + 3, dtype=torch.float32, device=device)
+    weight = torch.eye(3 * heads * head_size, device=device, dtype=dtype).requires_grad_()
     with poisoned():
-        output = triton_ops.rotary_attention(qkv, cos, sin)[0]
+        output = triton_ops.rotary_attention(qkv.flatten(2), weight, cos, sin, heads)[0]
         output.backward(coming)
     wide = qkv.detach().double().requires_grad_()
     q, k, v = wide.permute(2, 0, 3, 1, 4)
@@ -67,47 +68,51 @@ def check_attention(
         return
     for part in range(3):
         assert_close(qkv.grad[:, :, part], wide.grad[:, :, part], dtype)
+    assert weight.grad is not None
+    assert_close(weight.grad, wide.grad.flatten(2).flatten(0, 1).T @ wide.detach().flatten(2).flatten(0, 1), dtype)
 
 
 def check_attention_finds_nan(dtype: torch.dtype, device: str) -> None:
-    cos, sin = functional.rope_tables(1e4, 16, 40, dtype=torch.float32, device=device)
     for part in range(3):
         qkv = torch.randn(1, 40, 3, 1, 16, device=device).to(dtype)
         qkv[0, 20, part, 0, 3] = math.nan
-        output = triton_ops.rotary_attention(qkv, cos, sin)[0]
+        output, _ = flash_attention.forward(*qkv.unbind(2))
         assert output[0, 20].isnan().any()
 
 
 def check_rotation(seq: int, head_size: int, dtype: torch.dtype, device: str) -> None:
-    """There and, in place, back again."""
     torch.manual_seed(0)
-    x = torch.randn(2, seq, 3, head_size, device=device).to(dtype)
+    x = torch.randn(2, seq, 5, head_size, device=device).to(dtype)
     cos, sin = functional.rope_tables(1e4, head_size, seq, dtype=torch.float32, device=device)
-    y = torch.full_like(x, math.nan)
-    rope_kernel.rotate_packed(x, y, cos, sin)
     expected = functional.rotate_pairs(x.double().transpose(1, 2), cos.double(), sin.double()).transpose(1, 2)
-    assert_close(y, expected, dtype)
-    rope_kernel.rotate_packed(y, y, cos, sin, inverse=True)
-    assert_close(y, x, dtype)
+    y = x.clone()
+    rope_kernel.rotate_packed(y[:, :, :3], cos, sin)
+    assert_close(y[:, :, :3], expected[:, :, :3], dtype)
+    assert torch.equal(y[:, :, 3:], x[:, :, 3:])
 
 
 def check_swiglu(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     torch.manual_seed(0)
     x = (3 * torch.randn(shape, device=device)).to(dtype).requires_grad_()
+    weight = torch.randn(24, shape[-1] // 2, device=device).to(dtype).requires_grad_()
     with poisoned():
-        output = triton_ops.swiglu(x)
+        output = triton_ops.swiglu_linear(x, weight)
         coming = torch.randn(output.shape, device=device).to(dtype)
         output.backward(coming)
     wide = x.detach().double().requires_grad_()
+    wide_weight = weight.detach().double().requires_grad_()
     gate, value = wide.chunk(2, -1)
-    expected = functional.silu(gate) * value
+    expected = functional.linear(functional.silu(gate) * value, wide_weight)
     expected.backward(coming.double())
     assert x.grad is not None
     assert wide.grad is not None
+    assert weight.grad is not None
+    assert wide_weight.grad is not None
     assert_close(output, expected, dtype)
     assert_close(x.grad, wide.grad, dtype)
+    assert_close(weight.grad, wide_weight.grad, dtype)
     x.detach()[..., 0] = math.nan
-    assert triton_ops.swiglu(x.detach())[..., 0].isnan().all()
+    assert triton_ops.swiglu_linear(x.detach(), weight.detach()).isnan().all()
 
 
 def check_cross_entropy(rows: int, vocab_size: int, chunk_rows: int, dtype: torch.dtype, device: str) -> None:
@@ -136,39 +141,48 @@ def check_cross_entropy(rows: int, vocab_size: int, chunk_rows: int, dtype: torc
     assert triton_ops.linear_cross_entropy(x.detach(), weight.detach(), targets, chunk_rows, False)[0].isnan()
 
 
-def check_adamw(size: int, dtype: torch.dtype, device: str) -> None:
+def check_adamw(sizes: Sequence[int], dtype: torch.dtype, device: str) -> None:
     """Against PyTorch's, over some steps with a clipping factor; a factor that is NaN changes nothing."""
     torch.manual_seed(0)
-    parameter = torch.randn(size, device=device)
-    theirs = torch.nn.Parameter(parameter.clone())
-    peer = torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    first, second = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    parameters = [torch.randn(size, device=device) for size in sizes]
+    theirs = [torch.nn.Parameter(parameter.clone()) for parameter in parameters]
+    rates = [0.01 * (i + 1) for i in range(len(sizes))]
+    groups = [{"params": [parameter], "lr": rate} for parameter, rate in zip(theirs, rates, strict=True)]
+    peer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    firsts, seconds = ([torch.zeros_like(parameter) for parameter in parameters] for _ in range(2))
     for step in range(1, 6):
-        gradient = torch.randn(size, device=device).to(dtype)
-        theirs.grad = gradient.float() * 0.5
+        gradients = [torch.randn(size, device=device).to(dtype) for size in sizes]
+        for parameter, gradient in zip(theirs, gradients, strict=True):
+            parameter.grad = gradient.float() * 0.5
         peer.step()
-        scalars = torch.tensor([0.01, 0.5, 1 - 0.9**step, 1 - 0.95**step], device=device)
-        step_parameter(parameter, gradient, first, second, scalars, 0.9, 0.95, 1e-8, 0.1)
-        assert (parameter - theirs).abs().max() < 1e-6
-    before = parameter.clone(), first.clone(), second.clone()
-    scalars[1] = math.nan
-    step_parameter(parameter, gradient, first, second, scalars, 0.9, 0.95, 1e-8, 0.1)
-    assert all(torch.equal(a, b) for a, b in zip(before, (parameter, first, second), strict=True))
+        scalars = torch.tensor([[rate, 0.5, 1 - 0.9**step, 1 - 0.95**step] for rate in rates], device=device)
+        step_parameters(parameters, gradients, firsts, seconds, scalars, 0.9, 0.95, 1e-8, 0.1)
+        for ours, parameter in zip(parameters, theirs, strict=True):
+            # A few roundings of numbers up to 5.
+            assert (ours - parameter).abs().max() < 3e-6
+    before = [tensor.clone() for tensor in (*parameters, *firsts, *seconds)]
+    scalars[:, 1] = math.nan
+    step_parameters(parameters, gradients, firsts, seconds, scalars, 0.9, 0.95, 1e-8, 0.1)
+    assert all(torch.equal(a, b) for a, b in zip(before, (*parameters, *firsts, *seconds), strict=True))
 
 
 def check_registrations(dtype: torch.dtype, device: str) -> None:
     """Fake twins, autograd and schemas, as torch.compile relies on them."""
     cos, sin = functional.rope_tables(1e4, 16, 20, dtype=torch.float32, device=device)
-    qkv = torch.randn(2, 17, 3, 2, 16, device=device).to(dtype).requires_grad_()
+    features = torch.randn(2, 17, 24, device=device).to(dtype).requires_grad_()
+    weight_qkv = torch.randn(96, 24, device=device).to(dtype).requires_grad_()
     x = torch.randn(6, 32, device=device).to(dtype).requires_grad_()
     weight = torch.randn(11, 32, device=device).to(dtype).requires_grad_()
+    weight2 = torch.randn(11, 16, device=device).to(dtype).requires_grad_()
     targets = torch.randint(11, (6,), device=device)
-    output, log_sums, rotated = (part.detach() for part in triton_ops.rotary_attention(qkv, cos, sin))
+    attention = features, weight_qkv, cos, sin, 2
+    output, log_sums, qkv = (part.detach() for part in triton_ops.rotary_attention(*attention))
+    saved = features.detach(), weight_qkv.detach(), qkv, cos, sin, output, log_sums
     cases = [
-        (triton_ops.rotary_attention, (qkv, cos, sin)),
-        (triton_ops.rotary_attention_backward, (qkv.detach(), rotated, cos, sin, output, log_sums, output)),
-        (triton_ops.swiglu, (x,)),
-        (triton_ops.swiglu_backward, (x.detach(), x.detach()[:, :16])),
+        (triton_ops.rotary_attention, attention),
+        (triton_ops.rotary_attention_backward, (*saved, output)),
+        (triton_ops.swiglu_linear, (x, weight2)),
+        (triton_ops.swiglu_linear_backward, (x.detach(), weight2.detach(), x.detach()[:, :11])),
         (triton_ops.linear_cross_entropy, (x, weight, targets, 4, True)),
     ]
     for operator, arguments in cases:

@@ -334,12 +334,12 @@ def test_kernels_are_given_keys_and_values_for_every_head(num_kv_heads: int, mon
     x = torch.randn(2, 5, 16)
     expected = attention(x)
 
-    def rotary_attention(qkv: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    def rotary_attention(x: Tensor, weights: tuple[Tensor, ...], num_heads: int, tables: Any) -> Tensor:
+        q, k, v = (F.linear(x, weight).unflatten(-1, (num_heads, -1)).transpose(1, 2) for weight in weights)
         q, k = rotate_pairs(q, *tables), rotate_pairs(k, *tables)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
-    monkeypatch.setattr(kernels, "cover_attention", lambda heads: heads.shape == (2, 5, 4 + 2 * num_kv_heads, 4))
+    monkeypatch.setattr(kernels, "cover_attention", lambda x, head_size: head_size == 4)
     monkeypatch.setattr(kernels, "rotary_attention", rotary_attention)
     monkeypatch.setattr(attention, "_attend", None)  # nor is it needed
     assert_close(attention(x), expected)

@@ -44,8 +44,10 @@ def test_swiglu(shape, dtype):
     kernel_checks.check_swiglu(shape, dtype, "cuda")
 
 
-@HALVES
-@pytest.mark.parametrize("vocab_size", [257, 10_000, 32_768, 50_257])
+# Of a mean over 1001 rows, float16 cannot hold the gradients of a large vocabulary: they are below its least number.
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(257, FLOAT16), *((size, BFLOAT16) for size in (257, 10_000, 32_768, 50_257))]
+)
 @pytest.mark.parametrize("chunk_rows", [1001, 300])
 def test_cross_entropy(vocab_size, chunk_rows, dtype):
     kernel_checks.check_cross_entropy(1001, vocab_size, chunk_rows, dtype, "cuda")
@@ -53,7 +55,7 @@ def test_cross_entropy(vocab_size, chunk_rows, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 def test_adamw(dtype):
-    kernel_checks.check_adamw(1_000_003, dtype, "cuda")
+    kernel_checks.check_adamw([1_000_003, *range(1, 100), 2048 * 4096], dtype, "cuda")
 
 
 def test_the_optimizer_against_pytorchs_over_twenty_steps():

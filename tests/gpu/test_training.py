@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,25 @@ def test_the_recorded_step_is_the_step():
         results.append([tuple(x.item() for x in step(batch, 1e-3 * i)) for i, batch in enumerate(batches, 1)])
         assert (step.graph is not None) == cuda_graph
     np.testing.assert_allclose(results[0], results[1], rtol=2e-3)
+
+
+def test_a_thread_that_sends_batches_does_not_disturb_the_recording():
+    step, done = make_step(make_model()), threading.Event()
+
+    def send() -> None:
+        pinned = []  # kept, so that each asks the driver for memory of its own
+        while not done.is_set() and len(pinned) < 20_000:
+            pinned.append(torch.empty(1 << 14).pin_memory())
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        for _ in range(5):
+            step(random_batch(), 1e-3)
+    finally:
+        done.set()
+        thread.join()
+    assert step.graph is not None
 
 
 @pytest.mark.parametrize("place", ["token_embeddings.weight", "layers.1.attn.k_proj.weight", "lm_head.weight"])
