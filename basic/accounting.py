@@ -8,6 +8,9 @@ Each formula is written once, as a product of sizes ("3 L d F"), and serves both
     d features (d_model)      k = d / h
 
 They describe the architecture of the handout: norms before the sublayers, SwiGLU, no tied embeddings.
+
+What training costs a token, and what a GPU can do at most, is for any architecture: `training_flops_a_token`,
+`peak_bf16_flops`.
 """
 
 from __future__ import annotations
@@ -61,6 +64,26 @@ ADAMW_FLOPS_PER_PARAMETER = {
     "step: p -= rate * m / denominator": 3,
 }
 """Operations on each parameter; those on the few numbers that a whole step shares are nothing beside them."""
+
+PEAK_BF16_FLOPS = {
+    "NVIDIA A10": 125e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 5090": 209e12,
+}
+"""Floating-point operations a second in bfloat16 matrix products that are summed in float32, by the name that torch
+gives the GPU. From NVIDIA's data sheets and, for GeForce, its architecture white papers; dense: the sheets print twice
+as much where half of a matrix may be zeros."""
 
 
 class Product(NamedTuple):
@@ -173,6 +196,27 @@ def adamw_flops(num_parameters: int) -> int:
 def training_flops(config: ModelConfig, batch_size: int) -> int:
     """Floating-point operations of a training step: forward, backward (twice the forward) and AdamW."""
     return 3 * sum(forward_flops(config, batch_size).values()) + adamw_flops(num_parameters(config))
+
+
+def training_flops_a_token(model: TransformerLM) -> float:
+    """Floating-point operations of the matrix products in forward and backward pass, for a token of a whole context.
+
+    A weight of a matrix that the token goes through costs a multiplication and an addition forward, and twice that
+    backward; attention, 2 T d for its two products in each layer, since a token sees half of the others on average.
+
+    Source: Chowdhery et al. 2022, PaLM, appendix B, with the causal half of its attention.
+    """
+    config = model.config
+    # The output matrix is multiplied by, also where it is the embedding matrix, of which a token only takes a row.
+    weights = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)
+    if not config.tied_embeddings:
+        weights -= config.vocab_size * config.d_model
+    return 6 * weights + 6 * config.num_layers * config.context_length * config.d_model
+
+
+def peak_bf16_flops(device: torch.device) -> float | None:
+    """Floating-point operations a second that a device can do at most in bfloat16; None where nobody said."""
+    return PEAK_BF16_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 # --- GPT-2's numbers, as tables to print ---------------------------------------------------------------------

@@ -76,6 +76,8 @@ def _checked(hint: Any, value: Any, name: str) -> Any:
     """The value as the type its field is annotated with, or a ValueError."""
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return from_table(hint, value, name + ".")
+    if get_origin(hint) is tuple and isinstance(value, list):  # tuple[item, ...], which TOML has as a list
+        return tuple(_checked(get_args(hint)[0], item, f"{name}[{place}]") for place, item in enumerate(value))
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     for option in options:
         if get_origin(option) is Literal and value in get_args(option):
@@ -93,4 +95,6 @@ def _describe(option: Any) -> str:
         return "one of " + ", ".join(map(repr, get_args(option)))
     if dataclasses.is_dataclass(option):
         return "a table with the keys " + ", ".join(field.name for field in dataclasses.fields(option))
+    if get_origin(option) is tuple:
+        return f"a list, each item {_describe(get_args(option)[0])}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}[option]

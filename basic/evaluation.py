@@ -1,4 +1,4 @@
-"""How well a model predicts text it has not seen: mean loss over batches, and the information in whole documents."""
+"""How well a model predicts text it has not seen: mean loss over batches, of a whole file, of whole documents."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
+from tqdm import tqdm
 
-from basic.data import BatchSampler, to_device
+from basic.data import BatchSampler, check_token_ids, to_device
 from basic.functional import token_nats
 from basic.model import TransformerLM
 
@@ -30,6 +31,103 @@ def mean_loss(
         inputs, targets = (to_device(part, device) for part in sampler.batch(step))
         total += loss_of(inputs, targets)
     return total.item() / num_batches
+
+
+class FileScore(NamedTuple):
+    """What a model needs for the tokens of a whole file."""
+
+    nats: float
+    """-log of the probability that the model gives to all scored tokens together."""
+    num_tokens: int
+    """Tokens scored."""
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.nats / self.num_tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss): among so many equally likely tokens one would be as uncertain."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def bits_per_byte(self, num_bytes: int) -> float:
+        """Bits for each byte of the text that the tokens stand for, which tokenizers cannot change.
+
+        Args:
+            num_bytes: length of that text in UTF-8, separators included, as a token file's sidecar counts them.
+        """
+        return self.nats / math.log(2) / num_bytes
+
+
+@torch.inference_mode()
+def score_tokens(
+    model: TransformerLM,
+    tokens: np.ndarray,
+    *,
+    first_id: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> FileScore:
+    """Score each token of a file once, with as much of what stands before it as a sliding window shows.
+
+    Windows of the context's length begin `stride` tokens apart, and each scores the tokens that the one before did
+    not reach; so each is predicted from at least `context_length - stride + 1` tokens, those at the beginning of the
+    file from all there are. The last window ends where the file does.
+
+    Args:
+        tokens: integers (tokens,), a memory map of any size too.
+        first_id: stands before the first token, such as end-of-text, behind which documents begin; with None the
+            first token has nothing to be predicted from and is not scored.
+        stride: 1 to context_length, by default half the context. Less scores better, as tokens are predicted from
+            more, and takes longer; the context's length is fastest, and then most tokens lack half their context.
+        batch_size: windows computed side by side; no part of the result.
+        progress: show a bar.
+
+    Returns:
+        The sum, added up in float64, of losses in the model's precision.
+
+    Raises:
+        ValueError: nothing to score, an id outside the vocabulary, or a setting out of its range.
+    """
+    context = model.config.context_length
+    stride = max(1, context // 2) if stride is None else stride
+    if not 1 <= stride <= context:
+        raise ValueError(f"stride must be from 1 to context_length={context}, got {stride}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_token_ids(tokens, model.config.vocab_size)
+    before, last = 0 if first_id is None else -1, len(tokens) - 1  # the first id stands at position -1
+    if last <= before:
+        raise ValueError(f"there is nothing to score in {len(tokens)} tokens; give at least {before + 2}")
+    width = min(context, last - before)
+    begins = range(before + stride, last - width + 1, stride)
+    rest = last - before - width - len(begins) * stride
+    # Where windows begin, and how many of the last tokens they predict are new.
+    groups: list[tuple[Sequence[int], int]] = [([before], width)]
+    groups += [(begins[first : first + batch_size], stride) for first in range(0, len(begins), batch_size)]
+    groups += [([last - width], rest)] if rest else []
+    total = 0.0
+    with tqdm(total=last - before, desc="scoring", unit=" tokens", unit_scale=True, disable=not progress) as bar:
+        for group, num_new in groups:
+            total += _window_nats(model, tokens, group, width, num_new, first_id)
+            bar.update(len(group) * num_new)
+    return FileScore(total, last - before)
+
+
+def _window_nats(
+    model: TransformerLM, tokens: np.ndarray, begins: Sequence[int], width: int, num_new: int, first_id: int | None
+) -> float:
+    """Nats of the last so many tokens that windows beginning at these positions predict."""
+    positions = np.array(begins)[:, None] + np.arange(width + 1)
+    ids = torch.from_numpy(tokens[positions.clip(min=0)].astype(np.int64))
+    if first_id is not None and begins[0] < 0:
+        ids[0, 0] = first_id
+    ids = ids.to(model.token_embeddings.weight.device)
+    # The output layer, most of a small model's work, is not for tokens that are context only.
+    logits = model.lm_head(model.features(ids[:, :-1])[:, -num_new:])
+    return token_nats(logits, ids[:, -num_new:]).cpu().double().sum().item()
 
 
 @torch.inference_mode()

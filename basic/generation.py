@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import codecs
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
@@ -16,7 +17,7 @@ from basic.model import KVCache, TransformerLM
 if TYPE_CHECKING:
     from basic.decoder import Decoder
 
-# Greedy steps between two looks at whether all rows have ended: looking waits for the GPU.
+# Greedy steps between two looks at what came out: looking waits for the GPU.
 _STEPS_BETWEEN_LOOKS = 32
 
 
@@ -30,6 +31,13 @@ class TextCodec(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@runtime_checkable
+class ByteCodec(TextCodec, Protocol):
+    """What `stream` needs besides: the bytes of ids, which may end inside a character."""
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes: ...
 
 
 def complete(
@@ -60,15 +68,9 @@ def complete(
     """
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a list of texts, got one text; write [{prompts[:20]!r}]")
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    for prompt, ids in zip(prompts, encoded, strict=True):
-        if not ids:
-            raise ValueError(
-                f"the prompt {prompt!r} encodes to no token; give some text, or {end_of_text!r} to start from nothing"
-            )
     completions = generate(
         model,
-        encoded,
+        [_encode_prompt(tokenizer, prompt, end_of_text) for prompt in prompts],
         max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -80,7 +82,45 @@ def complete(
     return [tokenizer.decode(ids) for ids in completions]
 
 
-@torch.inference_mode()
+def stream(
+    model: TransformerLM,
+    tokenizer: ByteCodec,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    end_of_text: str = "<|endoftext|>",
+) -> Iterator[str]:
+    """Continue a text as `complete` does, and hand it out while it grows.
+
+    Args:
+        prompt, max_new_tokens, temperature, top_k, top_p, seed, end_of_text: as for `complete`.
+
+    Returns:
+        The pieces of the continuation, none of them empty; joined, they are what `complete` returns for the same
+        seed. A character whose bytes are spread over several tokens comes whole, with the last of them.
+
+    Raises:
+        ValueError: as `complete` does, and at once, before the first piece is asked for.
+    """
+    _check_settings(max_new_tokens, temperature, top_k, top_p)
+    new_ids = _continue(
+        model,
+        [_encode_prompt(tokenizer, prompt, end_of_text)],
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        end_id=tokenizer.special_token_ids.get(end_of_text),
+        vocab_size=tokenizer.vocab_size,
+    )
+    return _whole_characters(tokenizer.decode_bytes(ids) for (ids,) in new_ids)
+
+
 def generate(
     model: TransformerLM,
     prompts: Sequence[Sequence[int]],
@@ -123,40 +163,22 @@ def generate(
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompt {row} holds no token; the model needs at least one, such as end-of-text")
-    if not prompts:
-        return []
-    device = model.token_embeddings.weight.device
-    context = model.config.context_length
-    kept = [list(prompt[-context:]) for prompt in prompts]
-    prompt_lengths = torch.tensor([len(prompt) for prompt in kept], device=device)
-    shortest, longest = min(map(len, kept)), max(map(len, kept))
-    tokens = torch.zeros(len(kept), longest + max_new_tokens, dtype=torch.int64, device=device)
-    for row, prompt in enumerate(kept):
-        tokens[row, : len(prompt)] = torch.tensor(prompt)
-
-    generator = torch.Generator(device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    cache, decoder = None, None
-    if use_cache:
-        cache = KVCache(model.config, len(kept), dtype=model.compute_dtype, device=device)
-        decoder = _decoder(model, cache, prompt_lengths, vocab_size)
-    length = shortest
-    while length < tokens.shape[1]:
-        if _all_finished(tokens[:, :length], prompt_lengths, max_new_tokens, end_id):
-            break
-        if decoder is not None and temperature == 0 and decoder.cache.length == length - 1 < context:
-            length = _decode_greedily(decoder, tokens, length)
-            continue
-        logits = _next_logits(model, tokens[:, :length], cache, decoder)[:, :vocab_size]
-        probabilities = next_token_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-        drawn = torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
-        tokens[:, length] = torch.where(length < prompt_lengths, tokens[:, length], drawn)
-        length += 1
-    added = [row[len(prompt) : len(prompt) + max_new_tokens] for row, prompt in zip(tokens.tolist(), kept, strict=True)]
-    return [ids[: ids.index(end_id)] if end_id in ids else ids for ids in added]
+    rows: list[list[int]] = [[] for _ in prompts]
+    for new_ids in _continue(
+        model,
+        prompts,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        end_id=end_id,
+        vocab_size=vocab_size,
+        use_cache=use_cache,
+    ):
+        for row, ids in zip(rows, new_ids, strict=True):
+            row += ids
+    return rows
 
 
 def next_token_probabilities(
@@ -198,15 +220,86 @@ def next_token_probabilities(
     return probabilities
 
 
-def _all_finished(
-    tokens: Int[Tensor, " batch length"], prompt_lengths: Int[Tensor, " batch"], max_new_tokens: int, end_id: int | None
-) -> bool:
-    """Whether every row has drawn its end, or all the tokens it may."""
-    finished = tokens.shape[1] >= prompt_lengths + max_new_tokens
-    if end_id is not None:
-        drawn = torch.arange(tokens.shape[1], device=tokens.device) >= prompt_lengths.unsqueeze(-1)
-        finished = finished | (drawn & (tokens == end_id)).any(-1)
-    return bool(finished.all())
+def _encode_prompt(tokenizer: TextCodec, prompt: str, end_of_text: str) -> list[int]:
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError(
+            f"the prompt {prompt!r} encodes to no token; give some text, or {end_of_text!r} to start from nothing"
+        )
+    return ids
+
+
+def _whole_characters(pieces: Iterable[bytes]) -> Iterator[str]:
+    """The text of UTF-8 bytes that come in pieces; what is cut is held back until the rest of it is there."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for piece in pieces:
+        if text := decoder.decode(piece):
+            yield text
+    if rest := decoder.decode(b"", final=True):
+        yield rest
+
+
+def _continue(
+    model: TransformerLM,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
+    end_id: int | None,
+    vocab_size: int | None,
+    use_cache: bool = True,
+) -> Iterator[list[list[int]]]:
+    """The loop of `generate`, which has checked the arguments: the new ids of each row, whenever there are some.
+
+    A row gets none while it is still inside its prompt, nor after its end; when all have ended, so does the loop.
+    """
+    if not prompts:
+        return
+    device = model.token_embeddings.weight.device
+    context = model.config.context_length
+    kept = [prompt[-context:] for prompt in prompts]
+    lengths = [len(prompt) for prompt in kept]
+    prompt_lengths = torch.tensor(lengths, device=device)
+    tokens = torch.zeros(len(kept), max(lengths) + max_new_tokens, dtype=torch.int64, device=device)
+    for row, prompt in enumerate(kept):
+        tokens[row, : len(prompt)] = torch.tensor(prompt)
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    cache, decoder = None, None
+    if use_cache:
+        cache = KVCache(model.config, len(kept), dtype=model.compute_dtype, device=device)
+        decoder = _decoder(model, cache, prompt_lengths, vocab_size)
+
+    @torch.inference_mode()  # not around the loop, where the mode would be on in the caller's code between two steps
+    def grow(length: int) -> int:
+        """Fill in the column of tokens at `length`, or some more of them; returns how far it got."""
+        if decoder is not None and temperature == 0 and decoder.cache.length == length - 1 < context:
+            return _decode_greedily(decoder, tokens, length)
+        logits = _next_logits(model, tokens[:, :length], cache, decoder)[:, :vocab_size]
+        probabilities = next_token_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+        drawn = torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+        tokens[:, length] = torch.where(length < prompt_lengths, tokens[:, length], drawn)
+        return length + 1
+
+    length, left = min(lengths), [max_new_tokens] * len(kept)
+    while any(left):
+        end = grow(length)
+        columns = tokens[:, length:end].tolist()  # waits for the GPU
+        new_ids = []
+        for row, ids in enumerate(columns):
+            drawn = ids[max(lengths[row] - length, 0) :][: left[row]]
+            left[row] -= len(drawn)
+            if end_id in drawn:
+                drawn, left[row] = drawn[: drawn.index(end_id)], 0
+            new_ids.append(drawn)
+        yield new_ids
+        length = end
 
 
 def _decoder(model: TransformerLM, cache: KVCache, prompt_lengths: Tensor, vocab_size: int | None) -> Decoder | None:

@@ -12,9 +12,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
@@ -75,6 +76,21 @@ class TrainConfig:
     """Most tokens of a sample."""
     checkpoint_interval: int = 1000
     """Steps between checkpoints."""
+    checkpoint_minutes: float = 30.0
+    """Minutes after which a checkpoint is saved whatever the step; 0 for never."""
+    checkpoints_kept: int = 2
+    """The newest so many are kept; the one before is there should the newest turn out damaged."""
+    keep_best: bool = True
+    """Whether the weights with the lowest validation loss are saved and kept too."""
+    milestone_interval: int = 0
+    """Steps between checkpoints that are kept for good; 0 for none."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What follows a loss or gradient that is not finite. The weights never take that step: the run stops, or goes on
+    without it."""
+    max_nonfinite_steps: int = 10
+    """Most steps that a run may go on without, if on_nonfinite is skip."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Programs that the metrics are sent to as well: tensorboard, wandb."""
     seed: int = 0
     """Of the initial weights, the batches and the samples."""
     device: str = "auto"
@@ -89,12 +105,13 @@ class TrainConfig:
     """Whether torch.compile makes the model faster; the first step then takes up to a minute."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation", "eval_batches", "sample_tokens"):
+        counts = ("steps", "batch_size", "gradient_accumulation", "eval_batches", "sample_tokens", "checkpoints_kept")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        intervals = ("log_interval", "eval_interval", "sample_interval", "checkpoint_interval")
-        numbers = ("min_learning_rate", "embedding_rate_factor", "eps", "weight_decay")
-        for name in ("warmup_steps", "seed", *numbers, *intervals):
+        intervals = ("log_interval", "eval_interval", "sample_interval", "checkpoint_interval", "milestone_interval")
+        numbers = ("min_learning_rate", "embedding_rate_factor", "eps", "weight_decay", "checkpoint_minutes")
+        for name in ("warmup_steps", "seed", "max_nonfinite_steps", *numbers, *intervals):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("beta1", "beta2"):
@@ -107,7 +124,12 @@ class TrainConfig:
                 f"max_learning_rate={self.max_learning_rate} must be at least "
                 f"min_learning_rate={self.min_learning_rate}; change one of them"
             )
-        for name, allowed in (("rows", ("windows", "documents")), ("precision", ("auto", "float32", "bfloat16"))):
+        choices = {
+            "rows": ("windows", "documents"),
+            "precision": ("auto", "float32", "bfloat16"),
+            "on_nonfinite": ("stop", "skip"),
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.batch_size % self.gradient_accumulation:
@@ -260,23 +282,35 @@ def load_newest(
     _set_random_state(extra["random_state"])
     log = run_dir / "metrics.jsonl"
     if log.exists():
-        kept = [record for record in read_metrics(log) if record["step"] <= step]
+        kept = [record for record in read_all_records(log) if record["step"] <= step]
         with atomic_write(log) as file:
             file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
     save_config(config, run_dir / "config.toml")
     return step, extra["wall_s"]
 
 
-def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
-    """The records of a metrics log, oldest first; a last line that a crash cut off is left out."""
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The training records of a metrics log, oldest first; the log's other records have a kind."""
+    return read_records(path, None)
+
+
+def read_records(path: str | os.PathLike, kind: str | None) -> list[dict[str, Any]]:
+    """The records of one kind in a metrics log, oldest first.
+
+    Args:
+        kind: "evaluation", "sample", "checkpoint" or "nonfinite"; None for the training records.
+    """
+    return [record for record in read_all_records(path) if record.get("kind") == kind]
+
+
+def read_all_records(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """All records of a metrics log; lines that a crash or a full disk cut off are left out."""
     records = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
-            try:
+            with suppress(json.JSONDecodeError):
                 records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return records
+    return [record for record in records if isinstance(record, dict)]
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:

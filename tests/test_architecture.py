@@ -75,10 +75,13 @@ ROOMS: dict[str, set[str]] = {
     "runs": {"checkpoint", "config_files", "model"},
     "plotting": set(),
     "accounting": {"model"},
+    "trackers": set(),
+    "run_log": {"accounting", "trackers"},
 }
 ROOMS["training"] = {
     *("functional", "model", "optimizer", "token_files", "data", "checkpoint", "distributed"),
     *("generation", "evaluation", "config_files", "runs", "train_step"),
+    *("accounting", "run_log", "trackers"),
 }
 ROOMS["export"] = ROOMS["assignment_question"] = set(ROOMS)  # anything but one another; imported by none
 
@@ -97,6 +100,8 @@ ONLY_IN = {
         *("decode_kernels", "decoder"),
     },
     "matplotlib": {"plotting"},
+    "wandb": {"trackers"},
+    "tensorboard": {"trackers"},
 }
 
 

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from basic.data import BatchSampler
-from basic.evaluation import bigram_document_nats, compare_with_source, document_nats, mean_loss
+from basic.evaluation import (
+    FileScore,
+    bigram_document_nats,
+    compare_with_source,
+    document_nats,
+    mean_loss,
+    score_tokens,
+)
 from basic.model import ModelConfig, TransformerLM
 
 VOCAB, CONTEXT, END = 19, 16, 7
@@ -74,6 +81,84 @@ def test_mean_loss_is_the_mean_over_the_first_batches_every_time(model):
     assert first == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert mean_loss(model.loss, sampler, 3, CPU) == first
     assert mean_loss(model.loss, sampler, 1, CPU) == pytest.approx(sum(losses[:64]) / 64, rel=1e-5)
+
+
+# --- Whole files ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def score_by_hand(model: TransformerLM, ids: list[int], stride: int) -> float:
+    """One token after the other, each from what the first window that reaches it shows."""
+    last, total = len(ids) - 1, 0.0
+    for position in range(1, len(ids)):
+        begin = 0
+        while begin + CONTEXT < position:
+            begin += stride
+        begin = max(min(begin, last - CONTEXT), 0)  # the last window ends with the file
+        logits = model(torch.tensor([ids[begin:position]]))[0, -1].double()
+        total -= torch.log_softmax(logits, -1)[ids[position]].item()
+    return total
+
+
+@pytest.mark.parametrize("stride", [1, 5, 8, CONTEXT])
+@pytest.mark.parametrize("length", [2, 16, 17, 18, 25, 67])
+@pytest.mark.parametrize("first_id", [None, END])
+def test_a_file_scored_in_windows_is_one_scored_token_by_token(model, length, stride, first_id):
+    tokens = np.random.default_rng(length).integers(VOCAB, size=length).astype(np.uint16)
+    score = score_tokens(model, tokens, first_id=first_id, stride=stride, batch_size=3)
+    ids = tokens.tolist() if first_id is None else [first_id, *tokens.tolist()]
+    assert score.num_tokens == len(ids) - 1
+    assert score.nats == pytest.approx(score_by_hand(model, ids, stride), rel=1e-6)
+
+
+def test_each_token_from_its_full_context_is_what_a_stride_of_one_gives(model):
+    tokens = np.random.default_rng(3).integers(VOCAB, size=60)
+    ids, total = [END, *tokens.tolist()], 0.0
+    for position in range(1, len(ids)):
+        logits = model(torch.tensor([ids[max(0, position - CONTEXT) : position]]))[0, -1].double()
+        total -= torch.log_softmax(logits, -1)[ids[position]].item()
+    assert score_tokens(model, tokens, first_id=END, stride=1).nats == pytest.approx(total, rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 1000])
+def test_the_score_does_not_depend_on_the_batch_size(model, batch_size):
+    tokens = np.random.default_rng(0).integers(VOCAB, size=300).astype(np.uint16)
+    expected = score_tokens(model, tokens, first_id=END, batch_size=8)
+    assert score_tokens(model, tokens, first_id=END, batch_size=batch_size).nats == pytest.approx(
+        expected.nats, rel=1e-6
+    )
+
+
+def test_the_default_stride_is_half_the_context(model):
+    tokens = np.random.default_rng(0).integers(VOCAB, size=100)
+    assert score_tokens(model, tokens) == score_tokens(model, tokens, stride=CONTEXT // 2)
+    assert score_tokens(model, tokens) != score_tokens(model, tokens, stride=CONTEXT)
+
+
+def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary(model):
+    ignorant = TransformerLM(model.config)
+    ignorant.lm_head.weight.data.zero_()
+    score = score_tokens(ignorant, np.arange(40) % VOCAB, first_id=END)
+    assert (score.num_tokens, score.loss) == (40, pytest.approx(math.log(VOCAB)))
+    assert score.perplexity == pytest.approx(VOCAB)
+    assert score.bits_per_byte(80) == pytest.approx(math.log2(VOCAB) / 2)
+    assert FileScore(1e6, 10).perplexity == math.inf
+
+
+@pytest.mark.parametrize(
+    ("tokens", "settings", "message"),
+    [
+        ([], {"first_id": END}, "nothing to score in 0 tokens; give at least 1"),
+        ([3], {}, "nothing to score in 1 tokens; give at least 2"),
+        ([3, 4], {"stride": 0}, "stride must be from 1 to context_length=16, got 0"),
+        ([3, 4], {"stride": 17}, "stride must be from 1 to context_length=16, got 17"),
+        ([3, 4], {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ([3, 4, VOCAB], {}, "token id 19 at position 2 is not in the vocabulary of 19 ids"),
+    ],
+)
+def test_what_cannot_be_scored_is_named(model, tokens, settings, message):
+    with pytest.raises(ValueError, match=message):
+        score_tokens(model, np.array(tokens, np.uint16), **settings)
 
 
 # --- The bigram model -----------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from basic.generation import complete, generate, next_token_probabilities
+from basic import generation
+from basic.generation import complete, generate, next_token_probabilities, stream
 from basic.model import ModelConfig, TransformerLM
 
 VOCAB, CONTEXT = 23, 12
@@ -84,6 +85,40 @@ def test_a_row_ends_before_its_end_id_and_the_others_go_on(model):
         expected = [ids[: ids.index(end_id)] if end_id in ids else ids for ids in free]
         assert generate(model, PROMPTS, 20, temperature=0.0, end_id=end_id) == expected
         assert generate(model, PROMPTS[1:2], 20, temperature=0.0, end_id=end_id) == expected[1:2]
+
+
+class PlainDecoder:
+    """What `basic.decoder.Decoder` promises, with full forward passes: some greedy steps without a look between."""
+
+    def __init__(self, model, cache, prompt_lengths, vocab_size):
+        self.model, self.cache, self.prompt_lengths, self.vocab_size = model, cache, prompt_lengths, vocab_size
+        self.tokens = torch.zeros(len(prompt_lengths), CONTEXT + 1, dtype=torch.int64)
+
+    def start(self, tokens):
+        length = min(tokens.shape[1], CONTEXT + 1)
+        self.tokens[:, :length] = tokens[:, :length]
+
+    def step(self):
+        self.cache.advance(1)
+        length = self.cache.length
+        self.logits = self.model(self.tokens[:, :length])[:, -1]
+        likeliest = self.logits[:, : self.vocab_size].argmax(-1)
+        self.tokens[:, length] = torch.where(length < self.prompt_lengths, self.tokens[:, length], likeliest)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 32])
+def test_steps_that_are_not_looked_at_one_by_one_give_the_same_ids(model, monkeypatch, steps):
+    prompts = [[3], [1, 4, 1], [2, 6, 5, 3, 5]]
+    free = generate(model, prompts, 20, temperature=0.0)
+    ends = (None, free[0][1], free[1][4], free[2][7])
+    expected = [generate(model, prompts, 20, temperature=0.0, end_id=end_id, vocab_size=19) for end_id in ends]
+    monkeypatch.setattr(generation, "_decoder", PlainDecoder)
+    monkeypatch.setattr(generation, "_STEPS_BETWEEN_LOOKS", steps)
+    for end_id, ids in zip(ends, expected, strict=True):
+        assert generate(model, prompts, 20, temperature=0.0, end_id=end_id, vocab_size=19) == ids
+    drawn = generate(model, prompts, 20, seed=3)
+    monkeypatch.undo()
+    assert generate(model, prompts, 20, seed=3) == drawn
 
 
 def test_the_model_sees_each_token_once_and_none_when_all_rows_have_ended(model, monkeypatch):
@@ -281,3 +316,82 @@ def test_complete_names_a_prompt_that_encodes_to_nothing(model):
 def test_complete_does_not_take_a_text_for_a_list_of_letters(model):
     with pytest.raises(TypeError, match=r"list of texts.*\['abc'\]"):
         complete(model, Letters({}), "abc", 5)
+
+
+# --- Streams --------------------------------------------------------------------------------------------------
+
+
+class Fragments:
+    """A tokenizer whose ids are letters and pieces of characters of two, three and four bytes, and of none."""
+
+    letters = (b"a", b"b", b" ", b"\xc3", b"\xa9", b"\xe2\x82", b"\xac", b"\xf0\x9f", b"\x98", b"\x80", b"\xff", b"")
+    words = ("né".encode(), "€".encode(), "😀".encode(), b"\x98\x80c", b"\xa9\xf0", b"", b".", b"\n", b"\xe2", b"\x82")
+    pieces = (*letters, *words, b"<|endoftext|>")
+
+    def __init__(self) -> None:
+        self.vocab_size = VOCAB
+        self.special_token_ids = {"<|endoftext|>": 22}
+
+    def encode(self, text: str) -> list[int]:
+        return [22] if text == "<|endoftext|>" else [self.pieces.index(letter.encode()) for letter in text]
+
+    def decode_bytes(self, ids) -> bytes:
+        return b"".join(self.pieces[i] for i in ids)
+
+    def decode(self, ids) -> str:
+        return self.decode_bytes(ids).decode(errors="replace")
+
+
+def script(monkeypatch, model, ids: list[int], prompt_length: int) -> None:
+    """Let the model find exactly these ids likely, one after the other."""
+
+    def forward(token_ids, cache):
+        logits = torch.full((*token_ids.shape, VOCAB), -1e9)
+        logits[:, -1, ids[cache.length + token_ids.shape[1] - prompt_length]] = 0.0
+        return logits
+
+    monkeypatch.setattr(model, "forward", forward)
+
+
+@pytest.mark.parametrize(("max_new_tokens", "seed"), [(0, 0), (1, 1), (7, 2), (30, 3), (30, 4), (30, 5)])
+def test_a_stream_joined_is_the_completion(model, seed, max_new_tokens):
+    settings: dict[str, Any] = {"temperature": 2.0, "top_k": 20, "top_p": 0.98, "seed": seed}
+    pieces = list(stream(model, Fragments(), "ab", max_new_tokens, **settings))
+    assert all(pieces)
+    assert ["".join(pieces)] == complete(model, Fragments(), ["ab"], max_new_tokens, **settings)
+
+
+@pytest.mark.parametrize(
+    ("ids", "pieces"),
+    [
+        ([0, 1, 11, 2, 22, 0], ["a", "b", " "]),  # as it comes, nothing of an empty token, and up to the end of text
+        ([0, 3, 4, 1, 22], ["a", "é", "b"]),
+        ([5, 6, 7, 8, 9, 22], ["€", "😀"]),
+        ([7, 15, 12, 16, 8, 2, 22], ["😀c", "né", "\ufffd", "\ufffd "]),  # a9 stands alone; f0 98 is no character
+        ([0, 10, 3, 0, 22], ["a", "\ufffd", "\ufffda"]),
+        ([0, 7, 8, 22], ["a", "\ufffd"]),  # begun and never ended
+        ([0, 5], ["a", "\ufffd"]),
+    ],
+)
+def test_a_character_in_several_tokens_comes_whole_and_as_soon_as_it_is(model, monkeypatch, ids, pieces):
+    script(monkeypatch, model, ids, 1)
+    assert list(stream(model, Fragments(), "a", len(ids), temperature=0.0)) == pieces
+
+
+def test_a_stream_comes_while_it_is_made_and_can_be_left(model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(model, "forward", lambda *args, old=model.forward: asked.append(1) or old(*args))
+    pieces = stream(model, Fragments(), "ab", 100, temperature=3.0, seed=0, end_of_text="<none>")
+    assert asked == []
+    next(pieces)
+    first = len(asked)
+    next(pieces)
+    assert 1 <= first < len(asked) < 20
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_a_stream_says_at_once_what_is_wrong(model):
+    with pytest.raises(ValueError, match="top_p must be above 0"):
+        stream(model, Fragments(), "a", 5, top_p=0.0)
+    with pytest.raises(ValueError, match="the prompt '' encodes to no token"):
+        stream(model, Fragments(), "", 5)
