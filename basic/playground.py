@@ -146,8 +146,8 @@ class Playground:
         else:
             first, seen = 0, ids[:most].tolist()
         row, blind = [*start, *seen], [None] * (1 - len(start)) if seen else []
-        result = {"tokens": len(ids), "first": first, "nats": [], "ranks": [], "likeliest": [], "names": {}}
-        result |= {"mean_nats": None, "bits_per_byte": None, **_named(tokenizer, seen)}
+        result = {"tokens": len(ids), "first": first, **_named(tokenizer, seen)}
+        result |= {"nats": [], "ranks": [], "likeliest": [], "names": {}, "mean_nats": None, "bits_per_byte": None}
         if not row:
             return result
         device = run.model.token_embeddings.weight.device

@@ -85,17 +85,15 @@ def create_app(playground: Playground, *, host: str = "127.0.0.1") -> Starlette:
         )
 
         async def lines() -> AsyncIterator[str]:
-            # When the client leaves, this is cancelled where it waits, and the model stops after the token at hand.
-            async with generating:
-                try:
-                    while (piece := await run_in_threadpool(next, pieces, None)) is not None:
-                        yield json.dumps(piece) + "\n"
-                except (ValueError, OSError, RuntimeError) as error:
-                    yield json.dumps({"error": str(error)}) + "\n"
-                else:
-                    yield json.dumps({"done": True}) + "\n"
+            try:
+                while (piece := await run_in_threadpool(next, pieces, None)) is not None:
+                    yield json.dumps(piece) + "\n"
+            except (ValueError, OSError, RuntimeError) as error:
+                yield json.dumps({"error": str(error)}) + "\n"
+            else:
+                yield json.dumps({"done": True}) + "\n"
 
-        return StreamingResponse(lines(), media_type="application/x-ndjson")
+        return StreamInTurn(generating, lines())
 
     async def refuse(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
@@ -115,6 +113,22 @@ def create_app(playground: Playground, *, host: str = "127.0.0.1") -> Starlette:
         exception_handlers=dict.fromkeys((HTTPException, ValueError, OSError, ClientDisconnect), refuse)
         | {Exception: fail},
     )
+
+
+class StreamInTurn(StreamingResponse):
+    """Lines of JSON, begun when nobody else's are being written. When the client leaves, the line at hand is the last
+    one."""
+
+    media_type = "application/x-ndjson"
+
+    def __init__(self, turn: anyio.Semaphore, lines: AsyncIterator[str]) -> None:
+        super().__init__(lines)
+        self.turn = turn
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Not in the iterator: who is cancelled while a line is sent leaves that as it stands.
+        async with self.turn:
+            await super().__call__(scope, receive, send)
 
 
 class Guard:
