@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import runpy
 from pathlib import Path
 
 import anyio
@@ -340,3 +341,46 @@ def test_the_page_takes_nothing_from_elsewhere(client):
         " style=",
     ):
         assert word not in page, word
+
+
+# --- The script -------------------------------------------------------------------------------------------------
+
+
+def run_script(monkeypatch, *arguments: object) -> None:
+    path = Path(__file__).resolve().parents[1] / "local" / "playground.py"
+    monkeypatch.setattr("sys.argv", [str(path), *map(str, arguments)])
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def test_the_script_serves_on_this_machine_alone_unless_told_otherwise(folder, monkeypatch, capsys):
+    served = []
+    monkeypatch.setattr("uvicorn.Server.run", lambda server, sockets: served.append((server.config.app, sockets[0])))
+    missing = ("--gpt2-vocab", folder / "none.json")
+    run_script(monkeypatch, "--runs", folder, "--port", 0, *missing)
+    ((app, listener),) = served
+    host, port = listener.getsockname()
+    listener.close()
+    assert host == "127.0.0.1"
+    said = capsys.readouterr().out
+    assert f"open        http://127.0.0.1:{port}/" in said
+    assert "tokenizers  bytes, tiny\nmodel       none yet" in said
+    client = TestClient(app, base_url=f"http://127.0.0.1:{port}")
+    assert client.get("/api/about").json()["tokenizers"] == ["bytes", "tiny"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--runs", "empty"], "error: empty has no tokenizer yet"),
+        (["empty"], "error: empty is not a run"),
+        (["--host", "256.0.0.1"], "error: "),
+    ],
+)
+def test_the_script_fails_in_one_line(tmp_path, folder, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "runs").symlink_to(folder)
+    with pytest.raises(SystemExit) as caught:
+        run_script(monkeypatch, *arguments, "--gpt2-vocab", "none.json", "--port", 0)
+    assert str(caught.value.code).startswith(message)
+    assert "\n" not in str(caught.value.code)
