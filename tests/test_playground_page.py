@@ -228,6 +228,12 @@ def test_a_continuation_streams_and_stops(driver, playground, monkeypatch, tmp_p
         assert len(made) <= count + 2  # the server has stopped too
         page.one("#adopt").click()
         assert page.one("#text").get_property("value").startswith("the <i>0 <i>1")
+        page.one("#go").click()
+        page.wait(lambda: page.one("#stream").is_displayed() and " <i>3" in page.texts("#stream")[0])
+        page.write("xyz")
+        page.wait(lambda: page.texts("#scored .t") == [*"xyz", "next?"])
+        assert not page.one("#stream").is_displayed()
+        assert not page.one("#adopt").is_displayed()
 
 
 def test_errors_are_shown_in_the_page(driver, playground, address, monkeypatch):
