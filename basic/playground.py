@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from basic.functional import softmax, token_nats
+from basic.functional import at_least_float32, softmax, token_nats
 from basic.generation import stream
+from basic.model import TransformerLM
 from basic.runs import Run
 from basic.Tokenizer import Tokenizer
 
@@ -116,7 +117,6 @@ class Playground:
             **_named(tokenizer, shown),
         }
 
-    @torch.inference_mode()
     def score(self, text: str, *, keep_end: bool = False) -> dict[str, Any]:
         """What the model thought of each token of a text before it saw it.
 
@@ -146,29 +146,19 @@ class Playground:
         else:
             first, seen = 0, ids[:most].tolist()
         row, blind = [*start, *seen], [None] * (1 - len(start)) if seen else []
-        result = {"tokens": len(ids), "first": first, **_named(tokenizer, seen)}
-        result |= {"nats": [], "ranks": [], "likeliest": [], "names": {}, "mean_nats": None, "bits_per_byte": None}
-        if not row:
-            return result
-        device = run.model.token_embeddings.weight.device
-        inputs, targets = (torch.tensor(part, dtype=torch.int64, device=device) for part in (row[:room], row[1:]))
-        logits = run.model(inputs.unsqueeze(0))[0, :, : tokenizer.vocab_size]
-        judged = logits[: len(targets)]
-        nats = token_nats(judged, targets)
-        ranks = 1 + (judged > judged.gather(-1, targets.unsqueeze(-1))).sum(-1)
-        probabilities, likeliest = softmax(logits.float(), -1).topk(min(LIKELIEST, logits.shape[-1]))
-        named = set(likeliest.flatten().tolist())
-        return result | {
-            "nats": blind + [_short(x) for x in nats.tolist()],
-            "ranks": blind + ranks.tolist(),
-            "likeliest": blind
-            + [
-                list(zip(row_ids, map(_short, row_probabilities), strict=True))
-                for row_ids, row_probabilities in zip(likeliest.tolist(), probabilities.tolist(), strict=True)
-            ],
-            "names": {token_id: tokenizer.vocab[token_id].hex() for token_id in named if token_id in tokenizer.vocab},
-            "mean_nats": nats.mean().item() if len(targets) else None,
-            "bits_per_byte": _bits_per_byte(nats.sum().item(), tokenizer.decode_bytes(row[1:])),
+        nats, ranks, likeliest = _judged(run.model, row, room, tokenizer.vocab_size)
+        named = {token_id for place in likeliest for token_id, _ in place if token_id in tokenizer.vocab}
+        num_bytes = len(tokenizer.decode_bytes(row[1:]))
+        return {
+            "tokens": len(ids),
+            "first": first,
+            **_named(tokenizer, seen),
+            "nats": blind + [_short(x) for x in nats],
+            "ranks": blind + ranks,
+            "likeliest": blind + likeliest,
+            "names": {token_id: tokenizer.vocab[token_id].hex() for token_id in named},
+            "mean_nats": sum(nats) / len(nats) if nats else None,
+            "bits_per_byte": sum(nats) / math.log(2) / num_bytes if num_bytes else None,
         }
 
     def generate(
@@ -231,6 +221,27 @@ class Playground:
         return self._loaded[tokenizer_id][1]
 
 
+@torch.inference_mode()
+def _judged(
+    model: TransformerLM, row: list[int], room: int, vocab_size: int
+) -> tuple[list[float], list[int], list[list[tuple[int, float]]]]:
+    """The loss and the rank of each id of a row but the first, and the likeliest ids with their probabilities behind
+    each of its first `room` ids."""
+    if not row:
+        return [], [], []
+    device = model.token_embeddings.weight.device
+    inputs, targets = (torch.tensor(part, dtype=torch.int64, device=device) for part in (row[:room], row[1:]))
+    logits = model(inputs.unsqueeze(0))[0, :, :vocab_size]
+    judged = logits[: len(targets)]
+    ranks = 1 + (judged > judged.gather(-1, targets.unsqueeze(-1))).sum(-1)
+    probabilities, ids = softmax(at_least_float32(logits), -1).topk(min(LIKELIEST, logits.shape[-1]))
+    likeliest = [
+        [(token_id, _short(p)) for token_id, p in zip(*place, strict=True)]
+        for place in zip(ids.tolist(), probabilities.tolist(), strict=True)
+    ]
+    return token_nats(judged, targets).tolist(), ranks.tolist(), likeliest
+
+
 def _named(tokenizer: Tokenizer, ids: Sequence[int]) -> dict[str, Any]:
     """Ids with their bytes in hexadecimal, and which of them are special tokens."""
     special = set(tokenizer.special_token_ids.values())
@@ -239,10 +250,6 @@ def _named(tokenizer: Tokenizer, ids: Sequence[int]) -> dict[str, Any]:
         "pieces": [tokenizer.vocab[token_id].hex() for token_id in ids],
         "special": [place for place, token_id in enumerate(ids) if token_id in special],
     }
-
-
-def _bits_per_byte(nats: float, data: bytes) -> float | None:
-    return nats / math.log(2) / len(data) if data else None
 
 
 def _short(x: float) -> float:
