@@ -95,14 +95,6 @@ def create_app(playground: Playground, *, host: str = "127.0.0.1") -> Starlette:
 
         return StreamInTurn(generating, lines())
 
-    async def refuse(request: Request, error: Exception) -> Response:
-        if isinstance(error, HTTPException):
-            return JSONResponse({"error": error.detail}, error.status_code)
-        return JSONResponse({"error": str(error)}, 400)
-
-    async def fail(request: Request, error: Exception) -> Response:
-        return JSONResponse({"error": f"{type(error).__name__}: {error}; the terminal has the details"}, 500)
-
     return Starlette(
         routes=[
             Route("/", page),
@@ -113,6 +105,18 @@ def create_app(playground: Playground, *, host: str = "127.0.0.1") -> Starlette:
         exception_handlers=dict.fromkeys((HTTPException, ValueError, OSError, ClientDisconnect), refuse)
         | {Exception: fail},
     )
+
+
+async def refuse(request: Request, error: Exception) -> Response:
+    """What was wrong with a question."""
+    if isinstance(error, HTTPException):
+        return JSONResponse({"error": error.detail}, error.status_code)
+    return JSONResponse({"error": str(error)}, 400)
+
+
+async def fail(request: Request, error: Exception) -> Response:
+    """What went wrong here."""
+    return JSONResponse({"error": f"{type(error).__name__}: {error}; the terminal has the details"}, 500)
 
 
 class StreamInTurn(StreamingResponse):
