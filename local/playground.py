@@ -1,0 +1,72 @@
+"""Serve a page to play with: tokens in colour, two tokenizers side by side, and a model that talks and explains itself.
+
+`uv run --extra playground local/playground.py runs/quickstart`, then open the address that it prints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+GPT2 = Path(__file__).parents[2] / "shared" / "data"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    run: tyro.conf.Positional[Path | None] = None
+    """Folder of the run to talk to, such as runs/quickstart; None for the newest one in the folder of runs."""
+    runs: Path = Path("runs")
+    """Folder whose runs' tokenizers can be chosen on the page."""
+    gpt2_vocab: Path = GPT2 / "gpt2_vocab.json"
+    """GPT-2's vocabulary, for comparison; left out where it is missing."""
+    gpt2_merges: Path = GPT2 / "gpt2_merges.txt"
+    """GPT-2's merges."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets everyone on the network in, so that a phone can open the page."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    device: str = "auto"
+    """cpu, cuda, mps ...; auto takes the best there is."""
+
+
+def main(options: Options) -> None:
+    import uvicorn
+
+    from basic.playground import Playground, newest_run
+    from basic.playground_server import create_app
+    from basic.runs import load_run
+
+    folder = options.run or newest_run(options.runs)
+    run = None if folder is None else load_run(folder, device=options.device)
+    name = "" if folder is None else folder.resolve().name
+    playground = Playground(options.runs, run, name, gpt2=(options.gpt2_vocab, options.gpt2_merges))
+    tokenizers = playground.about()["tokenizers"]
+    if not tokenizers:
+        raise FileNotFoundError(f"{options.runs} has no tokenizer yet; local/quickstart.py makes one in a few minutes")
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    listener = socket.create_server((options.host, options.port), family=family)
+    host = f"[{options.host}]" if family == socket.AF_INET6 else options.host
+    print(f"tokenizers  {', '.join(tokenizers)}")
+    print(
+        f"model       {'none yet; local/quickstart.py trains one' if run is None else f'{folder}, step {run.step:,}'}"
+    )
+    print(f"open        http://{host}:{listener.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)
+    config = uvicorn.Config(create_app(playground, host=options.host), log_level="warning", timeout_graceful_shutdown=2)
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn", "anyio"):
+            raise
+        sys.exit(f"error: the page needs {error.name}: uv run --extra playground local/playground.py")
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
