@@ -21,7 +21,7 @@ def run(script: Callable[[], object]) -> None:
     except KeyboardInterrupt as stop:
         if with_traceback:
             raise
-        print(str(stop) or "interrupted", file=sys.stderr)
+        print("\n" * sys.stderr.isatty() + (str(stop) or "interrupted"), file=sys.stderr)  # not behind the ^C
         sys.exit(130)
     except (OSError, ValueError, FloatingPointError, MemoryError) as error:
         if with_traceback:

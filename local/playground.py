@@ -13,6 +13,8 @@ from pathlib import Path
 
 import tyro
 
+from basic import command_line
+
 GPT2 = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -63,10 +65,8 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Options, description=__doc__))
+        command_line.run(lambda: main(tyro.cli(Options, description=__doc__)))
     except ModuleNotFoundError as error:
         if error.name not in ("starlette", "uvicorn", "anyio"):
             raise
         sys.exit(f"error: the page needs {error.name}: uv run --extra playground local/playground.py")
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")

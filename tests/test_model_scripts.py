@@ -116,7 +116,7 @@ def test_ctrl_c_ends_without_a_traceback(folder):
     assert process.stdout.read(20).startswith(b"the")  # it has begun, and shows what it has
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (130, b"")
+    assert (process.returncode, errors) == (130, b"interrupted\n")
 
 
 # --- evaluate -------------------------------------------------------------------------------------------------
