@@ -20,12 +20,7 @@ from typing import Any
 
 from basic.bytes_utils import BLOCK_BYTES, decode_blocks, file_size_bytes, utf8_error
 
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
-
-_OPENERS: dict[str, Any] = {".gz": gzip.open, ".zst": zstd.open}
+_COMPRESSIONS = (".gz", ".zst")
 
 
 @dataclass(frozen=True)
@@ -47,7 +42,7 @@ class TextSource:
     def compression(self) -> str | None:
         """ ".gz", ".zst" or None."""
         suffix = Path(self.path).suffix.lower()
-        return suffix if suffix in _OPENERS else None
+        return suffix if suffix in _COMPRESSIONS else None
 
     @property
     def is_json_lines(self) -> bool:
@@ -87,7 +82,7 @@ def read_text(path: str | os.PathLike, *, errors: str = "strict") -> Iterator[st
     """
     source = text_source(path)
     file_size_bytes(source)  # says what is wrong with other things than files
-    opener: Any = open if source.compression is None else _OPENERS[source.compression]
+    opener: Any = {None: open, ".gz": gzip.open}.get(source.compression) or _zstd().open
     with opener(source.path, "rb") as file:
         if source.is_json_lines:
             yield from _documents(_lines(file, source), source, errors)
@@ -109,6 +104,20 @@ def as_plain_file(path: str | os.PathLike, folder: str | os.PathLike) -> Generat
         yield plain
     finally:
         plain.unlink(missing_ok=True)
+
+
+def _zstd() -> Any:
+    """Python's module for .zst files, before 3.14 a package; imported for the few texts that need it."""
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+    return zstd
+
+
+def _damage(source: TextSource) -> tuple[type[Exception], ...]:
+    """What is raised for a compressed file that is damaged."""
+    return (_zstd().ZstdError,) if source.compression == ".zst" else (gzip.BadGzipFile, zlib.error)
 
 
 def _blocks(file: io.BufferedIOBase, source: TextSource) -> Iterator[bytes]:
@@ -135,7 +144,7 @@ def _read(read: Any, size: int, source: TextSource, offset: int) -> bytes:
             f"{os.fspath(source)!r} is cut off: it ends soon after byte offset {offset} of its decompressed content; "
             "copy it again"
         ) from None
-    except (gzip.BadGzipFile, zlib.error, zstd.ZstdError) as error:
+    except _damage(source) as error:
         raise ValueError(
             f"{os.fspath(source)!r} is damaged, or not compressed as its name says, soon after byte offset {offset} of "
             f"its decompressed content ({error})"

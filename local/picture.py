@@ -1,0 +1,86 @@
+"""Draw the picture of the README from the quickstart's run: `uv run local/picture.py`."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from basic import command_line
+
+SENTENCE = "Once upon a time, there was a brave puppy who wanted to dance."
+END = "<|endoftext|>"
+COLOURS = ("#cfe3f6", "#fbe3c0", "#d6edd3", "#f4d2d8", "#e3daf1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    run: tyro.conf.Positional[Path] = Path("runs/quickstart")
+    """Folder of a run on the embedded stories."""
+    output: Path = Path("picture.svg")
+    """Picture to write."""
+
+
+def main(options: Options) -> None:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from basic.evaluation import compare_with_source
+    from basic.runs import load_run, read_metrics
+    from basic.stories import story_nats
+    from basic.token_files import open_tokens, read_info
+    from basic.Tokenizer import Tokenizer
+
+    run = load_run(options.run, device="cpu")
+    tokenizer = Tokenizer.load(options.run / "tokenizer", kernels=False)
+    stories = (options.run / "valid.txt").read_text(encoding="utf-8").split(END)
+    stories = [story for story in map(str.strip, stories) if story]
+    exact = [story_nats(story) for story in stories]
+    compared = compare_with_source(
+        run.model, [tokenizer.encode(story) for story in stories], exact, open_tokens(options.run / "train.bin"),
+        tokenizer.special_token_ids[END],
+    )  # fmt: skip
+
+    matplotlib.rcParams.update({"svg.hashsalt": "basic", "font.size": 10})
+    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    axes = figure.subplot_mosaic([["tokens", "tokens"], ["loss", "stories"], ["text", "text"]], height_ratios=(1, 4, 2))
+    for name in ("tokens", "text"):
+        axes[name].set_axis_off()
+
+    x = 0.0
+    for number, token_id in enumerate(tokenizer.encode(SENTENCE)):
+        token = tokenizer.decode([token_id]).replace(" ", "·")
+        box = {"boxstyle": "square,pad=0.25", "facecolor": COLOURS[number % len(COLOURS)], "edgecolor": "none"}
+        place = {"ha": "left", "family": "monospace", "transform": axes["tokens"].transAxes}
+        axes["tokens"].text(x, 0.7, token, va="center", fontsize=13, bbox=box, **place)
+        axes["tokens"].text(x, 0.1, str(token_id), va="center", fontsize=8, color="gray", **place)
+        x += 0.0097 * len(token) + 0.009
+
+    records, info = read_metrics(options.run / "metrics.jsonl"), read_info(options.run / "valid.bin")
+    steps = [record["step"] for record in records]
+    axes["loss"].plot(steps, [record["train_loss"] for record in records], color="C0", alpha=0.4, label="training")
+    valid = [(record["step"], record["valid_loss"]) for record in records if "valid_loss" in record]
+    axes["loss"].plot(*zip(*valid, strict=True), "o-", color="C0", label="validation")
+    floor = sum(exact) / info.count
+    axes["loss"].axhline(floor, color="black", linestyle="--", linewidth=1, label="entropy of the source")
+    axes["loss"].set(xlabel="step", ylabel="nats a token", yscale="log", title="learning")
+    axes["loss"].legend(frameon=False)
+
+    bars = {"a bigram model": compared.bigram, "this model": compared.model, "exact": compared.exact}
+    drawn = axes["stories"].barh(list(bars), list(bars.values()), color=["#c8c8c8", "C0", "black"], height=0.6)
+    axes["stories"].bar_label(drawn, fmt="%.1f", padding=4)
+    axes["stories"].set(xlabel="nats a story", title=f"information in {compared.num_fitting:,} unseen stories")
+    for name in ("loss", "stories"):
+        axes[name].spines[["top", "right"]].set_visible(False)
+
+    sample = (options.run / "samples.txt").read_text(encoding="utf-8").split("\n\n")[0].strip()
+    axes["text"].text(0, 0.95, "it writes", va="top", color="gray")
+    axes["text"].text(0, 0.7, textwrap.fill(sample, 150), va="top", family="serif", fontsize=11.5)
+    figure.savefig(options.output, metadata={"Date": None})
+    print(f"wrote {options.output}")
+
+
+if __name__ == "__main__":
+    command_line.run(lambda: main(tyro.cli(Options, description=__doc__)))
