@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -34,7 +35,7 @@ def main(options: Options) -> None:
     from basic.Tokenizer import Tokenizer
 
     run = load_run(options.run, device="cpu")
-    tokenizer = Tokenizer.load(options.run / "tokenizer", kernels=False)
+    tokenizer = Tokenizer.load(options.run / "tokenizer")
     stories = (options.run / "valid.txt").read_text(encoding="utf-8").split(END)
     stories = [story for story in map(str.strip, stories) if story]
     exact = [story_nats(story) for story in stories]
@@ -53,7 +54,7 @@ def main(options: Options) -> None:
     for number, token_id in enumerate(tokenizer.encode(SENTENCE)):
         token = tokenizer.decode([token_id]).replace(" ", "·")
         box = {"boxstyle": "square,pad=0.25", "facecolor": COLOURS[number % len(COLOURS)], "edgecolor": "none"}
-        place = {"ha": "left", "family": "monospace", "transform": axes["tokens"].transAxes}
+        place: dict[str, Any] = {"ha": "left", "family": "monospace", "transform": axes["tokens"].transAxes}
         axes["tokens"].text(x, 0.7, token, va="center", fontsize=13, bbox=box, **place)
         axes["tokens"].text(x, 0.1, str(token_id), va="center", fontsize=8, color="gray", **place)
         x += 0.0097 * len(token) + 0.009

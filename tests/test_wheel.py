@@ -1,6 +1,7 @@
 """The package as others get it: a wheel in an environment of its own."""
 
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import sysconfig
@@ -46,7 +47,7 @@ def test_a_wheel_works_in_an_environment_of_its_own(tmp_path):
     assert all(name.startswith(("basic/", "basic-")) for name in names)
 
     run("uv", "venv", "--quiet", "own", cwd=tmp_path)
-    python = next(tmp_path.glob("own/*/python*"))
+    python = tmp_path / "own" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     run("uv", "pip", "install", "--quiet", "--no-deps", "--python", python, wheel, cwd=tmp_path)
     # What the package needs comes from this environment, instead of gigabytes anew; searched last, and without the
     # files there that would lead back to this repository.
