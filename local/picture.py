@@ -45,20 +45,22 @@ def main(options: Options) -> None:
     )  # fmt: skip
 
     matplotlib.rcParams.update({"svg.hashsalt": "basic", "font.size": 10})
-    figure = Figure(figsize=(12, 5.2), layout="constrained")
-    axes = figure.subplot_mosaic([["tokens", "tokens"], ["loss", "stories"], ["text", "text"]], height_ratios=(1, 4, 2))
-    for name in ("tokens", "text"):
-        axes[name].set_axis_off()
-
-    x = 0.0
+    figure = Figure(figsize=(11, 5.6), facecolor="white")
+    left = 0.06
+    heading: dict[str, Any] = {"color": "gray", "fontsize": 11, "va": "center"}
+    figure.text(left, 0.95, "it reads", **heading)
+    x = left
     for number, token_id in enumerate(tokenizer.encode(SENTENCE)):
         token = tokenizer.decode([token_id]).replace(" ", "·")
-        box = {"boxstyle": "square,pad=0.25", "facecolor": COLOURS[number % len(COLOURS)], "edgecolor": "none"}
-        place: dict[str, Any] = {"ha": "left", "family": "monospace", "transform": axes["tokens"].transAxes}
-        axes["tokens"].text(x, 0.7, token, va="center", fontsize=13, bbox=box, **place)
-        axes["tokens"].text(x, 0.1, str(token_id), va="center", fontsize=8, color="gray", **place)
-        x += 0.0097 * len(token) + 0.009
+        box = {"boxstyle": "square,pad=0.3", "facecolor": COLOURS[number % len(COLOURS)], "edgecolor": "none"}
+        drawn = figure.text(x + 0.006, 0.87, token, family="monospace", fontsize=13, va="center", bbox=box)
+        figure.text(x + 0.004, 0.81, str(token_id), family="monospace", fontsize=8, va="center", color="gray")
+        x = drawn.get_window_extent().x1 / figure.bbox.width + 0.006
 
+    axes = {
+        "loss": figure.add_axes((left, 0.3, 0.4, 0.42)),
+        "stories": figure.add_axes((left + 0.56, 0.3, 0.3, 0.42)),
+    }
     records, info = read_metrics(options.run / "metrics.jsonl"), read_info(options.run / "valid.bin")
     steps = [record["step"] for record in records]
     axes["loss"].plot(steps, [record["train_loss"] for record in records], color="C0", alpha=0.4, label="training")
@@ -66,19 +68,21 @@ def main(options: Options) -> None:
     axes["loss"].plot(*zip(*valid, strict=True), "o-", color="C0", label="validation")
     floor = sum(exact) / info.count
     axes["loss"].axhline(floor, color="black", linestyle="--", linewidth=1, label="entropy of the source")
-    axes["loss"].set(xlabel="step", ylabel="nats a token", yscale="log", title="learning")
+    axes["loss"].set(xlabel="step", ylabel="nats a token", yscale="log", title="it learns")
+    axes["loss"].set_yticks([0.6, 0.8, 1, 2, 4], ["0.6", "0.8", "1", "2", "4"])
+    axes["loss"].minorticks_off()
     axes["loss"].legend(frameon=False)
 
     bars = {"a bigram model": compared.bigram, "this model": compared.model, "exact": compared.exact}
     drawn = axes["stories"].barh(list(bars), list(bars.values()), color=["#c8c8c8", "C0", "black"], height=0.6)
     axes["stories"].bar_label(drawn, fmt="%.1f", padding=4)
-    axes["stories"].set(xlabel="nats a story", title=f"information in {compared.num_fitting:,} unseen stories")
+    axes["stories"].set(xlabel="nats a story", title=f"needed for {compared.num_fitting:,} unseen stories")
     for name in ("loss", "stories"):
         axes[name].spines[["top", "right"]].set_visible(False)
 
     sample = (options.run / "samples.txt").read_text(encoding="utf-8").split("\n\n")[0].strip()
-    axes["text"].text(0, 0.95, "it writes", va="top", color="gray")
-    axes["text"].text(0, 0.7, textwrap.fill(sample, 150), va="top", family="serif", fontsize=11.5)
+    figure.text(left, 0.165, "it writes", **heading)
+    figure.text(left, 0.13, textwrap.fill(sample, 128), va="top", family="serif", fontsize=11.5)
     figure.savefig(options.output, metadata={"Date": None})
     print(f"wrote {options.output}")
 
