@@ -285,9 +285,8 @@ def test_wandb_gets_every_record_and_a_resumed_run_goes_on_with_its_own(tmp_path
 
 
 def test_tensorboard_has_the_same_names(tmp_path):
-    pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+    reader = "tensorboard.backend.event_processing.event_accumulator"
+    EventAccumulator = pytest.importorskip(reader, reason="the tensorboard extra is not installed").EventAccumulator
     records = [record(step) for step in (1, 2)] + [{"kind": "sample", "step": 2, "text": "one\ntwo"}]
     with make_log(tmp_path, trackers=["tensorboard"], config_table={"train": {"steps": 7}}) as log:
         for one in records:
