@@ -147,6 +147,8 @@ class DataConfig:
     """Token file to measure on."""
     tokenizer: str = ""
     """Folder of the tokenizer that made them; needed for samples and for rows = "documents"."""
+    dtype: str = ""
+    """Integer type of token files without a sidecar, such as nanoGPT's uint16."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ def main(options: Options) -> None:
     path = options.file or Path(run.config.data.valid_tokens)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}; name a token file or a text behind the run")
-    tokens, num_bytes = read(path, tokenizer)
+    tokens, num_bytes = read(path, tokenizer, run.config.data.dtype)
     # A document begins behind an end of text, so does the file's first.
     specials = {} if tokenizer is None else tokenizer.special_token_ids
     first_id = specials.get(run.config.train.end_of_text)
@@ -60,12 +60,14 @@ def main(options: Options) -> None:
         print("bits per byte   unknown: nothing says from how many bytes these tokens were made")
 
 
-def read(path: Path, tokenizer):
+def read(path: Path, tokenizer, dtype: str):
     """The ids of a file, and the length of the text they stand for in bytes, 0 for unknown."""
     from basic.token_files import open_tokens, read_info, sidecar_path
 
     if path.suffix == ".npy":
         return open_tokens(path), 0
+    if path.suffix == ".bin" and dtype and not sidecar_path(path).is_file():
+        return open_tokens(path, dtype=dtype), 0
     if path.suffix == ".bin":
         tokens, info = open_tokens(path), read_info(path)
         if tokenizer is not None and info.tokenizer_fingerprint not in (None, tokenizer.fingerprint):

@@ -52,7 +52,8 @@ def open_data(data):
     if folder.name == "small_stories" and not (folder / "valid.bin").is_file():
         make_stories(folder)
     tokenizer = Tokenizer.load(data.tokenizer) if data.tokenizer else None
-    return Data(open_tokens(data.train_tokens), open_tokens(data.valid_tokens), tokenizer)
+    tokens = (open_tokens(path, dtype=data.dtype or None) for path in (data.train_tokens, data.valid_tokens))
+    return Data(*tokens, tokenizer)
 
 
 def make_stories(folder: Path, *, num_train: int = 20_000, num_valid: int = 400, vocab_size: int = 1024) -> None:

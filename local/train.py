@@ -68,7 +68,7 @@ def main() -> None:
         if not getattr(data, name):
             raise ValueError(f"data.{name} is not set; give a token file made by local/encode.py")
     paths = data.train_tokens, data.valid_tokens
-    tokens = [open_tokens(path, verify=options.verify) for path in paths]
+    tokens = [open_tokens(path, dtype=data.dtype or None, verify=options.verify) for path in paths]
     # A run has a copy of its tokenizer.
     own = output / "tokenizer" if options.resume else Path()
     folder = own if options.resume and own.is_dir() else data.tokenizer

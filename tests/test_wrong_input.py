@@ -124,6 +124,17 @@ def test_wrong_data_are_told_in_a_line(monkeypatch, name):
     assert re.search(expected, error_of(monkeypatch))
 
 
+def test_token_files_of_others_need_their_type(monkeypatch):
+    Path("run.toml").write_text(GOOD)
+    for name in ("train", "valid"):
+        Path(f"{name}.json").unlink()
+    assert "dtype" in error_of(monkeypatch)
+    arguments = ["train.py", "--config", "run.toml", "--output", "run", "--dtype", "uint16"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(str(REPOSITORY / "local" / "train.py"), run_name="__main__")
+    assert list(Path("run/checkpoints").glob("*.safetensors"))
+
+
 def test_a_changed_byte_is_found_when_it_is_asked_for(monkeypatch):
     Path("run.toml").write_text(GOOD)
     overwrite(0, b"\1")
