@@ -103,6 +103,20 @@ def test_in_a_terminal_texts_are_asked_for_until_the_end(folder, capsys, monkeyp
     assert out == "".join(f"{a}{b}\n\n" for a, b in zip(["the cat", "", "a dog"], continued, strict=True))
 
 
+def test_a_prompt_begins_a_document_where_the_model_learned_from_their_beginnings(folder, capsys, monkeypatch):
+    config = (folder / "run" / "config.toml").read_text()
+    (folder / "run" / "config.toml").write_text(config.replace('rows = "windows"', 'rows = "documents"'))
+    try:
+        run = load_run(folder / "run", device="cpu")
+        assert run.config.train.rows == "documents"
+        (continued,) = complete(run.model, BYTES, [END + "the cat"], 20, temperature=0)
+        for prompt in ("the cat", END + "the cat"):
+            out = written(capsys, monkeypatch, folder, "--temperature", "0", "--prompt", prompt)
+            assert out == f"the cat{continued}\n\n"
+    finally:
+        (folder / "run" / "config.toml").write_text(config)
+
+
 def test_ctrl_c_ends_without_a_traceback(folder):
     command = [sys.executable, REPOSITORY / "local" / "generate.py", folder / "run", "--prompt", "the"]
     process = subprocess.Popen(
