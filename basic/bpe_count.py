@@ -18,7 +18,6 @@ from basic.bpe_words import (
     I64,
     LENGTH_SHIFT,
     LONG,
-    LONG_DIFFERS,
     POOL_USED,
     POSITION,
     PROBLEM,
@@ -31,6 +30,7 @@ from basic.bpe_words import (
     hash_of_long,
     in_pool,
     is_long,
+    key1_in_table,
     key1_of_long,
     new_keys,
     new_table,
@@ -102,9 +102,7 @@ def _count_words(data, stop, code_classes, special_bytes, special_starts, first_
             for j in range(U64(num_words)):
                 r = rows[j] * U64(ROW)
                 if ((table[r] ^ key0s[j]) | (table[r + U64(1)] ^ key1s[j])) != U64(0):
-                    key1 = key1s[j]
-                    if key1 >> U64(LENGTH_SHIFT) > U64(LONG):
-                        key1 ^= U64(LONG_DIFFERS)
+                    key1 = key1_in_table(key1s[j])
                     start, length = position + places[j], places[j + U64(1)] - places[j]
                     r = _find_or_add(data, start, length, key0s[j], key1, rows[j], table, pool, state)
                 table[r + U64(2)] += U64(1)

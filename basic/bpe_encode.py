@@ -28,9 +28,6 @@ from basic.bpe_scan import BLOCK, ROOM, end_of_long_word, find_special, learn_cl
 from basic.bpe_words import (
     ENTRIES,
     I64,
-    LENGTH_SHIFT,
-    LONG,
-    LONG_DIFFERS,
     POOL_USED,
     POSITION,
     PROBLEM,
@@ -40,6 +37,7 @@ from basic.bpe_words import (
     block_keys,
     in_pool,
     is_long,
+    key1_in_table,
     new_keys,
     new_table,
     put_in_pool,
@@ -117,9 +115,7 @@ def _learn_words(data, position, j, num_words, places, keys, table, pool, merges
         r = rows[k] * U64(ROW)
         if ((table[r] ^ key0s[k]) | (table[r + U64(1)] ^ key1s[k])) == U64(0):
             continue
-        key1 = key1s[k]
-        if key1 >> U64(LENGTH_SHIFT) > U64(LONG):
-            key1 ^= U64(LONG_DIFFERS)
+        key1 = key1_in_table(key1s[k])
         start, length = position + places[k], places[k + U64(1)] - places[k]
         r = _find(data, start, length, key0s[k], key1, rows[k], table, pool)
         if table[r + U64(1)] != U64(0):
@@ -230,9 +226,7 @@ def _encode(
                 # Written before it is known to be right: nearly always it is, and the store need not wait.
                 store8(out, written, table[r + U64(2)])
                 if ((table[r] ^ key0s[j]) | (table[r + U64(1)] ^ key1s[j])) != U64(0):
-                    key1 = key1s[j]
-                    if key1 >> U64(LENGTH_SHIFT) > U64(LONG):
-                        key1 ^= U64(LONG_DIFFERS)
+                    key1 = key1_in_table(key1s[j])
                     start, length = position + places[j], places[j + U64(1)] - places[j]
                     r = _find(data, start, length, key0s[j], key1, rows[j], table, pool)
                     if table[r + U64(1)] == U64(0):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from basic.bpe_machine import U64, kernel, load8, prefetch, trailing_zeros
+from basic.bpe_machine import U64, inlined_kernel, kernel, load8, prefetch, trailing_zeros
 from basic.bpe_scan import BEFORE
 
 I64 = np.int64
@@ -85,6 +85,14 @@ def key1_of_long(length):
 @kernel
 def is_long(key1):
     return key1 >> U64(LENGTH_SHIFT) == U64(LONG)
+
+
+@inlined_kernel
+def key1_in_table(key1):
+    """Key 1 as it stands in the table, from that of a block."""
+    if key1 >> U64(LENGTH_SHIFT) > U64(LONG):
+        key1 ^= U64(LONG_DIFFERS)
+    return key1
 
 
 @kernel

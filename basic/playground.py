@@ -178,12 +178,10 @@ class Playground:
             num_tokens = len(tokenizer.encode_array(prompt))
         yield {"tokens": num_tokens, "seen": min(num_tokens, run.config.model.context_length)}
         end_of_text = run.config.train.end_of_text
-        # A model whose rows were documents knows texts from their beginning only, which the token before it marks.
-        start = end_of_text if run.config.train.rows == "documents" or not prompt else ""
         pieces = stream(
             run.model,
             tokenizer,
-            start + prompt.removeprefix(start),
+            run.begun(prompt or end_of_text),
             max_new_tokens,
             temperature=temperature,
             top_k=None,

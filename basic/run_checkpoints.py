@@ -7,7 +7,6 @@ import math
 import time
 from dataclasses import fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -66,13 +65,8 @@ class RunCheckpoints:
     def __enter__(self) -> RunCheckpoints:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.saver.__exit__(kind, error, traceback)
+    def __exit__(self, *exception: object) -> None:
+        self.saver.__exit__(*exception)
         self._settle(wait=True)
 
     def due(self, done: int, valid_loss: float | None) -> bool:

@@ -179,6 +179,14 @@ class Run(NamedTuple):
     step: int
     """Optimizer steps it has seen."""
 
+    def begun(self, prompt: str) -> str:
+        """The prompt as the model knows texts.
+
+        One whose rows were documents knows them from their beginning only, which the token before it marks.
+        """
+        start = self.config.train.end_of_text if self.config.train.rows == "documents" else ""
+        return start + prompt.removeprefix(start)
+
 
 def load_run(path: str | os.PathLike, *, device: str = "auto") -> Run:
     """The trained model of a run's folder, with its configuration: its newest checkpoint that is whole.

@@ -51,14 +51,12 @@ def main(options: Options) -> None:
         raise ValueError(f"{options.run} has no tokenizer/ folder, which turns text into the model's ids")
     tokenizer = Tokenizer.load(run.tokenizer_path)
     end_of_text = run.config.train.end_of_text
-    # A model whose rows were documents knows texts from their beginning only, which the token before it marks.
-    start = end_of_text if run.config.train.rows == "documents" else ""
     for prompt in prompts(options, end_of_text):
         for sample in range(options.num_samples):
             pieces = stream(
                 run.model,
                 tokenizer,
-                start + prompt.removeprefix(start),
+                run.begun(prompt),
                 options.max_tokens,
                 temperature=options.temperature,
                 top_k=options.top_k,
