@@ -79,6 +79,7 @@ class BatchSampler:
         seed: non-negative; other seeds give independent batches.
         starts: allowed first positions of rows, such as those of `document_starts`.
         vocab_size: every batch is checked to have no id beyond it; None for no check.
+        own_rows: which rows of every batch are wanted here, as others compute the rest; None for all.
 
     Raises:
         ValueError: too few tokens for one row, a start that leaves no room for its row, or a negative seed.
@@ -93,6 +94,7 @@ class BatchSampler:
         seed: int,
         starts: np.ndarray | None = None,
         vocab_size: int | None = None,
+        own_rows: np.ndarray | None = None,
     ) -> None:
         self.num_starts = _count_starts(tokens, batch_size, context_length)
         if starts is not None:
@@ -105,6 +107,7 @@ class BatchSampler:
         self.seed = seed
         self.starts = starts
         self.vocab_size = vocab_size
+        self.own_rows = own_rows
         self._orders: dict[int, np.ndarray] = {}
 
     def batch(
@@ -112,6 +115,8 @@ class BatchSampler:
     ) -> tuple[Int64[Tensor, " batch_size context_length"], Int64[Tensor, " batch_size context_length"]]:
         """Inputs and targets of a step, counted from 0, on the CPU; the same at every call, in any order."""
         starts = self.row_starts(step)
+        if self.own_rows is not None:
+            starts = starts[self.own_rows]
         x, y = _rows(self.tokens, starts, self.context_length)
         if self.vocab_size is not None:
             _check_rows(x, starts, self.vocab_size)
@@ -119,7 +124,7 @@ class BatchSampler:
         return x, y
 
     def row_starts(self, step: int) -> np.ndarray:
-        """The positions at which the rows of a step begin, int64 (batch_size,)."""
+        """The positions at which all rows of a step begin, int64 (batch_size,)."""
         if step < 0:
             raise ValueError(f"step={step} must not be negative: batches are counted from 0")
         if self.starts is not None:

@@ -13,24 +13,31 @@ from torch import Tensor
 from tqdm import tqdm
 
 from basic.data import BatchSampler, check_token_ids, to_device
+from basic.distributed import ALONE, World
 from basic.functional import token_nats
 from basic.model import TransformerLM
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: what FSDP2 gathers in that is of no use for training afterwards
 def mean_loss(
-    loss_of: Callable[[Tensor, Tensor], Tensor], sampler: BatchSampler, num_batches: int, device: torch.device
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    sampler: BatchSampler,
+    num_batches: int,
+    device: torch.device,
+    world: World = ALONE,
 ) -> float:
     """The mean loss over the sampler's first batches, in nats a token; the same batches at every call.
 
     Args:
         loss_of: from ids and the ids after them to their mean loss, such as `TransformerLM.loss`.
+        sampler: of the rows that this process computes.
+        world: the processes that compute all rows together.
     """
     total = torch.zeros((), device=device)
     for step in range(num_batches):
         inputs, targets = (to_device(part, device) for part in sampler.batch(step))
         total += loss_of(inputs, targets)
-    return total.item() / num_batches
+    return world.mean(total).item() / num_batches
 
 
 class FileScore(NamedTuple):

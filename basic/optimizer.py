@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from basic import kernels
+from basic.distributed import local_part
 
 
 class AdamW(torch.optim.Optimizer):
@@ -81,8 +82,8 @@ class AdamW(torch.optim.Optimizer):
             if gradient_factor is not None and not gradient_factor.isfinite():
                 continue
             for parameter in parameters:
-                gradient = parameter.grad if gradient_factor is None else parameter.grad * gradient_factor
-                self._update(parameter, gradient, group)
+                gradient = local_part(parameter.grad)
+                self._update(parameter, gradient if gradient_factor is None else gradient * gradient_factor, group)
         return loss
 
     def _start(self, parameter: Tensor) -> None:
@@ -112,10 +113,10 @@ class AdamW(torch.optim.Optimizer):
         scalars[:, 2] = 1 - beta1**steps
         scalars[:, 3] = 1 - beta2**steps
         step_parameters(
-            parameters,
-            [parameter.grad for parameter in parameters if parameter.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [local_part(parameter) for parameter in parameters],
+            [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None],
+            [local_part(state["exp_avg"]) for state in states],
+            [local_part(state["exp_avg_sq"]) for state in states],
             scalars, beta1, beta2, group["eps"], group["weight_decay"])  # fmt: skip
 
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
@@ -123,8 +124,9 @@ class AdamW(torch.optim.Optimizer):
         state = self.state[parameter]
         state["step"] += 1
         step = int(state["step"])
-        first, second = state["exp_avg"], state["exp_avg_sq"]
+        first, second = local_part(state["exp_avg"]), local_part(state["exp_avg_sq"])
 
+        parameter = local_part(parameter)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         first.mul_(beta1).add_(gradient, alpha=1 - beta1)
         second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
@@ -162,23 +164,31 @@ def clip_gradients(parameters: Iterable[Parameter], max_l2_norm: float) -> Float
     return norm
 
 
-def clipping_factor(gradients: list[Tensor], max_l2_norm: float) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """The joint L2 norm of gradients, and what to multiply them by so that it is at most `max_l2_norm`."""
+def clipping_factor(
+    gradients: list[Tensor], max_l2_norm: float, add_up: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """The joint L2 norm of gradients, and what to multiply them by so that it is at most `max_l2_norm`.
+
+    Args:
+        add_up: adds the squares up over all processes, where each has a part of the gradients.
+    """
     # Squares of half-precision numbers overflow: at least float32.
     wide = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in gradients]
     norms = torch._foreach_norm(wide)  # on a GPU many in one launch
-    norm = torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum().sqrt()
+    squares = torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
+    norm = (squares if add_up is None else add_up(squares)).sqrt()
     # Never asked whether it is needed: that would wait for the device.
     return norm, (max_l2_norm / (norm + 1e-6)).clamp(max=1)
 
 
 def _kernel_covers(parameter: Tensor) -> bool:
     assert parameter.grad is not None
+    parameter, gradient = local_part(parameter), local_part(parameter.grad)
     return (
         kernels.available_on(parameter.device)
         and parameter.dtype == torch.float32
         and parameter.is_contiguous()
-        and parameter.grad.is_contiguous()
+        and gradient.is_contiguous()
     )
 
 

@@ -15,8 +15,9 @@ from basic.atomic_file import atomic_write
 from basic.background_save import BackgroundSaver
 from basic.checkpoint import restore
 from basic.config_files import load_config, save_config
+from basic.distributed import ALONE, World
 from basic.model import ModelConfig, TransformerLM
-from basic.run_log import RunLog
+from basic.run_log import NoLog, RunLog
 from basic.runs import RunConfig, TrainConfig, checkpoint_paths, newest_checkpoint, read_all_records, read_metrics
 
 RETRY_S = 10.0
@@ -44,10 +45,11 @@ class RunCheckpoints:
         run_dir: of the run.
         config: how it is trained.
         log: told of every checkpoint, after it is safely on the disk.
+        world: the processes that train together. The first one decides when a checkpoint is due, and writes it.
     """
 
-    def __init__(self, run_dir: Path, config: TrainConfig, log: RunLog):
-        self.run_dir, self.config, self.log = run_dir, config, log
+    def __init__(self, run_dir: Path, config: TrainConfig, log: RunLog | NoLog, world: World = ALONE):
+        self.run_dir, self.config, self.log, self.world = run_dir, config, log, world
         self.saver = BackgroundSaver()
         self._started_s = time.monotonic()
         self._retry_s = math.inf
@@ -75,6 +77,8 @@ class RunCheckpoints:
         Args:
             valid_loss: of this state, if it was measured.
         """
+        if not self.world.is_first:
+            return False
         if self.saver.busy:  # what is due now is due again when it has ended
             if self._due_by_step(done) or self._would_be_best(valid_loss):
                 self._retry_s = 0.0
@@ -102,14 +106,27 @@ class RunCheckpoints:
         Raises:
             OSError: the last one could not be written.
         """
+        if last:
+            self.world.on_first(lambda: self._save(model, optimizer, progress, valid_loss, LAST_TRIES))
+        elif self.world.is_first:
+            self._save(model, optimizer, progress, valid_loss, 1)
+
+    def _save(
+        self,
+        model: TransformerLM,
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
+        valid_loss: float | None,
+        tries: int,
+    ) -> None:
         self._settle(wait=True)
-        for attempt in range(LAST_TRIES if last else 1):
+        for attempt in range(tries):
             time.sleep(RETRY_S if attempt else 0)
             self._start(model, optimizer, progress, valid_loss)
-            if not last or self._settle(wait=True):
+            if tries == 1 or self._settle(wait=True):
                 return
         raise OSError(
-            f"the checkpoint of step {progress.step} could not be saved in {LAST_TRIES} tries; make room on the disk "
+            f"the checkpoint of step {progress.step} could not be saved in {tries} tries; make room on the disk "
             f"of {self.run_dir}, then go on from the one before with --resume {self.run_dir}"
         )
 
@@ -166,7 +183,12 @@ class RunCheckpoints:
 
 
 def resume_run(
-    run_dir: Path, config: RunConfig, model: TransformerLM, optimizer: torch.optim.Optimizer, log: Any
+    run_dir: Path,
+    config: RunConfig,
+    model: TransformerLM,
+    optimizer: torch.optim.Optimizer,
+    log: Any,
+    world: World = ALONE,
 ) -> Progress:
     """Put the newest checkpoint that is whole into model and optimizer; a run that has none yet begins at its start.
 
@@ -175,6 +197,7 @@ def resume_run(
 
     Args:
         log: called with a line for the user where something is not as it should be.
+        world: the processes that go on with it; the first one changes the folder.
 
     Raises:
         FileNotFoundError: there is no such run.
@@ -198,13 +221,17 @@ def resume_run(
         _set_random_state(extra["random_state"])
     else:
         log(f"{run_dir} has no checkpoint yet; it begins again at its first step")
+    world.on_first(lambda: _cut_log(run_dir, config, progress.step))
+    return progress
+
+
+def _cut_log(run_dir: Path, config: RunConfig, step: int) -> None:
     metrics = run_dir / "metrics.jsonl"
     if metrics.exists():
-        kept = [record for record in read_all_records(metrics) if record.get("step", 0) <= progress.step]
+        kept = [record for record in read_all_records(metrics) if record.get("step", 0) <= step]
         with atomic_write(metrics) as file:
             file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
     save_config(config, run_dir / "config.toml")
-    return progress
 
 
 def _name(step: int) -> str:

@@ -36,7 +36,7 @@ class RunLog:
         first_step: steps done before this process.
         tokens_a_step: read in one step.
         flops_a_token: floating-point operations of training on one token; 0 for unknown.
-        device: what trains; on GPUs whose peak is known, the share of it that is used (MFU) is shown.
+        device: what trains, and as many of it as processes; on GPUs whose peak is known, the share of it that is used (MFU) is shown.
         progress: show how it goes, on stderr: a live line in a terminal, elsewhere a line every few seconds.
         trackers: of `basic.trackers.NAMES`.
         config_table: the configuration, for the trackers.
@@ -55,13 +55,14 @@ class RunLog:
         flops_a_token: float,
         device: torch.device,
         progress: bool,
+        processes: int = 1,
         trackers: Sequence[str] = (),
         config_table: dict | None = None,
     ):
         self._path = run_dir / "metrics.jsonl"
         self._total_steps, self._first_step, self._tokens_a_step = total_steps, first_step, tokens_a_step
-        self._flops_a_token, self._peak_flops = flops_a_token, peak_bf16_flops(device)
-        self._device, self._progress = device, progress
+        self._flops_a_token, self._peak_flops = flops_a_token, (peak_bf16_flops(device) or 0) * processes
+        self._device, self._processes, self._progress = device, processes, progress
         self._tracker_names, self._config_table = trackers, config_table
         self._live = progress and _can_be_redrawn(sys.stderr)
         self._lock = threading.Lock()  # checkpoints report from a thread of their own
@@ -89,7 +90,8 @@ class RunLog:
         )
         if self._progress:
             steps = f"steps {self._first_step + 1:,} to {self._total_steps:,} of {self._tokens_a_step:,} tokens each"
-            self.message(f"training in {run_dir}: {steps}, on {_device_name(self._device)}")
+            times = f"{self._processes} x " if self._processes > 1 else ""
+            self.message(f"training in {run_dir}: {steps}, on {times}{_device_name(self._device)}")
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -183,6 +185,28 @@ class RunLog:
             if self._peak_flops and self._flops_a_token:
                 facts.append(f"{rate * self._flops_a_token / self._peak_flops:.1%} MFU")
         return facts
+
+
+class NoLog:
+    """The log of a process that leaves all writing to the first one."""
+
+    def __init__(self, run_dir: Path, **settings: Any):
+        pass
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def step(self, done: int) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
 
 
 def _can_be_redrawn(stream: TextIO) -> bool:

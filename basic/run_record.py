@@ -27,12 +27,13 @@ _PIECES, _PIECE_TOKENS = 64, 4096
 
 
 def describe_start(
-    train_tokens: np.ndarray, valid_tokens: np.ndarray, tokenizer: Any, device: torch.device
+    train_tokens: np.ndarray, valid_tokens: np.ndarray, tokenizer: Any, device: torch.device, processes: int = 1
 ) -> dict[str, Any]:
     """Everything around a run that could make it another one, as plain values.
 
     Args:
         tokenizer: with a `fingerprint`, or not, or None.
+        processes: that train together.
     """
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -49,6 +50,7 @@ def describe_start(
         else f"{device.type} {platform.machine()}",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": processes,
         "tokenizer_fingerprint": getattr(tokenizer, "fingerprint", None),
         "train_tokens": describe_tokens(train_tokens),
         "valid_tokens": describe_tokens(valid_tokens),
@@ -92,11 +94,14 @@ def check_start(run_dir: Path, start: dict[str, Any], warn: Callable[[str], None
         )
     for name, remedy in (
         ("threads", f"set OMP_NUM_THREADS={first['threads']} for the same numbers to the last bit"),
+        ("processes", "its numbers will differ in their last bits from those of a run that never stopped"),
         ("device", "its numbers will differ a little from those of a run that never stopped"),
         ("torch", "its numbers may differ a little from those of a run that never stopped"),
     ):
-        if first[name] != start[name]:
-            warn(f"warning: {run_dir} was begun with {name} {first[name]}, and goes on with {start[name]}; {remedy}")
+        if first.get(name, 1) != start[name]:  # runs of earlier versions do not say how many processes they had
+            warn(
+                f"warning: {run_dir} was begun with {name} {first.get(name, 1)}, and goes on with {start[name]}; {remedy}"
+            )
 
 
 def describe_tokens(tokens: np.ndarray) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class TrainConfig:
     steps: int
     """Optimizer steps; the tokens seen are steps x batch_size x context_length."""
     batch_size: int = 64
-    """Sequences a step."""
+    """Sequences a step, of all processes together."""
     gradient_accumulation: int = 1
     """Parts into which a batch is cut to save memory; they are computed one after the other, for the same result."""
     max_learning_rate: float = 1e-3
@@ -102,6 +102,9 @@ class TrainConfig:
     gradient accumulation)."""
     compile: bool = False
     """Whether torch.compile makes the model faster; the first step then takes up to a minute."""
+    parallel: Literal["replicated", "sharded"] = "replicated"
+    """What each of several processes (`torchrun --nproc-per-node N`) has: the whole model, or a part of every matrix,
+    gradient and moment, for models that do not fit one GPU."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "gradient_accumulation", "eval_batches", "sample_tokens", "checkpoints_kept")
@@ -127,6 +130,7 @@ class TrainConfig:
             "rows": ("windows", "documents"),
             "precision": ("auto", "float32", "bfloat16"),
             "on_nonfinite": ("stop", "skip"),
+            "parallel": ("replicated", "sharded"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from basic import kernels
+from basic import distributed, kernels
 from basic.data import to_device
+from basic.distributed import ALONE, World, is_sharded, local_part
 from basic.model import TransformerLM
 from basic.optimizer import AdamW, clipping_factor
 from basic.runs import TrainConfig
@@ -22,39 +25,53 @@ class TrainStep:
         model, optimizer: changed by every call.
         config: of the run.
         device: of the model.
+        world: the processes that compute the step together, each with rows of its own.
     """
 
-    def __init__(self, model: TransformerLM, optimizer: AdamW, config: TrainConfig, device: torch.device):
-        self.optimizer, self.config, self.device = optimizer, config, device
+    def __init__(
+        self,
+        model: TransformerLM,
+        optimizer: AdamW,
+        config: TrainConfig,
+        device: torch.device,
+        world: World = ALONE,
+    ):
+        self.optimizer, self.config, self.device, self.world = optimizer, config, device, world
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.sharded = is_sharded(model)
         kernels.warn_of_plain_attention(model.config.d_head, device, model.compute_dtype)
         with_kernels = kernels.available_on(device)
         compiles = config.compile and (device.type != "cuda" or with_kernels)
-        self.loss_of = torch.compile(model.loss) if compiles else model.loss
-        # Without its kernel AdamW asks the device for numbers, which cannot be recorded.
-        self.use_graph = with_kernels and config.cuda_graph and config.gradient_accumulation == 1
+        self.loss_of = _compiled_loss(model, in_pieces=world.size > 1) if compiles else model.loss
+        # Without its kernel AdamW asks the device for numbers, which cannot be recorded. Nor can a sharded model: what
+        # FSDP2 gathers is in memory that it takes and gives back while the step runs.
+        can_record = with_kernels and config.gradient_accumulation == 1 and not self.sharded
+        self.use_graph = can_record and config.cuda_graph
+        self.warm_up_steps = _WARM_UP_STEPS + (distributed.WARM_UP_STEPS if world.size > 1 else 0)
         self.rate = torch.zeros((), device=device)
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         # One for all warm-up steps: each stream keeps the memory that was freed in it for itself.
-        self.stream: torch.cuda.Stream | None = None
+        self.stream = torch.cuda.Stream(device) if self.use_graph else None
+        with torch.cuda.stream(self.stream):
+            self.reduced_loss_of = world.reduced(model, self.loss_of)
 
     def __call__(self, batch: tuple[Tensor, Tensor], learning_rate: float) -> tuple[Tensor, Tensor]:
         """Take a step.
 
         Args:
-            batch: ids and the ids after them, int64 (batch, seq) each, on the CPU or already on the device.
+            batch: this process's rows, ids and the ids after them, int64 (batch, seq) each, on the CPU or already on
+                the device.
 
         Returns:
-            The mean loss in nats a token and the gradients' norm before clipping, on the device; the next call
-            may overwrite them.
+            The mean loss in nats a token and the gradients' norm before clipping, both over all processes, on the
+            device; the next call may overwrite them.
         """
         self.rate.fill_(learning_rate)
         if not self.use_graph:
             return self._step(batch)
         self.calls += 1
-        if self.calls <= _WARM_UP_STEPS:
-            self.stream = self.stream or torch.cuda.Stream(self.device)
+        if self.calls <= self.warm_up_steps:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 result = self._step(batch)
@@ -65,7 +82,7 @@ class TrainStep:
             self.graph = torch.cuda.CUDAGraph()
             self.optimizer.zero_grad(set_to_none=True)
             # Only this thread may do nothing else meanwhile: the one that sends batches goes on.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.result = self._step(self.static)
         for ids, new in zip(self.static, batch, strict=True):
             ids.copy_(new, non_blocking=True)
@@ -76,16 +93,35 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         parts = self.config.gradient_accumulation
         loss = torch.zeros((), device=self.device)
-        for inputs, targets in zip(*(ids.chunk(parts) for ids in batch), strict=True):
-            part = self.loss_of(to_device(inputs, self.device), to_device(targets, self.device)) / parts
+        for number, (inputs, targets) in enumerate(zip(*(ids.chunk(parts) for ids in batch), strict=True), 1):
+            inputs, targets = to_device(inputs, self.device), to_device(targets, self.device)
+            part = self.reduced_loss_of(inputs, targets, number == parts) / parts
+            self.world.arrive()  # the backward pass waits for the others
             part.backward()
             loss += part.detach()
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        loss = self.world.mean(loss)
+        gradients = [local_part(parameter.grad) for parameter in self.parameters if parameter.grad is not None]
         with torch.no_grad():
-            norm, factor = clipping_factor(gradients, self.config.max_gradient_norm)
-            # One number that is not finite anywhere makes the norm so; then nothing is changed.
+            add_up = self.world.sum if self.sharded else None
+            norm, factor = clipping_factor(gradients, self.config.max_gradient_norm, add_up)
+            # One number that is not finite anywhere makes the norm so; then nothing is changed, in any process.
             factor = torch.where(torch.isfinite(loss + norm), factor, torch.nan)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * group.get("rate_factor", 1.0)
         self.optimizer.step(gradient_factor=factor)
         return loss, norm
+
+
+def _compiled_loss(model: TransformerLM, *, in_pieces: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """The model's loss, compiled.
+
+    Args:
+        in_pieces: compile each block by itself, once for all of them: its gradients are ready when its part of the
+            backward pass is, and travel while the blocks before it are computed. Compiled as a whole, all would be
+            ready at the end.
+    """
+    if not in_pieces:
+        return torch.compile(model.loss)
+    for piece in (model.token_embeddings, *model.layers, model.ln_final):
+        piece.forward = torch.compile(piece.forward)
+    return model.loss

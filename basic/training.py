@@ -1,15 +1,18 @@
 """The training loop: token arrays in, a run's folder out.
 
 A batch is a pure function of the seed and the step, and a checkpoint holds all else that a step depends on. So a run
-goes on as if it had never stopped: on a CPU to the last bit, on a GPU as near as two equal runs are.
+goes on as if it had never stopped: on a CPU to the last bit, on a GPU as near as two equal runs are. Nor does it depend
+on how many processes share a step: each computes some rows of every batch, and all get the same mean.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -19,13 +22,14 @@ import torch
 from basic.accounting import training_flops_a_token
 from basic.config_files import to_table
 from basic.data import BatchSampler, check_token_ids, document_starts, prefetch
+from basic.distributed import ALONE, World, is_sharded
 from basic.evaluation import mean_loss
 from basic.generation import TextCodec, complete
 from basic.meter import Meter, StepNumbers
-from basic.model import TransformerLM
+from basic.model import RotaryPositionalEmbedding, TransformerLM
 from basic.optimizer import AdamW, cosine_schedule
 from basic.run_checkpoints import Progress, RunCheckpoints, resume_run
-from basic.run_log import RunLog
+from basic.run_log import NoLog, RunLog
 from basic.run_record import add_start, check_start, describe_start
 from basic.runs import DataConfig as DataConfig
 from basic.runs import Run, RunConfig, TrainConfig, activation_dtype, choose_device, start_folder
@@ -51,6 +55,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = False,
+    world: World = ALONE,
 ) -> Run:
     """Train a model and leave everything about it in a folder (`basic.runs` shows its layout).
 
@@ -62,6 +67,8 @@ def train(
         resume: go on from the newest whole checkpoint of `run_dir`.
         overwrite: remove the run that `run_dir` holds, once it is clear that the new one can begin.
         progress: show a live line.
+        world: the processes that train together; each calls this function with the same arguments, and the first of
+            them writes the folder.
 
     Raises:
         FileExistsError: `run_dir` holds a run, and neither `resume` nor `overwrite` is on.
@@ -76,33 +83,41 @@ def train(
     if resume and overwrite:
         raise ValueError("a run cannot be both resumed and overwritten; choose one")
     run_dir, settings = Path(run_dir), config.train
-    device = choose_device(settings.device)
+    device = choose_device(world.device_name(settings.device))
     check_trackers(settings.trackers)
-    training, validation = _samplers(config, train_tokens, valid_tokens, tokenizer)
+    training, validation = _samplers(config, train_tokens, valid_tokens, tokenizer, world)
     if not resume:
-        start_folder(run_dir, config, tokenizer, overwrite=overwrite)
+        world.on_first(lambda: start_folder(run_dir, config, tokenizer, overwrite=overwrite))
     torch.manual_seed(settings.seed)
-    model = TransformerLM(config.model).to(device)
+    model = TransformerLM(config.model)
+    flops_a_token = training_flops_a_token(model)
     model.activation_dtype = activation_dtype(settings, device)
+    if settings.parallel == "sharded" and world.size > 1:
+        world.shard(model, device, model.activation_dtype)
+    model.to(device)
     optimizer = make_optimizer(model, settings)
-    start, begun = describe_start(train_tokens, valid_tokens, tokenizer, device), Progress()
+    start, begun = describe_start(train_tokens, valid_tokens, tokenizer, device, world.size), Progress()
+    tell = _print if world.is_first else _ignore
     if resume:
-        check_start(run_dir, start, _print)
-        begun = resume_run(run_dir, config, model, optimizer, _print)
-    add_start(run_dir, start, begun.step)
-    log = RunLog(
+        check_start(run_dir, start, tell)
+        begun = resume_run(run_dir, config, model, optimizer, tell, world)
+    world.on_first(lambda: add_start(run_dir, start, begun.step))
+    open_log = RunLog if world.is_first else NoLog
+    log = open_log(
         run_dir,
         total_steps=settings.steps,
         first_step=begun.step,
         tokens_a_step=settings.batch_size * config.model.context_length,
-        flops_a_token=training_flops_a_token(model),
+        flops_a_token=flops_a_token,
         device=device,
+        processes=world.size,
         progress=progress,
         trackers=settings.trackers,
         config_table=to_table(config),
     )
-    with _repeatable(device), _explained_memory(config), log, RunCheckpoints(run_dir, settings, log) as checkpoints:
-        _loop(config, model, optimizer, training, validation, tokenizer, begun, log, checkpoints)
+    saving = RunCheckpoints(run_dir, settings, log, world)
+    with _repeatable(device), _explained_memory(config), log, saving as checkpoints, world.in_step():
+        _loop(config, model, optimizer, training, validation, tokenizer, begun, log, checkpoints, world, device)
     saved_tokenizer = run_dir / "tokenizer" if tokenizer is not None else None
     return Run(model.eval(), config, saved_tokenizer, max(begun.step, settings.steps))
 
@@ -115,12 +130,14 @@ def _loop(
     validation: BatchSampler,
     tokenizer: Tokenizing | None,
     begun: Progress,
-    log: RunLog,
+    log: RunLog | NoLog,
     checkpoints: RunCheckpoints,
+    world: World,
+    device: torch.device,
 ) -> None:
     """All steps from where the run was begun to its end."""
-    settings, run_dir, device = config.train, checkpoints.run_dir, choose_device(config.train.device)
-    take_step = TrainStep(model, optimizer, settings, device)
+    settings, run_dir = config.train, checkpoints.run_dir
+    take_step = TrainStep(model, optimizer, settings, device, world)
     meter = Meter(begun.step, begun.wall_s, settings.batch_size * config.model.context_length, device)
     nonfinite = _NonfiniteSteps(settings, training, begun.nonfinite_steps, log)
     steps = range(begun.step, settings.steps)
@@ -137,22 +154,24 @@ def _loop(
                 nonfinite.report(meter.catch_up())
                 record = meter.record()
                 if evaluate:
-                    valid_loss = mean_loss(take_step.loss_of, validation, settings.eval_batches, device)
+                    valid_loss = mean_loss(take_step.loss_of, validation, settings.eval_batches, device, world)
                     record["valid_loss"] = valid_loss
                     evaluation = {"step": done, "wall_s": record["wall_s"], "valid_loss": valid_loss}
                     log.write({"kind": "evaluation", **evaluation})
                 log.write(record)
             if tokenizer is not None and _due(done, settings.sample_interval, settings):
-                _write_sample(run_dir / "samples.txt", model, tokenizer, settings, done, log)
+                write = partial(_write_sample, run_dir / "samples.txt", tokenizer, settings, done, log)
+                world.on_first(partial(write, _whole(model, world)))
 
-            last = done == settings.steps or stop.received is not None
-            if checkpoints.due(done, valid_loss) or last:
+            signal_number, due = world.largest(stop.received or 0, checkpoints.due(done, valid_loss))
+            last = done == settings.steps or signal_number > 0
+            if due or last:
                 nonfinite.report(meter.catch_up())  # nothing is saved that may have gone wrong
                 now = Progress(done, meter.wall_s(), nonfinite.count)
                 checkpoints.save(model, optimizer, now, valid_loss=valid_loss, last=last)
-            if stop.received is not None and done < settings.steps:
+            if signal_number and done < settings.steps:
                 raise KeyboardInterrupt(
-                    f"stopped after step {done:,} by {stop.received.name}, and saved; go on with:  "
+                    f"stopped after step {done:,} by {signal.Signals(signal_number).name}, and saved; go on with:  "
                     f"uv run local/train.py --resume {run_dir}"
                 )
             if log_now:
@@ -182,7 +201,7 @@ class _NonfiniteSteps:
     The device has taken none of them: `TrainStep` leaves the weights, moments and step counts as they were.
     """
 
-    def __init__(self, config: TrainConfig, training: BatchSampler, count: int, log: RunLog):
+    def __init__(self, config: TrainConfig, training: BatchSampler, count: int, log: RunLog | NoLog):
         self.allowed = config.max_nonfinite_steps if config.on_nonfinite == "skip" else 0
         self.training, self.count, self.log = training, count, log
 
@@ -243,6 +262,10 @@ def _print(message: str) -> None:
     print(message, file=sys.stderr)
 
 
+def _ignore(message: str) -> None:
+    pass
+
+
 def _due(done: int, interval: int, config: TrainConfig) -> bool:
     return done == config.steps or (interval > 0 and done % interval == 0)
 
@@ -253,7 +276,7 @@ def _learning_rate(config: TrainConfig, done: int) -> float:
 
 
 def _samplers(
-    config: RunConfig, train_tokens: np.ndarray, valid_tokens: np.ndarray, tokenizer: Tokenizing | None
+    config: RunConfig, train_tokens: np.ndarray, valid_tokens: np.ndarray, tokenizer: Tokenizing | None, world: World
 ) -> tuple[BatchSampler, BatchSampler]:
     """What the batches of training and of evaluation are cut from, checked against the model and the tokenizer."""
     settings, context = config.train, config.model.context_length
@@ -264,15 +287,17 @@ def _samplers(
         )
     samplers = []
     separator_id = _separator_id(tokenizer, settings.end_of_text) if settings.rows == "documents" else None
-    for name, tokens, seed in (
-        ("training", train_tokens, settings.seed),
-        ("validation", valid_tokens, settings.seed + 1),
+    own_rows = world.own_rows(settings.batch_size, settings.gradient_accumulation)
+    for name, tokens, seed, rows in (
+        ("training", train_tokens, settings.seed, own_rows),
+        ("validation", valid_tokens, settings.seed + 1, world.own_rows(settings.batch_size)),
     ):
         try:
             check_token_ids(tokens, config.model.vocab_size)
             starts = None if separator_id is None else document_starts(tokens, separator_id, context)
+            vocab_size = config.model.vocab_size
             sampler = BatchSampler(
-                tokens, settings.batch_size, context, seed=seed, starts=starts, vocab_size=config.model.vocab_size
+                tokens, settings.batch_size, context, seed=seed, starts=starts, vocab_size=vocab_size, own_rows=rows
             )
             samplers.append(sampler)
         except ValueError as error:
@@ -290,8 +315,24 @@ def _separator_id(tokenizer: Tokenizing | None, end_of_text: str) -> int:
     return ids[end_of_text]
 
 
+def _whole(model: TransformerLM, world: World) -> TransformerLM:
+    """The model itself, or where each process has a part of it one that is whole in the first process."""
+    if not is_sharded(model):
+        return model
+    weights = world.gathered(model, model.compute_dtype)
+    with torch.device("meta"):  # no memory, and nothing drawn at random
+        whole = TransformerLM(model.config)
+    for module in whole.modules():
+        if isinstance(module, RotaryPositionalEmbedding):
+            module.to_empty(device=model.token_embeddings.weight.device)
+    if world.is_first:
+        whole.load_state_dict(weights, assign=True)
+    whole.activation_dtype = model.compute_dtype
+    return whole
+
+
 def _write_sample(
-    path: Path, model: TransformerLM, tokenizer: TextCodec, config: TrainConfig, step: int, log: RunLog
+    path: Path, tokenizer: TextCodec, config: TrainConfig, step: int, log: RunLog | NoLog, model: TransformerLM
 ) -> None:
     end = config.end_of_text
     (text,) = complete(model, tokenizer, [end], config.sample_tokens, top_p=0.95, seed=config.seed, end_of_text=end)

@@ -2,11 +2,14 @@
 
 Every setting of the file can be overridden: `--batch-size 32 --num-layers 6`. `--resume runs/NAME` goes on with a run,
 with nothing else to say. Errors are one line; with --traceback they show where they come from.
+
+On several GPUs: `uv run torchrun --nproc-per-node 4 local/train.py ...`, with all else as it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +60,7 @@ def parse(arguments: list[str]) -> Options:
 
 def main() -> None:
     options = parse(sys.argv[1:])
+    from basic.distributed import join
     from basic.token_files import open_tokens, read_info, sidecar_path
     from basic.Tokenizer import Tokenizer
     from basic.training import train
@@ -78,8 +82,10 @@ def main() -> None:
         if tokenizer is not None and maker not in (None, tokenizer.fingerprint):
             raise ValueError(f"{path} was not made by the tokenizer in {folder}; encode the text again with it")
     how = {"resume": options.resume is not None, "overwrite": options.overwrite, "progress": True}
-    run = train(options.run, tokens[0], tokens[1], output, tokenizer=tokenizer, **how)
-    print(f"trained {run.model.num_parameters:,} parameters for {run.step:,} steps; everything is in {output}")
+    with join(os.environ) as world:
+        run = train(options.run, tokens[0], tokens[1], output, tokenizer=tokenizer, world=world, **how)
+    if world.is_first:
+        print(f"trained {run.model.num_parameters:,} parameters for {run.step:,} steps; everything is in {output}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,445 @@
+"""Several processes that train one model, a GPU each: the one file that knows of ranks.
+
+`torchrun --nproc-per-node N local/train.py ...` starts N processes that are told their places by environment
+variables. `join` reads them and gives a `World`, whose methods are all that the rest of the library calls. A process
+that nobody told of others is a world of one: there every method gives back what it was given.
+
+Each process computes its own rows of every batch. Replicated, each has the whole model, and the gradients are averaged
+while the backward pass still runs (DDP). Sharded, each keeps a part of every matrix, its gradient and moments, and the
+parts of a block are gathered just before it is computed (FSDP2).
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module, ParameterList
+
+T = TypeVar("T")
+
+SILENCE_S = 20.0
+"""A process from which nothing was heard for so long is lost: stopped, killed, or its machine is gone."""
+HANGING_S = 40.0
+"""A process for which the others wait in the middle of training for so long hangs. It ends itself, the others do so some
+seconds later; all in all the job ends within a minute, with the half that torchrun gives a stopped process to end."""
+_BEAT_S = 1.0
+_PATIENCE_S = 5.0
+# Collectives themselves wait as long as it takes, because the watch above knows better who is lost and who is busy.
+_NO_LIMIT = timedelta(days=7)
+_BUCKET_MB = 100
+
+
+class World:
+    """The processes that train one model together, and this one's place among them.
+
+    Attributes:
+        rank: this one's number, from 0.
+        size: how many there are.
+        local_rank: its number among those on the same machine, which is that of its GPU.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0):
+        self.rank, self.size, self.local_rank = rank, size, local_rank
+        self._turns = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes logs, samples and plain checkpoints."""
+        return self.rank == 0
+
+    def device_name(self, name: str) -> str:
+        """The device of this process, where the configuration says `name`: with others, the GPU of its own.
+
+        Raises:
+            ValueError: there is none for it, or all were to share one.
+        """
+        if self.size == 1 or name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+            return name
+        if name not in ("auto", "cuda"):
+            raise ValueError(f"device = {name!r} cannot be that of {self.size} processes; use auto, cuda or cpu")
+        if self.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {self.local_rank} of this machine has no GPU of its own, there are "
+                f"{torch.cuda.device_count()}; start as many with --nproc-per-node, or set device = cpu"
+            )
+        return f"cuda:{self.local_rank}"
+
+    def own_rows(self, batch_size: int, parts: int = 1) -> np.ndarray | None:
+        """Which rows of a batch this process computes: its share of each of the parts; None for all.
+
+        Raises:
+            ValueError: the parts cannot be shared evenly.
+        """
+        if batch_size % (parts * self.size):
+            pieces = f"{self.size} processes" + (f" x gradient_accumulation={parts}" if parts > 1 else "")
+            raise ValueError(
+                f"batch_size={batch_size}, which is that of all processes together, must be divisible by {pieces}; the "
+                f"nearest is {max(1, round(batch_size / (parts * self.size))) * parts * self.size}"
+            )
+        if self.size == 1:
+            return None
+        return np.arange(batch_size).reshape(parts, self.size, -1)[:, self.rank].ravel()
+
+    # --- Numbers of all processes
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, in its place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean of a tensor over all processes, in its place."""
+        return self.sum(tensor).div_(self.size) if self.size > 1 else tensor
+
+    def largest(self, *numbers: int) -> tuple[int, ...]:
+        """The largest of each number over all processes, which so agree on something; waits for all of them."""
+        if self.size == 1:
+            return numbers
+        self.arrive()
+        tensor = torch.tensor(numbers)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._control)
+        return tuple(tensor.tolist())
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Let the first process alone do something, however long it takes, and give what it returns to all.
+
+        Args:
+            work: returns what JSON has words for.
+
+        Raises:
+            RuntimeError: in the others, if it failed in the first, where its own error is raised.
+        """
+        if self.size == 1:
+            return work()
+        self._turns += 1
+        key = f"first/{self._turns}"
+        with self._watch.unhurried():
+            if self.is_first:
+                try:
+                    value = work()
+                except BaseException as error:
+                    self._store.set(key, json.dumps({"error": _described(error)}))
+                    raise
+                self._store.set(key, json.dumps({"value": value}))
+                return value
+            self._store.wait([key], _NO_LIMIT)
+            outcome = json.loads(self._store.get(key))
+        if "error" in outcome:
+            raise RuntimeError(f"rank 0 failed: {outcome['error']}")
+        return outcome["value"]
+
+    # --- Who keeps step
+
+    @contextmanager
+    def in_step(self) -> Generator[None]:
+        """While the block runs, a process that stays behind the others for long is one that hangs."""
+        if self.size == 1:
+            yield
+            return
+        with self._watch.hurried():
+            yield
+
+    def arrive(self) -> None:
+        """Be at the next place of the program where all wait for each other."""
+        if self.size > 1:
+            self._watch.arrivals += 1
+
+    # --- Models
+
+    def shard(self, model: Module, device: torch.device, dtype: torch.dtype) -> None:
+        """Leave of every parameter only this process's part, on the device; the optimizer is to be made after it.
+
+        Args:
+            model: with its blocks in `layers`, and a `loss`.
+            dtype: what is gathered for computing; where it is less than float32, gradients are still added up in that.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+        mesh = init_device_mesh(device.type, (self.size,))
+        narrow = None if dtype == torch.float32 else dtype
+        policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32 if narrow else None)
+        layers: Any = model.layers
+        for module in (*layers, model):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        register_fsdp_forward_method(model, "loss")
+
+    def gathered(self, model: Module, dtype: torch.dtype) -> dict[str, Tensor]:
+        """All weights of a sharded model, whole, in the first process; empty in the others, which must call it too."""
+        whole = {}
+        for name, part in model.state_dict().items():
+            weight = part.to(dtype).full_tensor()
+            if self.is_first:
+                whole[name] = weight
+        return whole
+
+    def reduced(
+        self, model: Module, loss_of: Callable[[Tensor, Tensor], Tensor]
+    ) -> Callable[[Tensor, Tensor, bool], Tensor]:
+        """The loss of this process's rows, whose backward pass leaves the gradients of the mean over all processes.
+
+        Replicated on a GPU, the first `WARM_UP_STEPS` must not be recorded, and all must run in the stream in which
+        this was called.
+
+        Args:
+            model: whose parameters are learned.
+            loss_of: from ids and the ids after them to their mean loss.
+
+        Returns:
+            A function of ids, the ids after them, and whether this backward pass is the step's last one; until then
+            gradients are only added up in each process.
+        """
+        if self.size == 1:
+            return lambda inputs, targets, last: loss_of(inputs, targets)
+        if is_sharded(model):
+
+            def sharded_loss(inputs: Tensor, targets: Tensor, last: bool) -> Tensor:
+                model.set_requires_gradient_sync(last)  # ty: ignore[call-non-callable]
+                return loss_of(inputs, targets)
+
+            return sharded_loss
+
+        from torch.nn.parallel import DistributedDataParallel
+
+        # What is compiled inside of it is cut by ourselves where gradients are ready.
+        torch._dynamo.config.optimize_ddp = False
+        model_with_loss = DistributedDataParallel(
+            _Loss(model, loss_of), gradient_as_bucket_view=True, bucket_cap_mb=_BUCKET_MB
+        )
+        if next(model.parameters()).device.type == "cpu":
+            model_with_loss.register_comm_hook(None, _mean_in_order)
+
+        def replicated_loss(inputs: Tensor, targets: Tensor, last: bool) -> Tensor:
+            with nullcontext() if last else model_with_loss.no_sync():
+                return model_with_loss(inputs, targets)
+
+        return replicated_loss
+
+    # --- Coming and going
+
+    def _open(self) -> None:
+        has_gpu = torch.cuda.is_available() and self.local_rank < torch.cuda.device_count()
+        if has_gpu:
+            torch.cuda.set_device(self.local_rank)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=_NO_LIMIT)
+        # Apart from the group of the gradients, which may be far behind in the device's queue.
+        self._control = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
+        store = dist.distributed_c10d._get_default_store()
+        self._store = store.clone()
+        self._watch = _Watch(store.clone(), self.rank, self.size)
+        self.largest(0)  # all have said that they live before anybody listens
+        self._watch.start()
+
+    def _close(self, error: BaseException | None) -> None:
+        """Leave together with the others, or say why not; whoever leaves first has the others stopped by torchrun."""
+        if error is None or isinstance(error, KeyboardInterrupt):
+            self.on_first(lambda: None)
+            self.largest(0)
+            self._watch.stop()
+            dist.destroy_process_group()
+            if error is not None and not self.is_first:
+                raise SystemExit(130) from error  # the first one says it
+            return
+        failed = self._watch.fail(_described(error))
+        if failed is not None and (failed[1] == _described(error) or isinstance(error, RuntimeError)):
+            if failed[1] not in _described(error):
+                print(f"rank {self.rank} ends, because rank {failed[0]} failed: {failed[1]}", file=sys.stderr)
+            raise SystemExit(1) from error
+
+
+ALONE = World()
+
+
+@contextmanager
+def join(environment: Mapping[str, str]) -> Generator[World]:
+    """The world of the processes that torchrun has started, or a world of one, until the end of the block.
+
+    When the block ends well, or by a KeyboardInterrupt that came to all, all leave together. When it fails in one
+    process, the others are ended within seconds.
+
+    Args:
+        environment: such as `os.environ`, with WORLD_SIZE, RANK and LOCAL_RANK of torchrun, or without.
+    """
+    size = int(environment.get("WORLD_SIZE", 1))
+    if size == 1:
+        yield ALONE
+        return
+    world = World(int(environment["RANK"]), size, int(environment.get("LOCAL_RANK", environment["RANK"])))
+    world._open()
+    try:
+        yield world
+    except BaseException as error:
+        world._close(error)
+        raise
+    world._close(None)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor: of a sharded one its part, which shares its memory; else all of it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def is_sharded(model: Module) -> bool:
+    """Whether `World.shard` has left only a part of the model here."""
+    return hasattr(model, "set_requires_gradient_sync")
+
+
+WARM_UP_STEPS = 11
+"""DDP measures its first ten steps, for which it waits for the device; after them it can be recorded."""
+
+
+class _Loss(Module):
+    """DDP wraps a module's forward; ours is the loss. It has the parameters alone: buffers need not be sent around."""
+
+    def __init__(self, model: Module, loss_of: Callable[[Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.parameters_of_model, self.loss_of = ParameterList(model.parameters()), loss_of
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return self.loss_of(inputs, targets)
+
+
+def _mean_in_order(state, bucket):  # DDP does not understand annotations that are text
+    """Add up gradients on CPUs in the order of the ranks.
+
+    An all-reduce adds in an order that depends on the place of a number in its bucket, and DDP cuts the buckets anew
+    after its first step; so the last bits of a run would depend on where it was resumed.
+    """
+    own = bucket.buffer()
+    all_of_them = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    work = dist.all_gather(all_of_them, own, async_op=True)
+    assert work is not None
+
+    def mean(_: object) -> Tensor:
+        return torch.stack(all_of_them).sum(0).div_(len(all_of_them))
+
+    return work.get_future().then(mean)
+
+
+class _Watch:
+    """A thread that says that this process lives and how far it is, and ends it when another one is lost.
+
+    Processes that wait for each other in a collective cannot tell who is missing, and on a GPU not even that they wait.
+    So each one writes into the store that all share (torchrun's) a line every second, and reads those of the others. A
+    process counts the places where all wait for each other; one that stays behind hangs, unless it has said that it is
+    busy with something of its own.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int):
+        self.store, self.rank = store, rank
+        self.others = [other for other in range(size) if other != rank]
+        self.arrivals = 0
+        self.must_hurry = False
+        self._beat = 0
+        self._failed: str | None = None
+        self._heard: dict[int, tuple[str, float]] = {}
+        self._behind: dict[int, tuple[int, float]] = {}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self.store.set_timeout(timedelta(seconds=SILENCE_S))
+        self._say()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    @contextmanager
+    def hurried(self, must_hurry: bool = True) -> Generator[None]:
+        before, self.must_hurry = self.must_hurry, must_hurry
+        try:
+            yield
+        finally:
+            self.must_hurry = before
+
+    def unhurried(self) -> Any:
+        return self.hurried(False)
+
+    def fail(self, reason: str) -> tuple[int, str] | None:
+        """Say that this process ends; return who else has failed and why, the first one for preference."""
+        self.stop()
+        self._failed = reason
+        try:
+            self._say()
+            until = time.monotonic() + (0.0 if self.rank == 0 else 2.0)
+            while True:
+                failed = {rank: line["failed"] for rank, line in self._listen().items() if line["failed"]}
+                if failed and (0 in failed or time.monotonic() >= until):
+                    return min(failed.items())
+                if time.monotonic() >= until:
+                    return None
+                time.sleep(0.1)
+        except RuntimeError:  # the store is gone
+            return None
+
+    def _say(self) -> None:
+        self._beat += 1
+        line = {"beat": self._beat, "arrivals": self.arrivals, "must_hurry": self.must_hurry, "failed": self._failed}
+        who = {"process": os.getpid(), "machine": platform.node()}
+        self.store.set(f"alive/{self.rank}", json.dumps({**line, **who}))
+
+    def _listen(self) -> dict[int, dict[str, Any]]:
+        keys = [f"alive/{other}" for other in self.others]
+        return {other: json.loads(line) for other, line in zip(self.others, self.store.multi_get(keys), strict=True)}
+
+    def _run(self) -> None:
+        while not self._ended.wait(_BEAT_S):
+            try:
+                self._say()
+                lines = self._listen()
+            except RuntimeError as error:
+                self._end(f"the store that all processes share does not answer ({str(error).splitlines()[0]})")
+            now_s = time.monotonic()
+            for other, line in lines.items():
+                self._judge(other, line, now_s)
+
+    def _judge(self, other: int, line: dict[str, Any], now_s: float) -> None:
+        name = f"rank {other} (process {line['process']} on {line['machine']})"
+        said = f"{line['beat']} {line['failed']}"
+        if self._heard.get(other, ("", 0.0))[0] != said:
+            self._heard[other] = said, now_s
+        silent_s = now_s - self._heard[other][1]
+        if line["failed"] and silent_s > _PATIENCE_S:
+            self._end(f"{name} failed: {line['failed']}")
+        if not line["failed"] and silent_s > SILENCE_S:
+            self._end(f"{name} has given no sign of life for {silent_s:.0f} s: it was stopped or killed")
+        # Who is behind, and since when. The one that hangs says itself where.
+        distance = line["arrivals"] - self.arrivals
+        late, at = (self.must_hurry, self.arrivals) if distance > 0 else (line["must_hurry"], line["arrivals"])
+        if distance == 0 or not late or self._behind.get(other, (-1, 0.0))[0] != at:
+            self._behind[other] = at, now_s
+        behind_s = now_s - self._behind[other][1]
+        if distance > 0 and behind_s > HANGING_S:
+            self._end(f"this process hangs: {name} has waited for it for {behind_s:.0f} s; it is here:", dump=True)
+        if distance < 0 and behind_s > HANGING_S + _PATIENCE_S:
+            self._end(f"{name} hangs: it has been waited for for {behind_s:.0f} s")
+
+    def _end(self, reason: str, *, dump: bool = False) -> None:
+        """End this process now: its main thread may wait where no exception reaches it."""
+        os.write(2, f"\nrank {self.rank} (process {os.getpid()}) ends: {reason}\n".encode())
+        if dump:
+            faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+        if not dump:
+            os.write(2, b"go on from the last checkpoint with --resume\n")
+        os._exit(1)
+
+
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
