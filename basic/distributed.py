@@ -12,6 +12,7 @@ parts of a block are gathered just before it is computed (FSDP2).
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import os
 import platform
@@ -34,8 +35,8 @@ T = TypeVar("T")
 SILENCE_S = 20.0
 """A process from which nothing was heard for so long is lost: stopped, killed, or its machine is gone."""
 HANGING_S = 40.0
-"""A process for which the others wait in the middle of training for so long hangs. It ends itself, the others do so some
-seconds later; all in all the job ends within a minute, with the half that torchrun gives a stopped process to end."""
+"""A process for which the others wait in the middle of training for so long hangs: it ends itself, and with it the job.
+Both limits leave room in a minute; a process that was stopped is killed by torchrun 30 s after the others have ended."""
 _BEAT_S = 1.0
 _PATIENCE_S = 5.0
 # Collectives themselves wait as long as it takes, because the watch above knows better who is lost and who is busy.
@@ -232,16 +233,16 @@ class World:
 
     # --- Coming and going
 
-    def _open(self) -> None:
+    def _open(self, environment: Mapping[str, str]) -> None:
         has_gpu = torch.cuda.is_available() and self.local_rank < torch.cuda.device_count()
         if has_gpu:
             torch.cuda.set_device(self.local_rank)
         dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=_NO_LIMIT)
         # Apart from the group of the gradients, which may be far behind in the device's queue.
         self._control = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
-        store = dist.distributed_c10d._get_default_store()
-        self._store = store.clone()
-        self._watch = _Watch(store.clone(), self.rank, self.size)
+        # One connection for each thread, because one that waits keeps the others from asking.
+        self._store, watched = (_connect(environment) for _ in range(2))
+        self._watch = _Watch(watched, self.rank, self.size)
         self.largest(0)  # all have said that they live before anybody listens
         self._watch.start()
 
@@ -251,6 +252,7 @@ class World:
             self.on_first(lambda: None)
             self.largest(0)
             self._watch.stop()
+            gc.collect()  # a recorded graph must go before the communicator that it uses
             dist.destroy_process_group()
             if error is not None and not self.is_first:
                 raise SystemExit(130) from error  # the first one says it
@@ -273,14 +275,15 @@ def join(environment: Mapping[str, str]) -> Generator[World]:
     process, the others are ended within seconds.
 
     Args:
-        environment: such as `os.environ`, with WORLD_SIZE, RANK and LOCAL_RANK of torchrun, or without.
+        environment: such as `os.environ`, with what torchrun puts there (WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR,
+            MASTER_PORT), or without.
     """
     size = int(environment.get("WORLD_SIZE", 1))
     if size == 1:
         yield ALONE
         return
     world = World(int(environment["RANK"]), size, int(environment.get("LOCAL_RANK", environment["RANK"])))
-    world._open()
+    world._open(environment)
     try:
         yield world
     except BaseException as error:
@@ -439,6 +442,12 @@ class _Watch:
         if not dump:
             os.write(2, b"go on from the last checkpoint with --resume\n")
         os._exit(1)
+
+
+def _connect(environment: Mapping[str, str]) -> dist.Store:
+    """A connection to the store of torchrun, or of the first process, which all can reach."""
+    store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), wait_for_workers=False)
+    return dist.PrefixStore(f"basic/{environment.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _described(error: BaseException) -> str:

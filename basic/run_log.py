@@ -36,7 +36,8 @@ class RunLog:
         first_step: steps done before this process.
         tokens_a_step: read in one step.
         flops_a_token: floating-point operations of training on one token; 0 for unknown.
-        device: what trains, and as many of it as processes; on GPUs whose peak is known, the share of it that is used (MFU) is shown.
+        device: what trains, in each of the processes; on GPUs whose peak is known, the share of it that is used (MFU)
+            is shown.
         progress: show how it goes, on stderr: a live line in a terminal, elsewhere a line every few seconds.
         trackers: of `basic.trackers.NAMES`.
         config_table: the configuration, for the trackers.

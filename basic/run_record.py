@@ -98,10 +98,9 @@ def check_start(run_dir: Path, start: dict[str, Any], warn: Callable[[str], None
         ("device", "its numbers will differ a little from those of a run that never stopped"),
         ("torch", "its numbers may differ a little from those of a run that never stopped"),
     ):
-        if first.get(name, 1) != start[name]:  # runs of earlier versions do not say how many processes they had
-            warn(
-                f"warning: {run_dir} was begun with {name} {first.get(name, 1)}, and goes on with {start[name]}; {remedy}"
-            )
+        before = first.get(name, 1)  # earlier versions had one process and did not say so
+        if before != start[name]:
+            warn(f"warning: {run_dir} was begun with {name} {before}, and goes on with {start[name]}; {remedy}")
 
 
 def describe_tokens(tokens: np.ndarray) -> dict[str, Any]:

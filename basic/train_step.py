@@ -53,6 +53,8 @@ class TrainStep:
         self.graph: torch.cuda.CUDAGraph | None = None
         # One for all warm-up steps: each stream keeps the memory that was freed in it for itself.
         self.stream = torch.cuda.Stream(device) if self.use_graph else None
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             self.reduced_loss_of = world.reduced(model, self.loss_of)
 

@@ -1,0 +1,198 @@
+"""Training speed on several GPUs against one: `python3 local/bench/several_gpus.py` prints a JSON line for each case.
+
+Each case is a process of its own for every GPU, started by torchrun with a time limit: what fails costs the others
+nothing. M has 64 sequences a GPU and L 8, both on one GPU first, then replicated on all, then sharded; a model of 2.7
+billion parameters is sharded only. `ratio` is tokens/s over the number of GPUs times those of one; `sharded_ratio` is
+sharded over replicated. The step is the one of `basic.training`, on fixed batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(REPOSITORY), str(Path(__file__).resolve().parent)]
+
+LARGE = {"vocab_size": 32_768, "context_length": 2048, "d_model": 2560, "num_layers": 32, "num_heads": 20}
+ROWS = {"M": 64, "L": 8, "3B": 4, "tiny": 2}
+"""Sequences a GPU."""
+LIMIT_S = 150
+
+
+def measure(options: argparse.Namespace) -> None:
+    """One case, in the processes that torchrun has started, or in a process alone."""
+    import torch
+    from training import SIZES
+
+    from basic import train_step
+    from basic.distributed import join
+    from basic.model import ModelConfig, TransformerLM
+    from basic.optimizer import AdamW
+    from basic.runs import TrainConfig, choose_device
+    from basic.train_step import TrainStep
+
+    config = ModelConfig(**{**SIZES, "3B": LARGE}[options.size])
+    with join(os.environ) as world:
+        device = choose_device(world.device_name("auto"))
+        on_gpu = device.type == "cuda"
+        result: dict[str, Any] = {}
+        if world.size > 1 and on_gpu:
+            result["all_reduce_gb_per_s"] = round(all_reduce_speed(device), 1)
+        torch.manual_seed(0)
+        with torch.device(device):  # on the GPU at once: drawing billions of numbers takes a CPU minutes
+            model = TransformerLM(config)
+        model.activation_dtype = torch.bfloat16 if on_gpu else torch.float32
+        if options.parallel == "sharded":
+            world.shard(model, device, model.activation_dtype)
+        optimizer = AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+        settings = TrainConfig(
+            steps=1, batch_size=options.rows, compile=not options.eager, cuda_graph=not options.no_graph
+        )
+        step = TrainStep(model, optimizer, settings, device, world)
+        if options.pieces:
+            step.reduced_loss_of = world.reduced(model, train_step._compiled_loss(model, in_pieces=True))
+        ids = torch.randint(config.vocab_size, (options.rows, config.context_length + 1), device=device)
+        batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+        def synchronize() -> None:
+            if on_gpu:
+                torch.cuda.synchronize()
+
+        started = time.perf_counter()
+        result["first_loss"] = round(step(batch, 1e-4)[0].item(), 4)
+        result["first_step_s"] = round(time.perf_counter() - started, 1)
+        for _ in range(step.warm_up_steps + 2):
+            step(batch, 1e-4)
+        synchronize()
+        started, count, enough = time.perf_counter(), 0, 0
+        while not enough:
+            for _ in range(options.steps):
+                loss = step(batch, 1e-4)[0]
+            synchronize()
+            count += options.steps
+            (enough,) = world.largest(int(time.perf_counter() - started >= options.seconds))
+        step_s = (time.perf_counter() - started) / count
+        result |= {"loss": round(loss.item(), 4), "steps": count, "step_ms": round(step_s * 1e3, 2)}
+        result["tokens_per_s"] = round(world.size * options.rows * config.context_length / step_s)
+        if on_gpu:
+            result["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+            result |= {"recorded": step.graph is not None, "device": torch.cuda.get_device_name()}
+        if world.is_first:
+            parameters = sum(parameter.numel() for parameter in model.parameters())
+            print("RESULT " + json.dumps({"parameters": parameters, **result, "torch": torch.__version__}), flush=True)
+        if options.profile and world.is_first:
+            profile(lambda: step(batch, 1e-4), options.profile)
+        elif options.profile:
+            for _ in range(3):
+                step(batch, 1e-4)
+        synchronize()
+        world.largest(0)
+        sys.stdout.flush()
+        os._exit(0)  # what is measured is measured: nothing that ends badly shall cost time
+
+
+def profile(step: Any, path: str) -> None:
+    import torch
+
+    with torch.profiler.profile() as profiler:
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+    Path(path).write_text(
+        profiler.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=70)
+    )
+
+
+def all_reduce_speed(device: Any) -> float:
+    """Gigabytes of a tensor a second, of 512 MB."""
+    import torch
+    import torch.distributed as dist
+
+    tensor = torch.zeros(2**27, device=device)
+    for repeats in (3, 10):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(repeats):
+            dist.all_reduce(tensor)
+        torch.cuda.synchronize()
+    return tensor.numel() * 4 * repeats / (time.perf_counter() - started) / 1e9
+
+
+def run_case(size: str, gpus: int, parallel: str, options: argparse.Namespace, *extra: str) -> dict[str, Any]:
+    """Start a case and read its line; what went wrong is one too."""
+    this = [str(Path(__file__)), "--case", "--size", size, "--parallel", parallel, "--rows", str(ROWS[size])]
+    this += ["--seconds", str(options.seconds), *extra]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(gpus), "--master-port", str(port)]
+    launcher = launcher if gpus > 1 else []
+    case = {"size": size, "gpus": gpus, "parallel": parallel, "rows_a_gpu": ROWS[size], "extra": " ".join(extra)}
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, *launcher, *this], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        out, err = process.communicate(timeout=options.limit)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its processes
+        try:
+            out, err = process.communicate(timeout=40)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+        err = f"over {options.limit} s\n{err}"
+    results = [line.removeprefix("RESULT ") for line in out.splitlines() if line.startswith("RESULT ")]
+    result = json.loads(results[-1]) if results else {"failed": err[-options.error_characters :]}
+    return {**case, **result, "case_s": round(time.perf_counter() - started, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--sizes", nargs="+", choices=ROWS, default=["M", "L", "3B"])
+    parser.add_argument("--seconds", type=float, default=4, help="to measure each case for, after its first steps")
+    parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds for each case")
+    parser.add_argument("--error-characters", type=int, default=3000)
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="cases such as L:2:sharded:--no-graph instead of the usual"
+    )
+    parser.add_argument("--case", action="store_true", help="be one process of a case")
+    parser.add_argument("--size", choices=ROWS, default="tiny")
+    parser.add_argument("--parallel", choices=["replicated", "sharded"], default="replicated")
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=5, help="between looks at the clock")
+    parser.add_argument("--eager", action="store_true", help="not compiled")
+    parser.add_argument("--no-graph", action="store_true", help="not recorded as a CUDA graph")
+    parser.add_argument("--pieces", action="store_true", help="one GPU, compiled block by block as several are")
+    parser.add_argument("--profile", help="file for a table of what the GPU did")
+    options = parser.parse_args()
+    if options.case:
+        return measure(options)
+    speeds: dict[tuple, int] = {}
+    usual = [(size, gpus, parallel) for size in options.sizes for gpus, parallel in (
+        (1, "replicated"), (options.gpus, "replicated"), (options.gpus, "sharded"))
+        if size != "3B" or parallel == "sharded"]  # fmt: skip
+    chosen = [tuple(text.split(":")) for text in options.only] or usual
+    for size, gpus, parallel, *extra in chosen:
+        result = run_case(size, int(gpus), parallel, options, *extra)
+        speed = result.get("tokens_per_s", 0)
+        speeds.setdefault((size, int(gpus), parallel), speed)
+        one, both = speeds.get((size, 1, "replicated")), speeds.get((size, int(gpus), "replicated"))
+        if int(gpus) > 1 and one:
+            result["ratio"] = round(speed / int(gpus) / one, 4)
+        if parallel == "sharded" and both:
+            result["sharded_ratio"] = round(speed / both, 4)
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
