@@ -57,10 +57,10 @@ def atomic_paths(*paths: str | os.PathLike) -> Generator[tuple[Path, ...]]:
     try:
         yield temporaries
         for temporary in temporaries:
-            _sync(temporary, os.O_RDWR)
+            sync_file(temporary)
         for description in targets[1:]:
             description.unlink(missing_ok=True)
-            _sync_folder(description.parent)
+            sync_folder(description.parent)
         for temporary, target in zip(temporaries, targets, strict=True):
             os.replace(temporary, target)
     except BaseException:
@@ -68,7 +68,7 @@ def atomic_paths(*paths: str | os.PathLike) -> Generator[tuple[Path, ...]]:
             temporary.unlink(missing_ok=True)
         raise
     for folder in {target.parent for target in targets}:
-        _sync_folder(folder)
+        sync_folder(folder)
 
 
 @contextmanager
@@ -94,22 +94,23 @@ def atomic_folder(path: str | os.PathLike) -> Generator[Path]:
     try:
         yield temporary
         for file in temporary.rglob("*"):
-            _sync_folder(file) if file.is_dir() else _sync(file, os.O_RDWR)
-        _sync_folder(temporary)
+            sync_folder(file) if file.is_dir() else sync_file(file)
+        sync_folder(temporary)
         os.rename(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Force a rename inside the folder to the disk, where the platform can open folders (Windows cannot)."""
     with suppress(PermissionError):
-        _sync(folder, os.O_RDONLY)
+        sync_file(folder, os.O_RDONLY)
 
 
-def _sync(path: Path, flags: int) -> None:
+def sync_file(path: Path, flags: int = os.O_RDWR) -> None:
+    """Force what was written to a file to the disk."""
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)

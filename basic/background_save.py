@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from basic.checkpoint import Snapshot, take_snapshot, write_snapshot
+from basic.checkpoint import take_snapshot, write_snapshot
+from basic.distributed import ALONE, World, is_sharded
+from basic.sharded_checkpoint import take_parts, write_parts
 
 
 class BackgroundSaver:
@@ -17,9 +20,14 @@ class BackgroundSaver:
 
     The copy lies in memory that is used again for the next one, on a GPU's host pinned, so that the device copies into
     it beside the computation. It is the only copy: the next state is taken when the one before has been written.
+
+    Args:
+        world: the processes that each have a part of a sharded model. All of them start the same saves; their threads
+            agree through a group of their own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, world: World = ALONE) -> None:
+        self.world = world
         self._thread = ThreadPoolExecutor(1, "save")
         self._writing: Future[None] | None = None
         self._buffers: list[Tensor] = []
@@ -48,7 +56,7 @@ class BackgroundSaver:
         """Copy the state and have it written; returns when the model may be changed again.
 
         Args:
-            model, optimizer, iteration, path, extra: as for `save_checkpoint`.
+            model, optimizer, iteration, path, extra: as for `save_checkpoint`; of a sharded model, `path` is a folder.
             then: called by the thread once the file is on the disk.
         """
         assert not self.busy, "one at a time"
@@ -63,12 +71,17 @@ class BackgroundSaver:
             buffers.append(buffer)
             return buffer.copy_(tensor, non_blocking=True)
 
-        snapshot = take_snapshot(model, optimizer, iteration, extra=extra, to_host=to_host)
+        if is_sharded(model):
+            parts = take_parts(model, optimizer, iteration, extra=extra, to_host=to_host)
+            write = partial(write_parts, parts, path, self.world)
+        else:
+            snapshot = take_snapshot(model, optimizer, iteration, extra=extra, to_host=to_host)
+            write = partial(write_snapshot, snapshot, path)
         self._buffers = buffers
         copied = torch.cuda.Event() if device.type == "cuda" else None
         if copied is not None:
             copied.record()
-        self._writing = self._thread.submit(_write, snapshot, path, copied, then)
+        self._writing = self._thread.submit(_write, write, copied, then)
 
     def finish(self, *, wait: bool) -> None:
         """Raise what went wrong in the thread, if something did; once.
@@ -81,10 +94,8 @@ class BackgroundSaver:
             writing.result()
 
 
-def _write(
-    snapshot: Snapshot, path: str | os.PathLike, copied: torch.cuda.Event | None, then: Callable[[], None]
-) -> None:
+def _write(write: Callable[[], None], copied: torch.cuda.Event | None, then: Callable[[], None]) -> None:
     if copied is not None:
         copied.synchronize()  # of the copies alone; the steps enqueued after them are not waited for
-    write_snapshot(snapshot, path)
+    write()
     then()

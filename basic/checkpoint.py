@@ -21,7 +21,7 @@ import operator
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import IO, Any, BinaryIO, NamedTuple
 
 import safetensors.torch
@@ -95,8 +95,16 @@ def take_snapshot(
         to_host: makes of a contiguous tensor the one on the CPU that is written; where it copies, training may go on
             before that.
     """
+    node, tensors = pack(checkpoint_tree(model, optimizer, iteration, extra), to_host)
+    return Snapshot(json.dumps(node), tensors)
+
+
+def checkpoint_tree(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, iteration: int, extra: dict | None
+) -> dict[str, Any]:
+    """What the document of a checkpoint is made of, with the tensors themselves."""
     model_state = model.state_dict()
-    tree = {
+    return {
         "version": _VERSION,
         "iteration": operator.index(iteration),
         "model": dict(model_state),
@@ -104,8 +112,6 @@ def take_snapshot(
         "optimizer": None if optimizer is None else optimizer.state_dict(),
         "extra": {} if extra is None else extra,
     }
-    node, tensors = pack(tree, to_host)
-    return Snapshot(json.dumps(node), tensors)
 
 
 def write_snapshot(snapshot: Snapshot, out: Source) -> None:
@@ -181,7 +187,7 @@ class Checkpoint(NamedTuple):
 
     src: Source
     document: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
 
     def part(self, name: str) -> Any:
         """The iteration, model, model_metadata, optimizer or extra, in memory of its own.
@@ -204,8 +210,8 @@ def restore(checkpoint: Checkpoint, model: torch.nn.Module, optimizer: torch.opt
     _check_model(model, model_state)
     if optimizer is not None:
         optimizer_state = checkpoint.part("optimizer")
-        _check_optimizer(optimizer, optimizer_state)
-        _load_optimizer(optimizer, optimizer_state)
+        check_optimizer(optimizer, optimizer_state)
+        load_optimizer(optimizer, optimizer_state)
     _unfold(model)
     model.load_state_dict(model_state)
     return iteration
@@ -353,7 +359,7 @@ def _described(value: Any) -> str:
     return f"{dtype_name(value.dtype)} of shape {tuple(value.shape)}"
 
 
-def _check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any] | None) -> None:
+def check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any] | None) -> None:
     """Raise ValueError if the saved optimizer had other groups of parameters."""
     if saved is None:
         raise ValueError("the checkpoint was saved without an optimizer; load it with optimizer=None")
@@ -366,7 +372,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any] | N
         )
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Load the state of an optimizer and undo what torch does to it on the way.
 
     `Optimizer.load_state_dict` casts every state tensor but `step` to the dtype of its parameter, integers and the

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import Module, ParameterList
 
 T = TypeVar("T")
@@ -144,6 +145,12 @@ class World:
             raise RuntimeError(f"rank 0 failed: {outcome['error']}")
         return outcome["value"]
 
+    def told_by_all(self, value: Any) -> list[Any]:
+        """What each process gives here, in the order of ranks; for the thread that saves checkpoints."""
+        told: list[Any] = [None] * self.size
+        dist.all_gather_object(told, value, group=self.saving_group)
+        return told
+
     # --- Who keeps step
 
     @contextmanager
@@ -169,7 +176,6 @@ class World:
             model: with its blocks in `layers`, and a `loss`.
             dtype: what is gathered for computing; where it is less than float32, gradients are still added up in that.
         """
-        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
         mesh = init_device_mesh(device.type, (self.size,))
@@ -240,6 +246,9 @@ class World:
         dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=_NO_LIMIT)
         # Apart from the group of the gradients, which may be far behind in the device's queue.
         self._control = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
+        # For the thread that saves checkpoints.
+        self.saving_group = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
+        self.host_mesh = init_device_mesh("cpu", (self.size,))
         # One connection for each thread, because one that waits keeps the others from asking.
         self._store, watched = (_connect(environment) for _ in range(2))
         self._watch = _Watch(watched, self.rank, self.size)

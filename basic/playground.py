@@ -47,7 +47,7 @@ def newest_run(runs: str | os.PathLike) -> Path | None:
     """The run with the checkpoint that was written last, None where there is no run with a tokenizer yet."""
     written = {
         path: path.stat().st_mtime
-        for path in Path(runs).glob("*/checkpoints/step_*.safetensors")
+        for path in Path(runs).glob("*/checkpoints/step_*")
         if (path.parents[1] / "tokenizer").is_dir()
     }
     return max(written, key=lambda path: written[path]).parents[1] if written else None

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import time
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +16,22 @@ import torch
 
 from basic.atomic_file import atomic_write
 from basic.background_save import BackgroundSaver
-from basic.checkpoint import restore
+from basic.checkpoint import Checkpoint, restore
 from basic.config_files import load_config, save_config
-from basic.distributed import ALONE, World
+from basic.distributed import ALONE, World, is_sharded
 from basic.model import ModelConfig, TransformerLM
 from basic.run_log import NoLog, RunLog
-from basic.runs import RunConfig, TrainConfig, checkpoint_paths, newest_checkpoint, read_all_records, read_metrics
+from basic.runs import (
+    RunConfig,
+    TrainConfig,
+    checkpoint_paths,
+    checkpoint_step,
+    newest_checkpoint,
+    open_checkpoint,
+    read_all_records,
+    read_metrics,
+)
+from basic.sharded_checkpoint import remove_checkpoint, restore_parts
 
 RETRY_S = 10.0
 """After a checkpoint could not be written."""
@@ -50,19 +63,20 @@ class RunCheckpoints:
 
     def __init__(self, run_dir: Path, config: TrainConfig, log: RunLog | NoLog, world: World = ALONE):
         self.run_dir, self.config, self.log, self.world = run_dir, config, log, world
-        self.saver = BackgroundSaver()
+        self.saver = BackgroundSaver(world)
         self._started_s = time.monotonic()
         self._retry_s = math.inf
         self._step = 0
-        known = {path.name for path in checkpoint_paths(run_dir)}
+        known = {checkpoint_step(path) for path in checkpoint_paths(run_dir)}
         metrics = run_dir / "metrics.jsonl"
         self._valid_losses = {
-            _name(record["step"]): record["valid_loss"]
+            record["step"]: record["valid_loss"]
             for record in (read_metrics(metrics) if metrics.exists() else [])
-            if record.get("valid_loss") is not None and _name(record["step"]) in known
+            if record.get("valid_loss") is not None and record["step"] in known
         }
-        for leftover in (run_dir / "checkpoints").glob(".step_*.tmp"):  # of a process that was killed
-            leftover.unlink(missing_ok=True)
+        if world.is_first:
+            for leftover in (run_dir / "checkpoints").glob(".step_*.tmp"):  # of a process that was killed
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def __enter__(self) -> RunCheckpoints:
         return self
@@ -106,10 +120,13 @@ class RunCheckpoints:
         Raises:
             OSError: the last one could not be written.
         """
-        if last:
-            self.world.on_first(lambda: self._save(model, optimizer, progress, valid_loss, LAST_TRIES))
+        save = partial(self._save, model, optimizer, progress, valid_loss, LAST_TRIES if last else 1)
+        if is_sharded(model):
+            save()
+        elif last:
+            self.world.on_first(save)
         elif self.world.is_first:
-            self._save(model, optimizer, progress, valid_loss, 1)
+            save()
 
     def _save(
         self,
@@ -133,13 +150,16 @@ class RunCheckpoints:
     def _start(
         self, model: TransformerLM, optimizer: torch.optim.Optimizer, progress: Progress, valid_loss: float | None
     ) -> None:
-        path = self.run_dir / "checkpoints" / _name(progress.step)
+        name = f"step_{progress.step:08d}" + ("" if is_sharded(model) else ".safetensors")
+        path = self.run_dir / "checkpoints" / name
         extra = {**progress._asdict(), "random_state": _random_state()}
         self._started_s, self._retry_s, self._step = time.monotonic(), math.inf, progress.step
 
         def saved() -> None:
+            if not self.world.is_first:
+                return
             if valid_loss is not None:
-                self._valid_losses[path.name] = valid_loss
+                self._valid_losses[progress.step] = valid_loss
             self._remove_old()
             save_s = round(time.monotonic() - self._started_s, 3)
             self.log.write({"kind": "checkpoint", "step": progress.step, "save_s": save_s})
@@ -171,15 +191,17 @@ class RunCheckpoints:
         )
 
     def _remove_old(self) -> None:
-        names = [path.name for path in checkpoint_paths(self.run_dir)]
-        kept = set(names[-self.config.checkpoints_kept :])
+        paths = checkpoint_paths(self.run_dir)
+        steps = sorted({checkpoint_step(path) for path in paths})
+        kept = set(steps[-self.config.checkpoints_kept :])
         if self.config.keep_best and self._valid_losses:
-            kept.add(min(self._valid_losses, key=lambda name: self._valid_losses[name]))
+            kept.add(min(self._valid_losses, key=lambda step: self._valid_losses[step]))
         if self.config.milestone_interval:
-            kept |= {name for name in names if _step(name) % self.config.milestone_interval == 0}
-        for name in set(names) - kept:
-            (self.run_dir / "checkpoints" / name).unlink(missing_ok=True)
-            self._valid_losses.pop(name, None)
+            kept |= {step for step in steps if step % self.config.milestone_interval == 0}
+        for path in paths:
+            if checkpoint_step(path) not in kept:
+                remove_checkpoint(path)
+                self._valid_losses.pop(checkpoint_step(path), None)
 
 
 def resume_run(
@@ -214,9 +236,21 @@ def resume_run(
                 "resume it with the model it has, or train this one in another folder"
             )
     progress = Progress()
-    if checkpoint_paths(run_dir):
-        checkpoint = newest_checkpoint(run_dir, log)
-        step, extra = restore(checkpoint, model, optimizer), checkpoint.part("extra")
+    found: list[Checkpoint] = []
+
+    def newest() -> str | None:
+        if checkpoint_paths(run_dir):
+            found.append(newest_checkpoint(run_dir, log))
+        return os.fspath(found[0].src) if found else None
+
+    path = world.on_first(newest)
+    if path is not None:
+        checkpoint = found[0] if found else open_checkpoint(Path(path))
+        if is_sharded(model):
+            step = restore_parts(checkpoint, model, optimizer, world)
+        else:
+            step = restore(checkpoint, model, optimizer)
+        extra = checkpoint.part("extra")
         progress = Progress(step, extra["wall_s"], extra["nonfinite_steps"])
         _set_random_state(extra["random_state"])
     else:
@@ -232,14 +266,6 @@ def _cut_log(run_dir: Path, config: RunConfig, step: int) -> None:
         with atomic_write(metrics) as file:
             file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
     save_config(config, run_dir / "config.toml")
-
-
-def _name(step: int) -> str:
-    return f"step_{step:08d}.safetensors"
-
-
-def _step(name: str) -> int:
-    return int(name.removeprefix("step_").removesuffix(".safetensors"))
 
 
 def _random_state() -> dict[str, str]:

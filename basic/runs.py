@@ -5,13 +5,14 @@ runs/NAME/config.toml                        what was asked for, defaults filled
           metrics.jsonl                      a line of numbers every few steps
           samples.txt                        what the model wrote on the way
           tokenizer/                         vocabulary, merges and special tokens, if a tokenizer was given
-          checkpoints/step_00001000.safetensors
+          checkpoints/step_00001000.safetensors    or, of a sharded model, a folder step_00001000/
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -25,6 +26,9 @@ import torch
 from basic.checkpoint import Checkpoint, read_checkpoint, restore
 from basic.config_files import load_config, save_config
 from basic.model import ModelConfig, TransformerLM
+from basic.sharded_checkpoint import read_parts
+
+_CHECKPOINT_NAME = re.compile(r"step_\d+(\.safetensors)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,8 +294,23 @@ def read_all_records(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def checkpoint_paths(run_dir: Path) -> list[Path]:
-    """All checkpoints of a run, oldest first."""
-    return sorted((run_dir / "checkpoints").glob("step_*.safetensors"))
+    """All checkpoints of a run, files and folders, oldest first."""
+    paths = (run_dir / "checkpoints").glob("step_*")
+    return sorted((path for path in paths if _CHECKPOINT_NAME.fullmatch(path.name)), key=lambda path: path.name)
+
+
+def checkpoint_step(path: Path) -> int:
+    """The number of steps after which a checkpoint was saved."""
+    return int(path.stem.removeprefix("step_"))
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint of either form, if it is whole.
+
+    Raises:
+        ValueError: it is not.
+    """
+    return read_parts(path) if path.is_dir() else read_checkpoint(path)
 
 
 def newest_checkpoint(run_dir: Path, report: Callable[[str], None]) -> Checkpoint:
@@ -306,10 +325,10 @@ def newest_checkpoint(run_dir: Path, report: Callable[[str], None]) -> Checkpoin
     """
     paths = checkpoint_paths(run_dir)
     if not paths:
-        raise FileNotFoundError(f"{run_dir / 'checkpoints'} has no checkpoint (step_*.safetensors) yet")
+        raise FileNotFoundError(f"{run_dir / 'checkpoints'} has no checkpoint (step_*) yet")
     for path in reversed(paths):
         try:
-            return read_checkpoint(path)
+            return open_checkpoint(path)
         except ValueError as error:
             report(f"warning: {error}")
     raise ValueError(

@@ -32,7 +32,7 @@ import numpy as np
 from basic.atomic_file import atomic_write
 from basic.config_files import from_table, load_config, to_table
 from basic.evaluation import score_tokens
-from basic.runs import DataConfig, RunConfig, read_metrics
+from basic.runs import DataConfig, RunConfig, checkpoint_paths, read_metrics
 from basic.training import Tokenizing, train
 
 _KEYS = ("config", "settings", "grid", "variants")
@@ -194,7 +194,7 @@ def _plan(
 
 def _train(run: PlannedRun, run_dir: Path, data: Data, progress: bool) -> Outcome:
     """Train and measure a run, and leave its outcome in its folder."""
-    resume = any((run_dir / "checkpoints").glob("step_*.safetensors"))
+    resume = bool(checkpoint_paths(run_dir))
     loss, remark = None, ""
     try:
         model = train(
