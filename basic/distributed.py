@@ -169,18 +169,18 @@ class World:
 
     # --- Models
 
-    def shard(self, model: Module, device: torch.device, dtype: torch.dtype) -> None:
+    def shard(self, model: Module, device: torch.device, dtype: torch.dtype, reduce_dtype: torch.dtype) -> None:
         """Leave of every parameter only this process's part, on the device; the optimizer is to be made after it.
 
         Args:
             model: with its blocks in `layers`, and a `loss`.
-            dtype: what is gathered for computing; where it is less than float32, gradients are still added up in that.
+            dtype: what is gathered for computing.
+            reduce_dtype: what gradients are added up in.
         """
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
         mesh = init_device_mesh(device.type, (self.size,))
-        narrow = None if dtype == torch.float32 else dtype
-        policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32 if narrow else None)
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype)
         layers: Any = model.layers
         for module in (*layers, model):
             fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -196,7 +196,7 @@ class World:
         return whole
 
     def reduced(
-        self, model: Module, loss_of: Callable[[Tensor, Tensor], Tensor]
+        self, model: Module, loss_of: Callable[[Tensor, Tensor], Tensor], reduce_dtype: torch.dtype
     ) -> Callable[[Tensor, Tensor, bool], Tensor]:
         """The loss of this process's rows, whose backward pass leaves the gradients of the mean over all processes.
 
@@ -206,6 +206,7 @@ class World:
         Args:
             model: whose parameters are learned.
             loss_of: from ids and the ids after them to their mean loss.
+            reduce_dtype: what gradients are added up in, float32 or bfloat16; for a sharded model `shard` was told.
 
         Returns:
             A function of ids, the ids after them, and whether this backward pass is the step's last one; until then
@@ -228,7 +229,11 @@ class World:
         model_with_loss = DistributedDataParallel(
             _Loss(model, loss_of), gradient_as_bucket_view=True, bucket_cap_mb=_BUCKET_MB
         )
-        if next(model.parameters()).device.type == "cpu":
+        if reduce_dtype == torch.bfloat16:
+            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+            model_with_loss.register_comm_hook(None, bf16_compress_hook)
+        elif next(model.parameters()).device.type == "cpu":
             model_with_loss.register_comm_hook(None, _mean_in_order)
 
         def replicated_loss(inputs: Tensor, targets: Tensor, last: bool) -> Tensor:

@@ -109,6 +109,9 @@ class TrainConfig:
     parallel: Literal["replicated", "sharded"] = "replicated"
     """What each of several processes (`torchrun --nproc-per-node N`) has: the whole model, or a part of every matrix,
     gradient and moment, for models that do not fit one GPU."""
+    reduce_precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of gradients on their way between processes. auto is that of the activations, in which they were computed: there
+    is half as much to send as in float32. Where several parts of a batch were added up, it is float32."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "gradient_accumulation", "eval_batches", "sample_tokens", "checkpoints_kept")
@@ -135,6 +138,7 @@ class TrainConfig:
             "precision": ("auto", "float32", "bfloat16"),
             "on_nonfinite": ("stop", "skip"),
             "parallel": ("replicated", "sharded"),
+            "reduce_precision": ("auto", "float32", "bfloat16"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -242,6 +246,13 @@ def activation_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     use = config.precision == "bfloat16" or (config.precision == "auto" and has_bfloat16)
     return torch.bfloat16 if use else torch.float32
+
+
+def reduce_dtype(config: TrainConfig, activations: torch.dtype) -> torch.dtype:
+    """What gradients are added up in between processes."""
+    if config.reduce_precision == "auto":
+        return activations if config.gradient_accumulation == 1 else torch.float32
+    return getattr(torch, config.reduce_precision)
 
 
 def start_folder(run_dir: Path, config: RunConfig, tokenizer: Savable | None, *, overwrite: bool = False) -> None:

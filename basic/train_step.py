@@ -12,7 +12,7 @@ from basic.data import to_device
 from basic.distributed import ALONE, World, is_sharded, local_part
 from basic.model import TransformerLM
 from basic.optimizer import AdamW, clipping_factor
-from basic.runs import TrainConfig
+from basic.runs import TrainConfig, reduce_dtype
 
 # Steps before the recording: compiling, tuning and the optimizer's first state happen in them.
 _WARM_UP_STEPS = 3
@@ -56,7 +56,7 @@ class TrainStep:
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            self.reduced_loss_of = world.reduced(model, self.loss_of)
+            self.reduced_loss_of = world.reduced(model, self.loss_of, reduce_dtype(config, model.compute_dtype))
 
     def __call__(self, batch: tuple[Tensor, Tensor], learning_rate: float) -> tuple[Tensor, Tensor]:
         """Take a step.

@@ -32,7 +32,7 @@ from basic.run_checkpoints import Progress, RunCheckpoints, resume_run
 from basic.run_log import NoLog, RunLog
 from basic.run_record import add_start, check_start, describe_start
 from basic.runs import DataConfig as DataConfig
-from basic.runs import Run, RunConfig, TrainConfig, activation_dtype, choose_device, start_folder
+from basic.runs import Run, RunConfig, TrainConfig, activation_dtype, choose_device, reduce_dtype, start_folder
 from basic.runs import load_run as load_run
 from basic.stop_signals import StopSignals
 from basic.trackers import check_trackers
@@ -93,7 +93,7 @@ def train(
     flops_a_token = training_flops_a_token(model)
     model.activation_dtype = activation_dtype(settings, device)
     if settings.parallel == "sharded" and world.size > 1:
-        world.shard(model, device, model.activation_dtype)
+        world.shard(model, device, model.activation_dtype, reduce_dtype(settings, model.activation_dtype))
     model.to(device)
     optimizer = make_optimizer(model, settings)
     start, begun = describe_start(train_tokens, valid_tokens, tokenizer, device, world.size), Progress()

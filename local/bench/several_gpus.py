@@ -1,9 +1,9 @@
 """Training speed on several GPUs against one: `python3 local/bench/several_gpus.py` prints a JSON line for each case.
 
 Each case is a process of its own for every GPU, started by torchrun with a time limit: what fails costs the others
-nothing. M has 64 sequences a GPU and L 8, both on one GPU first, then replicated on all, then sharded; a model of 2.7
-billion parameters is sharded only. `ratio` is tokens/s over the number of GPUs times those of one; `sharded_ratio` is
-sharded over replicated. The step is the one of `basic.training`, on fixed batches.
+nothing. M has 64 sequences a GPU and L 8, both first on every GPU for itself, then replicated on all, then sharded; a
+model of 2.7 billion parameters is sharded only. `ratio` is tokens/s over the sum of those of the GPUs, each for itself;
+`sharded_ratio` is sharded over replicated. The step is the one of `basic.training`, on fixed batches.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def measure(options: argparse.Namespace) -> None:
     from basic.distributed import join
     from basic.model import ModelConfig, TransformerLM
     from basic.optimizer import AdamW
-    from basic.runs import TrainConfig, choose_device
+    from basic.runs import TrainConfig, choose_device, reduce_dtype
     from basic.train_step import TrainStep
 
     config = ModelConfig(**{**SIZES, "3B": LARGE}[options.size])
@@ -50,15 +50,16 @@ def measure(options: argparse.Namespace) -> None:
         with torch.device(device):  # on the GPU at once: drawing billions of numbers takes a CPU minutes
             model = TransformerLM(config)
         model.activation_dtype = torch.bfloat16 if on_gpu else torch.float32
-        if options.parallel == "sharded":
-            world.shard(model, device, model.activation_dtype)
-        optimizer = AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
         settings = TrainConfig(
-            steps=1, batch_size=options.rows, compile=not options.eager, cuda_graph=not options.no_graph
-        )
+            steps=1, batch_size=options.rows, compile=not options.eager, cuda_graph=not options.no_graph,
+            reduce_precision=options.reduce,
+        )  # fmt: skip
+        if options.parallel == "sharded":
+            world.shard(model, device, model.activation_dtype, reduce_dtype(settings, model.activation_dtype))
+        optimizer = AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
         step = TrainStep(model, optimizer, settings, device, world)
         if options.pieces:
-            step.reduced_loss_of = world.reduced(model, train_step._compiled_loss(model, in_pieces=True))
+            step.reduced_loss_of = world.reduced(model, train_step._compiled_loss(model, in_pieces=True), torch.float32)
         ids = torch.randint(config.vocab_size, (options.rows, config.context_length + 1), device=device)
         batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
@@ -126,20 +127,15 @@ def all_reduce_speed(device: Any) -> float:
     return tensor.numel() * 4 * repeats / (time.perf_counter() - started) / 1e9
 
 
-def run_case(size: str, gpus: int, parallel: str, options: argparse.Namespace, *extra: str) -> dict[str, Any]:
-    """Start a case and read its line; what went wrong is one too."""
-    this = [str(Path(__file__)), "--case", "--size", size, "--parallel", parallel, "--rows", str(ROWS[size])]
-    this += ["--seconds", str(options.seconds), *extra]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(gpus), "--master-port", str(port)]
-    launcher = launcher if gpus > 1 else []
-    case = {"size": size, "gpus": gpus, "parallel": parallel, "rows_a_gpu": ROWS[size], "extra": " ".join(extra)}
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *launcher, *this], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+def start(command: list[str], gpu: int | None = None) -> subprocess.Popen:
+    environment = {**os.environ, **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})}
+    return subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
+
+
+def finish(process: subprocess.Popen, options: argparse.Namespace) -> dict[str, Any]:
+    """The line that a case has printed, or what went wrong."""
     try:
         out, err = process.communicate(timeout=options.limit)
     except subprocess.TimeoutExpired:
@@ -151,7 +147,26 @@ def run_case(size: str, gpus: int, parallel: str, options: argparse.Namespace, *
             out, err = process.communicate()
         err = f"over {options.limit} s\n{err}"
     results = [line.removeprefix("RESULT ") for line in out.splitlines() if line.startswith("RESULT ")]
-    result = json.loads(results[-1]) if results else {"failed": err[-options.error_characters :]}
+    return json.loads(results[-1]) if results else {"failed": err[-options.error_characters :]}
+
+
+def run_case(size: str, gpus: int, parallel: str, options: argparse.Namespace, *extra: str) -> dict[str, Any]:
+    """Start a case and read its line; what went wrong is one too."""
+    this = [str(Path(__file__)), "--case", "--size", size, "--parallel", parallel, "--rows", str(ROWS[size])]
+    this += ["--seconds", str(options.seconds), *extra]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    case = {"size": size, "gpus": gpus, "parallel": parallel, "rows_a_gpu": ROWS[size], "extra": " ".join(extra)}
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(gpus), "--master-port", str(port)]
+    started = time.perf_counter()
+    if gpus > 1:
+        result = finish(start([*launcher, *this]), options)
+    else:  # on all GPUs at once, each for itself: they are not equally fast, and share the machine's power
+        alone = [start(this, gpu) for gpu in range(options.gpus)]
+        results = [finish(process, options) for process in alone]
+        speeds = [result.get("tokens_per_s", 0) for result in results]
+        result = {**results[0], "tokens_per_s": round(sum(speeds) / len(speeds)), "each": speeds}
     return {**case, **result, "case_s": round(time.perf_counter() - started, 1)}
 
 
@@ -172,6 +187,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="between looks at the clock")
     parser.add_argument("--eager", action="store_true", help="not compiled")
     parser.add_argument("--no-graph", action="store_true", help="not recorded as a CUDA graph")
+    parser.add_argument(
+        "--reduce", choices=["auto", "float32", "bfloat16"], default="auto", help="gradients' precision"
+    )
     parser.add_argument("--pieces", action="store_true", help="one GPU, compiled block by block as several are")
     parser.add_argument("--profile", help="file for a table of what the GPU did")
     options = parser.parse_args()
