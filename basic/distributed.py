@@ -36,8 +36,8 @@ T = TypeVar("T")
 SILENCE_S = 20.0
 """A process from which nothing was heard for so long is lost: stopped, killed, or its machine is gone."""
 HANGING_S = 40.0
-"""A process for which the others wait in the middle of training for so long hangs: it ends itself, and with it the job.
-Both limits leave room in a minute; a process that was stopped is killed by torchrun 30 s after the others have ended."""
+"""A process for which the others wait for so long in the middle of training hangs: it ends itself, and so the job.
+Both leave room in a minute: torchrun kills a process that was stopped 30 s after the others have ended."""
 _BEAT_S = 1.0
 _PATIENCE_S = 5.0
 # Collectives themselves wait as long as it takes, because the watch above knows better who is lost and who is busy.
@@ -266,10 +266,13 @@ class World:
             if error is not None and not self.is_first:
                 raise SystemExit(130) from error  # the first one says it
             return
-        failed = self._watch.fail(_described(error))
-        if failed is not None and (failed[1] == _described(error) or isinstance(error, RuntimeError)):
-            if failed[1] not in _described(error):
-                print(f"rank {self.rank} ends, because rank {failed[0]} failed: {failed[1]}", file=sys.stderr)
+        # A collective that others have left fails with an error that says nothing.
+        abandoned = isinstance(error, RuntimeError) and "onnection" in str(error)
+        culprit = self._watch.fail(_described(error), abandoned=abandoned)
+        if abandoned:
+            print(f"rank {self.rank} ends, because {culprit or 'another process has ended'}", file=sys.stderr)
+            raise SystemExit(1) from error
+        if culprit and not self.is_first:  # the first one says it, for all that failed with it
             raise SystemExit(1) from error
 
 
@@ -384,22 +387,37 @@ class _Watch:
     def unhurried(self) -> Any:
         return self.hurried(False)
 
-    def fail(self, reason: str) -> tuple[int, str] | None:
-        """Say that this process ends; return who else has failed and why, the first one for preference."""
+    def fail(self, reason: str, *, abandoned: bool) -> str:
+        """Say that this process ends, and find out for some seconds who else does.
+
+        Args:
+            abandoned: it ends because another one has left.
+
+        Returns:
+            If it was abandoned, what became of the other; else what the first process failed with, if it is the same.
+        """
         self.stop()
-        self._failed = reason
         try:
+            if abandoned:
+                before = self._listen()
+                for _ in range(4):
+                    time.sleep(_BEAT_S)
+                    now = self._listen()
+                    for rank, line in now.items():
+                        if line["failed"]:
+                            return f"{_name(rank, line)} failed: {line['failed']}"
+                gone = [_name(rank, line) for rank, line in now.items() if line["beat"] == before[rank]["beat"]]
+                return f"{', '.join(gone)} is gone" if gone else ""
+            self._failed = reason
             self._say()
-            until = time.monotonic() + (0.0 if self.rank == 0 else 2.0)
-            while True:
-                failed = {rank: line["failed"] for rank, line in self._listen().items() if line["failed"]}
-                if failed and (0 in failed or time.monotonic() >= until):
-                    return min(failed.items())
-                if time.monotonic() >= until:
-                    return None
+            for _ in range(20 if self.rank else 0):
+                failed = self._listen()[0]["failed"]
+                if failed:
+                    return failed if failed in reason else ""
                 time.sleep(0.1)
-        except RuntimeError:  # the store is gone
-            return None
+        except RuntimeError:  # the store is gone, and with it the process that had it
+            pass
+        return ""
 
     def _say(self) -> None:
         self._beat += 1
@@ -423,7 +441,7 @@ class _Watch:
                 self._judge(other, line, now_s)
 
     def _judge(self, other: int, line: dict[str, Any], now_s: float) -> None:
-        name = f"rank {other} (process {line['process']} on {line['machine']})"
+        name = _name(other, line)
         said = f"{line['beat']} {line['failed']}"
         if self._heard.get(other, ("", 0.0))[0] != said:
             self._heard[other] = said, now_s
@@ -457,6 +475,10 @@ def _connect(environment: Mapping[str, str]) -> dist.Store:
     """A connection to the store of torchrun, or of the first process, which all can reach."""
     store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), wait_for_workers=False)
     return dist.PrefixStore(f"basic/{environment.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _name(rank: int, line: dict[str, Any]) -> str:
+    return f"rank {rank} (process {line['process']} on {line['machine']})"
 
 
 def _described(error: BaseException) -> str:

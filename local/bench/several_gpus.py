@@ -151,7 +151,11 @@ def run_case(size: str, gpus: int, parallel: str, options: argparse.Namespace, *
             out, err = process.communicate()
         err = f"over {options.limit} s\n{err}"
     results = [line.removeprefix("RESULT ") for line in out.splitlines() if line.startswith("RESULT ")]
-    result = json.loads(results[-1]) if results else {"failed": err[-options.error_characters :]}
+    result = (
+        json.loads(results[-1])
+        if results
+        else {"failed": err.split("torch/distributed/elastic")[0][-options.error_characters :]}
+    )
     return {**case, **result, "case_s": round(time.perf_counter() - started, 1)}
 
 
