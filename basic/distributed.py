@@ -214,9 +214,10 @@ class World:
         if self.size == 1:
             return lambda inputs, targets, last: loss_of(inputs, targets)
         if is_sharded(model):
+            reduce_when: Any = model.set_requires_gradient_sync
 
             def sharded_loss(inputs: Tensor, targets: Tensor, last: bool) -> Tensor:
-                model.set_requires_gradient_sync(last)  # ty: ignore[call-non-callable]
+                reduce_when(last)
                 return loss_of(inputs, targets)
 
             return sharded_loss
@@ -245,9 +246,9 @@ class World:
             torch.cuda.set_device(self.local_rank)
         dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=_NO_LIMIT)
         # Apart from the group of the gradients, which may be far behind in the device's queue.
-        self._control = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
+        self._control = _new_group()
         # For the thread that saves checkpoints.
-        self.saving_group = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
+        self.saving_group = _new_group()
         self.host_mesh = init_device_mesh("cpu", (self.size,))
         # One connection for each thread, because one that waits keeps the others from asking.
         self._store, watched = (_connect(environment) for _ in range(2))
@@ -306,7 +307,8 @@ def join(environment: Mapping[str, str]) -> Generator[World]:
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this process has of a tensor: of a sharded one its part, which shares its memory; else all of it."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    to_local: Any = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
 
 
 def is_sharded(model: Module) -> bool:
@@ -469,6 +471,13 @@ class _Watch:
         if not dump:
             os.write(2, b"go on from the last checkpoint with --resume\n")
         os._exit(1)
+
+
+def _new_group() -> dist.ProcessGroup:
+    """All processes again, talking through their CPUs, apart from what else they say to each other."""
+    group = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def _connect(environment: Mapping[str, str]) -> dist.Store:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from dataclasses import fields
@@ -241,7 +240,7 @@ def resume_run(
     def newest() -> str | None:
         if checkpoint_paths(run_dir):
             found.append(newest_checkpoint(run_dir, log))
-        return os.fspath(found[0].src) if found else None
+        return str(found[0].src) if found else None
 
     path = world.on_first(newest)
     if path is not None:
