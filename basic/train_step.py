@@ -51,7 +51,7 @@ class TrainStep:
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         # One for all warm-up steps: each stream keeps the memory that was freed in it for itself. And for the recording,
-        # because DDP's gradients belong to the stream in which it was made.
+        # as DDP's gradients belong to the stream in which it was made.
         self.stream = torch.cuda.Stream(device) if can_record and config.cuda_graph else None
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())

@@ -185,11 +185,14 @@ def main() -> None:
     usual = [(size, gpus, parallel) for size in options.sizes for gpus, parallel in (
         (1, "replicated"), (options.gpus, "replicated"), (options.gpus, "sharded"))
         if size != "3B" or parallel == "sharded"]  # fmt: skip
-    chosen = [tuple(text.split(":")) for text in options.only] or usual
-    for size, gpus, parallel, *extra in chosen:
+    waiting = [tuple(text.split(":")) for text in options.only] or usual
+    while waiting:
+        size, gpus, parallel, *extra = waiting.pop(0)
         result = run_case(size, int(gpus), parallel, options, *extra)
+        if "failed" in result and int(gpus) > 1 and parallel == "replicated" and "--no-graph" not in extra:
+            waiting.insert(0, (size, gpus, parallel, *extra, "--no-graph"))  # better a slower one than none
         speed = result.get("tokens_per_s", 0)
-        speeds.setdefault((size, int(gpus), parallel), speed)
+        speeds[size, int(gpus), parallel] = speeds.get((size, int(gpus), parallel)) or speed
         one, both = speeds.get((size, 1, "replicated")), speeds.get((size, int(gpus), "replicated"))
         if int(gpus) > 1 and one:
             result["ratio"] = round(speed / int(gpus) / one, 4)
