@@ -50,8 +50,8 @@ class TrainStep:
         self.rate = torch.zeros((), device=device)
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
-        # One for all warm-up steps: each stream keeps the memory that was freed in it for itself. And for the recording,
-        # as DDP's gradients belong to the stream in which it was made.
+        # One for all warm-up steps: each stream keeps the memory that was freed in it for itself. And for the
+        # recording, as DDP's gradients belong to the stream in which it was made.
         self.stream = torch.cuda.Stream(device) if can_record and config.cuda_graph else None
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())
