@@ -1,4 +1,4 @@
-"""Who of several processes is still there: a thread in each says how far it is, and ends it when another one is lost."""
+"""Who of several processes is still there: a thread in each says how far it is, and ends it when another is lost."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ class Watch:
         try:
             if abandoned:
                 before = self._listen()
-                for _ in range(4):
-                    time.sleep(_BEAT_S)
+                for _ in range(5):
+                    time.sleep(_BEAT_S / 2)
                     now = self._listen()
                     for rank, line in now.items():
                         if line["failed"]:
