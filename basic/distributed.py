@@ -120,7 +120,7 @@ class World:
             return work()
         self._turns += 1
         key = f"first/{self._turns}"
-        with self._watch.unhurried():
+        with self.unhurried():
             if self.is_first:
                 try:
                     value = work()
@@ -149,7 +149,16 @@ class World:
         if self.size == 1:
             yield
             return
-        with self._watch.hurried():
+        with self._watch.hurried(True):
+            yield
+
+    @contextmanager
+    def unhurried(self) -> Generator[None]:
+        """While the block runs, this process may take as long as it needs."""
+        if self.size == 1:
+            yield
+            return
+        with self._watch.hurried(False):
             yield
 
     def arrive(self) -> None:

@@ -22,6 +22,8 @@ HANGING_S = 40.0
 """A process for which the others wait for so long in the middle of training hangs: it ends itself, and so the job.
 Both leave room in a minute: torchrun kills a process that was stopped 30 s after the others have ended."""
 _BEAT_S = 1.0
+# In its first steps a process compiles, which may take one of them much longer than another.
+_FIRST_ARRIVALS = 8
 _PATIENCE_S = 5.0
 
 
@@ -56,15 +58,13 @@ class Watch:
         self._thread.join()
 
     @contextmanager
-    def hurried(self, must_hurry: bool = True) -> Generator[None]:
+    def hurried(self, must_hurry: bool) -> Generator[None]:
+        """Whether this process must keep step with the others while the block runs."""
         before, self.must_hurry = self.must_hurry, must_hurry
         try:
             yield
         finally:
             self.must_hurry = before
-
-    def unhurried(self) -> Any:
-        return self.hurried(False)
 
     def fail(self, reason: str, *, abandoned: bool) -> str:
         """Say that this process ends, and find out for some seconds who else does.
@@ -86,7 +86,7 @@ class Watch:
                         if line["failed"]:
                             return f"{_name(rank, line)} failed: {line['failed']}"
                 gone = [_name(rank, line) for rank, line in now.items() if line["beat"] == before[rank]["beat"]]
-                return f"{', '.join(gone)} is gone" if gone else ""
+                return f"{' and '.join(gone)} {'is' if len(gone) == 1 else 'are'} gone" if gone else ""
             self._failed = reason
             self._say()
             for _ in range(20 if self.rank else 0):
@@ -132,6 +132,7 @@ class Watch:
         # Who is behind, and since when. The one that hangs says itself where.
         distance = line["arrivals"] - self.arrivals
         late, at = (self.must_hurry, self.arrivals) if distance > 0 else (line["must_hurry"], line["arrivals"])
+        late = late and at > _FIRST_ARRIVALS
         if distance == 0 or not late or self._behind.get(other, (-1, 0.0))[0] != at:
             self._behind[other] = at, now_s
         behind_s = now_s - self._behind[other][1]

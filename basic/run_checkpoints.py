@@ -121,11 +121,10 @@ class RunCheckpoints:
         """
         save = partial(self._save, model, optimizer, progress, valid_loss, LAST_TRIES if last else 1)
         if is_sharded(model):
-            save()
-        elif last:
+            with self.world.unhurried():
+                save()
+        else:
             self.world.on_first(save)
-        elif self.world.is_first:
-            save()
 
     def _save(
         self,
