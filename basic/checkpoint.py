@@ -201,6 +201,11 @@ class Checkpoint(NamedTuple):
             raise _not_whole(self.src, error) from error
 
 
+def write_checkpoint(checkpoint: Checkpoint, out: Source) -> None:
+    """Write a checkpoint that has been read, such as that of a sharded model, as one file."""
+    write_snapshot(Snapshot(json.dumps(checkpoint.document), dict(checkpoint.tensors)), out)
+
+
 def restore(checkpoint: Checkpoint, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
     """Put a checkpoint that has been read into model and optimizer, as `load_checkpoint` does."""
     iteration = checkpoint.part("iteration")

@@ -11,14 +11,9 @@ parts of a block are gathered just before it is computed (FSDP2).
 
 from __future__ import annotations
 
-import faulthandler
 import gc
 import json
-import os
-import platform
 import sys
-import threading
-import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -31,15 +26,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import Module, ParameterList
 
+from basic.rank_watch import Watch
+
 T = TypeVar("T")
 
-SILENCE_S = 20.0
-"""A process from which nothing was heard for so long is lost: stopped, killed, or its machine is gone."""
-HANGING_S = 40.0
-"""A process for which the others wait in the middle of training for so long hangs: it ends itself, and with it the job.
-Both limits leave room in a minute; a process that was stopped is killed by torchrun 30 s after the others have ended."""
-_BEAT_S = 1.0
-_PATIENCE_S = 5.0
 # Collectives themselves wait as long as it takes, because the watch above knows better who is lost and who is busy.
 _NO_LIMIT = timedelta(days=7)
 _BUCKET_MB = 100
@@ -130,7 +120,7 @@ class World:
             return work()
         self._turns += 1
         key = f"first/{self._turns}"
-        with self._watch.unhurried():
+        with self.unhurried():
             if self.is_first:
                 try:
                     value = work()
@@ -159,7 +149,16 @@ class World:
         if self.size == 1:
             yield
             return
-        with self._watch.hurried():
+        with self._watch.hurried(True):
+            yield
+
+    @contextmanager
+    def unhurried(self) -> Generator[None]:
+        """While the block runs, this process may take as long as it needs."""
+        if self.size == 1:
+            yield
+            return
+        with self._watch.hurried(False):
             yield
 
     def arrive(self) -> None:
@@ -215,17 +214,20 @@ class World:
         if self.size == 1:
             return lambda inputs, targets, last: loss_of(inputs, targets)
         if is_sharded(model):
+            reduce_when: Any = model.set_requires_gradient_sync
 
             def sharded_loss(inputs: Tensor, targets: Tensor, last: bool) -> Tensor:
-                model.set_requires_gradient_sync(last)  # ty: ignore[call-non-callable]
+                reduce_when(last)
                 return loss_of(inputs, targets)
 
             return sharded_loss
 
         from torch.nn.parallel import DistributedDataParallel
 
-        # What is compiled inside of it is cut by ourselves where gradients are ready.
+        # What is compiled has been cut already where gradients are ready.
         torch._dynamo.config.optimize_ddp = False
+        # Gradients travel in float32. bfloat16 would halve the way (torch has a hook for that), at the price of another
+        # result than that of one GPU; behind a backward pass that is long enough, there is nothing to gain.
         model_with_loss = DistributedDataParallel(
             _Loss(model, loss_of), gradient_as_bucket_view=True, bucket_cap_mb=_BUCKET_MB
         )
@@ -250,13 +252,13 @@ class World:
             torch.cuda.set_device(self.local_rank)
         dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=_NO_LIMIT)
         # Apart from the group of the gradients, which may be far behind in the device's queue.
-        self._control = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
+        self._control = _new_group()
         # For the thread that saves checkpoints.
-        self.saving_group = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
+        self.saving_group = _new_group()
         self.host_mesh = init_device_mesh("cpu", (self.size,))
         # One connection for each thread, because one that waits keeps the others from asking.
         self._store, watched = (_connect(environment) for _ in range(2))
-        self._watch = _Watch(watched, self.rank, self.size)
+        self._watch = Watch(watched, self.rank, self.size)
         self.largest(0)  # all have said that they live before anybody listens
         self._watch.start()
 
@@ -271,10 +273,13 @@ class World:
             if error is not None and not self.is_first:
                 raise SystemExit(130) from error  # the first one says it
             return
-        failed = self._watch.fail(_described(error))
-        if failed is not None and (failed[1] == _described(error) or isinstance(error, RuntimeError)):
-            if failed[1] not in _described(error):
-                print(f"rank {self.rank} ends, because rank {failed[0]} failed: {failed[1]}", file=sys.stderr)
+        # A collective that others have left fails with an error that says nothing.
+        abandoned = isinstance(error, RuntimeError) and "onnection" in str(error)
+        culprit = self._watch.fail(_described(error), abandoned=abandoned)
+        if abandoned:
+            print(f"rank {self.rank} ends, because {culprit or 'another process has ended'}", file=sys.stderr)
+            raise SystemExit(1) from error
+        if culprit and not self.is_first:  # the first one says it, for all that failed with it
             raise SystemExit(1) from error
 
 
@@ -308,7 +313,8 @@ def join(environment: Mapping[str, str]) -> Generator[World]:
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this process has of a tensor: of a sharded one its part, which shares its memory; else all of it."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    to_local: Any = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
 
 
 def is_sharded(model: Module) -> bool:
@@ -348,114 +354,11 @@ def _mean_in_order(state, bucket):  # DDP does not understand annotations that a
     return work.get_future().then(mean)
 
 
-class _Watch:
-    """A thread that says that this process lives and how far it is, and ends it when another one is lost.
-
-    Processes that wait for each other in a collective cannot tell who is missing, and on a GPU not even that they wait.
-    So each one writes into the store that all share (torchrun's) a line every second, and reads those of the others. A
-    process counts the places where all wait for each other; one that stays behind hangs, unless it has said that it is
-    busy with something of its own.
-    """
-
-    def __init__(self, store: dist.Store, rank: int, size: int):
-        self.store, self.rank = store, rank
-        self.others = [other for other in range(size) if other != rank]
-        self.arrivals = 0
-        self.must_hurry = False
-        self._beat = 0
-        self._failed: str | None = None
-        self._heard: dict[int, tuple[str, float]] = {}
-        self._behind: dict[int, tuple[int, float]] = {}
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        self.store.set_timeout(timedelta(seconds=SILENCE_S))
-        self._say()
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    @contextmanager
-    def hurried(self, must_hurry: bool = True) -> Generator[None]:
-        before, self.must_hurry = self.must_hurry, must_hurry
-        try:
-            yield
-        finally:
-            self.must_hurry = before
-
-    def unhurried(self) -> Any:
-        return self.hurried(False)
-
-    def fail(self, reason: str) -> tuple[int, str] | None:
-        """Say that this process ends; return who else has failed and why, the first one for preference."""
-        self.stop()
-        self._failed = reason
-        try:
-            self._say()
-            until = time.monotonic() + (0.0 if self.rank == 0 else 2.0)
-            while True:
-                failed = {rank: line["failed"] for rank, line in self._listen().items() if line["failed"]}
-                if failed and (0 in failed or time.monotonic() >= until):
-                    return min(failed.items())
-                if time.monotonic() >= until:
-                    return None
-                time.sleep(0.1)
-        except RuntimeError:  # the store is gone
-            return None
-
-    def _say(self) -> None:
-        self._beat += 1
-        line = {"beat": self._beat, "arrivals": self.arrivals, "must_hurry": self.must_hurry, "failed": self._failed}
-        who = {"process": os.getpid(), "machine": platform.node()}
-        self.store.set(f"alive/{self.rank}", json.dumps({**line, **who}))
-
-    def _listen(self) -> dict[int, dict[str, Any]]:
-        keys = [f"alive/{other}" for other in self.others]
-        return {other: json.loads(line) for other, line in zip(self.others, self.store.multi_get(keys), strict=True)}
-
-    def _run(self) -> None:
-        while not self._ended.wait(_BEAT_S):
-            try:
-                self._say()
-                lines = self._listen()
-            except RuntimeError as error:
-                self._end(f"the store that all processes share does not answer ({str(error).splitlines()[0]})")
-            now_s = time.monotonic()
-            for other, line in lines.items():
-                self._judge(other, line, now_s)
-
-    def _judge(self, other: int, line: dict[str, Any], now_s: float) -> None:
-        name = f"rank {other} (process {line['process']} on {line['machine']})"
-        said = f"{line['beat']} {line['failed']}"
-        if self._heard.get(other, ("", 0.0))[0] != said:
-            self._heard[other] = said, now_s
-        silent_s = now_s - self._heard[other][1]
-        if line["failed"] and silent_s > _PATIENCE_S:
-            self._end(f"{name} failed: {line['failed']}")
-        if not line["failed"] and silent_s > SILENCE_S:
-            self._end(f"{name} has given no sign of life for {silent_s:.0f} s: it was stopped or killed")
-        # Who is behind, and since when. The one that hangs says itself where.
-        distance = line["arrivals"] - self.arrivals
-        late, at = (self.must_hurry, self.arrivals) if distance > 0 else (line["must_hurry"], line["arrivals"])
-        if distance == 0 or not late or self._behind.get(other, (-1, 0.0))[0] != at:
-            self._behind[other] = at, now_s
-        behind_s = now_s - self._behind[other][1]
-        if distance > 0 and behind_s > HANGING_S:
-            self._end(f"this process hangs: {name} has waited for it for {behind_s:.0f} s; it is here:", dump=True)
-        if distance < 0 and behind_s > HANGING_S + _PATIENCE_S:
-            self._end(f"{name} hangs: it has been waited for for {behind_s:.0f} s")
-
-    def _end(self, reason: str, *, dump: bool = False) -> None:
-        """End this process now: its main thread may wait where no exception reaches it."""
-        os.write(2, f"\nrank {self.rank} (process {os.getpid()}) ends: {reason}\n".encode())
-        if dump:
-            faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
-        if not dump:
-            os.write(2, b"go on from the last checkpoint with --resume\n")
-        os._exit(1)
+def _new_group() -> dist.ProcessGroup:
+    """All processes again, talking through their CPUs, apart from what else they say to each other."""
+    group = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def _connect(environment: Mapping[str, str]) -> dist.Store:

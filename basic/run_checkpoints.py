@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from dataclasses import fields
@@ -122,11 +121,10 @@ class RunCheckpoints:
         """
         save = partial(self._save, model, optimizer, progress, valid_loss, LAST_TRIES if last else 1)
         if is_sharded(model):
-            save()
-        elif last:
+            with self.world.unhurried():
+                save()
+        else:
             self.world.on_first(save)
-        elif self.world.is_first:
-            save()
 
     def _save(
         self,
@@ -241,7 +239,7 @@ def resume_run(
     def newest() -> str | None:
         if checkpoint_paths(run_dir):
             found.append(newest_checkpoint(run_dir, log))
-        return os.fspath(found[0].src) if found else None
+        return str(found[0].src) if found else None
 
     path = world.on_first(newest)
     if path is not None:

@@ -202,8 +202,8 @@ def read_parts(path: str | os.PathLike) -> Checkpoint:
         document = json.loads(content["checkpoint"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{folder} is not a whole checkpoint ({type(error).__name__}: {error}): it is incomplete or damaged; use an "
-            "earlier checkpoint"
+            f"{folder} is not a whole checkpoint ({type(error).__name__}: {error}): it is incomplete or damaged; use "
+            "an earlier checkpoint"
         ) from error
     return Checkpoint(folder, document, _WholeTensors(folder))
 

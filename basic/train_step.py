@@ -46,13 +46,13 @@ class TrainStep:
         # Without its kernel AdamW asks the device for numbers, which cannot be recorded. Nor can a sharded model: what
         # FSDP2 gathers is in memory that it takes and gives back while the step runs.
         can_record = with_kernels and config.gradient_accumulation == 1 and not self.sharded
-        self.use_graph = can_record and config.cuda_graph
         self.warm_up_steps = _WARM_UP_STEPS + (distributed.WARM_UP_STEPS if world.size > 1 else 0)
         self.rate = torch.zeros((), device=device)
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
-        # One for all warm-up steps: each stream keeps the memory that was freed in it for itself.
-        self.stream = torch.cuda.Stream(device) if self.use_graph else None
+        # One for all warm-up steps: each stream keeps the memory that was freed in it for itself. And for the
+        # recording, as DDP's gradients belong to the stream in which it was made.
+        self.stream = torch.cuda.Stream(device) if can_record and config.cuda_graph else None
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -70,7 +70,7 @@ class TrainStep:
             device; the next call may overwrite them.
         """
         self.rate.fill_(learning_rate)
-        if not self.use_graph:
+        if self.stream is None:
             return self._step(batch)
         self.calls += 1
         if self.calls <= self.warm_up_steps:

@@ -18,6 +18,7 @@ import tyro
 
 from basic import command_line
 from basic.config_files import load_config
+from basic.distributed import World, join
 from basic.runs import RunConfig
 
 
@@ -60,7 +61,11 @@ def parse(arguments: list[str]) -> Options:
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    from basic.distributed import join
+    with join(os.environ) as world:
+        start(options, world)
+
+
+def start(options: Options, world: World) -> None:
     from basic.token_files import open_tokens, read_info, sidecar_path
     from basic.Tokenizer import Tokenizer
     from basic.training import train
@@ -82,8 +87,7 @@ def main() -> None:
         if tokenizer is not None and maker not in (None, tokenizer.fingerprint):
             raise ValueError(f"{path} was not made by the tokenizer in {folder}; encode the text again with it")
     how = {"resume": options.resume is not None, "overwrite": options.overwrite, "progress": True}
-    with join(os.environ) as world:
-        run = train(options.run, tokens[0], tokens[1], output, tokenizer=tokenizer, world=world, **how)
+    run = train(options.run, tokens[0], tokens[1], output, tokenizer=tokenizer, world=world, **how)
     if world.is_first:
         print(f"trained {run.model.num_parameters:,} parameters for {run.step:,} steps; everything is in {output}")
 

@@ -147,7 +147,9 @@ def finish(process: subprocess.Popen, options: argparse.Namespace) -> dict[str, 
             out, err = process.communicate()
         err = f"over {options.limit} s\n{err}"
     results = [line.removeprefix("RESULT ") for line in out.splitlines() if line.startswith("RESULT ")]
-    return json.loads(results[-1]) if results else {"failed": err[-options.error_characters :]}
+    if results:
+        return json.loads(results[-1])
+    return {"failed": err.split("torch/distributed/elastic")[0][-options.error_characters :]}
 
 
 def run_case(size: str, gpus: int, parallel: str, options: argparse.Namespace, *extra: str) -> dict[str, Any]:
@@ -199,11 +201,14 @@ def main() -> None:
     usual = [(size, gpus, parallel) for size in options.sizes for gpus, parallel in (
         (1, "replicated"), (options.gpus, "replicated"), (options.gpus, "sharded"))
         if size != "3B" or parallel == "sharded"]  # fmt: skip
-    chosen = [tuple(text.split(":")) for text in options.only] or usual
-    for size, gpus, parallel, *extra in chosen:
+    waiting = [tuple(text.split(":")) for text in options.only] or usual
+    while waiting:
+        size, gpus, parallel, *extra = waiting.pop(0)
         result = run_case(size, int(gpus), parallel, options, *extra)
+        if "failed" in result and int(gpus) > 1 and parallel == "replicated" and "--no-graph" not in extra:
+            waiting.insert(0, (size, gpus, parallel, *extra, "--no-graph"))  # better a slower one than none
         speed = result.get("tokens_per_s", 0)
-        speeds.setdefault((size, int(gpus), parallel), speed)
+        speeds[size, int(gpus), parallel] = speeds.get((size, int(gpus), parallel)) or speed
         one, both = speeds.get((size, 1, "replicated")), speeds.get((size, int(gpus), "replicated"))
         if int(gpus) > 1 and one:
             result["ratio"] = round(speed / int(gpus) / one, 4)

@@ -1,0 +1,40 @@
+"""Make one file of a sharded run's newest checkpoint: `uv run local/consolidate.py runs/my`.
+
+Training that was sharded over several GPUs leaves folders (step_00001000/). All scripts here read them as they are; one
+file (step_00001000.safetensors) is what other programs open, and easier to send.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from basic import command_line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    source: tyro.conf.Positional[Path]
+    """Folder of a run, or of one checkpoint."""
+    output: tyro.conf.Positional[Path | None] = None
+    """File to write; by default beside the folder, under its name and .safetensors."""
+
+
+def main(options: Options) -> None:
+    from basic.checkpoint import write_checkpoint
+    from basic.runs import checkpoint_paths
+    from basic.sharded_checkpoint import read_parts
+
+    is_run = (options.source / "config.toml").is_file()
+    folders = [path for path in checkpoint_paths(options.source) if path.is_dir()] if is_run else [options.source]
+    if not folders:
+        raise FileNotFoundError(f"{options.source / 'checkpoints'} has no sharded checkpoint (a folder step_*)")
+    output = options.output or folders[-1].with_name(folders[-1].name + ".safetensors")
+    write_checkpoint(read_parts(folders[-1]), output)
+    print(f"wrote {output} ({output.stat().st_size / 1e6:,.1f} MB) from {folders[-1]}")
+
+
+if __name__ == "__main__":
+    command_line.run(lambda: main(tyro.cli(Options, description=__doc__)))

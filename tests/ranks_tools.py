@@ -1,0 +1,108 @@
+"""Tiny runs by several processes, which are started here as torchrun starts them, but without its own process.
+
+`python -m tests.ranks_tools JOBS` is one of the processes: it does one job after the other, as the environment says
+together with others. A job is {"run": folder, "from": folder whose checkpoint of step 10 is gone on from, or "", and
+settings of `TrainConfig`}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from basic import command_line
+from basic.distributed import join
+from basic.runs import checkpoint_paths, open_checkpoint, read_records
+from basic.training import train
+
+from .fault_tools import TRAIN, VALID, VOCAB, configuration
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+class Numbers:
+    """A tokenizer whose texts are ids."""
+
+    vocab_size = VOCAB
+    special_token_ids = {"<|endoftext|>": 0}  # noqa: RUF012
+
+    def encode(self, text: str) -> list[int]:
+        return [0] * text.count("<|endoftext|>")
+
+    def decode(self, ids) -> str:
+        return " ".join(map(str, ids))
+
+    def save(self, directory) -> None:
+        Path(directory).mkdir()
+
+
+def start_processes(count: int, jobs: list[dict[str, Any]]) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    processes = []
+    for rank in range(count):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.ranks_tools", json.dumps(jobs)],
+                cwd=REPOSITORY,
+                env={**os.environ, **place, **own},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return processes
+
+
+def do(job: dict[str, Any], world) -> None:
+    """Do a job; with a world of one in this process, otherwise in each of the processes."""
+    settings = {**job}
+    run_dir, source = Path(settings.pop("run")), settings.pop("from", "")
+
+    def copy() -> None:
+        (run_dir / "checkpoints").mkdir(parents=True)
+        for name in ("config.toml", "environment.json", "metrics.jsonl"):
+            shutil.copy(Path(source) / name, run_dir / name)
+        for path in checkpoint_paths(Path(source)):
+            if "00000010" in path.name:
+                (shutil.copytree if path.is_dir() else shutil.copy)(path, run_dir / "checkpoints" / path.name)
+
+    if source:
+        world.on_first(copy)
+    usual = {"checkpoint_interval": 10, "checkpoints_kept": 9, "sample_interval": 20, "sample_tokens": 16}
+    config = configuration(**{**usual, **settings})
+    train(config, TRAIN, VALID, run_dir, tokenizer=Numbers(), resume=bool(source), world=world)
+
+
+def losses(run_dir: Path) -> list[float]:
+    records = read_records(run_dir / "metrics.jsonl", None)
+    return [record["train_loss"] for record in records] + [records[-1]["valid_loss"]]
+
+
+def state(run_dir: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The document and the tensors of a run's last checkpoint, without the time that it took."""
+    checkpoint = open_checkpoint(checkpoint_paths(run_dir)[-1])
+    document = {**checkpoint.document, "extra": {**checkpoint.document["extra"], "wall_s": None}}
+    return document, dict(checkpoint.tensors)
+
+
+def main() -> None:
+    with join(os.environ) as world:
+        for job in json.loads(sys.argv[1]):
+            do(job, world)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    command_line.run(main)

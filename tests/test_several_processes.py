@@ -1,0 +1,112 @@
+"""Training with several processes: the run of one process, checkpoints that move, and a process that is killed."""
+
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from basic.distributed import ALONE, World
+from basic.runs import checkpoint_paths, load_run, open_checkpoint, read_records
+
+from .ranks_tools import do, losses, start_processes, state
+
+
+def assert_same_bits(run_dir: Path, other: Path) -> None:
+    (document, tensors), (others_document, others_tensors) = state(run_dir), state(other)
+    assert document == others_document
+    assert tensors.keys() == others_tensors.keys()
+    assert all(torch.equal(tensors[name], others_tensors[name]) for name in tensors)
+
+
+def test_two_processes_do_what_one_does_and_end_when_one_is_killed(tmp_path):
+    run = {name: tmp_path / name for name in ("one", "replicated", "sharded", "r_s", "s_s", "s_1", "long")}
+    sharded = {"parallel": "sharded", "gradient_accumulation": 2}
+    processes = start_processes(
+        2,
+        [
+            {"run": str(run["replicated"]), "gradient_accumulation": 4},
+            {"run": str(run["sharded"]), **sharded},
+            {"run": str(run["s_s"]), "from": str(run["sharded"]), **sharded},
+            {"run": str(run["r_s"]), "from": str(run["replicated"]), **sharded},
+            {"run": str(run["long"]), "steps": 10**6, "eval_interval": 0, "sample_interval": 0},
+        ],
+    )
+    try:
+        do({"run": run["one"]}, ALONE)
+        log = run["long"] / "metrics.jsonl"
+        until = time.monotonic() + 120
+        while not (log.exists() and "checkpoint" in log.read_text()):
+            assert processes[0].poll() is None, processes[0].communicate()[1]
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        processes[1].kill()
+        killed_s = time.monotonic()
+        _, error = processes[0].communicate(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[0].returncode == 1
+    assert re.search(rf"rank 0 .*rank 1 \(process {processes[1].pid} on .*\) is gone", error), error
+    assert time.monotonic() - killed_s < 60
+
+    for name in ("replicated", "sharded", "s_s", "r_s"):
+        np.testing.assert_allclose(losses(run[name]), losses(run["one"]), atol=1e-5, rtol=0)
+        samples = [read_records(folder / "metrics.jsonl", "sample")[-1]["text"] for folder in (run[name], run["one"])]
+        assert samples[0] == samples[1]
+        assert len((run[name] / "samples.txt").read_text().splitlines()) == 3  # one process wrote
+    assert [path.is_dir() for path in checkpoint_paths(run["sharded"])] == [True, True]
+    assert [path.is_dir() for path in checkpoint_paths(run["r_s"])] == [False, True]
+    assert_same_bits(run["s_s"], run["sharded"])
+
+    # One process goes on with what two have done, and reads it.
+    do({"run": run["s_1"], "from": run["sharded"], "parallel": "sharded"}, ALONE)
+    np.testing.assert_allclose(losses(run["s_1"]), losses(run["one"]), atol=1e-5, rtol=0)
+    assert not checkpoint_paths(run["s_1"])[-1].is_dir()
+    assert load_run(run["sharded"], device="cpu").step == 20
+    damaged(run["sharded"])
+
+
+def damaged(run_dir: Path) -> None:
+    """Of a folder, every file must be there and unchanged."""
+    folder = checkpoint_paths(run_dir)[-1]
+    files = sorted(folder.iterdir())
+    assert len(files) == 3
+    for path in files:
+        whole = path.read_bytes()
+        middle = len(whole) // 2
+        for content in (whole[:middle], whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :], None):
+            path.unlink() if content is None else path.write_bytes(content)
+            with pytest.raises(ValueError, match=r"step_00000020 is not a whole checkpoint"):
+                open_checkpoint(folder)
+            path.write_bytes(whole)
+    open_checkpoint(folder)
+    files[0].write_text("{}")
+    with pytest.warns(UserWarning, match="step_00000020 is not a whole"):
+        assert load_run(run_dir, device="cpu").step == 10
+
+
+def test_every_row_of_a_batch_is_computed_by_one_process():
+    rows = [World(rank, 3).own_rows(24, 2) for rank in range(3)]
+    assert [part.tolist() for part in rows] == [
+        [0, 1, 2, 3, 12, 13, 14, 15],
+        [4, 5, 6, 7, 16, 17, 18, 19],
+        [8, 9, 10, 11, 20, 21, 22, 23],
+    ]
+    assert ALONE.own_rows(24, 2) is None
+    with pytest.raises(ValueError, match=r"batch_size=16, .* by 3 processes x gradient_accumulation=2; .* is 18"):
+        World(0, 3).own_rows(16, 2)
+
+
+def test_a_process_has_a_device_of_its_own(monkeypatch):
+    assert World(1, 2, 1).device_name("cpu") == "cpu"
+    assert ALONE.device_name("cuda:3") == "cuda:3"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert World(5, 8, 1).device_name("auto") == "cuda:1"
+    with pytest.raises(ValueError, match="'cuda:0' cannot be that of 2 processes"):
+        World(1, 2, 1).device_name("cuda:0")
+    with pytest.raises(ValueError, match="process 2 of this machine has no GPU of its own, there are 2"):
+        World(2, 4, 2).device_name("cuda")
