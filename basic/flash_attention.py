@@ -31,11 +31,12 @@ LOG2_E = math.log2(math.e)
 # (queries a tile, keys a tile, warps, stages, registers a thread where the compiler's choice was not the best), found
 # by trying them on an H200, by padded head size.
 _FORWARD_TILES = {
-    16: (64, 64, 4, 3, None), 32: (64, 64, 4, 3, 80), 64: (64, 64, 4, 3, None), 128: (64, 64, 4, 3, None)}  # fmt: skip
+    16: (64, 32, 4, 3, None), 32: (64, 64, 4, 3, 80), 64: (64, 64, 4, 3, None), 128: (64, 64, 4, 3, None)}  # fmt: skip
 _KEY_GRADIENT_TILES = {
     16: (32, 64, 4, 3, None), 32: (32, 64, 4, 3, 96), 64: (32, 64, 4, 3, 128), 128: (64, 64, 4, 2, None)}  # fmt: skip
 _QUERY_GRADIENT_TILES = {
-    16: (64, 32, 4, 3, None), 32: (64, 32, 4, 4, None), 64: (64, 64, 4, 2, None), 128: (128, 64, 8, 3, None)}  # fmt: skip
+    16: (64, 32, 4, 3, None), 32: (64, 32, 4, 4, None), 64: (64, 64, 4, 2, None),
+    128: (128, 64, 8, 3, None)}  # fmt: skip
 
 
 @triton.jit
@@ -207,7 +208,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     scale = LOG2_E / math.sqrt(D)  # exp2 is the hardware's own exponential
     _forward[triton.cdiv(T, M), B * H](
         q, k, v, o, log_sums, *_strides(q, k, v, o), H, T, scale,
-        D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0, num_warps=warps, num_stages=stages, maxnreg=registers)  # fmt: skip
+        D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0,
+        num_warps=warps, num_stages=stages, maxnreg=registers)  # fmt: skip
     return o, log_sums
 
 
@@ -230,11 +232,13 @@ def backward(
     M, N, warps, stages, registers = _QUERY_GRADIENT_TILES[width]
     _query_gradients[triton.cdiv(T, M), B * H](
         q, k, v, o, do, dq, log_sums, overlaps, cos, sin, *_strides(q, k, v, o, do, dq), H, T, scale, out_scale,
-        D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0, num_warps=warps, num_stages=stages, maxnreg=registers)  # fmt: skip
+        D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0,
+        num_warps=warps, num_stages=stages, maxnreg=registers)  # fmt: skip
     M, N, warps, stages, registers = _KEY_GRADIENT_TILES[width]
     _key_gradients[triton.cdiv(T, N), B * H](
         q, k, v, do, dk, dv, log_sums, overlaps, cos, sin, *_strides(q, k, v, do, dk, dv), H, T, scale, out_scale,
-        D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0, num_warps=warps, num_stages=stages, maxnreg=registers)  # fmt: skip
+        D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0,
+        num_warps=warps, num_stages=stages, maxnreg=registers)  # fmt: skip
 
 
 def _strides(*tensors: Tensor) -> list[int]:
