@@ -1,6 +1,11 @@
 """What all tests share: annotated shapes are checked, examples are the same every time, real data is optional."""
 
+import os
 from pathlib import Path
+
+# Tests run side by side: threads that wait for each other, also those of the processes that tests start, shall leave
+# the cores to others. torch's threads learn it when they are loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch

@@ -83,6 +83,16 @@ def test_rows_end_at_their_end_id(model):
     assert generate(model, PROMPTS, 60, temperature=0.0, end_id=end) == expected
 
 
+def test_heads_that_share_keys_give_the_same_ids_with_and_without_a_cache():
+    """The kernels for single steps do not take them; the plain operations do, in float32 without ties."""
+    torch.manual_seed(1)
+    config = ModelConfig(vocab_size=501, context_length=CONTEXT, d_model=256, num_layers=3, num_heads=8, num_kv_heads=2)
+    model = TransformerLM(config).cuda().eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.3)
+    ids = generate(model, PROMPTS, NEW, temperature=0.0)
+    assert ids == generate(model, PROMPTS, NEW, temperature=0.0, use_cache=False)
+
+
 def test_more_rows_than_the_kernels_take(model):
     ids = generate(model, [[1, 2]] * (generation.kernels._MOST_ROWS_DECODED + 1), 5, temperature=0.0)
     assert len({tuple(row) for row in ids}) == 1

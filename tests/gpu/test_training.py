@@ -55,6 +55,7 @@ def random_batch(vocab_size: int = 1000, rows: int = 8, seq: int = 256) -> tuple
         {"norm": "post", "num_heads": 4},
         {"ffn": "silu", "norm": "none", "num_heads": 2},
         {"tied_embeddings": True},
+        {"num_kv_heads": 2},
     ],
     ids=str,
 )

@@ -20,7 +20,7 @@ FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
     ("seq", "head_size", "dtype"),
     [
         *((33, size, FLOAT32) for size in range(16, 129, 16)),
-        *((seq, 16, FLOAT32) for seq in (1, 2, 17, 64, 131)),
+        *((seq, 16, FLOAT32) for seq in (1, 2, 17, 64, 128, 131)),
         *((33, size, dtype) for size in (32, 48) for dtype in (FLOAT16, BFLOAT16)),
     ],
 )
