@@ -22,8 +22,10 @@ def assert_same_bits(run_dir: Path, other: Path) -> None:
 
 
 def test_two_processes_do_what_one_does_and_end_when_one_is_killed(tmp_path):
-    run = {name: tmp_path / name for name in ("one", "replicated", "sharded", "r_s", "s_s", "s_1", "long")}
+    names = ("one", "replicated", "sharded", "r_s", "s_s", "s_1", "half_replicated", "half_sharded", "long")
+    run = {name: tmp_path / name for name in names}
     sharded = {"parallel": "sharded", "gradient_accumulation": 2}
+    half = {"reduce_precision": "bfloat16", "sample_interval": 0}
     processes = start_processes(
         2,
         [
@@ -31,6 +33,8 @@ def test_two_processes_do_what_one_does_and_end_when_one_is_killed(tmp_path):
             {"run": str(run["sharded"]), **sharded},
             {"run": str(run["s_s"]), "from": str(run["sharded"]), **sharded},
             {"run": str(run["r_s"]), "from": str(run["replicated"]), **sharded},
+            {"run": str(run["half_replicated"]), **half},
+            {"run": str(run["half_sharded"]), "parallel": "sharded", **half},
             {"run": str(run["long"]), "steps": 10**6, "eval_interval": 0, "sample_interval": 0},
         ],
     )
@@ -57,6 +61,9 @@ def test_two_processes_do_what_one_does_and_end_when_one_is_killed(tmp_path):
         samples = [read_records(folder / "metrics.jsonl", "sample")[-1]["text"] for folder in (run[name], run["one"])]
         assert samples[0] == samples[1]
         assert len((run[name] / "samples.txt").read_text().splitlines()) == 3  # one process wrote
+    for name in ("half_replicated", "half_sharded"):
+        differences = np.abs(np.subtract(losses(run[name]), losses(run["one"])))
+        assert 1e-7 < differences.max() < 1e-2, name
     assert [path.is_dir() for path in checkpoint_paths(run["sharded"])] == [True, True]
     assert [path.is_dir() for path in checkpoint_paths(run["r_s"])] == [False, True]
     assert_same_bits(run["s_s"], run["sharded"])
