@@ -308,13 +308,13 @@ def poison(monkeypatch, bad: set[int], value: float) -> list[int]:
 
     def take_step(step, batch):
         steps.append(len(steps) + 1)
-        loss_of = step.loss_of
+        loss_of = step.reduced_loss_of
         if steps[-1] in bad:
-            step.loss_of = lambda inputs, targets: loss_of(inputs, targets) * value
+            step.reduced_loss_of = lambda *batch: loss_of(*batch) * value
         try:
             return real(step, batch)
         finally:
-            step.loss_of = loss_of
+            step.reduced_loss_of = loss_of
 
     monkeypatch.setattr(TrainStep, "_step", take_step)
     return steps
