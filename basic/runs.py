@@ -110,9 +110,9 @@ class TrainConfig:
     """What each of several processes (`torchrun --nproc-per-node N`) has: the whole model, or a part of every matrix,
     gradient and moment, for models that do not fit one GPU."""
     reduce_precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of gradients on their way between processes. auto is float32 for replicated models, which are no slower with it. For
-    sharded ones it is that of the activations, in which gradients are computed anyway, and half as much to send; but
-    float32 where those of several parts of a batch are added up."""
+    """Of gradients on their way between processes. auto is float32 for replicated models, which are no slower with it.
+    For sharded ones it is that of the activations, in which gradients are computed anyway, and half as much to send;
+    but float32 where those of several parts of a batch are added up."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "gradient_accumulation", "eval_batches", "sample_tokens", "checkpoints_kept")

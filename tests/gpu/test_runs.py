@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,15 @@ TRAIN, VALID = (
 def configuration(**settings: Any) -> RunConfig:
     model = ModelConfig(vocab_size=VOCAB, context_length=128, d_model=128, num_layers=2, num_heads=4)
     defaults: dict[str, Any] = {"steps": 20, "batch_size": 32, "warmup_steps": 5, "eval_batches": 2, "device": "cuda"}
-    return RunConfig(model=model, train=TrainConfig(**{**defaults, "log_interval": 1, **settings}))
+    settings = {**defaults, "log_interval": 1, **settings}
+    return RunConfig(model=model, train=TrainConfig(**settings))
 
 
-def checkpoint(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+def checkpoint(run_dir: Path, step: int) -> Mapping[str, torch.Tensor]:
     return read_checkpoint(run_dir / "checkpoints" / f"step_{step:08d}.safetensors").tensors
 
 
-def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+def difference(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> float:
     """The largest of all tensors' differences, in units of their size."""
     assert first.keys() == second.keys()
     return max(
