@@ -15,6 +15,7 @@ from tqdm import tqdm
 from basic.data import BatchSampler, check_token_ids, to_device
 from basic.functional import token_nats
 from basic.model import TransformerLM
+from basic.token_index import Tokens
 
 
 @torch.inference_mode()
@@ -63,7 +64,7 @@ class FileScore(NamedTuple):
 @torch.inference_mode()
 def score_tokens(
     model: TransformerLM,
-    tokens: np.ndarray,
+    tokens: Tokens,
     *,
     first_id: int | None = None,
     stride: int | None = None,
@@ -117,7 +118,7 @@ def score_tokens(
 
 
 def _window_nats(
-    model: TransformerLM, tokens: np.ndarray, begins: Sequence[int], width: int, num_new: int, first_id: int | None
+    model: TransformerLM, tokens: Tokens, begins: Sequence[int], width: int, num_new: int, first_id: int | None
 ) -> float:
     """Nats of the last so many tokens that windows beginning at these positions predict."""
     positions = np.array(begins)[:, None] + np.arange(width + 1)
