@@ -171,14 +171,12 @@ def _file_system(url: str) -> tuple[Any, str]:
     """What opens a URL, and the path that it has there."""
     try:
         from fsspec.core import url_to_fs
-
+    except ImportError:
+        raise ValueError(f"{url!r} is a URL: to open it, install fsspec (the extra 'dist' has it)") from None
+    try:
         return url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        missing = "fsspec" if isinstance(error, ModuleNotFoundError) and error.name == "fsspec" else ""
-        raise ValueError(
-            f"{url!r} is a URL, which cannot be opened here: "
-            + (f"install {missing} (the extra 'dist' has it)" if missing else str(error))
-        ) from None
+    except (ImportError, ValueError) as error:  # the protocol is unknown, or needs another package
+        raise ValueError(f"{url!r} is a URL that cannot be opened here: {error}") from None
 
 
 def _remote(source: TextSource, ask: Callable[[], T]) -> T:

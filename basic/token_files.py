@@ -224,6 +224,13 @@ def read_info(path: str | os.PathLike) -> TokenFileInfo:
         ) from error
 
 
+def known_info(path: str | os.PathLike) -> TokenFileInfo | None:
+    """The same where a sidecar or an index says it; None for a file of which nothing is known."""
+    if not Path(path).exists() or (index_of(path) is None and not sidecar_path(path).is_file()):
+        return None
+    return read_info(path)
+
+
 def index_of(path: str | os.PathLike) -> Path | None:
     """The index that a path means, its own or that of a folder; None for the path of a single token file."""
     path = Path(path)

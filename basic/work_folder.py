@@ -155,8 +155,10 @@ class WorkFolder:
                     if done is not None:
                         done(record)
         finally:
-            for future in numbers:
-                future.cancel()
+            # Whoever interrupts this loses nothing that is done.
+            for future, number in numbers.items():
+                if not future.cancel() and future.done() and future.exception() is None:
+                    self._note(tasks[number][0], future.result())
         if error is not None:
             raise self._explained(error, tasks[failed][0]) from error
 
