@@ -29,6 +29,7 @@ from basic.text_sources import TextSource
 _MANIFEST = "manifest.jsonl"
 _VERSION = 1  # of what the parts write; another one is other work
 _WINDOW = 1000  # parts given to an executor at a time, enough for any cluster
+_LOST_ON_CLUSTER = ("KilledWorker", "NoValidWorkerError", "FutureCancelledError")  # what Dask calls it
 _NEW_POOLS = 3  # in a row that may break before any part is done
 
 Record = dict[str, Any]
@@ -176,7 +177,7 @@ class WorkFolder:
 
     def _explained(self, error: BaseException, name: str) -> BaseException:
         """The error of a part, or what it means that its worker is gone."""
-        is_lost = isinstance(error, BrokenExecutor | CancelledError) or type(error).__name__ == "KilledWorker"
+        is_lost = isinstance(error, BrokenExecutor | CancelledError) or type(error).__name__ in _LOST_ON_CLUSTER
         if not is_lost:
             return error
         return ChildProcessError(

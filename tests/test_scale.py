@@ -4,7 +4,6 @@ import gzip
 import itertools
 import json
 import os
-import signal
 import sys
 import tracemalloc
 from collections import Counter
@@ -12,6 +11,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from functools import partial
 from pathlib import Path
 
+import dask
 import numpy as np
 import pytest
 from distributed import LocalCluster
@@ -31,6 +31,7 @@ from basic.train_bpe import train_bpe
 from basic.word_tables import add_up, joined, read_table, sorted_table, write_table
 from basic.work_folder import WorkFolder, cluster
 
+from .dying_worker import die, die_once, dying_count_shard
 from .fixtures.make_tokenizer_fixtures import SAMPLE, naive_pretoken_counts
 from .test_scripts import run_script
 
@@ -41,8 +42,11 @@ TEXT = SAMPLE.read_bytes().decode()
 
 @pytest.fixture(scope="module")
 def scheduler():
-    """The address of a cluster of two processes."""
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as local:
+    """The address of a cluster of two processes; where both are gone for good, there is an error."""
+    with (
+        dask.config.set({"distributed.scheduler.no-workers-timeout": "60s"}),
+        LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as local,
+    ):
         yield local.scheduler_address
 
 
@@ -94,21 +98,6 @@ class OneDies(Executor):
         if next(self.parts) == 2:
             return self.inner.submit(die_once, str(self.flag), fn, *args)
         return self.inner.submit(fn, *args)
-
-
-def die_once(flag, function, *arguments):
-    if not os.path.exists(flag):
-        Path(flag).touch()
-        Path(arguments[-1] + ".half.tmp").write_bytes(b"half")
-        os.kill(os.getpid(), signal.SIGKILL)
-    return function(*arguments)
-
-
-def dying_count_shard(*arguments):
-    return die_once(str(Path(arguments[-1]).parent / "died"), counting_count_shard, *arguments)
-
-
-counting_count_shard = counting.count_shard
 
 
 def names_in(folder: Path) -> set[str]:
@@ -187,10 +176,6 @@ def test_a_pool_that_always_breaks_is_given_up(tmp_path):
     folder = WorkFolder(tmp_path, {})
     with pytest.raises(ChildProcessError, match="a worker died at work on first or on what came after it"):
         folder.run(die, [("first", ()), ("second", ())], partial(ProcessPoolExecutor, 1))
-
-
-def die(path):
-    os._exit(1)
 
 
 # ---- interrupted and taken up again
