@@ -16,7 +16,7 @@ def die_once(flag: str, function, *arguments):
     return function(*arguments)
 
 
-def die(path: str) -> None:
+def die(path: str) -> dict:
     os._exit(1)
 
 

@@ -123,8 +123,8 @@ def test_every_executor_gives_what_one_process_gives(kind, request, tmp_path, co
             options = {"executor": executor, "shard_bytes": 1000, "kernels": kernels}
             counts = count_pretokens(corpus, SPECIAL, work_folder=tmp_path / f"counts{number}", **options)
             assert counts == expected
-        options = {"executor": executor, "work_folder": tmp_path / "counts", "kernels": False}
-        assert train_bpe(corpus, 400, [END], **options) == merges
+        kept = tmp_path / "counts"
+        assert train_bpe(corpus, 400, [END], executor=executor, work_folder=kept, kernels=False) == merges
         info = encode_files(tokenizer, corpus, tmp_path / "one.bin", executor=executor, shard_bytes=1000)
         encode_files(tokenizer, corpus, tmp_path / "many", executor=executor, shard_bytes=1000)
     assert info == alone
@@ -138,6 +138,7 @@ def test_every_executor_gives_what_one_process_gives(kind, request, tmp_path, co
 
 def test_a_killed_worker_of_a_cluster_costs_its_part_only(scheduler, tmp_path, corpus, tokenizer):
     with cluster(scheduler) as dask:
+        assert dask is not None
         executor = OneDies(dask, tmp_path / "died")
         info = encode_files(tokenizer, corpus, tmp_path / "many", executor=executor, shard_bytes=1000)
     assert (tmp_path / "died").exists()
@@ -182,9 +183,9 @@ def test_a_pool_that_always_breaks_is_given_up(tmp_path):
 
 
 def test_an_interrupted_encoding_goes_on_where_it_was(tmp_path, corpus, tokenizer):
-    options = {"shard_bytes": 1000}
+    many = partial(encode_files, tokenizer, corpus, tmp_path / "many", shard_bytes=1000)
     with pytest.raises(KeyboardInterrupt):
-        encode_files(tokenizer, corpus, tmp_path / "many", executor=Inline(4), **options)
+        many(executor=Inline(4))
     with pytest.raises(FileNotFoundError, match="not complete yet"):
         open_tokens(tmp_path / "many")
     done = sorted((tmp_path / "many").glob("*.bin"))
@@ -194,13 +195,13 @@ def test_an_interrupted_encoding_goes_on_where_it_was(tmp_path, corpus, tokenize
     manifest.write_bytes(manifest.read_bytes()[:-20])
     done[2].write_bytes(b"")
     executor = Inline()
-    encode_files(tokenizer, corpus, tmp_path / "many", executor=executor, **options)
+    many(executor=executor)
     assert {"000000.bin", "000001.bin"}.isdisjoint(executor.names)
     assert {"000002.bin", "000003.bin", "000004.bin"} <= set(executor.names)
     tokens = open_tokens(tmp_path / "many", verify=True)
     assert np.array_equal(tokens, encoded(tokenizer, corpus, tmp_path))
     again = Inline()
-    encode_files(tokenizer, corpus, tmp_path / "many", executor=again, **options)
+    many(executor=again)
     assert again.names == []
 
 
@@ -479,11 +480,11 @@ def test_urls_are_read_like_files(tmp_path, monkeypatch, corpus, tokenizer):
 
 
 def test_the_scripts_use_a_cluster(scheduler, tmp_path, monkeypatch, corpus):
-    run_script(monkeypatch, "train_bpe", *corpus, "--vocab-size", 400, "--output", tmp_path / "alone")
-    options = ["--vocab-size", 400, "--output", tmp_path / "tokenizer", "--scheduler", scheduler]
+    run_script(monkeypatch, "train_bpe", *corpus, "--vocab-size", "400", "--output", tmp_path / "alone")
+    options = ["--vocab-size", "400", "--output", tmp_path / "tokenizer", "--scheduler", scheduler]
     run_script(monkeypatch, "train_bpe", *corpus, *options)
     tokenizer = Tokenizer.load(tmp_path / "tokenizer")
     assert tokenizer.fingerprint == Tokenizer.load(tmp_path / "alone").fingerprint
-    options = ["--tokenizer", tmp_path / "tokenizer", "--scheduler", scheduler, "--shard-bytes", 1000]
+    options = ["--tokenizer", tmp_path / "tokenizer", "--scheduler", scheduler, "--shard-bytes", "1000"]
     run_script(monkeypatch, "encode", *corpus, tmp_path / "many", *options)
     assert np.array_equal(open_tokens(tmp_path / "many"), encoded(tokenizer, corpus, tmp_path))
