@@ -122,7 +122,7 @@ def count_words(
         folder = WorkFolder(work_folder or temporary, work, start_over=start_over)
         num_threads = 1 if executor is not None else max(1, num_workers // max(len(shards), 1))
         # Our own threads move the bar as they go, others with each shard.
-        live = advance if executor is None and kernels else None
+        live = folder.until_stopped(advance) if executor is None and kernels else None
         count = partial(count_shard, special_tokens.tokens, pattern, kernels, num_threads, live)
         run_on = executor or default_executor(num_workers, len(shards), threads=kernels)
         last = _count_and_add_up(folder, count, shards, run_on, kernels, None if live else advance)

@@ -93,7 +93,7 @@ def encode_files(
     # How much text a stream has, nobody knows.
     total = sum(piece.num_bytes for piece in pieces) if all(source.is_plain for source in sources) else None
     with progress_bar(progress, desc="encoding", total=total, unit="B", unit_scale=True) as advance:
-        live = advance if executor is None and threads else None
+        live = folder.until_stopped(advance) if executor is None and threads else None
         encode = partial(
             encode_shard,
             str(folder.path / _TOKENIZER),
@@ -105,6 +105,8 @@ def encode_files(
             live,
         )
         names = [f"{number:06}.bin" for number in range(len(shards))]
+        if not all(map(folder.record, names)):
+            (folder.path / INDEX_NAME).unlink(missing_ok=True)
         run_on = executor or default_executor(num_workers, len(shards), threads=threads)
         done = None if live else lambda record: advance(record["bytes"])
         folder.run(encode, [(name, (shard,)) for name, shard in zip(names, shards, strict=True)], run_on, done)

@@ -36,6 +36,7 @@ def train_bpe(
     start_over: bool = False,
     min_count: int = 1,
     num_workers: int | None = None,
+    shard_bytes: int | None = None,
     kernels: bool | None = None,
     progress: bool = False,
 ) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
@@ -48,8 +49,9 @@ def train_bpe(
             the text runs out of pairs.
         special_tokens: strings that are never split and across which nothing is merged.
         pattern: finds the pre-tokens, in the syntax of the `regex` package; GPT-2's by default.
-        executor, work_folder, start_over: what counts and where, see `basic.counting.count_pretokens`; the result does
-            not depend on it. A folder that holds the counts serves any `vocab_size` and `min_count`.
+        executor, work_folder, start_over, shard_bytes: what counts, where, and how much at a time, see
+            `basic.counting.count_words`; the result does not depend on it. A folder that holds the counts serves any
+            `vocab_size` and `min_count`.
         min_count: words that are there less often in all of the text take no part. That saves time and memory where
             the distinct words are many; by default all of them do.
         num_workers: threads or processes that count, by default one a processor; the result does not depend on it.
@@ -83,6 +85,7 @@ def train_bpe(
         start_over=start_over,
         min_count=min_count,
         num_workers=num_workers,
+        shard_bytes=shard_bytes,
         kernels=kernels,
         progress=progress,
     )

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ class WorkFolder:
 
     Attributes:
         path: as an absolute path.
+        stopping: set when a run ends early, for parts in threads of ours that take long.
 
     Raises:
         ValueError: the folder holds other work.
@@ -55,6 +57,7 @@ class WorkFolder:
         self.path = Path(path).resolve()
         self.path.mkdir(parents=True, exist_ok=True)
         self._manifest = self.path / _MANIFEST
+        self.stopping = threading.Event()
         self._records: dict[str, Record] = {}
         work = json.loads(json.dumps({"version": _VERSION, **work}))
         if start_over:
@@ -115,6 +118,16 @@ class WorkFolder:
             else:
                 return
 
+    def until_stopped(self, advance: Callable[[int], object]) -> Callable[[int], object]:
+        """The same progress bar, which ends the work that moves it when the run has ended early."""
+
+        def move(amount: int) -> None:
+            if self.stopping.is_set():
+                raise InterruptedError("the run has ended early")
+            advance(amount)
+
+        return move
+
     def tidy(self) -> None:
         """Remove what dead workers have left behind."""
         for path in self.path.glob("*.tmp"):
@@ -156,6 +169,8 @@ class WorkFolder:
                     if done is not None:
                         done(record)
         finally:
+            if numbers:
+                self.stopping.set()
             # Whoever interrupts this loses nothing that is done.
             for future, number in numbers.items():
                 if not future.cancel() and future.done() and future.exception() is None:
@@ -204,7 +219,8 @@ class WorkFolder:
     def _forget(self) -> None:
         for line in self._lines():
             if "file" in line:
-                (self.path / line["file"]).unlink(missing_ok=True)
+                for path in self.path.glob(f"{Path(line['file']).stem}.*"):  # with what describes it
+                    path.unlink()
         self._manifest.unlink(missing_ok=True)
 
 

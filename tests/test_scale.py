@@ -45,7 +45,7 @@ def scheduler():
     """The address of a cluster of two processes; where both are gone for good, there is an error."""
     with (
         dask.config.set({"distributed.scheduler.no-workers-timeout": "60s"}),
-        LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as local,
+        LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as local,
     ):
         yield local.scheduler_address
 

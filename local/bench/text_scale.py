@@ -49,7 +49,7 @@ def main(options: Options) -> None:
     cores = options.cores
     with (
         tempfile.TemporaryDirectory() as name,
-        LocalCluster(n_workers=cores, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=cores, threads_per_worker=1, dashboard_address=":0") as cluster,
         Client(cluster) as client,
         ProcessPoolExecutor(cores) as pool,
         ThreadPoolExecutor(cores) as threads,

@@ -98,9 +98,7 @@ def main(options: Options) -> None:
         for name in ("novels_train.txt", "multilingual_wikipedia.txt", "tinystories_2MiB.txt"):
             if (DATA / name).is_file():
                 growth(name, Path(folder))
-    print(
-        "| words | bytes a word | sort | write | on the disk | add up, of each of 16 | learn | its memory, bytes a word |"
-    )
+    print("\n| words | bytes | sort | write | on the disk | add up, of each of 16 | learn | its memory, bytes a word |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for millions in options.millions:
         subprocess.run([sys.executable, __file__, "--costs", str(int(millions * 1e6))], check=True)
