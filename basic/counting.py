@@ -125,7 +125,9 @@ def count_words(
         live = folder.until_stopped(advance) if executor is None and kernels else None
         count = partial(count_shard, special_tokens.tokens, pattern, kernels, num_threads, live)
         run_on = executor or default_executor(num_workers, len(shards), threads=kernels)
-        last = _count_and_add_up(folder, count, shards, run_on, kernels, None if live else advance)
+        levels = _names(len(shards))
+        advance(folder.bytes_done(levels[0]))
+        last = _count_and_add_up(folder, levels, count, shards, run_on, kernels, None if live else advance)
         folder.tidy()
         return at_least(joined(list(read_table(folder.path / last["file"], sha256=last["sha256"]))), min_count)
 
@@ -147,8 +149,18 @@ def default_executor(num_workers: int, num_shards: int, *, threads: bool) -> Cal
     return partial(ThreadPoolExecutor, num_workers)
 
 
+def _names(num_shards: int) -> list[list[str]]:
+    """The files of all tables: those of the shards, then those of each level of the tree, up to the last one."""
+    levels = [[f"counts-0-{number:06}.words" for number in range(num_shards)]]
+    while len(levels[-1]) > 1:
+        num_groups = -(-len(levels[-1]) // FAN_IN)
+        levels.append([f"counts-{len(levels)}-{number:06}.words" for number in range(num_groups)])
+    return levels
+
+
 def _count_and_add_up(
     folder: WorkFolder,
+    levels: Sequence[Sequence[str]],
     count: Callable[..., Record],
     shards: Sequence[Shard],
     executor: Executor | Callable[[], Executor],
@@ -156,35 +168,29 @@ def _count_and_add_up(
     advance: Advance | None,
 ) -> Record:
     """The record of the table of all words, once it is made."""
-    levels = [[f"counts-0-{number:06}.words" for number in range(len(shards))]]
-    while len(levels[-1]) > 1:
-        num_groups = -(-len(levels[-1]) // FAN_IN)
-        levels.append([f"counts-{len(levels)}-{number:06}.words" for number in range(num_groups)])
 
-    def parts_of(level: int, number: int) -> list[str]:
-        return levels[level - 1][number * FAN_IN : (number + 1) * FAN_IN]
+    def parts_of(level: int, number: int) -> range:
+        """The numbers of the tables, one level down, that are added up to this one."""
+        return range(number * FAN_IN, min((number + 1) * FAN_IN, len(levels[level - 1])))
 
     # From the last table back: what is there needs nothing of what it was made of.
     wanted: list[list[int]] = [[] for _ in levels]
     wanted[-1] = [0]
     for level in range(len(levels) - 1, 0, -1):
-        missing = [number for number in wanted[level] if folder.record(levels[level][number]) is None]
-        wanted[level] = missing
-        wanted[level - 1] = [i for number in missing for i in range(number * FAN_IN, number * FAN_IN + FAN_IN)]
-        wanted[level - 1] = [i for i in wanted[level - 1] if i < len(levels[level - 1])]
+        wanted[level] = [number for number in wanted[level] if folder.record(levels[level][number]) is None]
+        wanted[level - 1] = [part for number in wanted[level] for part in parts_of(level, number)]
     tasks = ((levels[0][i], (shards[i],)) for i in wanted[0])
     folder.run(count, tasks, executor, None if advance is None else lambda record: advance(record["bytes"]))
     for level in range(1, len(levels)):
 
         def tables(number: int, level: int = level) -> list[tuple[str, str]]:
-            records = (folder.record(name) for name in parts_of(level, number))
+            records = (folder.record(levels[level - 1][part]) for part in parts_of(level, number))
             return [(str(folder.path / record["file"]), record["sha256"]) for record in records if record]
 
         merges = ((levels[level][i], (tables(i), kernels)) for i in wanted[level])
         folder.run(add_up_tables, merges, executor)
-        for number in range(len(levels[level])):
-            for name in parts_of(level, number):
-                (folder.path / name).unlink(missing_ok=True)
+        for name in levels[level - 1]:
+            (folder.path / name).unlink(missing_ok=True)
     record = folder.record(levels[-1][0])
     assert record is not None
     return record

@@ -109,6 +109,7 @@ def encode_files(
             (folder.path / INDEX_NAME).unlink(missing_ok=True)
         run_on = executor or default_executor(num_workers, len(shards), threads=threads)
         done = None if live else lambda record: advance(record["bytes"])
+        advance(folder.bytes_done(names))
         folder.run(encode, [(name, (shard,)) for name, shard in zip(names, shards, strict=True)], run_on, done)
     folder.tidy()
     if not is_one_file:

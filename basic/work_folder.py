@@ -82,6 +82,10 @@ class WorkFolder:
             return None
         return record
 
+    def bytes_done(self, names: Iterable[str]) -> int:
+        """How much text the parts of these names were that have been done."""
+        return sum(self._records[name]["bytes"] for name in names if name in self._records)
+
     def run(
         self,
         function: Callable[..., Record],
@@ -175,8 +179,13 @@ class WorkFolder:
             for future, number in numbers.items():
                 if not future.cancel() and future.done() and future.exception() is None:
                     self._note(tasks[number][0], future.result())
+        if isinstance(error, BrokenExecutor | CancelledError) or type(error).__name__ in _LOST_ON_CLUSTER:
+            raise ChildProcessError(
+                f"a worker died at work on {tasks[failed][0]} or on what came after it (killed, or out of memory?): "
+                f"{error!r:.200}. What is done is kept in {self.path}: run the same again to go on"
+            ) from error
         if error is not None:
-            raise self._explained(error, tasks[failed][0]) from error
+            raise error
 
     def _note(self, name: str, record: Record) -> Record:
         path = self.path / name
@@ -189,16 +198,6 @@ class WorkFolder:
         with open(self._manifest, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         return record
-
-    def _explained(self, error: BaseException, name: str) -> BaseException:
-        """The error of a part, or what it means that its worker is gone."""
-        is_lost = isinstance(error, BrokenExecutor | CancelledError) or type(error).__name__ in _LOST_ON_CLUSTER
-        if not is_lost:
-            return error
-        return ChildProcessError(
-            f"a worker died at work on {name} or on what came after it (killed, or out of memory?): {error!r:.200}. "
-            f"What is done is kept in {self.path}: run the same again to go on"
-        )
 
     def _lines(self) -> list[dict[str, Any]]:
         """The lines of the manifest; one that was not finished is ended, so that the next begins on its own."""
