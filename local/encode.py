@@ -65,8 +65,11 @@ def main(options: Options) -> None:
     seconds = time.perf_counter() - start
     print(f"text     {info.source_bytes:,} bytes, {info.source_bytes / seconds / 1e6:.2f} MB/s")
     print(f"tokens   {info.count:,}, {info.source_bytes / max(info.count, 1):.3f} bytes a token, {info.dtype}")
-    is_file = output.suffix == ".bin"
-    print(f"saved as {output} and {output.with_suffix('.json')}" if is_file else f"saved in {output}/")
+    print(
+        f"saved as {output}, with its index"
+        if output.is_dir()
+        else f"saved as {output} and {output.with_suffix('.json')}"
+    )
 
 
 if __name__ == "__main__":

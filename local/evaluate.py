@@ -42,7 +42,7 @@ def main(options: Options) -> None:
     run.model.activation_dtype = activation_dtype(precision, choose_device(options.device))
     tokenizer = None if run.tokenizer_path is None else Tokenizer.load(run.tokenizer_path)
     path = options.file or Path(run.config.data.valid_tokens)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"there is no file {str(path)!r}; name a token file or a text behind the run")
     tokens, num_bytes = read(path, tokenizer, run.config.data.dtype)
     # A document begins behind an end of text, so does the file's first.
