@@ -193,7 +193,7 @@ def _remote(source: TextSource, ask: Callable[[], T]) -> T:
 def as_plain_file(path: str | os.PathLike, folder: str | os.PathLike) -> Generator[Path]:
     """The path of a file with the plain text of a source: itself, or a temporary one in this folder."""
     source = text_source(path)
-    if source.is_plain:
+    if source.is_plain and not source.is_remote:
         yield Path(source)
         return
     plain = Path(folder) / f".{Path(source).name}.txt"
