@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +19,24 @@ from basic import bpe_kernels
 from basic.atomic_file import atomic_paths, atomic_write
 from basic.bytes_utils import (
     decode_blocks,
-    file_size_bytes,
     load_json,
     load_merges,
     load_vocab,
-    map_bytes,
     progress_bar,
-    read_blocks,
     save_merges,
     save_vocab,
 )
 from basic.patterns import name_of
 from basic.pretokenization import (
     GPT2_PATTERN,
-    KERNEL_CHUNK_BYTES,
     SpecialTokens,
     compile_pattern,
-    default_num_workers,
-    invalid_byte,
     pretoken_batches,
     pretokens_of,
-    safe_cuts,
-    stream_chunks,
     without_surrogates,
 )
-from basic.text_sources import check_separator, read_text, text_source
+from basic.shards import Shard, ShardChunks, default_num_workers, invalid_byte, mapped_chunks, text_of, whole
+from basic.text_sources import Inputs, TextSource, check_separator, sources_of
 from basic.token_files import TokenFileInfo, TokenFileWriter, token_dtype
 from basic.word_ids import WordIds
 
@@ -168,7 +160,7 @@ class Tokenizer:
             try:
                 return encoder.encode_list(data, specials_as_text)
             except bpe_kernels.InvalidByteError as error:
-                raise _byte_error("text", data, error) from None
+                raise _byte_error("text", data, error, error.place) from None
         if length > _MANY_CHARACTERS or not isinstance(text, str):
             return list(chain.from_iterable(self._encode_batches([text], specials_as_text)))
         return self._encode_whole(text if text.isascii() else "".join(without_surrogates([text])), specials_as_text)
@@ -203,12 +195,13 @@ class Tokenizer:
             text = decode_blocks([array.tobytes()], "data", errors=errors)
             ids = chain.from_iterable(self._encode_batches(text, specials_as_text))
             return np.fromiter(ids, token_dtype(max(self.vocab_size, 1)))
-        chunks = self._chunks(array, len(array) // num_threads + 1, specials_as_text)
+        special = _NO_SPECIALS if specials_as_text else self._special
+        chunks = mapped_chunks(array, special, len(array) // num_threads + 1)
         try:
             encoded = encoder.encode_chunks(chunks, specials_as_text, num_threads, replace=errors == "replace")
             parts = [ids for ids, _ in encoded]
         except bpe_kernels.InvalidByteError as error:
-            raise _byte_error("data", array, error) from None
+            raise _byte_error("data", array, error, error.place) from None
         return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.zeros(0, encoder.dtype)])
 
     def encode_batch(
@@ -240,7 +233,7 @@ class Tokenizer:
 
     def encode_file(
         self,
-        input_path: str | os.PathLike,
+        inputs: Inputs,
         output_path: str | os.PathLike,
         *,
         num_threads: int | None = None,
@@ -248,10 +241,13 @@ class Tokenizer:
         specials_as_text: bool = False,
         progress: bool = False,
     ) -> TokenFileInfo:
-        """Encode a text file of any size into a token file, in bounded memory.
+        """Encode text of any size into one token file, in bounded memory.
+
+        On several machines, or so that it can be interrupted: `basic.encoding.encode_files`.
 
         Args:
-            input_path: a text file in UTF-8, plain or of those of `basic.text_sources`.
+            inputs: text in UTF-8, plain or of those of `basic.text_sources`: a file, a glob, a URL, or several of them;
+                their ids come one after the other, with nothing between.
             output_path: of the token file, `*.bin`; it and its sidecar appear when they are complete.
             num_threads: by default one for each processor that this process may use; the result is the same.
             errors: what to do about bytes that are not UTF-8: "strict" raises, "replace" encodes U+FFFD for them.
@@ -263,47 +259,65 @@ class Tokenizer:
 
         Raises:
             ValueError: the text is not UTF-8 (the byte offset is named), or needs a byte that the vocabulary
-                lacks; or both paths are the same file.
+                lacks; or an input and the output are the same file.
             OSError: a file cannot be read or written.
         """
+        sources = sources_of(inputs)
+        for source in sources:
+            if os.path.exists(output_path) and not source.is_remote and os.path.samefile(source, output_path):
+                raise ValueError(f"{os.fspath(output_path)!r} is the text itself; give another output_path")
+        shard = self.pieces_of(sources, errors, specials_as_text)
+        # How much text a stream has, nobody knows.
+        total = sum(piece.num_bytes for piece in shard) if all(source.is_plain for source in sources) else None
+        with progress_bar(progress, desc="encoding", total=total, unit="B", unit_scale=True) as advance:
+            return self.encode_shard(
+                shard, output_path, _checked_threads(num_threads), errors, specials_as_text, advance
+            )
+
+    def pieces_of(self, sources: Iterable[TextSource], errors: str, specials_as_text: bool) -> Shard:
+        """The inputs, whole, checked like the other arguments of `encode_file`."""
         _check_errors(errors)
-        num_threads = _checked_threads(num_threads)
-        size = file_size_bytes(input_path)
-        source = text_source(input_path)
-        check_separator(source, () if specials_as_text else self.special_token_ids)
-        if os.path.exists(output_path) and os.path.samefile(input_path, output_path):
-            raise ValueError(f"{os.fspath(output_path)!r} is the text itself; give another output_path")
-        encoder = self._encoder_for(size, num_mapped_bytes=size if source.is_plain else 0)
-        total = size if source.is_plain else None  # how much text a stream has, nobody knows
-        with (
-            TokenFileWriter(output_path, self.vocab_size, tokenizer_fingerprint=self.fingerprint) as writer,
-            progress_bar(progress, desc="encoding", total=total, unit="B", unit_scale=True) as advance,
-        ):
+        sources = list(sources)
+        for source in sources:
+            check_separator(source, () if specials_as_text else self.special_token_ids)
+        return tuple(map(whole, sources))
+
+    def encode_shard(
+        self,
+        shard: Shard,
+        output_path: str | os.PathLike,
+        num_threads: int,
+        errors: str,
+        specials_as_text: bool,
+        advance: Callable[[int], object],
+    ) -> TokenFileInfo:
+        """Encode parts of inputs into a token file; `advance` is told the bytes that are done."""
+        size = sum(piece.num_bytes for piece in shard)
+        encoder = self._encoder_for(size, sum(piece.num_bytes for piece in shard if piece.is_mapped))
+        special = _NO_SPECIALS if specials_as_text else self._special
+        with TokenFileWriter(output_path, self.vocab_size, tokenizer_fingerprint=self.fingerprint) as writer:
             if encoder is not None:
-                if source.is_plain:
-                    chunks = self._chunks(map_bytes(input_path), KERNEL_CHUNK_BYTES, specials_as_text)
-                else:
-                    special = _NO_SPECIALS if specials_as_text else self._special
-                    chunks = stream_chunks(read_text(source, errors=errors), special, KERNEL_CHUNK_BYTES)
-                done, waiting = 0, deque[bpe_kernels.Chunk]()
+                chunks = ShardChunks(shard, special, errors=errors)
                 try:
                     for ids, num_bytes in encoder.encode_chunks(
-                        _noted(chunks, waiting), specials_as_text, num_threads, replace=errors == "replace"
+                        chunks, specials_as_text, num_threads, replace=errors == "replace"
                     ):
-                        waiting.popleft()
-                        done += num_bytes
+                        chunks.done()
                         writer.write(ids, source_bytes=num_bytes)
                         advance(num_bytes)
                 except bpe_kernels.InvalidByteError as error:
-                    data, start, _ = waiting[0]
-                    raise _byte_error(input_path, data, error, offset=done - start) from None
+                    source, data, offset = chunks.place(error.place)
+                    raise _byte_error(source, data, error, offset) from None
             else:
-                blocks = (
-                    read_blocks(input_path) if source.is_plain else map(str.encode, read_text(source, errors=errors))
-                )
-                blocks = _counted(blocks, writer, advance)
-                for batch in self._encode_batches(decode_blocks(blocks, input_path, errors=errors), specials_as_text):
-                    writer.write(batch)
+
+                def read(num_bytes: int) -> None:
+                    writer.write((), source_bytes=num_bytes)
+                    advance(num_bytes)
+
+                for piece in shard:
+                    text = text_of(piece, special, self._pattern, errors=errors, read=read)
+                    for batch in self._encode_batches(text, specials_as_text):
+                        writer.write(batch)
         return writer.info
 
     def _encode_whole(self, text: str, specials_as_text: bool) -> list[int]:
@@ -326,15 +340,9 @@ class Tokenizer:
                 ids.append(self.special_token_ids[special_token])
             yield ids
 
-    def _chunks(self, data: np.ndarray, chunk_bytes: int, specials_as_text: bool) -> Iterator[bpe_kernels.Chunk]:
-        """The data in chunks that can be encoded apart."""
-        special = _NO_SPECIALS if specials_as_text else self._special
-
-        def read(start: int, length: int) -> bytes:
-            return data[start : start + length].tobytes()
-
-        for start, stop in pairwise(chain((0,), safe_cuts(read, len(data), special, chunk_bytes))):
-            yield data, start, stop
+    def runs_in_threads(self, num_bytes: int) -> bool:
+        """Whether a text of this size is encoded by kernels, which run side by side in threads."""
+        return self._encoder_for(num_bytes) is not None
 
     def _encoder_for(self, num_bytes: int, num_mapped_bytes: int = 0) -> bpe_kernels.KernelEncoder | None:
         """What encodes a text of this size with kernels, None where the plain path shall."""
@@ -468,27 +476,12 @@ def _readonly_bytes(data: bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 
 
 def _byte_error(
-    name: str | os.PathLike, data: np.ndarray, error: bpe_kernels.InvalidByteError, *, offset: int = 0
+    name: str | os.PathLike, data: np.ndarray, error: bpe_kernels.InvalidByteError, offset: int
 ) -> ValueError:
-    """What to raise; the data begins at an offset of what the name stands for."""
+    """What to raise for a byte that has this offset in what the name stands for."""
     if not error.lacks_token:
-        return invalid_byte(name, data, error.place)
+        return invalid_byte(name, data, error.place, offset)
     return ValueError(
-        f"the vocabulary has no token for the byte 0x{data[error.place]:02x}, at byte offset {offset + error.place} of "
+        f"the vocabulary has no token for the byte 0x{data[error.place]:02x}, at byte offset {offset} of "
         f"{os.fspath(name)!r}; train the tokenizer with all 256 bytes"
     )
-
-
-def _noted(chunks: Iterable[bpe_kernels.Chunk], notes: deque[bpe_kernels.Chunk]) -> Iterator[bpe_kernels.Chunk]:
-    """The same chunks, each also put at the end of the notes."""
-    for chunk in chunks:
-        notes.append(chunk)
-        yield chunk
-
-
-def _counted(blocks: Iterable[bytes], writer: TokenFileWriter, advance: Callable[[int], object]) -> Iterator[bytes]:
-    """The same blocks, whose sizes go to the sidecar and the progress bar."""
-    for block in blocks:
-        writer.write((), source_bytes=len(block))
-        advance(len(block))
-        yield block

@@ -31,7 +31,8 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from basic.pretokenization import SpecialTokens, count_pretokens
+from basic.counting import count_pretokens
+from basic.pretokenization import SpecialTokens
 from basic.stories import stories
 from basic.token_files import token_dtype
 from basic.Tokenizer import Tokenizer

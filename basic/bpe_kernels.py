@@ -6,7 +6,8 @@
     bpe_scan      where words begin        |
     bpe_words     the table of words       |  all of them arrays and Numba;
     bpe_count     scan, look up, add one   |  this module imports them
-    bpe_merge     learn merges from counts |  when they are needed
+    bpe_sort      sort words, add up equal |  when they are needed
+    bpe_merge     learn merges from counts |
     bpe_encode    scan, look up, copy ids  |
     bpe_decode    ids to bytes             |
 
@@ -42,6 +43,8 @@ _ADDRESS_SPACE_BYTES = 2 << 30
 MAX_VOCAB_SIZE = (1 << 21) - 1
 MAX_SYMBOLS = (1 << 31) - 1  # bytes and words that training numbers with 32 bits
 _MERGES_AT_ONCE = 1000
+# A thread's table with as many words takes 128 MB, and has room for those of another chunk.
+_MOST_WORDS = 1_300_000
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -152,13 +155,13 @@ def _warm_up_training() -> None:
     """Call each kernel once with the types that it will have."""
     from basic.bpe_count import WordCounter
     from basic.bpe_merge import MergeLearner
+    from basic.bpe_sort import sorted_words
 
     data = _bytes_array(b"the cat and the dog, \xc3\xa9t\xc3\xa9 " + b"long" * 300)
     counter = WordCounter(code_classes(), special_arrays([b"<|endoftext|>"]))
     counter.add_text(data, 0, len(data))
     counter.grow()
-    words = counter.words()
-    counter.add_words(words)
+    words = sorted_words(counter.words())
     learner = MergeLearner(words, 3)
     learner.grow(1 << 17)
     learner.learn(3)
@@ -199,40 +202,52 @@ def special_arrays(tokens: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.
 
 def count_words(
     chunks: Iterable[Chunk], special_tokens: Sequence[bytes], num_threads: int, advance: Callable[[int], object]
-) -> Words:
+) -> Iterator[Words]:
     """Count the words of chunks, which must begin and end where words do.
 
     Args:
         special_tokens: the longest first.
-        advance: is told the bytes that are done.
+        advance: is told the bytes of a chunk that is done.
+
+    Yields:
+        Sorted tables, in which a word has more than one count: they are put out before they are large, so that memory
+        does not grow with the text.
 
     Raises:
         InvalidByteError: the bytes are not UTF-8; of several places the first.
     """
     load("training")
     from basic.bpe_count import WordCounter
+    from basic.bpe_sort import sorted_words
 
-    counters, idle = [], []
+    idle: list[WordCounter] = []
     specials = special_arrays(special_tokens)
 
-    def count(chunk: Chunk) -> tuple[int | None, int]:
-        if idle:
-            counter = idle.pop()
+    def count(chunk: Chunk) -> tuple[int | None, Words | None, int]:
+        counter = idle.pop() if idle else WordCounter(code_classes(), specials)
+        wrong, full = counter.add_text(*chunk), None
+        if counter.num_words > _MOST_WORDS:
+            full = sorted_words(counter.words())
         else:
-            counters.append(counter := WordCounter(code_classes(), specials))
-        wrong = counter.add_text(*chunk)
-        idle.append(counter)
-        return wrong, chunk[2] - chunk[1]
+            idle.append(counter)
+        return wrong, full, chunk[2] - chunk[1]
 
-    for wrong, num_bytes in _in_order(count, chunks, num_threads):
+    for wrong, full, num_bytes in _in_order(count, chunks, num_threads):
         if wrong is not None:
             raise InvalidByteError(wrong)
+        if full is not None:
+            yield full
         advance(num_bytes)
-    if not counters:
-        counters.append(WordCounter(code_classes(), specials))
-    for counter in counters[1:]:
-        counters[0].add_words(counter.words())
-    return counters[0].words()
+    for counter in idle:
+        yield sorted_words(counter.words())
+
+
+def sort_words(words: Words) -> Words:
+    """The words in ascending order of their bytes, equal ones as one with the sum of their counts."""
+    load("training")
+    from basic.bpe_sort import sorted_words
+
+    return sorted_words(words)
 
 
 def _in_order(function: Callable[[T], R], items: Iterable[T], num_threads: int) -> Iterator[R]:

@@ -2,7 +2,7 @@
 
 A row that starts at `p` is `x = tokens[p : p + context_length]` with `y = tokens[p + 1 : p + context_length + 1]`,
 so the starts of `n` tokens are `0 .. n - context_length - 1`. Only the rows of a batch are ever read, so the
-tokens may be a memory map far larger than memory.
+tokens may be a memory map far larger than memory, or the many files of an index.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from basic.token_files import mapped_file
+from basic.token_index import Tokens
 
 # Tokens looked at together when a whole file is scanned: a few MB, whatever the size of the file.
 _SCAN_TOKENS = 1 << 22
@@ -26,7 +27,7 @@ _MOST_SCANNED_TOKENS = 1 << 30
 
 
 def get_batch(
-    dataset: np.ndarray, batch_size: int, context_length: int, device: str | torch.device
+    dataset: Tokens, batch_size: int, context_length: int, device: str | torch.device
 ) -> tuple[Int64[Tensor, " batch_size context_length"], Int64[Tensor, " batch_size context_length"]]:
     """Draw rows at random, every possible start equally likely and independent of the others.
 
@@ -87,7 +88,7 @@ class BatchSampler:
 
     def __init__(
         self,
-        tokens: np.ndarray,
+        tokens: Tokens,
         batch_size: int,
         context_length: int,
         *,
@@ -179,7 +180,7 @@ def prefetch(
                 future.cancel()
 
 
-def document_starts(tokens: np.ndarray, separator_id: int, context_length: int) -> np.ndarray:
+def document_starts(tokens: Tokens, separator_id: int, context_length: int) -> np.ndarray:
     """Positions where a row may begin so that its first token is the separator before a document.
 
     A row begins at the separator, not after it, so that the first token of the document is a target too.
@@ -213,7 +214,7 @@ def document_starts(tokens: np.ndarray, separator_id: int, context_length: int) 
     return starts
 
 
-def check_token_ids(tokens: np.ndarray, vocab_size: int) -> None:
+def check_token_ids(tokens: Tokens, vocab_size: int) -> None:
     """Make sure that a model of this vocabulary can embed the tokens, without reading a large file.
 
     A token file says in its sidecar which id is its largest. Other tokens are read once, in pieces, unless there are
@@ -266,14 +267,14 @@ def _check_id(token_id: int, position: int, vocab_size: int) -> None:
 
 
 def _rows(
-    tokens: np.ndarray, starts: np.ndarray, context_length: int
+    tokens: Tokens, starts: np.ndarray, context_length: int
 ) -> tuple[Int64[Tensor, " rows context_length"], Int64[Tensor, " rows context_length"]]:
     windows = tokens[starts[:, None] + np.arange(context_length + 1)].astype(np.int64)
     x, y = windows[:, :-1], windows[:, 1:]
     return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(np.ascontiguousarray(y))
 
 
-def _count_starts(tokens: np.ndarray, batch_size: int, context_length: int) -> int:
+def _count_starts(tokens: Tokens, batch_size: int, context_length: int) -> int:
     """The number of positions at which a row may start; raises ValueError if there is none."""
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise ValueError(

@@ -16,6 +16,7 @@ from basic.data import BatchSampler, check_token_ids, to_device
 from basic.distributed import ALONE, World
 from basic.functional import token_nats
 from basic.model import TransformerLM
+from basic.token_index import Tokens
 
 
 @torch.no_grad()  # not inference mode: what FSDP2 gathers in that is of no use for training afterwards
@@ -70,7 +71,7 @@ class FileScore(NamedTuple):
 @torch.inference_mode()
 def score_tokens(
     model: TransformerLM,
-    tokens: np.ndarray,
+    tokens: Tokens,
     *,
     first_id: int | None = None,
     stride: int | None = None,
@@ -124,7 +125,7 @@ def score_tokens(
 
 
 def _window_nats(
-    model: TransformerLM, tokens: np.ndarray, begins: Sequence[int], width: int, num_new: int, first_id: int | None
+    model: TransformerLM, tokens: Tokens, begins: Sequence[int], width: int, num_new: int, first_id: int | None
 ) -> float:
     """Nats of the last so many tokens that windows beginning at these positions predict."""
     positions = np.array(begins)[:, None] + np.arange(width + 1)

@@ -1,32 +1,26 @@
-"""Pre-tokens: the pieces of text inside which byte-pair encoding works, found, streamed and counted.
+"""Pre-tokens: the pieces of text inside which byte-pair encoding works, found, streamed, and cut apart.
 
 A text is cut at its special tokens, and what lies between them by the GPT-2 pattern, which leaves nothing out:
 
     "I've 2 cats.<|endoftext|>"  ->  ["I", "'ve", " 2", " cats", "."], "<|endoftext|>"
 
 No special token and no pre-token looks further ahead than a few characters. So a text can be cut in pieces and
-streamed (`pretoken_batches`), and a file in ranges that are counted in parallel (`count_pretokens`), with the
-same result as in one go.
+streamed (`pretoken_batches`), and a file in ranges that are worked on in parallel (`safe_cut`), with the same result
+as in one go.
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from itertools import chain, pairwise, repeat
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
+from itertools import chain
 
 import numpy as np
 import regex
 
 from basic import bpe_kernels
-from basic.bpe_kernels import Words
-from basic.bytes_utils import decode_blocks, file_size_bytes, map_bytes, progress_bar, read_blocks, utf8_error
 from basic.patterns import PATTERNS, spelled_out
-from basic.text_sources import TextSource, check_separator, read_text, text_source
 
 GPT2_PATTERN = regex.compile(PATTERNS["gpt2"])
 
@@ -38,11 +32,6 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 _PIECE_CHARACTERS = 1 << 13  # pre-tokenised at a time: their list takes some fifteen bytes a character
 _SEARCH_BYTES = 1 << 12  # read at first to find a place to cut
-_MIN_CHUNK_BYTES, _MAX_CHUNK_BYTES = 1 << 20, 1 << 24
-_MIN_CHUNKS_FOR_PROCESSES = 4
-KERNEL_CHUNK_BYTES = 1 << 22
-
-FileChunk = tuple[str | os.PathLike, int, int]  # path, start, stop
 
 
 class SpecialTokens:
@@ -204,209 +193,15 @@ def _short(pieces: Iterable[str]) -> Iterator[str]:
             yield piece[start : start + _PIECE_CHARACTERS]
 
 
-def count_pretokens(
-    input_path: str | os.PathLike | Sequence[str | os.PathLike],
-    special_tokens: SpecialTokens,
-    *,
-    pattern: str | None = None,
-    num_workers: int | None = None,
-    chunk_bytes: int | None = None,
-    kernels: bool | None = None,
-    progress: bool = False,
-) -> Counter[bytes]:
-    """Count the pre-tokens of a file, in parallel where it is large enough to be worth it.
-
-    Args:
-        input_path: a text file in UTF-8, plain or of those of `basic.text_sources`, or several; no pre-token goes from
-            one file to the next.
-        special_tokens: hard boundaries, which are not counted themselves.
-        pattern: another than GPT-2's, in the syntax of the `regex` package.
-        num_workers: threads or processes, at least 1; by default one for each processor that this process may use.
-        chunk_bytes: about how much of the file is one task, at least 1; chosen by default. The result is the
-            same for any value.
-        kernels: whether to count with compiled code; by default where the text is large.
-        progress: whether to show a progress bar.
-
-    Returns:
-        How often each pre-token, as UTF-8, is there.
-
-    Raises:
-        ValueError: the file is not UTF-8 (the byte offset is named), or a number is too small.
-        OSError: the file cannot be read.
-    """
-    counted = count_words(
-        input_path,
-        special_tokens,
-        pattern=pattern,
-        num_workers=num_workers,
-        chunk_bytes=chunk_bytes,
-        kernels=kernels,
-        progress=progress,
-    )
-    return counted if isinstance(counted, Counter) else counted.counter()
-
-
-def count_words(
-    input_path: str | os.PathLike | Sequence[str | os.PathLike],
-    special_tokens: SpecialTokens,
-    *,
-    pattern: str | None = None,
-    num_workers: int | None = None,
-    chunk_bytes: int | None = None,
-    kernels: bool | None = None,
-    progress: bool = False,
-) -> Counter[bytes] | Words:
-    """The same, but what the kernels have counted stays in arrays."""
-    paths = [text_source(path) for path in ([input_path] if isinstance(input_path, str | os.PathLike) else input_path)]
-    for path in paths:
-        check_separator(path, special_tokens.tokens)
-    if num_workers is None:
-        num_workers = default_num_workers()
-    compiled = compile_pattern(pattern)
-    sizes = [file_size_bytes(path) for path in paths]
-    size = sum(sizes)
-    kernels = (
-        compiled is GPT2_PATTERN
-        and kernels is not False
-        and (bool(kernels) or bpe_kernels.worth_it("training", size, num_mapped_bytes=size))
-    )
-    if chunk_bytes is None:
-        # Enough chunks that nobody waits long for the last one, large enough to repeat few words; the kernels find
-        # the special tokens of a chunk, then its words, and the second time it is best still in the cache.
-        largest = KERNEL_CHUNK_BYTES if kernels else _MAX_CHUNK_BYTES
-        chunk_bytes = min(max(size // (4 * max(num_workers, 1)), _MIN_CHUNK_BYTES), largest)
-    for name, value in [("num_workers", num_workers), ("chunk_bytes", chunk_bytes)]:
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    chunks: list[FileChunk] = [
-        (path, start, stop)
-        for path in paths
-        if path.is_plain
-        for start, stop in pairwise(chunk_boundaries(path, special_tokens, chunk_bytes, compiled))
-    ]
-    streams = [path for path in paths if not path.is_plain]
-    # How much text a stream has, nobody knows.
-    total = None if streams else size
-    with progress_bar(progress, desc="counting", total=total, unit="B", unit_scale=True) as advance:
-        if kernels:
-            return _count_with_kernels(chunks, streams, chunk_bytes, special_tokens, num_workers, advance)
-        counts: Counter[str] = Counter()
-        chunk_counts = _count_chunks(chunks, special_tokens, pattern, num_workers)
-        for (_, start, stop), counted in zip(chunks, chunk_counts, strict=True):
-            counts.update(counted)
-            advance(stop - start)
-        for piece_counts in _count_streams(streams, special_tokens, compiled, advance):
-            counts.update(piece_counts)
-    return Counter({pretoken.encode(): count for pretoken, count in counts.items()})
-
-
-def _count_with_kernels(
-    chunks: list[FileChunk],
-    streams: list[TextSource],
-    chunk_bytes: int,
-    special_tokens: SpecialTokens,
-    num_threads: int,
-    advance: Callable[[int], object],
-) -> Words:
-    arrays = {path: map_bytes(path) for path, _, _ in chunks}
-    mapped = ((arrays[path], start, stop) for path, start, stop in chunks)
-    streamed = (stream_chunks(read_text(stream), special_tokens, chunk_bytes) for stream in streams)
-    done = 0
-
-    def count_done(num_bytes: int) -> None:
-        nonlocal done
-        done += 1
-        advance(num_bytes)
-
-    try:
-        return bpe_kernels.count_words(
-            chain(mapped, chain.from_iterable(streamed)),
-            special_tokens.longest_first_bytes,
-            num_threads,
-            count_done,
-        )
-    except bpe_kernels.InvalidByteError as error:  # of a mapped file: a stream is UTF-8 when it arrives
-        path = chunks[done][0]
-        raise invalid_byte(path, arrays[path], error.place) from None
-
-
-def invalid_byte(name: str | os.PathLike, data: np.ndarray, place: int) -> ValueError:
-    """What to raise for a byte of an array that is not UTF-8."""
-    try:
-        data[place : place + 4].tobytes().decode()
-    except UnicodeDecodeError as error:
-        return utf8_error(name, place, int(data[place]), error.reason)
-    raise AssertionError(f"the bytes at {place} are UTF-8")
-
-
-def default_num_workers() -> int:
-    """The processors this process may use, which in a container can be fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _count_chunks(
-    chunks: list[FileChunk], special_tokens: SpecialTokens, pattern: str | None, num_workers: int
-) -> Iterator[Counter[str]]:
-    """The counts of each chunk, in order."""
-    arguments = (chunks, repeat(special_tokens), repeat(pattern))
-    if num_workers == 1 or len(chunks) < _MIN_CHUNKS_FOR_PROCESSES:
-        yield from map(_count_chunk, *arguments)
-        return
-    # Not multiprocessing.Pool, which waits for ever for a worker that the system has killed.
-    with ProcessPoolExecutor(min(num_workers, len(chunks))) as executor:
-        yield from executor.map(_count_chunk, *arguments)
-
-
-def _count_chunk(chunk: FileChunk, special_tokens: SpecialTokens, pattern: str | None) -> Counter[str]:
-    path, start, stop = chunk
-    counts: Counter[str] = Counter()
-    text = decode_blocks(read_blocks(path, start, stop), path, start)
-    for pretokens, _ in pretoken_batches(text, special_tokens, compile_pattern(pattern)):
-        counts.update(pretokens)
-    return counts
-
-
-def _count_streams(
-    streams: list[TextSource],
-    special_tokens: SpecialTokens,
-    pattern: re.Pattern[str],
-    advance: Callable[[int], object],
-) -> Iterator[list[str]]:
-    """The pre-tokens of each stream, some at a time."""
-    for stream in streams:
-        for pretokens, _ in pretoken_batches(read_text(stream), special_tokens, pattern):
-            yield pretokens
-            advance(sum(map(len, pretokens)))
-
-
-def chunk_boundaries(
-    path: str | os.PathLike,
-    special_tokens: SpecialTokens,
-    chunk_bytes: int,
-    pattern: re.Pattern[str] = GPT2_PATTERN,
-) -> list[int]:
-    """Byte offsets at which a file can be cut without changing its pre-tokens.
-
-    Returns:
-        0, the first safe place from each multiple of `chunk_bytes` on, and the size of the file.
-    """
-    with open(path, "rb") as file:
-
-        def read(start: int, length: int) -> bytes:
-            file.seek(start)
-            return file.read(length)
-
-        return [0, *safe_cuts(read, file_size_bytes(path), special_tokens, chunk_bytes, pattern)]
-
-
 def safe_cuts(
     read: Callable[[int, int], bytes],
     size: int,
     special_tokens: SpecialTokens,
     chunk_bytes: int,
     pattern: re.Pattern[str] = GPT2_PATTERN,
+    *,
+    start: int = 0,
+    stop: int | None = None,
 ) -> Iterator[int]:
     """The ends of chunks of a text, one after the other as they are asked for.
 
@@ -414,16 +209,15 @@ def safe_cuts(
         read: gives the bytes from an offset on, as many as there are of a length.
         size: of the text in bytes.
         pattern: of another than GPT-2's nothing is known; only special tokens are safe places then.
+        start, stop: the part of the text to cut, itself between safe places.
     """
-    safe = _SAFE_CUT if pattern is GPT2_PATTERN else "(?!)"
-    candidate = regex.compile(f"{safe}|(?={special_tokens.pattern.pattern})")
-    last = 0
-    for position in range(chunk_bytes, size, chunk_bytes):
+    last, stop = start, size if stop is None else stop
+    for position in range(start + chunk_bytes, stop, chunk_bytes):
         if position > last:
-            last = _safe_cut_from(read, position, size, special_tokens, candidate)
+            last = safe_cut(read, position, size, special_tokens, pattern)
             yield last
-    if last < size:
-        yield size
+    if last < stop:
+        yield stop
 
 
 def stream_chunks(
@@ -461,20 +255,24 @@ def _slice(text: bytes, start: int, length: int) -> bytes:
     return text[start : start + length]
 
 
-def _safe_cut_from(
+def safe_cut(
     read: Callable[[int, int], bytes],
     position: int,
     size: int,
     special_tokens: SpecialTokens,
-    candidate: re.Pattern[str],
+    pattern: re.Pattern[str] = GPT2_PATTERN,
 ) -> int:
     """The first safe place at or after a byte offset, at the latest the end of the file.
 
     A safe place is the beginning of a special token, or white space after another character, unless it lies
     within what could be a special token: which of several overlapping ones is meant depends on all before it.
+    So each is found without the ones before it, by whoever wants it.
     """
+    if not 0 < position < size:
+        return min(max(position, 0), size)
+    candidate = _candidate(special_tokens.pattern.pattern, pattern is GPT2_PATTERN)
     # Seen before the offset: a whole special token and a whole character (of at most 4 bytes).
-    begin = max(0, position - max([4, *(len(token.encode()) for token in special_tokens.tokens)]))
+    begin = max(0, position - max([4, *map(len, special_tokens.longest_first_bytes)]))
     length = position - begin + _SEARCH_BYTES
     while True:
         # Invalid bytes, such as those of a character cut by the window, become one surrogate each, so that the
@@ -493,6 +291,12 @@ def _safe_cut_from(
         if at_end:
             return size
         length *= 2
+
+
+@cache
+def _candidate(special_tokens: str, own: bool) -> re.Pattern[str]:
+    """Finds places that may be safe."""
+    return regex.compile(f"{_SAFE_CUT if own else '(?!)'}|(?={special_tokens})")
 
 
 def _within_special_token(text: str, here: int, special_tokens: SpecialTokens) -> bool:

@@ -24,7 +24,7 @@ import torch
 from basic.config_files import load_config
 from basic.model import TransformerLM
 from basic.runs import RunConfig, read_all_records
-from basic.token_files import TokenFileInfo, read_info, sidecar_path
+from basic.token_files import TokenFileInfo, known_info
 
 Record = Mapping[str, Any]
 LoadVocab = Callable[[Path], Mapping[int, bytes]]
@@ -222,8 +222,8 @@ def _samples_section(samples: Sequence[tuple[int | None, str]], training: Sequen
 def _token_file(path: str, run_dir: Path) -> TokenFileInfo | None:
     """What is known of a token file where the run found it, or in the run's own folder."""
     for place in (Path(path), run_dir / Path(path).name) if path else ():
-        if place.suffix != ".json" and sidecar_path(place).is_file():
-            return read_info(place)
+        if (info := known_info(place)) is not None:
+            return info
     return None
 
 

@@ -19,6 +19,7 @@ import torch
 
 from basic.atomic_file import atomic_write
 from basic.token_files import mapped_file
+from basic.token_index import Tokens
 
 RECORD_NAME = "environment.json"
 
@@ -103,7 +104,7 @@ def check_start(run_dir: Path, start: dict[str, Any], warn: Callable[[str], None
             warn(f"warning: {run_dir} was begun with {name} {before}, and goes on with {start[name]}; {remedy}")
 
 
-def describe_tokens(tokens: np.ndarray) -> dict[str, Any]:
+def describe_tokens(tokens: Tokens) -> dict[str, Any]:
     """Where tokens come from, and a fingerprint of what they are, which reads little of them."""
     path, info = mapped_file(tokens)
     digest = hashlib.sha256(str(len(tokens)).encode())

@@ -253,7 +253,7 @@ def reduce_dtype(config: TrainConfig, activations: torch.dtype) -> torch.dtype:
     """What gradients are added up in between processes."""
     if config.reduce_precision == "auto":
         return activations if config.parallel == "sharded" and config.gradient_accumulation == 1 else torch.float32
-    return getattr(torch, config.reduce_precision)
+    return torch.bfloat16 if config.reduce_precision == "bfloat16" else torch.float32
 
 
 def start_folder(run_dir: Path, config: RunConfig, tokenizer: Savable | None, *, overwrite: bool = False) -> None:

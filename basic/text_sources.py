@@ -1,26 +1,32 @@
 """Corpora as they come: plain text, and text out of .gz, .zst and .jsonl files, also .jsonl.gz and .jsonl.zst.
 
-Plain text is mapped into memory by those who read it. All else is a stream of text here, read front to back: in memory
-there are a block of it or, of JSON lines, the longest line.
+Plain text can be read from anywhere on, and is mapped into memory by those who read it. All else is a stream of text
+here, read front to back: in memory there are a block of it or, of JSON lines, the longest line.
+
+Inputs are files, globs, and URLs (s3://, https://, ...), which `fsspec` opens where it is installed.
 """
 
 from __future__ import annotations
 
+import glob
 import gzip
 import io
 import json
 import os
 import sys
 import zlib
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from basic.bytes_utils import BLOCK_BYTES, decode_blocks, file_size_bytes, utf8_error
+from basic.bytes_utils import BLOCK_BYTES, decode_blocks, file_size_bytes, read_blocks, utf8_error
+
+T = TypeVar("T")
 
 _COMPRESSIONS = (".gz", ".zst")
+_REMOTE_BLOCK_BYTES = 1 << 23  # asked of a remote file at a time: a round trip costs as much as a megabyte or more
 
 
 @dataclass(frozen=True)
@@ -28,12 +34,14 @@ class TextSource:
     """A file of text, and how to read it if it holds JSON lines. Stands for its path wherever a corpus is read."""
 
     path: str | os.PathLike
-    """Text in UTF-8. A name that ends in .gz or .zst says that it is compressed, .jsonl (before that) that each line is
-    a JSON object, which holds a document."""
+    """Text in UTF-8, a local file or a URL. A name that ends in .gz or .zst says that it is compressed, .jsonl (before
+    that) that each line is a JSON object, which holds a document."""
     field: str = "text"
     """The name under which a JSON object has its text."""
     end_of_text: str = "<|endoftext|>"
     """The special token to put between the documents of JSON lines."""
+    follows_text: bool = False
+    """Whether the first document of JSON lines, too, needs that token before it."""
 
     def __fspath__(self) -> str:
         return os.fspath(self.path)
@@ -52,6 +60,75 @@ class TextSource:
     def is_plain(self) -> bool:
         """Whether the bytes of the file are those of the text."""
         return not self.is_json_lines and self.compression is None
+
+    @property
+    def is_remote(self) -> bool:
+        return "://" in os.fspath(self)
+
+    def state(self) -> tuple[int | None, str]:
+        """The size in bytes, None where the server does not tell, and a mark that changes with the content."""
+        if not self.is_remote:
+            size = file_size_bytes(self)  # says what is wrong with other things than files
+            return size, str(os.stat(self).st_mtime_ns)
+        system, path = _file_system(os.fspath(self))
+        return _remote(self, lambda: (system.size(path), str(system.ukey(path))))
+
+    def open(self) -> io.BufferedIOBase:
+        """The bytes of the file, from the first on."""
+        if not self.is_remote:
+            file_size_bytes(self)
+            return open(self.path, "rb")
+        system, path = _file_system(os.fspath(self))
+        return _remote(self, lambda: system.open(path, "rb"))
+
+    def read(self, start: int, length: int) -> bytes:
+        """As many bytes as there are of this length from an offset on."""
+        if self.is_remote:
+            system, path = _file_system(os.fspath(self))
+            return _remote(self, lambda: system.cat_file(path, start=start, end=start + length))
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            return file.read(length)
+
+    def blocks(self, start: int, stop: int) -> Iterator[bytes]:
+        """The bytes between two offsets."""
+        if not self.is_remote:
+            yield from read_blocks(self, start, stop)
+            return
+        for position in range(start, stop, _REMOTE_BLOCK_BYTES):
+            yield self.read(position, min(_REMOTE_BLOCK_BYTES, stop - position))
+
+
+Inputs = str | os.PathLike | Sequence[str | os.PathLike]
+
+
+def sources_of(inputs: Inputs) -> list[TextSource]:
+    """The sources that one input or several stand for, in their order; what a glob finds, sorted by name.
+
+    JSON lines that come after something else are to begin with what separates their documents.
+
+    Raises:
+        FileNotFoundError: there is no such file, or nothing fits a glob.
+    """
+    sources = []
+    for given in [inputs] if isinstance(inputs, str | os.PathLike) else inputs:
+        source = text_source(given)
+        name = os.fspath(source)
+        signs = "*[" if source.is_remote else "*?["  # a ? in a URL begins a query
+        if not any(sign in name for sign in signs) or os.path.exists(name):
+            sources.append(source)
+            continue
+        if source.is_remote:
+            system, path = _file_system(name)
+            found = _remote(source, lambda: [system.unstrip_protocol(path) for path in system.glob(path)])  # noqa: B023
+        else:
+            found = [path for path in glob.glob(name, recursive=True) if os.path.isfile(path)]
+        if not found:
+            raise FileNotFoundError(f"no file fits {name!r}: check the glob, and the folder it starts from")
+        sources += [replace(source, path=path) for path in sorted(found)]
+    if not sources:
+        raise ValueError("there is no input; give at least one file, glob or URL")
+    return sources[:1] + [replace(source, follows_text=source.is_json_lines) for source in sources[1:]]
 
 
 def text_source(path: str | os.PathLike) -> TextSource:
@@ -81,20 +158,46 @@ def read_text(path: str | os.PathLike, *, errors: str = "strict") -> Iterator[st
         OSError: the file cannot be read.
     """
     source = text_source(path)
-    file_size_bytes(source)  # says what is wrong with other things than files
-    opener: Any = {None: open, ".gz": gzip.open}.get(source.compression) or _zstd().open
-    with opener(source.path, "rb") as file:
+    with source.open() as stored, _decompressed(stored, source) as file:
         if source.is_json_lines:
             yield from _documents(_lines(file, source), source, errors)
         else:
             yield from decode_blocks(_blocks(file, source), source, errors=errors)
 
 
+def _decompressed(file: io.BufferedIOBase, source: TextSource) -> Any:
+    if source.compression is None:
+        return file
+    return gzip.open(file) if source.compression == ".gz" else _zstd().open(file)
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """What opens a URL, and the path that it has there."""
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError:
+        raise ValueError(f"{url!r} is a URL: to open it, install fsspec (the extra 'dist' has it)") from None
+    try:
+        return url_to_fs(url)
+    except (ImportError, ValueError) as error:  # the protocol is unknown, or needs another package
+        raise ValueError(f"{url!r} is a URL that cannot be opened here: {error}") from None
+
+
+def _remote(source: TextSource, ask: Callable[[], T]) -> T:
+    """What a server answers; its errors get the name of the file."""
+    try:
+        return ask()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {os.fspath(source)!r}: check the URL") from None
+    except ImportError as error:  # what a protocol needs besides fsspec
+        raise ValueError(f"{os.fspath(source)!r} cannot be opened here: {error}") from None
+
+
 @contextmanager
 def as_plain_file(path: str | os.PathLike, folder: str | os.PathLike) -> Generator[Path]:
     """The path of a file with the plain text of a source: itself, or a temporary one in this folder."""
     source = text_source(path)
-    if source.is_plain:
+    if source.is_plain and not source.is_remote:
         yield Path(source)
         return
     plain = Path(folder) / f".{Path(source).name}.txt"
@@ -153,7 +256,7 @@ def _read(read: Any, size: int, source: TextSource, offset: int) -> bytes:
 
 def _documents(lines: Iterator[tuple[int, bytes]], source: TextSource, errors: str) -> Iterator[str]:
     """The documents, and what separates them."""
-    is_first = True
+    is_first = not source.follows_text
     for number, (offset, line) in enumerate(lines, start=1):
         if not line.strip():
             continue

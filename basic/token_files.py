@@ -15,11 +15,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from basic.atomic_file import atomic_paths
+
+if TYPE_CHECKING:
+    from basic.token_index import Tokens
 
 UINT16, UINT32 = np.dtype("<u2"), np.dtype("<u4")
 _DTYPES = {"uint16": UINT16, "uint32": UINT32}
@@ -75,6 +79,20 @@ class TokenFileInfo:
     vocab_size: int
     tokenizer_fingerprint: str | None
     sha256: str
+
+
+def info_as_json(info: TokenFileInfo) -> dict[str, Any]:
+    """What a sidecar or an index says, as JSON values."""
+    return {**asdict(info), "dtype": info.dtype.name}
+
+
+def info_from_json(content: dict[str, Any]) -> TokenFileInfo:
+    """The same back; ValueError, KeyError or TypeError where it is something else."""
+    values = {field.name: content[field.name] for field in fields(TokenFileInfo)}
+    values["dtype"] = _DTYPES[values["dtype"]]
+    if not isinstance(values["count"], int):
+        raise TypeError(f"count is {values['count']!r}")
+    return TokenFileInfo(**values)
 
 
 class TokenFileWriter:
@@ -141,8 +159,7 @@ class TokenFileWriter:
                 tokenizer_fingerprint=self.tokenizer_fingerprint,
                 sha256=self._digest.hexdigest(),
             )
-            content = {**asdict(self.info), "dtype": self.dtype.name}
-            sidecar.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            sidecar.write_text(json.dumps(info_as_json(self.info), indent=2) + "\n", encoding="utf-8")
 
     def write(self, ids: npt.ArrayLike | Sequence[int], source_bytes: int | np.integer = 0) -> None:
         """Append ids.
@@ -179,23 +196,22 @@ class TokenFileWriter:
 
 
 def read_info(path: str | os.PathLike) -> TokenFileInfo:
-    """What the sidecar of the token file at `path` says.
+    """What the sidecar of the token file at `path` says, or the index of a dataset of several.
 
     Args:
-        path: of the data, not of the sidecar.
+        path: of the data, not of the sidecar; or of an index, or its folder.
 
     Raises:
         FileNotFoundError: there is no sidecar.
         ValueError: the sidecar is damaged, or describes something else.
     """
+    if (index := index_of(path)) is not None:
+        from basic.token_index import read_index
+
+        return read_index(index)[0]
     sidecar = sidecar_path(path)
     try:
-        content = json.loads(sidecar.read_text(encoding="utf-8"))
-        values = {field.name: content[field.name] for field in fields(TokenFileInfo)}
-        values["dtype"] = _DTYPES[values["dtype"]]
-        if not isinstance(values["count"], int):
-            raise TypeError(f"count is {values['count']!r}")
-        return TokenFileInfo(**values)
+        return info_from_json(json.loads(sidecar.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{sidecar}, the sidecar that says how to read {path}, is missing: make the token file again, or "
@@ -208,29 +224,57 @@ def read_info(path: str | os.PathLike) -> TokenFileInfo:
         ) from error
 
 
+def known_info(path: str | os.PathLike) -> TokenFileInfo | None:
+    """The same where a sidecar or an index says it; None for a file of which nothing is known."""
+    if not Path(path).exists() or (index_of(path) is None and not sidecar_path(path).is_file()):
+        return None
+    return read_info(path)
+
+
+def index_of(path: str | os.PathLike) -> Path | None:
+    """The index that a path means, its own or that of a folder; None for the path of a single token file."""
+    path = Path(path)
+    if path.is_dir():
+        path /= "index.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"there is no {str(path)!r}: the folder is no token dataset, or one that is not complete yet; "
+                "local/encode.py, run again, goes on with it"
+            )
+    return path if path.suffix == ".json" else None
+
+
 def open_tokens(path: str | os.PathLike, *, dtype: npt.DTypeLike | None = None, verify: bool = False) -> np.ndarray:
-    """Map a file of token ids into memory, reading none of it yet.
+    """Map a file of token ids into memory, reading none of it yet; or all files of an index, as one.
 
     Args:
         path: a token file with its sidecar, a flat file of integers whose `dtype` is given, or a
-            one-dimensional integer array saved as `.npy`.
+            one-dimensional integer array saved as `.npy`; or the index of a dataset, or its folder.
         dtype: needed where there is no sidecar; otherwise it must agree with what the file says.
         verify: read all the data once and compare its SHA-256 with the sidecar's. Without it, a file of the
             right length with other contents passes.
 
     Returns:
-        A one-dimensional read-only array, an `np.memmap` unless the file is empty (nothing can be mapped).
+        A one-dimensional read-only array, an `np.memmap` unless the file is empty (nothing can be mapped); of an
+        index `basic.token_index.ShardedTokens`, which can do what is done with one here.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file contradicts its sidecar or `dtype`, or is not an array of token ids.
     """
-    path = Path(path)
-    if not path.is_file():
+    path, index = Path(path), index_of(path)
+    if not path.exists():
         raise FileNotFoundError(f"there is no token file {str(path)!r}; local/encode.py makes one from a text")
     asked = None if dtype is None else np.dtype(dtype)
     if asked is not None and asked.kind not in "iu":
         raise ValueError(f"dtype={asked} cannot hold token ids; give an integer type, such as uint16")
+    if index is not None:
+        from basic.token_index import ShardedTokens
+
+        tokens = ShardedTokens(index, verify=verify)
+        if asked not in (None, tokens.dtype):
+            raise ValueError(f"dtype={asked} was asked for, but {index} says {tokens.dtype.name}; leave dtype out")
+        return cast("np.ndarray", tokens)
     if path.suffix == ".npy":
         if verify:
             raise ValueError(f"{path}: an .npy file has no checksum to verify; open it without verify=True")
@@ -253,8 +297,10 @@ def open_tokens(path: str | os.PathLike, *, dtype: npt.DTypeLike | None = None, 
     return np.memmap(path, dtype=asked, mode="r")
 
 
-def mapped_file(tokens: np.ndarray) -> tuple[Path | None, TokenFileInfo | None]:
+def mapped_file(tokens: Tokens) -> tuple[Path | None, TokenFileInfo | None]:
     """The file that an array of `open_tokens` maps, and what its sidecar says; None for either where there is none."""
+    if not isinstance(tokens, np.ndarray):
+        return tokens.path, tokens.info
     path = Path(tokens.filename) if isinstance(tokens, np.memmap) and tokens.filename else None
     if path is None or path.suffix == ".npy" or not sidecar_path(path).is_file():
         return path, None

@@ -1,6 +1,6 @@
 """Training byte-pair encoding: which pairs of tokens to merge, learned from how often they stand together.
 
-A file is counted once into pre-tokens (`basic.pretokenization`); from then on only the distinct ones matter.
+A text is counted once into pre-tokens (`basic.counting`); from then on only the distinct ones matter.
 """
 
 from __future__ import annotations
@@ -8,13 +8,16 @@ from __future__ import annotations
 import heapq
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor
 from itertools import pairwise
 
 from basic import bpe_kernels
 from basic.bpe_kernels import Words
 from basic.bytes_utils import progress_bar
-from basic.pretokenization import SpecialTokens, count_words
+from basic.counting import count_words
+from basic.pretokenization import SpecialTokens
+from basic.text_sources import Inputs
 
 Pair = tuple[int, int]
 
@@ -23,24 +26,34 @@ _MERGED = -2  # the place of a token that is now part of the one to its left
 
 
 def train_bpe(
-    input_path: str | os.PathLike | Sequence[str | os.PathLike],
+    inputs: Inputs,
     vocab_size: int,
     special_tokens: Iterable[str],
     *,
     pattern: str | None = None,
+    executor: Executor | None = None,
+    work_folder: str | os.PathLike | None = None,
+    start_over: bool = False,
+    min_count: int = 1,
     num_workers: int | None = None,
+    shard_bytes: int | None = None,
     kernels: bool | None = None,
     progress: bool = False,
 ) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
-    """Train a byte-pair encoding on a text file.
+    """Train a byte-pair encoding on text of any size.
 
     Args:
-        input_path: a text file in UTF-8, read as it is (newlines are not translated), or a list of them; also
-            compressed or as JSON lines (`basic.text_sources`).
+        inputs: text in UTF-8, read as it is (newlines are not translated): a file, a glob, a URL, or several of them;
+            also compressed or as JSON lines (`basic.text_sources`).
         vocab_size: the number of tokens wanted, at least 256 plus the special tokens. There are fewer where
             the text runs out of pairs.
         special_tokens: strings that are never split and across which nothing is merged.
         pattern: finds the pre-tokens, in the syntax of the `regex` package; GPT-2's by default.
+        executor, work_folder, start_over, shard_bytes: what counts, where, and how much at a time, see
+            `basic.counting.count_words`; the result does not depend on it. A folder that holds the counts serves any
+            `vocab_size` and `min_count`.
+        min_count: words that are there less often in all of the text take no part. That saves time and memory where
+            the distinct words are many; by default all of them do.
         num_workers: threads or processes that count, by default one a processor; the result does not depend on it.
         kernels: whether to use compiled code; by default where the text is large. The result is the same.
         progress: whether to show progress bars.
@@ -63,10 +76,20 @@ def train_bpe(
             f"vocab_size={vocab_size} is too small: the 256 bytes and {len(special.tokens)} special tokens "
             f"need at least {len(first_tokens)}"
         )
-    counts = count_words(
-        input_path, special, pattern=pattern, num_workers=num_workers, kernels=kernels, progress=progress
+    words = count_words(
+        inputs,
+        special,
+        pattern=pattern,
+        executor=executor,
+        work_folder=work_folder,
+        start_over=start_over,
+        min_count=min_count,
+        num_workers=num_workers,
+        shard_bytes=shard_bytes,
+        kernels=kernels,
+        progress=progress,
     )
-    merges = _merges_from_words(counts, vocab_size - len(first_tokens), kernels=kernels, progress=progress)
+    merges = _merges_from_words(words, vocab_size - len(first_tokens), kernels=kernels, progress=progress)
     tokens = first_tokens + [left + right for left, right in merges]
     return dict(enumerate(tokens)), merges
 
@@ -129,7 +152,14 @@ def _for_kernels(words: Mapping[bytes, int] | Words, kernels: bool | None) -> Wo
         if not (kernels or bpe_kernels.worth_it("training", 4 * num_bytes)) or most >= 1 << 63:
             return None
         words = Words.from_counts(words)
-    return words if len(words.data) + len(words.counts) < bpe_kernels.MAX_SYMBOLS else None
+    elif not (kernels or bpe_kernels.worth_it("training", 4 * len(words.data))):
+        return None
+    if len(words.data) + len(words.counts) >= bpe_kernels.MAX_SYMBOLS:
+        raise ValueError(
+            f"{len(words.counts):,} distinct words of {len(words.data):,} bytes are too many to train on: they must be "
+            f"less than {bpe_kernels.MAX_SYMBOLS:,} bytes and words; leave out the rare ones (min_count=2, or more)"
+        )
+    return words
 
 
 class _MergeState:

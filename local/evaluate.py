@@ -42,7 +42,7 @@ def main(options: Options) -> None:
     run.model.activation_dtype = activation_dtype(precision, choose_device(options.device))
     tokenizer = None if run.tokenizer_path is None else Tokenizer.load(run.tokenizer_path)
     path = options.file or Path(run.config.data.valid_tokens)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"there is no file {str(path)!r}; name a token file or a text behind the run")
     tokens, num_bytes = read(path, tokenizer, run.config.data.dtype)
     # A document begins behind an end of text, so does the file's first.
@@ -62,20 +62,16 @@ def main(options: Options) -> None:
 
 def read(path: Path, tokenizer, dtype: str):
     """The ids of a file, and the length of the text they stand for in bytes, 0 for unknown."""
-    from basic.token_files import open_tokens, read_info, sidecar_path
+    from basic.token_files import known_info, open_tokens
 
-    if path.suffix == ".npy":
-        return open_tokens(path), 0
-    if path.suffix == ".bin" and dtype and not sidecar_path(path).is_file():
-        return open_tokens(path, dtype=dtype), 0
-    if path.suffix == ".bin":
-        tokens, info = open_tokens(path), read_info(path)
-        if tokenizer is not None and info.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
+    if path.is_dir() or path.suffix in (".bin", ".npy", ".json"):
+        info = None if path.suffix == ".npy" else known_info(path)
+        if tokenizer is not None and info and info.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
             raise ValueError(
-                f"{sidecar_path(path)} says that {path} was made by another tokenizer than the run's; give the text "
-                "itself, or encode it again"
+                f"{path} was made by another tokenizer than the run's; give the text itself, or encode it again"
             )
-        return tokens, info.source_bytes
+        dtype = "" if info or path.suffix == ".npy" else dtype
+        return open_tokens(path, dtype=dtype or None), info.source_bytes if info else 0
     if tokenizer is None:
         raise ValueError(f"the run has no tokenizer/ folder, so {path} must be a token file (.bin or .npy)")
     text = path.read_bytes()

@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def start(options: Options, world: World) -> None:
-    from basic.token_files import open_tokens, read_info, sidecar_path
+    from basic.token_files import known_info, open_tokens
     from basic.Tokenizer import Tokenizer
     from basic.training import train
 
@@ -83,8 +83,8 @@ def start(options: Options, world: World) -> None:
     folder = own if options.resume and own.is_dir() else data.tokenizer
     tokenizer = Tokenizer.load(folder) if folder else None
     for path in paths:
-        maker = read_info(path).tokenizer_fingerprint if sidecar_path(path).is_file() else None
-        if tokenizer is not None and maker not in (None, tokenizer.fingerprint):
+        info = known_info(path)
+        if tokenizer is not None and info and info.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
             raise ValueError(f"{path} was not made by the tokenizer in {folder}; encode the text again with it")
     how = {"resume": options.resume is not None, "overwrite": options.overwrite, "progress": True}
     run = train(options.run, tokens[0], tokens[1], output, tokenizer=tokenizer, world=world, **how)

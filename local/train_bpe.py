@@ -1,4 +1,4 @@
-"""Train a tokenizer on a text file: `uv run local/train_bpe.py data/TinyStories-train.txt`."""
+"""Train a tokenizer on text of any size: `uv run local/train_bpe.py data/TinyStories-train.txt`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -14,8 +15,9 @@ from basic import command_line
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    input: tyro.conf.Positional[Path]
-    """Text file in UTF-8: .txt (or any name), .gz, .zst, .jsonl, .jsonl.gz or .jsonl.zst."""
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT [INPUT ...]")]
+    """Text in UTF-8: .txt (or any name), .gz, .zst, .jsonl, .jsonl.gz or .jsonl.zst; files, globs in quotation marks,
+    and URLs (s3://bucket/*.jsonl.zst)."""
     vocab_size: int = 10_000
     """Tokens to have in the end: the special tokens, the 256 bytes, and the merges."""
     special_tokens: tuple[str, ...] = ("<|endoftext|>",)
@@ -27,22 +29,38 @@ class Options:
     output: Path = Path("runs/tokenizer")
     """Folder for vocab.json, merges.txt and special_tokens.json."""
     num_workers: int | None = None
-    """Processes that count; by default one for each processor. The result is the same for any number."""
+    """Threads that count; by default one for each processor. The result is the same for any number."""
+    min_count: int = 1
+    """Words that are there less often in all of the text take no part: saves memory where the text is vast."""
+    work: Path | None = None
+    """Folder that keeps what is counted: the same command goes on where an interrupted one was, and another
+    --vocab-size counts nothing again. With --scheduler by default OUTPUT.work."""
+    start_over: bool = False
+    """Forget what --work holds."""
+    scheduler: str | None = None
+    """Address of a Dask scheduler, such as tcp://10.0.0.1:8786, whose workers count; all of them must see --work."""
 
 
 def main(options: Options) -> None:
     from basic.text_sources import TextSource
     from basic.Tokenizer import Tokenizer
     from basic.train_bpe import train_bpe
+    from basic.work_folder import cluster
 
     start = time.perf_counter()
-    vocab, merges = train_bpe(
-        TextSource(options.input, options.field, options.end_of_text),
-        options.vocab_size,
-        options.special_tokens,
-        num_workers=options.num_workers,
-        progress=True,
-    )
+    work = options.work or (options.output.with_name(options.output.name + ".work") if options.scheduler else None)
+    with cluster(options.scheduler) as executor:
+        vocab, merges = train_bpe(
+            [TextSource(path, options.field, options.end_of_text) for path in options.inputs],
+            options.vocab_size,
+            options.special_tokens,
+            executor=executor,
+            work_folder=work,
+            start_over=options.start_over,
+            min_count=options.min_count,
+            num_workers=options.num_workers,
+            progress=True,
+        )
     seconds = time.perf_counter() - start
     tokenizer = Tokenizer(vocab, merges, options.special_tokens)
     tokenizer.save(options.output)

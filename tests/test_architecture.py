@@ -34,25 +34,39 @@ ROOMS: dict[str, set[str]] = {
     "bytes_utils": set(),
     "patterns": set(),
     "text_sources": {"bytes_utils"},
-    "pretokenization": {"bytes_utils", "bpe_kernels", "patterns", "text_sources"},
+    "pretokenization": {"bpe_kernels", "patterns"},
+    "shards": {"bpe_kernels", "bytes_utils", "pretokenization", "text_sources"},
+    "work_folder": {"text_sources"},
+    "word_tables": {"bpe_kernels"},
+    "counting": {
+        *("bpe_kernels", "bytes_utils", "pretokenization", "shards", "text_sources", "word_tables", "work_folder"),
+    },
     "bpe_kernels": {
-        *("bpe_kernels", "bpe_machine", "bpe_scan", "bpe_count", "bpe_merge", "bpe_apply", "bpe_encode", "bpe_decode")
+        *("bpe_kernels", "bpe_machine", "bpe_scan", "bpe_count", "bpe_sort", "bpe_merge"),
+        *("bpe_apply", "bpe_encode", "bpe_decode"),
     },
     # the kernels themselves, which use errors and types of the module that leads to them
     "bpe_machine": set(),
     "bpe_scan": {"bpe_machine"},
     "bpe_words": {"bpe_machine", "bpe_scan"},
     "bpe_count": {"bpe_kernels", "bpe_machine", "bpe_scan", "bpe_words"},
+    "bpe_sort": {"bpe_kernels", "bpe_machine", "bpe_words"},
     "bpe_merge": {"bpe_kernels", "bpe_machine", "bpe_words"},
     "bpe_apply": {"bpe_machine", "bpe_words"},
     "bpe_encode": {"bpe_kernels", "bpe_machine", "bpe_scan", "bpe_words", "bpe_apply"},
     "bpe_decode": {"bpe_machine"},
-    "token_files": set(),
-    "train_bpe": {"pretokenization", "bpe_kernels", "bytes_utils"},
+    "token_files": {"token_index"},
+    "train_bpe": {"counting", "pretokenization", "bpe_kernels", "bytes_utils", "text_sources"},
     "word_ids": set(),
     "Tokenizer": {
-        *("bpe_kernels", "bytes_utils", "patterns", "pretokenization", "text_sources", "token_files", "word_ids"),
+        *("bpe_kernels", "bytes_utils", "patterns", "pretokenization", "shards", "text_sources", "token_files"),
+        "word_ids",
     },
+    "encoding": {
+        *("bytes_utils", "counting", "shards", "text_sources", "token_files", "token_index", "Tokenizer"),
+        "work_folder",
+    },
+    "token_index": {"token_files"},
     # tokenizers of others
     "merge_order": {"word_ids"},
     "tokenizer_formats": {"Tokenizer", "bytes_utils", "merge_order", "patterns"},
@@ -77,21 +91,13 @@ ROOMS: dict[str, set[str]] = {
     "optimizer": {"kernels", "adamw_kernel", "distributed"},
     "train_step": {"data", "distributed", "kernels", "model", "optimizer", "runs"},
     "decoder": {"decode_kernels", "flash_attention", "model"},
-    "data": {"token_files"},
+    "data": {"token_files", "token_index"},
     "background_save": {"checkpoint", "distributed", "sharded_checkpoint"},
     "run_checkpoints": {
-        *(
-            "background_save",
-            "checkpoint",
-            "sharded_checkpoint",
-            "config_files",
-            "distributed",
-            "model",
-            "run_log",
-            "runs",
-        ),
+        *("background_save", "checkpoint", "sharded_checkpoint", "config_files", "distributed"),
+        *("model", "run_log", "runs"),
     },
-    "run_record": {"token_files"},
+    "run_record": {"token_files", "token_index"},
     "meter": set(),
     "stop_signals": set(),
     "command_line": set(),
@@ -101,7 +107,7 @@ ROOMS: dict[str, set[str]] = {
     "distributed": {"rank_watch"},
     "rank_watch": set(),
     "generation": {"functional", "kernels", "model", "decoder"},
-    "evaluation": {"data", "distributed", "functional", "model"},
+    "evaluation": {"data", "distributed", "functional", "model", "token_index"},
     "config_files": set(),
     "runs": {"checkpoint", "sharded_checkpoint", "config_files", "model"},
     "plotting": set(),
@@ -121,8 +127,10 @@ ROOMS["sweep"] = {"config_files", "evaluation", "plotting", "runs", "training"}
 ROOMS["export"] = ROOMS["import_model"] = ROOMS["assignment_question"] = ROOMS["playground"] = set(ROOMS)
 ROOMS["playground_server"] = {"playground"}
 
-NUMBA = {"bpe_machine", "bpe_scan", "bpe_words", "bpe_count", "bpe_merge", "bpe_apply", "bpe_encode", "bpe_decode"}
+NUMBA = {"bpe_machine", "bpe_scan", "bpe_words", "bpe_count", "bpe_sort", "bpe_merge"}
+NUMBA |= {"bpe_apply", "bpe_encode", "bpe_decode"}
 TORCH_FREE = {"atomic_file", "bytes_utils", "pretokenization", "bpe_kernels", "token_files", "train_bpe", "Tokenizer"}
+TORCH_FREE |= {"shards", "work_folder", "word_tables", "counting", "encoding", "token_index"}
 TORCH_FREE |= NUMBA | {"word_ids", "patterns", "text_sources", "merge_order", "tokenizer_formats", "tiktoken_files"}
 TORCH_FREE |= {"story_words", "stories", "corpus", "config_files", "plotting"}
 TORCH_FREE |= {"stop_signals", "command_line"}
@@ -139,6 +147,8 @@ ONLY_IN = {
     "matplotlib": {"plotting"},
     "starlette": {"playground_server"},
     "anyio": {"playground_server"},
+    "distributed": {"work_folder"},
+    "fsspec": {"text_sources"},
     "wandb": {"trackers"},
     "tensorboard": {"trackers"},
 }

@@ -15,9 +15,10 @@ import pytest
 import regex
 
 from basic import Tokenizer as tokenizer_module
-from basic import bpe_kernels
+from basic import bpe_kernels, shards
 from basic.bytes_utils import load_merges, load_vocab
-from basic.pretokenization import SpecialTokens, count_pretokens
+from basic.counting import count_pretokens
+from basic.pretokenization import SpecialTokens
 from basic.token_files import open_tokens, read_info
 from basic.Tokenizer import Tokenizer
 from basic.train_bpe import merges_from_counts, train_bpe
@@ -147,14 +148,15 @@ def test_words_of_real_text(tmp_path, name):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_any_cutting_gives_the_same_counts(tmp_path, seed):
+def test_any_cutting_gives_the_same_counts(tmp_path, monkeypatch, seed):
     rng = random.Random(seed)
+    monkeypatch.setattr(shards, "KERNEL_CHUNK_BYTES", rng.choice([1, 50, 1000]))
     special_tokens = rng.sample(OVERLAPPING, rng.randint(0, len(OVERLAPPING)))
     pieces = [nasty_text(rng, 30) + rng.choice([*OVERLAPPING, "<|endoftext", "<|end|>", " th"]) for _ in range(400)]
     path = write(tmp_path, "".join(pieces))
     expected = count_pretokens(path, SpecialTokens(special_tokens), num_workers=1, kernels=False)
     for _ in range(4):
-        options = {"num_workers": rng.randint(1, 8), "chunk_bytes": rng.choice([1, 50, 1000, 5000])}
+        options = {"num_workers": rng.randint(1, 8), "shard_bytes": rng.choice([300, 1000, 5000])}
         assert counts_of_kernels(path, special_tokens, **options) == expected
 
 
@@ -215,7 +217,7 @@ def test_invalid_utf8_is_named_by_its_offset(tmp_path, num_workers):
             offset = error.start
         path = write(tmp_path, data)
         with pytest.raises(ValueError, match=f"not valid UTF-8 at byte offset {offset} "):
-            counts_of_kernels(path, num_workers=num_workers, chunk_bytes=400)
+            counts_of_kernels(path, num_workers=num_workers, shard_bytes=400)
 
 
 # ---- merges
@@ -271,7 +273,7 @@ def test_any_cutting_gives_the_same_ids(tmp_path, monkeypatch, pair, seed):
         assert ids.tolist() == expected
         assert ids.dtype == np.uint16
     assert slow.encode_array(text.encode(), specials_as_text=as_text).tolist() == expected
-    monkeypatch.setattr(tokenizer_module, "KERNEL_CHUNK_BYTES", rng.choice([1, 100, 3000]))
+    monkeypatch.setattr(shards, "KERNEL_CHUNK_BYTES", rng.choice([1, 100, 3000]))
     path = write(tmp_path, text)
     for tokenizer, name in ((fast, "fast.bin"), (slow, "slow.bin")):
         info = tokenizer.encode_file(path, tmp_path / name, num_threads=rng.randint(1, 4), specials_as_text=as_text)
@@ -393,7 +395,7 @@ def test_surrogates(pair):
 @pytest.mark.parametrize("kernels", [True, False])
 def test_bytes_that_are_not_utf8(tmp_path, monkeypatch, trained, kernels):
     tokenizer = Tokenizer(*trained, OVERLAPPING, kernels=kernels)
-    monkeypatch.setattr(tokenizer_module, "KERNEL_CHUNK_BYTES", 500)
+    monkeypatch.setattr(shards, "KERNEL_CHUNK_BYTES", 500)
     rng = random.Random(0)
     garbage = b" ".join(nasty_text(rng, 20).encode()[rng.randint(0, 3) :] for _ in range(200))
     cases = [garbage, b"\xff", b"abc \xe2\x82", b"a" * 3000 + b"\x80", b"good \xed\xa0\x80 bad"]
@@ -420,7 +422,7 @@ def test_bytes_that_are_not_utf8(tmp_path, monkeypatch, trained, kernels):
 
 def test_an_interrupted_encode_file_leaves_nothing(tmp_path, monkeypatch, pair):
     path = write(tmp_path, "some words\n" * 10_000)
-    monkeypatch.setattr(tokenizer_module, "KERNEL_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(shards, "KERNEL_CHUNK_BYTES", 1000)
     written = []
 
     def interrupted(self, ids, source_bytes=0):
@@ -471,8 +473,8 @@ def test_another_pattern(tmp_path, pattern):
     expected = Counter(word.encode() for word in words if word)
     path = write(tmp_path, text)
     special_tokens = SpecialTokens([END])
-    for chunk_bytes in (100, 4000, 1 << 20):
-        assert count_pretokens(path, special_tokens, pattern=pattern, chunk_bytes=chunk_bytes) == expected
+    for shard_bytes in (100, 4000, 1 << 20):
+        assert count_pretokens(path, special_tokens, pattern=pattern, shard_bytes=shard_bytes) == expected
     vocab, merges = train_bpe(path, 300, [END], pattern=pattern, kernels=True)
     assert merges == merges_from_counts(expected, 300 - 257, kernels=False)
     tokenizer = Tokenizer(vocab, merges, [END], pattern=pattern, kernels=True)

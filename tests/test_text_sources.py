@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from basic import Tokenizer as tokenizer_module
+from basic import shards
 from basic.corpus import split_text
-from basic.pretokenization import SpecialTokens, compile_pattern, count_pretokens, pretoken_batches, stream_chunks
+from basic.counting import count_pretokens
+from basic.pretokenization import SpecialTokens, compile_pattern, pretoken_batches, stream_chunks
 from basic.text_sources import TextSource, read_text
 from basic.token_files import open_tokens
 from basic.Tokenizer import Tokenizer
@@ -66,14 +67,14 @@ def test_the_text_is_what_went_in(tmp_path_factory, suffix, documents):
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("kernels", [False, True])
 def test_counts_merges_and_ids_are_those_of_the_plain_text(tmp_path, monkeypatch, suffix, kernels):
-    monkeypatch.setattr(tokenizer_module, "KERNEL_CHUNK_BYTES", 300)
+    monkeypatch.setattr(shards, "KERNEL_CHUNK_BYTES", 300)
     documents = [*DOCUMENTS, SAMPLE.read_bytes().decode(), "a" * 2000, *DOCUMENTS]
     plain, path = write(tmp_path, documents, ".txt"), write(tmp_path, documents, suffix)
     special = SpecialTokens([END])
     expected = count_pretokens(plain, special)
-    for chunk_bytes in (50, None):
+    for shard_bytes in (50, None):
         for paths, times in [([path], 1), ([path, plain, path], 3)]:
-            counts = count_pretokens(paths, special, kernels=kernels, chunk_bytes=chunk_bytes, num_workers=2)
+            counts = count_pretokens(paths, special, kernels=kernels, shard_bytes=shard_bytes, num_workers=2)
             assert counts == {pretoken: times * count for pretoken, count in expected.items()}
     vocab, merges = train_bpe(path, 300, [END], kernels=kernels)
     assert (vocab, merges) == train_bpe(plain, 300, [END], kernels=False)
@@ -264,7 +265,7 @@ def test_wrong_bytes_can_be_replaced(tmp_path, suffix):
 
 @pytest.mark.parametrize("kernels", [False, True])
 def test_a_byte_without_a_token(tmp_path, monkeypatch, kernels):
-    monkeypatch.setattr(tokenizer_module, "KERNEL_CHUNK_BYTES", 100)
+    monkeypatch.setattr(shards, "KERNEL_CHUNK_BYTES", 100)
     path = tmp_path / "corpus.txt.gz"
     path.write_bytes(gzip.compress(b"a " * 100_000 + b"b" + b" a" * 300))
     tokenizer = Tokenizer({97: b"a", 32: b" "}, [], kernels=kernels)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from basic import pretokenization
+from basic import counting
 from basic.train_bpe import merges_from_counts
 
 from .adapters import run_train_bpe
@@ -101,7 +101,7 @@ def test_equals_the_tokenizers_package_up_to_a_tie(name, at_least):
 
 @pytest.mark.parametrize("special_tokens", [["<|endoftext|>"], [], SPECIAL_TOKENS])
 def test_result_is_the_same_for_any_number_of_workers(tmp_path, monkeypatch, special_tokens):
-    monkeypatch.setattr(pretokenization, "_MIN_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(counting, "_MIN_PLAIN_BYTES", 1000)
     path = tmp_path / "corpus.txt"
     path.write_bytes(SAMPLE.read_bytes() * 40)
     vocab, merges = run_train_bpe(path, 600, special_tokens, num_workers=1)
