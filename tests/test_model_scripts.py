@@ -120,7 +120,7 @@ def test_a_prompt_begins_a_document_where_the_model_learned_from_their_beginning
 def test_ctrl_c_ends_without_a_traceback(folder):
     command = [sys.executable, REPOSITORY / "local" / "generate.py", folder / "run", "--prompt", "the"]
     process = subprocess.Popen(
-        [*command, "--max-tokens", "1000000", "--temperature", "2", "--device", "cpu"],
+        [*command, "--num-samples", "1000000", "--temperature", "2", "--device", "cpu"],
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
