@@ -247,7 +247,7 @@ class Tokenizer:
 
         Args:
             inputs: text in UTF-8, plain or of those of `basic.text_sources`: a file, a glob, a URL, or several of them;
-                their ids come one after the other, with nothing between.
+                their ids come one after the other, as `encode_files` says.
             output_path: of the token file, `*.bin`; it and its sidecar appear when they are complete.
             num_threads: by default one for each processor that this process may use; the result is the same.
             errors: what to do about bytes that are not UTF-8: "strict" raises, "replace" encodes U+FFFD for them.

@@ -49,7 +49,8 @@ def encode_files(
 
     Args:
         inputs: text in UTF-8, plain or of those of `basic.text_sources`: a file, a glob, a URL, or several of them;
-            their ids come one after the other, with nothing between. One that is given twice is encoded twice.
+            their ids come one after the other, with nothing between, but JSON lines begin with what separates their
+            documents. One that is given twice is encoded twice.
         output: the folder of the dataset, which `basic.token_files.open_tokens` opens as one array. Where the name ends
             in .bin, one token file, to which the parts are joined in the end.
         executor: what encodes; by default this machine's cores. All workers must see the output's folder. The ids are
