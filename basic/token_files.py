@@ -244,7 +244,13 @@ def index_of(path: str | os.PathLike) -> Path | None:
     return path if path.suffix == ".json" else None
 
 
-def open_tokens(path: str | os.PathLike, *, dtype: npt.DTypeLike | None = None, verify: bool = False) -> np.ndarray:
+def open_tokens(
+    path: str | os.PathLike,
+    *,
+    dtype: npt.DTypeLike | None = None,
+    verify: bool = False,
+    made_by: str | None = None,
+) -> np.ndarray:
     """Map a file of token ids into memory, reading none of it yet; or all files of an index, as one.
 
     Args:
@@ -253,6 +259,7 @@ def open_tokens(path: str | os.PathLike, *, dtype: npt.DTypeLike | None = None, 
         dtype: needed where there is no sidecar; otherwise it must agree with what the file says.
         verify: read all the data once and compare its SHA-256 with the sidecar's. Without it, a file of the
             right length with other contents passes.
+        made_by: fingerprint of the tokenizer whose ids these are to be, as far as the file says whose they are.
 
     Returns:
         A one-dimensional read-only array, an `np.memmap` unless the file is empty (nothing can be mapped); of an
@@ -260,11 +267,17 @@ def open_tokens(path: str | os.PathLike, *, dtype: npt.DTypeLike | None = None, 
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file contradicts its sidecar or `dtype`, or is not an array of token ids.
+        ValueError: the file contradicts its sidecar, `dtype` or `made_by`, or is not an array of token ids.
     """
     path, index = Path(path), index_of(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no token file {str(path)!r}; local/encode.py makes one from a text")
+    if made_by is not None and path.suffix != ".npy":
+        info = known_info(path)
+        if info is not None and info.tokenizer_fingerprint not in (None, made_by):
+            raise ValueError(
+                f"{path} was made by another tokenizer than the one that is used with it; encode the text again with it"
+            )
     asked = None if dtype is None else np.dtype(dtype)
     if asked is not None and asked.kind not in "iu":
         raise ValueError(f"dtype={asked} cannot hold token ids; give an integer type, such as uint16")

@@ -66,12 +66,10 @@ def read(path: Path, tokenizer, dtype: str):
 
     if path.is_dir() or path.suffix in (".bin", ".npy", ".json"):
         info = None if path.suffix == ".npy" else known_info(path)
-        if tokenizer is not None and info and info.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
-            raise ValueError(
-                f"{path} was made by another tokenizer than the run's; give the text itself, or encode it again"
-            )
         dtype = "" if info or path.suffix == ".npy" else dtype
-        return open_tokens(path, dtype=dtype or None), info.source_bytes if info else 0
+        made_by = None if tokenizer is None else tokenizer.fingerprint
+        tokens = open_tokens(path, dtype=dtype or None, made_by=made_by)
+        return tokens, info.source_bytes if info else 0
     if tokenizer is None:
         raise ValueError(f"the run has no tokenizer/ folder, so {path} must be a token file (.bin or .npy)")
     text = path.read_bytes()

@@ -52,8 +52,9 @@ def open_data(data):
     if folder.name == "small_stories" and not (folder / "valid.bin").is_file():
         make_stories(folder)
     tokenizer = Tokenizer.load(data.tokenizer) if data.tokenizer else None
-    tokens = (open_tokens(path, dtype=data.dtype or None) for path in (data.train_tokens, data.valid_tokens))
-    return Data(*tokens, tokenizer)
+    made_by = None if tokenizer is None else tokenizer.fingerprint
+    paths = data.train_tokens, data.valid_tokens
+    return Data(*(open_tokens(path, dtype=data.dtype or None, made_by=made_by) for path in paths), tokenizer)
 
 
 def make_stories(folder: Path, *, num_train: int = 20_000, num_valid: int = 400, vocab_size: int = 1024) -> None:

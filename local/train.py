@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def start(options: Options, world: World) -> None:
-    from basic.token_files import known_info, open_tokens
+    from basic.token_files import open_tokens
     from basic.Tokenizer import Tokenizer
     from basic.training import train
 
@@ -76,16 +76,15 @@ def start(options: Options, world: World) -> None:
     for name in ("train_tokens", "valid_tokens"):
         if not getattr(data, name):
             raise ValueError(f"data.{name} is not set; give a token file made by local/encode.py")
-    paths = data.train_tokens, data.valid_tokens
-    tokens = [open_tokens(path, dtype=data.dtype or None, verify=options.verify) for path in paths]
     # A run has a copy of its tokenizer.
     own = output / "tokenizer" if options.resume else Path()
     folder = own if options.resume and own.is_dir() else data.tokenizer
     tokenizer = Tokenizer.load(folder) if folder else None
-    for path in paths:
-        info = known_info(path)
-        if tokenizer is not None and info and info.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
-            raise ValueError(f"{path} was not made by the tokenizer in {folder}; encode the text again with it")
+    made_by = None if tokenizer is None else tokenizer.fingerprint
+    tokens = [
+        open_tokens(path, dtype=data.dtype or None, verify=options.verify, made_by=made_by)
+        for path in (data.train_tokens, data.valid_tokens)
+    ]
     how = {"resume": options.resume is not None, "overwrite": options.overwrite, "progress": True}
     run = train(options.run, tokens[0], tokens[1], output, tokenizer=tokenizer, world=world, **how)
     if world.is_first:
