@@ -491,7 +491,7 @@ consume(tokenizer.encode_iterable(pieces(5_000_000, 10_000)))
 after_5 = peak_bytes()
 consume(tokenizer.encode_iterable(pieces(50_000_000, 100_000)))
 after_50 = peak_bytes()
-kept = list(tokenizer.encode_iterable(pieces(10_000_000)))
+kept = list(tokenizer.encode_iterable(pieces(30_000_000)))
 print(after_5 - before, after_50 - after_5, peak_bytes() - after_50)
 """
     growth_5, growth_45_more, control = map(int, measured(tmp_path, get_tokenizer(vocab, merges, [END]), code).split())
