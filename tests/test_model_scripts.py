@@ -125,6 +125,8 @@ def test_ctrl_c_ends_without_a_traceback(folder):
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # What a shell starts in the background, these tests perhaps, hands on that SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     assert process.stdout.read(20).startswith(b"the")  # it has begun, and shows what it has
