@@ -49,6 +49,8 @@ def start_processes(count: int, jobs: list[dict[str, Any]]) -> list[subprocess.P
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    if sys.platform == "linux":
+        place["GLOO_SOCKET_IFNAME"] = "lo"  # also where the machine's own name means nothing
     processes = []
     for rank in range(count):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
