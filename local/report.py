@@ -32,7 +32,7 @@ def main(options: Options) -> None:
     output = options.output or options.run / "report.html"
     with atomic_write(output) as file:
         file.write(page)
-    print(f"wrote {output} ({len(page) / 1e6:.1f} MB); open it in any browser")
+    print(f"wrote {output} ({len(page) / 1e3:,.0f} kB); open it in any browser")
 
 
 if __name__ == "__main__":
