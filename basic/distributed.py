@@ -15,7 +15,7 @@ import gc
 import json
 import sys
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -143,23 +143,13 @@ class World:
 
     # --- Who keeps step
 
-    @contextmanager
-    def in_step(self) -> Generator[None]:
+    def in_step(self) -> AbstractContextManager[None]:
         """While the block runs, a process that stays behind the others for long is one that hangs."""
-        if self.size == 1:
-            yield
-            return
-        with self._watch.hurried(True):
-            yield
+        return nullcontext() if self.size == 1 else self._watch.hurried(True)
 
-    @contextmanager
-    def unhurried(self) -> Generator[None]:
+    def unhurried(self) -> AbstractContextManager[None]:
         """While the block runs, this process may take as long as it needs."""
-        if self.size == 1:
-            yield
-            return
-        with self._watch.hurried(False):
-            yield
+        return nullcontext() if self.size == 1 else self._watch.hurried(False)
 
     def arrive(self) -> None:
         """Be at the next place of the program where all wait for each other."""
@@ -226,12 +216,11 @@ class World:
 
         # What is compiled has been cut already where gradients are ready.
         torch._dynamo.config.optimize_ddp = False
-        # Gradients travel in float32. bfloat16 would halve the way (torch has a hook for that), at the price of another
-        # result than that of one GPU; behind a backward pass that is long enough, there is nothing to gain.
         model_with_loss = DistributedDataParallel(
             _Loss(model, loss_of), gradient_as_bucket_view=True, bucket_cap_mb=_BUCKET_MB
         )
         if reduce_dtype == torch.bfloat16:
+            # Half as much travels, but the hook casts there and back, into memory of its own: not the default.
             from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
             model_with_loss.register_comm_hook(None, bf16_compress_hook)
