@@ -212,7 +212,7 @@ def restore(checkpoint: Checkpoint, model: torch.nn.Module, optimizer: torch.opt
     model_state = OrderedDict(checkpoint.part("model"))
     # The versions of the modules' formats: without them a module may take its state for that of an old version.
     model_state._metadata = checkpoint.part("model_metadata")  # ty: ignore[missing-attribute]
-    _check_model(model, model_state)
+    check_model(model, model_state)
     if optimizer is not None:
         optimizer_state = checkpoint.part("optimizer")
         check_optimizer(optimizer, optimizer_state)
@@ -317,7 +317,7 @@ def _read_exactly(src: BinaryIO | IO[bytes], count: int) -> bytes:
 # --- What a checkpoint must fit --------------------------------------------------------------------------------
 
 
-def _check_model(model: torch.nn.Module, saved: dict[str, Any]) -> None:
+def check_model(model: torch.nn.Module, saved: dict[str, Any]) -> None:
     """Raise ValueError with the first key in which a module differs from its saved state."""
     own = model.state_dict()
     for key, mine in own.items():

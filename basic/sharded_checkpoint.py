@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from basic.atomic_file import sync_file, sync_folder
-from basic.checkpoint import Checkpoint, check_optimizer, checkpoint_tree, load_optimizer
+from basic.checkpoint import Checkpoint, check_model, check_optimizer, checkpoint_tree, load_optimizer
 from basic.distributed import World, local_part
 from basic.state_tree import pack, unpack
 
@@ -246,21 +246,12 @@ def restore_parts(
         sizes = _sizes(folder)
     else:
         sizes = {name: (tensor.shape, tensor.dtype) for name, tensor in checkpoint.tensors.items()}
-    targets: dict[str, Tensor] = {}
-    own = model.state_dict()
+    # What was saved, without its numbers, is enough to see whether it fits.
+    shapes = {name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in sizes.items()}
+    check_model(model, unpack(document["model"], shapes))
     saved = document["model"].get("$ordered_dict", document["model"])
-    saved = dict(saved) if isinstance(saved, list) else saved
-    if own.keys() != saved.keys():
-        raise ValueError(
-            f"the checkpoint does not fit the model: {sorted(own.keys() ^ saved.keys())[0]!r} is in one of them only; "
-            "build the model as it was saved"
-        )
-    for key, node in saved.items():
-        if sizes[node["$tensor"]] != (own[key].shape, own[key].dtype):
-            raise ValueError(
-                f"the checkpoint does not fit the model: {key!r} is of shape {tuple(sizes[node['$tensor']][0])} in the "
-                f"checkpoint, but {tuple(own[key].shape)} in the model; build the model as it was saved"
-            )
+    own, targets = model.state_dict(), {}
+    for key, node in saved if isinstance(saved, list) else saved.items():
         targets.setdefault(node["$tensor"], own[key])
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, (size, dtype) in sizes.items():
