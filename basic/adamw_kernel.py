@@ -31,8 +31,8 @@ def _pick(choices, which):
 
 
 @triton.jit
-def _step(PARAMETERS, GRADIENTS, FIRSTS, SECONDS, SCALARS, sizes, last_programs, beta1, beta2, eps, weight_decay,
-          BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
+def _step(PARAMETERS, GRADIENTS, FIRSTS, SECONDS, COPIES, SCALARS, sizes, last_programs, beta1, beta2, eps,
+          weight_decay, HAVE_COPIES: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
     program = tl.program_id(0)
     which, before = 0, 0
     for i in tl.static_range(len(sizes) - 1):
@@ -42,7 +42,7 @@ def _step(PARAMETERS, GRADIENTS, FIRSTS, SECONDS, SCALARS, sizes, last_programs,
     learning_rate, factor = tl.load(SCALARS), tl.load(SCALARS + 1)
     first_correction, second_correction = tl.load(SCALARS + 2), tl.load(SCALARS + 3)
     PARAMETER, GRADIENT = _pick(PARAMETERS, which), _pick(GRADIENTS, which)
-    FIRST, SECOND = _pick(FIRSTS, which), _pick(SECONDS, which)
+    FIRST, SECOND, COPY = _pick(FIRSTS, which), _pick(SECONDS, which), _pick(COPIES, which)
     # A factor that is not a number, from a loss or gradient that is not finite, lets the step touch nothing.
     size = tl.where(factor == factor, _pick(sizes, which), 0)
     start = (program - before).to(tl.int64) * BLOCKS * BLOCK
@@ -61,17 +61,20 @@ def _step(PARAMETERS, GRADIENTS, FIRSTS, SECONDS, SCALARS, sizes, last_programs,
         tl.store(PARAMETER + places, parameter, mask=mask)
         tl.store(FIRST + places, first, mask=mask)
         tl.store(SECOND + places, second, mask=mask)
+        if HAVE_COPIES:
+            tl.store(COPY + places, parameter.to(COPY.dtype.element_ty), mask=mask)
 
 
 def step_parameters(
     parameters: Sequence[Tensor], gradients: Sequence[Tensor], firsts: Sequence[Tensor], seconds: Sequence[Tensor],
-    scalars: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
+    copies: Sequence[Tensor], scalars: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """Change parameters and their moments in place.
 
     Args:
         parameters, firsts, seconds: contiguous float32, of the same shapes.
         gradients: the same shapes, contiguous, all of one precision.
+        copies: what the parameters are copied to afterwards, contiguous, all of one precision; or none.
         scalars: float32 (parameters, 4): learning rate, factor on the gradient (NaN to leave everything as it is), and
             the corrections of the two moments, 1 - beta ** step.
     """
@@ -80,6 +83,6 @@ def step_parameters(
         sizes = [parameter.numel() for parameter in parameters[some]]
         last_programs = list(accumulate(triton.cdiv(size, _BLOCKS * _BLOCK) for size in sizes))
         _step[(last_programs[-1],)](
-            tuple(parameters[some]), tuple(gradients[some]), tuple(firsts[some]), tuple(seconds[some]), scalars[some],
-            tuple(sizes), tuple(last_programs), beta1, beta2, eps, weight_decay,
-            BLOCK=_BLOCK, BLOCKS=_BLOCKS, num_warps=8)  # fmt: skip
+            tuple(parameters[some]), tuple(gradients[some]), tuple(firsts[some]), tuple(seconds[some]),
+            tuple((copies or parameters)[some]), scalars[some], tuple(sizes), tuple(last_programs), beta1, beta2, eps,
+            weight_decay, HAVE_COPIES=len(copies) > 0, BLOCK=_BLOCK, BLOCKS=_BLOCKS, num_warps=8)  # fmt: skip

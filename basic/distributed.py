@@ -5,7 +5,7 @@ variables. `join` reads them and gives a `World`, whose methods are all that the
 that nobody told of others is a world of one: there every method gives back what it was given.
 
 Each process computes its own rows of every batch. Replicated, each has the whole model, and the gradients are averaged
-while the backward pass still runs (DDP). Sharded, each keeps a part of every matrix, its gradient and moments, and the
+while the backward pass still runs. Sharded, each keeps a part of every matrix, its gradient and moments, and the
 parts of a block are gathered just before it is computed (FSDP2).
 """
 
@@ -14,9 +14,10 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.nn import Module, ParameterList
+from torch.nn import Module
 
 from basic.rank_watch import Watch
 
@@ -32,7 +33,6 @@ T = TypeVar("T")
 
 # Collectives themselves wait as long as it takes, because the watch above knows better who is lost and who is busy.
 _NO_LIMIT = timedelta(days=7)
-_BUCKET_MB = 100
 
 
 class World:
@@ -158,13 +158,13 @@ class World:
 
     # --- Models
 
-    def shard(self, model: Module, device: torch.device, dtype: torch.dtype, reduce_dtype: torch.dtype) -> None:
+    def shard(self, model: Module, device: torch.device, dtype: torch.dtype, reduce_dtype: torch.dtype | None) -> None:
         """Leave of every parameter only this process's part, on the device; the optimizer is to be made after it.
 
         Args:
             model: with its blocks in `layers`, and a `loss`.
             dtype: what is gathered for computing.
-            reduce_dtype: what gradients are added up in.
+            reduce_dtype: what gradients are added up in; None for `dtype`.
         """
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -184,54 +184,33 @@ class World:
                 whole[name] = weight
         return whole
 
-    def reduced(
-        self, model: Module, loss_of: Callable[[Tensor, Tensor], Tensor], reduce_dtype: torch.dtype
-    ) -> Callable[[Tensor, Tensor, bool], Tensor]:
-        """The loss of this process's rows, whose backward pass leaves the gradients of the mean over all processes.
-
-        Replicated on a GPU, the first `WARM_UP_STEPS` must not be recorded, and all must run in the stream in which
-        this was called.
+    def backward(
+        self, model: Module, pieces: Sequence[Module], reduce_dtype: torch.dtype | None
+    ) -> Callable[[Tensor, bool], None]:
+        """The backward pass of the loss of this process's rows, which leaves the gradients of the mean over all.
 
         Args:
             model: whose parameters are learned.
-            loss_of: from ids and the ids after them to their mean loss.
-            reduce_dtype: what gradients are added up in, float32 or bfloat16; for a sharded model `shard` was told.
+            pieces: its parts in the order of the forward pass, together all of it; the gradients of one are sent when
+                all are there, while those of the pieces before it are computed.
+            reduce_dtype: what gradients are added up in; None for what each is computed in. For a sharded model
+                `shard` was told.
 
         Returns:
-            A function of ids, the ids after them, and whether this backward pass is the step's last one; until then
-            gradients are only added up in each process.
+            A function of the loss and whether this backward pass is the step's last one; until then gradients are
+            only added up in each process.
         """
         if self.size == 1:
-            return lambda inputs, targets, last: loss_of(inputs, targets)
+            return lambda loss, last: loss.backward()
         if is_sharded(model):
             reduce_when: Any = model.set_requires_gradient_sync
 
-            def sharded_loss(inputs: Tensor, targets: Tensor, last: bool) -> Tensor:
+            def sharded_backward(loss: Tensor, last: bool) -> None:
                 reduce_when(last)
-                return loss_of(inputs, targets)
+                loss.backward()
 
-            return sharded_loss
-
-        from torch.nn.parallel import DistributedDataParallel
-
-        # What is compiled has been cut already where gradients are ready.
-        torch._dynamo.config.optimize_ddp = False
-        model_with_loss = DistributedDataParallel(
-            _Loss(model, loss_of), gradient_as_bucket_view=True, bucket_cap_mb=_BUCKET_MB
-        )
-        if reduce_dtype == torch.bfloat16:
-            # Half as much travels, but the hook casts there and back, into memory of its own: not the default.
-            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-
-            model_with_loss.register_comm_hook(None, bf16_compress_hook)
-        elif next(model.parameters()).device.type == "cpu":
-            model_with_loss.register_comm_hook(None, _mean_in_order)
-
-        def replicated_loss(inputs: Tensor, targets: Tensor, last: bool) -> Tensor:
-            with nullcontext() if last else model_with_loss.no_sync():
-                return model_with_loss(inputs, targets)
-
-        return replicated_loss
+            return sharded_backward
+        return _Replica(pieces, reduce_dtype, self.size).backward
 
     # --- Coming and going
 
@@ -311,36 +290,63 @@ def is_sharded(model: Module) -> bool:
     return hasattr(model, "set_requires_gradient_sync")
 
 
-WARM_UP_STEPS = 11
-"""DDP measures its first ten steps, for which it waits for the device; after them it can be recorded."""
+class _Replica:
+    """Adds up the gradients of a model with those of the other processes, while its backward pass still runs.
 
-
-class _Loss(Module):
-    """DDP wraps a module's forward; ours is the loss. It has the parameters alone: buffers need not be sent around."""
-
-    def __init__(self, model: Module, loss_of: Callable[[Tensor, Tensor], Tensor]):
-        super().__init__()
-        self.parameters_of_model, self.loss_of = ParameterList(model.parameters()), loss_of
-
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return self.loss_of(inputs, targets)
-
-
-def _mean_in_order(state, bucket):  # DDP does not understand annotations that are text
-    """Add up gradients on CPUs in the order of the ranks.
-
-    An all-reduce adds in an order that depends on the place of a number in its bucket, and DDP cuts the buckets anew
-    after its first step; so the last bits of a run would depend on where it was resumed.
+    It is what DDP does, but gradients travel from where they were written, without copies, each in a precision of its
+    own, and from the first step on in one order, so that a resumed run adds up as the one before it did.
     """
-    own = bucket.buffer()
-    all_of_them = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    work = dist.all_gather(all_of_them, own, async_op=True)
-    assert work is not None
 
-    def mean(_: object) -> Tensor:
-        return torch.stack(all_of_them).sum(0).div_(len(all_of_them))
+    def __init__(self, pieces: Sequence[Module], dtype: torch.dtype | None, size: int):
+        self.dtype, self.size, self.last = dtype, size, False
+        self.sent: list[dist.Work] = []
+        self.cast: tuple[list[Tensor], list[Tensor]] = [], []
+        groups: list[list[Tensor]] = [[] for _ in pieces]
+        seen: set[Tensor] = set()
+        for piece, group in zip(pieces, groups, strict=True):
+            for parameter in piece.parameters():
+                # A tied matrix belongs to the first piece that has it, whose gradients come last.
+                if parameter.requires_grad and parameter not in seen:
+                    seen.add(parameter)
+                    # Vectors are too small to be worth an operation for each piece.
+                    (group if parameter.ndim > 1 else groups[0]).append(parameter)
+        for group in groups:
+            arrived: set[Tensor] = set()
+            for parameter in group:
+                parameter.register_post_accumulate_grad_hook(partial(self._arrive, group, arrived))
 
-    return work.get_future().then(mean)
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.last = last
+        # Each computes its share of the mean, so what travels need only be added up.
+        (loss / self.size).backward()
+        self.last = False
+        for work in self.sent:
+            work.wait()
+        gradients, sums = self.cast
+        if gradients:
+            torch._foreach_copy_(gradients, sums)
+        for done in (self.sent, gradients, sums):
+            done.clear()
+
+    def _arrive(self, group: list[Tensor], arrived: set[Tensor], parameter: Tensor) -> None:
+        """Take note that a parameter has its gradient, and send those of its group if it was the last of them."""
+        arrived.add(parameter)
+        if len(arrived) < len(group):
+            return
+        arrived.clear()
+        if not self.last:
+            return
+        sums = []
+        for parameter in group:
+            assert parameter.grad is not None
+            sums.append(parameter.grad if self.dtype is None else parameter.grad.to(self.dtype))
+            if sums[-1] is not parameter.grad:
+                self.cast[0].append(parameter.grad)
+                self.cast[1].append(sums[-1])
+        options = dist.AllreduceCoalescedOptions()
+        options.asyncOp = True
+        assert dist.group.WORLD is not None
+        self.sent.append(dist.group.WORLD.allreduce_coalesced(sums, options))
 
 
 def _new_group() -> dist.ProcessGroup:

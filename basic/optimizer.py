@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -54,7 +54,13 @@ class AdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, gradient_factor: Tensor | None = None) -> Any:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        gradient_factor: Tensor | None = None,
+        copies: Mapping[Tensor, Tensor] | None = None,
+    ) -> Any:
         """Change every parameter that has a gradient by one step.
 
         On a GPU, float32 parameters are stepped by a kernel, one pass each, without waiting for the device; the
@@ -64,6 +70,8 @@ class AdamW(torch.optim.Optimizer):
             closure: if given, called first with gradients on; it shall compute the gradients and return the loss.
             gradient_factor: a number on the parameters' device that every gradient is multiplied by on the way (see
                 `clipping_factor`); if it is NaN, nothing changes.
+            copies: of some parameters, in another precision, with which a model has computed instead of them: it is
+                their gradients that count, and they follow their parameters.
 
         Returns:
             What the closure returned, else None.
@@ -72,35 +80,59 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        copies = copies or {}
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for parameter in parameters:
-                self._start(parameter)
-            if parameters and all(_kernel_covers(parameter) for parameter in parameters):
-                self._update_on_device(parameters, group, gradient_factor)
-                continue
-            if gradient_factor is not None and not gradient_factor.isfinite():
-                continue
-            for parameter in parameters:
-                gradient = local_part(parameter.grad)
-                self._update(parameter, gradient if gradient_factor is None else gradient * gradient_factor, group)
+            # Those with copies apart, because a kernel takes gradients of one precision.
+            for parameters in _parted(group["params"], copies.__contains__):
+                used = [copies.get(parameter, parameter).grad for parameter in parameters]
+                parts = [
+                    (parameter, local_part(gradient))
+                    for parameter, gradient in zip(parameters, used, strict=True)
+                    if gradient is not None
+                ]
+                self._step_some(parts, group, gradient_factor, copies)
         return loss
 
-    def _start(self, parameter: Tensor) -> None:
+    def _step_some(
+        self,
+        parts: list[tuple[Tensor, Tensor]],
+        group: dict[str, Any],
+        gradient_factor: Tensor | None,
+        copies: Mapping[Tensor, Tensor],
+    ) -> None:
+        """Step parameters, each with its gradient; all of them have copies, or none."""
+        if not parts:
+            return
+        for parameter, gradient in parts:
+            self._start(parameter, gradient)
+        if all(_kernel_covers(parameter, gradient) for parameter, gradient in parts):
+            self._update_on_device(parts, group, gradient_factor, copies)
+        elif gradient_factor is None or gradient_factor.isfinite():
+            for parameter, gradient in parts:
+                gradient = gradient.to(parameter.dtype)
+                self._update(parameter, gradient if gradient_factor is None else gradient * gradient_factor, group)
+                if parameter in copies:
+                    copies[parameter].copy_(parameter)
+
+    def _start(self, parameter: Tensor, gradient: Tensor) -> None:
         if not self.state[parameter]:
             self.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device) if _kernel_covers(parameter) else 0,
+                "step": torch.zeros((), device=parameter.device) if _kernel_covers(parameter, gradient) else 0,
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
 
     def _update_on_device(
-        self, parameters: list[Tensor], group: dict[str, Any], gradient_factor: Tensor | None
+        self,
+        parts: list[tuple[Tensor, Tensor]],
+        group: dict[str, Any],
+        gradient_factor: Tensor | None,
+        copies: Mapping[Tensor, Tensor],
     ) -> None:
         from basic.adamw_kernel import step_parameters
 
-        device = parameters[0].device
-        states = [self.state[parameter] for parameter in parameters]
+        device = parts[0][0].device
+        states = [self.state[parameter] for parameter, _ in parts]
         for state in states:  # one that was saved on a CPU counts in Python
             state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=device)
         factor = torch.ones((), device=device) if gradient_factor is None else gradient_factor
@@ -113,10 +145,11 @@ class AdamW(torch.optim.Optimizer):
         scalars[:, 2] = 1 - beta1**steps
         scalars[:, 3] = 1 - beta2**steps
         step_parameters(
-            [local_part(parameter) for parameter in parameters],
-            [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None],
+            [local_part(parameter) for parameter, _ in parts],
+            [gradient for _, gradient in parts],
             [local_part(state["exp_avg"]) for state in states],
             [local_part(state["exp_avg_sq"]) for state in states],
+            [copies[parameter] for parameter, _ in parts if parameter in copies],
             scalars, beta1, beta2, group["eps"], group["weight_decay"])  # fmt: skip
 
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
@@ -172,18 +205,28 @@ def clipping_factor(
     Args:
         add_up: adds the squares up over all processes, where each has a part of the gradients.
     """
-    # Squares of half-precision numbers overflow: at least float32.
-    wide = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in gradients]
-    norms = torch._foreach_norm(wide)  # on a GPU many in one launch
+    norms = _norms(gradients)
     squares = torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
     norm = (squares if add_up is None else add_up(squares)).sqrt()
     # Never asked whether it is needed: that would wait for the device.
     return norm, (max_l2_norm / (norm + 1e-6)).clamp(max=1)
 
 
-def _kernel_covers(parameter: Tensor) -> bool:
-    assert parameter.grad is not None
-    parameter, gradient = local_part(parameter), local_part(parameter.grad)
+def _norms(gradients: list[Tensor]) -> list[Tensor]:
+    """The norm of each, in float32 at least: squares of half-precision numbers overflow."""
+    norms = []
+    for dtype in {gradient.dtype: None for gradient in gradients}:
+        same = [gradient for gradient in gradients if gradient.dtype == dtype]
+        norms += torch._foreach_norm(same, dtype=torch.promote_types(dtype, torch.float32))  # many in one launch
+    return norms
+
+
+def _parted(tensors: list[Tensor], belongs: Callable[[Tensor], bool]) -> tuple[list[Tensor], list[Tensor]]:
+    return [tensor for tensor in tensors if belongs(tensor)], [tensor for tensor in tensors if not belongs(tensor)]
+
+
+def _kernel_covers(parameter: Tensor, gradient: Tensor) -> bool:
+    parameter = local_part(parameter)
     return (
         kernels.available_on(parameter.device)
         and parameter.dtype == torch.float32

@@ -110,9 +110,8 @@ class TrainConfig:
     """What each of several processes (`torchrun --nproc-per-node N`) has: the whole model, or a part of every matrix,
     gradient and moment, for models that do not fit one GPU."""
     reduce_precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of gradients on their way between processes. auto is float32 for replicated models, which are no slower with it.
-    For sharded ones it is that of the activations, in which gradients are computed anyway, and half as much to send;
-    but float32 where those of several parts of a batch are added up."""
+    """Of gradients on their way between processes. auto is that in which each was computed, so with precision bfloat16
+    half as much to send for most of them; but float32 where those of several parts of a batch are added up."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "gradient_accumulation", "eval_batches", "sample_tokens", "checkpoints_kept")
@@ -249,10 +248,10 @@ def activation_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if use else torch.float32
 
 
-def reduce_dtype(config: TrainConfig, activations: torch.dtype) -> torch.dtype:
-    """What gradients are added up in between processes."""
+def reduce_dtype(config: TrainConfig) -> torch.dtype | None:
+    """What gradients are added up in between processes; None for the precision in which each was computed."""
     if config.reduce_precision == "auto":
-        return activations if config.parallel == "sharded" and config.gradient_accumulation == 1 else torch.float32
+        return None if config.gradient_accumulation == 1 else torch.float32
     return torch.bfloat16 if config.reduce_precision == "bfloat16" else torch.float32
 
 

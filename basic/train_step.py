@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
 
 import torch
 from torch import Tensor
+from torch.nn import Module, ModuleList, Parameter
 
-from basic import distributed, kernels
+from basic import kernels
 from basic.data import to_device
 from basic.distributed import ALONE, World, is_sharded, local_part
-from basic.model import TransformerLM
+from basic.model import Linear, TransformerLM
 from basic.optimizer import AdamW, clipping_factor
 from basic.runs import TrainConfig, reduce_dtype
 
 # Steps before the recording: compiling, tuning and the optimizer's first state happen in them.
 _WARM_UP_STEPS = 3
+# Compiled together where gradients travel. Between two pieces their activations are read and written once more; and
+# the more blocks a piece has, the more is left to send when the backward pass is over.
+_BLOCKS_A_PIECE = 2
 
 
 class TrainStep:
@@ -37,26 +41,29 @@ class TrainStep:
         world: World = ALONE,
     ):
         self.optimizer, self.config, self.device, self.world = optimizer, config, device, world
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.sharded = is_sharded(model)
         kernels.warn_of_plain_attention(model.config.d_head, device, model.compute_dtype)
         with_kernels = kernels.available_on(device)
+        # What changes in each step: of the model itself, or of one that shares with it all but the copies.
+        self.copies: dict[Tensor, Tensor] = {}
+        if not self.sharded:
+            in_float32 = config.gradient_accumulation > 1 or (world.size > 1 and reduce_dtype(config) == torch.float32)
+            model, self.copies = _with_copies(model, torch.float32 if in_float32 else model.compute_dtype)
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         compiles = config.compile and (device.type != "cuda" or with_kernels)
-        self.loss_of = _compiled_loss(model, in_pieces=world.size > 1) if compiles else model.loss
+        pieces: list[Module] = [model.token_embeddings, *model.layers, model]
+        if compiles and world.size > 1:
+            pieces = compile_in_pieces(model)
+        self.loss_of = torch.compile(model.loss) if compiles and world.size == 1 else model.loss
+        self.backward = world.backward(model, pieces, reduce_dtype(config))
         # Without its kernel AdamW asks the device for numbers, which cannot be recorded. Nor can a sharded model: what
         # FSDP2 gathers is in memory that it takes and gives back while the step runs.
         can_record = with_kernels and config.gradient_accumulation == 1 and not self.sharded
-        self.warm_up_steps = _WARM_UP_STEPS + (distributed.WARM_UP_STEPS if world.size > 1 else 0)
         self.rate = torch.zeros((), device=device)
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
-        # One for all warm-up steps: each stream keeps the memory that was freed in it for itself. And for the
-        # recording, as DDP's gradients belong to the stream in which it was made.
+        # One for all warm-up steps: each stream keeps the memory that was freed in it for itself.
         self.stream = torch.cuda.Stream(device) if can_record and config.cuda_graph else None
-        if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            self.reduced_loss_of = world.reduced(model, self.loss_of, reduce_dtype(config, model.compute_dtype))
 
     def __call__(self, batch: tuple[Tensor, Tensor], learning_rate: float) -> tuple[Tensor, Tensor]:
         """Take a step.
@@ -73,7 +80,7 @@ class TrainStep:
         if self.stream is None:
             return self._step(batch)
         self.calls += 1
-        if self.calls <= self.warm_up_steps:
+        if self.calls <= _WARM_UP_STEPS:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 result = self._step(batch)
@@ -82,7 +89,7 @@ class TrainStep:
         if self.graph is None:
             self.static = to_device(batch[0], self.device).clone(), to_device(batch[1], self.device).clone()
             self.graph = torch.cuda.CUDAGraph()
-            self.optimizer.zero_grad(set_to_none=True)
+            self._forget_gradients()
             # Only this thread may do nothing else meanwhile: the one that sends batches goes on.
             with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.result = self._step(self.static)
@@ -92,14 +99,14 @@ class TrainStep:
         return self.result
 
     def _step(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        self.optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         parts = self.config.gradient_accumulation
         loss = torch.zeros((), device=self.device)
         for number, (inputs, targets) in enumerate(zip(*(ids.chunk(parts) for ids in batch), strict=True), 1):
             inputs, targets = to_device(inputs, self.device), to_device(targets, self.device)
-            part = self.reduced_loss_of(inputs, targets, number == parts) / parts
+            part = self.loss_of(inputs, targets) / parts
             self.world.arrive()  # the backward pass waits for the others
-            part.backward()
+            self.backward(part, number == parts)
             loss += part.detach()
         loss = self.world.mean(loss)
         gradients = [local_part(parameter.grad) for parameter in self.parameters if parameter.grad is not None]
@@ -110,20 +117,62 @@ class TrainStep:
             factor = torch.where(torch.isfinite(loss + norm), factor, torch.nan)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * group.get("rate_factor", 1.0)
-        self.optimizer.step(gradient_factor=factor)
+        self.optimizer.step(gradient_factor=factor, copies=self.copies)
         return loss, norm
 
+    def _forget_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
 
-def _compiled_loss(model: TransformerLM, *, in_pieces: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """The model's loss, compiled.
+
+def _with_copies(model: TransformerLM, dtype: torch.dtype) -> tuple[TransformerLM, dict[Tensor, Tensor]]:
+    """The same model with copies of its matrices in the precision of its activations, if that is `dtype`.
+
+    Otherwise every product would cast its matrix, and then its gradient back: 12 bytes a parameter and step of reading
+    and writing. The numbers are the same. All else is shared, so that what is compiled here leaves the model alone.
 
     Args:
-        in_pieces: compile each block by itself, once for all of them: its gradients are ready when its part of the
-            backward pass is, and travel while the blocks before it are computed. Compiled as a whole, all would be
-            ready at the end.
+        dtype: that gradients are wanted in.
+
+    Returns:
+        The model, and the copies by their parameters.
     """
-    if not in_pieces:
-        return torch.compile(model.loss)
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    copies: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        # The gradient of an embedding is added up from many rows, for which half precision does not suffice.
+        if isinstance(module, Linear) and module.weight is not model.token_embeddings.weight:
+            weight = module.weight
+            if weight.requires_grad and weight.dtype != dtype == model.compute_dtype:
+                shared[id(weight)] = copies[weight] = Parameter(weight.detach().to(dtype))
+    return copy.deepcopy(model, shared), copies
+
+
+class _Blocks(Module):
+    """Neighbouring blocks of a model."""
+
+    def __init__(self, blocks: list[Module]):
+        super().__init__()
+        self.blocks = ModuleList(blocks)
+
+    def forward(self, x: Tensor, cache: None, layer: int) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def compile_in_pieces(model: TransformerLM) -> list[Module]:
+    """Compile some blocks of a model at a time, in the model itself, once for all of them.
+
+    The gradients of a piece are ready when its part of the backward pass is, and travel while those before it are
+    computed. Compiled as a whole, all would be ready at the end.
+
+    Returns:
+        The pieces in their order, the last one being the whole model, for what is behind the blocks.
+    """
+    if not is_sharded(model):  # there each block is gathered by itself
+        groups = [model.layers[i : i + _BLOCKS_A_PIECE] for i in range(0, len(model.layers), _BLOCKS_A_PIECE)]
+        model.layers = ModuleList(_Blocks(list(blocks)) for blocks in groups)
     for piece in (model.token_embeddings, *model.layers, model.ln_final):
         piece.forward = torch.compile(piece.forward)
-    return model.loss
+    return [model.token_embeddings, *model.layers, model]

@@ -93,7 +93,7 @@ def train(
     flops_a_token = training_flops_a_token(model)
     model.activation_dtype = activation_dtype(settings, device)
     if settings.parallel == "sharded" and world.size > 1:
-        world.shard(model, device, model.activation_dtype, reduce_dtype(settings, model.activation_dtype))
+        world.shard(model, device, model.activation_dtype, reduce_dtype(settings))
     model.to(device)
     optimizer = make_optimizer(model, settings)
     start, begun = describe_start(train_tokens, valid_tokens, tokenizer, device, world.size), Progress()

@@ -17,6 +17,7 @@ import torch._dynamo  # an optimizer imports it, which takes seconds: once for a
 from basic.checkpoint import read_checkpoint
 from basic.model import ModelConfig
 from basic.runs import RunConfig, TrainConfig, checkpoint_paths
+from basic.train_step import TrainStep
 from basic.training import train
 
 VOCAB = 40
@@ -96,3 +97,21 @@ def _train_quietly(config: RunConfig, run_dir: Path, resume: bool) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     train(config, TRAIN, VALID, run_dir, resume=resume)
+
+
+def poison(monkeypatch, bad: set[int], value: float) -> list[int]:
+    """Let the loss of some steps be `value`, as the batch or the weights might make it."""
+    real, steps = TrainStep._step, []
+
+    def take_step(step, batch):
+        steps.append(len(steps) + 1)
+        loss_of = step.loss_of
+        if steps[-1] in bad:
+            step.loss_of = lambda *batch: loss_of(*batch) * value
+        try:
+            return real(step, batch)
+        finally:
+            step.loss_of = loss_of
+
+    monkeypatch.setattr(TrainStep, "_step", take_step)
+    return steps

@@ -142,7 +142,10 @@ def check_cross_entropy(rows: int, vocab_size: int, chunk_rows: int, dtype: torc
 
 
 def check_adamw(sizes: Sequence[int], dtype: torch.dtype, device: str) -> None:
-    """Against PyTorch's, over some steps with a clipping factor; a factor that is NaN changes nothing."""
+    """Against PyTorch's, over some steps with a clipping factor; a factor that is NaN changes nothing.
+
+    Gradients in half precision are those of copies in it, which follow.
+    """
     torch.manual_seed(0)
     parameters = [torch.randn(size, device=device) for size in sizes]
     theirs = [torch.nn.Parameter(parameter.clone()) for parameter in parameters]
@@ -150,20 +153,25 @@ def check_adamw(sizes: Sequence[int], dtype: torch.dtype, device: str) -> None:
     groups = [{"params": [parameter], "lr": rate} for parameter, rate in zip(theirs, rates, strict=True)]
     peer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     firsts, seconds = ([torch.zeros_like(parameter) for parameter in parameters] for _ in range(2))
+    copies = [] if dtype == torch.float32 else [torch.zeros_like(parameter, dtype=dtype) for parameter in parameters]
     for step in range(1, 6):
         gradients = [torch.randn(size, device=device).to(dtype) for size in sizes]
         for parameter, gradient in zip(theirs, gradients, strict=True):
             parameter.grad = gradient.float() * 0.5
         peer.step()
         scalars = torch.tensor([[rate, 0.5, 1 - 0.9**step, 1 - 0.95**step] for rate in rates], device=device)
-        step_parameters(parameters, gradients, firsts, seconds, scalars, 0.9, 0.95, 1e-8, 0.1)
+        step_parameters(parameters, gradients, firsts, seconds, copies, scalars, 0.9, 0.95, 1e-8, 0.1)
+        for half, parameter in zip(copies, parameters, strict=False):
+            assert_close(half, parameter, dtype)
+            assert INTERPRETED or torch.equal(half, parameter.to(dtype))
         for ours, parameter in zip(parameters, theirs, strict=True):
             # A few roundings of numbers up to 5.
             assert (ours - parameter).abs().max() < 3e-6
-    before = [tensor.clone() for tensor in (*parameters, *firsts, *seconds)]
+    everything = (*parameters, *firsts, *seconds, *copies)
+    before = [tensor.clone() for tensor in everything]
     scalars[:, 1] = math.nan
-    step_parameters(parameters, gradients, firsts, seconds, scalars, 0.9, 0.95, 1e-8, 0.1)
-    assert all(torch.equal(a, b) for a, b in zip(before, (*parameters, *firsts, *seconds), strict=True))
+    step_parameters(parameters, gradients, firsts, seconds, copies, scalars, 0.9, 0.95, 1e-8, 0.1)
+    assert all(torch.equal(a, b) for a, b in zip(before, everything, strict=True))
 
 
 def check_registrations(dtype: torch.dtype, device: str) -> None:

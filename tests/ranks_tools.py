@@ -1,13 +1,14 @@
 """Tiny runs by several processes, which are started here as torchrun starts them, but without its own process.
 
 `python -m tests.ranks_tools JOBS` is one of the processes: it does one job after the other, as the environment says
-together with others. A job is {"run": folder, "from": folder whose checkpoint of step 10 is gone on from, or "", and
-settings of `TrainConfig`}.
+together with others. A job is {"run": folder, "from": folder whose checkpoint of step 10 is gone on from, or "",
+"poisoned": steps in which the last process's loss shall be NaN, and settings of `TrainConfig`}.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -16,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from basic import command_line
@@ -23,7 +25,7 @@ from basic.distributed import join
 from basic.runs import checkpoint_paths, open_checkpoint, read_records
 from basic.training import train
 
-from .fault_tools import TRAIN, VALID, VOCAB, configuration
+from .fault_tools import TRAIN, VALID, VOCAB, configuration, poison
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -70,7 +72,7 @@ def start_processes(count: int, jobs: list[dict[str, Any]]) -> list[subprocess.P
 def do(job: dict[str, Any], world) -> None:
     """Do a job; with a world of one in this process, otherwise in each of the processes."""
     settings = {**job}
-    run_dir, source = Path(settings.pop("run")), settings.pop("from", "")
+    run_dir, source, poisoned = Path(settings.pop("run")), settings.pop("from", ""), settings.pop("poisoned", [])
 
     def copy() -> None:
         (run_dir / "checkpoints").mkdir(parents=True)
@@ -84,12 +86,16 @@ def do(job: dict[str, Any], world) -> None:
         world.on_first(copy)
     usual = {"checkpoint_interval": 10, "checkpoints_kept": 9, "sample_interval": 20, "sample_tokens": 16}
     config = configuration(**{**usual, **settings})
-    train(config, TRAIN, VALID, run_dir, tokenizer=Numbers(), resume=bool(source), world=world)
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank == world.size - 1:
+            poison(patch, set(poisoned), math.nan)
+        train(config, TRAIN, VALID, run_dir, tokenizer=Numbers(), resume=bool(source), world=world)
 
 
 def losses(run_dir: Path) -> list[float]:
     records = read_records(run_dir / "metrics.jsonl", None)
-    return [record["train_loss"] for record in records] + [records[-1]["valid_loss"]]
+    seen = [record["train_loss"] for record in records if record["train_loss"] is not None]
+    return [*seen, records[-1]["valid_loss"]]
 
 
 def state(run_dir: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -27,7 +27,7 @@ from basic.token_files import TokenFileWriter, open_tokens
 from basic.train_step import TrainStep
 from basic.training import train
 
-from .fault_tools import TRAIN, VALID, configuration
+from .fault_tools import TRAIN, VALID, configuration, poison
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RUN_ALONE = """
@@ -302,24 +302,6 @@ def test_files_that_may_not_grow(tmp_path):
 
 
 # --- Numbers that are none ------------------------------------------------------------------------------------
-
-
-def poison(monkeypatch, bad: set[int], value: float) -> list[int]:
-    """Let the loss of some steps be `value`, as the batch or the weights might make it."""
-    real, steps = TrainStep._step, []
-
-    def take_step(step, batch):
-        steps.append(len(steps) + 1)
-        loss_of = step.reduced_loss_of
-        if steps[-1] in bad:
-            step.reduced_loss_of = lambda *batch: loss_of(*batch) * value
-        try:
-            return real(step, batch)
-        finally:
-            step.reduced_loss_of = loss_of
-
-    monkeypatch.setattr(TrainStep, "_step", take_step)
-    return steps
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -3,15 +3,20 @@
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from basic.distributed import ALONE, World
+from basic.model import TransformerLM
 from basic.runs import checkpoint_paths, load_run, open_checkpoint, read_records
 
+from .fault_tools import VOCAB, configuration
 from .ranks_tools import do, losses, start_processes, state
+from .test_scripts import run_script
 
 
 def assert_same_bits(run_dir: Path, other: Path) -> None:
@@ -21,11 +26,13 @@ def assert_same_bits(run_dir: Path, other: Path) -> None:
     assert all(torch.equal(tensors[name], others_tensors[name]) for name in tensors)
 
 
-def test_two_processes_do_what_one_does_and_end_when_one_is_killed(tmp_path):
-    names = ("one", "replicated", "sharded", "r_s", "s_s", "s_1", "half_replicated", "half_sharded", "long")
-    run = {name: tmp_path / name for name in names}
+def test_two_processes_do_what_one_does_and_end_when_one_is_killed(tmp_path, monkeypatch, capsys):
+    names = "one replicated sharded r_s s_s s_1 half_replicated half_sharded half_one narrow narrow_one"
+    run = {name: tmp_path / name for name in f"{names} bad_one bad_replicated bad_sharded long".split()}
     sharded = {"parallel": "sharded", "gradient_accumulation": 2}
-    half = {"reduce_precision": "bfloat16", "sample_interval": 0}
+    short = {"steps": 6, "sample_interval": 0, "checkpoint_interval": 0}
+    half, narrow = {**short, "reduce_precision": "bfloat16"}, {**short, "precision": "bfloat16"}
+    bad = {**short, "poisoned": [2, 4], "on_nonfinite": "skip", "max_nonfinite_steps": 2}
     processes = start_processes(
         2,
         [
@@ -35,11 +42,17 @@ def test_two_processes_do_what_one_does_and_end_when_one_is_killed(tmp_path):
             {"run": str(run["r_s"]), "from": str(run["replicated"]), **sharded},
             {"run": str(run["half_replicated"]), **half},
             {"run": str(run["half_sharded"]), "parallel": "sharded", **half},
+            {"run": str(run["narrow"]), **narrow},
+            {"run": str(run["bad_replicated"]), **bad},
+            {"run": str(run["bad_sharded"]), "parallel": "sharded", **bad},
             {"run": str(run["long"]), "steps": 10**6, "eval_interval": 0, "sample_interval": 0},
         ],
     )
     try:
         do({"run": run["one"]}, ALONE)
+        do({"run": run["half_one"], **half}, ALONE)
+        do({"run": run["narrow_one"], **narrow}, ALONE)
+        do({"run": run["bad_one"], **bad}, ALONE)
         log = run["long"] / "metrics.jsonl"
         until = time.monotonic() + 120
         while not (log.exists() and "checkpoint" in log.read_text()):
@@ -61,9 +74,13 @@ def test_two_processes_do_what_one_does_and_end_when_one_is_killed(tmp_path):
         samples = [read_records(folder / "metrics.jsonl", "sample")[-1]["text"] for folder in (run[name], run["one"])]
         assert samples[0] == samples[1]
         assert len((run[name] / "samples.txt").read_text().splitlines()) == 3  # one process wrote
-    for name in ("half_replicated", "half_sharded"):
-        differences = np.abs(np.subtract(losses(run[name]), losses(run["one"])))
+    for name, one in (("half_replicated", "half_one"), ("half_sharded", "half_one"), ("narrow", "narrow_one")):
+        differences = np.abs(np.subtract(losses(run[name]), losses(run[one])))
         assert 1e-7 < differences.max() < 1e-2, name
+    for name in ("bad_one", "bad_replicated", "bad_sharded"):
+        skipped = [record["step"] for record in read_records(run[name] / "metrics.jsonl", "nonfinite")]
+        assert skipped == [2, 4], name
+        np.testing.assert_allclose(losses(run[name]), losses(run["bad_one"]), atol=1e-5, rtol=0)
     assert [path.is_dir() for path in checkpoint_paths(run["sharded"])] == [True, True]
     assert [path.is_dir() for path in checkpoint_paths(run["r_s"])] == [False, True]
     assert_same_bits(run["s_s"], run["sharded"])
@@ -73,6 +90,13 @@ def test_two_processes_do_what_one_does_and_end_when_one_is_killed(tmp_path):
     np.testing.assert_allclose(losses(run["s_1"]), losses(run["one"]), atol=1e-5, rtol=0)
     assert not checkpoint_paths(run["s_1"])[-1].is_dir()
     assert load_run(run["sharded"], device="cpu").step == 20
+    run_script(monkeypatch, "consolidate", run["sharded"])
+    name = "step_00000020.safetensors"
+    assert f"wrote {run['sharded'] / 'checkpoints' / name} (" in capsys.readouterr().out
+    file, folder = (open_checkpoint(run["sharded"] / "checkpoints" / n) for n in (name, "step_00000020"))
+    assert file.document == folder.document
+    assert {n: t.tolist() for n, t in file.tensors.items()} == {n: t.tolist() for n, t in folder.tensors.items()}
+    (run["sharded"] / "checkpoints" / name).unlink()
     damaged(run["sharded"])
 
 
@@ -117,3 +141,41 @@ def test_a_process_has_a_device_of_its_own(monkeypatch):
         World(1, 2, 1).device_name("cuda:0")
     with pytest.raises(ValueError, match="process 2 of this machine has no GPU of its own, there are 2"):
         World(2, 4, 2).device_name("cuda")
+
+
+def test_gradients_are_sent_while_the_backward_pass_runs_and_once_for_all_parts_of_a_batch(monkeypatch):
+    model = TransformerLM(configuration().model)
+    ids = torch.randint(VOCAB, (4, 33))
+    parameters = dict(model.named_parameters())
+    sent = []
+
+    class Group:
+        def allreduce_coalesced(self, gradients, options):
+            there = {id(parameter.grad): name for name, parameter in parameters.items()}
+            sent.append(
+                (len([p for p in parameters.values() if p.grad is not None]), [there[id(g)] for g in gradients])
+            )
+            return self
+
+        def wait(self):
+            return True
+
+    monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=Group()))
+    backward = World(0, 2).backward(model, [model.token_embeddings, *model.layers, model], None)
+    backward(model.loss(ids[:, :-1], ids[:, 1:]), False)
+    assert not sent
+    once = {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
+    for parameter in parameters.values():
+        parameter.grad = None
+    backward(model.loss(ids[:, :-1], ids[:, 1:]), True)
+    there, names = zip(*sent, strict=True)
+    matrices = [[name for name in parameters if name.startswith(f"layers.{i}.") and "ln" not in name] for i in (1, 0)]
+    assert [sorted(group) for group in names[:3]] == [["lm_head.weight"], *map(sorted, matrices)]
+    assert {"token_embeddings.weight", "ln_final.weight", "layers.1.ln2.weight"} <= set(names[3])
+    assert there[0] == 1
+    assert there[0] < there[1] < there[2] < there[3] == len(parameters)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter.grad, once[name])
+    backward(model.loss(ids[:, :-1], ids[:, 1:]), True)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter.grad, 2 * once[name])

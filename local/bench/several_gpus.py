@@ -15,6 +15,8 @@ import socket
 import subprocess
 import sys
 import time
+from bisect import bisect
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ LARGE = {"vocab_size": 32_768, "context_length": 2048, "d_model": 2560, "num_lay
 ROWS = {"M": 64, "L": 8, "3B": 4, "tiny": 2}
 """Sequences a GPU."""
 LIMIT_S = 150
+_FIRST_STEPS = 5  # in which all is compiled and recorded
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -32,7 +35,6 @@ def measure(options: argparse.Namespace) -> None:
     import torch
     from training import SIZES
 
-    from basic import train_step
     from basic.distributed import join
     from basic.model import ModelConfig, TransformerLM
     from basic.optimizer import AdamW
@@ -55,11 +57,9 @@ def measure(options: argparse.Namespace) -> None:
             reduce_precision=options.reduce,
         )  # fmt: skip
         if options.parallel == "sharded":
-            world.shard(model, device, model.activation_dtype, reduce_dtype(settings, model.activation_dtype))
+            world.shard(model, device, model.activation_dtype, reduce_dtype(settings))
         optimizer = AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
         step = TrainStep(model, optimizer, settings, device, world)
-        if options.pieces:
-            step.reduced_loss_of = world.reduced(model, train_step._compiled_loss(model, in_pieces=True), torch.float32)
         ids = torch.randint(config.vocab_size, (options.rows, config.context_length + 1), device=device)
         batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
@@ -70,7 +70,7 @@ def measure(options: argparse.Namespace) -> None:
         started = time.perf_counter()
         result["first_loss"] = round(step(batch, 1e-4)[0].item(), 4)
         result["first_step_s"] = round(time.perf_counter() - started, 1)
-        for _ in range(step.warm_up_steps + 2):
+        for _ in range(_FIRST_STEPS):
             step(batch, 1e-4)
         synchronize()
         started, count, enough = time.perf_counter(), 0, 0
@@ -101,15 +101,63 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def profile(step: Any, path: str) -> None:
+    """Write for how long a GPU computes and sends in a step, and how long each kernel takes beside sending or not."""
     import torch
 
-    with torch.profiler.profile() as profiler:
-        for _ in range(3):
+    steps = 3
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(steps):
             step()
         torch.cuda.synchronize()
-    Path(path).write_text(
-        profiler.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=70)
-    )
+    on_gpu = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    events = [(event.time_range.start, event.time_range.end, event.name) for event in on_gpu]
+    sending = joined((start, end) for start, end, name in events if "nccl" in name.lower())
+    kernels = [event for event in events if "nccl" not in event[2].lower()]
+    computing = joined((start, end) for start, end, _ in kernels)
+    both = sum(shared(*span, sending) for span in computing)
+    ms = {
+        "step": max(end for _, end, _ in events) - min(start for start, _, _ in events),
+        "computing": sum(end - start for start, end in computing),
+        "sending": sum(end - start for start, end in sending),
+        "both": both,
+    }
+    times: dict[str, Any] = {}
+    for start, end, name in kernels:
+        beside = shared(start, end, sending) / max(end - start, 1e-3)
+        kind = "beside_us" if beside > 0.9 else "apart_us" if beside < 0.1 else "partly_us"
+        times.setdefault(name[:90], {}).setdefault(kind, []).append(end - start)
+    longest = sorted(times.items(), key=lambda item: -sum(map(sum, item[1].values())))[:25]
+    table = [
+        {
+            "kernel": name,
+            "ms": sum(map(sum, kinds.values())) / 1e3 / steps,
+            **{kind: [round(sum(each) / len(each), 1), len(each)] for kind, each in sorted(kinds.items())},
+        }
+        for name, kinds in longest
+    ]
+    Path(path).write_text(json.dumps({**{k: v / 1e3 / steps for k, v in ms.items()}, "kernels": table}, indent=1))
+
+
+def joined(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Times in which at least one of the spans runs."""
+    result: list[tuple[float, float]] = []
+    for start, end in sorted(spans):
+        if result and start <= result[-1][1]:
+            result[-1] = result[-1][0], max(result[-1][1], end)
+        else:
+            result.append((start, end))
+    return result
+
+
+def shared(start: float, end: float, spans: list[tuple[float, float]]) -> float:
+    """For how long of a time one of the joined spans runs too."""
+    first = max(bisect(spans, (start,)) - 1, 0)
+    total = 0.0
+    for a, b in spans[first:]:
+        if a >= end:
+            break
+        total += max(min(b, end) - max(a, start), 0)
+    return total
 
 
 def all_reduce_speed(device: Any) -> float:
@@ -192,8 +240,7 @@ def main() -> None:
     parser.add_argument(
         "--reduce", choices=["auto", "float32", "bfloat16"], default="auto", help="gradients' precision"
     )
-    parser.add_argument("--pieces", action="store_true", help="one GPU, compiled block by block as several are")
-    parser.add_argument("--profile", help="file for a table of what the GPU did")
+    parser.add_argument("--profile", help="JSON file of what the first GPU did, in one case: milliseconds a step")
     options = parser.parse_args()
     if options.case:
         return measure(options)
