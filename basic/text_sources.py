@@ -66,12 +66,17 @@ class TextSource:
         return "://" in os.fspath(self)
 
     def state(self) -> tuple[int | None, str]:
-        """The size in bytes, None where the server does not tell, and a mark that changes with the content."""
+        """The size in bytes, and a mark that changes with the content.
+
+        The size is None where the server does not tell, or gives the file only as a whole: it is read as a stream.
+        """
         if not self.is_remote:
             size = file_size_bytes(self)  # says what is wrong with other things than files
             return size, str(os.stat(self).st_mtime_ns)
         system, path = _file_system(os.fspath(self))
-        return _remote(self, lambda: (system.size(path), str(system.ukey(path))))
+        return _remote(
+            self, lambda: (system.size(path) if _gives_parts(system, path) else None, str(system.ukey(path)))
+        )
 
     def open(self) -> io.BufferedIOBase:
         """The bytes of the file, from the first on."""
@@ -79,7 +84,9 @@ class TextSource:
             file_size_bytes(self)
             return open(self.path, "rb")
         system, path = _file_system(os.fspath(self))
-        return _remote(self, lambda: system.open(path, "rb"))
+        options = {} if _remote(self, lambda: _gives_parts(system, path)) else {"block_size": 0}  # as a stream
+        # fsspec's files lack what Python's have, such as lines of limited length.
+        return io.BufferedReader(_remote(self, lambda: system.open(path, "rb", **options)), 1 << 20)
 
     def read(self, start: int, length: int) -> bytes:
         """As many bytes as there are of this length from an offset on."""
@@ -191,6 +198,19 @@ def _remote(source: TextSource, ask: Callable[[], T]) -> T:
         raise FileNotFoundError(f"there is no file {os.fspath(source)!r}: check the URL") from None
     except ImportError as error:  # what a protocol needs besides fsspec
         raise ValueError(f"{os.fspath(source)!r} cannot be opened here: {error}") from None
+
+
+def _gives_parts(system: Any, path: str) -> bool:
+    """Whether a part of a file can be asked for: simple HTTP servers answer with all of it, always."""
+    if "http" not in system.protocol:
+        return True
+    try:
+        with system.open(path, "rb", block_size=1 << 16, cache_type="none") as file:
+            file.seek(1)
+            file.read(1)
+    except ValueError:
+        return False
+    return True
 
 
 @contextmanager

@@ -5,10 +5,12 @@ import itertools
 import json
 import os
 import sys
+import threading
 import tracemalloc
 from collections import Counter
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import dask
@@ -490,6 +492,51 @@ def test_urls_are_read_like_files(tmp_path, monkeypatch, corpus, tokenizer):
     monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(ValueError, match="install fsspec"):
         count_pretokens("memory://corpus/plain.txt", SPECIAL)
+
+
+class _Serving(SimpleHTTPRequestHandler):
+    """Python's server, which always answers with the whole file, or one that gives the part that is asked for."""
+
+    gives_parts = False
+
+    def do_GET(self):
+        wanted = self.headers.get("Range") if self.gives_parts else None
+        if wanted is None:
+            return super().do_GET()
+        content = Path(self.translate_path(self.path)).read_bytes()
+        first, last = map(int, wanted.removeprefix("bytes=").split("-"))
+        part = content[first : last + 1]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+    def log_message(self, format, *args):
+        pass
+
+
+@pytest.mark.parametrize("gives_parts", [False, True])
+def test_a_web_server_may_give_parts_of_a_file_or_only_all_of_it(tmp_path, monkeypatch, corpus, tokenizer, gives_parts):
+    monkeypatch.setattr(text_sources, "_REMOTE_BLOCK_BYTES", 500)
+    monkeypatch.setattr(_Serving, "gives_parts", gives_parts)
+    served = [path for path in corpus if path.stat().st_size]
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Serving, directory=corpus[0].parent)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            base = f"http://127.0.0.1:{server.server_port}"
+            urls = [f"{base}/{path.name}" for path in served]
+            assert [source.state()[0] for source in sources_of(urls)] == [
+                path.stat().st_size if gives_parts else None for path in served
+            ]
+            counts = count_pretokens(urls, SPECIAL, shard_bytes=1000, kernels=False, num_workers=2)
+            assert counts == count_pretokens(served, SPECIAL, kernels=False)
+            encode_files(tokenizer, urls, tmp_path / "remote", shard_bytes=1000, num_workers=1)
+            assert np.array_equal(open_tokens(tmp_path / "remote"), encoded(tokenizer, served, tmp_path))
+            with pytest.raises(FileNotFoundError, match=r"there is no file 'http://.*/none\.txt'"):
+                count_pretokens(f"{base}/none.txt", SPECIAL)
+        finally:
+            server.shutdown()
 
 
 def test_the_scripts_use_a_cluster(scheduler, tmp_path, monkeypatch, corpus):
