@@ -117,9 +117,9 @@ def count_words(
     total = size if all(piece.source.is_plain for piece in pieces) else None
     with (
         TemporaryDirectory(prefix="basic-") as temporary,
+        WorkFolder(work_folder or temporary, work, start_over=start_over) as folder,
         progress_bar(progress, desc="counting", total=total, unit="B", unit_scale=True) as advance,
     ):
-        folder = WorkFolder(work_folder or temporary, work, start_over=start_over)
         num_threads = 1 if executor is not None else max(1, num_workers // max(len(shards), 1))
         # Our own threads move the bar as they go, others with each shard.
         live = folder.until_stopped(advance) if executor is None and kernels else None

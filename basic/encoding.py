@@ -85,42 +85,42 @@ def encode_files(
         "shard_bytes": shard_bytes,
     }
     is_one_file = output.suffix == ".bin"
-    folder = WorkFolder(output.with_suffix(".parts") if is_one_file else output, work, start_over=start_over)
-    tokenizer.save(folder.path / _TOKENIZER)
-    _tokenizers[tokenizer.fingerprint] = tokenizer
-    shards = cut(pieces, shard_bytes)
-    threads = tokenizer.runs_in_threads(sum(piece.num_bytes for piece in pieces))
-    num_threads = 1 if executor is not None else max(1, num_workers // len(shards))
-    # How much text a stream has, nobody knows.
-    total = sum(piece.num_bytes for piece in pieces) if all(source.is_plain for source in sources) else None
-    with progress_bar(progress, desc="encoding", total=total, unit="B", unit_scale=True) as advance:
-        live = folder.until_stopped(advance) if executor is None and threads else None
-        encode = partial(
-            encode_shard,
-            str(folder.path / _TOKENIZER),
-            tokenizer.fingerprint,
-            tokenizer.kernels,
-            num_threads,
-            errors,
-            specials_as_text,
-            live,
-        )
-        names = [f"{number:06}.bin" for number in range(len(shards))]
-        if not all(map(folder.record, names)):
-            (folder.path / INDEX_NAME).unlink(missing_ok=True)
-        run_on = executor or default_executor(num_workers, len(shards), threads=threads)
-        done = None if live else lambda record: advance(record["bytes"])
-        advance(folder.bytes_done(names))
-        folder.run(encode, [(name, (shard,)) for name, shard in zip(names, shards, strict=True)], run_on, done)
-    folder.tidy()
-    if not is_one_file:
-        return write_index(folder.path / INDEX_NAME, names)
-    with TokenFileWriter(output, tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint) as writer:
-        for name in names:
-            record = folder.record(name) or {}
-            writer.write(open_tokens(folder.path / name), source_bytes=record["bytes"])
-    shutil.rmtree(folder.path)
-    return writer.info
+    with WorkFolder(output.with_suffix(".parts") if is_one_file else output, work, start_over=start_over) as folder:
+        tokenizer.save(folder.path / _TOKENIZER)
+        _tokenizers[tokenizer.fingerprint] = tokenizer
+        shards = cut(pieces, shard_bytes)
+        threads = tokenizer.runs_in_threads(sum(piece.num_bytes for piece in pieces))
+        num_threads = 1 if executor is not None else max(1, num_workers // len(shards))
+        # How much text a stream has, nobody knows.
+        total = sum(piece.num_bytes for piece in pieces) if all(source.is_plain for source in sources) else None
+        with progress_bar(progress, desc="encoding", total=total, unit="B", unit_scale=True) as advance:
+            live = folder.until_stopped(advance) if executor is None and threads else None
+            encode = partial(
+                encode_shard,
+                str(folder.path / _TOKENIZER),
+                tokenizer.fingerprint,
+                tokenizer.kernels,
+                num_threads,
+                errors,
+                specials_as_text,
+                live,
+            )
+            names = [f"{number:06}.bin" for number in range(len(shards))]
+            if not all(map(folder.record, names)):
+                (folder.path / INDEX_NAME).unlink(missing_ok=True)
+            run_on = executor or default_executor(num_workers, len(shards), threads=threads)
+            done = None if live else lambda record: advance(record["bytes"])
+            advance(folder.bytes_done(names))
+            folder.run(encode, [(name, (shard,)) for name, shard in zip(names, shards, strict=True)], run_on, done)
+        folder.tidy()
+        if not is_one_file:
+            return write_index(folder.path / INDEX_NAME, names)
+        with TokenFileWriter(output, tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint) as writer:
+            for name in names:
+                record = folder.record(name) or {}
+                writer.write(open_tokens(folder.path / name), source_bytes=record["bytes"])
+        shutil.rmtree(folder.path)
+        return writer.info
 
 
 def encode_shard(

@@ -27,18 +27,24 @@ from typing import Any
 
 from basic.text_sources import TextSource
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 _MANIFEST = "manifest.jsonl"
 _VERSION = 1  # of what the parts write; another one is other work
 _WINDOW = 1000  # parts given to an executor at a time, enough for any cluster
 _LOST_ON_CLUSTER = ("KilledWorker", "NoValidWorkerError", "FutureCancelledError")  # what Dask calls it
 _NEW_POOLS = 3  # in a row that may break before any part is done
+_locks: set[int] = set()  # that this process holds
 
 Record = dict[str, Any]
 Task = tuple[str, tuple]  # the name of its file, and the arguments of the function
 
 
 class WorkFolder:
-    """A folder of work.
+    """A folder of work, which is this run's alone until it is closed (`with` does that) or the process ends.
 
     Args:
         path: made if need be. It must mean the same to all workers: a file system that all of them see.
@@ -51,11 +57,32 @@ class WorkFolder:
 
     Raises:
         ValueError: the folder holds other work.
+        BlockingIOError: another run is at work there.
     """
 
     def __init__(self, path: str | os.PathLike, work: dict[str, Any], *, start_over: bool = False) -> None:
         self.path = Path(path).resolve()
         self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self.path)
+        try:
+            self._open(work, start_over)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> WorkFolder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other runs work here."""
+        if self._lock in _locks:
+            _locks.remove(self._lock)
+            os.close(self._lock)
+
+    def _open(self, work: dict[str, Any], start_over: bool) -> None:
         self._manifest = self.path / _MANIFEST
         self.stopping = threading.Event()
         self._records: dict[str, Record] = {}
@@ -221,6 +248,39 @@ class WorkFolder:
                 for path in self.path.glob(f"{Path(line['file']).stem}.*"):  # with what describes it
                     path.unlink()
         self._manifest.unlink(missing_ok=True)
+
+
+def _locked(folder: Path) -> int | None:
+    """What holds the folder until it is closed; None where the system has no such locks.
+
+    Another run would take the unfinished files of this one for what the dead have left behind.
+    """
+    if fcntl is None:
+        return None
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise BlockingIOError(
+            f"another run is at work in {folder}: wait until it has ended, or give another folder"
+        ) from None
+    except OSError:  # some file systems of networks
+        os.close(lock)
+        return None
+    _locks.add(lock)
+    return lock
+
+
+def _let_go() -> None:
+    """Forked workers do not hold what their run does: they may outlive it for a while."""
+    for lock in _locks:
+        os.close(lock)
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def fingerprint_of(sources: Sequence[TextSource]) -> dict[str, Any]:

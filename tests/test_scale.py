@@ -4,8 +4,10 @@ import gzip
 import itertools
 import json
 import os
+import signal
 import sys
 import threading
+import time
 import tracemalloc
 from collections import Counter
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -240,6 +242,35 @@ def test_an_interrupted_count_goes_on_where_it_was(tmp_path, monkeypatch, corpus
         often = {word: count for word, count in expected.items() if count > 1}
         assert count(str(parts), Inline(), min_count=2) == (often, 0)
         assert len(names_in(tmp_path / str(parts))) == 2, "the manifest and the last table"
+
+
+def test_two_runs_do_not_work_in_one_folder(tmp_path, corpus, tokenizer):
+    with WorkFolder(tmp_path / "many", {"kind": "any"}):
+        for start_over in (False, True):
+            with pytest.raises(BlockingIOError, match=r"another run is at work in .*many: wait until it has ended"):
+                encode_files(tokenizer, corpus, tmp_path / "many", start_over=start_over)
+    for _ in range(2):  # an error frees it too
+        with pytest.raises(ValueError, match="holds other work"):
+            encode_files(tokenizer, corpus, tmp_path / "many")
+    encode_files(tokenizer, corpus, tmp_path / "many", start_over=True)
+    assert np.array_equal(open_tokens(tmp_path / "many"), encoded(tokenizer, corpus, tmp_path))
+
+
+def test_a_dead_run_leaves_its_folder_free_although_its_workers_live(tmp_path):
+    reading, writing = os.pipe()
+    if (run := os.fork()) == 0:
+        folder = WorkFolder(tmp_path, {})
+        if (worker := os.fork()) == 0:
+            time.sleep(60)
+        os.write(writing, str(worker).encode())
+        os.kill(os.getpid(), signal.SIGKILL)
+        folder.close()
+    os.waitpid(run, 0)
+    worker = int(os.read(reading, 20))
+    try:
+        WorkFolder(tmp_path, {}).close()
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 def test_other_work_is_refused_and_can_be_started_over(tmp_path, corpus):
