@@ -26,7 +26,7 @@ from torch import Tensor
 from basic.atomic_file import sync_file, sync_folder
 from basic.checkpoint import Checkpoint, check_model, check_optimizer, checkpoint_tree, load_optimizer
 from basic.distributed import World, local_part
-from basic.state_tree import pack, unpack
+from basic.state_tree import pack, stored_names, unpack
 
 DOCUMENT_NAME = "checkpoint.json"
 _VERSION = 1
@@ -249,10 +249,9 @@ def restore_parts(
     # What was saved, without its numbers, is enough to see whether it fits.
     shapes = {name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in sizes.items()}
     check_model(model, unpack(document["model"], shapes))
-    saved = document["model"].get("$ordered_dict", document["model"])
     own, targets = model.state_dict(), {}
-    for key, node in saved if isinstance(saved, list) else saved.items():
-        targets.setdefault(node["$tensor"], own[key])
+    for key, name in stored_names(document["model"]).items():
+        targets.setdefault(name, own[key])
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, (size, dtype) in sizes.items():
         match name.split("."):

@@ -82,6 +82,12 @@ def unpack(node: Any, tensors: Mapping[str, Tensor]) -> Any:
     return _decode(node, functools.cache(lambda name: tensors[name].clone()))
 
 
+def stored_names(node: Any) -> dict[str, str]:
+    """Of a dictionary that holds tensors alone: under which name each of them is stored."""
+    items = node["$ordered_dict"] if "$ordered_dict" in node else node.items()
+    return {key: tensor["$tensor"] for key, tensor in items}
+
+
 @dataclass
 class _Leaf:
     """A tensor in a tree, and the object of the document that shall say where the file has it."""

@@ -1,12 +1,13 @@
 """Trees of tensors and plain values: shared memory is stored once and is shared again when it comes back."""
 
 import json
+from collections import OrderedDict
 from typing import Any
 
 import pytest
 import torch
 
-from basic.state_tree import pack, unpack
+from basic.state_tree import pack, stored_names, unpack
 
 
 def round_trip(tree):
@@ -103,3 +104,12 @@ def test_contiguous_tensors_are_not_copied():
 def test_an_unknown_kind_of_node():
     with pytest.raises(ValueError, match=r"'\$set' is no type that this version"):
         unpack({"$set": [1]}, {})
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict])
+def test_names_of_stored_tensors(kind):
+    weight = torch.zeros(2, 3)
+    node, tensors = pack({"model": kind(own=torch.ones(1), tied=weight, other=weight)})
+    names = stored_names(json.loads(json.dumps(node["model"])))
+    assert names == {"own": "model.own", "tied": "model.tied", "other": "model.tied"}
+    assert set(names.values()) == set(tensors)
