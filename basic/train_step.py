@@ -26,7 +26,7 @@ class TrainStep:
     """Gradients of a batch's mean loss, clipped, then the optimizer; nothing in it waits for the device.
 
     Args:
-        model, optimizer: changed by every call.
+        model, optimizer: changed by every call; by others not meanwhile, because the step may compute with copies.
         config: of the run.
         device: of the model.
         world: the processes that compute the step together, each with rows of its own.
