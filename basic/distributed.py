@@ -158,6 +158,12 @@ class World:
 
     # --- Models
 
+    def equalize(self, model: Module) -> None:
+        """Give all processes the first one's weights: CPUs of different kinds may draw others from the same seed."""
+        if self.size > 1:
+            for parameter in model.parameters():
+                dist.broadcast(parameter.detach(), 0)
+
     def shard(self, model: Module, device: torch.device, dtype: torch.dtype, reduce_dtype: torch.dtype | None) -> None:
         """Leave of every parameter only this process's part, on the device; the optimizer is to be made after it.
 
@@ -300,7 +306,7 @@ class _Replica:
     def __init__(self, pieces: Sequence[Module], dtype: torch.dtype | None, size: int):
         self.dtype, self.size, self.last = dtype, size, False
         self.sent: list[dist.Work] = []
-        self.cast: tuple[list[Tensor], list[Tensor]] = [], []
+        self.cast: list[tuple[Tensor, Tensor]] = []  # gradients, and their sums in another precision
         groups: list[list[Tensor]] = [[] for _ in pieces]
         seen: set[Tensor] = set()
         for piece, group in zip(pieces, groups, strict=True):
@@ -317,16 +323,17 @@ class _Replica:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.last = last
-        # Each computes its share of the mean, so what travels need only be added up.
-        (loss / self.size).backward()
-        self.last = False
+        try:
+            # Each computes its share of the mean, so what travels need only be added up.
+            (loss / self.size).backward()
+        finally:
+            self.last = False  # backward passes of others send nothing
         for work in self.sent:
             work.wait()
-        gradients, sums = self.cast
-        if gradients:
-            torch._foreach_copy_(gradients, sums)
-        for done in (self.sent, gradients, sums):
-            done.clear()
+        for gradient, total in self.cast:
+            gradient.copy_(total)
+        self.sent.clear()
+        self.cast.clear()
 
     def _arrive(self, group: list[Tensor], arrived: set[Tensor], parameter: Tensor) -> None:
         """Take note that a parameter has its gradient, and send those of its group if it was the last of them."""
@@ -341,8 +348,7 @@ class _Replica:
             assert parameter.grad is not None
             sums.append(parameter.grad if self.dtype is None else parameter.grad.to(self.dtype))
             if sums[-1] is not parameter.grad:
-                self.cast[0].append(parameter.grad)
-                self.cast[1].append(sums[-1])
+                self.cast.append((parameter.grad, sums[-1]))
         options = dist.AllreduceCoalescedOptions()
         options.asyncOp = True
         assert dist.group.WORLD is not None

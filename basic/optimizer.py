@@ -83,12 +83,12 @@ class AdamW(torch.optim.Optimizer):
         copies = copies or {}
         for group in self.param_groups:
             # Those with copies apart, because a kernel takes gradients of one precision.
-            for parameters in _parted(group["params"], copies.__contains__):
-                used = [copies.get(parameter, parameter).grad for parameter in parameters]
+            for has_copy in (True, False):
                 parts = [
                     (parameter, local_part(gradient))
-                    for parameter, gradient in zip(parameters, used, strict=True)
-                    if gradient is not None
+                    for parameter in group["params"]
+                    if (parameter in copies) == has_copy
+                    and (gradient := copies.get(parameter, parameter).grad) is not None
                 ]
                 self._step_some(parts, group, gradient_factor, copies)
         return loss
@@ -215,14 +215,10 @@ def clipping_factor(
 def _norms(gradients: list[Tensor]) -> list[Tensor]:
     """The norm of each, in float32 at least: squares of half-precision numbers overflow."""
     norms = []
-    for dtype in {gradient.dtype: None for gradient in gradients}:
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
         same = [gradient for gradient in gradients if gradient.dtype == dtype]
         norms += torch._foreach_norm(same, dtype=torch.promote_types(dtype, torch.float32))  # many in one launch
     return norms
-
-
-def _parted(tensors: list[Tensor], belongs: Callable[[Tensor], bool]) -> tuple[list[Tensor], list[Tensor]]:
-    return [tensor for tensor in tensors if belongs(tensor)], [tensor for tensor in tensors if not belongs(tensor)]
 
 
 def _kernel_covers(parameter: Tensor, gradient: Tensor) -> bool:

@@ -76,7 +76,7 @@ def whole(source: TextSource) -> Piece:
     if not source.is_remote:
         # A worker may have another current folder.
         source = replace(source, path=os.path.abspath(source.path))
-    return Piece(source, size, 0, size if source.is_plain else None)
+    return Piece(source, size, 0, size if source.is_plain and source.gives_parts() else None)
 
 
 def cut(pieces: Iterable[Piece], shard_bytes: int) -> list[Shard]:

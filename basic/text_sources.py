@@ -66,17 +66,28 @@ class TextSource:
         return "://" in os.fspath(self)
 
     def state(self) -> tuple[int | None, str]:
-        """The size in bytes, and a mark that changes with the content.
-
-        The size is None where the server does not tell, or gives the file only as a whole: it is read as a stream.
-        """
+        """The size in bytes, None where the server does not tell, and a mark that changes with the content."""
         if not self.is_remote:
             size = file_size_bytes(self)  # says what is wrong with other things than files
             return size, str(os.stat(self).st_mtime_ns)
         system, path = _file_system(os.fspath(self))
-        return _remote(
-            self, lambda: (system.size(path) if _gives_parts(system, path) else None, str(system.ukey(path)))
-        )
+        told = _remote(self, lambda: {"key": system.ukey(path), **system.info(path)})
+        # Of a file on a web server the key is its address, so that other marks must do.
+        return told["size"], repr([told.get(name) for name in ("key", "size", "ETag", "Last-Modified")])
+
+    def gives_parts(self) -> bool:
+        """Whether a part of the file can be asked for: simple web servers answer with all of it, always."""
+        if not self.is_remote:
+            return True
+        system, path = _file_system(os.fspath(self))
+        if not _is_web(system):
+            return True
+        try:
+            with _remote(self, lambda: system.open(path, "rb", block_size=1 << 16, cache_type="none")) as file:
+                _remote(self, lambda: (file.seek(1), file.read(1)))
+        except ValueError:  # what fsspec says of such servers, and of those that do not tell the size
+            return False
+        return True
 
     def open(self) -> io.BufferedIOBase:
         """The bytes of the file, from the first on."""
@@ -84,9 +95,9 @@ class TextSource:
             file_size_bytes(self)
             return open(self.path, "rb")
         system, path = _file_system(os.fspath(self))
-        options = {} if _remote(self, lambda: _gives_parts(system, path)) else {"block_size": 0}  # as a stream
-        # fsspec's files lack what Python's have, such as lines of limited length.
-        return io.BufferedReader(_remote(self, lambda: system.open(path, "rb", **options)), 1 << 20)
+        # From a web server as one stream, which all of them give.
+        options = {"block_size": 0} if _is_web(system) else {}
+        return io.BufferedReader(_Remote(self, _remote(self, lambda: system.open(path, "rb", **options))), 1 << 20)
 
     def read(self, start: int, length: int) -> bytes:
         """As many bytes as there are of this length from an offset on."""
@@ -184,8 +195,15 @@ def _file_system(url: str) -> tuple[Any, str]:
         from fsspec.core import url_to_fs
     except ImportError:
         raise ValueError(f"{url!r} is a URL: to open it, install fsspec (the extra 'dist' has it)") from None
+    options = {}
     try:
-        return url_to_fs(url)
+        if url.startswith(("http://", "https://")):
+            from aiohttp import ClientTimeout
+
+            # By default a file must have come after five minutes, however long it is, and whatever is done with it
+            # meanwhile; here, something of it after one.
+            options["client_kwargs"] = {"timeout": ClientTimeout(total=None, sock_connect=60, sock_read=60)}
+        return url_to_fs(url, **options)
     except (ImportError, ValueError) as error:  # the protocol is unknown, or needs another package
         raise ValueError(f"{url!r} is a URL that cannot be opened here: {error}") from None
 
@@ -198,19 +216,34 @@ def _remote(source: TextSource, ask: Callable[[], T]) -> T:
         raise FileNotFoundError(f"there is no file {os.fspath(source)!r}: check the URL") from None
     except ImportError as error:  # what a protocol needs besides fsspec
         raise ValueError(f"{os.fspath(source)!r} cannot be opened here: {error}") from None
-
-
-def _gives_parts(system: Any, path: str) -> bool:
-    """Whether a part of a file can be asked for: simple HTTP servers answer with all of it, always."""
-    if "http" not in system.protocol:
-        return True
-    try:
-        with system.open(path, "rb", block_size=1 << 16, cache_type="none") as file:
-            file.seek(1)
-            file.read(1)
     except ValueError:
-        return False
-    return True
+        raise
+    except Exception as error:  # what its libraries say when a connection is lost
+        raise OSError(f"{os.fspath(source)!r} cannot be read: {type(error).__name__}: {error}") from error
+
+
+class _Remote(io.RawIOBase):
+    """A file of fsspec, read from front to back, as one of Python's: fsspec's lack lines of limited length."""
+
+    def __init__(self, source: TextSource, file: Any):
+        self._source, self._file, self._ended = source, file, False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b"" if self._ended else _remote(self._source, lambda: self._file.read(len(buffer)))
+        self._ended = not data  # whoever reads a web server's stream again and again behind its end is warned
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _is_web(system: Any) -> bool:
+    return "http" in system.protocol
 
 
 @contextmanager

@@ -26,7 +26,7 @@ class TrainStep:
     """Gradients of a batch's mean loss, clipped, then the optimizer; nothing in it waits for the device.
 
     Args:
-        model, optimizer: changed by every call; by others not meanwhile, because the step may compute with copies.
+        model, optimizer: changed by every call. Load weights before, because the step may compute with copies of them.
         config: of the run.
         device: of the model.
         world: the processes that compute the step together, each with rows of its own.
@@ -47,6 +47,7 @@ class TrainStep:
         # What changes in each step: of the model itself, or of one that shares with it all but the copies.
         self.copies: dict[Tensor, Tensor] = {}
         if not self.sharded:
+            world.equalize(model)
             in_float32 = config.gradient_accumulation > 1 or (world.size > 1 and reduce_dtype(config) == torch.float32)
             model, self.copies = _with_copies(model, torch.float32 if in_float32 else model.compute_dtype)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -19,7 +19,7 @@ import shutil
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
@@ -79,8 +79,8 @@ class WorkFolder:
     def close(self) -> None:
         """Let other runs work here."""
         if self._lock in _locks:
-            _locks.remove(self._lock)
-            os.close(self._lock)
+            _unlock(self._lock)
+        self._lock = None
 
     def _open(self, work: dict[str, Any], start_over: bool) -> None:
         self._manifest = self.path / _MANIFEST
@@ -258,18 +258,25 @@ def _locked(folder: Path) -> int | None:
     if fcntl is None:
         return None
     lock = os.open(folder, os.O_RDONLY)
+    _locks.add(lock)  # first, as another thread may fork at any time
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise BlockingIOError(
-            f"another run is at work in {folder}: wait until it has ended, or give another folder"
-        ) from None
-    except OSError:  # some file systems of networks
-        os.close(lock)
-        return None
-    _locks.add(lock)
+    except OSError as error:
+        _unlock(lock)
+        if isinstance(error, BlockingIOError):
+            raise BlockingIOError(
+                f"another run is at work in {folder}: wait until it has ended, or give another folder"
+            ) from None
+        return None  # some file systems of networks have none
     return lock
+
+
+def _unlock(lock: int) -> None:
+    assert fcntl is not None
+    _locks.remove(lock)
+    with suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_UN)  # also for a child that was forked in between
+    os.close(lock)
 
 
 def _let_go() -> None:

@@ -2,7 +2,8 @@
 
 `python -m tests.ranks_tools JOBS` is one of the processes: it does one job after the other, as the environment says
 together with others. A job is {"run": folder, "from": folder whose checkpoint of step 10 is gone on from, or "",
-"poisoned": steps in which the last process's loss shall be NaN, and settings of `TrainConfig`}.
+"poisoned": steps in which the last process's loss shall be NaN, "other_weights": whether all but the first process
+shall draw other ones, and settings of `TrainConfig`}.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def start_processes(count: int, jobs: list[dict[str, Any]]) -> list[subprocess.P
 def do(job: dict[str, Any], world) -> None:
     """Do a job; with a world of one in this process, otherwise in each of the processes."""
     settings = {**job}
-    run_dir, source, poisoned = Path(settings.pop("run")), settings.pop("from", ""), settings.pop("poisoned", [])
+    run_dir, source = Path(settings.pop("run")), settings.pop("from", "")
+    poisoned, other_weights = settings.pop("poisoned", []), settings.pop("other_weights", False)
 
     def copy() -> None:
         (run_dir / "checkpoints").mkdir(parents=True)
@@ -86,7 +88,10 @@ def do(job: dict[str, Any], world) -> None:
         world.on_first(copy)
     usual = {"checkpoint_interval": 10, "checkpoints_kept": 9, "sample_interval": 20, "sample_tokens": 16}
     config = configuration(**{**usual, **settings})
+    seed = torch.manual_seed
     with pytest.MonkeyPatch.context() as patch:
+        if other_weights and world.rank > 0:
+            patch.setattr(torch, "manual_seed", lambda number: seed(number + 1))
         if world.rank == world.size - 1:
             poison(patch, set(poisoned), math.nan)
         train(config, TRAIN, VALID, run_dir, tokenizer=Numbers(), resume=bool(source), world=world)

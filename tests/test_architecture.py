@@ -149,6 +149,7 @@ ONLY_IN = {
     "anyio": {"playground_server"},
     "distributed": {"work_folder"},
     "fsspec": {"text_sources"},
+    "aiohttp": {"text_sources"},
     "wandb": {"trackers"},
     "tensorboard": {"trackers"},
 }
@@ -237,7 +238,6 @@ OPEN = {
     *("torch.nn.ParameterList", "torch.nn.ParameterDict", "torch.nn.init.trunc_normal_", "torch.optim.Optimizer"),
     "torch.ops.basic",  # operators that we register ourselves
 }
-OPEN_IN = {"distributed": {"torch.nn.parallel.DistributedDataParallel"}}
 # These may be given a name by an import; what is then done with them is looked at.
 NAMEABLE = {"triton", "einops", "torch", "torch.nn", "torch.nn.init", "torch.nn.parallel", "torch.optim"}
 
@@ -266,8 +266,7 @@ class FromScratch(ast.NodeVisitor):
     """Finds what a module takes ready-made: every path from an imported name is followed, and the methods of torch's
     tensors are known by their names wherever they stand, except on our own modules and on `self`."""
 
-    def __init__(self, source: str, room: str = ""):
-        self.open = OPEN | OPEN_IN.get(room, set())
+    def __init__(self, source: str):
         self.found: list[str] = []
         self.names: dict[str, str] = {}  # what each imported name stands for
         tree = ast.parse(source)
@@ -299,12 +298,12 @@ class FromScratch(ast.NodeVisitor):
         if path.split(".")[0] not in ("torch", "triton", "einops"):
             return
         parts = path.split(".")[1:]
-        if within(self.open):
+        if within(OPEN):
             return
         if not parts:
             self.report(node, f"{path} is not to be passed around; take single things from it by name")
         elif within(CLOSED) or parts[-1] == "*":
-            self.report(node, f"{path}; allowed are {', '.join(sorted(self.open))}")
+            self.report(node, f"{path}; allowed are {', '.join(sorted(OPEN))}")
         elif any(is_ready_made(part) or (part.startswith("__") and part != "__version__") for part in parts):
             self.report(node, f"{path} is ready-made")
 
@@ -357,8 +356,7 @@ class FromScratch(ast.NodeVisitor):
 
 @pytest.mark.parametrize("path", BASIC + LOCAL, ids=name)
 def test_nothing_is_taken_ready_made(path: Path) -> None:
-    room = path.stem if path in BASIC else ""
-    assert FromScratch(path.read_text(encoding="utf-8"), room).found == []
+    assert FromScratch(path.read_text(encoding="utf-8")).found == []
 
 
 @pytest.mark.parametrize(
@@ -458,7 +456,7 @@ def test_nothing_is_taken_ready_made(path: Path) -> None:
     ],
 )
 def test_ready_made_things_are_found(snippet: str) -> None:
-    assert FromScratch(snippet, "model").found
+    assert FromScratch(snippet).found
 
 
 @pytest.mark.parametrize(
@@ -500,13 +498,7 @@ def test_ready_made_things_are_found(snippet: str) -> None:
     ],
 )
 def test_our_own_and_harmless_things_pass(snippet: str) -> None:
-    assert FromScratch(snippet, "model").found == []
-
-
-def test_only_one_room_may_wrap_a_model_for_many_ranks() -> None:
-    snippet = "from torch.nn.parallel import DistributedDataParallel as DDP\nDDP(model)"
-    assert FromScratch(snippet, "training").found
-    assert FromScratch(snippet, "distributed").found == []
+    assert FromScratch(snippet).found == []
 
 
 class RunOperators(TorchDispatchMode):

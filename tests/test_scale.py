@@ -244,6 +244,15 @@ def test_an_interrupted_count_goes_on_where_it_was(tmp_path, monkeypatch, corpus
         assert len(names_in(tmp_path / str(parts))) == 2, "the manifest and the last table"
 
 
+def test_a_folder_that_was_closed_twice_holds_no_other(tmp_path):
+    first = WorkFolder(tmp_path / "a", {})
+    first.close()
+    with WorkFolder(tmp_path / "b", {}):  # its lock may have the number that the first one had
+        first.close()
+        with pytest.raises(BlockingIOError):
+            WorkFolder(tmp_path / "b", {})
+
+
 def test_two_runs_do_not_work_in_one_folder(tmp_path, corpus, tokenizer):
     with WorkFolder(tmp_path / "many", {"kind": "any"}):
         for start_over in (False, True):
@@ -557,8 +566,12 @@ def test_a_web_server_may_give_parts_of_a_file_or_only_all_of_it(tmp_path, monke
         try:
             base = f"http://127.0.0.1:{server.server_port}"
             urls = [f"{base}/{path.name}" for path in served]
-            assert [source.state()[0] for source in sources_of(urls)] == [
-                path.stat().st_size if gives_parts else None for path in served
+            assert [source.state()[0] for source in sources_of(urls)] == [path.stat().st_size for path in served]
+            assert [source.gives_parts() for source in sources_of(urls)] == [gives_parts] * len(urls)
+            marks = [source.state() for source in sources_of(urls)]
+            os.utime(served[0], (1, 1))
+            assert [source.state() != mark for source, mark in zip(sources_of(urls), marks, strict=True)] == [
+                path == served[0] for path in served
             ]
             counts = count_pretokens(urls, SPECIAL, shard_bytes=1000, kernels=False, num_workers=2)
             assert counts == count_pretokens(served, SPECIAL, kernels=False)

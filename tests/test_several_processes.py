@@ -2,6 +2,8 @@
 
 import re
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,22 +29,24 @@ def assert_same_bits(run_dir: Path, other: Path) -> None:
 
 
 def test_two_processes_do_what_one_does_and_end_when_one_is_killed(tmp_path, monkeypatch, capsys):
-    names = "one replicated sharded r_s s_s s_1 half_replicated half_sharded half_one narrow narrow_one"
+    names = "one replicated sharded r_s s_s s_1 half_replicated half_sharded half_one narrow narrow_one wide"
     run = {name: tmp_path / name for name in f"{names} bad_one bad_replicated bad_sharded long".split()}
     sharded = {"parallel": "sharded", "gradient_accumulation": 2}
     short = {"steps": 6, "sample_interval": 0, "checkpoint_interval": 0}
     half, narrow = {**short, "reduce_precision": "bfloat16"}, {**short, "precision": "bfloat16"}
+    wide = {**narrow, "reduce_precision": "float32"}
     bad = {**short, "poisoned": [2, 4], "on_nonfinite": "skip", "max_nonfinite_steps": 2}
     processes = start_processes(
         2,
         [
-            {"run": str(run["replicated"]), "gradient_accumulation": 4},
+            {"run": str(run["replicated"]), "gradient_accumulation": 4, "other_weights": True},
             {"run": str(run["sharded"]), **sharded},
             {"run": str(run["s_s"]), "from": str(run["sharded"]), **sharded},
             {"run": str(run["r_s"]), "from": str(run["replicated"]), **sharded},
             {"run": str(run["half_replicated"]), **half},
             {"run": str(run["half_sharded"]), "parallel": "sharded", **half},
             {"run": str(run["narrow"]), **narrow},
+            {"run": str(run["wide"]), **wide},
             {"run": str(run["bad_replicated"]), **bad},
             {"run": str(run["bad_sharded"]), "parallel": "sharded", **bad},
             {"run": str(run["long"]), "steps": 10**6, "eval_interval": 0, "sample_interval": 0},
@@ -77,6 +81,8 @@ def test_two_processes_do_what_one_does_and_end_when_one_is_killed(tmp_path, mon
     for name, one in (("half_replicated", "half_one"), ("half_sharded", "half_one"), ("narrow", "narrow_one")):
         differences = np.abs(np.subtract(losses(run[name]), losses(run[one])))
         assert 1e-7 < differences.max() < 1e-2, name
+    assert losses(run["wide"]) != losses(run["narrow"])
+    np.testing.assert_allclose(losses(run["wide"]), losses(run["narrow_one"]), atol=1e-2, rtol=0)
     for name in ("bad_one", "bad_replicated", "bad_sharded"):
         skipped = [record["step"] for record in read_records(run[name] / "metrics.jsonl", "nonfinite")]
         assert skipped == [2, 4], name
@@ -143,39 +149,75 @@ def test_a_process_has_a_device_of_its_own(monkeypatch):
         World(2, 4, 2).device_name("cuda")
 
 
-def test_gradients_are_sent_while_the_backward_pass_runs_and_once_for_all_parts_of_a_batch(monkeypatch):
-    model = TransformerLM(configuration().model)
-    ids = torch.randint(VOCAB, (4, 33))
-    parameters = dict(model.named_parameters())
+@pytest.fixture
+def sent(monkeypatch) -> list[list[torch.Tensor]]:
+    """The gradients that a process, whose fellows have none, sends together."""
     sent = []
 
     class Group:
         def allreduce_coalesced(self, gradients, options):
-            there = {id(parameter.grad): name for name, parameter in parameters.items()}
-            sent.append(
-                (len([p for p in parameters.values() if p.grad is not None]), [there[id(g)] for g in gradients])
-            )
+            sent.append(gradients)
             return self
 
         def wait(self):
             return True
 
     monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=Group()))
-    backward = World(0, 2).backward(model, [model.token_embeddings, *model.layers, model], None)
-    backward(model.loss(ids[:, :-1], ids[:, 1:]), False)
+    return sent
+
+
+def backward_of(model: TransformerLM) -> Callable[[torch.Tensor, bool], None]:
+    return World(0, 2).backward(model, [model.token_embeddings, *model.layers, model], None)
+
+
+def test_gradients_are_sent_while_the_backward_pass_runs(sent):
+    model = TransformerLM(configuration().model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    order: list[str | int] = []
+    for parameter, name in names.items():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+    backward = backward_of(model)
+    for parameter in names:
+        parameter.register_post_accumulate_grad_hook(lambda _: order.append(len(sent)))
+    ids = torch.randint(VOCAB, (4, 33))
+    backward(model.loss(ids[:, :-1], ids[:, 1:]), True)
+    groups = [sorted(names[p] for p in names if any(p.grad is each for each in group)) for group in sent]
+    blocks = [
+        sorted(name for name in names.values() if name.startswith(f"layers.{i}.") and "ln" not in name) for i in (0, 1)
+    ]
+    vectors = sorted(name for name in names.values() if "ln" in name)
+    assert groups == [["lm_head.weight"], blocks[1], blocks[0], [*vectors, "token_embeddings.weight"]]
+    for number, group in enumerate(groups):
+        last = max(order.index(name) for name in group)
+        assert order[last + 1] == number + 1, "not sent as soon as its last gradient was there"
+    assert order.index("lm_head.weight") < order.index("layers.1.ffn.w2.weight") < order.index("layers.0.ffn.w2.weight")
+
+
+@pytest.mark.parametrize("shape", [{}, {"tied_embeddings": True}, {"norm": "none"}], ids=str)
+@pytest.mark.parametrize("frozen", ["", "token_embeddings", "lm_head", "layers.1"])
+def test_all_gradients_are_sent_once_for_all_parts_of_a_batch(sent, shape, frozen):
+    model = TransformerLM(replace(configuration().model, **shape))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not frozen or not name.startswith(frozen))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    backward = backward_of(model)
+    ids = torch.randint(VOCAB, (4, 33))
+    expected = [2 * g for g in torch.autograd.grad(model.loss(ids[:, :-1], ids[:, 1:]), parameters)]
+    failing = model.layers[0].get_parameter("ffn.w1.weight").register_hook(lambda gradient: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        backward(model.loss(ids[:, :-1], ids[:, 1:]), True)
+    failing.remove()
+    for _ in range(2):  # a backward pass that failed leaves nothing behind, nor does one that was done
+        model.zero_grad(set_to_none=True)
+        sent.clear()
+        for part in range(4):
+            assert not sent
+            backward(model.loss(ids[:, :-1], ids[:, 1:]), part == 3)
+        arrived = [gradient for group in sent for gradient in group]
+        assert len(arrived) == len(parameters)
+        for parameter, gradient in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)  # four parts, each by half
+            assert sum(parameter.grad is each for each in arrived) == 1
+    sent.clear()
+    model.loss(ids[:, :-1], ids[:, 1:]).backward()  # of somebody else
     assert not sent
-    once = {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
-    for parameter in parameters.values():
-        parameter.grad = None
-    backward(model.loss(ids[:, :-1], ids[:, 1:]), True)
-    there, names = zip(*sent, strict=True)
-    matrices = [[name for name in parameters if name.startswith(f"layers.{i}.") and "ln" not in name] for i in (1, 0)]
-    assert [sorted(group) for group in names[:3]] == [["lm_head.weight"], *map(sorted, matrices)]
-    assert {"token_embeddings.weight", "ln_final.weight", "layers.1.ln2.weight"} <= set(names[3])
-    assert there[0] == 1
-    assert there[0] < there[1] < there[2] < there[3] == len(parameters)
-    for name, parameter in parameters.items():
-        torch.testing.assert_close(parameter.grad, once[name])
-    backward(model.loss(ids[:, :-1], ids[:, 1:]), True)
-    for name, parameter in parameters.items():
-        torch.testing.assert_close(parameter.grad, 2 * once[name])

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from basic.distributed import World
 from basic.model import ModelConfig, TransformerLM, clip_gradients
 from basic.runs import TrainConfig
 from basic.train_step import TrainStep, compile_in_pieces
@@ -68,6 +69,21 @@ def test_gradients_of_several_parts_are_added_up_in_full_precision():
     step = TrainStep(model, make_optimizer(model, settings), settings, torch.device("cpu"))
     step(batches(1)[0], 1e-2)
     assert {parameter.grad.dtype for parameter in step.parameters if parameter.grad is not None} == {torch.float32}
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1, 2])
+def test_compiling_leaves_the_callers_model_alone(monkeypatch, precision, size):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(World, "equalize", lambda world, model: None)
+    model = TransformerLM(ModelConfig(**SIZES))
+    model.activation_dtype = precision
+    settings = TrainConfig(steps=1, batch_size=4, compile=True)
+    names = set(model.state_dict())
+    TrainStep(model, make_optimizer(model, settings), settings, torch.device("cpu"), World(0, size))
+    assert set(model.state_dict()) == names
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_pieces_are_the_whole_model(monkeypatch):
