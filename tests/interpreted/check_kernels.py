@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
-from basic import decoder
-from basic.model import ModelConfig
+from basic import decoder, kernels, triton_ops
+from basic.model import ModelConfig, TransformerLM
+from basic.runs import TrainConfig
+from basic.train_step import TrainStep
+from basic.training import make_optimizer
 from basic.triton_support import INTERPRETED
 
 from .. import kernel_checks
@@ -65,3 +70,34 @@ def test_decoder(prompt_lengths, dtype, monkeypatch):
     monkeypatch.setattr(decoder, "_splits", lambda rows: 2)
     config = ModelConfig(vocab_size=37, context_length=12, d_model=48, num_layers=1, num_heads=3, d_ff=60)
     kernel_checks.check_decoder(config, prompt_lengths, 5, dtype, "cpu")
+
+
+def test_a_training_step(monkeypatch):
+    """All kernels in one step, with half-precision copies of the matrices, beside the step without kernels."""
+    config = ModelConfig(vocab_size=37, context_length=12, d_model=32, num_layers=2, num_heads=2, d_ff=48)
+    torch.manual_seed(0)
+    models = [TransformerLM(config)]
+    models.append(copy.deepcopy(models[0]))
+    before = torch.cat([parameter.detach().flatten() for parameter in models[0].parameters()])
+    settings = TrainConfig(steps=1, batch_size=2, cuda_graph=False, max_gradient_norm=0.5)
+    ids = torch.randint(37, (3, 2, 13))
+    results = []
+    for model, with_kernels in zip(models, (True, False), strict=True):
+        if with_kernels:
+            monkeypatch.setattr(kernels, "triton_ops", triton_ops)
+            monkeypatch.setattr(kernels, "available_on", lambda device: True)
+        else:
+            monkeypatch.undo()
+        model.activation_dtype = FLOAT16
+        step = TrainStep(model, make_optimizer(model, settings), settings, torch.device("cpu"))
+        assert len(step.copies) == 2 * 7 + 1
+        results.append([step((rows[:, :-1], rows[:, 1:]), 1e-2) for rows in ids])
+        for parameter, half in step.copies.items():
+            torch.testing.assert_close(half, parameter.half(), rtol=1e-3, atol=1e-6)
+        steps = {int(state["step"]) for state in step.optimizer.state.values()}
+        assert steps == {3}
+    torch.testing.assert_close(results[0], results[1], rtol=2e-3, atol=1e-4)
+    ours, plain = (torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models)
+    error = ((ours - plain).norm() / (plain - before).norm()).item()
+    print("of the way that the weights went, relative error", error)
+    assert error < 0.1  # AdamW makes steps of equal size of gradients that are all rounding, too
