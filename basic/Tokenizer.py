@@ -35,7 +35,16 @@ from basic.pretokenization import (
     pretokens_of,
     without_surrogates,
 )
-from basic.shards import Shard, ShardChunks, default_num_workers, invalid_byte, mapped_chunks, text_of, whole
+from basic.shards import (
+    Shard,
+    ShardChunks,
+    default_num_workers,
+    invalid_byte,
+    known_bytes,
+    mapped_chunks,
+    text_of,
+    whole,
+)
 from basic.text_sources import Inputs, TextSource, check_separator, sources_of
 from basic.token_files import TokenFileInfo, TokenFileWriter, token_dtype
 from basic.word_ids import WordIds
@@ -267,9 +276,7 @@ class Tokenizer:
             if os.path.exists(output_path) and not source.is_remote and os.path.samefile(source, output_path):
                 raise ValueError(f"{os.fspath(output_path)!r} is the text itself; give another output_path")
         shard = self.pieces_of(sources, errors, specials_as_text)
-        # How much text a stream has, nobody knows.
-        total = sum(piece.num_bytes for piece in shard) if all(source.is_plain for source in sources) else None
-        with progress_bar(progress, desc="encoding", total=total, unit="B", unit_scale=True) as advance:
+        with progress_bar(progress, desc="encoding", total=known_bytes(shard), unit="B", unit_scale=True) as advance:
             return self.encode_shard(
                 shard, output_path, _checked_threads(num_threads), errors, specials_as_text, advance
             )

@@ -24,10 +24,22 @@ from basic import bpe_kernels
 from basic.bpe_kernels import Words
 from basic.bytes_utils import progress_bar
 from basic.pretokenization import GPT2_PATTERN, SpecialTokens, compile_pattern, pretoken_batches
-from basic.shards import SHARD_BYTES, Piece, Shard, ShardChunks, cut, default_num_workers, invalid_byte, text_of, whole
+from basic.shards import (
+    SHARD_BYTES,
+    Piece,
+    Shard,
+    ShardChunks,
+    cut,
+    default_num_workers,
+    fingerprint_of,
+    invalid_byte,
+    known_bytes,
+    text_of,
+    whole,
+)
 from basic.text_sources import Inputs, check_separator, sources_of
 from basic.word_tables import FAN_IN, add_up, at_least, joined, read_table, sorted_table, write_table
-from basic.work_folder import Record, WorkFolder, fingerprint_of
+from basic.work_folder import Record, WorkFolder
 
 # Without kernels: processes get less at a time, and it takes some of it to be worth starting them.
 _MIN_PLAIN_BYTES, _MAX_PLAIN_BYTES = 1 << 20, 1 << 24
@@ -107,18 +119,16 @@ def count_words(
             raise ValueError(f"{name}={value} must be at least 1")
     work = {
         "kind": "counts of words",
-        **fingerprint_of(sources),
+        **fingerprint_of(pieces),
         "special tokens": special_tokens.tokens,
         "pattern": compiled.pattern,
         "shard_bytes": shard_bytes,
     }
     shards = cut(pieces, shard_bytes)
-    # How much text a stream has, nobody knows.
-    total = size if all(piece.source.is_plain for piece in pieces) else None
     with (
         TemporaryDirectory(prefix="basic-") as temporary,
         WorkFolder(work_folder or temporary, work, start_over=start_over) as folder,
-        progress_bar(progress, desc="counting", total=total, unit="B", unit_scale=True) as advance,
+        progress_bar(progress, desc="counting", total=known_bytes(pieces), unit="B", unit_scale=True) as advance,
     ):
         num_threads = 1 if executor is not None else max(1, num_workers // max(len(shards), 1))
         # Our own threads move the bar as they go, others with each shard.

@@ -19,12 +19,12 @@ from pathlib import Path
 
 from basic.bytes_utils import progress_bar
 from basic.counting import default_executor
-from basic.shards import SHARD_BYTES, Shard, cut, default_num_workers
+from basic.shards import SHARD_BYTES, Shard, cut, default_num_workers, fingerprint_of, known_bytes
 from basic.text_sources import Inputs, sources_of
 from basic.token_files import TokenFileInfo, TokenFileWriter, open_tokens
 from basic.token_index import INDEX_NAME, write_index
 from basic.Tokenizer import Tokenizer
-from basic.work_folder import Record, WorkFolder, fingerprint_of
+from basic.work_folder import Record, WorkFolder
 
 _TOKENIZER = "tokenizer"
 
@@ -78,7 +78,7 @@ def encode_files(
     pieces = tokenizer.pieces_of(sources, errors, specials_as_text)
     work = {
         "kind": "tokens",
-        **fingerprint_of(sources),
+        **fingerprint_of(pieces),
         "tokenizer": tokenizer.fingerprint,
         "errors": errors,
         "specials_as_text": specials_as_text,
@@ -91,9 +91,7 @@ def encode_files(
         shards = cut(pieces, shard_bytes)
         threads = tokenizer.runs_in_threads(sum(piece.num_bytes for piece in pieces))
         num_threads = 1 if executor is not None else max(1, num_workers // len(shards))
-        # How much text a stream has, nobody knows.
-        total = sum(piece.num_bytes for piece in pieces) if all(source.is_plain for source in sources) else None
-        with progress_bar(progress, desc="encoding", total=total, unit="B", unit_scale=True) as advance:
+        with progress_bar(progress, desc="encoding", total=known_bytes(pieces), unit="B", unit_scale=True) as advance:
             live = folder.until_stopped(advance) if executor is None and threads else None
             encode = partial(
                 encode_shard,

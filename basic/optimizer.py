@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,24 @@ from torch.nn import Parameter
 
 from basic import kernels
 from basic.distributed import local_part
+
+
+class _Part(NamedTuple):
+    """What a step is made of: a parameter, its gradient here, and the copy that follows it."""
+
+    parameter: Tensor
+    gradient: Tensor
+    copy: Tensor | None
+
+    @property
+    def kernel_covers(self) -> bool:
+        parameter = local_part(self.parameter)
+        return (
+            kernels.available_on(parameter.device)
+            and parameter.dtype == torch.float32
+            and parameter.is_contiguous()
+            and self.gradient.is_contiguous()
+        )
 
 
 class AdamW(torch.optim.Optimizer):
@@ -82,57 +100,38 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         copies = copies or {}
         for group in self.param_groups:
-            # Those with copies apart, because a kernel takes gradients of one precision.
-            for has_copy in (True, False):
-                parts = [
-                    (parameter, local_part(gradient))
-                    for parameter in group["params"]
-                    if (parameter in copies) == has_copy
-                    and (gradient := copies.get(parameter, parameter).grad) is not None
-                ]
-                self._step_some(parts, group, gradient_factor, copies)
+            parts = [
+                _Part(parameter, local_part(gradient), copies.get(parameter))
+                for parameter in group["params"]
+                if (gradient := copies.get(parameter, parameter).grad) is not None
+            ]
+            for part in parts:
+                self._start(part)
+            if all(part.kernel_covers for part in parts):
+                # Those with copies apart, because a kernel takes gradients of one precision.
+                for has_copy in (True, False):
+                    some = [part for part in parts if (part.copy is not None) == has_copy]
+                    if some:
+                        self._update_on_device(some, group, gradient_factor)
+            elif gradient_factor is None or gradient_factor.isfinite():
+                for part in parts:
+                    self._update(part, gradient_factor, group)
         return loss
 
-    def _step_some(
-        self,
-        parts: list[tuple[Tensor, Tensor]],
-        group: dict[str, Any],
-        gradient_factor: Tensor | None,
-        copies: Mapping[Tensor, Tensor],
-    ) -> None:
-        """Step parameters, each with its gradient; all of them have copies, or none."""
-        if not parts:
-            return
-        for parameter, gradient in parts:
-            self._start(parameter, gradient)
-        if all(_kernel_covers(parameter, gradient) for parameter, gradient in parts):
-            self._update_on_device(parts, group, gradient_factor, copies)
-        elif gradient_factor is None or gradient_factor.isfinite():
-            for parameter, gradient in parts:
-                gradient = gradient.to(parameter.dtype)
-                self._update(parameter, gradient if gradient_factor is None else gradient * gradient_factor, group)
-                if parameter in copies:
-                    copies[parameter].copy_(parameter)
-
-    def _start(self, parameter: Tensor, gradient: Tensor) -> None:
+    def _start(self, part: _Part) -> None:
+        parameter = part.parameter
         if not self.state[parameter]:
             self.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device) if _kernel_covers(parameter, gradient) else 0,
+                "step": torch.zeros((), device=parameter.device) if part.kernel_covers else 0,
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
 
-    def _update_on_device(
-        self,
-        parts: list[tuple[Tensor, Tensor]],
-        group: dict[str, Any],
-        gradient_factor: Tensor | None,
-        copies: Mapping[Tensor, Tensor],
-    ) -> None:
+    def _update_on_device(self, parts: list[_Part], group: dict[str, Any], gradient_factor: Tensor | None) -> None:
         from basic.adamw_kernel import step_parameters
 
-        device = parts[0][0].device
-        states = [self.state[parameter] for parameter, _ in parts]
+        device = parts[0].parameter.device
+        states = [self.state[part.parameter] for part in parts]
         for state in states:  # one that was saved on a CPU counts in Python
             state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=device)
         factor = torch.ones((), device=device) if gradient_factor is None else gradient_factor
@@ -145,21 +144,24 @@ class AdamW(torch.optim.Optimizer):
         scalars[:, 2] = 1 - beta1**steps
         scalars[:, 3] = 1 - beta2**steps
         step_parameters(
-            [local_part(parameter) for parameter, _ in parts],
-            [gradient for _, gradient in parts],
+            [local_part(part.parameter) for part in parts],
+            [part.gradient for part in parts],
             [local_part(state["exp_avg"]) for state in states],
             [local_part(state["exp_avg_sq"]) for state in states],
-            [copies[parameter] for parameter, _ in parts if parameter in copies],
+            [part.copy for part in parts if part.copy is not None],
             scalars, beta1, beta2, group["eps"], group["weight_decay"])  # fmt: skip
 
-    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, part: _Part, gradient_factor: Tensor | None, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
-        state = self.state[parameter]
+        state = self.state[part.parameter]
         state["step"] += 1
         step = int(state["step"])
         first, second = local_part(state["exp_avg"]), local_part(state["exp_avg_sq"])
 
-        parameter = local_part(parameter)
+        parameter = local_part(part.parameter)
+        gradient = part.gradient.to(parameter.dtype)
+        if gradient_factor is not None:
+            gradient = gradient * gradient_factor
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         first.mul_(beta1).add_(gradient, alpha=1 - beta1)
         second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
@@ -168,6 +170,8 @@ class AdamW(torch.optim.Optimizer):
         second_correction = 1 - beta2**step
         denominator = second.sqrt().div_(math.sqrt(second_correction)).add_(group["eps"])
         parameter.addcdiv_(first, denominator, value=-group["lr"] / first_correction)
+        if part.copy is not None:
+            part.copy.copy_(parameter)
 
 
 @torch.no_grad()
@@ -219,16 +223,6 @@ def _norms(gradients: list[Tensor]) -> list[Tensor]:
         same = [gradient for gradient in gradients if gradient.dtype == dtype]
         norms += torch._foreach_norm(same, dtype=torch.promote_types(dtype, torch.float32))  # many in one launch
     return norms
-
-
-def _kernel_covers(parameter: Tensor, gradient: Tensor) -> bool:
-    parameter = local_part(parameter)
-    return (
-        kernels.available_on(parameter.device)
-        and parameter.dtype == torch.float32
-        and parameter.is_contiguous()
-        and gradient.is_contiguous()
-    )
 
 
 def cosine_schedule(

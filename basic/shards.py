@@ -11,6 +11,8 @@ files of some hundred megabytes are therefore better than one of a hundred gigab
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections import deque
@@ -18,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -44,12 +46,14 @@ class Piece:
     Attributes:
         source: the input.
         size: of the file in bytes; None where the server does not tell.
+        mark: changes with the content of the file.
         start, stop: of a plain file the bytes between the first safe places from these offsets on; `stop` is None
             where all of the file is meant and can only be streamed.
     """
 
     source: TextSource
     size: int | None
+    mark: str
     start: int = 0
     stop: int | None = None
 
@@ -72,11 +76,27 @@ def whole(source: TextSource) -> Piece:
     Raises:
         OSError: it is no file that can be read.
     """
-    size, _ = source.state()
+    size, mark = source.state()
     if not source.is_remote:
         # A worker may have another current folder.
         source = replace(source, path=os.path.abspath(source.path))
-    return Piece(source, size, 0, size if source.is_plain and source.gives_parts() else None)
+    return Piece(source, size, mark, 0, size if source.is_plain and source.gives_parts() else None)
+
+
+def known_bytes(pieces: Sequence[Piece]) -> int | None:
+    """How much text there is, for a progress bar; None where there is a stream: nobody knows how much text it has."""
+    return sum(piece.num_bytes for piece in pieces) if all(piece.source.is_plain for piece in pieces) else None
+
+
+def fingerprint_of(pieces: Sequence[Piece]) -> dict[str, Any]:
+    """What says whether inputs, given whole, are the same: names, sizes, times of change, and how JSON is read."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        source = piece.source
+        state = [os.fspath(source), piece.size, piece.mark, source.field, source.end_of_text]
+        digest.update(json.dumps(state).encode())
+    num_bytes = sum(piece.size or 0 for piece in pieces)
+    return {"inputs": len(pieces), "input_bytes": num_bytes, "input_sha256": digest.hexdigest()}
 
 
 def cut(pieces: Iterable[Piece], shard_bytes: int) -> list[Shard]:

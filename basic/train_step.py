@@ -46,17 +46,19 @@ class TrainStep:
         with_kernels = kernels.available_on(device)
         # What changes in each step: of the model itself, or of one that shares with it all but the copies.
         self.copies: dict[Tensor, Tensor] = {}
+        reduced_in = reduce_dtype(config)
         if not self.sharded:
             world.equalize(model)
-            in_float32 = config.gradient_accumulation > 1 or (world.size > 1 and reduce_dtype(config) == torch.float32)
+            in_float32 = config.gradient_accumulation > 1 or (world.size > 1 and reduced_in == torch.float32)
             model, self.copies = _with_copies(model, torch.float32 if in_float32 else model.compute_dtype)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         compiles = config.compile and (device.type != "cuda" or with_kernels)
-        pieces: list[Module] = [model.token_embeddings, *model.layers, model]
-        if compiles and world.size > 1:
-            pieces = compile_in_pieces(model)
-        self.loss_of = torch.compile(model.loss) if compiles and world.size == 1 else model.loss
-        self.backward = world.backward(model, pieces, reduce_dtype(config))
+        self.loss_of = model.loss
+        if compiles and world.size == 1:
+            self.loss_of = torch.compile(model.loss)
+        elif compiles:
+            compile_in_pieces(model)
+        self.backward = world.backward(model, pieces_of(model), reduced_in)
         # Without its kernel AdamW asks the device for numbers, which cannot be recorded. Nor can a sharded model: what
         # FSDP2 gathers is in memory that it takes and gives back while the step runs.
         can_record = with_kernels and config.gradient_accumulation == 1 and not self.sharded
@@ -162,18 +164,19 @@ class _Blocks(Module):
         return x
 
 
-def compile_in_pieces(model: TransformerLM) -> list[Module]:
+def pieces_of(model: TransformerLM) -> list[Module]:
+    """The parts of a model in the order of the forward pass; the last is all of it, for what is behind the blocks."""
+    return [model.token_embeddings, *model.layers, model]
+
+
+def compile_in_pieces(model: TransformerLM) -> None:
     """Compile some blocks of a model at a time, in the model itself, once for all of them.
 
     The gradients of a piece are ready when its part of the backward pass is, and travel while those before it are
     computed. Compiled as a whole, all would be ready at the end.
-
-    Returns:
-        The pieces in their order, the last one being the whole model, for what is behind the blocks.
     """
     if not is_sharded(model):  # there each block is gathered by itself
         groups = [model.layers[i : i + _BLOCKS_A_PIECE] for i in range(0, len(model.layers), _BLOCKS_A_PIECE)]
         model.layers = ModuleList(_Blocks(list(blocks)) for blocks in groups)
     for piece in (model.token_embeddings, *model.layers, model.ln_final):
         piece.forward = torch.compile(piece.forward)
-    return [model.token_embeddings, *model.layers, model]

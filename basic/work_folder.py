@@ -12,7 +12,6 @@ scheduling is its own business.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,8 +23,6 @@ from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
-
-from basic.text_sources import TextSource
 
 try:
     import fcntl
@@ -288,17 +285,6 @@ def _let_go() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go)
-
-
-def fingerprint_of(sources: Sequence[TextSource]) -> dict[str, Any]:
-    """What says whether inputs are the same: their names, sizes and times of change, and how JSON is read."""
-    digest, num_bytes = hashlib.sha256(), 0
-    for source in sources:
-        size, mark = source.state()
-        path = os.fspath(source) if source.is_remote else os.path.abspath(source)
-        digest.update(json.dumps([path, size, mark, source.field, source.end_of_text]).encode())
-        num_bytes += size or 0
-    return {"inputs": len(sources), "input_bytes": num_bytes, "input_sha256": digest.hexdigest()}
 
 
 @contextmanager

@@ -36,7 +36,7 @@ ROOMS: dict[str, set[str]] = {
     "text_sources": {"bytes_utils"},
     "pretokenization": {"bpe_kernels", "patterns"},
     "shards": {"bpe_kernels", "bytes_utils", "pretokenization", "text_sources"},
-    "work_folder": {"text_sources"},
+    "work_folder": set(),
     "word_tables": {"bpe_kernels"},
     "counting": {
         *("bpe_kernels", "bytes_utils", "pretokenization", "shards", "text_sources", "word_tables", "work_folder"),

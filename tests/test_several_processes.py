@@ -15,6 +15,7 @@ import torch.distributed as dist
 from basic.distributed import ALONE, World
 from basic.model import TransformerLM
 from basic.runs import checkpoint_paths, load_run, open_checkpoint, read_records
+from basic.train_step import pieces_of
 
 from .fault_tools import VOCAB, configuration
 from .ranks_tools import do, losses, start_processes, state
@@ -167,7 +168,7 @@ def sent(monkeypatch) -> list[list[torch.Tensor]]:
 
 
 def backward_of(model: TransformerLM) -> Callable[[torch.Tensor, bool], None]:
-    return World(0, 2).backward(model, [model.token_embeddings, *model.layers, model], None)
+    return World(0, 2).backward(model, pieces_of(model), None)
 
 
 def test_gradients_are_sent_while_the_backward_pass_runs(sent):

@@ -9,7 +9,7 @@ import torch
 from basic.distributed import World
 from basic.model import ModelConfig, TransformerLM, clip_gradients
 from basic.runs import TrainConfig
-from basic.train_step import TrainStep, compile_in_pieces
+from basic.train_step import TrainStep, compile_in_pieces, pieces_of
 from basic.training import make_optimizer
 
 SIZES: dict[str, Any] = {"vocab_size": 30, "context_length": 12, "d_model": 16, "num_layers": 3, "num_heads": 4}
@@ -93,7 +93,8 @@ def test_pieces_are_the_whole_model(monkeypatch):
     model = TransformerLM(ModelConfig(**SIZES))
     pieces = copy.deepcopy(model)
     batch = batches(1)[0]
-    found = compile_in_pieces(pieces)
+    compile_in_pieces(pieces)
+    found = pieces_of(pieces)
     assert [len(list(piece.parameters())) for piece in found] == [1, 18, 9, 30]
     assert found[-1] is pieces
     assert pieces.loss(*batch) == model.loss(*batch)
