@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import Module
 
+from basic import kernels
 from basic.rank_watch import Watch
 
 T = TypeVar("T")
@@ -192,31 +193,35 @@ class World:
 
     def backward(
         self, model: Module, pieces: Sequence[Module], reduce_dtype: torch.dtype | None
-    ) -> Callable[[Tensor, bool], None]:
+    ) -> Callable[[Tensor, bool], Iterable[list[Tensor]]]:
         """The backward pass of the loss of this process's rows, which leaves the gradients of the mean over all.
 
         Args:
             model: whose parameters are learned.
-            pieces: its parts in the order of the forward pass, together all of it; the gradients of one are sent when
-                all are there, while those of the pieces before it are computed.
+            pieces: its parts in the order of the forward pass, together all of it; the gradients of one are sent
+                together, while those of the pieces before it are computed.
             reduce_dtype: what gradients are added up in; None for what each is computed in. For a sharded model
                 `shard` was told.
 
         Returns:
             A function of the loss and whether this backward pass is the step's last one; until then gradients are
-            only added up in each process.
+            only added up in each process. From the last one it gives them in groups, in the order in which they come
+            from the others: going on to a group waits for it, so that work on those before it has begun.
         """
-        if self.size == 1:
-            return lambda loss, last: loss.backward()
-        if is_sharded(model):
-            reduce_when: Any = model.set_requires_gradient_sync
 
-            def sharded_backward(loss: Tensor, last: bool) -> None:
-                reduce_when(last)
-                loss.backward()
+        def gradients() -> list[Tensor]:
+            return [local_part(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
 
-            return sharded_backward
-        return _Replica(pieces, reduce_dtype, self.size).backward
+        if self.size > 1 and not is_sharded(model):
+            return _Replica(pieces, reduce_dtype, self.size).backward
+        reduce_when: Any = model.set_requires_gradient_sync if is_sharded(model) else lambda last: None
+
+        def backward(loss: Tensor, last: bool) -> Iterable[list[Tensor]]:
+            reduce_when(last)
+            loss.backward()
+            return [gradients()] if last else []
+
+        return backward
 
     # --- Coming and going
 
@@ -301,12 +306,16 @@ class _Replica:
 
     It is what DDP does, but gradients travel from where they were written, without copies, each in a precision of its
     own, and from the first step on in one order, so that a resumed run adds up as the one before it did.
+
+    A group that is complete waits until the next gradient of an attention begins. Those kernels are many small
+    programs, which hardly notice that others run beside them; a large matrix product fills the GPU with one wave of
+    programs, and takes twice its time if a few of them find no place.
     """
 
     def __init__(self, pieces: Sequence[Module], dtype: torch.dtype | None, size: int):
         self.dtype, self.size, self.last = dtype, size, False
-        self.sent: list[dist.Work] = []
-        self.cast: list[tuple[Tensor, Tensor]] = []  # gradients, and their sums in another precision
+        self.complete: list[list[Tensor]] = []  # groups of parameters whose gradients are to be sent
+        self.sent: list[tuple[list[Tensor], list[Tensor], dist.Work]] = []  # gradients, what they are added up in
         groups: list[list[Tensor]] = [[] for _ in pieces]
         seen: set[Tensor] = set()
         for piece, group in zip(pieces, groups, strict=True):
@@ -321,38 +330,47 @@ class _Replica:
             for parameter in group:
                 parameter.register_post_accumulate_grad_hook(partial(self._arrive, group, arrived))
 
-    def backward(self, loss: Tensor, last: bool) -> None:
+    def backward(self, loss: Tensor, last: bool) -> Iterable[list[Tensor]]:
+        self.complete, self.sent = [], []  # of a pass that failed
         self.last = last
         try:
-            # Each computes its share of the mean, so what travels need only be added up.
-            (loss / self.size).backward()
+            with kernels.before_attention_gradients(self._send):
+                # Each computes its share of the mean, so what travels need only be added up.
+                (loss / self.size).backward()
         finally:
             self.last = False  # backward passes of others send nothing
-        for work in self.sent:
-            work.wait()
-        for gradient, total in self.cast:
-            gradient.copy_(total)
-        self.sent.clear()
-        self.cast.clear()
+        self._send()
+        return self._added_up()
 
     def _arrive(self, group: list[Tensor], arrived: set[Tensor], parameter: Tensor) -> None:
-        """Take note that a parameter has its gradient, and send those of its group if it was the last of them."""
+        """Take note that a parameter has its gradient, and so perhaps its group all of them."""
         arrived.add(parameter)
         if len(arrived) < len(group):
             return
         arrived.clear()
-        if not self.last:
-            return
-        sums = []
-        for parameter in group:
-            assert parameter.grad is not None
-            sums.append(parameter.grad if self.dtype is None else parameter.grad.to(self.dtype))
-            if sums[-1] is not parameter.grad:
-                self.cast.append((parameter.grad, sums[-1]))
-        options = dist.AllreduceCoalescedOptions()
-        options.asyncOp = True
-        assert dist.group.WORLD is not None
-        self.sent.append(dist.group.WORLD.allreduce_coalesced(sums, options))
+        if self.last:
+            self._send()  # no attention has begun since the group before
+            self.complete.append(group)
+
+    def _send(self) -> None:
+        for group in self.complete:
+            gradients = [parameter.grad for parameter in group if parameter.grad is not None]
+            sums = [gradient.to(self.dtype or gradient.dtype) for gradient in gradients]
+            options = dist.AllreduceCoalescedOptions()
+            options.asyncOp = True
+            assert dist.group.WORLD is not None
+            self.sent.append((gradients, sums, dist.group.WORLD.allreduce_coalesced(sums, options)))
+        self.complete = []
+
+    def _added_up(self) -> Iterable[list[Tensor]]:
+        """The groups in the order in which they were sent, each waited for when it is its turn."""
+        sent, self.sent = self.sent, []
+        for gradients, sums, work in sent:
+            work.wait()
+            for gradient, total in zip(gradients, sums, strict=True):
+                if total is not gradient:
+                    gradient.copy_(total)
+            yield gradients
 
 
 def _new_group() -> dist.ProcessGroup:

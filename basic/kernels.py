@@ -6,7 +6,8 @@ Each looks at its arguments and takes the kernel if that covers them; the result
 from __future__ import annotations
 
 import warnings
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from functools import cache
 
 import torch
@@ -86,6 +87,19 @@ def rotary_attention(
         raise ValueError(f"{seq} tokens do not fit into max_seq_len={tables[0].shape[0]}")
     assert triton_ops is not None
     return triton_ops.rotary_attention(x, torch.cat(weights).to(x.dtype), *tables, num_heads)[0]
+
+
+@contextmanager
+def before_attention_gradients(act: Callable[[], None]) -> Generator[None]:
+    """While the block runs, have `act` called each time before kernels compute the gradient of an attention."""
+    if triton_ops is None:
+        yield
+        return
+    triton_ops.before_attention_gradients.append(act)
+    try:
+        yield
+    finally:
+        triton_ops.before_attention_gradients.remove(act)
 
 
 def swiglu_linear(x: Float[Tensor, " ... both"], weight: Float[Tensor, " d_out d_ff"]) -> Float[Tensor, " ... d_out"]:

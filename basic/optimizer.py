@@ -195,21 +195,22 @@ def clip_gradients(parameters: Iterable[Parameter], max_l2_norm: float) -> Float
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros(())
-    norm, factor = clipping_factor(gradients, max_l2_norm)
+    norm, factor = clipping_factor([gradients], max_l2_norm)
     for gradient in gradients:
         gradient.mul_(factor.to(gradient.device))
     return norm
 
 
 def clipping_factor(
-    gradients: list[Tensor], max_l2_norm: float, add_up: Callable[[Tensor], Tensor] | None = None
+    groups: Iterable[list[Tensor]], max_l2_norm: float, add_up: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """The joint L2 norm of gradients, and what to multiply them by so that it is at most `max_l2_norm`.
 
     Args:
+        groups: of gradients; those of one are read before the next is asked for.
         add_up: adds the squares up over all processes, where each has a part of the gradients.
     """
-    norms = _norms(gradients)
+    norms = [norm for gradients in groups for norm in _norms(gradients)]
     squares = torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
     norm = (squares if add_up is None else add_up(squares)).sqrt()
     # Never asked whether it is needed: that would wait for the device.

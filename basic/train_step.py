@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.nn import Module, ModuleList, Parameter
 
 from basic import kernels
 from basic.data import to_device
-from basic.distributed import ALONE, World, is_sharded, local_part
+from basic.distributed import ALONE, World, is_sharded
 from basic.model import Linear, TransformerLM
 from basic.optimizer import AdamW, clipping_factor
 from basic.runs import TrainConfig, reduce_dtype
@@ -104,18 +105,17 @@ class TrainStep:
     def _step(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         self._forget_gradients()
         parts = self.config.gradient_accumulation
-        loss = torch.zeros((), device=self.device)
+        loss, gradients = torch.zeros((), device=self.device), ()
         for number, (inputs, targets) in enumerate(zip(*(ids.chunk(parts) for ids in batch), strict=True), 1):
             inputs, targets = to_device(inputs, self.device), to_device(targets, self.device)
             part = self.loss_of(inputs, targets) / parts
             self.world.arrive()  # the backward pass waits for the others
-            self.backward(part, number == parts)
+            gradients = self.backward(part, number == parts)
             loss += part.detach()
-        loss = self.world.mean(loss)
-        gradients = [local_part(parameter.grad) for parameter in self.parameters if parameter.grad is not None]
         with torch.no_grad():
             add_up = self.world.sum if self.sharded else None
             norm, factor = clipping_factor(gradients, self.config.max_gradient_norm, add_up)
+            loss = self.world.mean(loss)  # behind the gradients, for which it would have to wait
             # One number that is not finite anywhere makes the norm so; then nothing is changed, in any process.
             factor = torch.where(torch.isfinite(loss + norm), factor, torch.nan)
         for group in self.optimizer.param_groups:
@@ -176,7 +176,9 @@ def compile_in_pieces(model: TransformerLM) -> None:
     computed. Compiled as a whole, all would be ready at the end.
     """
     if not is_sharded(model):  # there each block is gathered by itself
-        groups = [model.layers[i : i + _BLOCKS_A_PIECE] for i in range(0, len(model.layers), _BLOCKS_A_PIECE)]
-        model.layers = ModuleList(_Blocks(list(blocks)) for blocks in groups)
+        # The first by itself, because nothing is left to compute while its gradients travel.
+        starts = [0, *range(1, len(model.layers), _BLOCKS_A_PIECE)]
+        groups = [list(model.layers[i:j]) for i, j in itertools.pairwise([*starts, len(model.layers)])]
+        model.layers = ModuleList(map(_Blocks, groups))
     for piece in (model.token_embeddings, *model.layers, model.ln_final):
         piece.forward = torch.compile(piece.forward)

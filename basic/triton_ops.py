@@ -5,10 +5,15 @@ Each has a fake twin, which says shapes and types without computing, and a backw
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from basic import cross_entropy_kernel, flash_attention, rope_kernel, swiglu_kernel
+
+before_attention_gradients: list[Callable[[], None]] = []
+"""Called, also by compiled and recorded steps, each time that the gradient of an attention begins."""
 
 
 @torch.library.custom_op("basic::rotary_attention", mutates_args=())
@@ -45,6 +50,8 @@ def rotary_attention_backward(
     x: Tensor, weight: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, o: Tensor, log_sums: Tensor, do: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x and of the weight. The kernels write each part of that of the product where it belongs."""
+    for act in before_attention_gradients:
+        act()
     do = do if do.stride(-1) == 1 else do.contiguous()
     dqkv = torch.empty_like(qkv)
     flash_attention.backward(*qkv.unbind(2), o, log_sums, do, *dqkv.unbind(2), cos, sin)

@@ -104,7 +104,7 @@ ROOMS: dict[str, set[str]] = {
     "state_tree": set(),
     "checkpoint": {"state_tree"},
     "sharded_checkpoint": {"checkpoint", "distributed", "state_tree"},
-    "distributed": {"rank_watch"},
+    "distributed": {"kernels", "rank_watch"},
     "rank_watch": set(),
     "generation": {"functional", "kernels", "model", "decoder"},
     "evaluation": {"data", "distributed", "functional", "model", "token_index"},

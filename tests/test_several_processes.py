@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from basic import kernels
 from basic.distributed import ALONE, World
 from basic.model import TransformerLM
 from basic.runs import checkpoint_paths, load_run, open_checkpoint, read_records
@@ -151,47 +152,72 @@ def test_a_process_has_a_device_of_its_own(monkeypatch):
 
 
 @pytest.fixture
-def sent(monkeypatch) -> list[list[torch.Tensor]]:
+def waited() -> list[int]:
+    """Which of the groups of `sent` were waited for."""
+    return []
+
+
+@pytest.fixture
+def sent(monkeypatch, waited) -> list[list[torch.Tensor]]:
     """The gradients that a process, whose fellows have none, sends together."""
     sent = []
 
     class Group:
         def allreduce_coalesced(self, gradients, options):
             sent.append(gradients)
-            return self
-
-        def wait(self):
-            return True
+            number = len(sent)
+            return SimpleNamespace(wait=lambda: waited.append(number))
 
     monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=Group()))
     return sent
 
 
-def backward_of(model: TransformerLM) -> Callable[[torch.Tensor, bool], None]:
+def backward_of(model: TransformerLM) -> Callable[[torch.Tensor, bool], Iterable[list[torch.Tensor]]]:
     return World(0, 2).backward(model, pieces_of(model), None)
 
 
-def test_gradients_are_sent_while_the_backward_pass_runs(sent):
+@pytest.mark.parametrize("with_kernels", [True, False])
+def test_gradients_are_sent_while_the_backward_pass_runs(sent, waited, monkeypatch, with_kernels):
+    """A piece's when the next attention's gradient begins, or, where no kernel says so, when the next piece has its."""
     model = TransformerLM(configuration().model)
     names = {parameter: name for name, parameter in model.named_parameters()}
+    blocks = [
+        sorted(name for name in names.values() if name.startswith(f"layers.{i}.") and "ln" not in name) for i in (0, 1)
+    ]
+    vectors = sorted(name for name in names.values() if "ln" in name)
+    groups = [["lm_head.weight"], blocks[1], blocks[0], [*vectors, "token_embeddings.weight"]]
+    triton_ops = SimpleNamespace(before_attention_gradients=[])
+    monkeypatch.setattr(kernels, "triton_ops", triton_ops if with_kernels else None)
     order: list[str | int] = []
+    seen = {}
+
+    def attend(layer: int) -> None:
+        before = len(sent)
+        for act in triton_ops.before_attention_gradients:
+            act()
+        seen[layer] = before, len(sent)
+
+    for layer, block in enumerate(model.layers):
+        block.get_submodule("attn").register_full_backward_pre_hook(lambda *_, layer=layer: attend(layer))
     for parameter, name in names.items():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
     backward = backward_of(model)
     for parameter in names:
         parameter.register_post_accumulate_grad_hook(lambda _: order.append(len(sent)))
     ids = torch.randint(VOCAB, (4, 33))
-    backward(model.loss(ids[:, :-1], ids[:, 1:]), True)
-    groups = [sorted(names[p] for p in names if any(p.grad is each for each in group)) for group in sent]
-    blocks = [
-        sorted(name for name in names.values() if name.startswith(f"layers.{i}.") and "ln" not in name) for i in (0, 1)
-    ]
-    vectors = sorted(name for name in names.values() if "ln" in name)
-    assert groups == [["lm_head.weight"], blocks[1], blocks[0], [*vectors, "token_embeddings.weight"]]
-    for number, group in enumerate(groups):
-        last = max(order.index(name) for name in group)
-        assert order[last + 1] == number + 1, "not sent as soon as its last gradient was there"
-    assert order.index("lm_head.weight") < order.index("layers.1.ffn.w2.weight") < order.index("layers.0.ffn.w2.weight")
+    arriving = backward(model.loss(ids[:, :-1], ids[:, 1:]), True)
+    assert [sorted(names[p] for p in names if any(p.grad is each for each in group)) for group in sent] == groups
+    complete = [max(order.index(name) for name in group) for group in groups]
+    assert complete == sorted(complete)
+    assert seen == ({1: (0, 1), 0: (1, 2)} if with_kernels else {1: (0, 0), 0: (1, 1)})
+    for number, last in enumerate(complete[1:]):
+        assert order[last + 1] == number + 1, "not sent when the next group was complete"
+    assert not triton_ops.before_attention_gradients
+    # Whoever goes through the gradients waits for one group at a time.
+    for number, group in enumerate(arriving, 1):
+        assert all(gradient is each for gradient, each in zip(group, sent[number - 1], strict=True))
+        assert waited == list(range(1, number + 1))
+    assert waited == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("shape", [{}, {"tied_embeddings": True}, {"norm": "none"}], ids=str)

@@ -91,7 +91,10 @@ def test_a_training_step(monkeypatch):
         model.activation_dtype = FLOAT16
         step = TrainStep(model, make_optimizer(model, settings), settings, torch.device("cpu"))
         assert len(step.copies) == 2 * 7 + 1
-        results.append([step((rows[:, :-1], rows[:, 1:]), 1e-2) for rows in ids])
+        began: list[int] = []
+        with kernels.before_attention_gradients(lambda began=began: began.append(1)):
+            results.append([step((rows[:, :-1], rows[:, 1:]), 1e-2) for rows in ids])
+        assert len(began) == (3 * 2 if with_kernels else 0)
         for parameter, half in step.copies.items():
             torch.testing.assert_close(half, parameter.half(), rtol=1e-3, atol=1e-6)
         steps = {int(state["step"]) for state in step.optimizer.state.values()}
