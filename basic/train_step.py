@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 
 import torch
 from torch import Tensor
@@ -176,9 +175,7 @@ def compile_in_pieces(model: TransformerLM) -> None:
     computed. Compiled as a whole, all would be ready at the end.
     """
     if not is_sharded(model):  # there each block is gathered by itself
-        # The first by itself, because nothing is left to compute while its gradients travel.
-        starts = [0, *range(1, len(model.layers), _BLOCKS_A_PIECE)]
-        groups = [list(model.layers[i:j]) for i, j in itertools.pairwise([*starts, len(model.layers)])]
-        model.layers = ModuleList(map(_Blocks, groups))
+        groups = [model.layers[i : i + _BLOCKS_A_PIECE] for i in range(0, len(model.layers), _BLOCKS_A_PIECE)]
+        model.layers = ModuleList(_Blocks(list(blocks)) for blocks in groups)
     for piece in (model.token_embeddings, *model.layers, model.ln_final):
         piece.forward = torch.compile(piece.forward)

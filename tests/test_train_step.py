@@ -95,6 +95,6 @@ def test_pieces_are_the_whole_model(monkeypatch):
     batch = batches(1)[0]
     compile_in_pieces(pieces)
     found = pieces_of(pieces)
-    assert [len(list(piece.parameters())) for piece in found] == [1, 9, 18, 30]
+    assert [len(list(piece.parameters())) for piece in found] == [1, 18, 9, 30]
     assert found[-1] is pieces
     assert pieces.loss(*batch) == model.loss(*batch)

@@ -2,7 +2,8 @@
 
 Each case is a process of its own for every GPU, started by torchrun with a time limit: what fails costs the others
 nothing. M has 64 sequences a GPU and L 8, both first on every GPU for itself, then replicated on all, then sharded; a
-model of 2.7 billion parameters is sharded only. `ratio` is tokens/s over the sum of those of the GPUs, each for itself;
+model of 2.7 billion parameters is sharded only. `ratio` is tokens/s over the sum of those of the GPUs, each for itself
+at the same time; `slowest_ratio` is to as many GPUs as the slowest of them, whose pace all keep together;
 `sharded_ratio` is sharded over replicated. The step is the one of `basic.training`, on fixed batches.
 """
 
@@ -17,6 +18,7 @@ import sys
 import time
 from bisect import bisect
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +74,31 @@ def measure(options: argparse.Namespace) -> None:
         result["first_step_s"] = round(time.perf_counter() - started, 1)
         for _ in range(_FIRST_STEPS):
             step(batch, 1e-4)
-        synchronize()
-        started, count, enough = time.perf_counter(), 0, 0
-        while not enough:
-            for _ in range(options.steps):
-                loss = step(batch, 1e-4)[0]
+
+        def steps_for(seconds: float) -> tuple[int, float]:
+            """How many steps were done, and how long they took."""
             synchronize()
-            count += options.steps
-            (enough,) = world.largest(int(time.perf_counter() - started >= options.seconds))
-        step_s = (time.perf_counter() - started) / count
-        result |= {"loss": round(loss.item(), 4), "steps": count, "step_ms": round(step_s * 1e3, 2)}
+            started, count, enough = time.perf_counter(), 0, 0
+            while not enough:
+                for _ in range(options.steps):
+                    step(batch, 1e-4)
+                if on_gpu:
+                    with suppress(ModuleNotFoundError):  # NVIDIA's library for it
+                        readings.append((torch.cuda.clock_rate(), torch.cuda.power_draw() / 1e3))
+                synchronize()
+                count += options.steps
+                (enough,) = world.largest(int(time.perf_counter() - started >= seconds))
+            return count, time.perf_counter() - started
+
+        readings: list[tuple[float, float]] = []  # while it computes
+        steps_for(options.warm_up)
+        readings.clear()
+        count, measured_s = steps_for(options.seconds)
+        step_s = measured_s / count
+        result |= {"loss": round(step(batch, 1e-4)[0].item(), 4), "steps": count, "step_ms": round(step_s * 1e3, 2)}
+        if readings:
+            mhz, watts = (sum(each) / len(readings) for each in zip(*readings, strict=True))
+            result |= {"mhz": round(mhz), "watts": round(watts)}
         result["tokens_per_s"] = round(world.size * options.rows * config.context_length / step_s)
         if on_gpu:
             result["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
@@ -203,7 +220,7 @@ def finish(process: subprocess.Popen, options: argparse.Namespace) -> dict[str, 
 def run_case(size: str, gpus: int, parallel: str, options: argparse.Namespace, *extra: str) -> dict[str, Any]:
     """Start a case and read its line; what went wrong is one too."""
     this = [str(Path(__file__)), "--case", "--size", size, "--parallel", parallel, "--rows", str(ROWS[size])]
-    this += ["--seconds", str(options.seconds), *extra]
+    this += ["--seconds", str(options.seconds), "--warm-up", str(options.warm_up), *extra]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -225,6 +242,9 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--sizes", nargs="+", choices=ROWS, default=["M", "L", "3B"])
     parser.add_argument("--seconds", type=float, default=4, help="to measure each case for, after its first steps")
+    parser.add_argument(
+        "--warm-up", type=float, default=3, help="seconds before, until clocks have settled at what power allows"
+    )
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds for each case")
     parser.add_argument("--error-characters", type=int, default=3000)
     parser.add_argument(
@@ -245,6 +265,7 @@ def main() -> None:
     if options.case:
         return measure(options)
     speeds: dict[tuple, int] = {}
+    slowest: dict[str, int] = {}
     usual = [(size, gpus, parallel) for size in options.sizes for gpus, parallel in (
         (1, "replicated"), (options.gpus, "replicated"), (options.gpus, "sharded"))
         if size != "3B" or parallel == "sharded"]  # fmt: skip
@@ -257,8 +278,11 @@ def main() -> None:
         speed = result.get("tokens_per_s", 0)
         speeds[size, int(gpus), parallel] = speeds.get((size, int(gpus), parallel)) or speed
         one, both = speeds.get((size, 1, "replicated")), speeds.get((size, int(gpus), "replicated"))
+        if "each" in result:
+            slowest.setdefault(size, min(result["each"]))
         if int(gpus) > 1 and one:
             result["ratio"] = round(speed / int(gpus) / one, 4)
+            result["slowest_ratio"] = round(speed / int(gpus) / slowest[size], 4)
         if parallel == "sharded" and both:
             result["sharded_ratio"] = round(speed / both, 4)
         print(json.dumps(result), flush=True)

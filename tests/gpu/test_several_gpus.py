@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import signal
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -44,3 +48,30 @@ def test_two_gpus_do_what_one_does(tmp_path):
         print(f"{name}: losses differ by at most {difference:.1e}")
         assert difference < tolerance, name
     assert checkpoint_paths(tmp_path / "narrow_sharded")[-1].is_dir()
+
+
+@pytest.mark.parametrize("lost_by", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("parallel", ["replicated", "sharded"])
+def test_a_lost_process_ends_the_job(tmp_path, lost_by, parallel):
+    """Although the other one waits for it on the GPU, where no time limit reaches."""
+    run_dir = tmp_path / "run"
+    settings = {"device": "auto", "precision": "bfloat16", "compile": True, "parallel": parallel, "sample_interval": 0}
+    processes = start_processes(2, [{"run": str(run_dir), "steps": 10**6, **settings}])
+    log = run_dir / "metrics.jsonl"
+    try:
+        until = time.monotonic() + 200
+        while not (log.exists() and log.read_text().count("checkpoint") > 2):
+            assert processes[0].poll() is None, processes[0].communicate()[1]
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        processes[1].send_signal(lost_by)
+        lost = time.monotonic()
+        _, error = processes[0].communicate(timeout=60)
+        print(
+            f"{lost_by.name}, {parallel}: the job ended {time.monotonic() - lost:.0f} s later: {error.splitlines()[-1]}"
+        )
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[0].returncode == 1
+    assert re.search(rf"rank 0 .*rank 1 \(process {processes[1].pid} on .*\) ", error), error
