@@ -562,7 +562,7 @@ def test_a_web_server_may_give_parts_of_a_file_or_only_all_of_it(tmp_path, monke
     monkeypatch.setattr(_Serving, "gives_parts", gives_parts)
     served = [path for path in corpus if path.stat().st_size]
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Serving, directory=corpus[0].parent)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         try:
             base = f"http://127.0.0.1:{server.server_port}"
             urls = [f"{base}/{path.name}" for path in served]

@@ -55,10 +55,6 @@ def test_two_processes_do_what_one_does_and_end_when_one_is_killed(tmp_path, mon
         ],
     )
     try:
-        do({"run": run["one"]}, ALONE)
-        do({"run": run["half_one"], **half}, ALONE)
-        do({"run": run["narrow_one"], **narrow}, ALONE)
-        do({"run": run["bad_one"], **bad}, ALONE)
         log = run["long"] / "metrics.jsonl"
         until = time.monotonic() + 120
         while not (log.exists() and "checkpoint" in log.read_text()):
@@ -67,6 +63,11 @@ def test_two_processes_do_what_one_does_and_end_when_one_is_killed(tmp_path, mon
             time.sleep(0.05)
         processes[1].kill()
         killed_s = time.monotonic()
+        # Meanwhile, because the other one looks for some seconds for who has ended:
+        do({"run": run["one"]}, ALONE)
+        do({"run": run["half_one"], **half}, ALONE)
+        do({"run": run["narrow_one"], **narrow}, ALONE)
+        do({"run": run["bad_one"], **bad}, ALONE)
         _, error = processes[0].communicate(timeout=60)
     finally:
         for process in processes:
