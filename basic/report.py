@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 
-from basic.config_files import load_config
 from basic.model import TransformerLM
-from basic.runs import RunConfig, read_all_records
+from basic.runs import RunConfig, config_of, read_all_records
 from basic.token_files import TokenFileInfo, known_info
 
 Record = Mapping[str, Any]
@@ -56,7 +55,7 @@ def report_page(run_dir: str | os.PathLike, *, load_vocab: LoadVocab, floor_nats
         ValueError: the configuration or the vocabulary cannot be read.
     """
     run_dir = Path(run_dir)
-    config = load_config(run_dir / "config.toml", RunConfig)
+    config = config_of(run_dir)
     records = read_all_records(run_dir / "metrics.jsonl")
     training = [record for record in records if "kind" not in record]
     files = {

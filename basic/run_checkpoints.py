@@ -16,7 +16,7 @@ import torch
 from basic.atomic_file import atomic_write
 from basic.background_save import BackgroundSaver
 from basic.checkpoint import Checkpoint, restore
-from basic.config_files import load_config, save_config
+from basic.config_files import save_config
 from basic.distributed import ALONE, World, is_sharded
 from basic.model import ModelConfig, TransformerLM
 from basic.run_log import NoLog, RunLog
@@ -25,6 +25,7 @@ from basic.runs import (
     TrainConfig,
     checkpoint_paths,
     checkpoint_step,
+    config_of,
     newest_checkpoint,
     open_checkpoint,
     read_all_records,
@@ -223,9 +224,7 @@ def resume_run(
         FileNotFoundError: there is no such run.
         ValueError: the run was begun with another model, or no checkpoint is whole.
     """
-    if not (run_dir / "config.toml").is_file():
-        raise FileNotFoundError(f"{run_dir} is not a run: it has no config.toml; start one with --config")
-    began_with = load_config(run_dir / "config.toml", RunConfig).model
+    began_with = config_of(run_dir).model
     for name in (setting.name for setting in fields(ModelConfig)):
         old, value = getattr(began_with, name), getattr(config.model, name)
         if old != value:

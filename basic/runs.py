@@ -200,6 +200,18 @@ class Run(NamedTuple):
         return start + prompt.removeprefix(start)
 
 
+def config_of(run_dir: Path) -> RunConfig:
+    """The configuration with which a run was begun or last gone on with.
+
+    Raises:
+        FileNotFoundError: the folder is no run.
+        ValueError: the configuration is not valid.
+    """
+    if not (run_dir / "config.toml").is_file():
+        raise FileNotFoundError(f"{run_dir} is not a run: it has no config.toml; start one with local/train.py")
+    return load_config(run_dir / "config.toml", RunConfig)
+
+
 def load_run(path: str | os.PathLike, *, device: str = "auto") -> Run:
     """The trained model of a run's folder, with its configuration: its newest checkpoint that is whole.
 
@@ -211,9 +223,7 @@ def load_run(path: str | os.PathLike, *, device: str = "auto") -> Run:
         ValueError: no checkpoint is whole, or it does not fit the configuration.
     """
     run_dir = Path(path)
-    if not (run_dir / "config.toml").is_file():
-        raise FileNotFoundError(f"{run_dir} is not a run: it has no config.toml; local/train.py makes runs")
-    config = load_config(run_dir / "config.toml", RunConfig)
+    config = config_of(run_dir)
     model = TransformerLM(config.model)
     step = restore(newest_checkpoint(run_dir, warnings.warn), model)
     chosen = choose_device(device)

@@ -24,15 +24,15 @@ class Options:
 
 
 def main(options: Options) -> None:
-    from basic.config_files import load_config, to_table
+    from basic.config_files import to_table
     from basic.plotting import plot_losses, run_labels
-    from basic.runs import RunConfig, read_metrics
+    from basic.runs import config_of, read_metrics
 
     if not options.runs:
         raise ValueError("no run given; name at least one folder, such as runs/quickstart")
     runs = dict.fromkeys(options.runs)  # a run named twice is one
+    labels = run_labels({str(run): to_table(config_of(run)) for run in runs})
     records = [read_metrics(run / "metrics.jsonl") for run in runs]
-    labels = run_labels({str(run): to_table(load_config(run / "config.toml", RunConfig)) for run in runs})
     output = options.output or options.runs[0] / "loss.png"
     plot_losses(dict(zip(labels, records, strict=True)), output, floor_nats=options.entropy)
     print(f"wrote {output}")

@@ -19,7 +19,7 @@ import tyro
 from basic import command_line
 from basic.config_files import load_config
 from basic.distributed import World, join
-from basic.runs import RunConfig
+from basic.runs import RunConfig, config_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +48,7 @@ def parse(arguments: list[str]) -> Options:
     if given.config is not None and given.resume is not None:
         raise ValueError("--resume takes the settings from the run itself; leave --config out")
     if given.resume is not None:
-        if not (given.resume / "config.toml").is_file():
-            raise FileNotFoundError(f"{given.resume} is not a run: it has no config.toml; start one with --config")
-        default = Options(run=load_config(given.resume / "config.toml", RunConfig), output=given.resume)
+        default = Options(run=config_of(given.resume), output=given.resume)
     elif given.config is not None:
         output = Path("runs") / given.config.stem
         default = Options(run=load_config(given.config, RunConfig), config=given.config, output=output)

@@ -115,7 +115,7 @@ ROOMS: dict[str, set[str]] = {
     "hf_llama": {"config_files", "model"},
     "trackers": set(),
     "run_log": {"accounting", "trackers"},
-    "report": {"config_files", "model", "runs", "token_files"},
+    "report": {"model", "runs", "token_files"},
 }
 ROOMS["training"] = {
     *("functional", "model", "optimizer", "token_files", "data", "checkpoint", "distributed"),

@@ -247,7 +247,7 @@ def test_the_script_leaves_the_page_in_the_run_or_where_one_wants_it(run_dir, tm
     assert Page((run_dir / "report.html").read_text("utf-8")).curves["floor"] is None
     run_script(monkeypatch, "report", run_dir, "--output", tmp_path / "page.html", "--entropy", "0.25")
     assert Page((tmp_path / "page.html").read_text("utf-8")).curves["floor"] == 0.25
-    with pytest.raises(SystemExit, match=r"^error: .*No such file or directory: .*nowhere.config\.toml'$"):
+    with pytest.raises(SystemExit, match=r"^error: .*nowhere is not a run: it has no config\.toml"):
         run_script(monkeypatch, "report", tmp_path / "nowhere")
 
 
