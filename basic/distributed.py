@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ from basic import kernels
 from basic.rank_watch import Watch
 
 T = TypeVar("T")
+_Sent: TypeAlias = "tuple[list[Tensor], list[Tensor], dist.Work]"
+"""Gradients, what they are added up in (themselves, unless that is in another precision), and how to wait for it."""
 
 # Collectives themselves wait as long as it takes, because the watch above knows better who is lost and who is busy.
 _NO_LIMIT = timedelta(days=7)
@@ -205,13 +207,14 @@ class World:
 
         Returns:
             A function of the loss and whether this backward pass is the step's last one; until then gradients are
-            only added up in each process. From the last one it gives them in groups, in the order in which they come
-            from the others: going on to a group waits for it, so that work on those before it has begun.
+            only added up in each process. From the last one it returns the gradients in groups, in the order in which
+            they were sent. Go through all of them: each group is waited for when it is asked for, and what is done
+            with it runs while the next ones travel; before that it may not be read.
+
+        Raises:
+            RuntimeError: by that function, where a replica has gradients of only a part of what travels together.
         """
-
-        def gradients() -> list[Tensor]:
-            return [local_part(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
-
+        learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if self.size > 1 and not is_sharded(model):
             return _Replica(pieces, reduce_dtype, self.size).backward
         reduce_when: Any = model.set_requires_gradient_sync if is_sharded(model) else lambda last: None
@@ -219,7 +222,7 @@ class World:
         def backward(loss: Tensor, last: bool) -> Iterable[list[Tensor]]:
             reduce_when(last)
             loss.backward()
-            return [gradients()] if last else []
+            return [[local_part(each.grad) for each in learned if each.grad is not None]] if last else []
 
         return backward
 
@@ -314,9 +317,10 @@ class _Replica:
 
     def __init__(self, pieces: Sequence[Module], dtype: torch.dtype | None, size: int):
         self.dtype, self.size, self.last = dtype, size, False
-        self.complete: list[list[Tensor]] = []  # groups of parameters whose gradients are to be sent
-        self.sent: list[tuple[list[Tensor], list[Tensor], dist.Work]] = []  # gradients, what they are added up in
+        self.waiting: list[Tensor] = []  # parameters whose gradients are all there and are to be sent
+        self.sent: list[_Sent] = []
         groups: list[list[Tensor]] = [[] for _ in pieces]
+        self.arrived: list[set[Tensor]] = [set() for _ in pieces]
         seen: set[Tensor] = set()
         for piece, group in zip(pieces, groups, strict=True):
             for parameter in piece.parameters():
@@ -325,22 +329,28 @@ class _Replica:
                     seen.add(parameter)
                     # Vectors are too small to be worth an operation for each piece.
                     (group if parameter.ndim > 1 else groups[0]).append(parameter)
-        for group in groups:
-            arrived: set[Tensor] = set()
+        for group, arrived in zip(groups, self.arrived, strict=True):
             for parameter in group:
                 parameter.register_post_accumulate_grad_hook(partial(self._arrive, group, arrived))
 
     def backward(self, loss: Tensor, last: bool) -> Iterable[list[Tensor]]:
-        self.complete, self.sent = [], []  # of a pass that failed
-        self.last = last
+        for arrived in self.arrived:
+            arrived.clear()  # of a pass that failed, as what follows
+        self.waiting, self.sent, self.last = [], [], last
         try:
             with kernels.before_attention_gradients(self._send):
                 # Each computes its share of the mean, so what travels need only be added up.
                 (loss / self.size).backward()
         finally:
             self.last = False  # backward passes of others send nothing
+        if any(self.arrived):
+            raise RuntimeError(
+                f"{sum(map(len, self.arrived))} gradients were not sent, because others that travel with them are "
+                "missing; whatever requires a gradient when training begins must get one in every backward pass"
+            )
         self._send()
-        return self._added_up()
+        sent, self.sent = self.sent, []
+        return _added_up(sent)
 
     def _arrive(self, group: list[Tensor], arrived: set[Tensor], parameter: Tensor) -> None:
         """Take note that a parameter has its gradient, and so perhaps its group all of them."""
@@ -350,27 +360,31 @@ class _Replica:
         arrived.clear()
         if self.last:
             self._send()  # no attention has begun since the group before
-            self.complete.append(group)
+            self.waiting = group
 
     def _send(self) -> None:
-        for group in self.complete:
-            gradients = [parameter.grad for parameter in group if parameter.grad is not None]
-            sums = [gradient.to(self.dtype or gradient.dtype) for gradient in gradients]
+        """Send the gradients that wait, if there are any."""
+        gradients, sums = [], []
+        for parameter in self.waiting:
+            assert parameter.grad is not None
+            gradients.append(parameter.grad)
+            sums.append(parameter.grad.to(self.dtype or parameter.grad.dtype))
+        self.waiting = []
+        if gradients:
             options = dist.AllreduceCoalescedOptions()
             options.asyncOp = True
             assert dist.group.WORLD is not None
             self.sent.append((gradients, sums, dist.group.WORLD.allreduce_coalesced(sums, options)))
-        self.complete = []
 
-    def _added_up(self) -> Iterable[list[Tensor]]:
-        """The groups in the order in which they were sent, each waited for when it is its turn."""
-        sent, self.sent = self.sent, []
-        for gradients, sums, work in sent:
-            work.wait()
-            for gradient, total in zip(gradients, sums, strict=True):
-                if total is not gradient:
-                    gradient.copy_(total)
-            yield gradients
+
+def _added_up(sent: list[_Sent]) -> Iterable[list[Tensor]]:
+    """The gradients that were sent, in that order, each group waited for when it is its turn."""
+    for gradients, sums, work in sent:
+        work.wait()
+        for gradient, total in zip(gradients, sums, strict=True):
+            if total is not gradient:
+                gradient.copy_(total)
+        yield gradients
 
 
 def _new_group() -> dist.ProcessGroup:

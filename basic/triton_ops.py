@@ -13,7 +13,8 @@ from torch import Tensor
 from basic import cross_entropy_kernel, flash_attention, rope_kernel, swiglu_kernel
 
 before_attention_gradients: list[Callable[[], None]] = []
-"""Called, also by compiled and recorded steps, each time that the gradient of an attention begins."""
+"""Called when the gradient of an attention begins, also by compiled code and while a step is recorded; a replay repeats
+only what they did on the device."""
 
 
 @torch.library.custom_op("basic::rotary_attention", mutates_args=())

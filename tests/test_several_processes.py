@@ -55,6 +55,10 @@ def test_two_processes_do_what_one_does_and_end_when_one_is_killed(tmp_path, mon
         ],
     )
     try:
+        do({"run": run["one"]}, ALONE)
+        do({"run": run["half_one"], **half}, ALONE)
+        do({"run": run["narrow_one"], **narrow}, ALONE)
+        do({"run": run["bad_one"], **bad}, ALONE)
         log = run["long"] / "metrics.jsonl"
         until = time.monotonic() + 120
         while not (log.exists() and "checkpoint" in log.read_text()):
@@ -63,11 +67,6 @@ def test_two_processes_do_what_one_does_and_end_when_one_is_killed(tmp_path, mon
             time.sleep(0.05)
         processes[1].kill()
         killed_s = time.monotonic()
-        # Meanwhile, because the other one looks for some seconds for who has ended:
-        do({"run": run["one"]}, ALONE)
-        do({"run": run["half_one"], **half}, ALONE)
-        do({"run": run["narrow_one"], **narrow}, ALONE)
-        do({"run": run["bad_one"], **bad}, ALONE)
         _, error = processes[0].communicate(timeout=60)
     finally:
         for process in processes:
@@ -160,14 +159,20 @@ def waited() -> list[int]:
 
 @pytest.fixture
 def sent(monkeypatch, waited) -> list[list[torch.Tensor]]:
-    """The gradients that a process, whose fellows have none, sends together."""
+    """The gradients that a process sends together; the other one has the same, which are there when it has waited."""
     sent = []
 
     class Group:
         def allreduce_coalesced(self, gradients, options):
             sent.append(gradients)
             number = len(sent)
-            return SimpleNamespace(wait=lambda: waited.append(number))
+
+            def wait():
+                waited.append(number)
+                for gradient in gradients:
+                    gradient.mul_(2)
+
+            return SimpleNamespace(wait=wait)
 
     monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=Group()))
     return sent
@@ -223,29 +228,72 @@ def test_gradients_are_sent_while_the_backward_pass_runs(sent, waited, monkeypat
 
 @pytest.mark.parametrize("shape", [{}, {"tied_embeddings": True}, {"norm": "none"}], ids=str)
 @pytest.mark.parametrize("frozen", ["", "token_embeddings", "lm_head", "layers.1"])
-def test_all_gradients_are_sent_once_for_all_parts_of_a_batch(sent, shape, frozen):
+def test_all_gradients_are_sent_once_for_all_parts_of_a_batch(sent, monkeypatch, shape, frozen):
     model = TransformerLM(replace(configuration().model, **shape))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not frozen or not name.startswith(frozen))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     backward = backward_of(model)
     ids = torch.randint(VOCAB, (4, 33))
-    expected = [2 * g for g in torch.autograd.grad(model.loss(ids[:, :-1], ids[:, 1:]), parameters)]
+    expected = torch.autograd.grad(model.loss(ids[:, :-1], ids[:, 1:]), parameters)
+    triton_ops = SimpleNamespace(before_attention_gradients=[])
+    monkeypatch.setattr(kernels, "triton_ops", triton_ops)
     failing = model.layers[0].get_parameter("ffn.w1.weight").register_hook(lambda gradient: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         backward(model.loss(ids[:, :-1], ids[:, 1:]), True)
+    assert not triton_ops.before_attention_gradients
     failing.remove()
     for _ in range(2):  # a backward pass that failed leaves nothing behind, nor does one that was done
         model.zero_grad(set_to_none=True)
         sent.clear()
-        for part in range(4):
-            assert not sent
-            backward(model.loss(ids[:, :-1], ids[:, 1:]), part == 3)
-        arrived = [gradient for group in sent for gradient in group]
+        for _ in range(3):
+            assert list(backward(model.loss(ids[:, :-1], ids[:, 1:]), False)) == sent == []
+        arrived = [each for group in backward(model.loss(ids[:, :-1], ids[:, 1:]), True) for each in group]
         assert len(arrived) == len(parameters)
         for parameter, gradient in zip(parameters, expected, strict=True):
-            torch.testing.assert_close(parameter.grad, gradient)  # four parts, each by half
+            torch.testing.assert_close(parameter.grad, 4 * gradient)  # four parts, half of each from each process
             assert sum(parameter.grad is each for each in arrived) == 1
     sent.clear()
     model.loss(ids[:, :-1], ids[:, 1:]).backward()  # of somebody else
     assert not sent
+
+
+def test_gradients_are_added_up_in_another_precision(sent):
+    model = TransformerLM(configuration().model)
+    parameters = list(model.parameters())
+    ids = torch.randint(VOCAB, (4, 33))
+    own = torch.autograd.grad(model.loss(ids[:, :-1], ids[:, 1:]) / 2, parameters)
+    backward = World(0, 2).backward(model, pieces_of(model), torch.bfloat16)
+    arrived = [each for group in backward(model.loss(ids[:, :-1], ids[:, 1:]), True) for each in group]
+    assert {gradient.dtype for group in sent for gradient in group} == {torch.bfloat16}
+    assert len(arrived) == len(parameters)
+    for parameter, gradient in zip(parameters, own, strict=True):
+        assert any(parameter.grad is each for each in arrived)
+        torch.testing.assert_close(parameter.grad, 2 * gradient.bfloat16().float(), rtol=2**-7, atol=0)
+
+
+def test_what_is_frozen_afterwards_is_an_error(sent):
+    """Instead of gradients that nobody adds up."""
+    model = TransformerLM(configuration().model)
+    backward = backward_of(model)
+    matrix = model.layers[1].get_parameter("ffn.w1.weight")
+    matrix.requires_grad_(False)
+    ids = torch.randint(VOCAB, (4, 33))
+    with pytest.raises(RuntimeError, match="6 gradients were not sent, because others that travel with them are"):
+        backward(model.loss(ids[:, :-1], ids[:, 1:]), True)
+    matrix.requires_grad_(True)
+    model.zero_grad(set_to_none=True)
+    arrived = [each for group in backward(model.loss(ids[:, :-1], ids[:, 1:]), True) for each in group]
+    assert len(arrived) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_gradients_of_what_is_frozen_are_nobodys(sent, size):
+    model = TransformerLM(configuration().model)
+    model.lm_head.weight.requires_grad_(False)
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    ids = torch.randint(VOCAB, (4, 33))
+    groups = World(0, size).backward(model, pieces_of(model), None)(model.loss(ids[:, :-1], ids[:, 1:]), True)
+    arrived = [each for group in groups for each in group]
+    assert len(arrived) == len(list(model.parameters())) - 1
+    assert not any(each is model.lm_head.weight.grad for each in arrived)

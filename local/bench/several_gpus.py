@@ -75,6 +75,8 @@ def measure(options: argparse.Namespace) -> None:
         for _ in range(_FIRST_STEPS):
             step(batch, 1e-4)
 
+        readings: list[tuple[float, float]] = []
+
         def steps_for(seconds: float) -> tuple[int, float]:
             """How many steps were done, and how long they took."""
             synchronize()
@@ -83,14 +85,13 @@ def measure(options: argparse.Namespace) -> None:
                 for _ in range(options.steps):
                     step(batch, 1e-4)
                 if on_gpu:
-                    with suppress(ModuleNotFoundError):  # NVIDIA's library for it
+                    with suppress(Exception):  # without NVIDIA's library for it, or what it needs
                         readings.append((torch.cuda.clock_rate(), torch.cuda.power_draw() / 1e3))
                 synchronize()
                 count += options.steps
                 (enough,) = world.largest(int(time.perf_counter() - started >= seconds))
             return count, time.perf_counter() - started
 
-        readings: list[tuple[float, float]] = []  # while it computes
         steps_for(options.warm_up)
         readings.clear()
         count, measured_s = steps_for(options.seconds)
@@ -278,10 +279,11 @@ def main() -> None:
         speed = result.get("tokens_per_s", 0)
         speeds[size, int(gpus), parallel] = speeds.get((size, int(gpus), parallel)) or speed
         one, both = speeds.get((size, 1, "replicated")), speeds.get((size, int(gpus), "replicated"))
-        if "each" in result:
-            slowest.setdefault(size, min(result["each"]))
+        if all(result.get("each", [0])):
+            slowest[size] = min(result["each"])
         if int(gpus) > 1 and one:
             result["ratio"] = round(speed / int(gpus) / one, 4)
+        if int(gpus) > 1 and size in slowest:
             result["slowest_ratio"] = round(speed / int(gpus) / slowest[size], 4)
         if parallel == "sharded" and both:
             result["sharded_ratio"] = round(speed / both, 4)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from basic import decoder, kernels, triton_ops
+from basic import decoder, flash_attention, kernels, triton_ops
 from basic.model import ModelConfig, TransformerLM
 from basic.runs import TrainConfig
 from basic.train_step import TrainStep
@@ -82,6 +82,7 @@ def test_a_training_step(monkeypatch):
     settings = TrainConfig(steps=1, batch_size=2, cuda_graph=False, max_gradient_norm=0.5)
     ids = torch.randint(37, (3, 2, 13))
     results = []
+    attend = flash_attention.backward
     for model, with_kernels in zip(models, (True, False), strict=True):
         if with_kernels:
             monkeypatch.setattr(kernels, "triton_ops", triton_ops)
@@ -91,10 +92,11 @@ def test_a_training_step(monkeypatch):
         model.activation_dtype = FLOAT16
         step = TrainStep(model, make_optimizer(model, settings), settings, torch.device("cpu"))
         assert len(step.copies) == 2 * 7 + 1
-        began: list[int] = []
-        with kernels.before_attention_gradients(lambda began=began: began.append(1)):
+        order: list[str] = []
+        with pytest.MonkeyPatch.context() as patch, kernels.before_attention_gradients(lambda o=order: o.append("act")):
+            patch.setattr(flash_attention, "backward", lambda *a, o=order: (o.append("kernels"), attend(*a)))
             results.append([step((rows[:, :-1], rows[:, 1:]), 1e-2) for rows in ids])
-        assert len(began) == (3 * 2 if with_kernels else 0)
+        assert order == (3 * 2 * ["act", "kernels"] if with_kernels else [])
         for parameter, half in step.copies.items():
             torch.testing.assert_close(half, parameter.half(), rtol=1e-3, atol=1e-6)
         steps = {int(state["step"]) for state in step.optimizer.state.values()}
