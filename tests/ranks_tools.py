@@ -15,6 +15,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,25 @@ def start_processes(count: int, jobs: list[dict[str, Any]]) -> list[subprocess.P
             )
         )
     return processes
+
+
+def lose(
+    processes: list[subprocess.Popen], run_dir: Path, lost_by: int, *, checkpoints: int = 1, within_s: float = 120
+) -> tuple[str, float]:
+    """Once a run has saved so often, which it must in this time, send the second of two processes a signal.
+
+    Returns:
+        What the first one says before it ends, and the seconds until it has.
+    """
+    log, until = run_dir / "metrics.jsonl", time.monotonic() + within_s
+    while not (log.exists() and log.read_text().count("checkpoint") >= checkpoints):
+        assert processes[0].poll() is None, processes[0].communicate()[1]
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    processes[1].send_signal(lost_by)
+    lost = time.monotonic()
+    _, error = processes[0].communicate(timeout=60)
+    return error, time.monotonic() - lost
 
 
 def do(job: dict[str, Any], world) -> None:

@@ -1,7 +1,7 @@
 """Training with several processes: the run of one process, checkpoints that move, and a process that is killed."""
 
 import re
-import time
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from basic.runs import checkpoint_paths, load_run, open_checkpoint, read_records
 from basic.train_step import pieces_of
 
 from .fault_tools import VOCAB, configuration
-from .ranks_tools import do, losses, start_processes, state
+from .ranks_tools import do, lose, losses, start_processes, state
 from .test_scripts import run_script
 
 
@@ -59,21 +59,13 @@ def test_two_processes_do_what_one_does_and_end_when_one_is_killed(tmp_path, mon
         do({"run": run["half_one"], **half}, ALONE)
         do({"run": run["narrow_one"], **narrow}, ALONE)
         do({"run": run["bad_one"], **bad}, ALONE)
-        log = run["long"] / "metrics.jsonl"
-        until = time.monotonic() + 120
-        while not (log.exists() and "checkpoint" in log.read_text()):
-            assert processes[0].poll() is None, processes[0].communicate()[1]
-            assert time.monotonic() < until
-            time.sleep(0.05)
-        processes[1].kill()
-        killed_s = time.monotonic()
-        _, error = processes[0].communicate(timeout=60)
+        error, seconds = lose(processes, run["long"], signal.SIGKILL)
     finally:
         for process in processes:
             process.kill()
     assert processes[0].returncode == 1
     assert re.search(rf"rank 0 .*rank 1 \(process {processes[1].pid} on .*\) is gone", error), error
-    assert time.monotonic() - killed_s < 60
+    assert seconds < 60
 
     for name in ("replicated", "sharded", "s_s", "r_s"):
         np.testing.assert_allclose(losses(run[name]), losses(run["one"]), atol=1e-5, rtol=0)

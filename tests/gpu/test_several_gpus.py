@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ if not torch.cuda.is_available() or torch.cuda.device_count() < 2:
 from basic.distributed import ALONE
 from basic.runs import checkpoint_paths
 
-from ..ranks_tools import do, losses, start_processes
+from ..ranks_tools import do, lose, losses, start_processes
 
 
 def test_two_gpus_do_what_one_does(tmp_path):
@@ -57,21 +56,11 @@ def test_a_lost_process_ends_the_job(tmp_path, lost_by, parallel):
     run_dir = tmp_path / "run"
     settings = {"device": "auto", "precision": "bfloat16", "compile": True, "parallel": parallel, "sample_interval": 0}
     processes = start_processes(2, [{"run": str(run_dir), "steps": 10**6, **settings}])
-    log = run_dir / "metrics.jsonl"
     try:
-        until = time.monotonic() + 200
-        while not (log.exists() and log.read_text().count("checkpoint") > 2):
-            assert processes[0].poll() is None, processes[0].communicate()[1]
-            assert time.monotonic() < until
-            time.sleep(0.1)
-        processes[1].send_signal(lost_by)
-        lost = time.monotonic()
-        _, error = processes[0].communicate(timeout=60)
-        print(
-            f"{lost_by.name}, {parallel}: the job ended {time.monotonic() - lost:.0f} s later: {error.splitlines()[-1]}"
-        )
+        error, seconds = lose(processes, run_dir, lost_by, checkpoints=3, within_s=200)
     finally:
         for process in processes:
             process.kill()
+    print(f"{lost_by.name}, {parallel}: the job ended {seconds:.0f} s later: {error.splitlines()[-1]}")
     assert processes[0].returncode == 1
     assert re.search(rf"rank 0 .*rank 1 \(process {processes[1].pid} on .*\) ", error), error
