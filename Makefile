@@ -1,0 +1,18 @@
+.PHONY: check test test-gpu bench docs
+# test-gpu needs an environment with the dev group. On a machine without uv: make test-gpu PYTHON=python3
+PYTHON ?= uv run python
+
+check:  # everything that a change must pass
+	.ci/run
+
+test:
+	uv run pytest -n auto
+
+test-gpu:
+	$(PYTHON) -m pytest tests/gpu
+
+bench:  # the tokenizer beside its peers; local/bench/README.md lists the other benchmarks
+	uv run --group bench local/bench/tokenizer.py
+
+docs:  # links, paths and line counts in the Markdown pages
+	uv run pytest tests/project/test_docs.py
