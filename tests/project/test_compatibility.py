@@ -1,0 +1,184 @@
+"""Files that version 0.1.0 wrote (tests/fixtures/make_written_by_0_1_0.py) open with the code of today."""
+
+import hashlib
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from basic.encoding import encode_files
+from basic.Tokenizer import Tokenizer
+from basic.tokens.opening import open_tokens
+from basic.train_bpe import train_bpe
+from basic.training import load_run, read_metrics
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+WRITTEN = REPOSITORY / "tests" / "fixtures" / "written_by_0_1_0"
+EXPECTED = json.loads((WRITTEN / "expected.json").read_text(encoding="utf-8"))
+SPECIAL_TOKENS = ["<|endoftext|>", "<|pad|>"]
+VOCAB_SIZE, SHARD_BYTES = 320, 6000
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A copy of the files in the current folder: they name each other by relative paths."""
+    shutil.copytree(WRITTEN, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
+    """What `python local/NAME.py ARGUMENTS` does, in this process."""
+    path = str(REPOSITORY / "local" / f"{name}.py")
+    monkeypatch.setattr(sys, "argv", [path, *arguments])
+    runpy.run_path(path, run_name="__main__")
+
+
+def ids_sha256(ids: Any) -> str:
+    return hashlib.sha256(np.asarray(ids, "<u4").tobytes()).hexdigest()
+
+
+def manifest(work: Path) -> list[str]:
+    return (work / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
+
+
+def move_to_this_text(work: Path, made_today: Path) -> None:
+    """Make a work folder belong to stories.txt of the current folder.
+
+    A work folder identifies its inputs by a SHA-256 of their absolute paths and modification times, which no checkout
+    preserves. Everything else that it says about the work must equal what today's code says.
+    """
+    lines, today = manifest(work), json.loads(manifest(made_today)[0])
+    then = json.loads(lines[0])
+    then["work"]["input_sha256"] = today["work"]["input_sha256"]
+    assert then == today
+    # No newline at the end: an interrupted process has left half a line there.
+    (work / "manifest.jsonl").write_bytes("\n".join([json.dumps(then), *lines[1:]]).encode())
+
+
+# --- Tokenizers and tokens ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_cl100k"])
+def test_a_tokenizer_gives_the_same_ids(name):
+    tokenizer = Tokenizer.load(WRITTEN / name)
+    text = (WRITTEN / "stories.txt").read_bytes().decode()
+    if name == "tokenizer_cl100k":
+        text = text.replace(" ", "\t")  # its training text; there, pre-tokens begin with a tab
+        assert tokenizer.pattern is not None
+    assert list(tokenizer.special_token_ids) == SPECIAL_TOKENS
+    assert tokenizer.fingerprint == EXPECTED["fingerprint"][name]
+    ids = tokenizer.encode(text)
+    assert ids_sha256(ids) == EXPECTED["ids_sha256"][name]
+    assert tokenizer.decode(ids) == text
+
+
+def test_a_tokenizer_is_saved_as_it_was(tmp_path):
+    for name in ("tokenizer", "tokenizer_cl100k"):
+        Tokenizer.load(WRITTEN / name).save(tmp_path / name)
+        saved = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        assert saved == {path.name: path.read_bytes() for path in (WRITTEN / name).iterdir()}
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "dataset"])
+def test_tokens_are_the_same(name):
+    tokens = open_tokens(WRITTEN / name, verify=True, made_by=EXPECTED["fingerprint"]["tokenizer"])
+    assert ids_sha256(tokens[:]) == EXPECTED["tokens_sha256"][name]
+    with pytest.raises(ValueError, match="another tokenizer"):
+        open_tokens(WRITTEN / name, made_by=EXPECTED["fingerprint"]["tokenizer_cl100k"])
+
+
+def test_encoding_makes_the_same_token_file(folder, monkeypatch):
+    run_script(monkeypatch, "encode", "stories.txt", "today.bin", "--tokenizer", "tokenizer")
+    assert Path("today.bin").read_bytes() == Path("tokens.bin").read_bytes()
+    assert json.loads(Path("today.json").read_bytes()) == json.loads(Path("tokens.json").read_bytes())
+
+
+# --- Runs -----------------------------------------------------------------------------------------------------
+
+
+def weights_sha256(run: Path) -> str:
+    digest = hashlib.sha256()
+    for name, weight in sorted(load_run(run, device="cpu").model.state_dict().items()):
+        digest.update(name.encode() + weight.numpy().astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("name", ["run", "sharded_run"])
+def test_a_run_has_the_same_weights(name):
+    run = load_run(WRITTEN / name, device="cpu")
+    assert run.step == 4
+    assert run.tokenizer_path == WRITTEN / name / "tokenizer"
+    assert weights_sha256(WRITTEN / name) == EXPECTED["weights_sha256"][name]
+    losses = [record["train_loss"] for record in read_metrics(WRITTEN / name / "metrics.jsonl")]
+    # Two processes add up in another order than one process.
+    assert losses == (EXPECTED["losses"] if name == "run" else pytest.approx(EXPECTED["losses"], rel=1e-6))
+
+
+def test_the_checkpoint_before_is_used_where_the_newest_is_damaged(folder):
+    newest = folder / "run" / "checkpoints" / "step_00000004.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    with pytest.warns(UserWarning, match="step_00000004"):
+        assert load_run("run", device="cpu").step == 2
+
+
+@pytest.mark.parametrize("name", ["run", "sharded_run"])
+def test_a_run_is_resumed(name, folder, monkeypatch):
+    """Up to step 8, with the losses of 0.1.0, to a tolerance: on another processor their last bits differ."""
+    run_script(monkeypatch, "train", "--resume", name, "--steps", "8")
+    records = read_metrics(folder / name / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 9))
+    assert [record["train_loss"] for record in records] == pytest.approx(EXPECTED["resumed_losses"], rel=1e-5)
+    assert load_run(name, device="cpu").step == 8
+    starts = json.loads((folder / name / "environment.json").read_bytes())["starts"]
+    assert [start["step"] for start in starts] == [0, 4]
+
+
+# --- Work folders -------------------------------------------------------------------------------------------------
+
+
+def test_finished_counts_serve_another_vocabulary(folder, monkeypatch):
+    arguments = ["stories.txt", "--special-tokens", *SPECIAL_TOKENS, "--output", "today"]
+    run_script(monkeypatch, "train_bpe", *arguments, "--vocab-size", "330", "--work", "made_today")
+    move_to_this_text(folder / "counts", folder / "made_today")
+    before = manifest(folder / "counts")
+    run_script(monkeypatch, "train_bpe", *arguments, "--vocab-size", str(VOCAB_SIZE), "--work", "counts")
+    assert manifest(folder / "counts") == before  # nothing was counted again
+    for name in ("vocab.json", "merges.txt", "special_tokens.json"):
+        assert Path("today", name).read_bytes() == Path("tokenizer", name).read_bytes()
+
+
+def test_unfinished_counts_are_finished(folder):
+    options: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "special_tokens": SPECIAL_TOKENS, "shard_bytes": SHARD_BYTES}
+    expected = train_bpe("stories.txt", work_folder="made_today", **options)
+    move_to_this_text(folder / "counts_unfinished", folder / "made_today")
+    before = manifest(folder / "counts_unfinished")
+    assert train_bpe("stories.txt", work_folder="counts_unfinished", **options) == expected
+    after = manifest(folder / "counts_unfinished")
+    assert after[: len(before)] == before
+    # Two shards were counted before; the other two and the sum of all four are new.
+    done = sorted(json.loads(line)["file"] for line in after[len(before) :])
+    assert done == ["counts-0-000002.words", "counts-0-000003.words", "counts-1-000000.words"]
+    tokenizer = Tokenizer.load("tokenizer")
+    assert (tokenizer.vocab, tokenizer.merges) == expected
+
+
+def test_an_unfinished_dataset_is_finished(folder):
+    tokenizer = Tokenizer.load("tokenizer")
+    encode_files(tokenizer, "stories.txt", "made_today", shard_bytes=SHARD_BYTES)
+    move_to_this_text(folder / "dataset_unfinished", folder / "made_today")
+    before = manifest(folder / "dataset_unfinished")
+    encode_files(tokenizer, "stories.txt", "dataset_unfinished", shard_bytes=SHARD_BYTES)
+    after = manifest(folder / "dataset_unfinished")
+    assert after[: len(before)] == before
+    assert sorted(json.loads(line)["file"] for line in after[len(before) :]) == ["000002.bin", "000003.bin"]
+    assert Path("dataset_unfinished/index.json").read_bytes() == Path("dataset/index.json").read_bytes()
+    for path in Path("dataset").glob("0*"):
+        assert (folder / "dataset_unfinished" / path.name).read_bytes() == path.read_bytes()
