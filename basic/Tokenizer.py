@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from itertools import chain
@@ -15,39 +15,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from basic import bpe_kernels
-from basic.atomic_file import atomic_paths, atomic_write
-from basic.bytes_utils import (
-    decode_blocks,
-    load_json,
-    load_merges,
-    load_vocab,
-    progress_bar,
-    save_merges,
-    save_vocab,
-)
-from basic.patterns import name_of
+from basic.bpe import arrays, compiled, loading
+from basic.bpe.plain import WordIds
+from basic.bytes_utils import decode_blocks, invalid_byte, load_merges, load_vocab, save_merges, save_vocab
+from basic.common.files import atomic_paths, atomic_write, load_json
+from basic.common.progress import default_num_workers
 from basic.pretokenization import (
     GPT2_PATTERN,
     SpecialTokens,
     compile_pattern,
+    mapped_chunks,
+    name_of,
     pretoken_batches,
     pretokens_of,
     without_surrogates,
 )
-from basic.shards import (
-    Shard,
-    ShardChunks,
-    default_num_workers,
-    invalid_byte,
-    known_bytes,
-    mapped_chunks,
-    text_of,
-    whole,
-)
-from basic.text_sources import Inputs, TextSource, check_separator, sources_of
-from basic.token_files import TokenFileInfo, TokenFileWriter, token_dtype
-from basic.word_ids import WordIds
+from basic.tokens.info import token_dtype
 
 _FILES = ("vocab.json", "merges.txt", "special_tokens.json")
 _PATTERN_FILE = "pattern.json"
@@ -97,8 +80,8 @@ class Tokenizer:
         pattern: str | None = None,
         kernels: bool | None = None,
     ) -> None:
-        self._special = SpecialTokens(special_tokens)
-        self._pattern = compile_pattern(pattern)
+        self.special_tokens = SpecialTokens(special_tokens)
+        self.compiled_pattern = compile_pattern(pattern)
         self.kernels = kernels
         self.vocab = dict(vocab)
         self.merges = list(merges)
@@ -112,7 +95,7 @@ class Tokenizer:
         self._words = WordIds(ids, self.merges)
         self.special_token_ids: dict[str, int] = {}
         next_id = max(self.vocab, default=-1) + 1
-        for special_token in self._special.tokens:
+        for special_token in self.special_tokens.tokens:
             token = special_token.encode()
             if token not in ids:
                 ids[token] = next_id
@@ -120,7 +103,7 @@ class Tokenizer:
                 next_id += 1
             self.special_token_ids[special_token] = ids[token]
         self.vocab_size = max(self.vocab, default=-1) + 1
-        self._kernel_encoder: bpe_kernels.KernelEncoder | None = None
+        self._kernel_encoder: compiled.KernelEncoder | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # What the kernels remember can be built again, and is of no use to another process.
@@ -131,14 +114,14 @@ class Tokenizer:
         more = f" and {len(special) - 4} more" if len(special) > 5 else ""
         return (
             f"Tokenizer(vocab_size={self.vocab_size}, merges={len(self.merges)}, "
-            f"pattern={name_of(self._pattern.pattern) or self._pattern.pattern!r}, "
+            f"pattern={name_of(self.compiled_pattern.pattern) or self.compiled_pattern.pattern!r}, "
             f"special_tokens={special[:4] if more else special}{more})"
         )
 
     @property
     def pattern(self) -> str | None:
         """The pattern that finds the pre-tokens, None for GPT-2's."""
-        return None if self._pattern is GPT2_PATTERN else self._pattern.pattern
+        return None if self.compiled_pattern is GPT2_PATTERN else self.compiled_pattern.pattern
 
     @cached_property
     def fingerprint(self) -> str:
@@ -168,10 +151,10 @@ class Tokenizer:
             data = np.frombuffer(_utf8(text), np.uint8)
             try:
                 return encoder.encode_list(data, specials_as_text)
-            except bpe_kernels.InvalidByteError as error:
-                raise _byte_error("text", data, error, error.place) from None
+            except arrays.InvalidByteError as error:
+                raise invalid_byte("text", data, error.place, error.place, lacks_token=error.lacks_token) from None
         if length > _MANY_CHARACTERS or not isinstance(text, str):
-            return list(chain.from_iterable(self._encode_batches([text], specials_as_text)))
+            return list(chain.from_iterable(self.encode_batches([text], specials_as_text=specials_as_text)))
         return self._encode_whole(text if text.isascii() else "".join(without_surrogates([text])), specials_as_text)
 
     def encode_array(
@@ -202,15 +185,15 @@ class Tokenizer:
         array = np.frombuffer(_utf8(data), np.uint8) if isinstance(data, str) else _readonly_bytes(data)
         if (encoder := self._encoder_for(len(array))) is None:
             text = decode_blocks([array.tobytes()], "data", errors=errors)
-            ids = chain.from_iterable(self._encode_batches(text, specials_as_text))
+            ids = chain.from_iterable(self.encode_batches(text, specials_as_text=specials_as_text))
             return np.fromiter(ids, token_dtype(max(self.vocab_size, 1)))
-        special = _NO_SPECIALS if specials_as_text else self._special
+        special = self.active_specials(specials_as_text)
         chunks = mapped_chunks(array, special, len(array) // num_threads + 1)
         try:
             encoded = encoder.encode_chunks(chunks, specials_as_text, num_threads, replace=errors == "replace")
             parts = [ids for ids, _ in encoded]
-        except bpe_kernels.InvalidByteError as error:
-            raise _byte_error("data", array, error, error.place) from None
+        except arrays.InvalidByteError as error:
+            raise invalid_byte("data", array, error.place, error.place, lacks_token=error.lacks_token) from None
         return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.zeros(0, encoder.dtype)])
 
     def encode_batch(
@@ -238,107 +221,54 @@ class Tokenizer:
             TypeError: a piece is not a string.
             ValueError: the text needs a byte that the vocabulary lacks.
         """
-        return chain.from_iterable(self._encode_batches(iterable, specials_as_text))
+        return chain.from_iterable(self.encode_batches(iterable, specials_as_text=specials_as_text))
 
-    def encode_file(
+    def encode_batches(self, texts: Iterable[str], *, specials_as_text: bool = False) -> Iterator[list[int]]:
+        """The ids of a text that comes in pieces, some pre-tokens at a time; as `encode_iterable`, without kernels."""
+        special = self.active_specials(specials_as_text)
+        return self._ids_of(pretoken_batches(without_surrogates(texts), special, self.compiled_pattern))
+
+    def encode_chunks(
         self,
-        inputs: Inputs,
-        output_path: str | os.PathLike,
+        chunks: Iterable[arrays.Chunk],
         *,
-        num_threads: int | None = None,
+        num_threads: int,
         errors: str = "strict",
         specials_as_text: bool = False,
-        progress: bool = False,
-    ) -> TokenFileInfo:
-        """Encode text of any size into one token file, in bounded memory.
-
-        On several machines, or so that it can be interrupted: `basic.encoding.encode_files`.
+    ) -> Iterator[tuple[np.ndarray, int]]:
+        """The ids of chunks and the bytes of each, in order, by kernels; where `uses_kernels` only.
 
         Args:
-            inputs: text in UTF-8, plain or of those of `basic.text_sources`: a file, a glob, a URL, or several of them;
-                their ids come one after the other, as `encode_files` says.
-            output_path: of the token file, `*.bin`; it and its sidecar appear when they are complete.
-            num_threads: by default one for each processor that this process may use; the result is the same.
-            errors: what to do about bytes that are not UTF-8: "strict" raises, "replace" encodes U+FFFD for them.
-            specials_as_text: whether special tokens in the text are text like any other.
-            progress: whether to show a progress bar.
-
-        Returns:
-            What the sidecar says, with `source_bytes`, the size of the text.
+            chunks: arrays of bytes that begin and end at safe places (`basic.pretokenization.safe_cuts`).
 
         Raises:
-            ValueError: the text is not UTF-8 (the byte offset is named), or needs a byte that the vocabulary
-                lacks; or an input and the output are the same file.
-            OSError: a file cannot be read or written.
+            InvalidByteError: a byte is not UTF-8 and errors is "strict", or the vocabulary lacks it; of several the
+                first.
         """
-        sources = sources_of(inputs)
-        for source in sources:
-            if os.path.exists(output_path) and not source.is_remote and os.path.samefile(source, output_path):
-                raise ValueError(f"{os.fspath(output_path)!r} is the text itself; give another output_path")
-        shard = self.pieces_of(sources, errors, specials_as_text)
-        with progress_bar(progress, desc="encoding", total=known_bytes(shard), unit="B", unit_scale=True) as advance:
-            return self.encode_shard(
-                shard, output_path, _checked_threads(num_threads), errors, specials_as_text, advance
-            )
+        encoder = self._encoder_for(1 << 62)
+        assert encoder is not None, "uses_kernels says when there are any"
+        return encoder.encode_chunks(chunks, specials_as_text, num_threads, replace=errors == "replace")
 
-    def pieces_of(self, sources: Iterable[TextSource], errors: str, specials_as_text: bool) -> Shard:
-        """The inputs, whole, checked like the other arguments of `encode_file`."""
-        _check_errors(errors)
-        sources = list(sources)
-        for source in sources:
-            check_separator(source, () if specials_as_text else self.special_token_ids)
-        return tuple(map(whole, sources))
+    def active_specials(self, specials_as_text: bool) -> SpecialTokens:
+        """The special tokens that a text is split at; none where they are text like any other."""
+        return _NO_SPECIALS if specials_as_text else self.special_tokens
 
-    def encode_shard(
-        self,
-        shard: Shard,
-        output_path: str | os.PathLike,
-        num_threads: int,
-        errors: str,
-        specials_as_text: bool,
-        advance: Callable[[int], object],
-    ) -> TokenFileInfo:
-        """Encode parts of inputs into a token file; `advance` is told the bytes that are done."""
-        size = sum(piece.num_bytes for piece in shard)
-        encoder = self._encoder_for(size, sum(piece.num_bytes for piece in shard if piece.is_mapped))
-        special = _NO_SPECIALS if specials_as_text else self._special
-        with TokenFileWriter(output_path, self.vocab_size, tokenizer_fingerprint=self.fingerprint) as writer:
-            if encoder is not None:
-                chunks = ShardChunks(shard, special, errors=errors)
-                try:
-                    for ids, num_bytes in encoder.encode_chunks(
-                        chunks, specials_as_text, num_threads, replace=errors == "replace"
-                    ):
-                        chunks.done()
-                        writer.write(ids, source_bytes=num_bytes)
-                        advance(num_bytes)
-                except bpe_kernels.InvalidByteError as error:
-                    source, data, offset = chunks.place(error.place)
-                    raise _byte_error(source, data, error, offset) from None
-            else:
+    def uses_kernels(self, num_bytes: int, num_mapped_bytes: int = 0) -> bool:
+        """Whether a text of this size is encoded by kernels, which run side by side in threads.
 
-                def read(num_bytes: int) -> None:
-                    writer.write((), source_bytes=num_bytes)
-                    advance(num_bytes)
-
-                for piece in shard:
-                    text = text_of(piece, special, self._pattern, errors=errors, read=read)
-                    for batch in self._encode_batches(text, specials_as_text):
-                        writer.write(batch)
-        return writer.info
+        Args:
+            num_mapped_bytes: address space that reading the text will yet take.
+        """
+        return self._encoder_for(num_bytes, num_mapped_bytes) is not None
 
     def _encode_whole(self, text: str, specials_as_text: bool) -> list[int]:
         """The ids of a text without surrogates that is not worth being streamed."""
-        special = _NO_SPECIALS if specials_as_text else self._special
-        if self._pattern is GPT2_PATTERN and not special.pattern.search(text):
+        special = self.active_specials(specials_as_text)
+        if self.compiled_pattern is GPT2_PATTERN and not special.pattern.search(text):
             if (known := self._words.get(text)) is not None:  # a word of this pattern is one too if it stands alone
                 return list(known)
             return list(chain.from_iterable(map(self._words.__getitem__, GPT2_PATTERN.findall(text))))
-        return list(chain.from_iterable(self._ids_of(pretokens_of(text, special, self._pattern))))
-
-    def _encode_batches(self, pieces: Iterable[str], specials_as_text: bool = False) -> Iterator[list[int]]:
-        special = _NO_SPECIALS if specials_as_text else self._special
-        return self._ids_of(pretoken_batches(without_surrogates(pieces), special, self._pattern))
+        return list(chain.from_iterable(self._ids_of(pretokens_of(text, special, self.compiled_pattern))))
 
     def _ids_of(self, batches: Iterable[tuple[list[str], str | None]]) -> Iterator[list[int]]:
         for pretokens, special_token in batches:
@@ -347,21 +277,17 @@ class Tokenizer:
                 ids.append(self.special_token_ids[special_token])
             yield ids
 
-    def runs_in_threads(self, num_bytes: int) -> bool:
-        """Whether a text of this size is encoded by kernels, which run side by side in threads."""
-        return self._encoder_for(num_bytes) is not None
-
-    def _encoder_for(self, num_bytes: int, num_mapped_bytes: int = 0) -> bpe_kernels.KernelEncoder | None:
+    def _encoder_for(self, num_bytes: int, num_mapped_bytes: int = 0) -> compiled.KernelEncoder | None:
         """What encodes a text of this size with kernels, None where the plain path shall."""
-        if self.kernels is False or not (self.kernels or bpe_kernels.worth_it("encoding", num_bytes, num_mapped_bytes)):
+        if self.kernels is False or not (self.kernels or loading.worth_it("encoding", num_bytes, num_mapped_bytes)):
             return None
         if self._kernel_encoder is None:
-            if self.pattern is not None or max(self.vocab_size, len(self.merges)) >= bpe_kernels.MAX_VOCAB_SIZE:
+            if self.pattern is not None or max(self.vocab_size, len(self.merges)) >= arrays.MAX_VOCAB_SIZE:
                 return None
-            self._kernel_encoder = bpe_kernels.KernelEncoder(
+            self._kernel_encoder = compiled.KernelEncoder(
                 *self._words.tables(),
                 self.vocab,
-                [(token, self.special_token_ids[token.decode()]) for token in self._special.longest_first_bytes],
+                [(token, self.special_token_ids[token.decode()]) for token in self.special_tokens.longest_first_bytes],
                 token_dtype(max(self.vocab_size, 1)),
             )
         return self._kernel_encoder
@@ -480,15 +406,3 @@ def _readonly_bytes(data: bytes | bytearray | memoryview | npt.NDArray[np.uint8]
     array = np.frombuffer(np.ascontiguousarray(data) if isinstance(data, np.ndarray) else data, np.uint8)
     array.flags.writeable = False
     return array
-
-
-def _byte_error(
-    name: str | os.PathLike, data: np.ndarray, error: bpe_kernels.InvalidByteError, offset: int
-) -> ValueError:
-    """What to raise for a byte that has this offset in what the name stands for."""
-    if not error.lacks_token:
-        return invalid_byte(name, data, error.place, offset)
-    return ValueError(
-        f"the vocabulary has no token for the byte 0x{data[error.place]:02x}, at byte offset {offset} of "
-        f"{os.fspath(name)!r}; train the tokenizer with all 256 bytes"
-    )

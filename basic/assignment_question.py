@@ -31,11 +31,11 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from basic.counting import count_pretokens
+from basic.corpus.counting import count_pretokens
+from basic.corpus.stories.grammar import stories
 from basic.pretokenization import SpecialTokens
-from basic.stories import stories
-from basic.token_files import token_dtype
 from basic.Tokenizer import Tokenizer
+from basic.tokens.info import token_dtype
 from basic.train_bpe import merges_from_counts
 
 SEPARATOR = "<|endoftext|>"
@@ -408,7 +408,7 @@ def throughput_bytes_per_s(tokenizer: Tokenizer, documents: Sequence[str]) -> fl
 
 def transformer_accounting() -> Answer:
     """Parameters, memory and matrix products of GPT-2 XL, of its smaller siblings, and with a long context."""
-    from basic.accounting import gpt2_forward
+    from basic.analysis.accounting import gpt2_forward
 
     values = gpt2_forward()
     return Answer(
@@ -467,7 +467,7 @@ def toy_losses(lr: float, num_steps: int, seed: int = 0) -> list[float]:
 
 def adamw_accounting() -> Answer:
     """Peak memory of training, the largest batch in 80 GB, FLOPs of a step, and hours of training."""
-    from basic.accounting import gpt2_training
+    from basic.analysis.accounting import gpt2_training
 
     return Answer(
         "adamw_accounting",

@@ -9,53 +9,37 @@ from __future__ import annotations
 import codecs
 import functools
 import json
-import mmap
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from basic.atomic_file import atomic_write
+from basic.common.files import atomic_write, load_json
 
-BLOCK_BYTES = 1 << 16
+
+def invalid_byte(
+    name: str | os.PathLike, data: np.ndarray, index: int, offset: int, *, lacks_token: bool = False
+) -> ValueError:
+    """What to raise for a byte of an array that is not UTF-8, or that the vocabulary lacks.
+
+    Args:
+        name: of the text.
+        data, index: the byte is data[index].
+        offset: of the byte in the text.
+    """
+    if lacks_token:
+        return ValueError(
+            f"the vocabulary has no token for the byte 0x{data[index]:02x}, at byte offset {offset} of "
+            f"{os.fspath(name)!r}; train the tokenizer with all 256 bytes"
+        )
+    try:
+        data[index : index + 4].tobytes().decode()
+    except UnicodeDecodeError as error:
+        return utf8_error(name, offset, int(data[index]), error.reason)
+    raise AssertionError(f"the bytes at {index} are UTF-8")
+
 
 _MERGES_HEADER = "#version: 0.2"
-
-
-def file_size_bytes(path: str | os.PathLike) -> int:
-    """The size of a file that can be read in ranges.
-
-    Raises:
-        FileNotFoundError: there is nothing at `path`.
-        IsADirectoryError: there is a folder at `path`.
-        OSError: there is something else, such as a pipe, which can be read only once.
-    """
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"there is no file {os.fspath(path)!r}: check the path of the text file")
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder: give the path of one text file")
-    if not os.path.isfile(path):
-        raise OSError(f"{os.fspath(path)!r} is no regular file (a pipe?): save its text to a file first")
-    return os.path.getsize(path)
-
-
-def read_blocks(path: str | os.PathLike, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-    """The bytes `start` to `stop` (default: the end) of a file, in blocks of at most `BLOCK_BYTES`."""
-    with open(path, "rb") as file:
-        position = file.seek(start)
-        while block := file.read(BLOCK_BYTES if stop is None else min(BLOCK_BYTES, stop - position)):
-            position += len(block)
-            yield block
-
-
-def map_bytes(path: str | os.PathLike) -> np.ndarray:
-    """A file as a read-only uint8 array, of which nothing is read before it is looked at."""
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:  # nothing can be mapped
-            return np.frombuffer(b"", np.uint8)
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 
 def utf8_error(name: str | os.PathLike, offset: int, wrong: int, reason: str) -> ValueError:
@@ -93,18 +77,6 @@ def decode_blocks(
         offset += len(block)
         if text:
             yield text
-
-
-@contextmanager
-def progress_bar(shown: bool, **options: Any) -> Generator[Callable[[int], object]]:
-    """A tqdm bar with these options, or none; yields the function that moves it on."""
-    if not shown:
-        yield lambda amount: None
-        return
-    from tqdm import tqdm  # here, so that a program without bars neither loads it nor runs its thread
-
-    with tqdm(**options) as bar:
-        yield bar.update
 
 
 def _then_nothing(blocks: Iterable[bytes]) -> Iterator[bytes]:
@@ -147,19 +119,6 @@ def from_printable(printable: str) -> bytes:
     """
     values = _unicode_to_bytes()
     return bytes([values[character] for character in printable])
-
-
-def load_json(path: str | os.PathLike, **options: Any) -> Any:
-    """Read a JSON file; the options are those of `json.load`.
-
-    Raises:
-        ValueError: the file is not JSON; the message names it and the line.
-    """
-    with open(path, "rb") as file:
-        try:
-            return json.load(file, **options)
-        except ValueError as error:  # JSON's, which names the line, or that of UTF-8
-            raise ValueError(f"{os.fspath(path)!r} is not JSON: {error}") from None
 
 
 def save_vocab(vocab: dict[int, bytes], path: str | os.PathLike) -> None:

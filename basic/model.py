@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 from torch.nn.init import trunc_normal_
 
-from basic import kernels
-from basic.functional import (
+from basic.transformer.functional import (
     causal_mask,
     linear,
     rms_norm,
@@ -28,12 +27,13 @@ from basic.functional import (
     scaled_dot_product_attention,
     silu,
 )
-from basic.functional import cross_entropy as cross_entropy
-from basic.functional import softmax as softmax
-from basic.optimizer import AdamW as AdamW
-from basic.optimizer import clip_gradients as clip_gradients
-from basic.optimizer import cosine_schedule as cosine_schedule
-from basic.summary import Summary, summarize
+from basic.transformer.functional import cross_entropy as cross_entropy
+from basic.transformer.functional import softmax as softmax
+from basic.transformer.kernels import dispatch
+from basic.transformer.optimizer import AdamW as AdamW
+from basic.transformer.optimizer import clip_gradients as clip_gradients
+from basic.transformer.optimizer import cosine_schedule as cosine_schedule
+from basic.transformer.summary import Summary, summarize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,13 +322,13 @@ class MultiHeadSelfAttention(Module):
             layer: which layer of the cache is this one's.
         """
         weights = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
-        if token_positions is None and cache is None and kernels.cover_attention(x, len(weights[0]) // self.num_heads):
+        if token_positions is None and cache is None and dispatch.cover_attention(x, len(weights[0]) // self.num_heads):
             tables = None if self.rope is None else (self.rope.cos, self.rope.sin)
             if self.num_kv_heads < self.num_heads:  # the kernels take parts of one size, so the rows are repeated
                 sizes = {"head": self.num_kv_heads, "copies": self.num_heads // self.num_kv_heads}
                 k, v = (repeat(w, "(head d) d_in -> (head copies d) d_in", **sizes) for w in weights[1:])
                 weights = weights[0], k, v
-            attended = kernels.rotary_attention(x, weights, self.num_heads, tables)
+            attended = dispatch.rotary_attention(x, weights, self.num_heads, tables)
         else:
             attended = self._attend(linear(x, *weights), token_positions, cache, layer)
         return self.output_proj(rearrange(attended, "... seq head d -> ... seq (head d)"))
@@ -374,7 +374,7 @@ class SwiGLU(Module):
         self.w3 = Linear(d_model, d_ff)
 
     def forward(self, x: Float[Tensor, " ... d_model"]) -> Float[Tensor, " ... d_model"]:
-        return kernels.swiglu_linear(linear(x, self.w1.weight, self.w3.weight), self.w2.weight)
+        return dispatch.swiglu_linear(linear(x, self.w1.weight, self.w3.weight), self.w2.weight)
 
 
 class SiLUFeedForward(Module):
@@ -486,7 +486,7 @@ class TransformerLM(Module):
 
     def loss(self, token_ids: Int[Tensor, " batch seq"], targets: Int[Tensor, " batch seq"]) -> Float[Tensor, ""]:
         """The mean cross-entropy of the targets, float32, in nats a token."""
-        return kernels.linear_cross_entropy(self.features(token_ids), self.lm_head.weight, targets)
+        return dispatch.linear_cross_entropy(self.features(token_ids), self.lm_head.weight, targets)
 
     @property
     def compute_dtype(self) -> torch.dtype:

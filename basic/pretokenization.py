@@ -19,8 +19,62 @@ from itertools import chain
 import numpy as np
 import regex
 
-from basic import bpe_kernels
-from basic.patterns import PATTERNS, spelled_out
+from basic.bpe import arrays
+from basic.bpe.arrays import Chunk
+
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+PATTERNS = {
+    "gpt2": (
+        r"'(?:[sdmt]|ll|ve|re)"  # the end of a contraction
+        r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"  # a run of letters, of digits, of other signs, with a space before it
+        r"|\s+(?!\S)|\s+"  # white space, which leaves its last character to the run after it
+    ),
+    "cl100k": (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s+(?![\s\S])|\s*[\r\n]|\s+(?!\S)|\s"
+    ),
+    "o200k": (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+}
+
+# What others write for the same.
+_SPELLINGS = {
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt2",
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": "gpt2",
+    (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+        r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+    ): "cl100k",
+}
+
+
+def spelled_out(pattern: str) -> str:
+    """The pattern that goes by a name, our spelling of a known pattern, and any other pattern as it is."""
+    return PATTERNS.get(_SPELLINGS.get(pattern, pattern), pattern)
+
+
+def name_of(pattern: str) -> str | None:
+    """The name of a pattern, None where it has none."""
+    return next((name for name, known in PATTERNS.items() if known == spelled_out(pattern)), None)
+
+
+def mapped_chunks(
+    data: np.ndarray, special_tokens: SpecialTokens, chunk_bytes: int, start: int = 0, stop: int | None = None
+) -> Iterator[Chunk]:
+    """An array of text in chunks that begin and end at safe places, as its part must."""
+    ends = safe_cuts(partial(_bytes_of, data), len(data), special_tokens, chunk_bytes, start=start, stop=stop)
+    for end in ends:
+        yield data, start, end
+        start = end
+
+
+def _bytes_of(data: np.ndarray, start: int, length: int) -> bytes:
+    return data[start : start + length].tobytes()
+
 
 GPT2_PATTERN = regex.compile(PATTERNS["gpt2"])
 
@@ -95,7 +149,7 @@ def _repaired(text: str) -> str:
 
 
 def compile_pattern(pattern: str | None) -> re.Pattern[str]:
-    """The pattern to find pre-tokens with, GPT-2's by default; a name stands for a published one (`basic.patterns`).
+    """The pattern to find pre-tokens with, GPT-2's by default; a name stands for a published one (`PATTERNS`).
 
     Raises:
         TypeError: it is not a string.
@@ -225,7 +279,7 @@ def stream_chunks(
     special_tokens: SpecialTokens,
     chunk_bytes: int,
     pattern: re.Pattern[str] = GPT2_PATTERN,
-) -> Iterator[bpe_kernels.Chunk]:
+) -> Iterator[arrays.Chunk]:
     """A text that comes in pieces, in chunks that begin and end at safe places, as UTF-8.
 
     In memory are two chunks, or as much as there is up to the first safe place.

@@ -1,6 +1,6 @@
 """Training byte-pair encoding: which pairs of tokens to merge, learned from how often they stand together.
 
-A text is counted once into pre-tokens (`basic.counting`); from then on only the distinct ones matter.
+A text is counted once into pre-tokens (`basic.corpus.counting`); from then on only the distinct ones matter.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor
 from itertools import pairwise
 
-from basic import bpe_kernels
-from basic.bpe_kernels import Words
-from basic.bytes_utils import progress_bar
-from basic.counting import count_words
+from basic.bpe import arrays, compiled, loading
+from basic.bpe.arrays import Words
+from basic.common.progress import progress_bar
+from basic.corpus.counting import count_words
+from basic.corpus.sources import Inputs
 from basic.pretokenization import SpecialTokens
-from basic.text_sources import Inputs
 
 Pair = tuple[int, int]
 
@@ -44,14 +44,14 @@ def train_bpe(
 
     Args:
         inputs: text in UTF-8, read as it is (newlines are not translated): a file, a glob, a URL, or several of them;
-            also compressed or as JSON lines (`basic.text_sources`).
+            also compressed or as JSON lines (`basic.corpus.sources`).
         vocab_size: the number of tokens wanted, at least 256 plus the special tokens. There are fewer where
             the text runs out of pairs.
         special_tokens: strings that are never split and across which nothing is merged.
         pattern: finds the pre-tokens, in the syntax of the `regex` package; GPT-2's by default.
         executor, work_folder, start_over, shard_bytes: what counts, where, and how much at a time, see
-            `basic.counting.count_words`; the result does not depend on it. A folder that holds the counts serves any
-            `vocab_size` and `min_count`.
+            `basic.corpus.counting.count_words`; the result does not depend on it. A folder that holds the counts
+            serves any `vocab_size` and `min_count`.
         min_count: words that are there less often in all of the text take no part. That saves time and memory where
             the distinct words are many; by default all of them do.
         num_workers: threads or processes that count, by default one a processor; the result does not depend on it.
@@ -130,7 +130,7 @@ def _merges_from_words(
 ) -> list[tuple[bytes, bytes]]:
     with progress_bar(progress, desc="merging", total=num_merges, unit=" merges") as advance:
         if (arrays := _for_kernels(words, kernels)) is not None:
-            return bpe_kernels.learn_merges(arrays, num_merges, advance)
+            return compiled.learn_merges(arrays, num_merges, advance)
         state = _MergeState(words if isinstance(words, Mapping) else words.counter())
         merges = []
         while len(merges) < num_merges and (pair := state.pop_best()) is not None:
@@ -149,15 +149,15 @@ def _for_kernels(words: Mapping[bytes, int] | Words, kernels: bool | None) -> Wo
         num_bytes = sum(map(len, words))
         # No sum of pair counts can be larger than this.
         most = sum(count * len(word) for word, count in words.items())
-        if not (kernels or bpe_kernels.worth_it("training", 4 * num_bytes)) or most >= 1 << 63:
+        if not (kernels or loading.worth_it("training", 4 * num_bytes)) or most >= 1 << 63:
             return None
         words = Words.from_counts(words)
-    elif not (kernels or bpe_kernels.worth_it("training", 4 * len(words.data))):
+    elif not (kernels or loading.worth_it("training", 4 * len(words.data))):
         return None
-    if len(words.data) + len(words.counts) >= bpe_kernels.MAX_SYMBOLS:
+    if len(words.data) + len(words.counts) >= arrays.MAX_SYMBOLS:
         raise ValueError(
             f"{len(words.counts):,} distinct words of {len(words.data):,} bytes are too many to train on: they must be "
-            f"less than {bpe_kernels.MAX_SYMBOLS:,} bytes and words; leave out the rare ones (min_count=2, or more)"
+            f"less than {arrays.MAX_SYMBOLS:,} bytes and words; leave out the rare ones (min_count=2, or more)"
         )
     return words
 

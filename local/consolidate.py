@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tyro
 
-from basic import command_line
+from basic.common import command_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +23,9 @@ class Options:
 
 
 def main(options: Options) -> None:
-    from basic.checkpoint import write_checkpoint
-    from basic.runs import checkpoint_paths
-    from basic.sharded_checkpoint import read_parts
+    from basic.training.checkpoints.file import write_checkpoint
+    from basic.training.checkpoints.sharded import read_parts
+    from basic.training.run_folder import checkpoint_paths
 
     is_run = (options.source / "config.toml").is_file()
     folders = [path for path in checkpoint_paths(options.source) if path.is_dir()] if is_run else [options.source]

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from basic import command_line
+from basic.common import command_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +37,10 @@ class Options:
 
 
 def main(options: Options) -> None:
-    from basic.encoding import encode_files
-    from basic.text_sources import TextSource
+    from basic.corpus.sources import TextSource
+    from basic.corpus.work_folder import cluster
+    from basic.encoding import encode_file, encode_files
     from basic.Tokenizer import Tokenizer
-    from basic.work_folder import cluster
 
     if len(options.paths) < 2:
         raise ValueError("give the text and, last, where its tokens shall go: INPUT [INPUT ...] OUTPUT")
@@ -50,7 +50,7 @@ def main(options: Options) -> None:
     start = time.perf_counter()
     sources = [TextSource(path, options.field, options.end_of_text) for path in inputs]
     if output.suffix == ".bin" and options.scheduler is None:
-        info = tokenizer.encode_file(sources, output, progress=True)
+        info = encode_file(tokenizer, sources, output, progress=True)
     else:
         with cluster(options.scheduler) as executor:
             info = encode_files(

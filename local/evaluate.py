@@ -12,7 +12,7 @@ from typing import Literal
 
 import tyro
 
-from basic import command_line
+from basic.common import command_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +33,10 @@ class Options:
 
 
 def main(options: Options) -> None:
-    from basic.evaluation import score_tokens
-    from basic.runs import activation_dtype, choose_device, load_run
+    from basic.analysis.evaluation import score_tokens
     from basic.Tokenizer import Tokenizer
+    from basic.training.devices import activation_dtype, choose_device
+    from basic.training.run_folder import load_run
 
     run = load_run(options.run, device=options.device)
     precision = replace(run.config.train, precision=options.precision)
@@ -62,7 +63,7 @@ def main(options: Options) -> None:
 
 def read(path: Path, tokenizer, dtype: str):
     """The ids of a file, and the length of the text they stand for in bytes, 0 for unknown."""
-    from basic.token_files import known_info, open_tokens
+    from basic.tokens.opening import known_info, open_tokens
 
     if path.is_dir() or path.suffix in (".bin", ".npy", ".json"):
         info = None if path.suffix == ".npy" else known_info(path)

@@ -12,7 +12,7 @@ from typing import Literal
 
 import tyro
 
-from basic import command_line
+from basic.common import command_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +26,11 @@ class Options:
 
 
 def main(options: Options) -> None:
-    from basic.export import export_hf
-    from basic.patterns import PATTERNS
-    from basic.runs import load_run
-    from basic.tiktoken_files import save_tiktoken
+    from basic.formats.export_llama import export_hf
+    from basic.formats.tiktoken_ranks import save_tiktoken
+    from basic.pretokenization import PATTERNS
     from basic.Tokenizer import Tokenizer
+    from basic.training.run_folder import load_run
 
     run = load_run(options.run, device="cpu")
     tokenizer = None if run.tokenizer_path is None else Tokenizer.load(run.tokenizer_path)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from basic import command_line
+from basic.common import command_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,9 @@ class Options:
 
 
 def main(options: Options) -> None:
-    from basic.generation import stream
-    from basic.runs import load_run
+    from basic.generation.text import stream
     from basic.Tokenizer import Tokenizer
+    from basic.training.run_folder import load_run
 
     if options.prompt is not None and options.prompt_file is not None:
         raise ValueError("--prompt and --prompt-file are both given; leave one of them out")

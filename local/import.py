@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tyro
 
-from basic import command_line
+from basic.common import command_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +32,10 @@ class Options:
 
 
 def main(options: Options) -> None:
-    from basic.config_files import load_config
-    from basic.import_model import import_hf, import_pt
-    from basic.runs import RunConfig, load_run
+    from basic.common.config_files import load_config
+    from basic.formats.import_model import import_hf, import_pt
+    from basic.training.run_folder import load_run
+    from basic.training.settings import RunConfig
 
     if not options.source.exists():
         raise FileNotFoundError(f"there is no {options.source}")

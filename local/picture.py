@@ -9,7 +9,7 @@ from typing import Any
 
 import tyro
 
-from basic import command_line
+from basic.common import command_line
 
 SENTENCE = "Once upon a time, there was a brave puppy who wanted to dance."
 END = "<|endoftext|>"
@@ -28,11 +28,12 @@ def main(options: Options) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    from basic.evaluation import compare_with_source
-    from basic.runs import load_run, read_metrics
-    from basic.stories import story_nats
-    from basic.token_files import open_tokens, read_info
+    from basic.analysis.evaluation import compare_with_source
+    from basic.corpus.stories.grammar import story_nats
     from basic.Tokenizer import Tokenizer
+    from basic.tokens.opening import open_tokens, read_info
+    from basic.training.records.metrics import read_metrics
+    from basic.training.run_folder import load_run
 
     run = load_run(options.run, device="cpu")
     tokenizer = Tokenizer.load(options.run / "tokenizer")

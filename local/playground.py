@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from basic import command_line
+from basic.common import command_line
 
 GPT2 = Path(__file__).parents[2] / "shared" / "data"
 
@@ -39,9 +39,9 @@ class Options:
 def main(options: Options) -> None:
     import uvicorn
 
-    from basic.playground import Playground, newest_run
-    from basic.playground_server import create_app
-    from basic.runs import load_run
+    from basic.analysis.playground import Playground, newest_run
+    from basic.analysis.playground_server import create_app
+    from basic.training.run_folder import load_run
 
     folder = options.run or newest_run(options.runs)
     run = None if folder is None else load_run(folder, device=options.device)

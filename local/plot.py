@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from basic import command_line
+from basic.common import command_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +24,10 @@ class Options:
 
 
 def main(options: Options) -> None:
-    from basic.config_files import to_table
-    from basic.plotting import plot_losses, run_labels
-    from basic.runs import config_of, read_metrics
+    from basic.analysis.plotting import plot_losses, run_labels
+    from basic.common.config_files import to_table
+    from basic.training.records.metrics import read_metrics
+    from basic.training.run_folder import config_of
 
     if not options.runs:
         raise ValueError("no run given; name at least one folder, such as runs/quickstart")

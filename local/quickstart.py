@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from basic import command_line
+from basic.common import command_line
 
 END = "<|endoftext|>"
 TRAIN_STORIES, VALID_STORIES = 40_000, 1_000
@@ -38,16 +38,17 @@ class Options:
 
 
 def main(options: Options) -> None:
-    from basic.corpus import split_text, write_stories
-    from basic.evaluation import compare_with_source
-    from basic.generation import complete
-    from basic.plotting import plot_losses
-    from basic.runs import read_metrics
-    from basic.text_sources import TextSource
-    from basic.token_files import open_tokens, read_info
+    from basic.analysis.evaluation import compare_with_source
+    from basic.analysis.plotting import plot_losses
+    from basic.corpus.sources import TextSource
+    from basic.corpus.train_valid import split_text, write_stories
+    from basic.encoding import encode_file
+    from basic.generation.text import complete
     from basic.Tokenizer import Tokenizer
+    from basic.tokens.opening import open_tokens, read_info
     from basic.train_bpe import train_bpe
-    from basic.training import train
+    from basic.training.loop import train
+    from basic.training.records.metrics import read_metrics
 
     if options.output.exists() and not (options.output / "config.toml").is_file():
         raise FileExistsError(f"{options.output} is there and is not a run; choose another --output")
@@ -64,7 +65,7 @@ def main(options: Options) -> None:
     vocab, merges = train_bpe(folder / "train.txt", options.vocab_size, [END], kernels=False, progress=True)
     tokenizer = Tokenizer(vocab, merges, [END], kernels=False)
     for part in ("train", "valid"):
-        tokenizer.encode_file(folder / f"{part}.txt", folder / f"{part}.bin", progress=True)
+        encode_file(tokenizer, folder / f"{part}.txt", folder / f"{part}.bin", progress=True)
     tokens = open_tokens(folder / "train.bin"), open_tokens(folder / "valid.bin")
     model = train(configure(options, tokenizer.vocab_size), *tokens, folder, tokenizer=tokenizer, progress=True).model
     records, info = read_metrics(folder / "metrics.jsonl"), read_info(folder / "valid.bin")
@@ -88,8 +89,8 @@ def main(options: Options) -> None:
 
 def configure(options: Options, vocab_size: int):
     """The run of configs/quickstart.toml with the options filled in; texts that may have no documents get windows."""
-    from basic.config_files import load_config
-    from basic.runs import DataConfig, RunConfig
+    from basic.common.config_files import load_config
+    from basic.training.settings import DataConfig, RunConfig
 
     config = load_config(Path(__file__).parent / "configs" / "quickstart.toml", RunConfig)
     out, rows = options.output, config.train.rows if options.input is None else "windows"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from basic import command_line
+from basic.common import command_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +24,9 @@ class Options:
 
 
 def main(options: Options) -> None:
-    from basic.atomic_file import atomic_write
+    from basic.analysis.report import report_page
     from basic.bytes_utils import load_vocab
-    from basic.report import report_page
+    from basic.common.files import atomic_write
 
     page = report_page(options.run, load_vocab=load_vocab, floor_nats=options.entropy).encode()
     output = options.output or options.run / "report.html"

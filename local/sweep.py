@@ -10,13 +10,13 @@ from pathlib import Path
 
 import tyro
 
-from basic import command_line
+from basic.common import command_line
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     sweeps: tyro.conf.Positional[tuple[Path, ...]]
-    """TOML files that plan sweeps (basic/sweep.py shows how), such as local/experiments/learning_rate.toml."""
+    """TOML files that plan sweeps (basic/analysis/sweep.py shows how), such as local/experiments/learning_rate.toml."""
     small: bool = False
     """Their small editions, for a CPU; they learn from embedded stories, which are made if they are not there."""
     output: Path = Path("runs")
@@ -26,7 +26,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    from basic.sweep import outcome_table, plot_sweep, read_sweep, run_sweep
+    from basic.analysis.sweep import outcome_table, plot_sweep, read_sweep, run_sweep
 
     if not options.sweeps:
         raise ValueError("no sweep given; name at least one file, such as local/experiments/learning_rate.toml")
@@ -44,9 +44,9 @@ def main(options: Options) -> None:
 
 def open_data(data):
     """The token files and the tokenizer of a run; those of the stories are made where they are missing."""
-    from basic.sweep import Data
-    from basic.token_files import open_tokens
+    from basic.analysis.sweep import Data
     from basic.Tokenizer import Tokenizer
+    from basic.tokens.opening import open_tokens
 
     folder = Path(data.train_tokens).parent
     if folder.name == "small_stories" and not (folder / "valid.bin").is_file():
@@ -59,7 +59,8 @@ def open_data(data):
 
 def make_stories(folder: Path, *, num_train: int = 20_000, num_valid: int = 400, vocab_size: int = 1024) -> None:
     """Write the embedded stories, train a tokenizer on them and encode them; valid.bin comes last."""
-    from basic.corpus import write_stories
+    from basic.corpus.train_valid import write_stories
+    from basic.encoding import encode_file
     from basic.Tokenizer import Tokenizer
     from basic.train_bpe import train_bpe
 
@@ -70,7 +71,7 @@ def make_stories(folder: Path, *, num_train: int = 20_000, num_valid: int = 400,
     tokenizer = Tokenizer(vocab, merges, [end], kernels=False)
     tokenizer.save(folder / "tokenizer")
     for part in ("train", "valid"):
-        tokenizer.encode_file(folder / f"{part}.txt", folder / f"{part}.bin", progress=True)
+        encode_file(tokenizer, folder / f"{part}.txt", folder / f"{part}.bin", progress=True)
 
 
 if __name__ == "__main__":

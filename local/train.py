@@ -16,10 +16,11 @@ from pathlib import Path
 
 import tyro
 
-from basic import command_line
-from basic.config_files import load_config
-from basic.distributed import World, join
-from basic.runs import RunConfig, config_of
+from basic.common import command_line
+from basic.common.config_files import load_config
+from basic.training.parallel.world import World, join
+from basic.training.run_folder import config_of
+from basic.training.settings import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +65,9 @@ def main() -> None:
 
 
 def start(options: Options, world: World) -> None:
-    from basic.token_files import open_tokens
     from basic.Tokenizer import Tokenizer
-    from basic.training import train
+    from basic.tokens.opening import open_tokens
+    from basic.training.loop import train
 
     output, data = options.output or Path("runs/unnamed"), options.run.data
     if options.resume is not None and output != options.resume:

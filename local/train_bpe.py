@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from basic import command_line
+from basic.common import command_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +42,10 @@ class Options:
 
 
 def main(options: Options) -> None:
-    from basic.text_sources import TextSource
+    from basic.corpus.sources import TextSource
+    from basic.corpus.work_folder import cluster
     from basic.Tokenizer import Tokenizer
     from basic.train_bpe import train_bpe
-    from basic.work_folder import cluster
 
     start = time.perf_counter()
     work = options.work or (options.output.with_name(options.output.name + ".work") if options.scheduler else None)

@@ -11,9 +11,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from basic import checkpoint, data, functional, model, optimizer
+from basic import model
 from basic.Tokenizer import Tokenizer
 from basic.train_bpe import train_bpe
+from basic.training import batches
+from basic.training.checkpoints import file
+from basic.transformer import functional, optimizer
 
 
 def run_linear(
@@ -155,7 +158,7 @@ def run_silu(in_features: Float[Tensor, " ..."]) -> Float[Tensor, " ..."]:
 
 
 def run_get_batch(dataset: npt.NDArray, batch_size: int, context_length: int, device: str) -> tuple[Tensor, Tensor]:
-    return data.get_batch(dataset, batch_size, context_length, device)
+    return batches.get_batch(dataset, batch_size, context_length, device)
 
 
 def run_softmax(in_features: Float[Tensor, " ..."], dim: int) -> Float[Tensor, " ..."]:
@@ -190,7 +193,7 @@ def run_save_checkpoint(
     iteration: int,
     out: str | os.PathLike | BinaryIO | IO[bytes],
 ) -> None:
-    checkpoint.save_checkpoint(model, optimizer, iteration, out)
+    file.save_checkpoint(model, optimizer, iteration, out)
 
 
 def run_load_checkpoint(
@@ -198,7 +201,7 @@ def run_load_checkpoint(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> int:
-    return checkpoint.load_checkpoint(src, model, optimizer)
+    return file.load_checkpoint(src, model, optimizer)
 
 
 def get_tokenizer(

@@ -13,12 +13,16 @@ from beartype import BeartypeConf, beartype
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-from basic import bpe_kernels
+from basic.bpe import loading
 
 # An int may stand for a float, as everywhere in Python; jaxtyping's pytest option cannot be told that.
 typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))
-CHECKED_ROOMS = ("functional", "model", "optimizer", "data", "generation", "evaluation")
-install_import_hook([f"basic.{room}" for room in CHECKED_ROOMS], f"{__name__}.typechecked")
+CHECKED_MODULES = (
+    *("model", "transformer.functional", "transformer.optimizer", "training.batches", "training.step"),
+    *("generation.sampling", "generation.text", "analysis.evaluation"),
+)
+install_import_hook([f"basic.{module}" for module in CHECKED_MODULES], f"{__name__}.typechecked")
+
 
 # The tests' tensors are so small that a second thread only waits for the first.
 torch.set_num_threads(1)
@@ -40,4 +44,4 @@ def shared_data(name: str) -> Path:
 @pytest.fixture
 def plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without kernels, also where an earlier test has loaded them; they have tests of their own."""
-    monkeypatch.setattr(bpe_kernels, "worth_it", lambda *arguments, **options: False)
+    monkeypatch.setattr(loading, "worth_it", lambda *arguments, **options: False)

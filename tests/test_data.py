@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from basic import data
-from basic.data import BatchSampler, check_token_ids, document_starts, to_device
+from basic.training import batches
+from basic.training.batches import BatchSampler, check_token_ids, document_starts, to_device
 
 from .adapters import run_get_batch
 
@@ -225,7 +225,7 @@ def test_negative_seeds_and_steps():
 @pytest.fixture(params=[1, 3, 1 << 22])
 def scan_tokens(request, monkeypatch):
     """Files are scanned in pieces; the results must not depend on where they are cut."""
-    monkeypatch.setattr(data, "_SCAN_TOKENS", request.param)
+    monkeypatch.setattr(batches, "_SCAN_TOKENS", request.param)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int64])

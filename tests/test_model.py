@@ -18,8 +18,6 @@ from torch.func import functional_call
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from basic import kernels
-from basic.functional import rope_tables, rotate_pairs
 from basic.model import (
     Embedding,
     KVCache,
@@ -29,6 +27,8 @@ from basic.model import (
     RotaryPositionalEmbedding,
     TransformerLM,
 )
+from basic.transformer.functional import rope_tables, rotate_pairs
+from basic.transformer.kernels import dispatch
 
 from ._snapshots.make_model_snapshots import SHAPE, SNAPSHOT, llama, llama_name, llama_rows, random_weights
 from .adapters import (
@@ -339,8 +339,8 @@ def test_kernels_are_given_keys_and_values_for_every_head(num_kv_heads: int, mon
         q, k = rotate_pairs(q, *tables), rotate_pairs(k, *tables)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
-    monkeypatch.setattr(kernels, "cover_attention", lambda x, head_size: head_size == 4)
-    monkeypatch.setattr(kernels, "rotary_attention", rotary_attention)
+    monkeypatch.setattr(dispatch, "cover_attention", lambda x, head_size: head_size == 4)
+    monkeypatch.setattr(dispatch, "rotary_attention", rotary_attention)
     monkeypatch.setattr(attention, "_attend", None)  # nor is it needed
     assert_close(attention(x), expected)
 

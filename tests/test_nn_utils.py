@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch.nn import Parameter
 from torch.testing import assert_close
 
-from basic.functional import token_nats
-from basic.optimizer import clip_gradients
+from basic.transformer.functional import token_nats
+from basic.transformer.optimizer import clip_gradients
 
 from .adapters import run_cross_entropy, run_gradient_clipping, run_softmax
 

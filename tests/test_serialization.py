@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from basic.checkpoint import load_checkpoint, read_extra, save_checkpoint
+from basic.training.checkpoints.file import load_checkpoint, read_extra, save_checkpoint
 
 from .adapters import get_adamw_cls, run_load_checkpoint, run_save_checkpoint
 

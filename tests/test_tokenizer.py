@@ -15,11 +15,12 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from basic import word_ids
+from basic.bpe import plain
+from basic.bpe.plain import merge_long_word, merge_short_word
 from basic.bytes_utils import load_merges, load_vocab, to_printable
-from basic.token_files import open_tokens, read_info
+from basic.encoding import encode_file
 from basic.Tokenizer import Tokenizer
-from basic.word_ids import merge_long_word, merge_short_word
+from basic.tokens.opening import open_tokens, read_info
 
 from .adapters import get_tokenizer, run_train_bpe
 from .conftest import shared_data
@@ -209,7 +210,7 @@ def test_a_million_identical_letters(gpt2):
 
 
 def test_only_short_words_are_kept_and_not_too_many(monkeypatch):
-    monkeypatch.setattr(word_ids, "_CACHE_WORDS", 5)
+    monkeypatch.setattr(plain, "_CACHE_WORDS", 5)
     tokenizer = get_tokenizer(BYTES, [])
     text = " ".join(map(str, range(100, 150))) + " " + "x" * 1000
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -373,8 +374,8 @@ def test_loading_says_what_is_missing_or_wrong(tmp_path, ours):
 
 @pytest.mark.parametrize("block_bytes", [1, 1 << 16])
 def test_encode_file(tmp_path, monkeypatch, ours, block_bytes):
-    monkeypatch.setattr("basic.bytes_utils.BLOCK_BYTES", block_bytes)
-    info = ours.encode_file(SAMPLE, tmp_path / "sample.bin")
+    monkeypatch.setattr("basic.corpus.sources.BLOCK_BYTES", block_bytes)
+    info = encode_file(ours, SAMPLE, tmp_path / "sample.bin")
     data = SAMPLE.read_bytes()
     assert open_tokens(tmp_path / "sample.bin", verify=True).tolist() == ours.encode(data.decode())
     assert info == read_info(tmp_path / "sample.bin")
@@ -386,14 +387,14 @@ def test_encode_file_leaves_nothing_half_written(tmp_path, ours):
     text, output = tmp_path / "text.txt", tmp_path / "tokens.bin"
     text.write_bytes(b"good " * 100_000 + b"\xff")
     with pytest.raises(ValueError, match=r"text\.txt' is not valid UTF-8 at byte offset 500000 "):
-        ours.encode_file(text, output)
+        encode_file(ours, text, output)
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
     with pytest.raises(FileNotFoundError, match="there is no file"):
-        ours.encode_file(tmp_path / "nowhere.txt", output)
+        encode_file(ours, tmp_path / "nowhere.txt", output)
     with pytest.raises(IsADirectoryError, match="is a folder"):
-        ours.encode_file(tmp_path, output)
+        encode_file(ours, tmp_path, output)
     with pytest.raises(ValueError, match="is the text itself"):
-        ours.encode_file(text, text)
+        encode_file(ours, text, text)
     assert text.stat().st_size == 500_001
 
 

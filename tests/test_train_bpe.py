@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from basic import counting
+from basic.corpus import counting
 from basic.train_bpe import merges_from_counts
 
 from .adapters import run_train_bpe

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 from training import SIZES
 
-from basic.decoder import Decoder
-from basic.generation import generate
+from basic.generation.decoder import Decoder
+from basic.generation.sampling import generate
 from basic.model import KVCache, ModelConfig, TransformerLM
 
 PROMPT, NEW = 32, 512

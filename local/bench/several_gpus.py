@@ -4,7 +4,7 @@ Each case is a process of its own for every GPU, started by torchrun with a time
 nothing. M has 64 sequences a GPU and L 8, both first on every GPU for itself, then replicated on all, then sharded; a
 model of 2.7 billion parameters is sharded only. `ratio` is tokens/s over the sum of those of the GPUs, each for itself
 at the same time; `slowest_ratio` is to as many GPUs as the slowest of them, whose pace all keep together;
-`sharded_ratio` is sharded over replicated. The step is the one of `basic.training`, on fixed batches.
+`sharded_ratio` is sharded over replicated. The step is the one of `basic.training.loop`, on fixed batches.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ def measure(options: argparse.Namespace) -> None:
     import torch
     from training import SIZES
 
-    from basic.distributed import join
     from basic.model import ModelConfig, TransformerLM
-    from basic.optimizer import AdamW
-    from basic.runs import TrainConfig, choose_device, reduce_dtype
-    from basic.train_step import TrainStep
+    from basic.training.devices import choose_device, reduce_dtype
+    from basic.training.parallel.world import join
+    from basic.training.settings import TrainConfig
+    from basic.training.step import TrainStep
+    from basic.transformer.optimizer import AdamW
 
     config = ModelConfig(**{**SIZES, "3B": LARGE}[options.size])
     with join(os.environ) as world:

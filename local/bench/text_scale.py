@@ -20,8 +20,8 @@ import tyro
 sys.path.append(str(Path(__file__).parent))
 from tokenizer_scale import END, make_text
 
-from basic import bpe_kernels
-from basic.counting import count_words
+from basic.bpe import loading
+from basic.corpus.counting import count_words
 from basic.encoding import encode_files
 from basic.pretokenization import SpecialTokens
 from basic.Tokenizer import Tokenizer
@@ -38,8 +38,8 @@ class Options:
 
 
 def load_kernels(wait_s: float = 0.0) -> None:
-    bpe_kernels.load("training")
-    bpe_kernels.load("encoding")
+    loading.load("training")
+    loading.load("encoding")
     time.sleep(wait_s)  # so that each process gets one
 
 

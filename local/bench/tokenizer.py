@@ -68,7 +68,7 @@ def make_texts(folder: Path) -> dict[str, Path]:
         source = (DATA / "novels_train.txt").read_bytes().decode()
         mixed = [(DATA / name).read_bytes() for name in ("multilingual_wikipedia.txt", "japanese_novel.txt")]
     else:
-        from basic.stories import stories
+        from basic.corpus.stories.grammar import stories
 
         source = "\n\n".join(story.text for story in stories(0, 30_000))
         mixed = [source.encode()]

@@ -54,8 +54,10 @@ class Ours:
         return self.tokenizer.encode_array(text, num_threads=num_threads)
 
     def encode_file(self, path: Path, num_threads: int) -> Any:
+        from basic.encoding import encode_file
+
         with tempfile.TemporaryDirectory() as folder:
-            self.tokenizer.encode_file(path, Path(folder) / "ids.bin", num_threads=num_threads)
+            encode_file(self.tokenizer, path, Path(folder) / "ids.bin", num_threads=num_threads)
 
     def short(self, text: str) -> list[int]:
         return self.tokenizer.encode(text)
@@ -176,9 +178,9 @@ def main(name: str, work: str, path: Path, folder: Path, num_threads: int, repea
     if work.startswith("train"):
         vocab_size = int(work.removeprefix("train"))
         if name == "ours":
-            from basic import bpe_kernels
+            from basic.bpe import loading
 
-            bpe_kernels.load("training")
+            loading.load("training")
         runs = [timed(program.train, path, vocab_size, num_threads) for _ in range(repeats)]
         return {"seconds": [s for s, _ in runs], "merges": [[x.hex(), y.hex()] for x, y in runs[0][1]]}
     if work == "short":

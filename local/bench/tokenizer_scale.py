@@ -31,6 +31,7 @@ def train(text: Path, folder: Path) -> float:
 
 
 def encode(text: Path, folder: Path) -> float:
+    from basic.encoding import encode_file
     from basic.Tokenizer import Tokenizer
     from basic.train_bpe import train_bpe
 
@@ -38,7 +39,7 @@ def encode(text: Path, folder: Path) -> float:
         (folder / "start.txt").write_bytes(file.read(20_000_000).decode(errors="ignore").encode())
     tokenizer = Tokenizer(*train_bpe(folder / "start.txt", 10_000, [END]), [END])
     begin = time.perf_counter()
-    tokenizer.encode_file(text, folder / "tokens.bin")
+    encode_file(tokenizer, text, folder / "tokens.bin")
     return time.perf_counter() - begin
 
 
@@ -56,7 +57,7 @@ def make_text(path: Path, num_bytes: float) -> None:
     if source.is_file():
         stories = source.read_text(encoding="utf-8").split(END)
     else:
-        from basic.stories import stories as tell
+        from basic.corpus.stories.grammar import stories as tell
 
         stories = [story.text for story in tell(0, 5000)]
     rng = random.Random(0)
@@ -68,10 +69,10 @@ def make_text(path: Path, num_bytes: float) -> None:
 
 def measure(work: str, text: Path, folder: Path) -> None:
     """Do a work in this process and print its seconds and the peak of its anonymous memory in MB."""
-    from basic import bpe_kernels
+    from basic.bpe import loading
 
-    bpe_kernels.load("training")
-    bpe_kernels.load("encoding")
+    loading.load("training")
+    loading.load("encoding")
     peak_kb = 0
 
     def watch() -> None:

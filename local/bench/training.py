@@ -1,6 +1,6 @@
 """Training speed on one GPU: `python3 local/bench/training.py --size S --batch-size 256` prints one JSON line.
 
-The step is the one of `basic.training`, with batches from its background thread. `--peers` adds a line for Hugging
+The step is the one of `basic.training.loop`, with batches from its background thread. `--peers` adds a line for Hugging
 Face's Llama of the same size, compiled, with PyTorch's fused AdamW. MFU is tokens/s * (6 N + 6 L T d) / 989e12, where
 N counts the weights of all matrix products, the output layer's too.
 """
@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from basic.data import BatchSampler, prefetch
 from basic.model import ModelConfig, TransformerLM
-from basic.optimizer import AdamW
-from basic.runs import TrainConfig
-from basic.train_step import TrainStep
+from basic.training.batches import BatchSampler, prefetch
+from basic.training.settings import TrainConfig
+from basic.training.step import TrainStep
+from basic.transformer.optimizer import AdamW
 
 SIZES: dict[str, dict[str, Any]] = {
     "S": {"vocab_size": 10_000, "context_length": 256, "d_model": 512, "num_layers": 4, "num_heads": 16, "d_ff": 1344},

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from basic import bpe_kernels
-from basic.bpe_kernels import Words
-from basic.counting import count_words
+from basic.bpe import compiled, loading
+from basic.bpe.arrays import Words
+from basic.corpus.count_tables import add_up, read_table, write_table
+from basic.corpus.counting import count_words
 from basic.pretokenization import SpecialTokens
-from basic.word_tables import add_up, read_table, write_table
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 END = "<|endoftext|>"
@@ -68,11 +68,11 @@ def peak_bytes() -> int:
 
 
 def costs(number: int, folder: Path) -> None:
-    bpe_kernels.load("training")
+    loading.load("training")
     words = made_up_words(number)
     num_bytes = len(words.data)
     begin = time.process_time()
-    table = bpe_kernels.sort_words(words)
+    table = compiled.sort_words(words)
     sort_s = time.process_time() - begin
     begin = time.process_time()
     record = write_table(folder / "table", [table])
@@ -82,7 +82,7 @@ def costs(number: int, folder: Path) -> None:
     add_s = (time.process_time() - begin) / 16
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     begin = time.process_time()
-    merges = bpe_kernels.learn_merges(table, MERGES, lambda amount: None)
+    merges = compiled.learn_merges(table, MERGES, lambda amount: None)
     learn_s = time.process_time() - begin
     print(
         f"| {number:,} | {num_bytes / number:.1f} | {sort_s / number * 1e9:.0f} ns | {write_s / number * 1e9:.0f} ns | "

@@ -11,9 +11,10 @@ pytest.importorskip("triton", reason="needs Triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from basic import decoder, generation
-from basic.generation import generate
+from basic.generation import decoder
+from basic.generation.sampling import generate
 from basic.model import ModelConfig, TransformerLM
+from basic.transformer.kernels import dispatch
 
 CONTEXT, NEW = 200, 256
 PROMPTS = [list(range(7)), [3], list(range(40, 80))]
@@ -94,5 +95,5 @@ def test_heads_that_share_keys_give_the_same_ids_with_and_without_a_cache():
 
 
 def test_more_rows_than_the_kernels_take(model):
-    ids = generate(model, [[1, 2]] * (generation.kernels._MOST_ROWS_DECODED + 1), 5, temperature=0.0)
+    ids = generate(model, [[1, 2]] * (dispatch._MOST_ROWS_DECODED + 1), 5, temperature=0.0)
     assert len({tuple(row) for row in ids}) == 1

@@ -12,9 +12,8 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from basic.model import ModelConfig
-from basic.optimizer import AdamW
-
-from .. import kernel_checks
+from basic.transformer.optimizer import AdamW
+from tests.helpers import kernel_checks
 
 FLOAT16, BFLOAT16 = torch.float16, torch.bfloat16
 HALVES = pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16])

@@ -14,14 +14,16 @@ pytest.importorskip("triton", reason="needs Triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-import basic.training
-from basic.background_save import BackgroundSaver
-from basic.checkpoint import read_checkpoint
-from basic.evaluation import score_tokens
+import basic.training.loop
+from basic.analysis.evaluation import score_tokens
 from basic.model import ModelConfig, TransformerLM
-from basic.runs import RunConfig, TrainConfig, checkpoint_paths, read_metrics, read_records
-from basic.train_step import TrainStep
-from basic.training import make_optimizer, train
+from basic.training.checkpoints.background import BackgroundSaver
+from basic.training.checkpoints.file import read_checkpoint
+from basic.training.loop import make_optimizer, train
+from basic.training.records.metrics import read_metrics, read_records
+from basic.training.run_folder import checkpoint_paths
+from basic.training.settings import RunConfig, TrainConfig
+from basic.training.step import TrainStep
 
 CUDA = torch.device("cuda")
 VOCAB = 1000
@@ -119,7 +121,7 @@ def test_a_run_stops_within_ten_steps_of_a_number_that_is_none(tmp_path, monkeyp
             # Step 21 has a learning rate that is none, so that the weights and the loss of step 22 are none.
             return super().__call__(batch, float("nan") if len(calls) == 21 else learning_rate)
 
-    monkeypatch.setattr(basic.training, "TrainStep", Poisoned)
+    monkeypatch.setattr(basic.training.loop, "TrainStep", Poisoned)
     with pytest.raises(FloatingPointError, match="step 22 gave the loss nan"):
         train(config, TRAIN, VALID, tmp_path / "run")
     assert 22 <= len(calls) <= 32

@@ -12,10 +12,9 @@ import torch
 if not torch.cuda.is_available() or torch.cuda.device_count() < 2:
     pytest.skip("needs two GPUs", allow_module_level=True)
 
-from basic.distributed import ALONE
-from basic.runs import checkpoint_paths
-
-from ..ranks_tools import do, lose, losses, start_processes
+from basic.training.parallel.world import ALONE
+from basic.training.run_folder import checkpoint_paths
+from tests.helpers.ranks_tools import do, lose, losses, start_processes
 
 
 def test_two_gpus_do_what_one_does(tmp_path):

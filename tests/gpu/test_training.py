@@ -15,11 +15,11 @@ pytest.importorskip("triton", reason="needs Triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from basic import kernels
-from basic.data import BatchSampler, prefetch
 from basic.model import AdamW, ModelConfig, TransformerLM, cross_entropy
-from basic.runs import TrainConfig
-from basic.train_step import TrainStep
+from basic.training.batches import BatchSampler, prefetch
+from basic.training.settings import TrainConfig
+from basic.training.step import TrainStep
+from basic.transformer.kernels import dispatch
 
 CUDA = torch.device("cuda")
 TEXT = Path(__file__).resolve().parents[3] / "shared" / "data" / "tinystories_2MiB.txt"
@@ -69,7 +69,7 @@ def test_gradients_are_those_of_the_plain_model_in_float32(changes, compiled):
     expected = gradients(model)
     model.zero_grad(set_to_none=True)
     model.activation_dtype = torch.bfloat16
-    assert kernels.triton_ops is not None
+    assert dispatch.triton_ops is not None
     (torch.compile(model.loss) if compiled else model.loss)(inputs, targets).backward()
     errors = [
         ((gradient - wanted).norm() / wanted.norm()).item()
@@ -84,7 +84,7 @@ def last_losses(with_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> float:
     model = make_model(vocab_size=256)
     model.activation_dtype = torch.bfloat16
     if not with_kernels:
-        monkeypatch.setattr(kernels, "triton_ops", None)
+        monkeypatch.setattr(dispatch, "triton_ops", None)
     step = make_step(model, compile=with_kernels, cuda_graph=with_kernels)
     sampler = BatchSampler(tokens, 32, 256, seed=1)
     losses = torch.zeros(300, device=CUDA)
@@ -156,9 +156,9 @@ def test_a_nan_is_found_and_changes_nothing(place):
 
 @pytest.mark.parametrize("reason", ["head size", "no Triton"])
 def test_what_no_kernel_covers_runs_plainly_with_one_warning(reason, monkeypatch):
-    kernels._warn_once.cache_clear()
+    dispatch._warn_once.cache_clear()
     if reason == "no Triton":
-        monkeypatch.setattr(kernels, "triton_ops", None)
+        monkeypatch.setattr(dispatch, "triton_ops", None)
     model = make_model(num_heads=4, d_model=96 if reason == "head size" else 64)  # heads of 24 or 16
     model.activation_dtype = torch.bfloat16
     with warnings.catch_warnings(record=True) as caught:

@@ -1,4 +1,4 @@
-"""The kernels without a GPU: run by tests/test_kernels.py in a process where Triton is an interpreter."""
+"""The kernels without a GPU: run by tests/interpreted/test_kernels.py in a process where Triton is an interpreter."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import copy
 import pytest
 import torch
 
-from basic import decoder, flash_attention, kernels, triton_ops
+from basic.generation import decoder
 from basic.model import ModelConfig, TransformerLM
-from basic.runs import TrainConfig
-from basic.train_step import TrainStep
-from basic.training import make_optimizer
-from basic.triton_support import INTERPRETED
+from basic.training.loop import make_optimizer
+from basic.training.settings import TrainConfig
+from basic.training.step import TrainStep
+from basic.transformer.kernels import dispatch, flash_attention, operators
+from basic.transformer.kernels.interpreter import INTERPRETED
+from tests.helpers import kernel_checks
 
-from .. import kernel_checks
-
-assert INTERPRETED, "run this through tests/test_kernels.py, which sets TRITON_INTERPRET=1"
+assert INTERPRETED, "run this through tests/interpreted/test_kernels.py, which sets TRITON_INTERPRET=1"
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -85,15 +85,18 @@ def test_a_training_step(monkeypatch):
     attend = flash_attention.backward
     for model, with_kernels in zip(models, (True, False), strict=True):
         if with_kernels:
-            monkeypatch.setattr(kernels, "triton_ops", triton_ops)
-            monkeypatch.setattr(kernels, "available_on", lambda device: True)
+            monkeypatch.setattr(dispatch, "triton_ops", operators)
+            monkeypatch.setattr(dispatch, "available_on", lambda device: True)
         else:
             monkeypatch.undo()
         model.activation_dtype = FLOAT16
         step = TrainStep(model, make_optimizer(model, settings), settings, torch.device("cpu"))
         assert len(step.copies) == 2 * 7 + 1
         order: list[str] = []
-        with pytest.MonkeyPatch.context() as patch, kernels.before_attention_gradients(lambda o=order: o.append("act")):
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            dispatch.before_attention_gradients(lambda o=order: o.append("act")),
+        ):
             patch.setattr(flash_attention, "backward", lambda *a, o=order: (o.append("kernels"), attend(*a)))
             results.append([step((rows[:, :-1], rows[:, 1:]), 1e-2) for rows in ids])
         assert order == (3 * 2 * ["act", "kernels"] if with_kernels else [])

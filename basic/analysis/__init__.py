@@ -1,0 +1,1 @@
+"""What a model knows, and how it is shown."""

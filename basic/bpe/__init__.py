@@ -1,0 +1,1 @@
+"""What makes byte-pair encoding fast."""

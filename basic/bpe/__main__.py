@@ -1,0 +1,12 @@
+"""Compile the kernels ahead of their first use: `python -m basic.bpe`."""
+
+import os
+import time
+
+from basic.bpe.loading import load
+
+if __name__ == "__main__":
+    start = time.perf_counter()
+    for part in ("training", "encoding"):
+        load(part)
+    print(f"the kernels are ready after {time.perf_counter() - start:.1f} s (process {os.getpid()})")

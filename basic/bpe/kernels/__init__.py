@@ -1,0 +1,1 @@
+"""Byte-pair encoding as compiled kernels over arrays (Numba)."""

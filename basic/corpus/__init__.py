@@ -1,0 +1,1 @@
+"""Text of any size: sources, shards, counts."""

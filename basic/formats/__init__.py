@@ -1,0 +1,26 @@
+"""Models and tokenizers in other programs' formats, written and read."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from basic.formats.export_llama import export_hf as export_hf
+    from basic.formats.import_model import import_hf as import_hf
+    from basic.formats.import_model import import_pt as import_pt
+    from basic.formats.tiktoken_ranks import load_tiktoken as load_tiktoken
+    from basic.formats.tiktoken_ranks import save_tiktoken as save_tiktoken
+    from basic.formats.tokenizer_json import save_tokenizer_json as save_tokenizer_json
+
+
+def __getattr__(name: str) -> Any:
+    """Import a function when it is first used: tokenizers do without torch, which models need."""
+    if name == "export_hf":
+        from basic.formats import export_llama as module
+    elif name in ("import_hf", "import_pt"):
+        from basic.formats import import_model as module
+    elif name in ("load_tiktoken", "save_tiktoken"):
+        from basic.formats import tiktoken_ranks as module
+    elif name == "save_tokenizer_json":
+        from basic.formats import tokenizer_json as module
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(module, name)

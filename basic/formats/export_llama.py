@@ -1,0 +1,85 @@
+"""Models for other people's programs: a folder that transformers opens as a Llama, with its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from basic.common.files import atomic_folder
+from basic.formats.llama_names import hf_config, hf_name, to_hf_rows
+from basic.formats.tokenizer_json import save_tokenizer_json
+from basic.model import TransformerLM
+from basic.Tokenizer import Tokenizer
+
+
+def export_hf(
+    model: TransformerLM,
+    directory: str | os.PathLike,
+    tokenizer: Tokenizer | None = None,
+    *,
+    end_of_text: str = "<|endoftext|>",
+) -> None:
+    """Write a folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
+
+    It holds config.json, generation_config.json and model.safetensors; with a tokenizer tokenizer.json and
+    tokenizer_config.json too. It appears when it is whole.
+
+    Args:
+        model: pre-norm, RoPE and SwiGLU; its weights are written in the precision they have.
+        directory: must not exist yet, but the folder around it.
+        tokenizer: whose ids the model knows.
+        end_of_text: the special token between documents, which there begins and ends a text.
+
+    Raises:
+        ValueError: a Llama of transformers cannot be this model, or tokenizer.json this tokenizer; what is in the way
+            is named, and nothing is written.
+        FileExistsError: the folder is there already.
+    """
+    config = hf_config(model.config)
+    end_id = None
+    if tokenizer is not None:
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer's {tokenizer.vocab_size} ids do not fit into the model's "
+                f"vocab_size={model.config.vocab_size}; export the model with the tokenizer it was trained with"
+            )
+        end_id = tokenizer.special_token_ids.get(end_of_text)
+    ids = {"bos_token_id": end_id, "eos_token_id": end_id}
+    weights = {
+        hf_name(name): to_hf_rows(name, weight, model.config.d_head).cpu()
+        for name, weight in model.state_dict().items()
+        if not (name == "lm_head.weight" and model.config.tied_embeddings)
+    }
+    dtype = str(model.token_embeddings.weight.dtype).removeprefix("torch.")
+    with atomic_folder(directory) as folder:
+        _write_json(folder / "config.json", {**config, **ids, "dtype": dtype})
+        # Padding is masked, so that any id serves, and without one transformers warns at every generation. In the
+        # model's own configuration it would keep that id's embedding from being trained.
+        _write_json(folder / "generation_config.json", {**ids, "pad_token_id": end_id})
+        (folder / "model.safetensors").touch()
+        mode = (folder / "model.safetensors").stat().st_mode  # safetensors would leave a file for its owner alone
+        safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        (folder / "model.safetensors").chmod(mode)
+        if tokenizer is not None:
+            save_tokenizer_json(tokenizer, folder / "tokenizer.json")
+            _write_json(
+                folder / "tokenizer_config.json", _tokenizer_config(model, None if end_id is None else end_of_text)
+            )
+
+
+def _tokenizer_config(model: TransformerLM, end_of_text: str | None) -> dict[str, Any]:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model.config.context_length,
+        "bos_token": end_of_text,
+        "eos_token": end_of_text,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,9 @@
+"""From token ids to a trained model: the loop, its settings, a run's folder, checkpoints and records."""
+
+from basic.training.loop import train as train
+from basic.training.records.metrics import read_metrics as read_metrics
+from basic.training.run_folder import Run as Run
+from basic.training.run_folder import load_run as load_run
+from basic.training.settings import DataConfig as DataConfig
+from basic.training.settings import RunConfig as RunConfig
+from basic.training.settings import TrainConfig as TrainConfig

@@ -1,0 +1,1 @@
+"""What model.py is made of."""

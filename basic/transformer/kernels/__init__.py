@@ -1,0 +1,1 @@
+"""Triton kernels, and the choice between them and the plain functions."""

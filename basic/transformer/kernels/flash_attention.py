@@ -1,0 +1,248 @@
+"""Causal attention in Triton that never writes the scores to memory, forward and backward.
+
+One program takes a tile of queries and walks over the keys before it, a tile at a time. The softmax is rescaled as
+larger scores turn up, so what is kept is the running maximum, the running sum and the weighted values of the tile.
+For the backward pass only the logarithm of each query's sum (`log_sums`) is saved; the weights are computed anew.
+Queries and keys come rotated by RoPE; their gradients are rotated back in registers before they are written, which
+saves a pass over them.
+
+Causality does the masking at the end of the sequence, too: a key past the end is past every real query. Loads are
+checked (CHECK) only where the sequence is no multiple of the tiles.
+
+Legend: B batch, T sequence, H heads, D head size; M tile of queries, N tile of keys. The layout is (B, T, H, D) with
+any strides but the last, so that queries, keys and values can be slices of one packed product.
+
+Source: Dao 2023, "FlashAttention-2", algorithms 1 and 2; Milakov and Gimelshein 2018 (online softmax).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from basic.transformer.kernels.interpreter import dot
+
+LOG2_E = math.log2(math.e)
+
+# (queries a tile, keys a tile, warps, stages, registers a thread where the compiler's choice was not the best), found
+# by trying them on an H200, by padded head size.
+_FORWARD_TILES = {
+    16: (64, 32, 4, 3, None), 32: (64, 64, 4, 3, 80), 64: (64, 64, 4, 3, None), 128: (64, 64, 4, 3, None)}  # fmt: skip
+
+_KEY_GRADIENT_TILES = {
+    16: (32, 64, 4, 3, None), 32: (32, 64, 4, 3, 96), 64: (32, 64, 4, 3, 128), 128: (64, 64, 4, 2, None)}  # fmt: skip
+
+_QUERY_GRADIENT_TILES = {
+    16: (64, 32, 4, 3, None), 32: (64, 32, 4, 4, None), 64: (64, 64, 4, 2, None),
+    128: (128, 64, 8, 3, None)}  # fmt: skip
+
+
+@triton.jit
+def _tile(pointer, rows, stride, columns, T, D: tl.constexpr, WIDTH: tl.constexpr, CHECK_ROWS: tl.constexpr):
+    """Load rows of D features, padded with zeros to WIDTH, a power of two."""
+    pointers = pointer + rows[:, None] * stride + columns[None, :]
+    if CHECK_ROWS:
+        if D == WIDTH:
+            return tl.load(pointers, mask=rows[:, None] < T, other=0.0)
+        return tl.load(pointers, mask=(rows[:, None] < T) & (columns[None, :] < D), other=0.0)
+    if D == WIDTH:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=columns[None, :] < D, other=0.0)
+
+
+@triton.jit
+def _store(pointer, value, rows, stride, columns, T, D: tl.constexpr):
+    mask = (rows[:, None] < T) & (columns[None, :] < D)
+    tl.store(pointer + rows[:, None] * stride + columns[None, :], value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _numbers(pointer, rows, T, CHECK: tl.constexpr):
+    """Load one number a row."""
+    if CHECK:
+        return tl.load(pointer + rows, mask=rows < T, other=0.0)
+    return tl.load(pointer + rows)
+
+
+@triton.jit
+def _forward(Q, K, V, OUT, LOG_SUMS,
+             q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head, o_batch, o_stride, o_head,
+             H, T, scale, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+             CHECK: tl.constexpr):  # fmt: skip
+    # The last tiles have the most keys to look at: they start first, so that none is left alone at the end.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    Q += batch * q_batch + head * q_head
+    K += batch * k_batch + head * k_head
+    V += batch * v_batch + head * v_head
+    OUT += batch * o_batch + head * o_head
+    rows, columns = tile * M + tl.arange(0, M), tl.arange(0, WIDTH)
+    q = _tile(Q, rows, q_stride, columns, T, D, WIDTH, CHECK)
+    maximum = tl.full([M], -float("inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    weighted = tl.zeros([M, WIDTH], tl.float32)
+    for start in range(0, tl.minimum((tile + 1) * M, T), N):
+        keys = start + tl.arange(0, N)
+        k = _tile(K, keys, k_stride, columns, T, D, WIDTH, CHECK)
+        scores = dot(q, tl.trans(k))
+        if start + N > tile * M:  # on the diagonal each query looks up to its own place
+            scores = tl.where(rows[:, None] >= keys[None, :], scores, -1e30)
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - new_maximum[:, None])  # one multiply-add a score
+        rescale = tl.exp2(maximum - new_maximum)
+        total = total * rescale + tl.sum(weights, 1)
+        v = _tile(V, keys, v_stride, columns, T, D, WIDTH, CHECK)
+        weighted = dot(weights.to(v.dtype), v, weighted * rescale[:, None])
+        maximum = new_maximum
+    _store(OUT, weighted / total[:, None], rows, o_stride, columns, T, D)
+    tl.store(LOG_SUMS + tl.program_id(1).to(tl.int64) * T + rows, maximum + tl.log2(total), mask=rows < T)
+
+
+@triton.jit
+def _rotate_back(x, rows, COS, SIN, T, D: tl.constexpr, WIDTH: tl.constexpr):
+    """The gradient before RoPE of a tile of rows, from the one behind it."""
+    pairs = tl.arange(0, WIDTH // 2)
+    mask = (rows[:, None] < T) & (pairs[None, :] < D // 2)
+    cos = tl.load(COS + rows[:, None] * (D // 2) + pairs[None, :], mask=mask, other=0.0)
+    sin = tl.load(SIN + rows[:, None] * (D // 2) + pairs[None, :], mask=mask, other=0.0)
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], WIDTH // 2, 2)))
+    return tl.reshape(tl.join(even * cos + odd * sin, odd * cos - even * sin), (x.shape[0], WIDTH))
+
+
+@triton.jit
+def _key_gradients(Q, K, V, DO, DK, DV, LOG_SUMS, OVERLAPS, COS, SIN,
+                   q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
+                   do_batch, do_stride, do_head, dk_batch, dk_stride, dk_head, dv_batch, dv_stride, dv_head,
+                   H, T, scale, out_scale, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+                   CHECK: tl.constexpr):  # fmt: skip
+    batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    Q += batch * q_batch + head * q_head
+    K += batch * k_batch + head * k_head
+    V += batch * v_batch + head * v_head
+    DO += batch * do_batch + head * do_head
+    DK += batch * dk_batch + head * dk_head
+    DV += batch * dv_batch + head * dv_head
+    LOG_SUMS += tl.program_id(1).to(tl.int64) * T
+    OVERLAPS += tl.program_id(1).to(tl.int64) * T
+    tile = tl.program_id(0)
+    keys, columns = tile * N + tl.arange(0, N), tl.arange(0, WIDTH)
+    k = _tile(K, keys, k_stride, columns, T, D, WIDTH, CHECK)
+    v = _tile(V, keys, v_stride, columns, T, D, WIDTH, CHECK)
+    dk = tl.zeros([N, WIDTH], tl.float32)
+    dv = tl.zeros([N, WIDTH], tl.float32)
+    # One loop with a mask that only the diagonal needs: with two loops over two sums the assembler lets no matrix
+    # product begin before the last has ended (its note C7515), and the kernel takes a sixth to a third longer.
+    for start in range(tile * N // M * M, T, M):
+        rows = start + tl.arange(0, M)
+        # Queries past the end are zeros, and so is what they add.
+        q = _tile(Q, rows, q_stride, columns, T, D, WIDTH, CHECK)
+        do = _tile(DO, rows, do_stride, columns, T, D, WIDTH, CHECK)
+        log_sums = _numbers(LOG_SUMS, rows, T, CHECK)
+        overlaps = _numbers(OVERLAPS, rows, T, CHECK)
+        # Transposed, (N, M): then no tile but q and do need to be turned.
+        scores = dot(k, tl.trans(q))
+        dweights = dot(v, tl.trans(do))
+        weights = tl.exp2(scores * scale - log_sums[None, :])
+        weights = tl.where(rows[None, :] >= keys[:, None], weights, 0.0)
+        dscores = weights * (dweights - overlaps[None, :])
+        dv = dot(weights.to(do.dtype), do, dv)
+        dk = dot(dscores.to(q.dtype), q, dk)
+    _store(DK, _rotate_back(dk * out_scale, keys, COS, SIN, T, D, WIDTH), keys, dk_stride, columns, T, D)
+    _store(DV, dv, keys, dv_stride, columns, T, D)
+
+
+@triton.jit
+def _query_gradients(Q, K, V, OUT, DO, DQ, LOG_SUMS, OVERLAPS, COS, SIN,
+                     q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
+                     o_batch, o_stride, o_head, do_batch, do_stride, do_head, dq_batch, dq_stride, dq_head,
+                     H, T, scale, out_scale, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+                     CHECK: tl.constexpr):  # fmt: skip
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    Q += batch * q_batch + head * q_head
+    K += batch * k_batch + head * k_head
+    V += batch * v_batch + head * v_head
+    OUT += batch * o_batch + head * o_head
+    DO += batch * do_batch + head * do_head
+    DQ += batch * dq_batch + head * dq_head
+    LOG_SUMS += tl.program_id(1).to(tl.int64) * T
+    OVERLAPS += tl.program_id(1).to(tl.int64) * T
+    rows, columns = tile * M + tl.arange(0, M), tl.arange(0, WIDTH)
+    q = _tile(Q, rows, q_stride, columns, T, D, WIDTH, CHECK)
+    do = _tile(DO, rows, do_stride, columns, T, D, WIDTH, CHECK)
+    log_sums = _numbers(LOG_SUMS, rows, T, CHECK)
+    # sum(o * do) of each query is what the softmax's gradient takes from every score of the row; the keys need it too.
+    o = _tile(OUT, rows, o_stride, columns, T, D, WIDTH, CHECK)
+    overlaps = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(OVERLAPS + rows, overlaps, mask=rows < T)
+    dq = tl.zeros([M, WIDTH], tl.float32)
+    for start in range(0, tl.minimum((tile + 1) * M, T), N):
+        keys = start + tl.arange(0, N)
+        k = _tile(K, keys, k_stride, columns, T, D, WIDTH, CHECK)
+        v = _tile(V, keys, v_stride, columns, T, D, WIDTH, CHECK)
+        weights = tl.exp2(dot(q, tl.trans(k)) * scale - log_sums[:, None])
+        if start + N > tile * M:
+            weights = tl.where(rows[:, None] >= keys[None, :], weights, 0.0)
+        dscores = weights * (dot(do, tl.trans(v)) - overlaps[:, None])
+        dq = dot(dscores.to(k.dtype), k, dq)
+    _store(DQ, _rotate_back(dq * out_scale, rows, COS, SIN, T, D, WIDTH), rows, dq_stride, columns, T, D)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attend.
+
+    Args:
+        q, k, v: (B, T, H, D), the last dimension contiguous.
+
+    Returns:
+        The output (B, T, H, D), contiguous, and `log_sums` (B, H, T), the base-2 logarithm of the sum of each
+        query's exponentials, in float32.
+    """
+    B, T, H, D = q.shape
+    width = triton.next_power_of_2(D)
+    M, N, warps, stages, registers = _FORWARD_TILES[width]
+    o = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
+    log_sums = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    scale = LOG2_E / math.sqrt(D)  # exp2 is the hardware's own exponential
+    _forward[triton.cdiv(T, M), B * H](
+        q, k, v, o, log_sums, *_strides(q, k, v, o), H, T, scale,
+        D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0,
+        num_warps=warps, num_stages=stages, maxnreg=registers)  # fmt: skip
+    return o, log_sums
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sums: Tensor, do: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    cos: Tensor, sin: Tensor,
+) -> None:  # fmt: skip
+    """Write the gradients of queries and keys before their rotation, and of values, into dq, dk and dv.
+
+    Args:
+        q, k, v, o, log_sums: inputs and outputs of `forward`.
+        do: gradient of the output.
+        dq, dk, dv: (B, T, H, D) to be overwritten, the last dimension contiguous.
+        cos, sin: what queries and keys were rotated by, float32 (at least T, D / 2), contiguous.
+    """
+    B, T, H, D = q.shape
+    width = triton.next_power_of_2(D)
+    scale, out_scale = LOG2_E / math.sqrt(D), 1 / math.sqrt(D)
+    overlaps = torch.empty_like(log_sums)
+    M, N, warps, stages, registers = _QUERY_GRADIENT_TILES[width]
+    _query_gradients[triton.cdiv(T, M), B * H](
+        q, k, v, o, do, dq, log_sums, overlaps, cos, sin, *_strides(q, k, v, o, do, dq), H, T, scale, out_scale,
+        D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0,
+        num_warps=warps, num_stages=stages, maxnreg=registers)  # fmt: skip
+    M, N, warps, stages, registers = _KEY_GRADIENT_TILES[width]
+    _key_gradients[triton.cdiv(T, N), B * H](
+        q, k, v, do, dk, dv, log_sums, overlaps, cos, sin, *_strides(q, k, v, do, dk, dv), H, T, scale, out_scale,
+        D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0,
+        num_warps=warps, num_stages=stages, maxnreg=registers)  # fmt: skip
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """Strides of batch, sequence and head of each."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]

@@ -1,0 +1,179 @@
+"""The Triton kernels as operators that autograd and torch.compile know, with plain tensors in their signatures.
+
+Each has a fake twin, which says shapes and types without computing, and a backward operator of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from basic.transformer.kernels import cross_entropy, flash_attention, rope, swiglu
+
+before_attention_gradients: list[Callable[[], None]] = []
+"""Called when the gradient of an attention begins, also by compiled code and while a step is recorded; a replay repeats
+only what they did on the device."""
+
+
+@torch.library.custom_op("basic::rotary_attention", mutates_args=())
+def rotary_attention(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of x (B, T, d_model) as one product, rotated in place, and causal attention.
+
+    The product is part of the operator because nobody but the attention needs it as it was before the rotation.
+
+    Returns:
+        The output (B, T, H, D); for the backward pass, the logarithms of the softmax's sums and the rotated product
+        (B, T, 3, H, D).
+    """
+    qkv = (x @ weight.T).view(*x.shape[:2], 3, num_heads, -1)
+    rope.rotate_packed(qkv[:, :, :2].flatten(2, 3), cos, sin)
+    o, log_sums = flash_attention.forward(*qkv.unbind(2))
+    return o, log_sums, qkv
+
+
+@rotary_attention.register_fake
+def _(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, _ = x.shape
+    D = weight.shape[0] // (3 * num_heads)
+    return (
+        x.new_empty((B, T, num_heads, D)),
+        x.new_empty((B, num_heads, T), dtype=torch.float32),
+        x.new_empty((B, T, 3, num_heads, D)),
+    )
+
+
+@torch.library.custom_op("basic::rotary_attention_backward", mutates_args=())
+def rotary_attention_backward(
+    x: Tensor, weight: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, o: Tensor, log_sums: Tensor, do: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the weight. The kernels write each part of that of the product where it belongs."""
+    for act in before_attention_gradients:
+        act()
+    do = do if do.stride(-1) == 1 else do.contiguous()
+    dqkv = torch.empty_like(qkv)
+    flash_attention.backward(*qkv.unbind(2), o, log_sums, do, *dqkv.unbind(2), cos, sin)
+    return _linear_backward(x, weight, dqkv)
+
+
+@rotary_attention_backward.register_fake
+def _(
+    x: Tensor, weight: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, o: Tensor, log_sums: Tensor, do: Tensor
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _save_attention(ctx, inputs, output) -> None:
+    x, weight, cos, sin, _ = inputs
+    o, log_sums, qkv = output
+    ctx.save_for_backward(x, weight, qkv, cos, sin, o, log_sums)
+
+
+def _attention_gradient(ctx, do, _log_sums, _qkv):
+    return *rotary_attention_backward(*ctx.saved_tensors, do), None, None, None
+
+
+rotary_attention.register_autograd(_attention_gradient, setup_context=_save_attention)
+
+
+def _linear_backward(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x W^T for x and W."""
+    dy = dy.view(-1, weight.shape[0])
+    return (dy @ weight).view(x.shape), dy.T @ x.reshape(-1, x.shape[-1])
+
+
+@torch.library.custom_op("basic::swiglu_linear", mutates_args=())
+def swiglu_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """(silu(x1) * x3) W^T of x = (x1, x3), side by side (..., 2 width), and W (d_out, width)."""
+    gated = swiglu.forward(x.reshape(-1, x.shape[-1]))
+    return (gated @ weight.T).view(*x.shape[:-1], -1)
+
+
+@swiglu_linear.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.custom_op("basic::swiglu_linear_backward", mutates_args=())
+def swiglu_linear_backward(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `swiglu_linear` for x and W."""
+    dy = dy.reshape(-1, dy.shape[-1])
+    gated = dy @ weight  # first the gradient of what was gated, then, after the kernel, that itself
+    dx = swiglu.backward(x.reshape(-1, x.shape[-1]), gated)
+    return dx.view(x.shape), dy.T @ gated
+
+
+@swiglu_linear_backward.register_fake
+def _(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+swiglu_linear.register_autograd(
+    lambda ctx, dy: swiglu_linear_backward(*ctx.saved_tensors, dy),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+@torch.library.custom_op("basic::linear_cross_entropy", mutates_args=())
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean cross-entropy of x W^T, and its gradients for x and W.
+
+    Args:
+        x: (rows, d_model).
+        weight: (vocab_size, d_model), of the same precision.
+        targets: int64 (rows,).
+        chunk_rows: rows whose logits exist at a time.
+        with_gradient: without it the two gradients are empty.
+
+    Returns:
+        The loss, float32 (); the gradients (rows, d_model) and (vocab_size, d_model).
+    """
+    rows = x.shape[0]
+    losses = torch.empty(rows, dtype=torch.float32, device=x.device)
+    dx = torch.empty_like(x) if with_gradient else x.new_empty(0)
+    dweight = weight.new_empty(0)
+    for start in range(0, rows, chunk_rows):
+        part = slice(start, min(start + chunk_rows, rows))
+        logits = x[part] @ weight.T
+        cross_entropy.overwrite_with_gradient(logits, targets[part], losses[part], rows)
+        if with_gradient:
+            torch.mm(logits, weight, out=dx[part])
+            if chunk_rows >= rows:
+                dweight = logits.T @ x
+            elif start == 0:
+                dweight = _product(logits.T, x[part])
+            else:
+                dweight += _product(logits.T, x[part])
+    return losses.mean(), dx, dweight.to(weight.dtype)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with a float32 result: sums over chunks would lose bits otherwise."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
+
+
+@linear_cross_entropy.register_fake
+def _(
+    x: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = x.new_empty((), dtype=torch.float32)
+    if not with_gradient:
+        return loss, x.new_empty(0), weight.new_empty(0)
+    return loss, torch.empty_like(x), torch.empty_like(weight)
+
+
+def _save_gradients(ctx, inputs, output) -> None:
+    ctx.save_for_backward(output[1], output[2])
+
+
+def _scale_gradients(ctx, gradient, _dx, _dweight):
+    dx, dweight = ctx.saved_tensors
+    return dx * gradient.to(dx.dtype), dweight * gradient.to(dweight.dtype), None, None, None
+
+
+linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_save_gradients)

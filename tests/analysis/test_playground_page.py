@@ -1,0 +1,261 @@
+"""The playground's page in a browser: typing, streaming, clicking, the keyboard, and texts that would break a page."""
+
+import shutil
+import threading
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+
+import pytest
+import uvicorn
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+from basic.analysis.playground import SHOWN_TOKENS, Playground
+from basic.analysis.playground_server import create_app
+from tests.analysis.test_playground import CONTEXT, make_playground
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="needs a browser: apt-get install chromium chromium-driver"
+)
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+HOSTILE = (
+    "<img src=x onerror=\"document.title='broken'\"> </script><script>document.title='broken'</script> "
+    "\u202eabc\u202c \u0301\u0302x \u200f&lt;b&gt; {{7*7}} \ud83e\udd39\ud83c\udffd\u200d\u2640\ufe0f \0 \ufeff"
+)
+
+
+@contextmanager
+def serving(playground: Playground) -> Generator[str]:
+    config = uvicorn.Config(create_app(playground), port=0, log_level="error", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+        assert thread.is_alive()
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+    server.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory) -> Iterator[webdriver.Chrome]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('browser')}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, Service(str(DRIVER)))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def playground(tmp_path_factory) -> Playground:
+    return make_playground(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def address(playground) -> Iterator[str]:
+    with serving(playground) as address:
+        yield address
+
+
+class Page:
+    def __init__(self, driver: webdriver.Chrome, address: str, view: str = "tokens") -> None:
+        self.driver = driver
+        driver.get("about:blank")
+        driver.get(f"{address}#{view}")
+        self.wait(lambda: self.all(".pane-head dd" if view == "tokens" else "#score-stats dd"))
+
+    def wait(self, condition) -> None:
+        WebDriverWait(self.driver, 30, 0.05).until(lambda _: condition())
+
+    def all(self, css: str) -> list:
+        return self.driver.find_elements(By.CSS_SELECTOR, css)
+
+    def one(self, css: str):
+        return self.driver.find_element(By.CSS_SELECTOR, css)
+
+    def js(self, code: str, *arguments):
+        return self.driver.execute_script(code, *arguments)
+
+    def texts(self, css: str) -> list[str]:
+        return self.js("return [...document.querySelectorAll(arguments[0])].map((node) => node.textContent)", css)
+
+    def write(self, text: str) -> None:
+        """Put a text into the box as if it had been typed; keys cannot be pressed for all of them."""
+        self.js(
+            "const t = document.querySelector('#text'); t.value = arguments[0]; t.dispatchEvent(new Event('input'))",
+            text,
+        )
+
+    def complaints(self) -> list[str]:
+        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] != "DEBUG"]
+
+
+@pytest.fixture
+def page(driver, address) -> Page:
+    return Page(driver, address)
+
+
+LEFT, RIGHT = "#panes .card:nth-child(1) ", "#panes .card:nth-child(2) "
+
+
+def test_typed_text_becomes_tokens_side_by_side(page):
+    page.one("#clear").click()
+    page.one("#text").send_keys("the the\n<")
+    page.wait(lambda: page.texts(LEFT + ".t") == ["the", "·the", "↵", "<"])
+    page.wait(lambda: page.texts(RIGHT + ".t") == ["t", "h", "e", "·", "t", "h", "e", "↵", "<"])
+    assert page.texts(LEFT + "dd") == ["4", "9", "2.25", "4", "260"]
+    page.wait(lambda: page.one("#comparison").text == "bytes needs 125 % more tokens than tiny.")
+    page.one("#view input[value=ids]").find_element(By.XPATH, "..").click()
+    assert page.texts(LEFT + ".t") == ["257", "258", "10", "60"]
+    page.one("#view input[value=bytes]").find_element(By.XPATH, "..").click()
+    assert page.texts(LEFT + ".t") == ["74 68 65", "20 74 68 65", "0A", "3C"]
+    assert page.complaints() == []
+
+
+def test_arrow_keys_move_over_tokens_and_show_where_they_are_on_the_other_side(page):
+    page.write("the the the")
+    page.wait(lambda: len(page.all(LEFT + ".t")) == 3)
+    page.wait(lambda: len(page.all(RIGHT + ".t")) == 11)
+    page.one(LEFT + ".t").send_keys(Keys.ARROW_RIGHT)
+    assert page.driver.switch_to.active_element.text == "·the"
+    assert "token 2 · id 258 · 4 bytes 20 74 68 65 · 2 times" in page.one(LEFT + ".pane-foot").text
+    assert page.texts(RIGHT + ".t.echo") == ["·", "t", "h", "e"]
+    page.driver.switch_to.active_element.send_keys(Keys.END)
+    assert "token 3" in page.one(LEFT + ".pane-foot").text
+    assert page.js("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
+
+
+@pytest.mark.parametrize("view", ["tokens", "model"])
+def test_hostile_text_is_only_text(driver, address, view):
+    page = Page(driver, address, view)
+    page.write(HOSTILE)
+    listing = "#scored" if view == "model" else LEFT + ".tokens"
+    page.wait(lambda: "<" in "".join(page.texts(listing + " .t")[:1]))
+    page.wait(lambda: not page.all(".busy"))
+    drawn = "".join(page.texts(listing + " .t"))
+    assert drawn.startswith("<img·src=x·o")
+    if view == "tokens":
+        assert drawn.endswith("·U+0000·EFBBBF")
+        assert "</script><script>" in drawn
+    page.js("document.querySelector(arguments[0]).click()", listing + " .t")
+    assert page.driver.title == "basic · playground"
+    assert page.all("main img, main script, main b.x") == []
+    assert page.js("return document.querySelectorAll('script').length") == 1
+    # What turns the direction of writing, or puts an accent on its neighbour, stays within its token.
+    assert {
+        page.js("return getComputedStyle(arguments[0]).unicodeBidi", token) for token in page.all(listing + " .t")[:9]
+    } == {"isolate"}
+    assert page.complaints() == []
+
+
+def test_five_megabytes_are_pasted_without_a_stop(page):
+    page.one(RIGHT + "select option[value='']").click()  # once is enough
+    page.one("#clear").click()
+    page.js(
+        """const data = new DataTransfer();
+        data.setData("text/plain", " the".repeat(1250000));
+        const paste = new ClipboardEvent("paste", { clipboardData: data, cancelable: true });
+        document.querySelector("#text").dispatchEvent(paste);"""
+    )
+    assert len(page.one("#text").get_property("value")) == 40_000
+    assert "and 4,960,000 more characters" in page.one("#tail").text
+    page.wait(lambda: page.texts(LEFT + "dd")[:2] == ["1,250,000", "5,000,000"])
+    assert len(page.all(LEFT + ".t")) == SHOWN_TOKENS
+    assert "The first 3,000 of 1,250,000 tokens are drawn" in page.one(LEFT + ".note").text
+    page.one("#tail button").click()
+    page.wait(lambda: page.texts(LEFT + "dd")[1] == "40,000")
+    page.one("#tab-model").click()
+    page.wait(lambda: f"the first {CONTEXT} of 10,000" in page.one("#score-note").text)
+
+
+def test_a_clicked_token_shows_the_ten_likeliest_in_its_place(driver, address, playground):
+    page = Page(driver, address, "model")
+    page.write("the the")
+    page.wait(lambda: page.texts("#scored .t") == ["the", "·the", "next?"])
+    answer = playground.score("the the")
+    assert page.texts("#score-stats dd")[1] == f"{answer['mean_nats']:.3f}"
+    page.all("#scored .t")[1].click()
+    rows = page.texts("#inspector li")
+    unlikely = answer["ranks"][1] > 10
+    assert len(rows) == 10 + unlikely
+    assert f"loss {answer['nats'][1]:.3f} nats" in page.one("#inspector").text
+    assert [row.startswith("·the") for row in page.texts("#inspector li.actual")] == [True]
+    page.driver.switch_to.active_element.send_keys(Keys.ARROW_RIGHT, Keys.ENTER)
+    assert page.one("#inspector .big").text == "What comes next"
+    assert len(page.all("#inspector li")) == 10
+    assert page.complaints() == []
+
+
+def test_a_continuation_streams_and_stops(driver, playground, monkeypatch, tmp_path):
+    made = []
+
+    def slowly(prompt, max_new_tokens, **settings):
+        yield {"tokens": 1, "seen": 1}
+        for number in range(500):
+            time.sleep(0.02)
+            made.append(number)
+            yield {"text": f" <i>{number}"}
+
+    monkeypatch.setattr(playground, "generate", slowly)
+    with serving(playground) as address:
+        page = Page(driver, address, "model")
+        page.write("the")
+        page.wait(lambda: page.texts("#scored .t")[:1] == ["the"])
+        page.one("#go").click()
+        page.wait(lambda: " <i>1" in page.one("#stream").text)
+        early = page.one("#stream").text
+        page.wait(lambda: " <i>9" in page.one("#stream").text)
+        assert page.one("#stream").text.startswith(early)
+        assert not page.all("#stream i")
+        page.one("#stop").click()
+        page.wait(lambda: "Stopped: " in page.one("#progress").text)
+        page.wait(lambda: page.all("#scored .t.new"))
+        count = len(made)
+        assert count < 400
+        time.sleep(0.2)
+        assert len(made) <= count + 2  # the server has stopped too
+        page.one("#adopt").click()
+        assert page.one("#text").get_property("value").startswith("the <i>0 <i>1")
+        page.one("#go").click()
+        page.wait(lambda: page.one("#stream").is_displayed() and " <i>3" in page.texts("#stream")[0])
+        page.write("xyz")
+        page.wait(lambda: page.texts("#scored .t") == [*"xyz", "next?"])
+        assert not page.one("#stream").is_displayed()
+        assert not page.one("#adopt").is_displayed()
+
+
+def test_errors_are_shown_in_the_page(driver, playground, address, monkeypatch):
+    page = Page(driver, address, "model")
+
+    def fails(*arguments, **options):
+        raise ValueError("<b>no</b> luck")
+
+    monkeypatch.setattr(playground, "score", fails)
+    page.write("another")
+    page.wait(lambda: page.one("#score-error").text == "<b>no</b> luck")
+
+
+@pytest.mark.parametrize("view", ["tokens", "model"])
+def test_a_phone_needs_no_sideways_scrolling(driver, address, view):
+    driver.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    )
+    try:
+        page = Page(driver, address, view)
+        page.write("x" * 300 + " the")
+        page.wait(lambda: not page.all(".busy"))
+        assert page.js("return document.documentElement.scrollWidth") <= 390
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

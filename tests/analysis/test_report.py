@@ -1,0 +1,269 @@
+"""The page about a run: whole in itself, true to the metrics, and safe whatever a text in it says."""
+
+import json
+import math
+import runpy
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from basic.analysis.report import report_page
+from basic.bytes_utils import load_vocab, save_vocab
+from basic.common.config_files import save_config
+from basic.model import ModelConfig
+from basic.tokens.flat_file import TokenFileWriter
+from basic.training.records.metrics import read_metrics
+from basic.training.settings import DataConfig, RunConfig, TrainConfig
+
+HOSTILE = "</script><script>alert('1')</script><img src=x onerror=\"alert(2)\"><!-- & &amp; </blockquote> $title"
+VOID = {"meta", "input", "br"}
+
+
+class Page(HTMLParser):
+    """The elements of a page, its texts, and the text of each kind of element."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: dict[str, list[str]] = {}
+        self.feed(html)
+        self.close()
+        assert self.open == [], "every element is closed"
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self.texts.setdefault(tag, []).append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        for tag in set(self.open):
+            self.texts[tag][-1] += data
+
+    @property
+    def curves(self) -> dict:
+        scripts = [attributes for tag, attributes in self.elements if tag == "script"]
+        assert [attributes.get("id") for attributes in scripts] == ["curves", None]
+        assert not set("<>&").intersection(self.texts["script"][0]), "nothing in it can look like the end of a script"
+        return json.loads(self.texts["script"][0])
+
+    def rows(self) -> list[str]:
+        return [" ".join(row.split()) for row in self.texts["tr"]]
+
+
+def record(step: int, **more) -> dict:
+    numbers = {"learning_rate": 1e-3 / step, "gradient_norm": 1 / 3, "tokens_per_s": 1000.0 + step}
+    return {"step": step, "tokens": 640 * step, "wall_s": 40.5 * step, "train_loss": 8 / step, **numbers, **more}
+
+
+def write_log(folder: Path, records: list[dict]) -> None:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+
+
+@pytest.fixture
+def run_dir(tmp_path) -> Path:
+    """A run with all that a report can tell of, moved since it was trained, and with hostile texts in every place."""
+    folder = tmp_path / 'a<b>&"c'
+    (folder / "tokenizer").mkdir(parents=True)
+    config = RunConfig(
+        model=ModelConfig(vocab_size=11, context_length=8, d_model=16, num_layers=1, num_heads=2),
+        train=TrainConfig(steps=50, end_of_text=HOSTILE, max_learning_rate=0.003),
+        data=DataConfig(train_tokens="elsewhere/train.bin", valid_tokens="elsewhere/valid.bin"),
+    )
+    save_config(config, folder / "config.toml")
+    samples = [{"kind": "sample", "step": step, "text": f"{HOSTILE} {step}"} for step in range(1, 21)]
+    training = [record(step, **({"valid_loss": 9 / step} if step % 5 == 0 else {})) for step in range(1, 21)]
+    training[3]["train_loss"] = None  # as the log writes what is not finite
+    write_log(folder, [*training, *samples, {"kind": "nonfinite", "step": 4, "loss": None}])
+    vocab = {0: b"a", 1: b"\xff", 2: HOSTILE.encode(), 3: b" the\n", 4: b"<|end|>"}
+    save_vocab(vocab, folder / "tokenizer" / "vocab.json")
+    (folder / "tokenizer" / "special_tokens.json").write_text('["<|end|>"]')
+    for name, source_bytes in (("train", 50), ("valid", 12)):
+        with TokenFileWriter(folder / f"{name}.bin", vocab_size=11) as writer:
+            writer.write([1, 2, 3, 4], source_bytes=source_bytes)
+    first = {"step": 0, "torch": HOSTILE, "tokens": {"count": 7}, "command": ["train.py", "--resume"]}
+    starts = [first, first | {"step": 12, "tokens": {"count": 8}}]
+    (folder / "environment.json").write_text(json.dumps({"starts": starts}))
+    return folder
+
+
+def page_of(run_dir: Path, **options) -> Page:
+    return Page(report_page(run_dir, load_vocab=load_vocab, **options))
+
+
+def test_the_curves_are_the_metrics(run_dir):
+    curves = page_of(run_dir, floor_nats=1.5).curves
+    records = read_metrics(run_dir / "metrics.jsonl")
+    assert len(records) == 20
+    shown = ("step", "tokens", "wall_s", "train_loss", "valid_loss", "learning_rate", "gradient_norm", "tokens_per_s")
+    assert curves == {
+        "columns": {name: [one.get(name) for one in records] for name in shown},
+        "lost": [4],
+        "floor": 1.5,
+    }
+
+
+def test_every_column_of_a_chart_is_in_the_data_and_has_a_name(run_dir):
+    page = page_of(run_dir)
+    charts = [attributes for tag, attributes in page.elements if attributes.get("class") == "chart"]
+    assert len(charts) == 4
+    for attributes in charts:
+        names = str(attributes["data-series"]).split(" ")
+        assert set(names) <= page.curves["columns"].keys()
+        assert len(str(attributes["data-names"]).split("|")) == len(names)
+    axes = [attributes["value"] for tag, attributes in page.elements if tag == "input"]
+    assert axes == ["step", "tokens", "wall_s"]
+    assert set(axes) <= page.curves["columns"].keys()
+
+
+def test_no_text_becomes_an_element(run_dir):
+    page = page_of(run_dir)
+    tags = [tag for tag, _ in page.elements]
+    assert tags.count("script") == 2
+    assert "img" not in tags
+    assert not [attributes for _, attributes in page.elements if "onerror" in attributes]
+    assert page.texts["title"] == page.texts["h1"] == ['a<b>&"c']
+    assert f"end_of_text{HOSTILE}" in page.rows()
+    assert f"torch{HOSTILE}" in page.rows()
+    assert HOSTILE.replace(" ", "·") in page.texts["li"]
+    assert f"{HOSTILE} 20" in page.texts["blockquote"]
+
+
+def test_hostile_texts_in_the_data_stay_data(run_dir):
+    write_log(run_dir, [record(1) | {"learning_rate": HOSTILE}])
+    assert page_of(run_dir).curves["columns"]["learning_rate"] == [HOSTILE]
+
+
+def test_nothing_is_loaded_from_elsewhere(run_dir):
+    html = report_page(run_dir, load_vocab=load_vocab)
+    page = Page(html)
+    assert not {"link", "iframe", "img", "base", "object"} & {tag for tag, _ in page.elements}
+    assert not {"src", "href", "srcset", "action"} & {name for _, attributes in page.elements for name in attributes}
+    assert "url(" not in html
+    assert "@import" not in html
+    assert html.count("http") == html.count("http-equiv") + html.count("http://www.w3.org/2000/svg")
+    policy = [attributes["content"] for _, attributes in page.elements if "http-equiv" in attributes]
+    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"]
+
+
+def test_the_figures(run_dir):
+    page = page_of(run_dir)
+    figures = dict(zip(page.texts["dt"], page.texts["dd"], strict=False))
+    loss = 9 / 20
+    assert figures["Validation loss"] == "0.450nats a token; the lowest so far"
+    assert figures["Perplexity"] == f"{math.exp(loss):.3g}tokens to choose from"
+    assert figures["Bits per byte"] == f"{loss / math.log(2) * 4 / 12:.3f}of validation text"
+    assert figures["Tokens a second"] == "1,011median of the records"
+    (lead,) = (text for text in page.texts["p"] if text.startswith("A Transformer"))
+    assert lead == "A Transformer of 4,496 parameters after 20 of 50 steps: 12,800 tokens in 13 min 30 s."
+
+
+def test_the_best_evaluation_is_named_where_it_is_not_the_last(run_dir):
+    write_log(run_dir, [record(1, valid_loss=2.0), record(2, valid_loss=1.25), record(3, valid_loss=1.5)])
+    page = page_of(run_dir)
+    assert "1.500nats a token; 1.250 at step 2" in page.texts["dd"]
+    assert [row for row in page.rows() if row.startswith("2")] == ["21,2801 min 21 s4.00001.25003.49"]
+
+
+def test_samples_are_spread_over_the_run_and_all_can_be_seen(run_dir):
+    page = page_of(run_dir)
+    steps = [int(text.rpartition(" ")[2]) for text in page.texts["blockquote"]]
+    assert steps == [1, 5, 9, 12, 16, 20, *range(1, 21)]
+    assert "All 20 samples" in page.texts["summary"]
+
+
+def test_samples_of_older_runs_are_read_from_their_file(run_dir):
+    write_log(run_dir, [record(10), record(20)])
+    (run_dir / "samples.txt").write_text("--- step 10 ---\nOnce\n\nmore\n\n--- step 20 ---\nThe end.\n\n")
+    page = page_of(run_dir)
+    assert page.texts["blockquote"] == ["Once\n\nmore", "The end."]
+    assert "Step 20loss 0.400" in page.texts["div"]
+    (run_dir / "samples.txt").write_text("One story.\n\nAnother.\n")
+    assert page_of(run_dir).texts["blockquote"] == ["One story.\n\nAnother."]
+
+
+def test_facts_about_the_tokenizer(run_dir):
+    page = page_of(run_dir)
+    rows = page.rows()
+    assert "Vocabulary5 tokens" in rows
+    assert "Special tokens'<|end|>'" in rows
+    assert "Training text4 tokens, 12.500 bytes each" in rows
+    assert "Validation text4 tokens, 3.000 bytes each" in rows
+    longest = [text for text in page.texts["li"] if "step" not in text.lower()]
+    assert longest == [HOSTILE.replace(" ", "·"), "·the↵", "a", "\\xff"]
+    # Two tokens of one byte, one of five, and one of more than twelve.
+    bars = [attributes["style"] for tag, attributes in page.elements if tag == "span"]
+    assert bars == [f"width: {share}.0%" for share in (100, 0, 0, 0, 50, 0, 0, 0, 0, 0, 0, 50)]
+
+
+def test_settings_that_nobody_chose_are_marked(run_dir):
+    page = page_of(run_dir)
+    marked = dict(
+        zip(
+            page.rows(),
+            (attributes.get("class") for tag, attributes in page.elements if tag == "tr"),
+            strict=True,
+        )
+    )
+    assert marked["max_learning_rate0.003"] is None
+    assert marked["min_learning_rate0.0001"] == "default"
+
+
+def test_of_a_resumed_run_the_later_environment_is_shown_where_it_changed(run_dir):
+    page = page_of(run_dir)
+    environment = page.rows()[-4:]
+    assert environment == [f"torch{HOSTILE}", "tokens.count7", "commandtrain.py --resume", "tokens.count8"]
+    assert "Resumed after step 12" in page.texts["h3"]
+    (run_dir / "environment.json").write_text('{"torch": "2.15"}')
+    assert page_of(run_dir).rows()[-1] == "torch2.15"
+
+
+def test_a_run_that_has_only_begun(tmp_path):
+    model = ModelConfig(vocab_size=11, context_length=8, d_model=16, num_layers=1, num_heads=2)
+    save_config(RunConfig(model=model, train=TrainConfig(steps=5)), tmp_path / "config.toml")
+    write_log(tmp_path, [])
+    page = page_of(tmp_path)
+    assert "of which nothing has been logged yet" in " ".join(page.texts["p"])
+    assert page.texts["h2"] == ["Curves", "Configuration"]
+    write_log(tmp_path, [record(1)])
+    assert page_of(tmp_path).curves["columns"]["valid_loss"] == [None]
+
+
+def run_script(monkeypatch, name: str, *arguments: str | Path) -> None:
+    path = str(Path(__file__).resolve().parents[2] / "local" / f"{name}.py")
+    monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
+    runpy.run_path(path, run_name="__main__")
+
+
+def test_the_script_leaves_the_page_in_the_run_or_where_one_wants_it(run_dir, tmp_path, monkeypatch, capsys):
+    run_script(monkeypatch, "report", run_dir)
+    assert f"wrote {run_dir / 'report.html'} " in capsys.readouterr().out
+    assert Page((run_dir / "report.html").read_text("utf-8")).curves["floor"] is None
+    run_script(monkeypatch, "report", run_dir, "--output", tmp_path / "page.html", "--entropy", "0.25")
+    assert Page((tmp_path / "page.html").read_text("utf-8")).curves["floor"] == 0.25
+    with pytest.raises(SystemExit, match=r"^error: .*nowhere is not a run: it has no config\.toml"):
+        run_script(monkeypatch, "report", tmp_path / "nowhere")
+
+
+def test_the_plotting_script_labels_runs_by_what_differs_and_names_a_run_once(run_dir, monkeypatch):
+    other = run_dir.parent / "other"
+    shutil.copytree(run_dir, other)
+    text = (other / "config.toml").read_text()
+    (other / "config.toml").write_text(text.replace("max_learning_rate = 0.003", "max_learning_rate = 0.05"))
+    plotted = {}
+    monkeypatch.setattr("basic.analysis.plotting.plot_losses", lambda runs, path, floor_nats: plotted.update(runs))
+    run_script(monkeypatch, "plot", run_dir, other, run_dir)
+    assert list(plotted) == ["max_learning_rate=0.003", "max_learning_rate=0.05"]
+    assert plotted["max_learning_rate=0.05"] == read_metrics(other / "metrics.jsonl")
+
+
+def test_what_is_no_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.toml"):
+        report_page(tmp_path, load_vocab=load_vocab)

@@ -1,0 +1,643 @@
+"""The kernels against their readable twins, tiktoken, the `regex` package and naive merging."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+
+from basic.bpe import loading
+from basic.bytes_utils import load_merges, load_vocab
+from basic.corpus import shards
+from basic.corpus.counting import count_pretokens
+from basic.encoding import encode_file
+from basic.pretokenization import SpecialTokens
+from basic.Tokenizer import Tokenizer
+from basic.tokens.flat_file import TokenFileWriter
+from basic.tokens.opening import open_tokens, read_info
+from basic.train_bpe import merges_from_counts, train_bpe
+from tests.conftest import SHARED_DATA, shared_data
+from tests.fixtures.make_tokenizer_fixtures import PATTERN, SAMPLE, naive_merges
+from tests.test_tokenizer import TEXT_FILES, tiktoken_of
+
+END = "<|endoftext|>"
+OVERLAPPING = [END, "<|end", "|>", " the", "é\u3000"]
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# What the pattern tells apart, and what is taken for it: letters, digits, contractions, all kinds of white space,
+# control characters that str.isspace and the pattern see differently, marks, emoji, the neighbours of the surrogates.
+NASTY = [
+    *(
+        "a",
+        "Z",
+        "é",
+        "ß",
+        "漢",
+        "한",
+        "ع",
+        "\U00010400",
+        "1",
+        "٣",
+        "²",
+        "Ⅷ",
+        "'",
+        "'s",
+        "'t",
+        "'ll",
+        "'ve",
+        "'re",
+        "'S",
+    ),
+    *("l", "v", "r", "e", "s", " ", " ", "  ", "\n", "\t", "\r\n", "\x1c", "\x1d", "\x1e", "\x1f", "\x85", "\xa0"),
+    *(
+        "\u1680",
+        "\u2003",
+        "\u2028",
+        "\u2029",
+        "\u202f",
+        "\u3000",
+        "\u200b",
+        "\u180e",
+        "\u0301",
+        "\u0903",
+        "😀",
+        "👩\u200d💻",
+    ),
+    *(".", "!", "¿", "—", "_", "\x00", "\x7f", "\ud7ff", "\ue000", "\ufffd", "\uffff", "\U00010000", "\U0010ffff"),
+]
+
+
+def nasty_text(rng: random.Random, max_length: int) -> str:
+    # Long runs of one kind too: words of more than 15 bytes go another way through the tables.
+    return "".join(rng.choice(NASTY) * rng.choice((1, 1, 1, 2, 9)) for _ in range(rng.randint(0, max_length)))
+
+
+def write(folder: Path, text: str | bytes, name: str = "text.txt") -> Path:
+    path = folder / name
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def counts_of_kernels(
+    path: Path | list[Path], special_tokens: list[str] | tuple[str, ...] = (), **options
+) -> Counter[bytes]:
+    return count_pretokens(path, SpecialTokens(special_tokens), kernels=True, **options)
+
+
+def counts_of_regex(text: str) -> Counter[bytes]:
+    return Counter({word.encode(): count for word, count in Counter(regex.findall(PATTERN, text)).items()})
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Tokenizer:
+    vocab, merges = shared_data("gpt2_vocab.json"), shared_data("gpt2_merges.txt")
+    return Tokenizer(load_vocab(vocab), load_merges(merges), [END], kernels=True)
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
+    return train_bpe(SAMPLE, 600, OVERLAPPING, kernels=False)
+
+
+@pytest.fixture(scope="module")
+def pair(trained) -> tuple[Tokenizer, Tokenizer]:
+    """One tokenizer with kernels and its twin without."""
+    return Tokenizer(*trained, OVERLAPPING, kernels=True), Tokenizer(*trained, OVERLAPPING, kernels=False)
+
+
+# ---- the scanner
+
+
+def test_every_code_point_is_classed_as_the_regex_package_does(tmp_path):
+    """Each after a letter and a space, before a digit and a sign: every class makes other words."""
+    for plane in range(0, 0x110000, 0x10000):
+        characters = (chr(code) for code in range(plane, plane + 0x10000) if not 0xD800 <= code < 0xE000)
+        text = "".join(f"a{c}1 {c}." for c in characters)
+        assert counts_of_kernels(write(tmp_path, text), num_workers=1) == counts_of_regex(text)
+
+
+def test_random_nasty_strings(tmp_path):
+    rng = random.Random(0)
+    texts = [nasty_text(rng, 12) for _ in range(100_000)]
+    expected: Counter[str] = Counter()
+    for text in texts:
+        expected.update(regex.findall(PATTERN, text))
+    separator = "\U000e0001"  # not in the alphabet
+    counts = counts_of_kernels(write(tmp_path, separator.join(texts)), [separator])
+    assert counts == Counter({word.encode(): count for word, count in expected.items()})
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted(SHARED_DATA.glob("*.txt"))] or ["novels_valid.txt"])
+def test_words_of_real_text(tmp_path, name):
+    text = shared_data(name).read_bytes()[: 3 << 20].decode(errors="ignore")
+    expected: Counter[str] = Counter()
+    for document in text.split(END):
+        expected.update(regex.findall(PATTERN, document))
+    counts = counts_of_kernels(write(tmp_path, text), [END])
+    assert counts == Counter({word.encode(): count for word, count in expected.items()})
+
+
+# ---- counting
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_cutting_gives_the_same_counts(tmp_path, monkeypatch, seed):
+    rng = random.Random(seed)
+    monkeypatch.setattr(shards, "KERNEL_CHUNK_BYTES", rng.choice([1, 50, 1000]))
+    special_tokens = rng.sample(OVERLAPPING, rng.randint(0, len(OVERLAPPING)))
+    pieces = [nasty_text(rng, 30) + rng.choice([*OVERLAPPING, "<|endoftext", "<|end|>", " th"]) for _ in range(400)]
+    path = write(tmp_path, "".join(pieces))
+    expected = count_pretokens(path, SpecialTokens(special_tokens), num_workers=1, kernels=False)
+    for _ in range(4):
+        options = {"num_workers": rng.randint(1, 8), "shard_bytes": rng.choice([300, 1000, 5000])}
+        assert counts_of_kernels(path, special_tokens, **options) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "word",
+        "a" * 5000,
+        " " * 5000,
+        "\u3000" * 3000 + "x",
+        "'" * 2000 + "s" * 3000,
+        " 漢字" * 2000,
+        "漢字" * 2000,
+        "".join(f"{number:x}-" for number in range(20_000)),
+        " ".join(f"w{'x' * (number % 40)}{number}" for number in range(60_000)),  # all distinct: the tables grow
+        "".join(chr(0x4E00 + number % 20_000) * (number % 50) + "\n" for number in range(10_000)),  # long ones too
+        "".join("x" * length + " " for length in [*range(1, 40), *range(1000, 1060), *range(1000, 1060)]),
+    ],
+    ids=range(12),
+)
+def test_odd_files(tmp_path, text, pair):
+    path = write(tmp_path, text)
+    assert counts_of_kernels(path) == counts_of_regex(text)
+    fast, slow = pair
+    assert fast.encode(text) == slow.encode(text)
+
+
+def test_several_files_are_counted_apart(tmp_path):
+    paths = [write(tmp_path, text, name) for text, name in (("ab a", "1"), ("b ab", "2"), ("", "3"))]
+    assert counts_of_kernels(paths) == {b"ab": 1, b" a": 1, b"b": 1, b" ab": 1}
+    assert count_pretokens(paths, SpecialTokens(()), kernels=False) == counts_of_kernels(paths)
+    vocab, merges = train_bpe(paths, 260, [], kernels=True)
+    assert (vocab, merges) == train_bpe(paths, 260, [], kernels=False)
+
+
+def test_counts_have_64_bits():
+    counts = {b"abc": 1 << 61, b"bcd": (1 << 61) + 1}
+    assert merges_from_counts(counts, 5, kernels=True) == merges_from_counts(counts, 5, kernels=False)
+    larger = {word: count << 8 for word, count in counts.items()}  # for the plain path alone
+    assert merges_from_counts(larger, 5, kernels=True) == merges_from_counts(counts, 5, kernels=False)
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_invalid_utf8_is_named_by_its_offset(tmp_path, num_workers):
+    rng = random.Random(num_workers)
+    for _ in range(300):
+        good = nasty_text(rng, 300).encode()
+        place = rng.randint(0, len(good))
+        bad = rng.choice(
+            [b"\xff", b"\xc0\xaf", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xe2\x82", b"\x80", b"\xf0\x9f"]
+        )
+        data = good[:place] + bad + good[place:]
+        try:
+            data.decode()
+            continue  # a character may have been completed
+        except UnicodeDecodeError as error:
+            offset = error.start
+        path = write(tmp_path, data)
+        with pytest.raises(ValueError, match=f"not valid UTF-8 at byte offset {offset} "):
+            counts_of_kernels(path, num_workers=num_workers, shard_bytes=400)
+
+
+# ---- merges
+
+
+def test_merges_equal_naive_merging_on_corpora_full_of_ties():
+    rng = random.Random(0)
+    for number in range(1000):
+        alphabet = (b"a", b"ab", b"abc", b"ab")[number % 4]
+        words = (bytes(rng.choices(alphabet, k=rng.randint(1, 14))) for _ in range(rng.randint(0, 12)))
+        counts = {word: rng.randint(0, 3) for word in words}
+        num_merges = rng.randint(0, 40)
+        expected = naive_merges({word: count for word, count in counts.items() if count}, num_merges)
+        assert merges_from_counts(counts, num_merges, kernels=True) == expected
+
+
+def test_merges_equal_the_plain_path_on_novels():
+    path = shared_data("novels_valid.txt")
+    assert train_bpe(path, 10_000, [END], kernels=True) == train_bpe(path, 10_000, [END], kernels=False)
+
+
+# ---- encoding
+
+
+@pytest.mark.parametrize("name", TEXT_FILES)
+def test_ids_equal_those_of_tiktoken(gpt2, name):
+    text = shared_data(name).read_bytes()[: 4 << 20].decode(errors="ignore")
+    if name.endswith(".json"):
+        text += "".join(json.loads(text))
+    expected = tiktoken_of(gpt2).encode_to_numpy(text, allowed_special="all")
+    for num_threads in (1, 2):
+        ids = gpt2.encode_array(text, num_threads=num_threads)
+        assert ids.dtype == np.uint16
+        assert np.array_equal(ids, expected)
+    assert gpt2.encode(text[:100_000]) == tiktoken_of(gpt2).encode(text[:100_000], allowed_special="all")
+    assert gpt2.decode(ids) == text
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_cutting_gives_the_same_ids(tmp_path, monkeypatch, pair, seed):
+    fast, slow = pair
+    rng = random.Random(seed)
+    text = "".join(
+        nasty_text(rng, 30) + rng.choice([*OVERLAPPING, "<|endoftext", "<|end|>", " th"]) for _ in range(300)
+    )
+    as_text = seed % 3 == 0
+    expected = slow.encode(text, specials_as_text=as_text)
+    assert fast.encode(text, specials_as_text=as_text) == expected
+    pieces = (text[start : start + 7] for start in range(0, len(text), 7))
+    assert list(fast.encode_iterable(pieces, specials_as_text=as_text)) == expected
+    for data in (text, text.encode(), memoryview(text.encode()), np.frombuffer(text.encode(), np.uint8)):
+        ids = fast.encode_array(data, num_threads=rng.randint(1, 8), specials_as_text=as_text)
+        assert ids.tolist() == expected
+        assert ids.dtype == np.uint16
+    assert slow.encode_array(text.encode(), specials_as_text=as_text).tolist() == expected
+    monkeypatch.setattr(shards, "KERNEL_CHUNK_BYTES", rng.choice([1, 100, 3000]))
+    path = write(tmp_path, text)
+    for tokenizer, name in ((fast, "fast.bin"), (slow, "slow.bin")):
+        info = encode_file(tokenizer, path, tmp_path / name, num_threads=rng.randint(1, 4), specials_as_text=as_text)
+        assert info == read_info(tmp_path / name)
+        assert open_tokens(tmp_path / name, verify=True).tolist() == expected
+    assert read_info(tmp_path / "fast.bin") == read_info(tmp_path / "slow.bin")
+    lines = text.splitlines(keepends=True)
+    for num_threads in (1, 3):
+        batch = fast.encode_batch(lines, num_threads=num_threads, specials_as_text=as_text)
+        assert batch == [slow.encode(line, specials_as_text=as_text) for line in lines]
+
+
+def test_the_cache_is_emptied_when_it_is_full(monkeypatch, pair):
+    from basic.bpe.kernels import encode
+
+    fast, slow = pair
+    monkeypatch.setattr(encode, "_MAX_ROWS", 1 << 16)
+    monkeypatch.setattr(encode, "_MAX_POOL", 1 << 14)
+    rng = random.Random(0)
+    words = [f" {rng.getrandbits(80):x}"[: rng.randint(2, 20)] for _ in range(60_000)]
+    text = "".join(rng.choices(words, k=100_000))
+    assert Tokenizer(fast.vocab, fast.merges, kernels=True).encode(text) == slow.encode(text, specials_as_text=True)
+
+
+def test_ids_mean_nothing_but_what_the_vocabulary_says(trained):
+    vocab, merges = trained
+    rng = random.Random(0)
+    text = SAMPLE.read_bytes().decode() + nasty_text(rng, 500)
+    for largest in (len(vocab) - 1, 65_535, 65_536, 1_000_000, 3_000_000):
+        ids = [*rng.sample(range(largest), len(vocab) - 1), largest]
+        rng.shuffle(ids)
+        shuffled = dict(zip(ids, vocab.values(), strict=True))
+        fast = Tokenizer(shuffled, merges, [END], kernels=True)
+        expected = Tokenizer(shuffled, merges, [END], kernels=False).encode(text)
+        encoded = fast.encode_array(text)
+        assert encoded.tolist() == fast.encode(text) == expected
+        assert encoded.dtype == (np.uint16 if largest < 65_536 else np.uint32)
+        assert fast.decode(encoded) == text
+
+
+def test_merges_in_any_order():
+    """A merge may come before those that make its parts: all places of the earliest are merged first."""
+    rng = random.Random(0)
+    for _ in range(150):
+        vocab, merges = {i: bytes([i]) for i in range(256)}, []
+        for _ in range(rng.randint(1, 12)):
+            left, right = (
+                rng.choice([b"a", b"b", *(token for token in vocab.values() if len(token) > 1)]) for _ in "12"
+            )
+            if left + right not in vocab.values():
+                vocab[len(vocab)] = left + right
+            merges.append((left, right))
+        rng.shuffle(merges)
+        fast, slow = (Tokenizer(vocab, merges, kernels=kernels) for kernels in (True, False))
+        for length in (5, 20, 90, 150, 1500):
+            text = "".join(rng.choices("ab", k=length))
+            assert fast.encode(text) == slow.encode(text)
+
+
+def test_a_missing_byte(tmp_path, trained):
+    vocab = {i: token for i, token in trained[0].items() if token != b"q"}
+    merges = [merge for merge in trained[1] if b"q" not in merge[0] + merge[1]]
+    fast = Tokenizer(vocab, merges, kernels=True)
+    assert fast.decode(fast.encode("fine")) == "fine"
+    path = write(tmp_path, "fine " + "x" * 3000 + " q")
+    for text in ("not quite", "x" * 3000 + "q"):
+        with pytest.raises(ValueError, match="no token for the byte 0x71"):
+            fast.encode(text)
+        with pytest.raises(ValueError, match="no token for the byte 0x71"):
+            fast.encode_array(text)
+    with pytest.raises(ValueError, match=r"no token for the byte 0x71, at byte offset 3006 of .*text\.txt"):
+        encode_file(fast, path, tmp_path / "ids.bin")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_missing_byte_among_new_words_is_the_first_and_leaves_nothing_behind(trained):
+    vocab = {i: token for i, token in trained[0].items() if token != b"q"}
+    merges = [merge for merge in trained[1] if b"q" not in merge[0] + merge[1]]
+    fast, slow = Tokenizer(vocab, merges, kernels=True), Tokenizer(vocab, merges, kernels=False)
+    for text in ("new words and a queen", "new words, " + "y" * 300 + "q and a queen"):
+        with pytest.raises(ValueError, match=rf"0x71, at byte offset {text.index('q')} of 'text'"):
+            fast.encode(text)
+        # The words before it had rows already.
+        assert fast.encode("new words and a new word") == slow.encode("new words and a new word")
+
+
+def test_words_that_are_not_kept_stand_between_new_ones(pair):
+    fast, slow = pair
+    rng = random.Random(5)
+    for _ in range(50):
+        words = ["".join(rng.choices("abcdeé", k=rng.choice([1, 3, 9, 17, 255, 256, 300, 700]))) for _ in range(9)]
+        text = " ".join(words)
+        assert fast.encode(text) == slow.encode(text)
+
+
+def test_a_word_by_itself_is_that_word():
+    # The plain path takes the ids of a short text from its words, if it is one of them.
+    rng = random.Random(6)
+    merges = [(b" ", b" "), (b"'", b"s"), (b"\n", b"\n"), (b" ", b"a"), (b"a", b"a")]
+    vocab = {i: bytes([i]) for i in range(256)} | {256 + i: left + right for i, (left, right) in enumerate(merges)}
+    warm = Tokenizer(vocab, merges, ["<|a|>"], kernels=False)
+    for _ in range(3000):
+        text = "".join(rng.choices("aas' \n\t1!<|>\u00a0", k=rng.randint(0, 12)))
+        fresh = Tokenizer(vocab, merges, ["<|a|>"], kernels=False)
+        assert warm.encode(text) == fresh.encode(text) == list(fresh.encode_iterable([text]))
+
+
+def test_a_million_identical_letters(gpt2):
+    for number in (10**6, 2 * 10**6):
+        assert gpt2.encode_array("a" * number).tolist() == [24794] * (number // 4)
+
+
+def test_surrogates(pair):
+    fast, slow = pair
+    for text in ("\ud83d\ude00", "a\ud800b", "\udfff" * 3):
+        assert fast.encode(text) == slow.encode(text) == fast.encode_array(text).tolist()
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_bytes_that_are_not_utf8(tmp_path, monkeypatch, trained, kernels):
+    tokenizer = Tokenizer(*trained, OVERLAPPING, kernels=kernels)
+    monkeypatch.setattr(shards, "KERNEL_CHUNK_BYTES", 500)
+    rng = random.Random(0)
+    garbage = b" ".join(nasty_text(rng, 20).encode()[rng.randint(0, 3) :] for _ in range(200))
+    cases = [garbage, b"\xff", b"abc \xe2\x82", b"a" * 3000 + b"\x80", b"good \xed\xa0\x80 bad"]
+    if (SHARED_DATA / "utf8tests.bin").is_file():
+        cases.append((SHARED_DATA / "utf8tests.bin").read_bytes())
+    for data in cases:
+        path = write(tmp_path, data)
+        expected = tokenizer.encode(data.decode(errors="replace"))
+        with pytest.raises(UnicodeDecodeError) as error:
+            data.decode()
+        message = f"not valid UTF-8 at byte offset {error.value.start} "
+        with pytest.raises(ValueError, match=message):
+            tokenizer.encode_array(data)
+        with pytest.raises(ValueError, match=message):
+            encode_file(tokenizer, path, tmp_path / "ids.bin")
+        assert list(tmp_path.iterdir()) == [path]
+        assert tokenizer.encode_array(data, errors="replace", num_threads=2).tolist() == expected
+        info = encode_file(tokenizer, path, tmp_path / "ids.bin", errors="replace")
+        assert open_tokens(tmp_path / "ids.bin").tolist() == expected
+        assert info.source_bytes == len(data)
+        (tmp_path / "ids.bin").unlink()
+        (tmp_path / "ids.json").unlink()
+
+
+def test_an_interrupted_encode_file_leaves_nothing(tmp_path, monkeypatch, pair):
+    path = write(tmp_path, "some words\n" * 10_000)
+    monkeypatch.setattr(shards, "KERNEL_CHUNK_BYTES", 1000)
+    written = []
+
+    def interrupted(self, ids, source_bytes=0):
+        written.append(source_bytes)
+        if len(written) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(TokenFileWriter, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        encode_file(pair[0], path, tmp_path / "ids.bin", num_threads=2)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ---- decoding
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int32, np.int64, np.uint64])
+def test_arrays_are_decoded(gpt2, dtype):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, gpt2.vocab_size, 2_500_000 if dtype == np.uint16 else 1000).astype(dtype)
+    assert gpt2.decode_bytes(ids) == b"".join(gpt2.vocab[i] for i in ids.tolist())
+    assert gpt2.decode_bytes(ids[::-3]) == b"".join(gpt2.vocab[i] for i in ids[::-3].tolist())
+    assert gpt2.decode(ids[:0]) == ""
+
+
+def test_ids_that_are_no_tokens():
+    tokenizer = Tokenizer({i + i // 100: bytes([i]) for i in range(256)}, [], kernels=True)
+    assert tokenizer.decode(np.array([65, 66])) == "AB"
+    for wrong in (-1, 100, 258, 1 << 40):
+        with pytest.raises(ValueError, match=f"id {wrong} at position 1 is not in the vocabulary"):
+            tokenizer.decode(np.array([65, wrong, 66]))
+
+
+# ---- other patterns
+
+
+@pytest.mark.parametrize("pattern", [r"\w+|\s", r"(?<=a)b+|(c)(d)", r"\p{Lu}?\p{Ll}+(?= )", r"\n"])
+def test_another_pattern(tmp_path, pattern):
+    """Its own oracle: what it finds and what it leaves out, between special tokens."""
+    text = (SAMPLE.read_bytes().decode()[:3000] + END + "abb cd Ab ab") * 3
+    words = []
+    for document in regex.split(regex.escape(END), text):
+        position = 0
+        for match in regex.finditer(pattern, document):
+            words += [document[position : match.start()], match.group()]
+            position = match.end()
+        words.append(document[position:])
+    expected = Counter(word.encode() for word in words if word)
+    path = write(tmp_path, text)
+    special_tokens = SpecialTokens([END])
+    for shard_bytes in (100, 4000, 1 << 20):
+        assert count_pretokens(path, special_tokens, pattern=pattern, shard_bytes=shard_bytes) == expected
+    vocab, merges = train_bpe(path, 300, [END], pattern=pattern, kernels=True)
+    assert merges == merges_from_counts(expected, 300 - 257, kernels=False)
+    tokenizer = Tokenizer(vocab, merges, [END], pattern=pattern, kernels=True)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert ids == list(tokenizer.encode_iterable(text)) == tokenizer.encode_array(text.encode()).tolist()
+    plain = Tokenizer(vocab, merges, [END])
+    assert tokenizer.fingerprint != plain.fingerprint
+    tokenizer.save(tmp_path / "saved")
+    assert Tokenizer.load(tmp_path / "saved").fingerprint == tokenizer.fingerprint
+    plain.save(tmp_path / "saved")
+    assert Tokenizer.load(tmp_path / "saved").fingerprint == plain.fingerprint
+
+
+def test_tiktokens_newer_pattern_gives_tiktokens_ids(gpt2):
+    import tiktoken
+
+    pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    text = SAMPLE.read_bytes().decode() + " It's 12345 o'clock!\n\n  end "
+    ranks = {token: i for i, token in gpt2.vocab.items() if i != 50256}
+    theirs = tiktoken.Encoding("other", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END: 50256})
+    ours = Tokenizer(gpt2.vocab, gpt2.merges, [END], pattern=pattern)
+    assert ours.encode(text) == theirs.encode(text, allowed_special="all")
+
+
+# ---- bad arguments
+
+
+def test_bad_arguments(tmp_path, pair):
+    fast = pair[0]
+    path = write(tmp_path, "text")
+    with pytest.raises(ValueError, match="num_threads=0 must be at least 1"):
+        fast.encode_array("a", num_threads=0)
+    with pytest.raises(ValueError, match="errors='ignore' must be 'strict' or 'replace'"):
+        encode_file(fast, path, tmp_path / "ids.bin", errors="ignore")
+    with pytest.raises(TypeError, match="must be a string, bytes or a uint8 array, got list"):
+        fast.encode_array([1, 2])
+    with pytest.raises(TypeError, match="must be one-dimensional uint8, got int64"):
+        fast.encode_array(np.arange(3))
+    with pytest.raises(TypeError, match="text must be a string, got bytes"):
+        fast.encode(b"bytes")
+    with pytest.raises(ValueError, match=r"pattern '\(' is not in the syntax of the regex package"):
+        Tokenizer({}, [], pattern="(")
+    with pytest.raises(TypeError, match="pattern must be a string"):
+        Tokenizer({}, [], pattern=PATTERN.encode())  # ty: ignore[invalid-argument-type]
+
+
+# ---- starting them
+
+
+def run_python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=REPOSITORY,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_small_texts_start_nothing(tmp_path):
+    path = write(tmp_path, SAMPLE.read_bytes() * 3)
+    code = """if True:
+        import sys
+        from basic.encoding import encode_file
+        from basic.Tokenizer import Tokenizer
+        from basic.train_bpe import train_bpe
+        tokenizer = Tokenizer(*train_bpe(sys.argv[1], 300, ["<|endoftext|>"]), ["<|endoftext|>"])
+        encode_file(tokenizer, sys.argv[1], sys.argv[2])
+        tokenizer.decode(tokenizer.encode_array(open(sys.argv[1], "rb").read()))
+        assert not {"numba", "torch"} & sys.modules.keys()
+    """
+    result = run_python(code, path, tmp_path / "ids.bin")
+    assert result.returncode == 0, result.stderr
+
+
+def test_large_texts_go_to_the_kernels_by_themselves(tmp_path, trained):
+    text = SAMPLE.read_bytes().decode() * (loading.KERNEL_BYTES // SAMPLE.stat().st_size + 1)
+    tokenizer = Tokenizer(*trained, OVERLAPPING)
+    assert tokenizer.encode(text[:5000]) == Tokenizer(*trained, OVERLAPPING, kernels=False).encode(text[:5000])
+    tokenizer.encode_array(text)
+    assert tokenizer._kernel_encoder is not None
+
+
+def test_little_address_space_leaves_the_kernels_alone(tmp_path):
+    """LLVM would end the process: the plain path encodes, or there is a MemoryError, and then all goes on."""
+    pytest.importorskip("resource")
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs /proc to know how much address space is in use")
+    code = """if True:
+        import resource, sys
+        from basic.Tokenizer import Tokenizer
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (int(sys.argv[1]) << 20), resource.RLIM_INFINITY))
+        tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, [])
+        try:
+            print(len(tokenizer.encode("some text " * 500_000)))
+        except MemoryError:
+            print("MemoryError")
+        assert tokenizer.encode("ab") == [97, 98]
+        assert "numba" not in sys.modules
+    """
+    for megabytes, expected in ((1500, "5000000"), (20, "MemoryError")):
+        result = run_python(code, megabytes)
+        assert (result.returncode, result.stdout.strip()) == (0, expected), result.stderr
+
+
+def test_without_a_folder_for_the_cache_they_are_compiled_anyway(monkeypatch, capsys):
+    from basic.bpe.kernels import instructions
+
+    def refuse(*arguments, **options):
+        raise OSError("read-only")
+
+    instructions.cache_folder.cache_clear()
+    monkeypatch.setattr(instructions.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    try:
+        assert instructions.kernel(lambda x: x + 1)(1) == 2
+        assert instructions.cache_folder() is None
+        assert "no folder for compiled kernels is writable (set NUMBA_CACHE_DIR)" in capsys.readouterr().err
+    finally:
+        instructions.cache_folder.cache_clear()
+
+
+def test_an_empty_or_relative_cache_folder_is_none(monkeypatch, tmp_path):
+    from basic.bpe.kernels import instructions
+
+    for home in ("", "relative"):
+        instructions.cache_folder.cache_clear()
+        monkeypatch.setenv("XDG_CACHE_HOME", home)
+        monkeypatch.setattr(instructions, "__file__", str(tmp_path / "none" / "file" / "x.py"))
+        (tmp_path / "none").touch()
+        monkeypatch.setenv("HOME", str(tmp_path))
+        folder = instructions.cache_folder()
+        assert folder is not None
+        assert folder.is_relative_to(tmp_path / ".cache")
+    instructions.cache_folder.cache_clear()
+
+
+def test_loading_says_that_it_compiles(monkeypatch, capsys, tmp_path):
+    from basic.bpe.kernels import instructions
+
+    monkeypatch.setattr(loading, "_loaded", set())
+    monkeypatch.setattr(instructions, "cache_folder", lambda: tmp_path)
+    loading.load("training")
+    assert "compiling the kernels for training, once on this machine (ahead" in capsys.readouterr().err
+    loading._loaded.clear()
+    loading.load("training")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_tokenizer_with_kernels_can_be_pickled(pair):
+    import pickle
+
+    fast = pair[0]
+    assert fast.encode("the same") == pickle.loads(pickle.dumps(fast)).encode("the same")
+
+
+def test_threads_may_share_a_tokenizer(pair):
+    from concurrent.futures import ThreadPoolExecutor
+
+    fast, slow = pair
+    texts = [SAMPLE.read_bytes().decode()[start : start + 3000] for start in range(0, 3000, 100)]
+    with ThreadPoolExecutor(4) as executor:
+        assert list(executor.map(fast.encode, texts)) == list(map(slow.encode, texts))

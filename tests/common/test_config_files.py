@@ -1,0 +1,145 @@
+"""Configurations to TOML and back, and every way in which a file can be wrong."""
+
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from basic.common.config_files import load_config, save_config, to_table
+from basic.model import ModelConfig
+from basic.training.settings import DataConfig, RunConfig, TrainConfig
+
+CONFIGS = Path(__file__).resolve().parents[2] / "local" / "configs"
+MODEL = ModelConfig(vocab_size=100, context_length=16, d_model=32, num_layers=2, num_heads=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    name: str
+    ratio: float = 0.5
+    kind: Literal["a", "b"] = "a"
+
+    def __post_init__(self) -> None:
+        if self.ratio < 0:
+            raise ValueError(f"ratio must be at least 0, got {self.ratio}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    count: int
+    limit: int | None = None
+    on: bool = False
+    inner: Inner = field(default_factory=lambda: Inner(name="none"))
+
+
+def load(tmp_path: Path, text: str | bytes) -> Outer:
+    path = tmp_path / "config.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load_config(path, Outer)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RunConfig(model=MODEL, train=TrainConfig(steps=1)),
+        RunConfig(
+            model=replace(MODEL, norm="post", positions="none", ffn="silu", tied_embeddings=True, d_ff=7),
+            train=TrainConfig(steps=9, eps=1e-12, rows="documents", precision="bfloat16", compile=True),
+            data=DataConfig(train_tokens='C:\\a "b"\t', valid_tokens="ü\n日本", tokenizer="'"),
+        ),
+        Outer(count=-1, limit=4, on=True, inner=Inner(name="", ratio=1e300, kind="b")),
+        Outer(count=1, limit=None),
+    ],
+    ids=["run with defaults", "run with all else", "no None", "None"],
+)
+def test_a_configuration_comes_back_equal(tmp_path, config):
+    save_config(config, tmp_path / "config.toml")
+    assert load_config(tmp_path / "config.toml", type(config)) == config
+
+
+def test_the_file_has_what_was_filled_in_but_no_none(tmp_path):
+    assert to_table(RunConfig(model=MODEL, train=TrainConfig(steps=1)))["model"]["d_ff"] == 64
+    assert to_table(Outer(count=1)) == {"count": 1, "on": False, "inner": {"name": "none", "ratio": 0.5, "kind": "a"}}
+
+
+def test_a_whole_number_is_a_number_too(tmp_path):
+    ratio = load(tmp_path, 'count = 1\n[inner]\nname = "x"\nratio = 2').inner.ratio
+    assert ratio == 2.0
+    assert type(ratio) is float
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cuont = 1", "unknown key 'cuont'; the keys here are count, limit, on, inner"),
+        ("count = 1\n[inner]\nnam = 'x'", "unknown key 'inner.nam'; the keys here are name, ratio, kind"),
+        ("count = 1\n[iner]\nname = 'x'", "unknown key 'iner'; the keys here are count, limit, on, inner"),
+        ("on = true", "the key 'count' is missing, and it has no default"),
+        ("count = 1\n[inner]\nratio = 1.0", "the key 'inner.name' is missing"),
+        ("count = 1.0", "count must be a whole number, got 1.0"),
+        ("count = true", "count must be a whole number, got True"),
+        ("count = '1'", "count must be a whole number, got '1'"),
+        ("count = 1\nlimit = 'none'", "limit must be a whole number, got 'none'"),
+        ("count = 1\non = 1", "on must be true or false, got 1"),
+        ("count = 1\ninner = 1", "inner must be a table with the keys name, ratio, kind, got 1"),
+        ("count = 1\n[inner]\nname = 1", "inner.name must be a text in quotes, got 1"),
+        ("count = 1\n[inner]\nname = 'x'\nratio = '1'", "inner.ratio must be a number, got '1'"),
+        ("count = 1\n[inner]\nname = 'x'\nratio = true", "inner.ratio must be a number, got True"),
+        ("count = 1\n[inner]\nname = 'x'\nkind = 'c'", "inner.kind must be one of 'a', 'b', got 'c'"),
+        ("count = 1\n[inner]\nname = 'x'\nratio = -1", "ratio must be at least 0, got -1"),
+        ("count = \n", "Invalid value (at line 1, column 9)"),
+        (b"count = 1 # \xff", "'utf-8' codec can't decode byte 0xff in position 12"),
+    ],
+)
+def test_a_wrong_file_is_an_error_that_names_file_key_and_what_is_allowed(tmp_path, text, message):
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'config.toml'}: {message}")):
+        load(tmp_path, text)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.toml"):
+        load_config(tmp_path / "nowhere.toml", Outer)
+
+
+def test_saving_replaces_the_file_only_when_it_is_whole(tmp_path):
+    save_config(Outer(count=1), tmp_path / "config.toml")
+    with pytest.raises(TypeError):
+        save_config(Outer(count=object()), tmp_path / "config.toml")  # ty: ignore[invalid-argument-type]
+    assert load_config(tmp_path / "config.toml", Outer) == Outer(count=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "num_tokens"),
+    [
+        ("tinystories", 10_000, 327_680_000),
+        ("tinystories_low_resource", 10_000, 40_960_000),
+        ("openwebtext", 32_000, 327_680_000),
+    ],
+)
+def test_the_handouts_runs_have_its_sizes(name, vocab_size, num_tokens):
+    config = load_config(CONFIGS / f"{name}.toml", RunConfig)
+    assert config.model == ModelConfig(
+        vocab_size=vocab_size,
+        context_length=256,
+        d_model=512,
+        d_ff=1344,
+        num_layers=4,
+        num_heads=16,
+        rope_theta=10_000.0,
+    )
+    assert config.train.steps * config.train.batch_size * config.model.context_length == num_tokens
+    assert all((config.data.train_tokens, config.data.valid_tokens, config.data.tokenizer))
+
+
+def test_the_quickstarts_configuration_loads():
+    config = load_config(CONFIGS / "quickstart.toml", RunConfig)
+    assert (config.model.context_length, config.train.batch_size, config.train.rows) == (128, 16, "documents")
+
+
+def test_all_configurations_are_tested():
+    names = {path.stem for path in CONFIGS.iterdir()}
+    # The small one is tested with the sweeps that it is for.
+    assert names == {"openwebtext", "quickstart", "small", "tinystories", "tinystories_low_resource"}

@@ -1,0 +1,448 @@
+"""Models in the format of transformers, both ways; transformers itself says what is right."""
+
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+from basic.formats import export_llama
+from basic.formats.export_llama import export_hf
+from basic.formats.import_model import import_hf, import_pt, load_hf
+from basic.formats.llama_names import model_config
+from basic.generation.sampling import generate
+from basic.generation.text import complete
+from basic.model import ModelConfig, TransformerLM
+from basic.Tokenizer import Tokenizer
+from basic.train_bpe import train_bpe
+from basic.training.run_folder import load_run
+from basic.training.settings import DataConfig, RunConfig, TrainConfig
+from tests.conftest import SHARED_DATA, shared_data
+
+logging.disable_progress_bar()
+
+END, OTHER = "<|endoftext|>", "<|endoftext|><|end|>"
+CONTEXT = 16
+SIZES: dict[str, Any] = {"context_length": CONTEXT, "d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 24}
+UNLIKE: dict[str, Any] = {"num_kv_heads": 2, "tied_embeddings": True, "rope_theta": 5e5, "norm_eps": 1e-2}
+every_kind = pytest.mark.parametrize(
+    "changes", [{}, UNLIKE, {"num_kv_heads": 1}], ids=["usual", "unlike", "one for all"]
+)
+
+
+def random_model(changes: dict[str, Any], vocab_size: int = 50) -> TransformerLM:
+    """A model with weights large enough for every part of it to matter."""
+    torch.manual_seed(0)
+    model = TransformerLM(ModelConfig(vocab_size=vocab_size, **SIZES, **changes)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=0.5 if parameter.ndim == 1 else 0.0, std=0.3)
+    return model
+
+
+def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """Whether two state dicts agree in every bit, and in dtypes."""
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
+@torch.no_grad()
+def assert_same_behaviour(ours: TransformerLM, theirs: Any) -> None:
+    ids = torch.randint(ours.config.vocab_size, (3, CONTEXT))
+    logits = theirs(ids).logits
+    assert logits.std() > 0.5  # else anything would be close
+    assert (ours(ids) - logits).abs().max() < 1e-4
+    prompt, count = ids[:1, :4], CONTEXT - 4
+    settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, **settings)
+    assert generate(ours, prompt.tolist(), count, temperature=0.0) == expected[:, 4:].tolist()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    """The longer special token begins with the shorter; the shorter has the id 0."""
+    path = tmp_path_factory.mktemp("bpe") / "text.txt"
+    path.write_text("the cat sees the dog. the dog sees a café, 12 cats and nobody's hat.\n\n" * 5)
+    vocab, merges = train_bpe(path, 300, [END, OTHER])
+    return Tokenizer(vocab, merges, [END, OTHER])
+
+
+def export_by_hand(folder: Path, model: TransformerLM, changes: dict[str, Any] | None = None) -> dict[str, Tensor]:
+    """Export, then change fields of config.json (None removes one); returns the weights, for more changes."""
+    export_hf(model, folder)
+    fields = json.loads((folder / "config.json").read_text()) | (changes or {})
+    (folder / "config.json").write_text(json.dumps(fields))
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+# --- Theirs to ours -------------------------------------------------------------------------------------------
+
+
+@every_kind
+@pytest.mark.parametrize("max_shard_size", ["1GB", "10KB"])
+def test_a_llama_of_transformers_loads(changes, max_shard_size, tmp_path):
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=50, **SIZES, **changes)
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50,
+            max_position_embeddings=CONTEXT,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=config.num_kv_heads,
+            intermediate_size=24,
+            rms_norm_eps=config.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=config.tied_embeddings,
+            initializer_range=0.3,
+        )
+    ).eval()
+    theirs.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert (tmp_path / "model.safetensors").exists() == (max_shard_size == "1GB")
+    ours = load_hf(tmp_path)
+    assert ours.config == config
+    assert ours.num_parameters == theirs.num_parameters()
+    assert_same_behaviour(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precisions_are_widened_exactly(dtype, tmp_path):
+    model = random_model({}).to(dtype)
+    export_hf(model, tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    assert same_weights(load_hf(tmp_path / "hf"), model.float())
+
+
+def test_old_configurations_and_a_shorter_context(tmp_path):
+    model = random_model({"rope_theta": 777.0})
+    weights = export_by_hand(tmp_path / "hf", model)
+    path = tmp_path / "hf" / "config.json"
+    fields = json.loads(path.read_text())
+    for name in ("rope_parameters", "head_dim", "num_key_value_heads", "tie_word_embeddings", "dtype", "mlp_bias"):
+        del fields[name]
+    fields |= {"partial_rotary_factor": None, "sliding_window": None, "is_llama_config": True}
+    path.write_text(
+        json.dumps({**fields, "torch_dtype": "float32", "pretraining_tp": 1, "transformers_version": "4.28"})
+    )
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    safetensors.torch.save_file(weights, tmp_path / "hf" / "model.safetensors")
+    loaded = load_hf(tmp_path / "hf")
+    assert loaded.config == model.config
+    assert same_weights(loaded, model)
+
+    short = load_hf(tmp_path / "hf", context_length=5)
+    assert short.config == dataclasses.replace(model.config, context_length=5)
+    assert torch.equal(short(torch.tensor([[1, 2, 3]])), model(torch.tensor([[1, 2, 3]])))
+    with pytest.raises(ValueError, match="context_length must be 1 to 16 for this model, got 17"):
+        load_hf(tmp_path / "hf", context_length=17)
+
+
+# --- Ours to theirs, and back ---------------------------------------------------------------------------------
+
+
+@every_kind
+def test_an_exported_model_opens_in_transformers_and_comes_back_bit_for_bit(changes, tokenizer, tmp_path):
+    ours = random_model(changes, tokenizer.vocab_size + 3)
+    export_hf(ours, tmp_path / "hf", tokenizer)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    theirs, report = loaded
+    assert not any(report.values())  # no tensor missing, left over or of another shape
+    assert isinstance(theirs, LlamaForCausalLM)
+    assert theirs.get_input_embeddings().padding_idx is None  # that id would not be trained any more
+    assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == tokenizer.special_token_ids[END] == 0
+    assert_same_behaviour(ours, theirs)
+
+    back = load_hf(tmp_path / "hf")
+    assert back.config == ours.config
+    assert same_weights(back, ours)
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert same_weights(load_hf(tmp_path / "theirs"), ours)
+
+
+def strings() -> list[str]:
+    """The beginning of every text of the shared data, and the strings that break programs."""
+    shared_data("naughty_strings.json")
+    texts = [path.read_bytes()[:20_000] for path in sorted(SHARED_DATA.glob("*")) if path.suffix != ".json"]
+    naughty = json.loads((SHARED_DATA / "naughty_strings.json").read_text())
+    return [text.decode(errors="replace") for text in texts] + naughty
+
+
+def test_an_exported_tokenizer_gives_our_ids(tokenizer, tmp_path):
+    export_hf(random_model({}, tokenizer.vocab_size), tmp_path / "hf", tokenizer)
+    theirs: Any = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (
+        json.loads((tmp_path / "hf/tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    )
+    assert (theirs.eos_token, theirs.eos_token_id, theirs.model_max_length) == (END, 0, CONTEXT)
+    specials = f"{END}{OTHER}{END} {OTHER}<|end|>{END}\n"
+    for text in ["", "the cat", specials, f"{specials}the dog's  café{specials}"]:
+        ids = tokenizer.encode(text)
+        assert theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids) == text
+
+
+def test_an_exported_tokenizer_gives_our_ids_on_real_and_on_naughty_text(tokenizer, tmp_path):
+    texts = strings()
+    assert len(texts) > 500
+    export_hf(random_model({}, tokenizer.vocab_size), tmp_path / "hf", tokenizer)
+    theirs: Any = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text, ids in zip(texts, theirs(texts)["input_ids"], strict=True):
+        assert ids == tokenizer.encode(text)
+    with_specials = [OTHER.join(texts[i : i + 50]) for i in range(0, len(texts), 50)]
+    assert theirs(with_specials)["input_ids"] == list(map(tokenizer.encode, with_specials))
+
+
+def test_an_export_is_there_whole_or_not_at_all(tokenizer, tmp_path, monkeypatch):
+    model = random_model({}, tokenizer.vocab_size)
+
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export_llama, "save_tokenizer_json", fail)
+        with pytest.raises(OSError, match="No space"):
+            export_hf(model, tmp_path / "hf", tokenizer)
+    assert list(tmp_path.iterdir()) == []
+    export_hf(model, tmp_path / "hf", tokenizer)
+    assert list(tmp_path.iterdir()) == [tmp_path / "hf"]
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "hf").iterdir()}
+    assert len(modes) == 5
+    assert len(set(modes.values())) == 1  # also the weights may be read by whom the rest may
+    with pytest.raises(FileExistsError, match="is there already; choose another name"):
+        export_hf(model, tmp_path / "hf", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"norm": "post"}, "norm='post'"),
+        ({"norm": "none", "ffn": "silu"}, "norm='none' and ffn='silu'"),
+        ({"positions": "none"}, "positions='none'"),
+    ],
+)
+def test_models_that_are_no_llama_say_why(changes, named, tmp_path):
+    with pytest.raises(ValueError, match=f"cannot express {named}; only models with norm='pre'"):
+        export_hf(random_model(changes), tmp_path / "hf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tokenizer, tmp_path):
+    size = tokenizer.vocab_size
+    message = f"the tokenizer's {size} ids do not fit into the model's vocab_size={size - 1}"
+    with pytest.raises(ValueError, match=message):
+        export_hf(random_model({}, size - 1), tmp_path / "hf", tokenizer)
+    assert list(tmp_path.iterdir()) == []
+    export_hf(random_model({}, size), tmp_path / "hf", tokenizer)
+    export_hf(random_model({}, size - 1), tmp_path / "small")
+    shutil.copy(tmp_path / "hf" / "tokenizer.json", tmp_path / "small")
+    with pytest.raises(ValueError, match=message):
+        import_hf(tmp_path / "small", tmp_path / "run")
+    (tmp_path / "small" / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json; import the model without a tokenizer"):
+        import_hf(tmp_path / "small", tmp_path / "run")
+    import_hf(tmp_path / "small", tmp_path / "run", with_tokenizer=False)
+    assert load_run(tmp_path / "run", device="cpu").tokenizer_path is None
+
+
+# --- What we do not have --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model_type", "mistral", "model_type is 'mistral'; only 'llama' can be read"),
+        ("model_type", None, "model_type is None"),
+        ("hidden_act", "gelu", "hidden_act is 'gelu'; only 'silu'"),
+        ("attention_bias", True, "attention_bias is True"),
+        ("mlp_bias", True, "mlp_bias is True"),
+        ("sliding_window", 4096, "sliding_window is 4096"),
+        ("quantization_config", {"bits": 4}, r"quantization_config is \{'bits': 4\}"),
+        ("partial_rotary_factor", 0.5, "partial_rotary_factor is 0.5"),
+        ("head_dim", 16, "head_dim is 16; only hidden_size / num_attention_heads = 8"),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}, "rope_scaling is .*'linear'.*; only the default type"),
+        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}, "rope_scaling is .*'llama3'"),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}, "rope_parameters is .*'yarn'"),
+        ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}, "rope_parameters is .*0.5"),
+        ("rope_parameters", "default", "rope_parameters is 'default'"),
+        ("hidden_size", "32", r"d_model must be a whole number, got '32' \(.*hidden_size is our d_model"),
+        ("hidden_size", 30, r"d_model=30 must be divisible by num_heads=4"),
+        ("num_key_value_heads", 3, "num_kv_heads=3 must be at least 1 and divide num_heads=4"),
+        ("tie_word_embeddings", 1, "tied_embeddings must be true or false, got 1"),
+    ],
+)
+def test_a_field_that_we_cannot_follow_is_named(name, value, message, tmp_path):
+    export_by_hand(tmp_path / "hf", random_model({}), {name: value})
+    with pytest.raises(ValueError, match=r"config\.json: " + message):
+        load_hf(tmp_path / "hf")
+
+
+def test_missing_fields_and_damaged_configurations(tmp_path):
+    with pytest.raises(ValueError, match="the field 'hidden_size' is missing"):
+        model_config({"model_type": "llama", "vocab_size": 3, "max_position_embeddings": 3})
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        load_hf(tmp_path)
+    for content, message in (("{", "is not JSON"), ("[]", "must hold a JSON object, got list")):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load_hf(tmp_path)
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda w: {**w, f"{Q}.bias": torch.ones(32)},
+            f"has '{Q}.bias', of shape .32,., which this model has no place",
+        ),
+        (lambda w: {**w, "score.weight": torch.ones(2, 32)}, "has 'score.weight'"),
+        (lambda w: w.pop("model.norm.weight") is None or w, "there is no 'model.norm.weight' among the weights"),
+        (lambda w: {**w, f"{Q}.weight": torch.ones(16, 32)}, r"of shape \(16, 32\); this model takes \(32, 32\)"),
+        (lambda w: {**w, f"{Q}.weight": torch.ones(32, 32).to(torch.int8)}, f"'{Q}.weight' as torch.int8"),
+        (lambda w: {**w, f"{Q}.weight": torch.ones(32, 32).double()}, f"'{Q}.weight' as torch.float64"),
+    ],
+    ids=["bias", "another head", "missing", "shape", "int8", "float64"],
+)
+def test_weights_that_do_not_fit_are_named(change, message, tmp_path):
+    weights = export_by_hand(tmp_path / "hf", random_model({}))
+    safetensors.torch.save_file(change(weights), tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load_hf(tmp_path / "hf")
+
+
+def test_a_second_output_matrix_of_a_tied_model_must_be_the_first(tmp_path):
+    model = random_model(UNLIKE)
+    weights = export_by_hand(tmp_path / "hf", model)
+    assert "lm_head.weight" not in weights
+    for change in (0.0, 1e-6):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + change
+        safetensors.torch.save_file(weights, tmp_path / "hf" / "model.safetensors")
+        if change == 0:
+            assert same_weights(load_hf(tmp_path / "hf"), model)
+    with pytest.raises(ValueError, match=r"tied by the configuration, but differ from lm_head\.weight"):
+        load_hf(tmp_path / "hf")
+
+
+def test_damaged_and_missing_files_are_named(tmp_path):
+    hf, model = tmp_path / "hf", random_model({})
+    weights = export_by_hand(hf, model)
+    whole = (hf / "model.safetensors").read_bytes()
+    (hf / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
+        load_hf(hf)
+    (hf / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json$"):
+        load_hf(hf)
+    index = hf / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "part.safetensors")}))
+    with pytest.raises(FileNotFoundError, match=r"no .*part\.safetensors, which the index names"):
+        load_hf(hf)
+    (hf / "part.safetensors").write_bytes(whole)
+    assert same_weights(load_hf(hf), model)
+    index.write_text(json.dumps({"weight_map": {name: f"{i % 2}.safetensors" for i, name in enumerate(weights)}}))
+    for part in ("0.safetensors", "1.safetensors"):
+        (hf / part).write_bytes(whole)
+    with pytest.raises(ValueError, match=r"1\.safetensors has '.*', of shape .*, a second time"):
+        load_hf(hf)
+    (tmp_path / "outside.safetensors").write_bytes(whole)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "../outside.safetensors")}))
+    with pytest.raises(ValueError, match=r"names '\.\./outside\.safetensors', which is not a file beside it"):
+        load_hf(hf)
+
+
+# --- Runs -----------------------------------------------------------------------------------------------------
+
+
+def test_an_imported_model_is_a_run(tokenizer, tmp_path):
+    model = random_model({"num_kv_heads": 2}, tokenizer.vocab_size)
+    export_hf(model, tmp_path / "hf", tokenizer, end_of_text=OTHER)
+    import_hf(tmp_path / "hf", tmp_path / "run")
+    run = load_run(tmp_path / "run", device="cpu")
+    assert (run.step, run.config.model, run.config.train.end_of_text) == (0, model.config, OTHER)
+    assert same_weights(run.model, model)
+    assert run.tokenizer_path is not None
+    loaded = Tokenizer.load(run.tokenizer_path)
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert complete(run.model, loaded, ["the"], 5, seed=1) == complete(model, tokenizer, ["the"], 5, seed=1)
+    with pytest.raises(FileExistsError):
+        import_hf(tmp_path / "hf", tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
+
+
+def test_without_a_special_token_that_ends_texts_the_usual_one_is_assumed(tokenizer, tmp_path):
+    plain = Tokenizer(tokenizer.vocab, tokenizer.merges)
+    export_hf(random_model({}, 300), tmp_path / "hf", plain)
+    import_hf(tmp_path / "hf", tmp_path / "run")
+    assert load_run(tmp_path / "run", device="cpu").config.train.end_of_text == END
+
+
+# --- Pickles --------------------------------------------------------------------------------------------------
+
+
+class Bomb:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_is_read_only_on_demand_and_never_runs_code(tmp_path):
+    hf, model = tmp_path / "hf", random_model({})
+    weights = export_by_hand(hf, model)
+    (hf / "model.safetensors").unlink()
+    torch.save(weights, hf / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"it has weights as a pickle .* only when unpickle is asked for"):
+        load_hf(hf)
+    assert same_weights(load_hf(hf, unpickle=True), model)
+
+    torch.save({**weights, "bomb": Bomb(tmp_path / "crater")}, hf / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged, or holds more than tensors"):
+        load_hf(hf, unpickle=True)
+    (hf / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "crater"), protocol=2))
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        load_hf(hf, unpickle=True)
+    assert not (tmp_path / "crater").exists()
+    torch.save([1, 2], hf / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="must hold a dictionary from names to tensors"):
+        load_hf(hf, unpickle=True)
+
+
+@pytest.mark.parametrize("wrapped", ["alone", "part of a checkpoint", "compiled"])
+def test_a_state_dict_of_our_names_becomes_a_run(wrapped, tokenizer, tmp_path):
+    model = random_model({"norm": "post", "tied_embeddings": True}, 300)
+    state: dict[str, Any] = dict(model.state_dict())
+    if wrapped == "compiled":
+        state = {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
+    content = {"iteration": 7, "optimizer": {"state": {}}, "model": state} if wrapped != "alone" else state
+    torch.save(content, tmp_path / "model.pt")
+    tokenizer.save(tmp_path / "tokenizer")
+    data = DataConfig(tokenizer=str(tmp_path / "tokenizer"))
+    config = RunConfig(model=model.config, train=TrainConfig(steps=9), data=data)
+    import_pt(tmp_path / "model.pt", tmp_path / "run", config)
+    run = load_run(tmp_path / "run", device="cpu")
+    assert run.config == config
+    assert same_weights(run.model, model)
+    assert run.tokenizer_path is not None
+
+    other = dataclasses.replace(config, model=dataclasses.replace(model.config, num_layers=1))
+    with pytest.raises(ValueError, match=r"'layers\.1\.ln1\.weight', of shape .*, which this model has no place for"):
+        import_pt(tmp_path / "model.pt", tmp_path / "other", other)
+    torch.save({"weights": [1, 2]}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"holds no state dict with a token_embeddings\.weight"):
+        import_pt(tmp_path / "model.pt", tmp_path / "other", config)
+    assert not (tmp_path / "other").exists()

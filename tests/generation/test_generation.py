@@ -1,0 +1,409 @@
+"""Generation against loops and distributions written out by hand."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from basic.generation import sampling
+from basic.generation.sampling import generate, next_token_probabilities
+from basic.generation.text import complete, stream
+from basic.model import KVCache, ModelConfig, TransformerLM
+
+VOCAB, CONTEXT = 23, 12
+PROMPTS = [[3], [1, 4, 1, 5, 9], [2, 6, 5], list(range(17))]  # the last one is longer than the context
+
+
+@pytest.fixture(scope="module", params=["rope", "none"])
+def model(request) -> TransformerLM:
+    torch.manual_seed(5)
+    config = ModelConfig(
+        vocab_size=VOCAB, context_length=CONTEXT, d_model=16, num_layers=2, num_heads=2, positions=request.param
+    )
+    model = TransformerLM(config).eval()
+    # Larger embeddings and heads than at the start of training: the likeliest ids then change from step to step.
+    torch.nn.init.normal_(model.lm_head.weight, std=1.0)
+    return model
+
+
+def probabilities_by_hand(logits, temperature=1.0, top_k=None, top_p=None) -> np.ndarray:
+    """One row of logits, one id after the other, in float64."""
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])
+    if top_k is not None:
+        order = order[:top_k]
+    weights = {i: math.exp((logits[i] - logits[order[0]]) / temperature) for i in order}
+    total = sum(weights.values())
+    kept, mass = [], 0.0
+    for i in order:
+        kept.append(i)
+        mass += weights[i] / total
+        if top_p is not None and mass >= top_p:
+            break
+    result = np.zeros(len(logits))
+    for i in kept:
+        result[i] = weights[i] / sum(weights[j] for j in kept)
+    return result
+
+
+@torch.no_grad()
+def continue_by_hand(model, prompt, count, choose) -> list[int]:
+    """A full forward pass over the last tokens for each new one."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(choose(model(torch.tensor([ids[-CONTEXT:]]))[0, -1]))
+    return ids[len(prompt) :]
+
+
+# --- Which ids come out ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("prompt", PROMPTS, ids=len)
+def test_greedy_is_the_argmax_of_full_forward_passes_also_beyond_the_context(model, prompt, use_cache):
+    expected = continue_by_hand(model, prompt, 2 * CONTEXT, lambda logits: int(logits.argmax()))
+    assert len(set(expected)) > 2  # else anything could produce it
+    assert generate(model, [prompt], 2 * CONTEXT, temperature=0.0, use_cache=use_cache) == [expected]
+
+
+def test_ragged_prompts_side_by_side_give_what_each_gives_alone(model):
+    alone = [generate(model, [prompt], 20, temperature=0.0)[0] for prompt in PROMPTS]
+    assert generate(model, PROMPTS, 20, temperature=0.0) == alone
+    assert generate(model, PROMPTS, 20, temperature=0.0, use_cache=False) == alone
+
+
+def test_shared_keys_and_values_are_cached_as_they_are():
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": VOCAB, "context_length": CONTEXT, "d_model": 16, "num_layers": 2}
+    model = TransformerLM(ModelConfig(**sizes, num_heads=4, num_kv_heads=2)).eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=1.0)
+    assert KVCache(model.config, 3).keys.shape == (2, 3, 2, CONTEXT, 4)
+    expected = [continue_by_hand(model, prompt, CONTEXT, lambda logits: int(logits.argmax())) for prompt in PROMPTS]
+    assert len({token for ids in expected for token in ids}) > 4  # else anything could produce them
+    assert generate(model, PROMPTS, CONTEXT, temperature=0.0) == expected
+
+
+def test_draws_are_the_same_with_and_without_cache(model):
+    settings: dict[str, Any] = {"temperature": 0.9, "top_k": 15, "top_p": 0.95, "seed": 3}
+    with_cache = generate(model, PROMPTS, 20, **settings)
+    assert with_cache == generate(model, PROMPTS, 20, use_cache=False, **settings)
+    assert [len(ids) for ids in with_cache] == [20] * len(PROMPTS)
+
+
+def test_a_row_ends_before_its_end_id_and_the_others_go_on(model):
+    free = generate(model, PROMPTS, 20, temperature=0.0)
+    for end_id in {1, 9, *(ids[5] for ids in free)}:  # ids inside the prompts too, which end nothing
+        expected = [ids[: ids.index(end_id)] if end_id in ids else ids for ids in free]
+        assert generate(model, PROMPTS, 20, temperature=0.0, end_id=end_id) == expected
+        assert generate(model, PROMPTS[1:2], 20, temperature=0.0, end_id=end_id) == expected[1:2]
+
+
+class PlainDecoder:
+    """What `Decoder` promises, with full forward passes: some greedy steps without a look between."""
+
+    def __init__(self, model, cache, prompt_lengths, vocab_size):
+        self.model, self.cache, self.prompt_lengths, self.vocab_size = model, cache, prompt_lengths, vocab_size
+        self.tokens = torch.zeros(len(prompt_lengths), CONTEXT + 1, dtype=torch.int64)
+
+    def start(self, tokens):
+        length = min(tokens.shape[1], CONTEXT + 1)
+        self.tokens[:, :length] = tokens[:, :length]
+
+    def step(self):
+        self.cache.advance(1)
+        length = self.cache.length
+        self.logits = self.model(self.tokens[:, :length])[:, -1]
+        likeliest = self.logits[:, : self.vocab_size].argmax(-1)
+        self.tokens[:, length] = torch.where(length < self.prompt_lengths, self.tokens[:, length], likeliest)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 32])
+def test_steps_that_are_not_looked_at_one_by_one_give_the_same_ids(model, monkeypatch, steps):
+    prompts = [[3], [1, 4, 1], [2, 6, 5, 3, 5]]
+    free = generate(model, prompts, 20, temperature=0.0)
+    ends = (None, free[0][1], free[1][4], free[2][7])
+    expected = [generate(model, prompts, 20, temperature=0.0, end_id=end_id, vocab_size=19) for end_id in ends]
+    monkeypatch.setattr(sampling, "_decoder", PlainDecoder)
+    monkeypatch.setattr(sampling, "_STEPS_BETWEEN_LOOKS", steps)
+    for end_id, ids in zip(ends, expected, strict=True):
+        assert generate(model, prompts, 20, temperature=0.0, end_id=end_id, vocab_size=19) == ids
+    drawn = generate(model, prompts, 20, seed=3)
+    monkeypatch.undo()
+    assert generate(model, prompts, 20, seed=3) == drawn
+
+
+def test_the_model_sees_each_token_once_and_none_when_all_rows_have_ended(model, monkeypatch):
+    free = generate(model, [[3, 1, 2]], 8, temperature=0.0)[0]
+    seen = []
+    monkeypatch.setattr(
+        model, "forward", lambda ids, *args, old=model.forward: seen.append(ids.shape[1]) or old(ids, *args)
+    )
+    generate(model, [[3, 1, 2]], 8, temperature=0.0, end_id=free[2])
+    assert seen == [3] + [1] * free.index(free[2])
+
+
+def test_seed_repeats_the_draws_and_none_draws_afresh(model):
+    def draw(seed):
+        return generate(model, [[1], [1]], 16, seed=seed)
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    assert draw(None) != draw(None)
+    assert draw(1)[0] != draw(1)[1]
+
+
+def test_the_global_random_state_is_neither_used_nor_touched(model):
+    torch.manual_seed(0)
+    before, first = torch.get_rng_state(), generate(model, [[1]], 10, seed=1)
+    generate(model, [[1]], 10)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert generate(model, [[1]], 10, seed=1) == first
+
+
+def test_no_prompts_or_no_new_tokens(model):
+    assert generate(model, [], 5) == []
+    assert generate(model, PROMPTS, 0) == [[] for _ in PROMPTS]
+
+
+def test_drawn_ids_are_as_frequent_as_probable(model):
+    prompt, rows = [1, 4, 1, 5, 9], 10_000
+    logits = model(torch.tensor([prompt]))[0, -1]
+    settings: dict[str, Any] = {"temperature": 1.5, "top_k": 12, "top_p": 0.9}
+    p = probabilities_by_hand(logits.tolist(), **settings)
+    drawn = generate(model, [prompt] * rows, 1, seed=0, **settings)
+    counts = np.bincount(np.ravel(drawn), minlength=VOCAB)
+    assert (p > 0).sum() > 4
+    assert (counts[p == 0] == 0).all()
+    # Hoeffding: a share is off by more than t with probability 2 exp(-2 rows t^2); t so that all 23 together are
+    # off with less than one in a million.
+    t = math.sqrt(math.log(2 * VOCAB / 1e-6) / (2 * rows))
+    np.testing.assert_allclose(counts / rows, p, atol=t)
+
+
+# --- The distribution -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("top_k", [None, 1, 5, 23, 100])
+@pytest.mark.parametrize("top_p", [None, 0.01, 0.5, 0.9, 0.999])
+def test_distribution_against_the_one_by_hand(temperature, top_k, top_p):
+    logits = 3 * torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(1))
+    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    expected = np.stack([probabilities_by_hand(row.tolist(), **settings) for row in logits])
+    actual = next_token_probabilities(logits, **settings).numpy()
+    np.testing.assert_array_equal(actual > 0, expected > 0)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "size"), [(1e-50, 1), (0.1, 1), (0.25, 1), (0.2501, 2), (0.5, 2), (0.75, 3), (0.76, 4)]
+)
+def test_top_p_takes_the_smallest_set_that_reaches_it_and_of_equals_the_first(top_p, size):
+    logits = torch.tensor([-90.0, 1.0, 1.0, 1.0, 1.0])  # a quarter each, exact in binary
+    expected = [0.0] + [1 / size] * size + [0.0] * (4 - size)
+    assert next_token_probabilities(logits, top_p=top_p).tolist() == pytest.approx(expected)
+
+
+def test_top_p_takes_the_first_of_many_equals():
+    kept = next_token_probabilities(torch.zeros(4096), top_p=0.25) > 0
+    assert kept.nonzero().flatten().tolist() == list(range(1024))
+
+
+def test_top_k_keeps_k_ids_of_equal_ones_too():
+    logits = torch.tensor([[0.0, 2.0, 2.0, 2.0, 1.0], [1.0, 1.0, 1.0, 1.0, 1.0]])
+    probabilities = next_token_probabilities(logits, top_k=2)
+    assert (probabilities > 0).sum(-1).tolist() == [2, 2]
+    assert probabilities[probabilities > 0].tolist() == [0.5] * 4
+    assert probabilities[0, [0, 4]].tolist() == [0.0, 0.0]
+
+
+def test_top_k_comes_before_top_p():
+    logits = torch.tensor([4.0, 3.0, 2.0, 1.0]).log()  # 0.4, 0.3, 0.2, 0.1; of the first two alone 4/7, 3/7
+    assert next_token_probabilities(logits, top_k=2, top_p=0.5).tolist() == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_top_p_of_one_leaves_nothing_out():
+    logits = 4 * torch.randn(4, 50_000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(next_token_probabilities(logits, top_p=1.0), next_token_probabilities(logits))
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-39, 1e-50, 1e-300])
+def test_a_temperature_near_zero_becomes_certain_and_shares_between_equals(temperature):
+    logits = torch.tensor([[1.0, 500.0, -1000.0, 499.0], [3.0, 3.0, 0.0, -3.0]])
+    assert next_token_probabilities(logits, temperature=temperature).tolist() == [[0, 1, 0, 0], [0.5, 0.5, 0, 0]]
+
+
+def test_temperature_zero_takes_the_first_of_the_likeliest_and_a_large_one_any_id():
+    logits = torch.tensor([1.0, 3.0, 3.0, -20.0])
+    assert next_token_probabilities(logits, temperature=0).tolist() == [0, 1, 0, 0]
+    assert next_token_probabilities(logits, temperature=1e9).tolist() == pytest.approx([0.25] * 4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wide"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)]
+)
+def test_probabilities_are_computed_in_at_least_float32(dtype, wide):
+    logits = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    probabilities = next_token_probabilities(logits, top_p=0.9)
+    assert probabilities.dtype == wide
+    assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
+
+
+# --- Errors ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
+        ({"temperature": -0.1}, "temperature must be a number >= 0.*got -0.1"),
+        ({"temperature": math.nan}, "temperature must be .*got nan"),
+        ({"temperature": math.inf}, "temperature must be .*got inf"),
+        ({"top_k": 0}, "top_k must be at least 1.*got 0"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1.*got 0.0"),
+        ({"top_p": 1.1}, "top_p must be .*got 1.1"),
+        ({"top_p": math.nan}, "top_p must be .*got nan"),
+    ],
+)
+def test_settings_out_of_range_are_named(model, settings, message):
+    arguments: dict[str, Any] = {"max_new_tokens": 3, **settings}
+    with pytest.raises(ValueError, match=message):
+        generate(model, [[1]], **arguments)
+
+
+def test_empty_prompt_is_named_by_its_row(model):
+    with pytest.raises(ValueError, match="prompt 1 holds no token"):
+        generate(model, [[1], []], 3)
+
+
+# --- Text -----------------------------------------------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer of the letters a to v and one special token; the rest encodes to nothing."""
+
+    def __init__(self, special_token_ids: dict[str, int], vocab_size: int = VOCAB) -> None:
+        self.special_token_ids = special_token_ids
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        if text in self.special_token_ids:
+            return [self.special_token_ids[text]]
+        return [ord(letter) - ord("a") for letter in text if "a" <= letter <= "v"]
+
+    def decode(self, ids) -> str:
+        return "".join(chr(ord("a") + i) if i < 22 else "#" for i in ids)
+
+
+def test_complete_returns_the_continuations_up_to_the_end_of_text(model):
+    ids = generate(model, [[0, 1], [22]], 15, temperature=0.0)
+    end = next(i for i in ids[0][1:] if i != ids[0][0])
+    letters = Letters({"<|endoftext|>": 22, "<stop>": end})
+    texts = [letters.decode(row) for row in ids]
+    cut = [letters.decode(row[: row.index(end)] if end in row else row) for row in ids]
+    prompts = ["ab", "<|endoftext|>"]
+
+    assert cut != texts
+    assert complete(model, letters, prompts, 15, temperature=0.0, end_of_text="<stop>") == cut
+    assert complete(model, Letters({}), ["ab"], 15, temperature=0.0) == texts[:1]  # nothing ends early
+    settings: dict[str, Any] = {"temperature": 1.3, "top_k": 9, "top_p": 0.8, "seed": 4}
+    drawn = generate(model, [[0, 1], [22]], 15, end_id=22, **settings)
+    assert complete(model, letters, prompts, 15, **settings) == [letters.decode(row) for row in drawn]
+
+
+def test_ids_that_the_tokenizer_does_not_know_are_never_drawn(model):
+    assert max(generate(model, [[0]], 40, seed=1)[0]) >= 5
+    assert max(generate(model, [[0]], 40, seed=1, vocab_size=5)[0]) == 4
+    (text,) = complete(model, Letters({}, vocab_size=5), ["a"], 40, seed=1)
+    assert set(text) <= set("abcde")
+
+
+def test_complete_names_a_prompt_that_encodes_to_nothing(model):
+    with pytest.raises(ValueError, match=r"prompt '\?!' encodes to no token.*<\|endoftext\|>"):
+        complete(model, Letters({"<|endoftext|>": 22}), ["a", "?!"], 5)
+
+
+def test_complete_does_not_take_a_text_for_a_list_of_letters(model):
+    with pytest.raises(TypeError, match=r"list of texts.*\['abc'\]"):
+        complete(model, Letters({}), "abc", 5)
+
+
+# --- Streams --------------------------------------------------------------------------------------------------
+
+
+class Fragments:
+    """A tokenizer whose ids are letters and pieces of characters of two, three and four bytes, and of none."""
+
+    letters = (b"a", b"b", b" ", b"\xc3", b"\xa9", b"\xe2\x82", b"\xac", b"\xf0\x9f", b"\x98", b"\x80", b"\xff", b"")
+    words = ("né".encode(), "€".encode(), "😀".encode(), b"\x98\x80c", b"\xa9\xf0", b"", b".", b"\n", b"\xe2", b"\x82")
+    pieces = (*letters, *words, b"<|endoftext|>")
+
+    def __init__(self) -> None:
+        self.vocab_size = VOCAB
+        self.special_token_ids = {"<|endoftext|>": 22}
+
+    def encode(self, text: str) -> list[int]:
+        return [22] if text == "<|endoftext|>" else [self.pieces.index(letter.encode()) for letter in text]
+
+    def decode_bytes(self, ids) -> bytes:
+        return b"".join(self.pieces[i] for i in ids)
+
+    def decode(self, ids) -> str:
+        return self.decode_bytes(ids).decode(errors="replace")
+
+
+def script(monkeypatch, model, ids: list[int], prompt_length: int) -> None:
+    """Let the model find exactly these ids likely, one after the other."""
+
+    def forward(token_ids, cache):
+        logits = torch.full((*token_ids.shape, VOCAB), -1e9)
+        logits[:, -1, ids[cache.length + token_ids.shape[1] - prompt_length]] = 0.0
+        return logits
+
+    monkeypatch.setattr(model, "forward", forward)
+
+
+@pytest.mark.parametrize(("max_new_tokens", "seed"), [(0, 0), (1, 1), (7, 2), (30, 3), (30, 4), (30, 5)])
+def test_a_stream_joined_is_the_completion(model, seed, max_new_tokens):
+    settings: dict[str, Any] = {"temperature": 2.0, "top_k": 20, "top_p": 0.98, "seed": seed}
+    pieces = list(stream(model, Fragments(), "ab", max_new_tokens, **settings))
+    assert all(pieces)
+    assert ["".join(pieces)] == complete(model, Fragments(), ["ab"], max_new_tokens, **settings)
+
+
+@pytest.mark.parametrize(
+    ("ids", "pieces"),
+    [
+        ([0, 1, 11, 2, 22, 0], ["a", "b", " "]),  # as it comes, nothing of an empty token, and up to the end of text
+        ([0, 3, 4, 1, 22], ["a", "é", "b"]),
+        ([5, 6, 7, 8, 9, 22], ["€", "😀"]),
+        ([7, 15, 12, 16, 8, 2, 22], ["😀c", "né", "\ufffd", "\ufffd "]),  # a9 stands alone; f0 98 is no character
+        ([0, 10, 3, 0, 22], ["a", "\ufffd", "\ufffda"]),
+        ([0, 7, 8, 22], ["a", "\ufffd"]),  # begun and never ended
+        ([0, 5], ["a", "\ufffd"]),
+    ],
+)
+def test_a_character_in_several_tokens_comes_whole_and_as_soon_as_it_is(model, monkeypatch, ids, pieces):
+    script(monkeypatch, model, ids, 1)
+    assert list(stream(model, Fragments(), "a", len(ids), temperature=0.0)) == pieces
+
+
+def test_a_stream_comes_while_it_is_made_and_can_be_left(model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(model, "forward", lambda *args, old=model.forward: asked.append(1) or old(*args))
+    pieces = stream(model, Fragments(), "ab", 100, temperature=3.0, seed=0, end_of_text="<none>")
+    assert asked == []
+    next(pieces)
+    first = len(asked)
+    next(pieces)
+    assert 1 <= first < len(asked) < 20
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_a_stream_says_at_once_what_is_wrong(model):
+    with pytest.raises(ValueError, match="top_p must be above 0"):
+        stream(model, Fragments(), "a", 5, top_p=0.0)
+    with pytest.raises(ValueError, match="the prompt '' encodes to no token"):
+        stream(model, Fragments(), "", 5)

@@ -1,0 +1,228 @@
+"""Every kernel against its oracle in float64: called on small shapes by the interpreter's tests, on large ones by the
+GPU's. Output buffers hold NaN before a kernel writes them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from basic.generation.decoder import Decoder
+from basic.model import KVCache, ModelConfig, TransformerLM
+from basic.transformer import functional
+from basic.transformer.kernels import flash_attention, operators, rope
+from basic.transformer.kernels.adamw import step_parameters
+from basic.transformer.kernels.interpreter import INTERPRETED
+
+# The interpreter cuts bfloat16 off where a GPU rounds it: twice the error.
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2 if INTERPRETED else 1e-2}
+
+
+@contextmanager
+def poisoned() -> Generator[None]:
+    """Fill all memory that is handed out without contents with NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert actual.shape == expected.shape
+    error = relative_error(actual, expected)
+    assert error < TOLERANCES[dtype], f"relative error {error}"  # NaN is not below anything
+
+
+def check_attention(
+    seq: int, head_size: int, dtype: torch.dtype, device: str, *, batch: int = 2, heads: int = 2
+) -> None:
+    """RoPE and attention, output and gradients, with strided gradients coming in; the weight changes nothing."""
+    torch.manual_seed(seq + head_size)
+    qkv = torch.randn(batch, seq, 3, heads, head_size, device=device).to(dtype).requires_grad_()
+    coming = torch.randn(batch, heads, seq, head_size, device=device).to(dtype).transpose(1, 2)
+    cos, sin = functional.rope_tables(1e4, head_size, seq + 3, dtype=torch.float32, device=device)
+    weight = torch.eye(3 * heads * head_size, device=device, dtype=dtype).requires_grad_()
+    with poisoned():
+        output = operators.rotary_attention(qkv.flatten(2), weight, cos, sin, heads)[0]
+        output.backward(coming)
+    wide = qkv.detach().double().requires_grad_()
+    q, k, v = wide.permute(2, 0, 3, 1, 4)
+    q, k = (functional.rotate_pairs(part, cos[:seq].double(), sin[:seq].double()) for part in (q, k))
+    mask = functional.causal_mask(seq, seq, device=device)
+    expected = functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
+    expected.backward(coming.double())
+    assert qkv.grad is not None
+    assert wide.grad is not None
+    assert_close(output, expected, dtype)
+    if seq == 1:
+        # One weight, always one: nothing comes back to queries and keys, and rounding stays.
+        assert qkv.grad[:, :, :2].abs().max() < 0.05
+        assert_close(qkv.grad[:, :, 2], wide.grad[:, :, 2], dtype)
+        return
+    for part in range(3):
+        assert_close(qkv.grad[:, :, part], wide.grad[:, :, part], dtype)
+    assert weight.grad is not None
+    assert_close(weight.grad, wide.grad.flatten(2).flatten(0, 1).T @ wide.detach().flatten(2).flatten(0, 1), dtype)
+
+
+def check_attention_finds_nan(dtype: torch.dtype, device: str) -> None:
+    for part in range(3):
+        qkv = torch.randn(1, 40, 3, 1, 16, device=device).to(dtype)
+        qkv[0, 20, part, 0, 3] = math.nan
+        output, _ = flash_attention.forward(*qkv.unbind(2))
+        assert output[0, 20].isnan().any()
+
+
+def check_rotation(seq: int, head_size: int, dtype: torch.dtype, device: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, seq, 5, head_size, device=device).to(dtype)
+    cos, sin = functional.rope_tables(1e4, head_size, seq, dtype=torch.float32, device=device)
+    expected = functional.rotate_pairs(x.double().transpose(1, 2), cos.double(), sin.double()).transpose(1, 2)
+    y = x.clone()
+    rope.rotate_packed(y[:, :, :3], cos, sin)
+    assert_close(y[:, :, :3], expected[:, :, :3], dtype)
+    assert torch.equal(y[:, :, 3:], x[:, :, 3:])
+
+
+def check_swiglu(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    torch.manual_seed(0)
+    x = (3 * torch.randn(shape, device=device)).to(dtype).requires_grad_()
+    weight = torch.randn(24, shape[-1] // 2, device=device).to(dtype).requires_grad_()
+    with poisoned():
+        output = operators.swiglu_linear(x, weight)
+        coming = torch.randn(output.shape, device=device).to(dtype)
+        output.backward(coming)
+    wide = x.detach().double().requires_grad_()
+    wide_weight = weight.detach().double().requires_grad_()
+    gate, value = wide.chunk(2, -1)
+    expected = functional.linear(functional.silu(gate) * value, wide_weight)
+    expected.backward(coming.double())
+    assert x.grad is not None
+    assert wide.grad is not None
+    assert weight.grad is not None
+    assert wide_weight.grad is not None
+    assert_close(output, expected, dtype)
+    assert_close(x.grad, wide.grad, dtype)
+    assert_close(weight.grad, wide_weight.grad, dtype)
+    x.detach()[..., 0] = math.nan
+    assert operators.swiglu_linear(x.detach(), weight.detach()).isnan().all()
+
+
+def check_cross_entropy(rows: int, vocab_size: int, chunk_rows: int, dtype: torch.dtype, device: str) -> None:
+    """The oracle's logits are rounded as the kernel's are; the rest of it is exact."""
+    torch.manual_seed(rows)
+    x = torch.randn(rows, 32, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(vocab_size, 32, device=device) / 3).to(dtype).requires_grad_()
+    targets = torch.randint(vocab_size, (rows,), device=device)
+    targets[0], targets[-1] = 0, vocab_size - 1
+    with poisoned():
+        loss = operators.linear_cross_entropy(x, weight, targets, chunk_rows, True)[0]
+        (3 * loss).backward()
+    logits = (x.detach() @ weight.detach().T).double().requires_grad_()
+    expected = functional.cross_entropy(logits, targets)
+    (3 * expected).backward()
+    assert logits.grad is not None
+    assert x.grad is not None
+    assert weight.grad is not None
+    assert abs(loss.item() - expected.item()) < 1e-5 * expected.item()
+    assert_close(x.grad, logits.grad @ weight.detach().double(), dtype)
+    assert_close(weight.grad, logits.grad.T @ x.detach().double(), dtype)
+    without, dx, dweight = operators.linear_cross_entropy(x.detach(), weight.detach(), targets, chunk_rows, False)
+    assert abs(without.item() - loss.item()) < 1e-6 * expected.item()
+    assert dx.numel() == dweight.numel() == 0
+    x.detach()[rows // 2, 0] = math.nan
+    assert operators.linear_cross_entropy(x.detach(), weight.detach(), targets, chunk_rows, False)[0].isnan()
+
+
+def check_adamw(sizes: Sequence[int], dtype: torch.dtype, device: str) -> None:
+    """Against PyTorch's, over some steps with a clipping factor; a factor that is NaN changes nothing.
+
+    Gradients in half precision are those of copies in it, which follow.
+    """
+    torch.manual_seed(0)
+    parameters = [torch.randn(size, device=device) for size in sizes]
+    theirs = [torch.nn.Parameter(parameter.clone()) for parameter in parameters]
+    rates = [0.01 * (i + 1) for i in range(len(sizes))]
+    groups = [{"params": [parameter], "lr": rate} for parameter, rate in zip(theirs, rates, strict=True)]
+    peer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    firsts, seconds = ([torch.zeros_like(parameter) for parameter in parameters] for _ in range(2))
+    copies = [] if dtype == torch.float32 else [torch.zeros_like(parameter, dtype=dtype) for parameter in parameters]
+    for step in range(1, 6):
+        gradients = [torch.randn(size, device=device).to(dtype) for size in sizes]
+        for parameter, gradient in zip(theirs, gradients, strict=True):
+            parameter.grad = gradient.float() * 0.5
+        peer.step()
+        scalars = torch.tensor([[rate, 0.5, 1 - 0.9**step, 1 - 0.95**step] for rate in rates], device=device)
+        step_parameters(parameters, gradients, firsts, seconds, copies, scalars, 0.9, 0.95, 1e-8, 0.1)
+        for half, parameter in zip(copies, parameters, strict=False):
+            assert_close(half, parameter, dtype)
+            assert INTERPRETED or torch.equal(half, parameter.to(dtype))
+        for ours, parameter in zip(parameters, theirs, strict=True):
+            # A few roundings of numbers up to 5.
+            assert (ours - parameter).abs().max() < 3e-6
+    everything = (*parameters, *firsts, *seconds, *copies)
+    before = [tensor.clone() for tensor in everything]
+    scalars[:, 1] = math.nan
+    step_parameters(parameters, gradients, firsts, seconds, copies, scalars, 0.9, 0.95, 1e-8, 0.1)
+    assert all(torch.equal(a, b) for a, b in zip(before, everything, strict=True))
+
+
+def check_registrations(dtype: torch.dtype, device: str) -> None:
+    """Fake twins, autograd and schemas, as torch.compile relies on them."""
+    cos, sin = functional.rope_tables(1e4, 16, 20, dtype=torch.float32, device=device)
+    features = torch.randn(2, 17, 24, device=device).to(dtype).requires_grad_()
+    weight_qkv = torch.randn(96, 24, device=device).to(dtype).requires_grad_()
+    x = torch.randn(6, 32, device=device).to(dtype).requires_grad_()
+    weight = torch.randn(11, 32, device=device).to(dtype).requires_grad_()
+    weight2 = torch.randn(11, 16, device=device).to(dtype).requires_grad_()
+    targets = torch.randint(11, (6,), device=device)
+    attention = features, weight_qkv, cos, sin, 2
+    output, log_sums, qkv = (part.detach() for part in operators.rotary_attention(*attention))
+    saved = features.detach(), weight_qkv.detach(), qkv, cos, sin, output, log_sums
+    cases = [
+        (operators.rotary_attention, attention),
+        (operators.rotary_attention_backward, (*saved, output)),
+        (operators.swiglu_linear, (x, weight2)),
+        (operators.swiglu_linear_backward, (x.detach(), weight2.detach(), x.detach()[:, :11])),
+        (operators.linear_cross_entropy, (x, weight, targets, 4, True)),
+    ]
+    for operator, arguments in cases:
+        assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
+
+
+@torch.no_grad()
+def check_decoder(config: ModelConfig, prompt_lengths: list[int], steps: int, dtype: torch.dtype, device: str) -> None:
+    """The scores of every step beside those of a full forward pass; what it chooses, and prompts of unequal length."""
+    torch.manual_seed(0)
+    model = TransformerLM(config).to(device)
+    model.activation_dtype = dtype
+    rows, shortest, longest = len(prompt_lengths), min(prompt_lengths), max(prompt_lengths)
+    tokens = torch.randint(config.vocab_size, (rows, longest), device=device)
+    cache = KVCache(config, rows, dtype=dtype, device=device)
+    cache.keys.fill_(math.nan)
+    cache.values.fill_(math.nan)
+    if shortest > 1:
+        model(tokens[:, : shortest - 1], cache)
+        cache.advance(shortest - 1)
+    choices = config.vocab_size - 5
+    decoder = Decoder(model, cache, torch.tensor(prompt_lengths, device=device), choices)
+    decoder.start(tokens)
+    for length in range(shortest, shortest + steps):
+        decoder.step()
+        seen = decoder.tokens[:, :length]
+        expected = model(seen)[:, -1]
+        error = relative_error(decoder.logits, expected)
+        assert error < 2 * TOLERANCES[dtype], f"relative error {error} after {length} tokens"
+        for row, prompt_length in enumerate(prompt_lengths):
+            wanted = tokens[row, length] if length < prompt_length else decoder.logits[row, :choices].argmax()
+            assert decoder.tokens[row, length] == wanted
+    assert cache.length == shortest - 1 + steps
+    assert (decoder.arrivals == 0).all()

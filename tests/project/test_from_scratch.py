@@ -1,0 +1,314 @@
+"""The project writes itself what it is about writing: nothing ready-made of torch, triton or einops is used."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from basic.model import AdamW, ModelConfig, TransformerLM, clip_gradients, cross_entropy
+from tests.project.test_architecture import BASIC, LOCAL, full_module, name
+
+# Of these modules nothing may be used but what is named here.
+CLOSED = {
+    *("torch.nn", "torch.optim", "torch.distributed.optim", "torch.ops", "torch.special", "torch.distributions"),
+    *("torch.masked", "torch.hub", "torch.ao", "torch.quantization"),
+    *("torch._C", "torch._VF", "torch._refs", "torch._prims", "torch._decomp", "einops.layers"),
+}
+OPEN = {
+    *("torch.nn.Parameter", "torch.nn.Module", "torch.nn.ModuleList", "torch.nn.ModuleDict", "torch.nn.Sequential"),
+    *("torch.nn.ParameterList", "torch.nn.ParameterDict", "torch.nn.init.trunc_normal_", "torch.optim.Optimizer"),
+    "torch.ops.basic",  # operators that we register ourselves
+}
+# These may be given a name by an import; what is then done with them is looked at.
+NAMEABLE = {"triton", "einops", "torch", "torch.nn", "torch.nn.init", "torch.nn.parallel", "torch.optim"}
+
+# Elsewhere, whatever torch.nn.functional has too (but the sigmoid, and `unfold`, which is another thing on a tensor),
+# and its relatives: backward passes, private and fused variants, one for each device.
+FUNCTIONS = {key for key, value in vars(torch.nn.functional).items() if callable(value) and not inspect.isclass(value)}
+FUNCTIONS = {key for key in FUNCTIONS if not key.startswith("_")} - {"sigmoid", "unfold"}
+RELATIVES = re.compile(
+    r"soft(max|min|plus|sign|shrink)|logsumexp|cross_entropy|nll|kl_div|loss|attention|embedding|dropout|renorm"
+    r"|(layer|batch|group|instance|rms|weight|native|legit|spectral)_norm|(^|_)fused_"
+    r"|relu|selu|celu|gelu|silu|mish|swish|hardtanh|hardsigmoid|(^|_)(elu|glu|tanh|sdp|lstm|gru|rnn)(_|$)"
+)
+LOOKUPS = {"getattr", "attrgetter", "methodcaller", "__getattribute__", "__getattr__"}
+IMPORTERS = {"import_module", "__import__"}
+
+
+def is_ready_made(attribute: str) -> bool:
+    """Whether torch's attribute of this name is something that the project writes itself."""
+    return attribute in FUNCTIONS or RELATIVES.search(attribute) is not None
+
+
+METHODS = {attribute for attribute in dir(torch.Tensor) if is_ready_made(attribute)}
+
+
+class FromScratch(ast.NodeVisitor):
+    """Finds what a module takes ready-made: every path from an imported name is followed, and the methods of torch's
+    tensors are known by their names wherever they stand, except on our own modules and on `self`."""
+
+    def __init__(self, source: str):
+        self.found: list[str] = []
+        self.names: dict[str, str] = {}  # what each imported name stands for
+        tree = ast.parse(source)
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                self.take_names(node)
+        self.visit(tree)
+
+    def report(self, node: ast.stmt | ast.expr, what: str) -> None:
+        self.found.append(f"line {node.lineno}: {what}")
+
+    def take_names(self, node: ast.Import | ast.ImportFrom) -> None:
+        for alias in node.names:
+            if isinstance(node, ast.Import):
+                path = alias.name
+                self.names[alias.asname or path.split(".")[0]] = path if alias.asname else path.split(".")[0]
+            else:
+                path = f"{full_module(node)}.{alias.name}"
+                self.names[alias.asname or alias.name] = path
+            if path not in NAMEABLE:
+                self.judge(node, path)
+
+    def judge(self, node: ast.stmt | ast.expr, path: str) -> None:
+        """Report a full path such as torch.nn.Linear, unless all of it may be used."""
+
+        def within(prefixes: set[str]) -> bool:
+            return any(path == prefix or path.startswith(prefix + ".") for prefix in prefixes)
+
+        if path.split(".")[0] not in ("torch", "triton", "einops"):
+            return
+        parts = path.split(".")[1:]
+        if within(OPEN):
+            return
+        if not parts:
+            self.report(node, f"{path} is not to be passed around; take single things from it by name")
+        elif within(CLOSED) or parts[-1] == "*":
+            self.report(node, f"{path}; allowed are {', '.join(sorted(OPEN))}")
+        elif any(is_ready_made(part) or (part.startswith("__") and part != "__version__") for part in parts):
+            self.report(node, f"{path} is ready-made")
+
+    def dotted(self, node: ast.expr) -> list[str] | None:
+        """["x", "y", "z"] for x.y.z, with an imported x written out; None when it does not begin with a name."""
+        if isinstance(node, ast.Name):
+            return self.names.get(node.id, node.id).split(".")
+        if isinstance(node, ast.Attribute) and (parts := self.dotted(node.value)):
+            return [*parts, node.attr]
+        return None
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if node.id in self.names:
+            self.judge(node, self.names[node.id])
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        root: ast.expr = node
+        attributes: list[str] = []
+        while isinstance(root, ast.Attribute):
+            attributes.insert(0, root.attr)
+            root = root.value
+        if isinstance(root, ast.Name) and root.id in self.names:
+            path = ".".join([self.names[root.id], *attributes])
+            self.judge(node, path)
+            if path.startswith("sys.modules."):
+                self.report(node, "modules are to be imported by name")
+            return
+        own = isinstance(root, ast.Name) and root.id in ("self", "cls")
+        for attribute in attributes[own:]:
+            if attribute in METHODS:
+                self.report(node, f"the method {attribute} is ready-made")
+        self.visit(root)
+
+    def visit_Subscript(self, node: ast.Subscript) -> None:
+        if self.dotted(node.value) == ["sys", "modules"]:
+            self.report(node, "modules are to be imported by name")
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        function = self.dotted(node.func) or [node.func.attr if isinstance(node.func, ast.Attribute) else ""]
+        texts = [part.value for arg in node.args for part in ast.walk(arg) if isinstance(part, ast.Constant)]
+        if function[-1] in IMPORTERS:
+            self.report(node, "modules are to be imported by name")
+        elif function[-1] in LOOKUPS and METHODS.intersection(texts):
+            self.report(node, f"{texts} looked up by name")
+        elif isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec", "compile"):
+            self.report(node, f"{node.func.id} runs what nobody can check")
+        self.generic_visit(node)
+
+
+@pytest.mark.parametrize("path", BASIC + LOCAL, ids=name)
+def test_nothing_is_taken_ready_made(path: Path) -> None:
+    assert FromScratch(path.read_text(encoding="utf-8")).found == []
+
+
+@pytest.mark.parametrize(
+    "snippet",
+    [
+        # torch.nn and torch.optim, by every road
+        "import torch.nn as nn\nnn.Linear(2, 2)",
+        "import torch\nx = torch.nn.Embedding(2, 2)",
+        "from torch import nn\nclass Head(nn.Linear): pass",
+        "from torch import nn as layers\nlayers.functional.silu(x)",
+        "import torch.nn.functional as F",
+        "import torch.nn.functional",
+        "from torch.nn import functional",
+        "from torch.nn.functional import silu as ours",
+        "from torch.nn import Module, RMSNorm",
+        "from torch.nn.modules.linear import Linear",
+        "from torch.nn.modules.module import Module",
+        "from torch.nn.utils import clip_grad_norm_",
+        "from torch.nn import init\ninit.normal_(w)",
+        "from torch.nn.init import xavier_uniform_",
+        "from torch.nn.attention.flex_attention import flex_attention",
+        "from torch.nn.parallel import DistributedDataParallel",
+        "from torch.optim import AdamW",
+        "import torch.optim as optim\noptim.lr_scheduler.CosineAnnealingLR(o, 5)",
+        "import torch\nclass Mine(torch.optim.SGD): pass",
+        "from torch.distributed.optim import ZeroRedundancyOptimizer",
+        "from torch.nn import *",
+        "from torch import *",
+        "def inside():\n    from torch.nn.functional import softmax",
+        # under another name
+        "import torch\ntorch.softmax(x, -1)",
+        "import torch as t\nsoft = t.softmax",
+        "from torch import softmax",
+        "from torch import log_softmax as f",
+        "import torch\ntorch.special.log_softmax(x, 0)",
+        "from torch.special import softmax",
+        "import torch\ntorch.sparse.softmax(x, 0)",
+        "import torch\ntorch._softmax(x, 0, False)",
+        "import torch\ntorch._safe_softmax(x, 0)",
+        "import torch\nx - torch.logsumexp(x, 0)",
+        "import torch\ntorch.rms_norm(x, (4,))",
+        "import torch\ntorch.layer_norm(x, (4,))",
+        "import torch\ntorch.native_layer_norm(x, (4,), None, None, 1e-5)",
+        "import torch\ntorch._fused_rms_norm(x, (4,), None, 1e-5)",
+        "import torch\ntorch.embedding(w, ids)",
+        "import torch\ntorch.relu(x)",
+        "import torch\ntorch.tanh(x)",
+        "import torch\ntorch._foreach_tanh([x])",
+        "import torch\ntorch.dropout(x, 0.1, True)",
+        "import torch\ntorch.binary_cross_entropy_with_logits(x, y)",
+        "import torch\ntorch.nll_loss(x, y)",
+        "import torch\ntorch.lstm(x)",
+        "import torch\ntorch._scaled_dot_product_flash_attention(q, k, v)",
+        "import torch\ntorch._fused_adamw_([p])",
+        "import torch\ntorch.ops.aten._softmax(x, 0, False)",
+        "import torch\naten = torch.ops.aten",
+        "from torch import ops\nops.aten.silu(x)",
+        "import torch\ntorch._C._nn.silu(x)",
+        "from torch._C import _nn",
+        "from torch._C._nn import gelu",
+        "import torch\ntorch._VF.embedding(w, i)",
+        "from torch._refs import softmax",
+        "import torch._refs.nn.functional as R",
+        "from torch.distributions import Categorical",
+        "from einops.layers.torch import Rearrange",
+        "import triton.language as tl\ntl.softmax(x)",
+        # methods
+        "x.softmax(-1)",
+        "(x @ y).log_softmax(dim=-1)",
+        "scores[0].relu_()",
+        "self.scores.softmax(-1)",
+        "map(Tensor.softmax, xs)",
+        "from torch import Tensor\nTensor.softmax(x, 0)",
+        "from torch import Tensor\nrow = Tensor.logsumexp",
+        "import torch\ntorch.Tensor.relu(x)",
+        "f(x).mean().tanh()",
+        "w.renorm(2, 0, 1.0)",
+        # out of sight
+        "import torch\nmine = torch\nmine.softmax(x, 0)",
+        "import torch\ngetattr(torch, 'soft' + 'max')(x, 0)",
+        "import torch\nvars(torch)['softmax']",
+        "import torch\ntorch.__dict__['softmax'](x, 0)",
+        "from torch import nn\ngetattr(nn, kind)(4, 4)",
+        "import torch\nF = torch.nn",
+        "getattr(x, 'softmax')(-1)",
+        "x.__getattribute__('softmax')(-1)",
+        "from operator import methodcaller\nmethodcaller('log_softmax', -1)(x)",
+        "import operator\noperator.attrgetter('softmax')(x)",
+        "import importlib\nF = importlib.import_module('torch.nn.functional')",
+        "from importlib import import_module\nimport_module('torch')",
+        "from importlib import import_module\nimport_module(name)",
+        "__import__('torch.nn.functional')",
+        "import sys\nsys.modules['torch.nn.functional'].silu(x)",
+        "import sys\nsys.modules.get('torch')",
+        "eval('torch.softmax(x, 0)')",
+        "exec(code)",
+    ],
+)
+def test_ready_made_things_are_found(snippet: str) -> None:
+    assert FromScratch(snippet).found
+
+
+@pytest.mark.parametrize(
+    "snippet",
+    [
+        "import torch\nfrom torch import Tensor, nn\nclass A(nn.Module):\n    w: nn.Parameter | torch.Tensor",
+        "from torch.nn import Module, ModuleDict, ModuleList, Parameter, ParameterDict, ParameterList, Sequential",
+        "from torch.nn.init import trunc_normal_\ntrunc_normal_(w, std=0.02)",
+        "from torch.nn import init\ninit.trunc_normal_(w)",
+        "import torch.nn as nn\nnn.init.trunc_normal_(w)\nnn.Module.__init__",
+        "import torch\nclass AdamW(torch.optim.Optimizer): pass",
+        "from torch.optim import Optimizer",
+        "from basic.functional import cross_entropy, silu, softmax\nsoftmax(silu(x), -1)",
+        "from basic import functional\nfunctional.softmax(x, -1)\nfunctional.cross_entropy(x, y)",
+        "import basic.functional as F\nF.silu(F.rms_norm(x, w, 1e-5))",
+        "import basic.functional\nbasic.functional.softmax(x, 0)",
+        "from . import functional\nfunctional.softmax(x, 0)",
+        "from .functional import softmax",
+        "def softmax(x): return x.exp() / x.exp().sum()\nsoftmax(x)",
+        "class A:\n    def softmax(self): ...\n    def f(self): return self.softmax()",
+        "import torch\nx * torch.sigmoid(x) + x.sigmoid()",
+        "import torch\ntorch.linalg.vector_norm(x), x.norm(), torch._foreach_norm(xs), torch._foreach_mul_(xs, 2)",
+        "import torch\ntorch.special_tokens = 1\ntorch.float32, torch.__version__, torch.compile(f), torch.atanh(x)",
+        "import torch\ntorch.library.custom_op('basic::flash', f)\ntorch.ops.basic.flash_attention(q, k, v)",
+        "from basic.flash_attention import flash_attention\nflash_attention(q, k, v)",
+        "import torch\ntorch.autograd.Function, torch.utils.checkpoint.checkpoint(f)",
+        "import torch.distributed as dist\ndist.init_process_group(), dist.all_reduce(x)",
+        "import torch\ntorch.backends.cuda.matmul.allow_tf32 = True\ntorch.multinomial(p, 1)",
+        "import triton.language as tl\ntl.exp(x), tl.sigmoid(x), tl.dot(q, k), tl.max(x)",
+        "import math\nimport numpy as np\nmath.tanh(x), np.tanh(x), np.logaddexp.reduce(x)",
+        "import re\nre.compile('a')\nmodel.eval(), Model().eval()\nx.unfold(0, 2, 1)",
+        "import unicodedata\nunicodedata.normalize('NFC', text)\ntext.normalize('NFC')",
+        "getattr(self, 'norm'), getattr(config, name), getattr(config, 'dropout', 0), config.attention, config.loss",
+        "from operator import itemgetter\nitemgetter('softmax')({})",
+        "'torch' in sys.modules, 'torch.softmax', f'{x} like torch.nn.functional.softmax'",
+        "import importlib.util\nimportlib.util.find_spec('wandb')",
+        "import einops, triton\neinops.rearrange(x, 'a b -> b a'), triton.cdiv(a, b)",
+        "from einops import einsum, rearrange\neinsum(x, y, 'a b, b c -> a c')",
+    ],
+)
+def test_our_own_and_harmless_things_pass(snippet: str) -> None:
+    assert FromScratch(snippet).found == []
+
+
+class RunOperators(TorchDispatchMode):
+    """Writes down every operator that PyTorch really runs, whatever it was called by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ffn", ["swiglu", "silu"])
+def test_a_training_step_runs_on_plain_operators(ffn) -> None:
+    config = ModelConfig(vocab_size=11, context_length=6, d_model=8, num_layers=2, num_heads=2, ffn=ffn)
+    ids = torch.randint(11, (2, 7))
+    with RunOperators() as operators:
+        model = TransformerLM(config)
+        optimizer = AdamW(model.parameters())
+        cross_entropy(model(ids[:, :-1]), ids[:, 1:]).backward()
+        clip_gradients(model.parameters(), 1.0)
+        optimizer.step()
+    assert {"bmm", "exp", "sigmoid", "rsqrt", "addcdiv_"} <= operators.names
+    assert {operator for operator in operators.names if is_ready_made(operator)} == set()

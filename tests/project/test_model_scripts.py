@@ -1,0 +1,224 @@
+"""The scripts that use a trained model: generate.py, evaluate.py and sweep.py, as a user would start them."""
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from basic.analysis.evaluation import score_tokens
+from basic.analysis.sweep import Data
+from basic.encoding import encode_file
+from basic.generation.text import complete
+from basic.model import ModelConfig
+from basic.Tokenizer import Tokenizer
+from basic.training.loop import train
+from basic.training.run_folder import load_run
+from basic.training.settings import DataConfig, RunConfig, TrainConfig
+from tests.project.test_scripts import REPOSITORY, run_script, script
+
+END = "<|endoftext|>"
+BYTES = Tokenizer({i: bytes([i]) for i in range(256)}, [], [END], kernels=False)
+TEXT = "the cat sees the dog. naïve 日本\n" * 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A run of a model that was trained for a moment, whose ids are bytes, and files to measure it on."""
+    folder = tmp_path_factory.mktemp("scripts")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    encode_file(BYTES, folder / "text.txt", folder / "text.bin")
+    encode_file(
+        Tokenizer({i: bytes([i]) for i in range(256)}, [], kernels=False), folder / "text.txt", folder / "other.bin"
+    )
+    np.save(folder / "text.npy", np.array(BYTES.encode(TEXT), np.uint16))
+    config = RunConfig(
+        model=ModelConfig(vocab_size=257, context_length=16, d_model=16, num_layers=1, num_heads=2),
+        train=TrainConfig(steps=2, batch_size=2, eval_batches=1, log_interval=1, device="cpu"),
+        data=DataConfig(valid_tokens=str(folder / "text.bin")),
+    )
+    tokens = np.array(BYTES.encode(TEXT), np.uint16)
+    train(config, tokens, tokens, folder / "run", tokenizer=BYTES)
+    return folder
+
+
+# --- generate -------------------------------------------------------------------------------------------------
+
+
+def written(capsys, monkeypatch, folder: Path, *arguments: str | Path) -> str:
+    capsys.readouterr()
+    run_script(monkeypatch, "generate", folder / "run", "--device", "cpu", "--max-tokens", "20", *arguments)
+    return capsys.readouterr().out
+
+
+def test_a_prompt_can_be_given_in_three_ways(folder, capsys, monkeypatch):
+    run = load_run(folder / "run", device="cpu")
+    (expected,) = complete(run.model, BYTES, ["the cat"], 20, temperature=0)
+    greedy = ("--temperature", "0")
+    assert written(capsys, monkeypatch, folder, "--prompt", "the cat", *greedy) == f"the cat{expected}\n\n"
+    (folder / "prompt.txt").write_text("the cat\n")
+    assert written(capsys, monkeypatch, folder, "--prompt-file", folder / "prompt.txt", *greedy) == (
+        f"the cat{expected}\n\n"
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n"))
+    assert written(capsys, monkeypatch, folder, *greedy) == f"the cat{expected}\n\n"
+    with pytest.raises(SystemExit, match="error: --prompt and --prompt-file are both given"):
+        written(capsys, monkeypatch, folder, "--prompt", "a", "--prompt-file", folder / "prompt.txt")
+
+
+def test_samples_differ_and_repeat_with_the_seed(folder, capsys, monkeypatch):
+    drawn = ("--prompt", "the", "--num-samples", "3", "--seed", "4", "--top-k", "9")
+    text = written(capsys, monkeypatch, folder, *drawn)
+    assert text.count("the") >= 3
+    assert text == written(capsys, monkeypatch, folder, *drawn)
+    run = load_run(folder / "run", device="cpu")
+    samples = [complete(run.model, BYTES, ["the"], 20, top_k=9, top_p=0.95, seed=seed)[0] for seed in (4, 5, 6)]
+    assert len(set(samples)) == 3
+    assert text == "".join(f"the{sample}\n\n" for sample in samples)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_in_a_terminal_texts_are_asked_for_until_the_end(folder, capsys, monkeypatch):
+    typed = iter(["the cat", "", "a dog"])
+
+    def answer(question: str) -> str:
+        assert question == "> "
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("sys.stdin", Terminal())
+    monkeypatch.setattr("builtins.input", answer)
+    out = written(capsys, monkeypatch, folder, "--temperature", "0")
+    run = load_run(folder / "run", device="cpu")
+    continued = complete(run.model, BYTES, ["the cat", END, "a dog"], 20, temperature=0)
+    assert out == "".join(f"{a}{b}\n\n" for a, b in zip(["the cat", "", "a dog"], continued, strict=True))
+
+
+def test_a_prompt_begins_a_document_where_the_model_learned_from_their_beginnings(folder, capsys, monkeypatch):
+    config = (folder / "run" / "config.toml").read_text()
+    (folder / "run" / "config.toml").write_text(config.replace('rows = "windows"', 'rows = "documents"'))
+    try:
+        run = load_run(folder / "run", device="cpu")
+        assert run.config.train.rows == "documents"
+        (continued,) = complete(run.model, BYTES, [END + "the cat"], 20, temperature=0)
+        for prompt in ("the cat", END + "the cat"):
+            out = written(capsys, monkeypatch, folder, "--temperature", "0", "--prompt", prompt)
+            assert out == f"the cat{continued}\n\n"
+    finally:
+        (folder / "run" / "config.toml").write_text(config)
+
+
+def test_ctrl_c_ends_without_a_traceback(folder):
+    command = [sys.executable, REPOSITORY / "local" / "generate.py", folder / "run", "--prompt", "the"]
+    process = subprocess.Popen(
+        [*command, "--num-samples", "1000000", "--temperature", "2", "--device", "cpu"],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # What a shell starts in the background, these tests perhaps, hands on that SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(20).startswith(b"the")  # it has begun, and shows what it has
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, b"interrupted\n")
+
+
+# --- evaluate -------------------------------------------------------------------------------------------------
+
+
+def measured(capsys, monkeypatch, folder: Path, *arguments: str | Path) -> list[float]:
+    capsys.readouterr()
+    run_script(monkeypatch, "evaluate", folder / "run", *arguments, "--device", "cpu")
+    found = re.search(
+        r"loss +([\d.]+) nats a token\nperplexity +([\d.]+)\nbits per byte +(?:([\d.]+)|unknown)",
+        capsys.readouterr().out,
+    )
+    assert found is not None
+    return [float(number) for number in found.groups() if number is not None]
+
+
+def test_tokens_and_text_give_the_same_numbers(folder, capsys, monkeypatch):
+    run = load_run(folder / "run", device="cpu")
+    score = score_tokens(run.model, np.array(BYTES.encode(TEXT)), first_id=256)
+    bits = score.bits_per_byte(len(TEXT.encode()))
+    expected = [pytest.approx(number, abs=1e-4) for number in (score.loss, score.perplexity, bits)]
+    assert measured(capsys, monkeypatch, folder) == expected
+    assert measured(capsys, monkeypatch, folder, folder / "text.bin", "--batch-size", "3") == expected
+    assert measured(capsys, monkeypatch, folder, folder / "text.txt") == expected
+    assert measured(capsys, monkeypatch, folder, folder / "text.npy") == expected[:2]  # bytes unknown
+    assert measured(capsys, monkeypatch, folder, "--stride", "16") != expected
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("other.bin", "was made by another tokenizer than the one that is used with it"),
+        ("missing.txt", "there is no file"),
+        ("invalid.txt", "at byte offset 2"),
+        ("empty.txt", "there is nothing to score in 0 tokens"),
+    ],
+)
+def test_a_file_that_cannot_be_measured_is_named(folder, capsys, monkeypatch, file, message):
+    (folder / "invalid.txt").write_bytes(b"ab\xff")
+    (folder / "empty.txt").touch()
+    with pytest.raises(SystemExit, match="error: ") as caught:
+        run_script(monkeypatch, "evaluate", folder / "run", folder / file, "--device", "cpu")
+    assert message in str(caught.value.code)
+
+
+# --- sweep ----------------------------------------------------------------------------------------------------
+
+
+def test_a_small_sweep_makes_its_stories_once_and_leaves_table_and_picture(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = script("sweep")
+    made, make_stories = [], module.make_stories
+
+    def fewer(folder: Path) -> None:
+        made.append(folder)
+        make_stories(folder, num_train=200, num_valid=5, vocab_size=300)
+
+    monkeypatch.setattr(module, "make_stories", fewer)
+    Path("tiny.toml").write_text(
+        f"""config = "{REPOSITORY}/local/configs/small.toml"
+        settings.train.max_learning_rate = 0.001
+        [small]
+        settings = {{ model.d_model = 8, train.steps = 2, train.device = "cpu", train.eval_batches = 1 }}
+        grid.train.seed = [1, 2]
+        """
+    )
+    options = module.Options(sweeps=(Path("tiny.toml"),), small=True)
+    module.main(options)
+    first = capsys.readouterr().out
+    assert {path.parent.name for path in Path("runs/tiny_small").glob("*/outcome.json")} == {"seed=1", "seed=2"}
+    assert Path("runs/tiny_small/table.md").read_text() in first
+    assert Path("runs/tiny_small/loss.png").read_bytes().startswith(b"\x89PNG")
+    module.main(options)
+    assert capsys.readouterr().out.count("(known)") == 2
+    assert made == [Path("data/small_stories")]
+    data = module.open_data(load_run("runs/tiny_small/seed=1", device="cpu").config.data)
+    assert isinstance(data, Data)
+    assert data.tokenizer.vocab_size == 300
+
+
+def test_a_plan_can_be_looked_at_first(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run_script(monkeypatch, "sweep", REPOSITORY / "local" / "experiments" / "learning_rate.toml", "--small", "--plan")
+    assert capsys.readouterr().out.splitlines()[:2] == ["learning_rate", "  max_learning_rate=0.0003"]
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(SystemExit, match="error: no sweep given"):
+        run_script(monkeypatch, "sweep")

@@ -1,0 +1,361 @@
+"""The scripts in local/: that they explain themselves, fail in one line, and do the whole way from text to text."""
+
+import ast
+import dataclasses
+import importlib.util
+import io
+import itertools
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from basic.common.config_files import load_config, save_config
+from basic.corpus.stories.grammar import stories
+from basic.model import ModelConfig
+from basic.Tokenizer import Tokenizer
+from basic.tokens.opening import open_tokens, read_info
+from basic.training.records.metrics import read_metrics
+from basic.training.run_folder import load_run
+from basic.training.settings import DataConfig, RunConfig, TrainConfig
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted(path.stem for path in (REPOSITORY / "local").glob("*.py"))
+END = "<|endoftext|>"
+
+
+def script(name: str) -> ModuleType:
+    """The script as a module, without running it."""
+    spec = importlib.util.spec_from_file_location(f"local_{name}", REPOSITORY / "local" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where tyro looks up annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_script(monkeypatch, name: str, *arguments: str | Path) -> None:
+    """What `python local/NAME.py ARGUMENTS` does, in this process."""
+    path = str(REPOSITORY / "local" / f"{name}.py")
+    monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
+    runpy.run_path(path, run_name="__main__")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def text(num_documents: int) -> str:
+    """Documents of a few words that repeat, so that there is something to merge and to learn."""
+    words = ["the", "cat", "a", "dog", "sees", "likes", "Tom", "Lily", "and", "one", "day"]
+    documents = np.random.default_rng(0).choice(words, (num_documents, 30))
+    return "".join(" ".join(document) + f".\n{END}\n" for document in documents)
+
+
+# --- Explanations ---------------------------------------------------------------------------------------------
+
+
+def explanations(path: Path, cls: str) -> dict[str, str]:
+    """The text under each field of a dataclass, from its source."""
+    module = ast.parse(path.read_text())
+    (body,) = (node.body for node in module.body if isinstance(node, ast.ClassDef) and node.name == cls)
+    found = {}
+    for field, text in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign):
+            assert isinstance(text, ast.Expr), f"{cls}.{ast.unparse(field.target)} is not explained"
+            found[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split())
+    return found
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_explains_every_option_and_tells_its_default(name, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_script(monkeypatch, name, "--help")
+    assert caught.value.code == 0
+    shown = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    expected = explanations(REPOSITORY / "local" / f"{name}.py", "Options")
+    if name == "train":
+        del expected["run"]
+        for module, cls in (
+            ("model", "ModelConfig"),
+            ("training/settings", "TrainConfig"),
+            ("training/settings", "DataConfig"),
+        ):
+            expected |= explanations(REPOSITORY / "basic" / f"{module}.py", cls)
+    for option, explanation in expected.items():
+        # The default, or that there is none, stands behind the explanation.
+        assert re.search(re.escape(explanation) + r" \((default: |required)", shown), option
+    if name in ("quickstart", "train", "generate"):
+        assert "--seed" in shown
+        assert "--device" in shown
+
+
+# --- Errors ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    path = tmp_path / "corpus.txt"
+    path.write_text(text(20))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quickstart", "--input", "missing.txt"], "No such file or directory: 'missing.txt'"),
+        (["quickstart", "--input", "empty.txt"], "empty.txt is empty"),
+        (["quickstart", "--input", "invalid.txt", "--output", "run"], "at byte offset 36 "),
+        (["quickstart", "--input", "short.txt"], "training tokens: the dataset has 3 tokens"),
+        (["quickstart", "--vocab-size", "256", "--input", "corpus.txt"], "256"),
+        (["quickstart", "--output", "foreign"], "foreign is there and is not a run; choose another --output"),
+        (["train", "--config", "missing.toml"], "No such file or directory: 'missing.toml'"),
+        (
+            ["train", "--config", "unknown.toml"],
+            "unknown.toml: unknown key 'modle'; the keys here are model, train, data",
+        ),
+        (["train", "--config", "run.toml"], "data.valid_tokens is not set; give a token file made by local/encode.py"),
+        (["train", "--config", "run.toml", "--valid-tokens", "no.bin"], "there is no token file 'x.bin'"),
+        (["generate", "foreign"], "foreign is not a run: it has no config.toml"),
+        (["plot", "foreign"], "foreign is not a run: it has no config.toml"),
+        (["report", "foreign"], "foreign is not a run: it has no config.toml"),
+        (["plot"], "no run given; name at least one folder"),
+        (["export", "foreign", "out"], "foreign is not a run: it has no config.toml"),
+        (["import", "missing", "--output", "run"], "there is no missing"),
+        (
+            ["import", "foreign", "--output", "run"],
+            "foreign is no folder of a model that transformers saved: it has no config",
+        ),
+        (["import", "corpus.txt", "--output", "run"], "corpus.txt is a file; if torch.save wrote it, add --unpickle"),
+        (
+            ["import", "corpus.txt", "--output", "run", "--unpickle", "--config", "run.toml"],
+            "corpus.txt is damaged, or holds more than tensors and plain containers",
+        ),
+        (["train_bpe", "missing.txt"], "missing.txt"),
+        (["train_bpe", "corpus.txt", "--vocab-size", "256"], "256"),
+        (["train_bpe", "corpus.txt", "--special-tokens", ""], "special token"),
+        (["train_bpe", "corpus.txt", "--special-tokens", "<s>", "<s>"], "<s>"),
+        (["train_bpe", "invalid.txt"], "at byte offset 36 "),
+        (["encode", "corpus.txt", "out.bin", "--tokenizer", "foreign"], "foreign"),
+    ],
+)
+def test_an_error_is_one_line_and_nothing_is_left(arguments, message, tmp_path, corpus, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").touch()
+    Path("short.txt").write_text("a short text")
+    Path("invalid.txt").write_bytes(b"a text of one line, and then a byte \xff that is no UTF-8\n" * 100)
+    Path("foreign").mkdir()
+    Path("foreign/letter.txt").write_text("mine")
+    Path("unknown.toml").write_text("[modle]\n")
+    model = ModelConfig(vocab_size=300, context_length=8, d_model=16, num_layers=1, num_heads=2)
+    save_config(RunConfig(model=model, train=TrainConfig(steps=1), data=DataConfig(train_tokens="x.bin")), "run.toml")
+    before = files(tmp_path)
+
+    with pytest.raises(SystemExit) as caught:
+        run_script(monkeypatch, *arguments)
+    assert isinstance(caught.value.code, str)  # Python prints it and exits with status 1
+    assert caught.value.code.startswith("error: ")
+    assert message in caught.value.code
+    assert "\n" not in caught.value.code
+    partial = {name: content for name, content in files(tmp_path).items() if ".partial/" not in name}
+    assert partial == before
+
+
+def test_an_error_has_no_traceback_and_a_status(tmp_path):
+    command = [sys.executable, REPOSITORY / "local" / "train_bpe.py", "missing.txt"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert re.fullmatch(r"error: .*missing\.txt.*\n", done.stderr)
+
+
+# --- Quickstart -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quickstart() -> Any:
+    """The script with a smaller model and fewer stories."""
+    module: Any = script("quickstart")
+    configure = module.configure
+
+    def smaller(*arguments) -> RunConfig:
+        config = configure(*arguments)
+        model = dataclasses.replace(config.model, d_model=16, num_layers=1, num_heads=2, d_ff=32)
+        train = dataclasses.replace(config.train, batch_size=4, eval_batches=2, log_interval=2, sample_tokens=8)
+        return dataclasses.replace(config, model=model, train=train)
+
+    module.configure = smaller
+    module.TRAIN_STORIES, module.VALID_STORIES = 300, 40
+    return module
+
+
+PROMISED = {
+    *("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/special_tokens.json"),
+    *("train.txt", "train.bin", "train.json", "valid.txt", "valid.bin", "valid.json"),
+    *("config.toml", "environment.json", "metrics.jsonl", "loss.png", "samples.txt"),
+}
+
+
+def test_quickstart_on_a_text_leaves_all_it_promises_and_replaces_its_earlier_result(quickstart, tmp_path, capsys):
+    source, output = tmp_path / "source.txt", tmp_path / "runs" / "quick"
+    source.write_text(text(100))
+    options = quickstart.Options(input=source, output=output, vocab_size=300, steps=4, device="cpu")
+    quickstart.main(options)
+    printed = capsys.readouterr().out
+
+    assert files(output).keys() == PROMISED | {"checkpoints/step_00000004.safetensors"}
+    assert (output / "train.txt").read_bytes() + (output / "valid.txt").read_bytes() == source.read_bytes()
+    tokenizer = Tokenizer.load(output / "tokenizer")
+    for part in ("train", "valid"):
+        encoded = tokenizer.encode((output / f"{part}.txt").read_text())
+        assert open_tokens(output / f"{part}.bin", verify=True).tolist() == encoded
+    run = load_run(output)
+    assert (run.step, run.tokenizer_path) == (4, output / "tokenizer")
+    assert Path(run.config.data.train_tokens) == output / "train.bin"
+    loss, info = read_metrics(output / "metrics.jsonl")[-1]["valid_loss"], read_info(output / "valid.bin")
+    bits_per_byte = loss / np.log(2) * info.count / info.source_bytes
+    assert f"validation loss {loss:.3f} nats a token, {bits_per_byte:.3f} bits per byte" in printed
+    assert len(re.findall(r"^sample \d: ", printed, re.MULTILINE)) == 2
+    assert f"everything is in {output}: " in printed
+    assert "nats a document" not in printed  # nothing is known about the information in this text
+
+    (output / "notes.txt").touch()  # in its folder, and so a part of the earlier result
+    quickstart.main(dataclasses.replace(options, steps=3))
+    assert files(output).keys() == PROMISED | {"checkpoints/step_00000003.safetensors"}
+    assert [path.name for path in output.parent.iterdir()] == ["quick"]
+
+
+def test_quickstart_on_a_text_without_documents_does_not_begin_at_an_end_it_never_saw(
+    quickstart, tmp_path, monkeypatch
+):
+    source = tmp_path / "source.txt"
+    source.write_text(text(60).replace(END, ""))
+    prompts = []
+
+    def complete(model, tokenizer, texts, *arguments, **settings):
+        prompts.extend(texts)
+        return texts
+
+    monkeypatch.setattr("basic.generation.text.complete", complete)
+    quickstart.main(quickstart.Options(input=source, output=tmp_path / "run", vocab_size=300, steps=1, device="cpu"))
+    assert prompts == ["\n"] * 8
+
+
+def test_quickstart_compares_with_the_information_in_unseen_stories(quickstart, tmp_path, capsys):
+    output = tmp_path / "run"
+    quickstart.main(quickstart.Options(output=output, vocab_size=1000, steps=2, seed=5, device="cpu"))
+    printed = capsys.readouterr().out
+    assert load_run(output).config.train.rows == "documents"
+    learned, unseen = ((output / name).read_text().split(END)[:-1] for name in ("train.txt", "valid.txt"))
+    assert (len(learned), len(unseen)) == (300, 40)
+
+    tokenizer = Tokenizer.load(output / "tokenizer")
+    known = {story.text: story.nats for story in stories(11, 60)}
+    nats = [known[story] for story in unseen if len(tokenizer.encode(story)) < 128]
+    exact = sum(nats) / len(nats)
+    assert re.search(rf"^{len(nats)}(| of 40) unseen documents", printed, re.MULTILINE)
+    figures = re.search(
+        r" exact information +([\d.]+)\n"
+        r" +this model +([\d.]+) +\(\+([\d.]+)%\)\n"
+        r" +a bigram model +([\d.]+) +\(\+([\d.]+)%\)\n",
+        printed,
+    )
+    assert figures is not None
+    shown, model, model_excess, bigram, bigram_excess = map(float, figures.groups())
+    assert shown == pytest.approx(exact, abs=0.006)
+    assert model / exact - 1 == pytest.approx(model_excess / 100, abs=0.002)
+    assert bigram / exact - 1 == pytest.approx(bigram_excess / 100, abs=0.002)
+    assert 1.2 * exact < bigram < model  # a model that has learned for two steps knows less than the bigrams
+
+
+def test_quickstart_is_not_lost_when_no_story_fits_into_the_context(quickstart, tmp_path, capsys):
+    quickstart.main(quickstart.Options(output=tmp_path / "run", vocab_size=262, steps=1, device="cpu"))
+    assert "no document fits into the context" in capsys.readouterr().out
+    assert load_run(tmp_path / "run").step == 1
+
+
+# --- Step by step ---------------------------------------------------------------------------------------------
+
+
+def test_from_text_to_text_one_script_after_the_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("train.txt").write_text(text(100))
+    Path("valid.txt").write_text(text(10))
+    run_script(monkeypatch, "train_bpe", "train.txt", "--vocab-size", "290", "--output", "tokenizer")
+    for part in ("train", "valid"):
+        run_script(monkeypatch, "encode", f"{part}.txt", f"data/{part}.bin", "--tokenizer", "tokenizer")
+    tokenizer = Tokenizer.load("tokenizer")
+    assert tokenizer.vocab_size == 290
+    assert tokenizer.decode(open_tokens("data/valid.bin", verify=True).tolist()) == Path("valid.txt").read_text()
+
+    model = ModelConfig(vocab_size=290, context_length=16, d_model=16, num_layers=1, num_heads=2)
+    data = DataConfig(train_tokens="data/train.bin", valid_tokens="data/valid.bin", tokenizer="tokenizer")
+    train = TrainConfig(steps=2, batch_size=4, eval_batches=1, log_interval=1, device="cpu")
+    save_config(RunConfig(model=model, train=train, data=data), "small.toml")
+    overrides = ("--steps", "3", "--seed", "7", "--num-heads", "4")
+    run_script(monkeypatch, "train", "--config", "small.toml", *overrides)
+    run = load_run("runs/small")
+    assert run.step == 3
+    assert run.config == RunConfig(
+        model=dataclasses.replace(model, num_heads=4), train=dataclasses.replace(train, steps=3, seed=7), data=data
+    )
+    assert load_config("runs/small/config.toml", RunConfig) == run.config
+
+    with pytest.raises(SystemExit, match="error: runs/small already holds a run"):
+        run_script(monkeypatch, "train", "--config=small.toml")
+    run_script(monkeypatch, "train", "--resume", "runs/small")
+    run_script(monkeypatch, "train", "--resume", "runs/small", "--steps", "5")
+    assert [record["step"] for record in read_metrics("runs/small/metrics.jsonl")] == [1, 2, 3, 4, 5]
+    run_script(monkeypatch, "train", "--config", "small.toml", "--overwrite", "--tokenizer", "")
+    assert load_run("runs/small").step == 2
+    assert load_run("runs/small").tokenizer_path is None
+    with pytest.raises(SystemExit, match="error: runs/small has no tokenizer/ folder"):
+        run_script(monkeypatch, "generate", "runs/small")
+
+    Path("other.txt").write_text(text(100).upper())
+    run_script(monkeypatch, "train_bpe", "other.txt", "--vocab-size", "290", "--output", "other")
+    with pytest.raises(SystemExit, match=r"error: data/train\.bin was made by another tokenizer"):
+        run_script(monkeypatch, "train", "--config", "small.toml", "--tokenizer", "other", "--output", "runs/other")
+    assert not Path("runs/other").exists()
+    run_script(monkeypatch, "train", "--config", "small.toml", "--output", "runs/other")
+
+    capsys.readouterr()
+    generate = ("generate", "runs/other", "--prompt", "the cat", "--num-samples", "2", "--max-tokens", "6")
+    run_script(monkeypatch, *generate, "--seed", "1", "--device", "cpu")
+    first = capsys.readouterr().out
+    assert len(re.findall("^the cat", first, re.MULTILINE)) == 2
+    run_script(monkeypatch, *generate, "--seed", "1")
+    assert capsys.readouterr().out == first
+    run_script(monkeypatch, *generate, "--temperature", "0", "--top-p", "None")
+    greedy = capsys.readouterr().out.split("the cat")
+    assert greedy[1].strip() == greedy[2].strip()
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    run_script(monkeypatch, "generate", "runs/other", "--max-tokens", "6")
+    assert END not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="error: the prompt '' encodes to no token"):
+        run_script(monkeypatch, "generate", "runs/other", "--prompt", "")
+
+    run_script(monkeypatch, "export", "runs/other", "--to", "hf", "exported/llama")
+    assert "wrote exported/llama: config.json, " in capsys.readouterr().out
+    run_script(monkeypatch, "import", "exported/llama", "--output", "runs/back")
+    assert re.search("a model of [0-9,]+ parameters is now in runs/back", capsys.readouterr().out)
+    run_script(monkeypatch, "generate", "runs/back", *generate[2:], "--seed", "1")
+    assert capsys.readouterr().out == first
+    with pytest.raises(SystemExit, match="error: 'exported/llama' is there already"):
+        run_script(monkeypatch, "export", "runs/other", "exported/llama")
+    run_script(monkeypatch, "export", "runs/other", "--to", "tiktoken", "ours.tiktoken")
+    assert f"special_tokens={{{END!r}: 0}}" in capsys.readouterr().out
+    assert len(Path("ours.tiktoken").read_text().splitlines()) == 289
+
+    run_script(monkeypatch, "plot", "runs/small", "runs/other", "--output", "both.png")
+    run_script(monkeypatch, "plot", "runs/other")
+    assert all(Path(name).read_bytes().startswith(b"\x89PNG") for name in ("both.png", "runs/other/loss.png"))
+    assert json.loads(Path("data/train.json").read_text())["tokenizer_fingerprint"] == tokenizer.fingerprint

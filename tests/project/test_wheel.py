@@ -1,0 +1,60 @@
+"""The package as others get it: a wheel in an environment of its own."""
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PROGRAM = """
+import sys
+from importlib.metadata import version
+from pathlib import Path
+import basic
+from basic.Tokenizer import Tokenizer
+from basic.train_bpe import train_bpe
+assert sys.prefix in basic.__file__, basic.__file__
+assert (Path(basic.__file__).parent / "py.typed").is_file()
+Path("text.txt").write_text("the cat and the hat " * 50)
+tokenizer = Tokenizer(*train_bpe("text.txt", 262, ["<|end|>"]), ["<|end|>"])
+assert tokenizer.decode(tokenizer.encode("the cat<|end|>")) == "the cat<|end|>"
+assert not {"torch", "numba"} & set(sys.modules), "text needs neither"
+from basic.model import ModelConfig, TransformerLM
+from basic.analysis.report import report_page
+model = TransformerLM(ModelConfig(vocab_size=262, context_length=8, d_model=16, num_layers=1, num_heads=2))
+print(version("basic"), model.num_parameters, callable(report_page))
+"""
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    process = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+@pytest.mark.skipif(shutil.which("uv") is None, reason="needs uv to build a wheel")
+def test_a_wheel_works_in_an_environment_of_its_own(tmp_path):
+    run("uv", "build", "--wheel", "--out-dir", tmp_path, REPOSITORY, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    pages = {f"basic/analysis/pages/{name}" for name in ("report.html", "report.css", "report.js", "playground.html")}
+    assert pages | {"basic/py.typed"} <= set(names)
+    assert all(name.startswith(("basic/", "basic-")) for name in names)
+
+    run("uv", "venv", "--quiet", "own", cwd=tmp_path)
+    python = tmp_path / "own" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    run("uv", "pip", "install", "--quiet", "--no-deps", "--python", python, wheel, cwd=tmp_path)
+    # What the package needs comes from this environment, instead of gigabytes anew; searched last, and without the
+    # files there that would lead back to this repository.
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
+    line = f"import sys; sys.path.append({sysconfig.get_path('purelib')!r})\n"
+    (Path(site) / "the_rest.pth").write_text(line)
+    version, parameters, has_report = run(python, "-I", "-c", PROGRAM, cwd=tmp_path).split()
+    assert version == importlib.metadata.version("basic")
+    assert int(parameters) > 0
+    assert has_report == "True"

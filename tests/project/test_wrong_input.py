@@ -1,0 +1,141 @@
+"""What `local/train.py` says of wrong configurations and data: one line that names the remedy, and nothing is made."""
+
+import re
+import runpy
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from basic.tokens.flat_file import TokenFileWriter
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+GOOD = """
+[model]
+vocab_size = 40
+context_length = 8
+d_model = 16
+num_layers = 1
+num_heads = 2
+
+[train]
+steps = 2
+batch_size = 4
+eval_batches = 1
+device = "cpu"
+
+[data]
+train_tokens = "train.bin"
+valid_tokens = "valid.bin"
+"""
+
+
+def write_tokens(name: str, ids: np.ndarray, vocab_size: int = 40) -> None:
+    with TokenFileWriter(name, vocab_size) as writer:
+        writer.write(ids)
+
+
+@pytest.fixture(autouse=True)
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.bin", "valid.bin"):
+        write_tokens(name, np.arange(400) % 40)
+
+
+def error_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    """What training ends with; it must be one line, and no run may have begun."""
+    path = str(REPOSITORY / "local" / "train.py")
+    monkeypatch.setattr(sys, "argv", [path, "--config", "run.toml", "--output", "run", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(path, run_name="__main__")
+    message = ended.value.code
+    assert isinstance(message, str)
+    assert "\n" not in message
+    assert not Path("run/config.toml").exists()
+    return message
+
+
+CONFIGURATIONS = {
+    "no TOML": (lambda good: good.replace("[model]", "[model"), r"run\.toml"),
+    "no text": (lambda good: good.replace("vocab_size", "vocab\udcff"), r"run\.toml"),
+    "an unknown key": (lambda good: good.replace("d_model", "d_mdoel"), "d_mdoel.*d_model"),
+    "a missing key": (lambda good: good.replace("d_model = 16", ""), "d_model"),
+    "a text for a number": (
+        lambda good: good.replace("steps = 2", 'steps = "2"'),
+        "steps must be a whole number",
+    ),
+    "no step at all": (lambda good: good.replace("steps = 2", "steps = 0"), "steps must be at least 1, got 0"),
+    "heads that do not divide": (lambda good: good.replace("num_heads = 2", "num_heads = 3"), "num_heads=3"),
+    "an unknown choice": (lambda good: good.replace("steps = 2", 'steps = 2\non_nonfinite = "ignore"'), "stop.*skip"),
+    "an unknown device": (lambda good: good.replace('"cpu"', '"abacus"'), "abacus.*use cpu or auto"),
+    "an unknown tracker": (lambda good: good.replace("steps = 2", 'steps = 2\ntrackers = ["x"]'), "wandb"),
+    "no checkpoint kept": (lambda good: good.replace("steps = 2", "steps = 2\ncheckpoints_kept = 0"), "at least 1"),
+    "parts that do not divide": (
+        lambda good: good.replace("steps = 2", "steps = 2\ngradient_accumulation = 3"),
+        "batch_size=4 must be divisible by gradient_accumulation=3",
+    ),
+    "documents without a tokenizer": (
+        lambda good: good.replace("steps = 2", 'steps = 2\nrows = "documents"'),
+        "needs a tokenizer",
+    ),
+    "no data": (lambda good: good.replace('"train.bin"', '""'), r"train_tokens is not set; .*encode\.py"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_wrong_configurations_are_told_in_a_line(monkeypatch, name):
+    change, expected = CONFIGURATIONS[name]
+    Path("run.toml").write_text(change(GOOD), encoding="utf-8", errors="surrogateescape")
+    assert re.search(expected, error_of(monkeypatch))
+
+
+def cut() -> None:
+    Path("train.bin").write_bytes(Path("train.bin").read_bytes()[:-2])
+
+
+def overwrite(start: int, data: bytes) -> None:
+    with open("train.bin", "r+b") as file:
+        file.seek(start)
+        file.write(data)
+
+
+DATA: dict[str, tuple[Callable[[], object], str]] = {
+    "missing": (lambda: Path("train.bin").unlink(), r"train\.bin"),
+    "without its sidecar": (lambda: Path("train.json").unlink(), "dtype"),
+    "shorter than its sidecar says": (cut, "400"),
+    "with a sidecar that is no JSON": (lambda: Path("train.json").write_text("{"), r"train\.json"),
+    "with another's sidecar": (lambda: Path("train.json").write_text('{"a": 1}'), r"train\.json"),
+    "of a larger vocabulary": (lambda: write_tokens("train.bin", np.arange(100), 100), "99.*vocab_size"),
+    "too short for a row": (lambda: write_tokens("train.bin", np.arange(5)), "context_length"),
+    "empty": (lambda: write_tokens("train.bin", np.arange(0)), "0"),
+    "a folder": (lambda: (Path("train.bin").unlink(), Path("train.bin").mkdir()), r"train\.bin"),
+    "a text": (lambda: (shutil.copy("run.toml", "train.bin"), Path("train.json").unlink()), "dtype"),
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_wrong_data_are_told_in_a_line(monkeypatch, name):
+    change, expected = DATA[name]
+    Path("run.toml").write_text(GOOD)
+    change()
+    assert re.search(expected, error_of(monkeypatch))
+
+
+def test_token_files_of_others_need_their_type(monkeypatch):
+    Path("run.toml").write_text(GOOD)
+    for name in ("train", "valid"):
+        Path(f"{name}.json").unlink()
+    assert "dtype" in error_of(monkeypatch)
+    arguments = ["train.py", "--config", "run.toml", "--output", "run", "--dtype", "uint16"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(str(REPOSITORY / "local" / "train.py"), run_name="__main__")
+    assert list(Path("run/checkpoints").glob("*.safetensors"))
+
+
+def test_a_changed_byte_is_found_when_it_is_asked_for(monkeypatch):
+    Path("run.toml").write_text(GOOD)
+    overwrite(0, b"\1")
+    assert "the data has changed since it was written; make the token file again" in error_of(monkeypatch, "--verify")

@@ -1,0 +1,322 @@
+"""Token files: what is written comes back, and a file that is not what it claims to be is refused."""
+
+import hashlib
+import json
+import os
+import sys
+import tracemalloc
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from basic.tokens.flat_file import TokenFileWriter
+from basic.tokens.info import sidecar_path, token_dtype
+from basic.tokens.opening import open_tokens, read_info
+
+
+def write(path, ids, vocab_size=300, **options):
+    with TokenFileWriter(path, vocab_size, **options) as writer:
+        writer.write(ids, source_bytes=7)
+    return writer.info
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "tokens.bin"
+
+
+def test_the_dtype_is_the_smallest_that_fits():
+    assert token_dtype(1) == token_dtype(2**16) == np.dtype("<u2")
+    assert token_dtype(2**16 + 1) == token_dtype(2**32) == np.dtype("<u4")
+
+
+@pytest.mark.parametrize("vocab_size", [0, -1, 2**32 + 1])
+def test_a_vocabulary_without_a_dtype_is_refused(vocab_size):
+    with pytest.raises(ValueError, match=rf"vocab_size={vocab_size} must lie between 1 and 2\*\*32"):
+        token_dtype(vocab_size)
+
+
+@given(
+    pieces=st.lists(st.lists(st.integers(0, 69_999), max_size=20), max_size=5),
+    vocab_size=st.sampled_from([70_000, 2**32]),
+)
+def test_round_trip_in_pieces(tmp_path_factory, pieces, vocab_size):
+    path = tmp_path_factory.mktemp("round") / "tokens.bin"
+    with TokenFileWriter(path, vocab_size) as writer:
+        for piece in pieces:
+            writer.write(piece)
+    ids = [id for piece in pieces for id in piece]
+    tokens = open_tokens(path, verify=True)
+    assert tokens.tolist() == ids
+    assert writer.info == read_info(path)
+    assert writer.info.largest_id == max(ids, default=None)
+    assert writer.info.count == len(ids)
+
+
+@pytest.mark.parametrize(("vocab_size", "raw"), [(300, b"\x02\x00\x2b\x01"), (70_000, b"\2\0\0\0\x2b\1\0\0")])
+def test_the_bytes_on_the_disk(path, vocab_size, raw):
+    """Flat and little-endian, with a sidecar that a person can read."""
+    info = write(path, [2, 299], vocab_size, tokenizer_fingerprint="abc")
+    assert path.read_bytes() == raw
+    text = sidecar_path(path).read_text()
+    assert text.count("\n") == 9
+    assert json.loads(text) == {
+        "dtype": info.dtype.name,
+        "count": 2,
+        "source_bytes": 7,
+        "largest_id": 299,
+        "vocab_size": vocab_size,
+        "tokenizer_fingerprint": "abc",
+        "sha256": hashlib.sha256(raw).hexdigest(),
+    }
+
+
+def test_the_map_is_one_dimensional_and_read_only(path):
+    write(path, [1, 2, 3])
+    tokens = open_tokens(path, dtype=np.uint16)
+    assert isinstance(tokens, np.memmap)
+    assert (tokens.ndim, tokens.dtype, tokens.flags.writeable) == (1, np.uint16, False)
+
+
+def test_an_empty_file(path):
+    assert write(path, []).largest_id is None
+    tokens = open_tokens(path, verify=True)
+    assert (tokens.shape, tokens.dtype, tokens.flags.writeable) == ((0,), np.uint16, False)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64, np.uint64])
+def test_ids_of_any_integer_type(path, dtype):
+    write(path, np.array([0, 5, 100], dtype))
+    assert open_tokens(path).tolist() == [0, 5, 100]
+
+
+def test_long_arrays_are_converted_in_pieces(path):
+    """Memory grows with the chunk, not with the array: 24 MB of int64 ids need less than 6 MB beside them."""
+    ids = np.arange(3_000_000) % 300
+    tracemalloc.start()
+    info = write(path, ids)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 6e6
+    assert info.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    np.testing.assert_array_equal(open_tokens(path), ids)
+
+
+@pytest.mark.parametrize(
+    ("ids", "named"), [([1, 300], 300), ([-1, 2], -1), ([2**70], 2**70), (np.array([2**63], np.uint64), 2**63)]
+)
+def test_ids_outside_the_vocabulary_are_named(path, ids, named):
+    write(path, [7])
+    with pytest.raises(ValueError, match=rf"token id {named} lies outside .* from 0 to 299"):
+        write(path, ids)
+    assert open_tokens(path, verify=True).tolist() == [7]
+    assert len(os.listdir(path.parent)) == 2
+
+
+@pytest.mark.parametrize(
+    ("ids", "error"), [([1.0], TypeError), (["1"], TypeError), ([True], TypeError), ([[1]], ValueError)]
+)
+def test_ids_that_are_not_a_row_of_integers(path, ids, error):
+    with pytest.raises(error, match="token ids must be"):
+        write(path, ids)
+
+
+def test_a_refused_piece_leaves_the_writer_usable(path):
+    """Ids are checked before any of them is written, so that the caller may go on after an error."""
+    with TokenFileWriter(path, 300) as writer:
+        writer.write([1])
+        with pytest.raises(ValueError, match="300"):
+            writer.write([2, 300])
+        writer.write([3])
+    assert open_tokens(path, verify=True).tolist() == [1, 3]
+
+
+def test_numpy_integers_as_sizes(path):
+    with TokenFileWriter(path, np.int64(300)) as writer:
+        writer.write([1], source_bytes=np.int64(4))
+    assert read_info(path).source_bytes == 4
+
+
+@pytest.mark.parametrize(("name", "remedy"), [("tokens.npy", r"name it \*.bin"), ("tokens.json", "tokens.bin")])
+def test_names_that_would_mislead(tmp_path, name, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        TokenFileWriter(tmp_path / name, 300)
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_a_failing_disk(path, monkeypatch, function):
+    """A write that fails leaves no file that reads as something else than what was written."""
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    write(path, [1, 2])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, fail)
+        with pytest.raises(OSError, match="disk full"):
+            write(path, [3, 4])
+    assert not [name for name in os.listdir(path.parent) if name.endswith(".tmp")]
+    if function == "fsync":
+        assert open_tokens(path, verify=True).tolist() == [1, 2]
+    else:  # the old sidecar is gone, so that it cannot stand beside new data
+        with pytest.raises(FileNotFoundError, match=r"dtype=\.\.\."):
+            open_tokens(path)
+
+
+def test_a_process_that_dies_between_data_and_sidecar(path, monkeypatch):
+    """The same number of ids as before: only the absence of the old sidecar tells that the data is new."""
+
+    class PowerCut(BaseException):
+        pass
+
+    def die_at_the_sidecar(source, target):
+        if str(target).endswith(".json"):
+            raise PowerCut
+        rename(source, target)
+
+    write(path, [1, 2])
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", die_at_the_sidecar)
+    with pytest.raises(PowerCut):
+        write(path, [3, 4])
+    assert path.read_bytes() == b"\3\0\4\0"
+    with pytest.raises(FileNotFoundError, match=r"tokens.json.* is missing: .* dtype=\.\.\."):
+        open_tokens(path)
+    assert open_tokens(path, dtype=np.uint16).tolist() == [3, 4]
+
+
+def test_without_a_sidecar_the_dtype_must_be_given(path):
+    path.write_bytes(np.array([1, 70_000], "<u4").tobytes())
+    with pytest.raises(FileNotFoundError, match=r"open it with dtype=\.\.\."):
+        open_tokens(path)
+    assert open_tokens(path, dtype="uint32").tolist() == [1, 70_000]
+    with pytest.raises(ValueError, match="no checksum to verify"):
+        open_tokens(path, dtype="uint32", verify=True)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, bool, "U4"])
+def test_a_dtype_that_holds_no_ids(path, dtype):
+    write(path, [1])
+    with pytest.raises(ValueError, match="give an integer type"):
+        open_tokens(path, dtype=dtype)
+
+
+def test_a_dtype_that_contradicts_the_sidecar(path):
+    write(path, [1, 2])
+    with pytest.raises(ValueError, match=r"dtype=uint32 was asked for, but .*tokens.json says uint16; leave"):
+        open_tokens(path, dtype=np.uint32)
+
+
+def test_data_that_is_longer_or_shorter_than_the_sidecar_says(path):
+    write(path, [1, 2])
+    for raw in (b"", b"\1", b"\1\0", b"\1\0\2", b"\1\0\2\0\3\0"):
+        path.write_bytes(raw)
+        with pytest.raises(ValueError, match=rf"has {len(raw)} bytes, but .* says 2 ids of uint16, 4 bytes"):
+            open_tokens(path)
+
+
+def test_half_an_id_at_the_end(path):
+    path.write_bytes(b"\1\0\2")
+    with pytest.raises(ValueError, match="has 3 bytes, which is no whole number of uint16"):
+        open_tokens(path, dtype=np.uint16)
+
+
+def test_data_that_has_changed_since(path):
+    write(path, [1, 2])
+    path.write_bytes(b"\1\0\3\0")
+    assert open_tokens(path).tolist() == [1, 3]
+    with pytest.raises(ValueError, match="has changed since it was written"):
+        open_tokens(path, verify=True)
+
+
+SIDECAR_DAMAGE = {
+    "empty": lambda text: "",
+    "truncated": lambda text: text[: len(text) // 2],
+    "not an object": lambda text: "[1, 2]",
+    "another program's": lambda text: '{"vocab_size": 300}',
+    "unknown dtype": lambda text: text.replace("uint16", "float16"),
+    "dtype of another kind": lambda text: text.replace('"uint16"', "[16]"),
+    "count of another kind": lambda text: text.replace('"count": 2', '"count": "2"'),
+}
+
+
+@pytest.mark.parametrize("damage", SIDECAR_DAMAGE.values(), ids=SIDECAR_DAMAGE.keys())
+def test_a_damaged_sidecar(path, damage):
+    write(path, [1, 2])
+    sidecar = sidecar_path(path)
+    sidecar.write_text(damage(sidecar.read_text()))
+    with pytest.raises(ValueError, match=r"is not the sidecar of a token file, or a damaged one .* dtype=\.\.\."):
+        open_tokens(path)
+
+
+def test_a_sidecar_of_random_bytes(path):
+    write(path, [1, 2])
+    sidecar_path(path).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="damaged"):
+        read_info(path)
+
+
+def test_a_missing_file(path):
+    with pytest.raises(FileNotFoundError, match="there is no token file"):
+        open_tokens(path)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int64])
+@pytest.mark.parametrize("count", [0, 5])
+def test_npy_arrays(tmp_path, dtype, count):
+    path = tmp_path / "tokens.npy"
+    np.save(path, np.arange(count, dtype=dtype))
+    tokens = open_tokens(path, dtype=dtype)
+    assert isinstance(tokens, np.memmap)
+    assert not tokens.flags.writeable
+    assert tokens.dtype == dtype
+    assert tokens.tolist() == list(range(count))
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((2, 2), int), r"int64 of shape \(2, 2\)"),
+        (np.zeros(2), r"float64 of shape \(2,\)"),
+        (np.zeros(2, bool), "bool"),
+        (np.array([None]), "not a whole .npy array"),
+    ],
+)
+def test_npy_arrays_that_hold_no_ids(tmp_path, array, message):
+    np.save(tmp_path / "tokens.npy", array, allow_pickle=True)
+    with pytest.raises(ValueError, match=message):
+        open_tokens(tmp_path / "tokens.npy")
+
+
+def test_npy_arrays_opened_wrongly(tmp_path):
+    path = tmp_path / "tokens.npy"
+    np.save(path, np.arange(5))
+    with pytest.raises(ValueError, match=r"dtype=uint16 was asked for, but .* says int64"):
+        open_tokens(path, dtype=np.uint16)
+    with pytest.raises(ValueError, match="no checksum"):
+        open_tokens(path, verify=True)
+    raw = path.read_bytes()
+    for length in (0, 4, 40, len(raw) - 1):
+        path.write_bytes(raw[:length])
+        with pytest.raises(ValueError, match=r"not a whole \.npy array"):
+            open_tokens(path)
+
+
+def test_the_record_cannot_be_changed(path):
+    info = write(path, [1])
+    assert replace(info, count=2).count == 2
+    with pytest.raises(AttributeError):
+        info.count = 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="an open map keeps its file from being replaced on Windows")
+def test_a_map_survives_the_replacement_of_its_file(path):
+    """Writing again gives a new file; whoever has mapped the old one goes on reading it."""
+    write(path, [1, 2])
+    tokens = open_tokens(path)
+    write(path, [3, 4])
+    assert tokens.tolist() == [1, 2]
+    assert open_tokens(path).tolist() == [3, 4]

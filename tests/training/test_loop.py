@@ -1,0 +1,419 @@
+"""The training loop against a loop of PyTorch's own parts, and everything that a run leaves behind."""
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import basic.training.loop
+from basic.common.config_files import load_config
+from basic.model import ModelConfig, TransformerLM
+from basic.training.batches import BatchSampler
+from basic.training.loop import train
+from basic.training.records.metrics import read_metrics
+from basic.training.settings import RunConfig, TrainConfig
+
+VOCAB, CONTEXT, END = 20, 8, 0
+MODEL = ModelConfig(vocab_size=VOCAB, context_length=CONTEXT, d_model=16, num_layers=1, num_heads=2)
+# Documents of 1 to 9 tokens behind the token END.
+RANDOM = np.random.default_rng(0)
+TRAIN = np.concatenate([[END, *RANDOM.integers(1, VOCAB, size=RANDOM.integers(1, 10))] for _ in range(60)])
+VALID = np.concatenate([[END, *RANDOM.integers(1, VOCAB, size=RANDOM.integers(1, 10))] for _ in range(20)])
+KEYS = ["step", "tokens", "wall_s", "train_loss", "learning_rate", "gradient_norm", "tokens_per_s"]
+
+
+class Words:
+    """A tokenizer of numbers: the text "3 4" is [3, 4], and the end of text has an id of its own."""
+
+    def __init__(self, vocab_size: int = VOCAB) -> None:
+        self.vocab_size = vocab_size
+        self.special_token_ids = {"<|endoftext|>": END}
+
+    def encode(self, text: str) -> list[int]:
+        return [END if word == "<|endoftext|>" else int(word) for word in text.split()]
+
+    def decode(self, ids) -> str:
+        return " ".join(map(str, ids))
+
+    def save(self, directory) -> None:
+        Path(directory).mkdir()
+        (Path(directory) / "words.txt").write_text(str(self.vocab_size))
+
+
+def configuration(**settings: Any) -> RunConfig:
+    defaults: dict[str, Any] = {
+        "steps": 8,
+        "batch_size": 4,
+        "max_learning_rate": 1e-2,
+        "min_learning_rate": 1e-3,
+        "warmup_steps": 3,
+        "log_interval": 1,
+        "eval_batches": 2,
+        "device": "cpu",
+    }
+    return RunConfig(model=MODEL, train=TrainConfig(**{**defaults, **settings}))
+
+
+def saved(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(run_dir / "checkpoints" / f"step_{step:08}.safetensors")
+
+
+def stop_in_step(monkeypatch, number: int, error: BaseException) -> None:
+    """Let the loop die in a step, as an interrupt does."""
+    real, steps = basic.training.loop.TrainStep.__call__, []
+
+    def train_step(*args):
+        steps.append(None)
+        if len(steps) == number:
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr(basic.training.loop.TrainStep, "__call__", train_step)
+
+
+# --- What it computes -----------------------------------------------------------------------------------------
+
+
+def scheduled(settings: TrainConfig, step: int) -> float:
+    """The learning rate of a step, counted from 1."""
+    if step < settings.warmup_steps:
+        return settings.max_learning_rate * step / settings.warmup_steps
+    share = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps)
+    span = settings.max_learning_rate - settings.min_learning_rate
+    return settings.min_learning_rate + span * (1 + math.cos(math.pi * share)) / 2
+
+
+def test_training_is_that_of_pytorchs_own_parts(tmp_path):
+    config = configuration(max_gradient_norm=0.5, weight_decay=0.2, beta2=0.9, eps=1e-6, seed=3)
+    run = train(config, TRAIN, VALID, tmp_path / "run")
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+
+    torch.manual_seed(3)
+    model = TransformerLM(MODEL)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.9), eps=1e-6, weight_decay=0.2)
+    sampler = BatchSampler(TRAIN, 4, CONTEXT, seed=3)
+    norms = []
+    for step, record in enumerate(records, 1):
+        inputs, targets = sampler.batch(step - 1)
+        loss = torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
+        optimizer.param_groups[0]["lr"] = scheduled(config.train, step)
+        optimizer.step()
+        assert record["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert record["gradient_norm"] == pytest.approx(norms[-1], rel=1e-4)
+    assert len(norms) == 8
+    assert max(norms) > 0.5  # clipping took place
+    for (name, ours), theirs in zip(run.model.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_parts_of_a_batch_give_what_the_whole_gives(tmp_path):
+    whole, halves, quarters = (
+        train(configuration(gradient_accumulation=parts), TRAIN, VALID, tmp_path / str(parts)) for parts in (1, 2, 4)
+    )
+    for run, folder in ((halves, "2"), (quarters, "4")):
+        for mine, other in zip(run.model.parameters(), whole.model.parameters(), strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+        for mine, other in zip(
+            *(read_metrics(tmp_path / name / "metrics.jsonl") for name in (folder, "1")), strict=True
+        ):
+            assert mine["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+            assert mine["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_loss_falls_on_text_that_repeats(tmp_path, precision):
+    tokens = np.tile(np.array([1, 5, 2, 7, 3], np.uint16), 40)
+    config = configuration(steps=60, batch_size=8, log_interval=10, precision=precision)
+    run = train(config, tokens, tokens, tmp_path / "run")
+    losses = [record["train_loss"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert losses[0] > 1.5
+    assert losses[-1] < 0.2
+    assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
+
+
+def test_bfloat16_rounds_and_auto_on_a_cpu_does_not(tmp_path):
+    losses = {}
+    for precision in ("float32", "auto", "bfloat16"):
+        # Nothing is learned, so that the validation loss is that of the same weights.
+        config = configuration(steps=1, precision=precision, max_learning_rate=0.0, min_learning_rate=0.0)
+        train(config, TRAIN, VALID, tmp_path / precision)
+        (record,) = read_metrics(tmp_path / precision / "metrics.jsonl")
+        losses[precision] = (record["train_loss"], record["valid_loss"])
+    assert losses["auto"] == losses["float32"]
+    for rounded, exact in zip(losses["bfloat16"], losses["float32"], strict=True):
+        assert rounded != exact
+        assert rounded == pytest.approx(exact, rel=2e-2)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_factor_of_zero_leaves_the_matrices_with_a_row_a_token_alone(tmp_path, tied):
+    config = configuration(embedding_rate_factor=0.0)
+    config = replace(config, model=replace(MODEL, tied_embeddings=tied))
+    trained = train(config, TRAIN, VALID, tmp_path / "run").model.state_dict()
+    torch.manual_seed(config.train.seed)
+    before = TransformerLM(config.model).state_dict()
+    same = {name for name in before if torch.equal(before[name], trained[name])}
+    assert same == {"token_embeddings.weight", "lm_head.weight"}
+
+
+def test_rows_of_documents_begin_at_the_end_of_text(tmp_path, monkeypatch):
+    batches = []
+    real = basic.training.loop.TrainStep.__call__
+
+    def train_step(step, batch, *args):
+        batches.append(batch)
+        return real(step, batch, *args)
+
+    monkeypatch.setattr(basic.training.loop.TrainStep, "__call__", train_step)
+    train(configuration(rows="documents"), TRAIN, VALID, tmp_path / "run", tokenizer=Words())
+    assert len(batches) == 8
+    assert all((inputs[:, 0] == END).all() for inputs, _ in batches)
+
+
+# --- Metrics --------------------------------------------------------------------------------------------------
+
+
+def test_the_log_has_the_promised_numbers(tmp_path):
+    config = configuration(steps=10, log_interval=3, eval_interval=5)
+    train(config, TRAIN, VALID, tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    every = [json.loads(line) for line in lines]
+    records = [record for record in every if "kind" not in record]
+    evaluations = [record for record in every if record.get("kind") == "evaluation"]
+    assert [(r["step"], r["valid_loss"]) for r in evaluations] == [
+        (r["step"], r["valid_loss"]) for r in records if "valid_loss" in r
+    ]
+    assert [record["step"] for record in records] == [3, 5, 6, 9, 10]
+    for record in records:
+        evaluated = ["valid_loss"] if record["step"] in (5, 10) else []
+        assert list(record) == KEYS + evaluated
+        assert record["tokens"] == record["step"] * 4 * CONTEXT
+        assert record["learning_rate"] == pytest.approx(scheduled(config.train, record["step"]))
+        assert record["tokens_per_s"] > 0
+        assert record["gradient_norm"] > 0
+    walls = [record["wall_s"] for record in records]
+    assert walls == sorted(walls)
+    assert walls[0] > 0
+    # Of several steps, the mean.
+    train(replace(config, train=replace(config.train, log_interval=1)), TRAIN, VALID, tmp_path / "each")
+    losses = [record["train_loss"] for record in read_metrics(tmp_path / "each" / "metrics.jsonl")]
+    for record, part in zip(records, (losses[:3], losses[3:5], losses[5:6], losses[6:9], losses[9:]), strict=True):
+        assert record["train_loss"] == pytest.approx(sum(part) / len(part), rel=1e-5)
+
+
+def test_intervals_of_zero_mean_the_last_step_only(tmp_path):
+    settings = dict.fromkeys(("log_interval", "eval_interval", "sample_interval", "checkpoint_interval"), 0)
+    train(configuration(**settings), TRAIN, VALID, tmp_path / "run", tokenizer=Words())
+    (record,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert record["step"] == 8
+    assert "valid_loss" in record
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000008.safetensors"]
+    assert (tmp_path / "run" / "samples.txt").read_text().startswith("--- step 8 ---\n")
+
+
+def test_evaluation_is_on_the_same_batches_every_time(tmp_path):
+    config = configuration(eval_interval=2, max_learning_rate=0.0, min_learning_rate=0.0)  # nothing is learned
+    run = train(config, TRAIN, VALID, tmp_path / "run")
+    losses = [r["valid_loss"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "valid_loss" in r]
+    sampler = BatchSampler(VALID, 4, CONTEXT, seed=1)
+    with torch.no_grad():
+        parts = [
+            torch.nn.functional.cross_entropy(run.model(inputs).flatten(0, 1), targets.flatten()).item()
+            for inputs, targets in map(sampler.batch, range(2))
+        ]
+    assert losses == [pytest.approx(sum(parts) / 2, rel=1e-5)] * 4
+    assert len(set(losses)) == 1
+
+
+# --- The folder -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_configuration_tokenizer_samples_and_its_last_two_checkpoints(tmp_path):
+    config = configuration(sample_interval=4, sample_tokens=5, checkpoint_interval=3)
+    run = train(config, TRAIN, VALID, tmp_path / "deep" / "run", tokenizer=Words())
+    folder = tmp_path / "deep" / "run"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("checkpoints", "config.toml", "environment.json", "metrics.jsonl", "samples.txt", "tokenizer")
+    ]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        *("step_00000006.safetensors", "step_00000008.safetensors")
+    ]
+    assert load_config(folder / "config.toml", RunConfig) == config
+    assert (folder / "tokenizer" / "words.txt").read_text() == str(VOCAB)
+    samples = re.findall(r"--- step (\d+) ---\n(.*)\n\n", (folder / "samples.txt").read_text())
+    assert [step for step, _ in samples] == ["4", "8"]
+    assert all(len(text.split()) <= 5 for _, text in samples)
+    assert (run.step, run.config, run.tokenizer_path) == (8, config, folder / "tokenizer")
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(tensor, saved(folder, 8)["model." + name])
+
+
+def test_a_folder_with_a_run_is_refused_and_left_alone_unless_it_is_to_be_overwritten(tmp_path):
+    train(configuration(steps=2), TRAIN, VALID, tmp_path / "run", tokenizer=Words())
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    before = files()
+    with pytest.raises(FileExistsError, match=r"run already holds a run; choose another .*--resume .*--overwrite"):
+        train(configuration(), TRAIN, VALID, tmp_path / "run")
+    with pytest.raises(ValueError, match="both resumed and overwritten"):
+        train(configuration(), TRAIN, VALID, tmp_path / "run", resume=True, overwrite=True)
+    with pytest.raises(ValueError, match="training tokens: the dataset has 8 tokens"):
+        train(configuration(), TRAIN[:8], VALID, tmp_path / "run", overwrite=True)
+    assert files() == before
+
+    train(configuration(steps=3), TRAIN, VALID, tmp_path / "run", overwrite=True)
+    assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+    assert sorted(str(path.relative_to(tmp_path / "run")) for path in files()) == [
+        *("checkpoints/step_00000003.safetensors", "config.toml", "environment.json", "metrics.jsonl", "notes.txt")
+    ]
+
+
+# --- Stopping and going on ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", ["windows", "documents"])
+def test_a_resumed_run_is_the_run_that_never_stopped_bit_for_bit(tmp_path, monkeypatch, rows):
+    config = configuration(checkpoint_interval=4, eval_interval=4, rows=rows)
+    train(config, TRAIN, VALID, tmp_path / "whole", tokenizer=Words())
+
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 7, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(config, TRAIN, VALID, tmp_path / "stopped", tokenizer=Words())
+    log = tmp_path / "stopped" / "metrics.jsonl"
+    assert [record["step"] for record in read_metrics(log)] == [1, 2, 3, 4, 5, 6]
+    with open(log, "a") as file:
+        file.write('{"step": 7, "tok')  # as a crash in the middle of a line would leave it
+    torch.manual_seed(99)
+    run = train(config, TRAIN, VALID, tmp_path / "stopped", tokenizer=Words(), resume=True)
+
+    assert run.step == 8
+    whole, stopped = saved(tmp_path / "whole", 8), saved(tmp_path / "stopped", 8)
+    assert whole.keys() == stopped.keys()
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in whole.items())
+    assert len(whole) > len(list(run.model.parameters())) * 2  # the optimizer's moments are among them
+    records = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "stopped")]
+    assert [record["step"] for record in records[1]] == list(range(1, 9))
+    for mine, other in zip(*records, strict=True):
+        assert {**mine, "wall_s": 0, "tokens_per_s": 0} == {**other, "wall_s": 0, "tokens_per_s": 0}
+    walls = [record["wall_s"] for record in records[1]]
+    assert walls == sorted(walls)
+
+
+def test_a_run_can_go_on_beyond_its_end_and_its_configuration_says_so(tmp_path):
+    train(configuration(steps=4), TRAIN, VALID, tmp_path / "run")
+    longer = configuration(steps=6)
+    assert train(longer, TRAIN, VALID, tmp_path / "run", resume=True).step == 6
+    assert load_config(tmp_path / "run" / "config.toml", RunConfig) == longer
+    assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    # One that is done already stays as it is.
+    assert train(configuration(steps=5), TRAIN, VALID, tmp_path / "run", resume=True).step == 6
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 6
+
+
+def test_a_run_does_not_go_on_with_another_model(tmp_path):
+    config = configuration(steps=2)
+    train(config, TRAIN, VALID, tmp_path / "run")
+    for name, before, after in (("num_heads", 2, 4), ("num_kv_heads", None, 1)):  # the first has the same shapes
+        other = replace(config, model=replace(MODEL, **{name: after}))
+        with pytest.raises(ValueError, match=rf"begun with model.{name} = {before}, but is to be resumed with {after}"):
+            train(other, TRAIN, VALID, tmp_path / "run", resume=True)
+    assert load_config(tmp_path / "run" / "config.toml", RunConfig) == config
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing is not a run: it has no config\.toml; start one"):
+        train(configuration(), TRAIN, VALID, tmp_path / "missing", resume=True)
+    assert not (tmp_path / "missing").exists()
+
+
+def test_a_run_without_a_checkpoint_begins_again(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 3, ZeroDivisionError())
+        with pytest.raises(ZeroDivisionError):
+            train(configuration(), TRAIN, VALID, tmp_path / "run")
+    train(configuration(), TRAIN, VALID, tmp_path / "run", resume=True)
+    assert "run has no checkpoint yet; it begins again at its first step" in capsys.readouterr().err
+    assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 9))
+
+
+def test_a_learning_rate_that_is_far_too_high_ends_in_that_error(tmp_path):
+    with pytest.raises(FloatingPointError):
+        train(configuration(max_learning_rate=1e30, steps=20), TRAIN, VALID, tmp_path / "run")
+    assert all(math.isfinite(record["train_loss"]) for record in read_metrics(tmp_path / "run" / "metrics.jsonl"))
+
+
+# --- What does not fit ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"train_tokens": TRAIN[:8]},
+            "training tokens: the dataset has 8 tokens, but context_length=8 needs at least 9",
+        ),
+        ({"valid_tokens": VALID[:0]}, "validation tokens: the dataset has 0 tokens"),
+        (
+            {"train_tokens": np.append(TRAIN, 20)},
+            f"training tokens: token id 20 at position {len(TRAIN)} is not in the",
+        ),
+        ({"valid_tokens": np.append(-1, VALID)}, "validation tokens: token id -1 at position 0"),
+        ({"train_tokens": TRAIN.astype(float)}, "training tokens: tokens must be .* integers, got float64"),
+        ({"tokenizer": Words(21)}, "the tokenizer's 21 ids do not fit into the model's vocab_size=20; set"),
+        ({"config": configuration(rows="documents")}, "needs a tokenizer .*'<|endoftext|>', got none"),
+        (
+            {"config": configuration(rows="documents", end_of_text="<END>"), "tokenizer": Words()},
+            r"special token '<END>', got one with \['<\|endoftext\|>'\]",
+        ),
+        (
+            {"config": configuration(rows="documents"), "tokenizer": Words(), "valid_tokens": VALID[VALID != END]},
+            "validation tokens: token 0 does not occur",
+        ),
+        ({"config": configuration(device="abacus")}, r"device 'abacus' cannot be used here \(.*\); use cpu or auto"),
+        ({"config": configuration(device="cuda:77")}, r"device 'cuda:77' cannot be used here \(.*\); use cpu or auto"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_anything_is_written(tmp_path, changes, message):
+    arguments: dict[str, Any] = {"config": configuration(), "train_tokens": TRAIN, "valid_tokens": VALID, **changes}
+    with pytest.raises(ValueError, match=message):
+        train(**arguments, run_dir=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        *(({name: 0}, f"{name} must be at least 1, got 0") for name in ("steps", "batch_size", "sample_tokens")),
+        *(({name: 0}, f"{name} must be at least 1, got 0") for name in ("gradient_accumulation", "eval_batches")),
+        *(({name: -1}, f"{name} must be at least 0, got -1") for name in ("warmup_steps", "log_interval", "seed")),
+        *(({name: -1}, f"{name} must be at least 0, got -1") for name in ("eval_interval", "checkpoint_interval")),
+        *(({name: -0.1}, f"{name} must be at least 0, got -0.1") for name in ("eps", "weight_decay")),
+        ({"sample_interval": -1}, "sample_interval must be at least 0, got -1"),
+        ({"embedding_rate_factor": -1.0}, "embedding_rate_factor must be at least 0, got -1.0"),
+        ({"min_learning_rate": math.nan}, "min_learning_rate must be at least 0, got nan"),
+        ({"max_learning_rate": 1e-4}, "max_learning_rate=0.0001 must be at least min_learning_rate=0.001"),
+        ({"beta1": 1.0}, "beta1 must be at least 0 and below 1, got 1.0"),
+        ({"beta2": -0.5}, "beta2 must be at least 0 and below 1, got -0.5"),
+        ({"max_gradient_norm": 0.0}, "max_gradient_norm must be above 0, got 0.0"),
+        ({"gradient_accumulation": 3}, "batch_size=4 must be divisible by gradient_accumulation=3"),
+        ({"rows": "lines"}, "rows must be one of windows, documents, got 'lines'"),
+        ({"precision": "float16"}, "precision must be one of auto, float32, bfloat16, got 'float16'"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        configuration(**settings)

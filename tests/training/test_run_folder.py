@@ -1,0 +1,127 @@
+"""What a run's folder gives back, and what is said when it cannot."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from basic.common.config_files import save_config
+from basic.model import ModelConfig, TransformerLM
+from basic.training.checkpoints.file import save_checkpoint
+from basic.training.devices import choose_device
+from basic.training.records.metrics import read_metrics
+from basic.training.run_folder import load_run
+from basic.training.settings import DataConfig, RunConfig, TrainConfig
+
+CONFIG = RunConfig(
+    model=ModelConfig(vocab_size=11, context_length=8, d_model=16, num_layers=1, num_heads=2, norm="post"),
+    train=TrainConfig(steps=7, device="cpu"),
+    data=DataConfig(train_tokens="somewhere/train.bin"),
+)
+
+
+@pytest.fixture
+def run_dir(tmp_path) -> Path:
+    """A run with three checkpoints, the last of which holds the model of seed 3."""
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    save_config(CONFIG, folder / "config.toml")
+    for seed, step in ((1, 9), (2, 80), (3, 100)):
+        torch.manual_seed(seed)
+        save_checkpoint(TransformerLM(CONFIG.model), None, step, folder / "checkpoints" / f"step_{step:08}.safetensors")
+    return folder
+
+
+def newest(run_dir: Path) -> Path:
+    return run_dir / "checkpoints" / "step_00000100.safetensors"
+
+
+def test_load_run_gives_the_newest_model_its_configuration_and_step(run_dir):
+    run = load_run(str(run_dir), device="cpu")
+    torch.manual_seed(3)
+    expected = TransformerLM(CONFIG.model)
+    assert (run.config, run.step, run.tokenizer_path) == (CONFIG, 100, None)
+    assert not run.model.training
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(run.model(ids), expected(ids))
+    assert run.model.state_dict().keys() == expected.state_dict().keys()
+    assert all(torch.equal(run.model.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
+
+
+def test_load_run_tells_where_the_tokenizer_is(run_dir):
+    (run_dir / "tokenizer").mkdir()
+    assert load_run(run_dir).tokenizer_path == run_dir / "tokenizer"
+
+
+def test_a_run_that_was_moved_loads(run_dir, tmp_path):
+    run_dir.rename(tmp_path / "elsewhere")
+    assert load_run(tmp_path / "elsewhere").step == 100
+
+
+@pytest.mark.parametrize("missing", ["folder", "configuration"])
+def test_a_folder_that_is_no_run(run_dir, missing):
+    (run_dir / "config.toml").unlink()
+    path = run_dir / "nowhere" if missing == "folder" else run_dir
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{path} is not a run: it has no config.toml")):
+        load_run(path)
+
+
+def test_a_run_without_a_checkpoint(run_dir):
+    for path in (run_dir / "checkpoints").iterdir():
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="checkpoints has no checkpoint"):
+        load_run(run_dir)
+
+
+def test_a_configuration_with_an_unknown_key(run_dir):
+    text = (run_dir / "config.toml").read_text()
+    (run_dir / "config.toml").write_text(text.replace("d_model", "d_mdoel"))
+    with pytest.raises(ValueError, match=r"config\.toml: unknown key 'model\.d_mdoel'; the keys here are vocab_size, "):
+        load_run(run_dir)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 100, -1])
+def test_a_truncated_checkpoint_is_named_and_the_one_before_is_taken(run_dir, kept):
+    newest(run_dir).write_bytes(newest(run_dir).read_bytes()[:kept])
+    with pytest.warns(UserWarning, match=r"step_00000100\.safetensors is not a whole checkpoint"):
+        assert load_run(run_dir).step == 80
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key", "shapes"),
+    [
+        ("vocab_size = 11", "vocab_size = 12", "token_embeddings.weight", ["(11, 16)", "(12, 16)"]),
+        ("d_ff = 64", "d_ff = 128", "layers.0.ffn.w1.weight", ["(64, 16)", "(128, 16)"]),
+        ("num_layers = 1", "num_layers = 2", "layers.1.ln1.weight", ["(16,)"]),
+        ('norm = "post"', 'norm = "none"', "layers.0.ln1.weight", ["(16,)"]),
+    ],
+)
+def test_a_model_that_does_not_fit_is_told_by_its_first_differing_key_and_both_shapes(run_dir, old, new, key, shapes):
+    text = (run_dir / "config.toml").read_text()
+    assert text.count(old) == 1
+    (run_dir / "config.toml").write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match=r"does not fit the model.*" + re.escape(repr(key))) as caught:
+        load_run(run_dir)
+    assert all(shape in str(caught.value) for shape in shapes)
+
+
+def test_devices_by_name():
+    assert choose_device("cpu") == torch.device("cpu")
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert choose_device("auto").type == best
+    with pytest.raises(ValueError, match=r"device 'abacus' cannot be used here \(.*\); use cpu or auto"):
+        choose_device("abacus")
+    with pytest.raises(ValueError, match="device 'cuda:99' cannot be used here"):
+        choose_device("cuda:99")
+
+
+def test_metrics_without_a_line_that_was_cut_off(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "train_loss": 2.5}\n{"step": 2, "train_loss": 2.25}\n{"step": 3, "tra')
+    assert read_metrics(path) == [{"step": 1, "train_loss": 2.5}, {"step": 2, "train_loss": 2.25}]
+    path.write_text("")
+    assert read_metrics(path) == []
+    with pytest.raises(FileNotFoundError):
+        read_metrics(tmp_path / "missing.jsonl")
