@@ -1,1 +1,1 @@
-"""What every module may use."""
+"""Files, errors, configuration, command line and progress bars, for every package."""

@@ -1,4 +1,4 @@
-"""How a script ends: an error is one line, Ctrl-C is no error, and a traceback comes to those who ask for it."""
+"""How a script ends: an error of the user is one line, and Ctrl-C is not an error."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ TRACEBACK_OPTION = "--traceback"
 
 
 def run(script: Callable[[], object]) -> None:
-    """Call a script's main part; what the user can mend ends it with one line and status 1, Ctrl-C with status 130.
+    """Call a script's main function, and exit if it fails.
 
-    With `--traceback` among the arguments, which is taken out of them, errors show where they come from.
+    An error that the user can correct is printed as one line (status 1), and Ctrl-C ends the script with status 130.
+    If `--traceback` is among the arguments, it is removed from them, and errors show their traceback.
     """
     with_traceback = TRACEBACK_OPTION in sys.argv
     if with_traceback:
         sys.argv.remove(TRACEBACK_OPTION)
     try:
         script()
-    except KeyboardInterrupt as stop:
+    except KeyboardInterrupt as interrupt:
         if with_traceback:
             raise
-        print("\n" * sys.stderr.isatty() + (str(stop) or "interrupted"), file=sys.stderr)  # not behind the ^C
+        # The terminal shows ^C, so the message starts on a new line.
+        print("\n" * sys.stderr.isatty() + (str(interrupt) or "interrupted"), file=sys.stderr)
         sys.exit(130)
     except (OSError, ValueError, FloatingPointError, MemoryError) as error:
         if with_traceback:

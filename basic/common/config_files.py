@@ -1,4 +1,4 @@
-"""Frozen dataclasses to TOML files and back: unknown keys and wrong types are errors that say what is allowed."""
+"""Frozen dataclasses to TOML files and back, with errors that name the key and what is allowed."""
 
 from __future__ import annotations
 
@@ -9,38 +9,39 @@ import types
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from basic.common.errors import InvalidConfigError
 from basic.common.files import atomic_write
 
 T = TypeVar("T")
 
 
 def load_config(path: str | os.PathLike, cls: type[T]) -> T:
-    """Read a TOML file into a dataclass; tables become its nested dataclasses.
+    """Read a TOML file into a dataclass; its tables become nested dataclasses.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not TOML, an unknown or missing key, a value of the wrong type or out of its range; the message
-            starts with the file's path.
+        FileNotFoundError: the file does not exist.
+        InvalidConfigError: the file is not TOML, a key is unknown or missing, or a value has the wrong type or is out
+            of its range; the message starts with the file's path.
     """
     path = Path(path)
     try:
         with open(path, "rb") as file:
             table = tomllib.load(file)
         return from_table(cls, table)
-    except ValueError as error:  # tomllib's own error is one too
-        raise ValueError(f"{path}: {error}") from error
+    except ValueError as error:  # also tomllib's errors
+        raise InvalidConfigError(f"{path}: {error}") from error
 
 
 def save_config(config: Any, path: str | os.PathLike) -> None:
-    """Write a dataclass as TOML, keys in the order of its fields; a field that is None is left out."""
-    import tomli_w  # here, so that only those who save need it
+    """Write a dataclass as TOML, with the keys in the order of its fields and without fields that are None."""
+    import tomli_w  # imported late: only saving needs it
 
     with atomic_write(path) as file:
         tomli_w.dump(to_table(config), file)
 
 
 def to_table(config: Any) -> dict[str, Any]:
-    """A dataclass as nested dictionaries without None, which TOML cannot say."""
+    """Convert a dataclass to nested dictionaries, without fields that are None (TOML has no null)."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {
         name: to_table(value) if dataclasses.is_dataclass(value) else value
@@ -49,52 +50,72 @@ def to_table(config: Any) -> dict[str, Any]:
     }
 
 
-def from_table(cls: type[T], table: dict[str, Any], where: str = "") -> T:
+def from_table(cls: type[T], table: dict[str, Any], prefix: str = "") -> T:
     """Build a dataclass from nested dictionaries.
 
     Args:
-        where: the dotted name of the table, for messages.
+        prefix: the table's dotted name and a dot, for messages.
 
     Raises:
-        ValueError: an unknown or missing key, or a value of the wrong type or out of its range.
+        InvalidConfigError: a key is unknown or missing, or a value has the wrong type or is out of its range.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}  # ty: ignore[invalid-argument-type]
     for key in table:
         if key not in fields:
-            raise ValueError(f"unknown key {where + key!r}; the keys here are {', '.join(fields)}")
+            raise InvalidConfigError(f"unknown key {prefix + key!r}; the keys here are {', '.join(fields)}")
     hints = get_type_hints(cls)
     values = {}
     for name, field in fields.items():
         if name in table:
-            values[name] = _checked(hints[name], table[name], where + name)
+            values[name] = _convert(hints[name], table[name], prefix + name)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ValueError(f"the key {where + name!r} is missing, and it has no default")
-    return cls(**values)
+            raise InvalidConfigError(f"the key {prefix + name!r} is missing, and it has no default")
+    try:
+        return cls(**values)
+    except ValueError as error:  # of the dataclass's own checks
+        raise InvalidConfigError(str(error)) from error
 
 
-def _checked(hint: Any, value: Any, name: str) -> Any:
-    """The value as the type its field is annotated with, or a ValueError."""
+def check_choices(config: Any) -> None:
+    """Check the settings of a dataclass that are annotated with a Literal.
+
+    Raises:
+        InvalidConfigError: a value is none of those that the annotation lists.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value, choices = getattr(config, name), get_args(hint)
+        if get_origin(hint) is Literal and value not in choices:
+            raise InvalidConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    """Convert a TOML value to the type of its field.
+
+    Raises:
+        InvalidConfigError: the value does not have this type; the message names the key.
+    """
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return from_table(hint, value, name + ".")
-    if get_origin(hint) is tuple and isinstance(value, list):  # tuple[item, ...], which TOML has as a list
-        return tuple(_checked(get_args(hint)[0], item, f"{name}[{place}]") for place, item in enumerate(value))
+    if get_origin(hint) is tuple and isinstance(value, list):  # tuple[item, ...] is a list in TOML
+        return tuple(_convert(get_args(hint)[0], item, f"{name}[{index}]") for index, item in enumerate(value))
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     for option in options:
         if get_origin(option) is Literal and value in get_args(option):
             return value
         if option is float and type(value) is int:
             return float(value)
-        if type(value) is option:  # not isinstance: True would pass for an int
+        if type(value) is option:  # not isinstance, because True is an instance of int
             return value
     allowed = " or ".join(_describe(option) for option in options if option is not type(None))
-    raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    raise InvalidConfigError(f"{name} must be {allowed}, got {value!r}")
 
 
 def _describe(option: Any) -> str:
+    """Name a type as a user of TOML knows it."""
     if get_origin(option) is Literal:
         return "one of " + ", ".join(map(repr, get_args(option)))
     if dataclasses.is_dataclass(option):
         return "a table with the keys " + ", ".join(field.name for field in dataclasses.fields(option))
     if get_origin(option) is tuple:
         return f"a list, each item {_describe(get_args(option)[0])}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}[option]
+    return {int: "an integer", float: "a number", bool: "true or false", str: "a string in quotes"}[option]

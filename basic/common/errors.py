@@ -1,12 +1,12 @@
-"""The errors that a user can mend.
+"""The errors that a user can correct.
 
-A script shows them as one line; any other ValueError is a bug of ours and shows its traceback. Each is also the
-built-in error that it is a kind of, so that `except ValueError` and `except OSError` still catch it.
+A script prints such an error as one line. Any other ValueError is a bug of this library and shows its traceback. Each
+type is also a built-in error, so `except ValueError` and `except OSError` still catch it.
 """
 
 
 class BasicError(Exception):
-    """Something that the user can mend; the message says what was wrong, what was got, what is allowed, what to do."""
+    """Base class. The message says what was wrong, what was got, what is allowed, and what to do."""
 
 
 class InvalidInputError(BasicError, ValueError):
@@ -14,11 +14,11 @@ class InvalidInputError(BasicError, ValueError):
 
 
 class InvalidConfigError(InvalidInputError):
-    """A setting that is unknown, of the wrong type or out of its range, or settings that do not fit together."""
+    """A setting that is unknown, of the wrong type or out of its range, or settings that contradict each other."""
 
 
 class DamagedFileError(BasicError, ValueError):
-    """A file that is cut off, changed since it was written, or not of the expected format."""
+    """A file that is incomplete, was changed after it was written, or does not have the expected format."""
 
 
 class WrongTokenizerError(BasicError, ValueError):
@@ -26,4 +26,4 @@ class WrongTokenizerError(BasicError, ValueError):
 
 
 class NotARunError(BasicError, FileNotFoundError):
-    """A folder that holds no run, or no checkpoint yet."""
+    """A folder without a run, or without a checkpoint."""

@@ -1,7 +1,8 @@
-"""Writing a file or a folder so that it is either there, whole, or not there at all."""
+"""Atomic writing: a file or a folder appears under its name only when it is complete."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -11,18 +12,23 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from basic.common.errors import DamagedFileError
+
 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Generator[BinaryIO]:
-    """Open a file for writing that appears under its name only when it is complete and on the disk.
+    """Open a file for writing that replaces `path` when the block ends without an error.
 
-    If the block raises, `path` is as it was and nothing is left behind.
+    If the block raises, `path` is unchanged and no temporary file remains.
 
     Args:
-        path: where the file shall stand; its folder must exist.
+        path: the file to create or replace; its folder must exist.
 
     Yields:
         A binary file object opened for writing.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
     """
     with atomic_paths(path) as (temporary,), open(temporary, "xb") as file:
         yield file
@@ -30,31 +36,31 @@ def atomic_write(path: str | os.PathLike) -> Generator[BinaryIO]:
 
 @contextmanager
 def atomic_paths(*paths: str | os.PathLike) -> Generator[tuple[Path, ...]]:
-    """Yield paths to write new contents to, which take the places of `paths` when the block has ended well.
+    """Yield temporary paths, and rename them to `paths` when the block ends without an error.
 
-    The temporary files lie in the same folder (a rename is atomic only within a file system). On leaving the
-    block they are forced to the disk before the rename, and the rename itself after it, so that a power cut
-    leaves the old file or the new one. If the block raises, `paths` are as they were and nothing is left behind.
+    The temporary files are in the same folder, because a rename is atomic only within a file system. The files are
+    synchronized to the disk before the rename and their folders after it, so a power failure leaves the old file or
+    the new one. If the block raises, `paths` are unchanged and no temporary file remains.
 
-    Of several files, the later ones describe the first (a sidecar its data). No two renames are one step, so the
-    old descriptions are removed before the first file is replaced: whoever dies halfway leaves a file without
-    its description, which a reader notices, never one beside the description of another.
+    If there are several paths, the later files describe the first one, as a sidecar describes its data. Several
+    renames are not one atomic step, so the old descriptions are removed before the first file is replaced. A process
+    that dies between them leaves data without a description, which readers detect, and never data with the
+    description of other data.
 
     Args:
-        paths: where the files shall stand; their folders must exist.
+        paths: the files to create or replace; their folders must exist.
 
     Yields:
-        As many paths of files that do not exist yet; the block must create each.
+        One path for each of `paths`; no file exists there yet, and the block must create it.
 
     Raises:
         FileNotFoundError: a folder does not exist.
     """
     targets = [Path(path) for path in paths]
-    for folder in {target.parent for target in targets}:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"there is no folder {str(folder)!r} to write into; create it first")
-    mark = secrets.token_hex(4)
-    temporaries = tuple(target.with_name(f".{target.name}.{mark}.tmp") for target in targets)
+    folders = {target.parent for target in targets}
+    for folder in folders:
+        _require_folder(folder)
+    temporaries = tuple(_temporary_path(target) for target in targets)
     try:
         yield temporaries
         for temporary in temporaries:
@@ -68,29 +74,28 @@ def atomic_paths(*paths: str | os.PathLike) -> Generator[tuple[Path, ...]]:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)
         raise
-    for folder in {target.parent for target in targets}:
+    for folder in folders:
         sync_folder(folder)
 
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike) -> Generator[Path]:
-    """Yield a new folder to fill, which appears under its name when the block has ended well.
+    """Yield a new temporary folder, and rename it to `path` when the block ends without an error.
 
-    If the block raises, nothing is left behind.
+    If the block raises, no folder remains.
 
     Args:
-        path: where the folder shall stand; nothing may stand there yet, and the folder around it must exist.
+        path: the folder to create; it must not exist, and its parent must.
 
     Raises:
-        FileExistsError: something has this name already.
-        FileNotFoundError: there is no folder around it.
+        FileExistsError: `path` exists.
+        FileNotFoundError: its parent does not exist.
     """
     target = Path(path)
     if target.exists():
-        raise FileExistsError(f"{str(target)!r} is there already; choose another name, or remove it first")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {str(target.parent)!r} to write into; create it first")
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        raise FileExistsError(f"{str(target)!r} already exists; choose another name, or remove it first")
+    _require_folder(target.parent)
+    temporary = _temporary_path(target)
     temporary.mkdir()
     try:
         yield temporary
@@ -104,14 +109,23 @@ def atomic_folder(path: str | os.PathLike) -> Generator[Path]:
     sync_folder(target.parent)
 
 
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the folder {str(folder)!r} does not exist; create it first")
+
+
+def _temporary_path(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+
+
 def sync_folder(folder: Path) -> None:
-    """Force a rename inside the folder to the disk, where the platform can open folders (Windows cannot)."""
-    with suppress(PermissionError):
+    """Synchronize a folder's entries, such as a rename, to the disk; does nothing on Windows."""
+    with suppress(PermissionError):  # Windows cannot open folders
         sync_file(folder, os.O_RDONLY)
 
 
 def sync_file(path: Path, flags: int = os.O_RDWR) -> None:
-    """Force what was written to a file to the disk."""
+    """Synchronize a file's contents to the disk."""
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
@@ -120,13 +134,22 @@ def sync_file(path: Path, flags: int = os.O_RDWR) -> None:
 
 
 def load_json(path: str | os.PathLike, **options: Any) -> Any:
-    """Read a JSON file; the options are those of `json.load`.
+    """Read a JSON file.
+
+    Args:
+        options: the keyword arguments of `json.load`.
 
     Raises:
-        ValueError: the file is not JSON; the message names it and the line.
+        DamagedFileError: the file is not JSON; the message names the file and the line.
     """
     with open(path, "rb") as file:
         try:
             return json.load(file, **options)
-        except ValueError as error:  # JSON's, which names the line, or that of UTF-8
-            raise ValueError(f"{os.fspath(path)!r} is not JSON: {error}") from None
+        except ValueError as error:  # a JSONDecodeError, which names the line, or a UnicodeDecodeError
+            raise DamagedFileError(f"{os.fspath(path)!r} is not JSON: {error}") from None
+
+
+def sha256_of_file(path: str | os.PathLike) -> str:
+    """Return the SHA-256 of a file's contents, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

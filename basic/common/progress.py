@@ -1,4 +1,4 @@
-"""Progress bars, and how many workers to start."""
+"""Progress bars, and the default number of workers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def default_num_workers() -> int:
-    """The processors this process may use, which in a container can be fewer than there are."""
+    """The number of processors that this process may use; in a container it can be less than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -17,11 +17,18 @@ def default_num_workers() -> int:
 
 @contextmanager
 def progress_bar(shown: bool, **options: Any) -> Generator[Callable[[int], object]]:
-    """A tqdm bar with these options, or none; yields the function that moves it on."""
+    """Show a progress bar while the block runs, or none if `shown` is false.
+
+    Args:
+        options: the arguments of `tqdm`.
+
+    Yields:
+        A function that advances the bar by an amount.
+    """
     if not shown:
         yield lambda amount: None
         return
-    from tqdm import tqdm  # here, so that a program without bars neither loads it nor runs its thread
+    from tqdm import tqdm  # imported late: tqdm starts a thread
 
     with tqdm(**options) as bar:
         yield bar.update

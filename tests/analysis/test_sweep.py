@@ -85,7 +85,7 @@ def test_the_small_edition_takes_the_place_of_what_it_names(tmp_path):
         ("grid.train.step = [1]", "unknown key 'train.step'; the keys here are steps, "),
         ("grid.train.steps = 3", "grid.train.steps must be a list of values to try, got 3"),
         ("grid.train.steps = []", "grid.train.steps must be a list of values"),
-        ("grid.train.steps = ['a']", "train.steps must be a whole number, got 'a'"),
+        ("grid.train.steps = ['a']", "train.steps must be an integer, got 'a'"),
         ("grid.train.steps = [0]", "steps must be at least 1, got 0"),
         ("grid.train.steps = [1, 1]", "would be called 'steps=1'"),
         ("variants = [{ name = '../x' }]", "would be called '../x'"),

@@ -1,4 +1,4 @@
-"""Configurations to TOML and back, and every way in which a file can be wrong."""
+"""Configurations to TOML and back, and errors for wrong files."""
 
 import re
 from dataclasses import dataclass, field, replace
@@ -7,7 +7,8 @@ from typing import Literal
 
 import pytest
 
-from basic.common.config_files import load_config, save_config, to_table
+from basic.common.config_files import from_table, load_config, save_config, to_table
+from basic.common.errors import InvalidConfigError
 from basic.model import ModelConfig
 from basic.training.settings import DataConfig, RunConfig, TrainConfig
 
@@ -52,19 +53,19 @@ def load(tmp_path: Path, text: str | bytes) -> Outer:
         Outer(count=-1, limit=4, on=True, inner=Inner(name="", ratio=1e300, kind="b")),
         Outer(count=1, limit=None),
     ],
-    ids=["run with defaults", "run with all else", "no None", "None"],
+    ids=["run with defaults", "run with other values", "without None", "with None"],
 )
-def test_a_configuration_comes_back_equal(tmp_path, config):
+def test_a_saved_configuration_loads_equal(tmp_path, config):
     save_config(config, tmp_path / "config.toml")
     assert load_config(tmp_path / "config.toml", type(config)) == config
 
 
-def test_the_file_has_what_was_filled_in_but_no_none(tmp_path):
+def test_a_table_has_derived_values_and_no_none(tmp_path):
     assert to_table(RunConfig(model=MODEL, train=TrainConfig(steps=1)))["model"]["d_ff"] == 64
     assert to_table(Outer(count=1)) == {"count": 1, "on": False, "inner": {"name": "none", "ratio": 0.5, "kind": "a"}}
 
 
-def test_a_whole_number_is_a_number_too(tmp_path):
+def test_an_integer_is_accepted_for_a_float(tmp_path):
     ratio = load(tmp_path, 'count = 1\n[inner]\nname = "x"\nratio = 2').inner.ratio
     assert ratio == 2.0
     assert type(ratio) is float
@@ -78,13 +79,13 @@ def test_a_whole_number_is_a_number_too(tmp_path):
         ("count = 1\n[iner]\nname = 'x'", "unknown key 'iner'; the keys here are count, limit, on, inner"),
         ("on = true", "the key 'count' is missing, and it has no default"),
         ("count = 1\n[inner]\nratio = 1.0", "the key 'inner.name' is missing"),
-        ("count = 1.0", "count must be a whole number, got 1.0"),
-        ("count = true", "count must be a whole number, got True"),
-        ("count = '1'", "count must be a whole number, got '1'"),
-        ("count = 1\nlimit = 'none'", "limit must be a whole number, got 'none'"),
+        ("count = 1.0", "count must be an integer, got 1.0"),
+        ("count = true", "count must be an integer, got True"),
+        ("count = '1'", "count must be an integer, got '1'"),
+        ("count = 1\nlimit = 'none'", "limit must be an integer, got 'none'"),
         ("count = 1\non = 1", "on must be true or false, got 1"),
         ("count = 1\ninner = 1", "inner must be a table with the keys name, ratio, kind, got 1"),
-        ("count = 1\n[inner]\nname = 1", "inner.name must be a text in quotes, got 1"),
+        ("count = 1\n[inner]\nname = 1", "inner.name must be a string in quotes, got 1"),
         ("count = 1\n[inner]\nname = 'x'\nratio = '1'", "inner.ratio must be a number, got '1'"),
         ("count = 1\n[inner]\nname = 'x'\nratio = true", "inner.ratio must be a number, got True"),
         ("count = 1\n[inner]\nname = 'x'\nkind = 'c'", "inner.kind must be one of 'a', 'b', got 'c'"),
@@ -93,9 +94,15 @@ def test_a_whole_number_is_a_number_too(tmp_path):
         (b"count = 1 # \xff", "'utf-8' codec can't decode byte 0xff in position 12"),
     ],
 )
-def test_a_wrong_file_is_an_error_that_names_file_key_and_what_is_allowed(tmp_path, text, message):
-    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'config.toml'}: {message}")):
+def test_a_wrong_file_is_an_error_that_names_the_file_and_the_key(tmp_path, text, message):
+    with pytest.raises(InvalidConfigError, match=re.escape(f"{tmp_path / 'config.toml'}: {message}")):
         load(tmp_path, text)
+
+
+def test_a_wrong_table_without_a_file_is_an_error_too():
+    for table in ({"name": 1}, {"name": "x", "ratio": -1.0}, {"nam": "x"}, {}):
+        with pytest.raises(InvalidConfigError):
+            from_table(Inner, table)
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -103,7 +110,7 @@ def test_a_missing_file_is_named(tmp_path):
         load_config(tmp_path / "nowhere.toml", Outer)
 
 
-def test_saving_replaces_the_file_only_when_it_is_whole(tmp_path):
+def test_saving_replaces_the_file_only_when_it_is_complete(tmp_path):
     save_config(Outer(count=1), tmp_path / "config.toml")
     with pytest.raises(TypeError):
         save_config(Outer(count=object()), tmp_path / "config.toml")  # ty: ignore[invalid-argument-type]
@@ -119,7 +126,7 @@ def test_saving_replaces_the_file_only_when_it_is_whole(tmp_path):
         ("openwebtext", 32_000, 327_680_000),
     ],
 )
-def test_the_handouts_runs_have_its_sizes(name, vocab_size, num_tokens):
+def test_the_runs_of_the_handout_have_its_sizes(name, vocab_size, num_tokens):
     config = load_config(CONFIGS / f"{name}.toml", RunConfig)
     assert config.model == ModelConfig(
         vocab_size=vocab_size,
@@ -134,12 +141,12 @@ def test_the_handouts_runs_have_its_sizes(name, vocab_size, num_tokens):
     assert all((config.data.train_tokens, config.data.valid_tokens, config.data.tokenizer))
 
 
-def test_the_quickstarts_configuration_loads():
+def test_the_configuration_of_the_quickstart_loads():
     config = load_config(CONFIGS / "quickstart.toml", RunConfig)
     assert (config.model.context_length, config.train.batch_size, config.train.rows) == (128, 16, "documents")
 
 
 def test_all_configurations_are_tested():
     names = {path.stem for path in CONFIGS.iterdir()}
-    # The small one is tested with the sweeps that it is for.
+    # small.toml is tested with the sweeps.
     assert names == {"openwebtext", "quickstart", "small", "tinystories", "tinystories_low_resource"}

@@ -1,17 +1,18 @@
-"""A file or a folder appears whole or not at all, whatever fails on the way."""
+"""A file or a folder appears complete or not at all, whatever fails."""
 
 import os
 
 import pytest
 
-from basic.common.files import atomic_folder, atomic_paths, atomic_write
+from basic.common.errors import DamagedFileError
+from basic.common.files import atomic_folder, atomic_paths, atomic_write, load_json
 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_the_file_appears_only_when_the_block_has_ended(tmp_path):
+def test_the_file_appears_only_when_the_block_ends(tmp_path):
     with atomic_write(tmp_path / "a.bin") as file:
         file.write(b"new")
         assert not (tmp_path / "a.bin").exists()
@@ -26,7 +27,7 @@ def test_a_path_may_be_a_string_without_a_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path, error):
+def test_an_exception_leaves_only_the_old_file(tmp_path, error):
     def write_half_and_fail():
         with atomic_write(tmp_path / "a.bin") as file:
             file.write(b"half")
@@ -39,7 +40,7 @@ def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path, error):
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_a_failing_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, function):
+def test_a_failing_disk_leaves_only_the_old_file(tmp_path, monkeypatch, function):
     def fail(*args):
         raise OSError("No space left on device")
 
@@ -50,8 +51,8 @@ def test_a_failing_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert contents(tmp_path) == {"a.bin": b"old"}
 
 
-def test_the_bytes_are_on_the_disk_before_the_name(tmp_path, monkeypatch):
-    """fsync of the file, then the rename, then fsync of the folder that holds the name."""
+def test_the_contents_are_synchronized_before_the_rename(tmp_path, monkeypatch):
+    """fsync of the file, then the rename, then fsync of the folder."""
     events = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.fstat(fd).st_ino), fsync(fd)))
@@ -63,12 +64,12 @@ def test_the_bytes_are_on_the_disk_before_the_name(tmp_path, monkeypatch):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no folder .*absent.* create it first"):
+    with pytest.raises(FileNotFoundError, match=r"the folder .*absent.* does not exist; create it first"):
         atomic_write(tmp_path / "absent" / "a.bin").__enter__()
     assert contents(tmp_path) == {}
 
 
-def test_a_file_that_the_block_forgot_leaves_all_as_it_was(tmp_path):
+def test_no_file_is_replaced_if_the_block_did_not_create_all(tmp_path):
     (tmp_path / "data").write_bytes(b"old data")
     with (
         pytest.raises(FileNotFoundError),
@@ -78,17 +79,17 @@ def test_a_file_that_the_block_forgot_leaves_all_as_it_was(tmp_path):
     assert contents(tmp_path) == {"data": b"old data"}
 
 
-@pytest.mark.parametrize("dies_at_rename", [0, 1])
-def test_no_data_beside_the_description_of_another(tmp_path, monkeypatch, dies_at_rename):
-    """Stop at either rename: what is left is never a mixture of an old and a new file."""
+@pytest.mark.parametrize("failing_rename", [0, 1])
+def test_data_never_has_the_sidecar_of_other_data(tmp_path, monkeypatch, failing_rename):
+    """A failure at either rename never leaves an old file with a new one."""
     for name in ("data", "sidecar"):
         (tmp_path / name).write_bytes(b"old " + name.encode())
     renames = []
     replace = os.replace
 
-    def die(*paths):
-        if len(renames) == dies_at_rename:
-            raise OSError("the power is gone")
+    def fail(*paths):
+        if len(renames) == failing_rename:
+            raise OSError("power failure")
         renames.append(replace(*paths))
 
     def write_both():
@@ -96,16 +97,16 @@ def test_no_data_beside_the_description_of_another(tmp_path, monkeypatch, dies_a
             data.write_bytes(b"new data")
             sidecar.write_bytes(b"new sidecar")
 
-    monkeypatch.setattr(os, "replace", die)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="power"):
         write_both()
-    assert contents(tmp_path) == {"data": [b"old data", b"new data"][dies_at_rename]}
+    assert contents(tmp_path) == {"data": [b"old data", b"new data"][failing_rename]}
 
 
 # --- Folders --------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_appears_only_when_the_block_has_ended(tmp_path):
+def test_a_folder_appears_only_when_the_block_ends(tmp_path):
     with atomic_folder(tmp_path / "new") as folder:
         (folder / "inner").mkdir()
         (folder / "inner" / "a.bin").write_bytes(b"a")
@@ -115,7 +116,7 @@ def test_a_folder_appears_only_when_the_block_has_ended(tmp_path):
 
 
 @pytest.mark.parametrize("function", ["fsync", "rename"])
-def test_a_folder_that_fails_leaves_nothing(tmp_path, monkeypatch, function):
+def test_a_failing_disk_leaves_no_folder(tmp_path, monkeypatch, function):
     def fail(*args):
         raise OSError("No space left on device")
 
@@ -125,12 +126,22 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path, monkeypatch, function):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_takes_no_other_things_place(tmp_path):
+def test_a_folder_replaces_nothing(tmp_path):
     (tmp_path / "file").write_bytes(b"mine")
     (tmp_path / "folder").mkdir()
     for name in ("file", "folder"):
-        with pytest.raises(FileExistsError, match=rf"{name}' is there already; choose another name"):
+        with pytest.raises(FileExistsError, match=rf"{name}' already exists; choose another name"):
             atomic_folder(tmp_path / name).__enter__()
     with pytest.raises(FileNotFoundError, match="create it first"):
         atomic_folder(tmp_path / "absent" / "new").__enter__()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+# --- JSON -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("content", "message"), [(b'{"a": 1,\n', "line 2"), (b'"\xff"', "utf-8"), (b"", "line 1")])
+def test_a_file_that_is_not_json_is_named(tmp_path, content, message):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(DamagedFileError, match=rf"a\.json' is not JSON: .*{message}"):
+        load_json(tmp_path / "a.json")

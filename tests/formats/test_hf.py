@@ -218,7 +218,7 @@ def test_an_export_is_there_whole_or_not_at_all(tokenizer, tmp_path, monkeypatch
     modes = {path.name: path.stat().st_mode for path in (tmp_path / "hf").iterdir()}
     assert len(modes) == 5
     assert len(set(modes.values())) == 1  # also the weights may be read by whom the rest may
-    with pytest.raises(FileExistsError, match="is there already; choose another name"):
+    with pytest.raises(FileExistsError, match="already exists; choose another name"):
         export_hf(model, tmp_path / "hf", tokenizer)
 
 
@@ -274,7 +274,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tokenizer, tmp_path
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}, "rope_parameters is .*'yarn'"),
         ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}, "rope_parameters is .*0.5"),
         ("rope_parameters", "default", "rope_parameters is 'default'"),
-        ("hidden_size", "32", r"d_model must be a whole number, got '32' \(.*hidden_size is our d_model"),
+        ("hidden_size", "32", r"d_model must be an integer, got '32' \(.*hidden_size is our d_model"),
         ("hidden_size", 30, r"d_model=30 must be divisible by num_heads=4"),
         ("num_key_value_heads", 3, "num_kv_heads=3 must be at least 1 and divide num_heads=4"),
         ("tie_word_embeddings", 1, "tied_embeddings must be true or false, got 1"),

@@ -349,7 +349,7 @@ def test_from_text_to_text_one_script_after_the_other(tmp_path, monkeypatch, cap
     assert re.search("a model of [0-9,]+ parameters is now in runs/back", capsys.readouterr().out)
     run_script(monkeypatch, "generate", "runs/back", *generate[2:], "--seed", "1")
     assert capsys.readouterr().out == first
-    with pytest.raises(SystemExit, match="error: 'exported/llama' is there already"):
+    with pytest.raises(SystemExit, match="error: 'exported/llama' already exists"):
         run_script(monkeypatch, "export", "runs/other", "exported/llama")
     run_script(monkeypatch, "export", "runs/other", "--to", "tiktoken", "ours.tiktoken")
     assert f"special_tokens={{{END!r}: 0}}" in capsys.readouterr().out

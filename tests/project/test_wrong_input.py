@@ -65,7 +65,7 @@ CONFIGURATIONS = {
     "a missing key": (lambda good: good.replace("d_model = 16", ""), "d_model"),
     "a text for a number": (
         lambda good: good.replace("steps = 2", 'steps = "2"'),
-        "steps must be a whole number",
+        "steps must be an integer",
     ),
     "no step at all": (lambda good: good.replace("steps = 2", "steps = 0"), "steps must be at least 1, got 0"),
     "heads that do not divide": (lambda good: good.replace("num_heads = 2", "num_heads = 3"), "num_heads=3"),
