@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 from torch.nn.init import trunc_normal_
 
+from basic.common.config_files import check_choices
+from basic.common.errors import InvalidConfigError
 from basic.transformer.functional import (
     causal_mask,
     linear,
@@ -41,7 +43,7 @@ class ModelConfig:
     """The shape of a language model, and the handout's ablations.
 
     Raises:
-        ValueError: a size is not positive, the heads do not divide d_model, or RoPE meets an odd head size.
+        InvalidConfigError: a size is not positive, the heads do not divide d_model, or RoPE meets an odd head size.
     """
 
     vocab_size: int
@@ -79,27 +81,24 @@ class ModelConfig:
             object.__setattr__(self, "d_ff", d_ff)
         for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "d_ff"):
             if not getattr(self, name) >= 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise InvalidConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.d_model % self.num_heads:
-            raise ValueError(
+            raise InvalidConfigError(
                 f"d_model={self.d_model} must be divisible by num_heads={self.num_heads}; "
                 f"change one of them (the remainder is {self.d_model % self.num_heads})"
             )
         _check_groups(self.num_heads, self.kv_heads)
         if self.positions == "rope" and self.d_head % 2:
-            raise ValueError(
+            raise InvalidConfigError(
                 f"RoPE rotates pairs of features, so the head size must be even, got {self.d_head} "
                 f"(d_model={self.d_model} / num_heads={self.num_heads}); change one of them or use "
                 "positions='none'"
             )
         if not self.rope_theta > 0:
-            raise ValueError(f"rope_theta must be a number > 0, got {self.rope_theta}")
+            raise InvalidConfigError(f"rope_theta must be a number > 0, got {self.rope_theta}")
         if not self.norm_eps >= 0:
-            raise ValueError(f"norm_eps must be a number >= 0, got {self.norm_eps}")
-        choices = {"norm": ("pre", "post", "none"), "positions": ("rope", "none"), "ffn": ("swiglu", "silu")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+            raise InvalidConfigError(f"norm_eps must be a number >= 0, got {self.norm_eps}")
+        check_choices(self)
 
     def __repr__(self) -> str:
         shown = [setting.name for setting in fields(self) if getattr(self, setting.name) != setting.default]

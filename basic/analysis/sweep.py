@@ -29,10 +29,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from basic.analysis.evaluation import score_tokens
+from basic.analysis.evaluation import evaluate_tokens
 from basic.common.config_files import from_table, load_config, to_table
 from basic.common.files import atomic_write
-from basic.training.loop import Tokenizing, train
+from basic.generation.text import SavableTokenizer
+from basic.training.loop import train
 from basic.training.records.metrics import read_metrics
 from basic.training.run_folder import checkpoint_paths
 from basic.training.settings import DataConfig, RunConfig
@@ -53,7 +54,7 @@ class Data(NamedTuple):
 
     train_tokens: np.ndarray
     valid_tokens: np.ndarray
-    tokenizer: Tokenizing | None
+    tokenizer: SavableTokenizer | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class Outcome:
 
     name: str
     loss: float | None
-    """Nats a token over the whole validation file, as `score_tokens` gives them; None if the run failed."""
+    """Nats a token over the whole validation file, as `evaluate_tokens` gives them; None if the run failed."""
     tokens: int
     """Read in training."""
     wall_s: float
@@ -210,8 +211,8 @@ def _train(run: PlannedRun, run_dir: Path, data: Data, progress: bool) -> Outcom
             progress=progress,
         ).model
         specials = {} if data.tokenizer is None else data.tokenizer.special_token_ids
-        first_id = specials.get(run.config.train.end_of_text)
-        loss = score_tokens(model, data.valid_tokens, first_id=first_id).loss
+        prefix_token_id = specials.get(run.config.train.end_of_text)
+        loss = evaluate_tokens(model, data.valid_tokens, prefix_token_id=prefix_token_id).loss
         if not math.isfinite(loss):
             raise FloatingPointError(f"the validation loss is {loss}")
         if loss > math.log(run.config.model.vocab_size):

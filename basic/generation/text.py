@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -10,9 +11,9 @@ from basic.generation.sampling import check_sampling, continue_ids, generate
 from basic.model import TransformerLM
 
 
-@runtime_checkable  # the tests check argument types while they run
-class TextCodec(Protocol):
-    """What `complete` needs of a tokenizer; `basic.Tokenizer.Tokenizer` has it."""
+@runtime_checkable  # the tests check argument types at run time
+class TextTokenizer(Protocol):
+    """The methods that generation needs of a tokenizer; `basic.Tokenizer.Tokenizer` has them."""
 
     vocab_size: int
     special_token_ids: dict[str, int]
@@ -21,17 +22,19 @@ class TextCodec(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
+    def decode_bytes(self, ids: Sequence[int]) -> bytes: ...
+
 
 @runtime_checkable
-class ByteCodec(TextCodec, Protocol):
-    """What `stream` needs besides: the bytes of ids, which may end inside a character."""
+class SavableTokenizer(TextTokenizer, Protocol):
+    """The methods that training needs: the run folder keeps a copy of the tokenizer."""
 
-    def decode_bytes(self, ids: Sequence[int]) -> bytes: ...
+    def save(self, directory: str | os.PathLike) -> None: ...
 
 
 def complete(
     model: TransformerLM,
-    tokenizer: TextCodec,
+    tokenizer: TextTokenizer,
     prompts: Sequence[str],
     max_new_tokens: int,
     *,
@@ -73,7 +76,7 @@ def complete(
 
 def stream(
     model: TransformerLM,
-    tokenizer: ByteCodec,
+    tokenizer: TextTokenizer,
     prompt: str,
     max_new_tokens: int,
     *,
@@ -110,7 +113,7 @@ def stream(
     return _whole_characters(tokenizer.decode_bytes(ids) for (ids,) in new_ids)
 
 
-def _encode_prompt(tokenizer: TextCodec, prompt: str, end_of_text: str) -> list[int]:
+def _encode_prompt(tokenizer: TextTokenizer, prompt: str, end_of_text: str) -> list[int]:
     ids = tokenizer.encode(prompt)
     if not ids:
         raise ValueError(

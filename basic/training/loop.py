@@ -14,23 +14,22 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from basic.common.config_files import to_table
 from basic.common.stop_signals import StopSignals
-from basic.generation.text import TextCodec, complete
+from basic.generation.text import SavableTokenizer, TextTokenizer, complete
 from basic.model import RotaryPositionalEmbedding, TransformerLM
 from basic.training.batches import BatchSampler, check_token_ids, document_starts, prefetch
-from basic.training.devices import activation_dtype, choose_device, reduce_dtype, training_flops_a_token
+from basic.training.devices import activation_dtype, choose_device, reduce_dtype, training_flops_per_token
 from basic.training.parallel.world import ALONE, World, is_sharded
-from basic.training.records.environment import add_start, check_start, describe_start
-from basic.training.records.log import NoLog, RunLog
-from basic.training.records.meter import Meter, StepNumbers
+from basic.training.records.environment import append_environment, check_environment, describe_environment
+from basic.training.records.log import NullLog, RunLog
+from basic.training.records.meter import Meter, StepMetrics
 from basic.training.records.trackers import check_trackers
-from basic.training.run_folder import Run, start_folder
+from basic.training.run_folder import Run, create_run_folder
 from basic.training.run_folder import load_run as load_run
 from basic.training.saving import Progress, RunCheckpoints, resume_run
 from basic.training.settings import DataConfig as DataConfig
@@ -39,19 +38,13 @@ from basic.training.step import TrainStep, mean_loss
 from basic.transformer.optimizer import AdamW, cosine_schedule
 
 
-class Tokenizing(TextCodec, Protocol):
-    """What the loop needs of a tokenizer; `basic.Tokenizer.Tokenizer` has it."""
-
-    def save(self, directory: str | os.PathLike) -> None: ...
-
-
 def train(
     config: RunConfig,
     train_tokens: np.ndarray,
     valid_tokens: np.ndarray,
     run_dir: str | os.PathLike,
     *,
-    tokenizer: Tokenizing | None = None,
+    tokenizer: SavableTokenizer | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = False,
@@ -87,28 +80,28 @@ def train(
     check_trackers(settings.trackers)
     training, validation = _samplers(config, train_tokens, valid_tokens, tokenizer, world)
     if not resume:
-        world.on_first(lambda: start_folder(run_dir, config, tokenizer, overwrite=overwrite))
+        world.on_first(lambda: create_run_folder(run_dir, config, tokenizer, overwrite=overwrite))
     torch.manual_seed(settings.seed)
     model = TransformerLM(config.model)
-    flops_a_token = training_flops_a_token(model)
+    flops_per_token = training_flops_per_token(model)
     model.activation_dtype = activation_dtype(settings, device)
     if settings.parallel == "sharded" and world.size > 1:
         world.shard(model, device, model.activation_dtype, reduce_dtype(settings))
     model.to(device)
     optimizer = make_optimizer(model, settings)
-    start, begun = describe_start(train_tokens, valid_tokens, tokenizer, device, world.size), Progress()
+    start, begun = describe_environment(train_tokens, valid_tokens, tokenizer, device, world.size), Progress()
     tell = _print if world.is_first else _ignore
     if resume:
-        check_start(run_dir, start, tell)
+        check_environment(run_dir, start, tell)
         begun = resume_run(run_dir, config, model, optimizer, tell, world)
-    world.on_first(lambda: add_start(run_dir, start, begun.step))
-    open_log = RunLog if world.is_first else NoLog
+    world.on_first(lambda: append_environment(run_dir, start, begun.step))
+    open_log = RunLog if world.is_first else NullLog
     log = open_log(
         run_dir,
         total_steps=settings.steps,
         first_step=begun.step,
-        tokens_a_step=settings.batch_size * config.model.context_length,
-        flops_a_token=flops_a_token,
+        tokens_per_step=settings.batch_size * config.model.context_length,
+        flops_per_token=flops_per_token,
         device=device,
         processes=world.size,
         progress=progress,
@@ -128,9 +121,9 @@ def _loop(
     optimizer: AdamW,
     training: BatchSampler,
     validation: BatchSampler,
-    tokenizer: Tokenizing | None,
+    tokenizer: SavableTokenizer | None,
     begun: Progress,
-    log: RunLog | NoLog,
+    log: RunLog | NullLog,
     checkpoints: RunCheckpoints,
     world: World,
     device: torch.device,
@@ -154,7 +147,7 @@ def _loop(
                 nonfinite.report(meter.catch_up())
                 record = meter.record()
                 if evaluate:
-                    valid_loss = mean_loss(take_step.loss_of, validation, settings.eval_batches, device, world)
+                    valid_loss = mean_loss(take_step.loss_fn, validation, settings.eval_batches, device, world)
                     record["valid_loss"] = valid_loss
                     evaluation = {"step": done, "wall_s": record["wall_s"], "valid_loss": valid_loss}
                     log.write({"kind": "evaluation", **evaluation})
@@ -201,11 +194,11 @@ class _NonfiniteSteps:
     The device has taken none of them: `TrainStep` leaves the weights, moments and step counts as they were.
     """
 
-    def __init__(self, config: TrainConfig, training: BatchSampler, count: int, log: RunLog | NoLog):
+    def __init__(self, config: TrainConfig, training: BatchSampler, count: int, log: RunLog | NullLog):
         self.allowed = config.max_nonfinite_steps if config.on_nonfinite == "skip" else 0
         self.training, self.count, self.log = training, count, log
 
-    def report(self, steps: list[StepNumbers]) -> None:
+    def report(self, steps: list[StepMetrics]) -> None:
         for step in steps:
             self.count += 1
             # A batch is a function of seed and step; steps are counted from 0 there.
@@ -224,7 +217,7 @@ class _NonfiniteSteps:
                     "max_learning_rate or a longer warm-up, or look at these rows, or go on without such steps: "
                     f"on_nonfinite = skip, max_nonfinite_steps above {self.allowed}"
                 )
-            self.log.message(f"warning: {message}; skipped, number {self.count} of at most {self.allowed} such steps")
+            self.log.print_message(f"warning: {message}; skipped, number {self.count} of at most {self.allowed} such steps")
 
 
 @contextmanager
@@ -276,7 +269,11 @@ def _learning_rate(config: TrainConfig, done: int) -> float:
 
 
 def _samplers(
-    config: RunConfig, train_tokens: np.ndarray, valid_tokens: np.ndarray, tokenizer: Tokenizing | None, world: World
+    config: RunConfig,
+    train_tokens: np.ndarray,
+    valid_tokens: np.ndarray,
+    tokenizer: SavableTokenizer | None,
+    world: World,
 ) -> tuple[BatchSampler, BatchSampler]:
     """What the batches of training and of evaluation are cut from, checked against the model and the tokenizer."""
     settings, context = config.train, config.model.context_length
@@ -305,7 +302,7 @@ def _samplers(
     return samplers[0], samplers[1]
 
 
-def _separator_id(tokenizer: Tokenizing | None, end_of_text: str) -> int:
+def _separator_id(tokenizer: SavableTokenizer | None, end_of_text: str) -> int:
     ids = {} if tokenizer is None else tokenizer.special_token_ids
     if end_of_text not in ids:
         raise ValueError(
@@ -332,7 +329,7 @@ def _whole(model: TransformerLM, world: World) -> TransformerLM:
 
 
 def _write_sample(
-    path: Path, tokenizer: TextCodec, config: TrainConfig, step: int, log: RunLog | NoLog, model: TransformerLM
+    path: Path, tokenizer: TextTokenizer, config: TrainConfig, step: int, log: RunLog | NullLog, model: TransformerLM
 ) -> None:
     end = config.end_of_text
     (text,) = complete(model, tokenizer, [end], config.sample_tokens, top_p=0.95, seed=config.seed, end_of_text=end)
@@ -341,4 +338,4 @@ def _write_sample(
         with open(path, "a", encoding="utf-8") as file:
             file.write(f"--- step {step} ---\n{text.strip()}\n\n")
     except OSError as error:  # a full disk; the log keeps what it cannot write
-        log.message(f"warning: {path} cannot be written ({error})")
+        log.print_message(f"warning: {path} cannot be written ({error})")

@@ -16,9 +16,10 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from basic.common.config_files import load_config, save_config
+from basic.generation.text import SavableTokenizer
 from basic.model import TransformerLM
 from basic.training.checkpoints.file import Checkpoint, read_checkpoint, restore
 from basic.training.checkpoints.sharded import read_parts
@@ -26,12 +27,6 @@ from basic.training.devices import activation_dtype, choose_device
 from basic.training.settings import RunConfig
 
 _CHECKPOINT_NAME = re.compile(r"step_\d+(\.safetensors)?")
-
-
-class Savable(Protocol):
-    """A tokenizer, as far as a run's folder is concerned."""
-
-    def save(self, directory: str | os.PathLike) -> None: ...
 
 
 class Run(NamedTuple):
@@ -44,7 +39,7 @@ class Run(NamedTuple):
     step: int
     """Optimizer steps it has seen."""
 
-    def begun(self, prompt: str) -> str:
+    def with_document_start(self, prompt: str) -> str:
         """The prompt as the model knows texts.
 
         One whose rows were documents knows them from their beginning only, which the token before it marks.
@@ -53,7 +48,7 @@ class Run(NamedTuple):
         return start + prompt.removeprefix(start)
 
 
-def config_of(run_dir: Path) -> RunConfig:
+def load_run_config(run_dir: Path) -> RunConfig:
     """The configuration with which a run was begun or last gone on with.
 
     Raises:
@@ -76,7 +71,7 @@ def load_run(path: str | os.PathLike, *, device: str = "auto") -> Run:
         ValueError: no checkpoint is whole, or it does not fit the configuration.
     """
     run_dir = Path(path)
-    config = config_of(run_dir)
+    config = load_run_config(run_dir)
     model = TransformerLM(config.model)
     step = restore(newest_checkpoint(run_dir, warnings.warn), model)
     chosen = choose_device(device)
@@ -86,7 +81,9 @@ def load_run(path: str | os.PathLike, *, device: str = "auto") -> Run:
     return Run(model, config, tokenizer_path if tokenizer_path.is_dir() else None, step)
 
 
-def start_folder(run_dir: Path, config: RunConfig, tokenizer: Savable | None, *, overwrite: bool = False) -> None:
+def create_run_folder(
+    run_dir: Path, config: RunConfig, tokenizer: SavableTokenizer | None, *, overwrite: bool = False
+) -> None:
     """Make a run's folder with its configuration and a copy of its tokenizer.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from basic.common.config_files import check_choices
 from basic.model import ModelConfig
 
 
@@ -110,16 +111,7 @@ class TrainConfig:
                 f"max_learning_rate={self.max_learning_rate} must be at least "
                 f"min_learning_rate={self.min_learning_rate}; change one of them"
             )
-        choices = {
-            "rows": ("windows", "documents"),
-            "precision": ("auto", "float32", "bfloat16"),
-            "on_nonfinite": ("stop", "skip"),
-            "parallel": ("replicated", "sharded"),
-            "reduce_precision": ("auto", "float32", "bfloat16"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        check_choices(self)
         if self.batch_size % self.gradient_accumulation:
             raise ValueError(
                 f"batch_size={self.batch_size} must be divisible by gradient_accumulation={self.gradient_accumulation}"

@@ -296,6 +296,9 @@ class Letters:
     def decode(self, ids) -> str:
         return "".join(chr(ord("a") + i) if i < 22 else "#" for i in ids)
 
+    def decode_bytes(self, ids) -> bytes:
+        return self.decode(ids).encode()
+
 
 def test_complete_returns_the_continuations_up_to_the_end_of_text(model):
     ids = generate(model, [[0, 1], [22]], 15, temperature=0.0)

@@ -44,6 +44,9 @@ class Numbers:
     def decode(self, ids) -> str:
         return " ".join(map(str, ids))
 
+    def decode_bytes(self, ids) -> bytes:
+        return self.decode(ids).encode()
+
     def save(self, directory) -> None:
         Path(directory).mkdir()
 

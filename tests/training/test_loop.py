@@ -42,6 +42,9 @@ class Words:
     def decode(self, ids) -> str:
         return " ".join(map(str, ids))
 
+    def decode_bytes(self, ids) -> bytes:
+        return self.decode(ids).encode()
+
     def save(self, directory) -> None:
         Path(directory).mkdir()
         (Path(directory) / "words.txt").write_text(str(self.vocab_size))
