@@ -16,18 +16,18 @@ import numpy as np
 import numpy.typing as npt
 
 from basic.bpe import arrays, compiled, loading
-from basic.bpe.plain import WordIds
-from basic.bytes_utils import decode_blocks, invalid_byte, load_merges, load_vocab, save_merges, save_vocab
+from basic.bpe.plain import PretokenCache
+from basic.bytes_utils import decode_blocks, invalid_byte_error, load_merges, load_vocab, save_merges, save_vocab
 from basic.common.files import atomic_paths, atomic_write, load_json
 from basic.common.progress import default_num_workers
 from basic.pretokenization import (
     GPT2_PATTERN,
     SpecialTokens,
+    chunks_of_array,
     compile_pattern,
-    mapped_chunks,
-    name_of,
-    pretoken_batches,
-    pretokens_of,
+    pattern_name,
+    pretokenize,
+    pretokenize_stream,
     without_surrogates,
 )
 from basic.tokens.info import token_dtype
@@ -92,7 +92,7 @@ class Tokenizer:
             if token_id < 0:
                 raise ValueError(f"vocab has the id {token_id}; ids must be at least 0")
             ids.setdefault(token, token_id)
-        self._words = WordIds(ids, self.merges)
+        self._words = PretokenCache(ids, self.merges)
         self.special_token_ids: dict[str, int] = {}
         next_id = max(self.vocab, default=-1) + 1
         for special_token in self.special_tokens.tokens:
@@ -114,7 +114,7 @@ class Tokenizer:
         more = f" and {len(special) - 4} more" if len(special) > 5 else ""
         return (
             f"Tokenizer(vocab_size={self.vocab_size}, merges={len(self.merges)}, "
-            f"pattern={name_of(self.compiled_pattern.pattern) or self.compiled_pattern.pattern!r}, "
+            f"pattern={pattern_name(self.compiled_pattern.pattern) or self.compiled_pattern.pattern!r}, "
             f"special_tokens={special[:4] if more else special}{more})"
         )
 
@@ -152,9 +152,11 @@ class Tokenizer:
             try:
                 return encoder.encode_list(data, specials_as_text)
             except arrays.InvalidByteError as error:
-                raise invalid_byte("text", data, error.place, error.place, lacks_token=error.lacks_token) from None
+                raise invalid_byte_error(
+                    "text", data, error.offset, error.offset, lacks_token=error.lacks_token
+                ) from None
         if length > _MANY_CHARACTERS or not isinstance(text, str):
-            return list(chain.from_iterable(self.encode_batches([text], specials_as_text=specials_as_text)))
+            return list(chain.from_iterable(self.encode_stream([text], specials_as_text=specials_as_text)))
         return self._encode_whole(text if text.isascii() else "".join(without_surrogates([text])), specials_as_text)
 
     def encode_array(
@@ -185,15 +187,15 @@ class Tokenizer:
         array = np.frombuffer(_utf8(data), np.uint8) if isinstance(data, str) else _readonly_bytes(data)
         if (encoder := self._encoder_for(len(array))) is None:
             text = decode_blocks([array.tobytes()], "data", errors=errors)
-            ids = chain.from_iterable(self.encode_batches(text, specials_as_text=specials_as_text))
+            ids = chain.from_iterable(self.encode_stream(text, specials_as_text=specials_as_text))
             return np.fromiter(ids, token_dtype(max(self.vocab_size, 1)))
-        special = self.active_specials(specials_as_text)
-        chunks = mapped_chunks(array, special, len(array) // num_threads + 1)
+        special = self.active_special_tokens(specials_as_text)
+        chunks = chunks_of_array(array, special, len(array) // num_threads + 1)
         try:
             encoded = encoder.encode_chunks(chunks, specials_as_text, num_threads, replace=errors == "replace")
             parts = [ids for ids, _ in encoded]
         except arrays.InvalidByteError as error:
-            raise invalid_byte("data", array, error.place, error.place, lacks_token=error.lacks_token) from None
+            raise invalid_byte_error("data", array, error.offset, error.offset, lacks_token=error.lacks_token) from None
         return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.zeros(0, encoder.dtype)])
 
     def encode_batch(
@@ -221,12 +223,12 @@ class Tokenizer:
             TypeError: a piece is not a string.
             ValueError: the text needs a byte that the vocabulary lacks.
         """
-        return chain.from_iterable(self.encode_batches(iterable, specials_as_text=specials_as_text))
+        return chain.from_iterable(self.encode_stream(iterable, specials_as_text=specials_as_text))
 
-    def encode_batches(self, texts: Iterable[str], *, specials_as_text: bool = False) -> Iterator[list[int]]:
+    def encode_stream(self, texts: Iterable[str], *, specials_as_text: bool = False) -> Iterator[list[int]]:
         """The ids of a text that comes in pieces, some pre-tokens at a time; as `encode_iterable`, without kernels."""
-        special = self.active_specials(specials_as_text)
-        return self._ids_of(pretoken_batches(without_surrogates(texts), special, self.compiled_pattern))
+        special = self.active_special_tokens(specials_as_text)
+        return self._ids_of(pretokenize_stream(without_surrogates(texts), special, self.compiled_pattern))
 
     def encode_chunks(
         self,
@@ -239,7 +241,7 @@ class Tokenizer:
         """The ids of chunks and the bytes of each, in order, by kernels; where `uses_kernels` only.
 
         Args:
-            chunks: arrays of bytes that begin and end at safe places (`basic.pretokenization.safe_cuts`).
+            chunks: arrays of bytes that begin and end at safe places (`basic.pretokenization.chunk_ends`).
 
         Raises:
             InvalidByteError: a byte is not UTF-8 and errors is "strict", or the vocabulary lacks it; of several the
@@ -249,7 +251,7 @@ class Tokenizer:
         assert encoder is not None, "uses_kernels says when there are any"
         return encoder.encode_chunks(chunks, specials_as_text, num_threads, replace=errors == "replace")
 
-    def active_specials(self, specials_as_text: bool) -> SpecialTokens:
+    def active_special_tokens(self, specials_as_text: bool) -> SpecialTokens:
         """The special tokens that a text is split at; none where they are text like any other."""
         return _NO_SPECIALS if specials_as_text else self.special_tokens
 
@@ -263,12 +265,12 @@ class Tokenizer:
 
     def _encode_whole(self, text: str, specials_as_text: bool) -> list[int]:
         """The ids of a text without surrogates that is not worth being streamed."""
-        special = self.active_specials(specials_as_text)
+        special = self.active_special_tokens(specials_as_text)
         if self.compiled_pattern is GPT2_PATTERN and not special.pattern.search(text):
             if (known := self._words.get(text)) is not None:  # a word of this pattern is one too if it stands alone
                 return list(known)
             return list(chain.from_iterable(map(self._words.__getitem__, GPT2_PATTERN.findall(text))))
-        return list(chain.from_iterable(self._ids_of(pretokens_of(text, special, self.compiled_pattern))))
+        return list(chain.from_iterable(self._ids_of(pretokenize(text, special, self.compiled_pattern))))
 
     def _ids_of(self, batches: Iterable[tuple[list[str], str | None]]) -> Iterator[list[int]]:
         for pretokens, special_token in batches:
@@ -279,7 +281,9 @@ class Tokenizer:
 
     def _encoder_for(self, num_bytes: int, num_mapped_bytes: int = 0) -> compiled.KernelEncoder | None:
         """What encodes a text of this size with kernels, None where the plain path shall."""
-        if self.kernels is False or not (self.kernels or loading.worth_it("encoding", num_bytes, num_mapped_bytes)):
+        if self.kernels is False or not (
+            self.kernels or loading.kernels_pay_off("encoding", num_bytes, num_mapped_bytes)
+        ):
             return None
         if self._kernel_encoder is None:
             if self.pattern is not None or max(self.vocab_size, len(self.merges)) >= arrays.MAX_VOCAB_SIZE:

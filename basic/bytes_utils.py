@@ -17,7 +17,7 @@ import numpy as np
 from basic.common.files import atomic_write, load_json
 
 
-def invalid_byte(
+def invalid_byte_error(
     name: str | os.PathLike, data: np.ndarray, index: int, offset: int, *, lacks_token: bool = False
 ) -> ValueError:
     """What to raise for a byte of an array that is not UTF-8, or that the vocabulary lacks.

@@ -177,7 +177,7 @@ def _encode_shard(
     """Encode a shard into a token file; `advance` gets the bytes that are done."""
     num_bytes = sum(piece.num_bytes for piece in shard)
     num_mapped_bytes = sum(piece.num_bytes for piece in shard if piece.is_mapped)
-    special = tokenizer.active_specials(specials_as_text)
+    special = tokenizer.active_special_tokens(specials_as_text)
     with TokenFileWriter(output_path, tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint) as writer:
 
         def done(num_bytes: int) -> None:
@@ -198,7 +198,7 @@ def _encode_shard(
         else:
             for piece in shard:
                 text = text_of(piece, special, tokenizer.compiled_pattern, errors=errors, read=done)
-                for ids in tokenizer.encode_batches(text, specials_as_text=specials_as_text):
+                for ids in tokenizer.encode_stream(text, specials_as_text=specials_as_text):
                     writer.write(ids)
     return writer.info
 

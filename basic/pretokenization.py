@@ -5,7 +5,7 @@ A text is cut at its special tokens, and what lies between them by the GPT-2 pat
     "I've 2 cats.<|endoftext|>"  ->  ["I", "'ve", " 2", " cats", "."], "<|endoftext|>"
 
 No special token and no pre-token looks further ahead than a few characters. So a text can be cut in pieces and
-streamed (`pretoken_batches`), and a file in ranges that are worked on in parallel (`safe_cut`), with the same result
+streamed (`pretokenize_stream`), and a file in ranges that are worked on in parallel (`find_safe_position`), with the same result
 as in one go.
 """
 
@@ -52,21 +52,21 @@ _SPELLINGS = {
 }
 
 
-def spelled_out(pattern: str) -> str:
+def pattern_text(pattern: str) -> str:
     """The pattern that goes by a name, our spelling of a known pattern, and any other pattern as it is."""
     return PATTERNS.get(_SPELLINGS.get(pattern, pattern), pattern)
 
 
-def name_of(pattern: str) -> str | None:
+def pattern_name(pattern: str) -> str | None:
     """The name of a pattern, None where it has none."""
-    return next((name for name, known in PATTERNS.items() if known == spelled_out(pattern)), None)
+    return next((name for name, known in PATTERNS.items() if known == pattern_text(pattern)), None)
 
 
-def mapped_chunks(
+def chunks_of_array(
     data: np.ndarray, special_tokens: SpecialTokens, chunk_bytes: int, start: int = 0, stop: int | None = None
 ) -> Iterator[Chunk]:
     """An array of text in chunks that begin and end at safe places, as its part must."""
-    ends = safe_cuts(partial(_bytes_of, data), len(data), special_tokens, chunk_bytes, start=start, stop=stop)
+    ends = chunk_ends(partial(_bytes_of, data), len(data), special_tokens, chunk_bytes, start=start, stop=stop)
     for end in ends:
         yield data, start, end
         start = end
@@ -159,7 +159,7 @@ def compile_pattern(pattern: str | None) -> re.Pattern[str]:
         return GPT2_PATTERN
     if not isinstance(pattern, str):
         raise TypeError(f"pattern must be a string in the syntax of the regex package, got {pattern!r}")
-    pattern = spelled_out(pattern)
+    pattern = pattern_text(pattern)
     if pattern == GPT2_PATTERN.pattern:
         return GPT2_PATTERN
     try:
@@ -168,10 +168,10 @@ def compile_pattern(pattern: str | None) -> re.Pattern[str]:
         raise ValueError(f"pattern {pattern!r} is not in the syntax of the regex package: {error}") from None
 
 
-def pretokens_of(
+def pretokenize(
     text: str, special_tokens: SpecialTokens, pattern: re.Pattern[str] | None = None
 ) -> Iterator[tuple[list[str], str | None]]:
-    """Pre-tokenise a text that is there as a whole; what `pretoken_batches` yields of it, joined, in larger batches."""
+    """Pre-tokenise a text that is there as a whole; what `pretokenize_stream` yields of it, joined, in larger batches."""
     find = _finder(pattern)
     position = 0
     for match in special_tokens.pattern.finditer(text):
@@ -185,7 +185,7 @@ def _finder(pattern: re.Pattern[str] | None) -> Callable[[str], list[str]]:
     return GPT2_PATTERN.findall if pattern in (None, GPT2_PATTERN) else partial(_all_parts, pattern)
 
 
-def pretoken_batches(
+def pretokenize_stream(
     pieces: Iterable[str], special_tokens: SpecialTokens, pattern: re.Pattern[str] | None = None
 ) -> Iterator[tuple[list[str], str | None]]:
     """Pre-tokenise a text that comes in pieces, wherever they are cut.
@@ -247,7 +247,7 @@ def _short(pieces: Iterable[str]) -> Iterator[str]:
             yield piece[start : start + _PIECE_CHARACTERS]
 
 
-def safe_cuts(
+def chunk_ends(
     read: Callable[[int, int], bytes],
     size: int,
     special_tokens: SpecialTokens,
@@ -268,13 +268,13 @@ def safe_cuts(
     last, stop = start, size if stop is None else stop
     for position in range(start + chunk_bytes, stop, chunk_bytes):
         if position > last:
-            last = safe_cut(read, position, size, special_tokens, pattern)
+            last = find_safe_position(read, position, size, special_tokens, pattern)
             yield last
     if last < stop:
         yield stop
 
 
-def stream_chunks(
+def chunks_of_stream(
     pieces: Iterable[str],
     special_tokens: SpecialTokens,
     chunk_bytes: int,
@@ -297,7 +297,7 @@ def stream_chunks(
         data = np.frombuffer(text, np.uint8)
         start = 0
         read = partial(_slice, text)
-        for stop in safe_cuts(read, size, special_tokens, chunk_bytes, pattern):
+        for stop in chunk_ends(read, size, special_tokens, chunk_bytes, pattern):
             if stop + margin <= size or piece is None:
                 yield data, start, stop
                 start = stop
@@ -309,7 +309,7 @@ def _slice(text: bytes, start: int, length: int) -> bytes:
     return text[start : start + length]
 
 
-def safe_cut(
+def find_safe_position(
     read: Callable[[int, int], bytes],
     position: int,
     size: int,

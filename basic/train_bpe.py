@@ -13,7 +13,7 @@ from concurrent.futures import Executor
 from itertools import pairwise
 
 from basic.bpe import arrays, compiled, loading
-from basic.bpe.arrays import Words
+from basic.bpe.arrays import PretokenCounts
 from basic.common.progress import progress_bar
 from basic.corpus.counting import count_words
 from basic.corpus.sources import Inputs
@@ -126,12 +126,12 @@ def merges_from_counts(
 
 
 def _merges_from_words(
-    words: Mapping[bytes, int] | Words, num_merges: int, *, kernels: bool | None, progress: bool
+    words: Mapping[bytes, int] | PretokenCounts, num_merges: int, *, kernels: bool | None, progress: bool
 ) -> list[tuple[bytes, bytes]]:
     with progress_bar(progress, desc="merging", total=num_merges, unit=" merges") as advance:
         if (arrays := _for_kernels(words, kernels)) is not None:
             return compiled.learn_merges(arrays, num_merges, advance)
-        state = _MergeState(words if isinstance(words, Mapping) else words.counter())
+        state = _MergeState(words if isinstance(words, Mapping) else words.to_counter())
         merges = []
         while len(merges) < num_merges and (pair := state.pop_best()) is not None:
             merges.append((state.tokens[pair[0]], state.tokens[pair[1]]))
@@ -140,7 +140,7 @@ def _merges_from_words(
         return merges
 
 
-def _for_kernels(words: Mapping[bytes, int] | Words, kernels: bool | None) -> Words | None:
+def _for_kernels(words: Mapping[bytes, int] | PretokenCounts, kernels: bool | None) -> PretokenCounts | None:
     """The words as arrays, None where the plain path shall merge them: they are few, or the numbers too large."""
     if kernels is False:
         return None
@@ -149,10 +149,10 @@ def _for_kernels(words: Mapping[bytes, int] | Words, kernels: bool | None) -> Wo
         num_bytes = sum(map(len, words))
         # No sum of pair counts can be larger than this.
         most = sum(count * len(word) for word, count in words.items())
-        if not (kernels or loading.worth_it("training", 4 * num_bytes)) or most >= 1 << 63:
+        if not (kernels or loading.kernels_pay_off("training", 4 * num_bytes)) or most >= 1 << 63:
             return None
-        words = Words.from_counts(words)
-    elif not (kernels or loading.worth_it("training", 4 * len(words.data))):
+        words = PretokenCounts.from_counts(words)
+    elif not (kernels or loading.kernels_pay_off("training", 4 * len(words.data))):
         return None
     if len(words.data) + len(words.counts) >= arrays.MAX_SYMBOLS:
         raise ValueError(

@@ -44,4 +44,4 @@ def shared_data(name: str) -> Path:
 @pytest.fixture
 def plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without kernels, also where an earlier test has loaded them; they have tests of their own."""
-    monkeypatch.setattr(loading, "worth_it", lambda *arguments, **options: False)
+    monkeypatch.setattr(loading, "kernels_pay_off", lambda *arguments, **options: False)

@@ -3,10 +3,10 @@
 import os
 import time
 
-from basic.bpe.loading import load
+from basic.bpe.loading import load_kernels
 
 if __name__ == "__main__":
     start = time.perf_counter()
     for part in ("training", "encoding"):
-        load(part)
+        load_kernels(part)
     print(f"the kernels are ready after {time.perf_counter() - start:.1f} s (process {os.getpid()})")

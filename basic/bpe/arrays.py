@@ -20,16 +20,16 @@ class InvalidByteError(ValueError):
     """A byte that is not UTF-8, or that no token of the vocabulary is.
 
     Attributes:
-        place: its index in the data.
+        offset: its index in the data.
         lacks_token: whether it is the second.
     """
 
-    def __init__(self, place: int, lacks_token: bool = False) -> None:
-        super().__init__(place)
-        self.place, self.lacks_token = place, lacks_token
+    def __init__(self, offset: int, lacks_token: bool = False) -> None:
+        super().__init__(offset)
+        self.offset, self.lacks_token = offset, lacks_token
 
 
-class Words(NamedTuple):
+class PretokenCounts(NamedTuple):
     """Distinct words and how often each is there.
 
     Attributes:
@@ -43,13 +43,13 @@ class Words(NamedTuple):
     counts: np.ndarray
 
     @classmethod
-    def from_counts(cls, counts: Mapping[bytes, int]) -> Words:
+    def from_counts(cls, counts: Mapping[bytes, int]) -> PretokenCounts:
         """The words of a mapping."""
         starts = np.zeros(len(counts) + 1, np.int64)
         np.cumsum([len(word) for word in counts], out=starts[1:])
         return cls(np.frombuffer(b"".join(counts), np.uint8), starts, np.array(list(counts.values()), np.int64))
 
-    def counter(self) -> Counter[bytes]:
+    def to_counter(self) -> Counter[bytes]:
         """The words as a counter."""
         data, starts = self.data.tobytes(), self.starts.tolist()
         words = (data[start:stop] for start, stop in pairwise(starts))
@@ -60,7 +60,7 @@ def bytes_array(data: bytes) -> np.ndarray:
     return np.frombuffer(data, np.uint8)
 
 
-def special_arrays(tokens: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def special_token_arrays(tokens: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Special tokens for the scanner, the longest first: bytes, starts, and the bytes that they begin with."""
     starts = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
     first_bytes = np.array(sorted({token[0] for token in tokens}), np.uint8)

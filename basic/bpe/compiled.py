@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from basic.bpe.arrays import Chunk, InvalidByteError, Words, bytes_array, special_arrays
-from basic.bpe.loading import load
+from basic.bpe.arrays import Chunk, InvalidByteError, PretokenCounts, bytes_array, special_token_arrays
+from basic.bpe.loading import load_kernels
 
 if TYPE_CHECKING:
-    from basic.bpe.kernels.encode import WordEncoder
+    from basic.bpe.kernels.encode import PretokenEncoder
 
 
 _MERGES_AT_ONCE = 1000
@@ -39,9 +39,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def count_words(
+def count_pretokens_in_chunks(
     chunks: Iterable[Chunk], special_tokens: Sequence[bytes], num_threads: int, advance: Callable[[int], object]
-) -> Iterator[Words]:
+) -> Iterator[PretokenCounts]:
     """Count the words of chunks, which must begin and end where words do.
 
     Args:
@@ -55,19 +55,19 @@ def count_words(
     Raises:
         InvalidByteError: the bytes are not UTF-8; of several places the first.
     """
-    load("training")
-    from basic.bpe.kernels.count import WordCounter
+    load_kernels("training")
+    from basic.bpe.kernels.count import PretokenCounter
     from basic.bpe.kernels.scan import code_classes
-    from basic.bpe.kernels.sort import sorted_words
+    from basic.bpe.kernels.sort import sort_and_sum
 
-    idle: list[WordCounter] = []
-    specials = special_arrays(special_tokens)
+    idle: list[PretokenCounter] = []
+    specials = special_token_arrays(special_tokens)
 
-    def count(chunk: Chunk) -> tuple[int | None, Words | None, int]:
-        counter = idle.pop() if idle else WordCounter(code_classes(), specials)
+    def count(chunk: Chunk) -> tuple[int | None, PretokenCounts | None, int]:
+        counter = idle.pop() if idle else PretokenCounter(code_classes(), specials)
         wrong, full = counter.add_text(*chunk), None
         if counter.num_words > _MOST_WORDS:
-            full = sorted_words(counter.words())
+            full = sort_and_sum(counter.words())
         else:
             idle.append(counter)
         return wrong, full, chunk[2] - chunk[1]
@@ -79,15 +79,15 @@ def count_words(
             yield full
         advance(num_bytes)
     for counter in idle:
-        yield sorted_words(counter.words())
+        yield sort_and_sum(counter.words())
 
 
-def sort_words(words: Words) -> Words:
+def sort_pretokens(words: PretokenCounts) -> PretokenCounts:
     """The words in ascending order of their bytes, equal ones as one with the sum of their counts."""
-    load("training")
-    from basic.bpe.kernels.sort import sorted_words
+    load_kernels("training")
+    from basic.bpe.kernels.sort import sort_and_sum
 
-    return sorted_words(words)
+    return sort_and_sum(words)
 
 
 def _in_order(function: Callable[[T], R], items: Iterable[T], num_threads: int) -> Iterator[R]:
@@ -109,13 +109,13 @@ def _in_order(function: Callable[[T], R], items: Iterable[T], num_threads: int) 
                 future.cancel()
 
 
-def learn_merges(words: Words, num_merges: int, advance: Callable[[int], object]) -> list[tuple[bytes, bytes]]:
+def learn_merges(words: PretokenCounts, num_merges: int, advance: Callable[[int], object]) -> list[tuple[bytes, bytes]]:
     """Learn merges from words of together less than 2**31 bytes and words, whose counts add up to less than 2**63.
 
     Args:
         advance: is told now and then how many more merges there are.
     """
-    load("training")
+    load_kernels("training")
     from basic.bpe.kernels.learn_merges import MergeLearner
 
     learner = MergeLearner(words, num_merges)
@@ -150,28 +150,28 @@ class KernelEncoder:
         special_tokens: Sequence[tuple[bytes, int]],
         dtype: np.dtype,
     ) -> None:
-        load("encoding")
+        load_kernels("encoding")
         from basic.bpe.kernels.apply_merges import merges_as_arrays
         from basic.bpe.kernels.decode import TokenBytes
 
         self._merges, self.dtype = merges_as_arrays(byte_ids, ranks, results), dtype
         self._specials = (
-            *special_arrays([token for token, _ in special_tokens]),
+            *special_token_arrays([token for token, _ in special_tokens]),
             np.array([token_id for _, token_id in special_tokens], np.int64),
         )
-        self._no_specials = (*special_arrays([]), np.zeros(0, np.int64))
-        self._idle: list[WordEncoder] = []
+        self._no_specials = (*special_token_arrays([]), np.zeros(0, np.int64))
+        self._idle: list[PretokenEncoder] = []
         self.decode = TokenBytes(tokens).decode
 
-    def _encoder(self) -> WordEncoder:
+    def _encoder(self) -> PretokenEncoder:
         """One that no thread uses; who is done gives it back to the idle ones."""
-        from basic.bpe.kernels.encode import WordEncoder
+        from basic.bpe.kernels.encode import PretokenEncoder
         from basic.bpe.kernels.scan import code_classes
 
         try:
             return self._idle.pop()
         except IndexError:
-            return WordEncoder(code_classes(), self._merges, self.dtype)
+            return PretokenEncoder(code_classes(), self._merges, self.dtype)
 
     def encode_list(self, data: np.ndarray, specials_as_text: bool) -> list[int]:
         """The ids of a text.

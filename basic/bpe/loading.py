@@ -8,10 +8,10 @@ import time
 
 import numpy as np
 
-from basic.bpe.arrays import bytes_array, special_arrays
+from basic.bpe.arrays import bytes_array, special_token_arrays
 
 # From here on the kernels are worth about a second to load them.
-KERNEL_BYTES = 1 << 20
+MIN_BYTES_FOR_KERNELS = 1 << 20
 
 # LLVM ends the process where it gets no memory; this much is enough for Numba, its libraries and threads.
 _ADDRESS_SPACE_BYTES = 2 << 30
@@ -20,7 +20,7 @@ _lock = threading.RLock()
 _loaded: set[str] = set()
 
 
-def worth_it(part: str, num_bytes: int, num_mapped_bytes: int = 0) -> bool:
+def kernels_pay_off(part: str, num_bytes: int, num_mapped_bytes: int = 0) -> bool:
     """Whether a text of this size should go to the kernels: it is large, or they are loaded anyway.
 
     Args:
@@ -28,7 +28,7 @@ def worth_it(part: str, num_bytes: int, num_mapped_bytes: int = 0) -> bool:
         num_bytes: of the text.
         num_mapped_bytes: how much address space the text will yet take.
     """
-    if num_bytes < KERNEL_BYTES and part not in _loaded:
+    if num_bytes < MIN_BYTES_FOR_KERNELS and part not in _loaded:
         return False
     return _has_address_space(num_mapped_bytes)
 
@@ -49,7 +49,7 @@ def _has_address_space(num_mapped_bytes: int) -> bool:
     return limit - used - num_mapped_bytes >= _ADDRESS_SPACE_BYTES
 
 
-def load(part: str) -> None:
+def load_kernels(part: str) -> None:
     """Make the kernels of a part ready, from the cache or by compiling them, which says so."""
     if part in _loaded:
         return
@@ -79,16 +79,16 @@ def load(part: str) -> None:
 
 def _warm_up_training() -> None:
     """Call each kernel once with the types that it will have."""
-    from basic.bpe.kernels.count import WordCounter
+    from basic.bpe.kernels.count import PretokenCounter
     from basic.bpe.kernels.learn_merges import MergeLearner
     from basic.bpe.kernels.scan import code_classes
-    from basic.bpe.kernels.sort import sorted_words
+    from basic.bpe.kernels.sort import sort_and_sum
 
     data = bytes_array(b"the cat and the dog, \xc3\xa9t\xc3\xa9 " + b"long" * 300)
-    counter = WordCounter(code_classes(), special_arrays([b"<|endoftext|>"]))
+    counter = PretokenCounter(code_classes(), special_token_arrays([b"<|endoftext|>"]))
     counter.add_text(data, 0, len(data))
     counter.grow()
-    words = sorted_words(counter.words())
+    words = sort_and_sum(counter.words())
     learner = MergeLearner(words, 3)
     learner.grow(1 << 17)
     learner.learn(3)
@@ -97,13 +97,13 @@ def _warm_up_training() -> None:
 def _warm_up_encoding() -> None:
     from basic.bpe.kernels.apply_merges import merges_as_arrays
     from basic.bpe.kernels.decode import TokenBytes
-    from basic.bpe.kernels.encode import WordEncoder
+    from basic.bpe.kernels.encode import PretokenEncoder
     from basic.bpe.kernels.scan import code_classes
 
     data = bytes_array(b"the cat and the dog, \xc3\xa9t\xc3\xa9 " + b"long" * 300)
     tokens = {i: bytes([i]) for i in range(256)} | {256: b"th", 257: b"the"}
     merges = merges_as_arrays({i: i for i in range(256)}, {(116, 104): 0, (256, 101): 1}, [256, 257])
-    encoder = WordEncoder(code_classes(), merges, np.dtype(np.uint16))
-    ids = encoder.encode(data, 0, len(data), (*special_arrays([b"<|endoftext|>"]), np.array([258])))
+    encoder = PretokenEncoder(code_classes(), merges, np.dtype(np.uint16))
+    ids = encoder.encode(data, 0, len(data), (*special_token_arrays([b"<|endoftext|>"]), np.array([258])))
     encoder.grow()
     TokenBytes(tokens).decode(ids)

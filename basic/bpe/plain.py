@@ -19,7 +19,7 @@ Pair = tuple[int, int]
 _NO_ID = -1  # where a word ends, and where an id has become part of the one to its left
 
 
-class WordIds(dict[str, tuple[int, ...]]):
+class PretokenCache(dict[str, tuple[int, ...]]):
     """The ids of each word, worked out where it is first looked up, and kept while there is room.
 
     Args:

@@ -1,16 +1,15 @@
-"""Tables of words and their counts on the disk, sorted, and adding them up in bounded memory.
+"""Count tables: the distinct pre-tokens of a text with their counts, sorted, on disk; merged in bounded memory.
 
-A table is a file of blocks, each three NumPy arrays one after the other as `numpy.save` writes them: the bytes of the
-words, where each begins, and how often each is there. The words ascend by their bytes through all blocks. So tables of
-any size are added up from front to back, with one block of each in memory, like the merging of sorted files:
+A table is a file of blocks. A block is three NumPy arrays as `numpy.save` writes them: the bytes of the pre-tokens, the
+offset where each begins, and the counts. Pre-tokens ascend by their bytes through all blocks of a table. So tables of
+any size are merged as in an external merge sort, with one block of each table in memory:
 
-    of all tables' present blocks, the one that ends first says how far the words are complete: "cat" here
-    ["a", "cat"] ...   ["b", "dog"] ...   ->   add up "a", "cat" and "b"; the first table's next block is read
+    the smallest last pre-token of the current blocks ("cat") is the limit up to which the merge is complete
+    ["a", "cat"] ...   ["b", "dog"] ...   ->   yield "a", "b", "cat"; read the next block of the first table
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 from bisect import bisect_right
@@ -23,121 +22,129 @@ import numpy as np
 
 from basic.bpe.arrays import Words
 from basic.bpe.compiled import sort_words
+from basic.common.errors import DamagedFileError
+from basic.common.files import sha256_of_file
 
-BLOCK_WORDS = 1 << 16
-FAN_IN = 16  # tables that are added up at a time: each has a block of a megabyte or two in memory
+BLOCK_PRETOKENS = 1 << 16
+FAN_IN = 16  # tables that are merged at a time: each needs a block of one or two megabytes in memory
 
 
-def write_table(path: str | os.PathLike, blocks: Iterable[Words]) -> dict[str, Any]:
-    """Write the words, which must ascend through all blocks.
+def write_table(
+    path: str | os.PathLike, blocks: Iterable[Words], *, block_pretokens: int = BLOCK_PRETOKENS
+) -> dict[str, Any]:
+    """Write a table.
+
+    Args:
+        blocks: of any size; the pre-tokens ascend through all of them.
+        block_pretokens: the largest number of pre-tokens in a block of the file.
 
     Returns:
-        What is to be remembered of it: `words`, `count` (of all together), `file_bytes` and `sha256`.
+        `words` (the number of distinct pre-tokens), `count` (the sum of their counts), `file_bytes` and `sha256`.
     """
-    num_words = count = 0
+    num_pretokens = total_count = 0
     temporary = Path(f"{os.fspath(path)}.{secrets.token_hex(4)}.tmp")
     with open(temporary, "xb") as file:
         for block in blocks:
-            for start in range(0, len(block.counts), BLOCK_WORDS):
-                for array in _part(block, start, min(start + BLOCK_WORDS, len(block.counts))):
+            for start in range(0, len(block.counts), block_pretokens):
+                for array in _slice(block, start, min(start + block_pretokens, len(block.counts))):
                     np.save(file, array)
-            num_words += len(block.counts)
-            count += int(block.counts.sum())
+            num_pretokens += len(block.counts)
+            total_count += int(block.counts.sum())
         file_bytes = file.tell()
-    record = {"words": num_words, "count": count, "file_bytes": file_bytes, "sha256": _digest(temporary)}
-    # Not forced to the disk, which would take longer than the work on a small shard: what a power cut has spoiled is
-    # known by its size or its checksum, and can be counted again.
+    record = {"words": num_pretokens, "count": total_count, "file_bytes": file_bytes}
+    record["sha256"] = sha256_of_file(temporary)
+    # No fsync: on a small shard it would take longer than the counting. A file that a power cut damages is recognised
+    # by its size or its checksum, and is made again.
     os.replace(temporary, path)
     return record
 
 
 def read_table(path: str | os.PathLike, *, sha256: str | None = None) -> Iterator[Words]:
-    """The blocks of a table.
+    """Read the blocks of a table, one at a time.
 
     Raises:
-        ValueError: the file is not what it was when it was written.
+        DamagedFileError: the file does not have the given SHA-256.
     """
-    if sha256 is not None and _digest(path) != sha256:
-        raise ValueError(f"{os.fspath(path)!r} has changed since it was written; remove it, and run the same again")
+    if sha256 is not None and sha256_of_file(path) != sha256:
+        raise DamagedFileError(f"{os.fspath(path)!r} has changed since it was written; remove it, and run again")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         while file.tell() < size:
             yield Words(*(np.load(file) for _ in Words._fields))
 
 
-def add_up(tables: Sequence[Iterable[Words]], *, kernels: bool) -> Iterator[Words]:
-    """The words of all tables, each once, ascending, with the sum of its counts.
+def merge_tables(tables: Sequence[Iterable[Words]], *, kernels: bool, fan_in: int = FAN_IN) -> Iterator[Words]:
+    """Merge sorted tables into one; a pre-token's counts are summed.
 
     Args:
-        tables: the blocks of each, the words ascending.
+        tables: the blocks of each table.
         kernels: whether to sort with compiled code; the result is the same.
+        fan_in: tables that are merged at a time.
+
+    Yields:
+        The blocks of the merged table.
     """
-    while len(tables) > FAN_IN:
-        groups = [tables[start : start + FAN_IN] for start in range(0, len(tables), FAN_IN)]
-        tables = [add_up(group, kernels=kernels) for group in groups]
+    while len(tables) > fan_in:
+        groups = [tables[start : start + fan_in] for start in range(0, len(tables), fan_in)]
+        tables = [merge_tables(group, kernels=kernels, fan_in=fan_in) for group in groups]
     if len(tables) == 1:
         yield from tables[0]
         return
-    rest = [iter(table) for table in tables]
-    heads: list[Words | None] = [next(blocks, None) for blocks in rest]
-    while present := [head for head in heads if head is not None]:
-        bound = min(_word(head, len(head.counts) - 1) for head in present)
-        parts = []
-        for i, head in enumerate(heads):
-            if head is None:
+    iterators = [iter(table) for table in tables]
+    blocks: list[Words | None] = [next(iterator, None) for iterator in iterators]
+    while unfinished := [block for block in blocks if block is not None]:
+        limit = min(_pretoken_at(block, len(block.counts) - 1) for block in unfinished)
+        complete = []
+        for i, block in enumerate(blocks):
+            if block is None:
                 continue
-            stop = bisect_right(range(len(head.counts)), bound, key=lambda n: _word(head, n))
-            parts.append(_part(head, 0, stop))
-            heads[i] = _part(head, stop, len(head.counts)) if stop < len(head.counts) else next(rest[i], None)
-        yield sort_words(joined(parts)) if kernels else _sorted_words_plainly(parts)
+            stop = bisect_right(range(len(block.counts)), limit, key=lambda n: _pretoken_at(block, n))
+            complete.append(_slice(block, 0, stop))
+            blocks[i] = _slice(block, stop, len(block.counts)) if stop < len(block.counts) else next(iterators[i], None)
+        yield sort_words(concatenate(complete)) if kernels else _merge_plain(complete)
 
 
-def joined(parts: Sequence[Words]) -> Words:
-    """The words of all parts, one after the other."""
-    if len(parts) == 1:
-        return parts[0]
-    ends = np.cumsum([0, *(len(part.data) for part in parts)])
-    starts = [part.starts[:-1] + end for part, end in zip(parts, ends, strict=False)]
+def concatenate(blocks: Sequence[Words]) -> Words:
+    """Concatenate blocks into one."""
+    if len(blocks) == 1:
+        return blocks[0]
+    ends = np.cumsum([0, *(len(block.data) for block in blocks)])
+    starts = [block.starts[:-1] + end for block, end in zip(blocks, ends, strict=False)]
     return Words(
-        np.concatenate([np.empty(0, np.uint8), *(part.data for part in parts)]),
+        np.concatenate([np.empty(0, np.uint8), *(block.data for block in blocks)]),
         np.concatenate([*starts, ends[-1:]]),
-        np.concatenate([np.empty(0, np.int64), *(part.counts for part in parts)]),
+        np.concatenate([np.empty(0, np.int64), *(block.counts for block in blocks)]),
     )
 
 
-def at_least(words: Words, min_count: int) -> Words:
-    """The words that are there so often."""
-    keep = words.counts >= min_count
-    if keep.all():
-        return words
-    lengths = np.diff(words.starts)
-    starts = np.concatenate([[0], np.cumsum(lengths[keep])])
-    return Words(words.data[np.repeat(keep, lengths)], starts, words.counts[keep])
+def drop_rare(table: Words, min_count: int) -> Words:
+    """Remove the pre-tokens whose count is less than `min_count`."""
+    frequent = table.counts >= min_count
+    if frequent.all():
+        return table
+    lengths = np.diff(table.starts)
+    starts = np.concatenate([[0], np.cumsum(lengths[frequent])])
+    return Words(table.data[np.repeat(frequent, lengths)], starts, table.counts[frequent])
 
 
 def sorted_table(counts: Counter[bytes]) -> Words:
-    """The words of a counter, ascending."""
-    return Words.from_counts({word: counts[word] for word in sorted(counts)})
+    """Convert a counter to a table, sorted by the bytes of the pre-tokens."""
+    return Words.from_counts({pretoken: counts[pretoken] for pretoken in sorted(counts)})
 
 
-def _sorted_words_plainly(parts: Sequence[Words]) -> Words:
-    """The readable twin of the kernel."""
+def _merge_plain(blocks: Sequence[Words]) -> Words:
+    """The plain version of the kernel."""
     counts: Counter[bytes] = Counter()
-    for part in parts:
-        counts.update(part.counter())
+    for block in blocks:
+        counts.update(block.counter())
     return sorted_table(counts)
 
 
-def _word(words: Words, n: int) -> bytes:
-    return words.data[words.starts[n] : words.starts[n + 1]].tobytes()
+def _pretoken_at(block: Words, index: int) -> bytes:
+    return block.data[block.starts[index] : block.starts[index + 1]].tobytes()
 
 
-def _part(words: Words, start: int, stop: int) -> Words:
-    """The words from one number to another, not copied."""
-    first, last = words.starts[start], words.starts[stop]
-    return Words(words.data[first:last], words.starts[start : stop + 1] - first, words.counts[start:stop])
-
-
-def _digest(path: str | os.PathLike) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _slice(block: Words, start: int, stop: int) -> Words:
+    """The pre-tokens with these indices, as views."""
+    first, last = block.starts[start], block.starts[stop]
+    return Words(block.data[first:last], block.starts[start : stop + 1] - first, block.counts[start:stop])

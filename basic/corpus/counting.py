@@ -21,13 +21,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from basic.bpe import compiled, loading
-from basic.bpe.arrays import InvalidByteError, Words
+from basic.bpe.arrays import InvalidByteError, PretokenCounts
 from basic.common.progress import default_num_workers, progress_bar
 from basic.corpus.count_tables import FAN_IN, add_up, at_least, joined, read_table, sorted_table, write_table
 from basic.corpus.shards import SHARD_BYTES, Piece, Shard, ShardChunks, cut, fingerprint_of, known_bytes, text_of, whole
 from basic.corpus.sources import Inputs, check_separator, sources_of
 from basic.corpus.work_folder import Record, WorkFolder
-from basic.pretokenization import GPT2_PATTERN, SpecialTokens, compile_pattern, pretoken_batches
+from basic.pretokenization import GPT2_PATTERN, SpecialTokens, compile_pattern, pretokenize_stream
 
 # Without kernels: processes get less at a time, and it takes some of it to be worth starting them.
 _MIN_PLAIN_BYTES, _MAX_PLAIN_BYTES = 1 << 20, 1 << 24
@@ -40,7 +40,7 @@ Advance = Callable[[int], object]
 
 def count_pretokens(inputs: Inputs, special_tokens: SpecialTokens, **options: Any) -> Counter[bytes]:
     """How often each pre-token, as UTF-8, is there. The options are those of `count_words`."""
-    return count_words(inputs, special_tokens, **options).counter()
+    return count_words(inputs, special_tokens, **options).to_counter()
 
 
 def count_words(
@@ -56,7 +56,7 @@ def count_words(
     shard_bytes: int | None = None,
     kernels: bool | None = None,
     progress: bool = False,
-) -> Words:
+) -> PretokenCounts:
     """Count the pre-tokens of text, in parallel where it is large enough to be worth it.
 
     Args:
@@ -96,7 +96,7 @@ def count_words(
     kernels = (
         compiled is GPT2_PATTERN
         and kernels is not False
-        and (bool(kernels) or loading.worth_it("training", size, num_mapped_bytes=mapped_bytes))
+        and (bool(kernels) or loading.kernels_pay_off("training", size, num_mapped_bytes=mapped_bytes))
     )
     if shard_bytes is None:
         # What is kept must not depend on this machine.
@@ -234,7 +234,7 @@ def add_up_tables(tables: list[tuple[str, str]], kernels: bool, path: str) -> Re
 
 def _count_with_kernels(
     shard: Shard, special_tokens: SpecialTokens, num_threads: int, advance: Advance
-) -> Iterator[Words]:
+) -> Iterator[PretokenCounts]:
     chunks = ShardChunks(shard, special_tokens)
 
     def done(num_bytes: int) -> None:
@@ -242,7 +242,7 @@ def _count_with_kernels(
         advance(num_bytes)
 
     try:
-        for words in compiled.count_words(chunks, special_tokens.longest_first_bytes, num_threads, done):
+        for words in compiled.count_pretokens_in_chunks(chunks, special_tokens.longest_first_bytes, num_threads, done):
             if len(words.counts):
                 yield words
     except InvalidByteError as error:
@@ -251,16 +251,16 @@ def _count_with_kernels(
 
 def _count_plainly(
     shard: Sequence[Piece], special_tokens: SpecialTokens, pattern: str | None, advance: Advance
-) -> Iterator[Words]:
+) -> Iterator[PretokenCounts]:
     """The readable twin."""
     compiled, counts = compile_pattern(pattern), Counter[str]()
 
-    def table() -> Words:
+    def table() -> PretokenCounts:
         return sorted_table(Counter({word.encode(): count for word, count in counts.items()}))
 
     for piece in shard:
         text = text_of(piece, special_tokens, compiled, read=advance)
-        for pretokens, _ in pretoken_batches(text, special_tokens, compiled):
+        for pretokens, _ in pretokenize_stream(text, special_tokens, compiled):
             counts.update(pretokens)
             if len(counts) > _MOST_PLAIN_WORDS:
                 yield table()

@@ -3,7 +3,7 @@
     inputs  --sources_of-->  files  --cut-->  shards  --chunks_of, text_of-->  text, cut at safe places
 
 A plain file is cut into ranges of bytes. Where exactly, each worker finds for itself: the first safe place at or after
-the end of one range is where the next begins (`basic.pretokenization.safe_cut`), so that cutting a corpus takes no
+the end of one range is where the next begins (`basic.pretokenization.find_safe_position`), so that cutting a corpus takes no
 look into it, and what travels to a worker is a name and two numbers. A compressed file or one of JSON lines can be
 read only from its beginning: it is one shard, however large, streamed in memory that does not grow with it. Many such
 files of some hundred megabytes are therefore better than one of a hundred gigabytes. Small inputs share a shard.
@@ -24,9 +24,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from basic.bpe.arrays import Chunk, InvalidByteError
-from basic.bytes_utils import decode_blocks, invalid_byte
+from basic.bytes_utils import decode_blocks, invalid_byte_error
 from basic.corpus.sources import TextSource, map_bytes, read_text
-from basic.pretokenization import GPT2_PATTERN, SpecialTokens, mapped_chunks, safe_cut, stream_chunks
+from basic.pretokenization import GPT2_PATTERN, SpecialTokens, chunks_of_array, chunks_of_stream, find_safe_position
 
 T = TypeVar("T")
 
@@ -139,7 +139,9 @@ def text_of(
 
 def _safe_range(piece: Piece, special_tokens: SpecialTokens, pattern: re.Pattern[str]) -> tuple[int, int]:
     size, read = piece.size or 0, piece.source.read
-    start, stop = (safe_cut(read, place, size, special_tokens, pattern) for place in (piece.start, piece.stop or 0))
+    start, stop = (
+        find_safe_position(read, place, size, special_tokens, pattern) for place in (piece.start, piece.stop or 0)
+    )
     return start, stop
 
 
@@ -166,7 +168,7 @@ class ShardChunks:
     def explain(self, error: InvalidByteError) -> ValueError:
         """What to raise for a byte of the first chunk that is not yet done: it names the input and the offset there."""
         source, data, offset = self._places[0]
-        return invalid_byte(source, data, error.place, offset + error.place, lacks_token=error.lacks_token)
+        return invalid_byte_error(source, data, error.offset, offset + error.offset, lacks_token=error.lacks_token)
 
     def _mapped(self, piece: Piece) -> Iterator[tuple[int, Chunk]]:
         """Chunks, and where their arrays begin in the input."""
@@ -177,13 +179,13 @@ class ShardChunks:
                 "change while it is read"
             )
         start, stop = _safe_range(piece, self._special_tokens, GPT2_PATTERN)
-        for chunk in mapped_chunks(data, self._special_tokens, KERNEL_CHUNK_BYTES, start, stop):
+        for chunk in chunks_of_array(data, self._special_tokens, KERNEL_CHUNK_BYTES, start, stop):
             yield 0, chunk
 
     def _streamed(self, piece: Piece) -> Iterator[tuple[int, Chunk]]:
         special = self._special_tokens
         offset = 0 if piece.stop is None else _safe_range(piece, special, GPT2_PATTERN)[0]
-        for data, start, stop in stream_chunks(
+        for data, start, stop in chunks_of_stream(
             text_of(piece, special, errors=self._errors), special, KERNEL_CHUNK_BYTES
         ):
             yield offset - start, (data, start, stop)

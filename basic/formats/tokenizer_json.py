@@ -17,7 +17,7 @@ import regex
 from basic.bytes_utils import from_printable, to_printable
 from basic.common.files import atomic_write, load_json
 from basic.formats.equivalent_merges import check_bytes, used_merges
-from basic.pretokenization import name_of
+from basic.pretokenization import pattern_name
 from basic.Tokenizer import Tokenizer
 
 # What the `regex` package and Oniguruma read differently: possessive counts, anchors of lines, intersections of
@@ -205,7 +205,7 @@ def _pattern_of(pre_tokenizer: dict[str, Any] | None) -> str | None:
         _check_engines_agree(pattern, "pre_tokenizer.pattern")
     behavior = (split["behavior"], split["invert"])
     # To remove what is not found is nothing, where the pattern is known to find all.
-    if behavior[0] != "Isolated" and not (behavior == ("Removed", True) and name_of(pattern) is not None):
+    if behavior[0] != "Isolated" and not (behavior == ("Removed", True) and pattern_name(pattern) is not None):
         raise ValueError(
             f"pre_tokenizer.behavior is {behavior[0]!r} with invert = {json.dumps(behavior[1])}, which is not "
             "supported, only 'Isolated' is"

@@ -38,8 +38,8 @@ class Options:
 
 
 def load_kernels(wait_s: float = 0.0) -> None:
-    loading.load("training")
-    loading.load("encoding")
+    loading.load_kernels("training")
+    loading.load_kernels("encoding")
     time.sleep(wait_s)  # so that each process gets one
 
 

@@ -180,7 +180,7 @@ def main(name: str, work: str, path: Path, folder: Path, num_threads: int, repea
         if name == "ours":
             from basic.bpe import loading
 
-            loading.load("training")
+            loading.load_kernels("training")
         runs = [timed(program.train, path, vocab_size, num_threads) for _ in range(repeats)]
         return {"seconds": [s for s, _ in runs], "merges": [[x.hex(), y.hex()] for x, y in runs[0][1]]}
     if work == "short":

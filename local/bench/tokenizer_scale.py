@@ -71,8 +71,8 @@ def measure(work: str, text: Path, folder: Path) -> None:
     """Do a work in this process and print its seconds and the peak of its anonymous memory in MB."""
     from basic.bpe import loading
 
-    loading.load("training")
-    loading.load("encoding")
+    loading.load_kernels("training")
+    loading.load_kernels("encoding")
     peak_kb = 0
 
     def watch() -> None:

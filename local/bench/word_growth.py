@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 from basic.bpe import compiled, loading
-from basic.bpe.arrays import Words
+from basic.bpe.arrays import PretokenCounts
 from basic.corpus.count_tables import add_up, read_table, write_table
 from basic.corpus.counting import count_words
 from basic.pretokenization import SpecialTokens
@@ -48,7 +48,7 @@ def growth(name: str, folder: Path) -> None:
         )
 
 
-def made_up_words(number: int) -> Words:
+def made_up_words(number: int) -> PretokenCounts:
     """Words of syllables, some of two to four with an ending; the n-th is there 1 / n times as often as the first."""
     rng = np.random.default_rng(0)
     letters = [list(group) for group in ("bcdfghklmnprstvz", "aeiou", "nrstlm")]
@@ -60,7 +60,7 @@ def made_up_words(number: int) -> Words:
     names = list(words)[:number]
     counts = np.maximum(1, number / np.arange(1, number + 1)).astype(np.int64)
     starts = np.cumsum([0, *map(len, names)])
-    return Words(np.frombuffer(b"".join(names), np.uint8), starts, counts)
+    return PretokenCounts(np.frombuffer(b"".join(names), np.uint8), starts, counts)
 
 
 def peak_bytes() -> int:
@@ -68,11 +68,11 @@ def peak_bytes() -> int:
 
 
 def costs(number: int, folder: Path) -> None:
-    loading.load("training")
+    loading.load_kernels("training")
     words = made_up_words(number)
     num_bytes = len(words.data)
     begin = time.process_time()
-    table = compiled.sort_words(words)
+    table = compiled.sort_pretokens(words)
     sort_s = time.process_time() - begin
     begin = time.process_time()
     record = write_table(folder / "table", [table])

@@ -553,7 +553,7 @@ def test_small_texts_start_nothing(tmp_path):
 
 
 def test_large_texts_go_to_the_kernels_by_themselves(tmp_path, trained):
-    text = SAMPLE.read_bytes().decode() * (loading.KERNEL_BYTES // SAMPLE.stat().st_size + 1)
+    text = SAMPLE.read_bytes().decode() * (loading.MIN_BYTES_FOR_KERNELS // SAMPLE.stat().st_size + 1)
     tokenizer = Tokenizer(*trained, OVERLAPPING)
     assert tokenizer.encode(text[:5000]) == Tokenizer(*trained, OVERLAPPING, kernels=False).encode(text[:5000])
     tokenizer.encode_array(text)
@@ -620,10 +620,10 @@ def test_loading_says_that_it_compiles(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(loading, "_loaded", set())
     monkeypatch.setattr(instructions, "cache_folder", lambda: tmp_path)
-    loading.load("training")
+    loading.load_kernels("training")
     assert "compiling the kernels for training, once on this machine (ahead" in capsys.readouterr().err
     loading._loaded.clear()
-    loading.load("training")
+    loading.load_kernels("training")
     assert capsys.readouterr().err == ""
 
 

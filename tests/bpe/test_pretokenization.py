@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from basic import pretokenization
 from basic.corpus.counting import count_pretokens
-from basic.pretokenization import GPT2_PATTERN, SpecialTokens, pretoken_batches, safe_cuts, without_surrogates
+from basic.pretokenization import GPT2_PATTERN, SpecialTokens, chunk_ends, pretokenize_stream, without_surrogates
 from tests.conftest import shared_data
 from tests.fixtures.make_tokenizer_fixtures import PATTERN, SAMPLE, SPECIAL_TOKENS, naive_pretoken_counts
 
@@ -39,7 +39,7 @@ def whole(text: str, special_tokens: list[str]) -> list[str]:
 
 def streamed(pieces, special_tokens) -> list[str]:
     found = []
-    for pretokens, special_token in pretoken_batches(pieces, SpecialTokens(special_tokens)):
+    for pretokens, special_token in pretokenize_stream(pieces, SpecialTokens(special_tokens)):
         found += pretokens if special_token is None else [*pretokens, special_token]
     return found
 
@@ -103,13 +103,13 @@ def test_streaming_is_linear(monkeypatch, unit, piece_length):
 def test_streaming_yields_what_is_certain_before_it_asks_for_more():
     asked = itertools.count()
     pieces = ("some words, and then more; " for _ in asked)
-    batches = pretoken_batches(pieces, SpecialTokens(["<|endoftext|>"]))
+    batches = pretokenize_stream(pieces, SpecialTokens(["<|endoftext|>"]))
     assert "".join(itertools.chain.from_iterable(pretokens for pretokens, _ in itertools.islice(batches, 5)))
     assert next(asked) < 10
 
 
 def test_batches_stay_small_when_pieces_are_large():
-    batches = pretoken_batches(["a b " * 100_000], SpecialTokens([]))
+    batches = pretokenize_stream(["a b " * 100_000], SpecialTokens([]))
     assert max(len(pretokens) for pretokens, _ in batches) < 20_000
 
 
@@ -125,7 +125,7 @@ def test_surrogates(text, cuts):
 
 def chunk_boundaries(path, special_tokens, chunk_bytes):
     data = path.read_bytes()
-    return [0, *safe_cuts(lambda start, length: data[start : start + length], len(data), special_tokens, chunk_bytes)]
+    return [0, *chunk_ends(lambda start, length: data[start : start + length], len(data), special_tokens, chunk_bytes)]
 
 
 def test_safe_places_exhaustively():

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from basic.bpe import arrays, compiled, loading
-from basic.bpe.arrays import Words
+from basic.bpe.arrays import PretokenCounts
 from basic.corpus import count_tables, counting, sources
 from basic.corpus.count_tables import add_up, joined, read_table, sorted_table, write_table
 from basic.corpus.counting import count_pretokens, count_words
@@ -426,7 +426,7 @@ def test_tables_are_added_up(tmp_path_factory, tables, block_words, fan_in):
         for kernels in (False, True):
             blocks = [read_table(folder / f"{number}.words") for number in range(len(tables))]
             words = joined(list(add_up(blocks, kernels=kernels)))
-            assert list(words.counter().items()) == sorted(expected.items())
+            assert list(words.to_counter().items()) == sorted(expected.items())
 
 
 def test_unsorted_words_are_sorted():
@@ -435,8 +435,8 @@ def test_unsorted_words_are_sorted():
         words = [bytes(rng.choice(list(alphabet), rng.integers(1, 30))) for _ in range(3000)]
         words += [b"x" * length for length in range(1, 200)]
         lengths = np.cumsum([0, *map(len, words)])
-        table = Words(np.frombuffer(b"".join(words), np.uint8), lengths, np.ones(len(words), np.int64))
-        assert list(compiled.sort_words(table).counter().items()) == sorted(Counter(words).items())
+        table = PretokenCounts(np.frombuffer(b"".join(words), np.uint8), lengths, np.ones(len(words), np.int64))
+        assert list(compiled.sort_pretokens(table).to_counter().items()) == sorted(Counter(words).items())
 
 
 def test_memory_does_not_grow_with_the_tables(tmp_path, monkeypatch):
@@ -445,7 +445,7 @@ def test_memory_does_not_grow_with_the_tables(tmp_path, monkeypatch):
     for number in range(4):
         counts = Counter({b"%07d" % i: 1 for i in range(number, 200_000, 4)})
         write_table(tmp_path / str(number), [sorted_table(counts)])
-    loading.load("training")
+    loading.load_kernels("training")
     tracemalloc.start()
     record = write_table(tmp_path / "all", add_up([read_table(tmp_path / str(i)) for i in range(4)], kernels=True))
     peak_bytes = tracemalloc.get_traced_memory()[1]
@@ -463,7 +463,7 @@ def test_a_shard_of_many_distinct_words_is_counted_in_parts(tmp_path, monkeypatc
     text = " ".join(f"{number * 7919 % 2500:x}" for number in range(5000))
     (tmp_path / "text.gz").write_bytes(gzip.compress(text.encode()))
     words = count_words(tmp_path / "text.gz", SPECIAL, kernels=kernels, num_workers=2)
-    assert list(words.counter().items()) == sorted(naive_pretoken_counts(text, [END]).items())
+    assert list(words.to_counter().items()) == sorted(naive_pretoken_counts(text, [END]).items())
 
 
 def test_too_many_distinct_words_to_train_on_are_an_error_that_helps(monkeypatch):

@@ -18,7 +18,7 @@ from basic.corpus.counting import count_pretokens
 from basic.corpus.sources import TextSource, read_text
 from basic.corpus.train_valid import split_text
 from basic.encoding import encode_file
-from basic.pretokenization import SpecialTokens, compile_pattern, pretoken_batches, stream_chunks
+from basic.pretokenization import SpecialTokens, chunks_of_stream, compile_pattern, pretokenize_stream
 from basic.Tokenizer import Tokenizer
 from basic.tokens.opening import open_tokens
 from basic.train_bpe import train_bpe
@@ -92,7 +92,7 @@ def test_streams_are_cut_only_at_safe_places(pattern, text, special_tokens, cuts
     options = () if pattern is None else (compile_pattern(pattern),)
     chunks = [
         data[start:stop].tobytes().decode()
-        for data, start, stop in stream_chunks(pieces_of(text, cuts), special, chunk_bytes, *options)
+        for data, start, stop in chunks_of_stream(pieces_of(text, cuts), special, chunk_bytes, *options)
     ]
     assert "".join(chunks) == text
     if pattern is None:
@@ -100,13 +100,13 @@ def test_streams_are_cut_only_at_safe_places(pattern, text, special_tokens, cuts
             text, special_tokens
         )
     else:
-        parts = [list(pretoken_batches([part], special, *options)) for part in (*chunks, text)]
+        parts = [list(pretokenize_stream([part], special, *options)) for part in (*chunks, text)]
         flat = [[w for words, token in batches for w in [*words, *([token] if token else [])]] for batches in parts]
         assert list(itertools.chain(*flat[:-1])) == flat[-1]
 
 
 def test_streams_are_cut_where_they_can_be():
-    chunks = list(stream_chunks(["some words " * 50] * 100, SpecialTokens([END]), 1000))
+    chunks = list(chunks_of_stream(["some words " * 50] * 100, SpecialTokens([END]), 1000))
     assert len(chunks) > 40
     assert all(stop - start < 3000 for _, start, stop in chunks)
 
@@ -133,7 +133,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path, suffix):
     special, read = SpecialTokens([END]), []
 
     def consume() -> None:
-        read.append(sum(stop - start for _, start, stop in stream_chunks(read_text(path), special, 1 << 16)))
+        read.append(sum(stop - start for _, start, stop in chunks_of_stream(read_text(path), special, 1 << 16)))
 
     assert peak_bytes(consume) < 2_000_000
     assert read[0] >= 10_000_000

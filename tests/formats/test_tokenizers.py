@@ -19,7 +19,7 @@ from tiktoken.load import load_tiktoken_bpe
 from basic.bytes_utils import load_merges, load_vocab, to_printable
 from basic.formats.tiktoken_ranks import load_tiktoken, save_tiktoken
 from basic.formats.tokenizer_json import load_tokenizer_json, save_tokenizer_json
-from basic.pretokenization import PATTERNS, compile_pattern, name_of
+from basic.pretokenization import PATTERNS, compile_pattern, pattern_name
 from basic.Tokenizer import Tokenizer
 from basic.train_bpe import train_bpe
 from tests.conftest import shared_data
@@ -132,7 +132,7 @@ def test_gpt2_goes_out_and_comes_back(tmp_path):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_pattern_known_by_name_cuts_as_the_published_one_everywhere(pattern):
     ours, published = compile_pattern(pattern), compile_pattern(PUBLISHED[pattern])
-    assert name_of(PUBLISHED[pattern]) == name_of(ours.pattern) == pattern
+    assert pattern_name(PUBLISHED[pattern]) == pattern_name(ours.pattern) == pattern
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(ours.pattern), "isolated")
     # tiktoken makes one token of a whole pre-token that is one.
     short = ["".join(letters) for n in range(1, 5) for letters in itertools.product("a'S1 \n!", repeat=n)]

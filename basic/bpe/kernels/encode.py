@@ -4,7 +4,7 @@ The table of words keeps up to eight bytes of ids inside the row, four ids of tw
 access to memory and one store. More ids than that stand in the pool. The new words of a block are merged side by side
 (`bpe_apply`), before any of them is written.
 
-A `WordEncoder` belongs to one thread at a time, its table is a cache: it grows to a fixed size and is then emptied.
+A `PretokenEncoder` belongs to one thread at a time, its table is a cache: it grows to a fixed size and is then emptied.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ def _encode(
     return state[WRITTEN]
 
 
-class WordEncoder:
+class PretokenEncoder:
     """Encodes for one thread at a time, and remembers words.
 
     Args:
@@ -284,7 +284,7 @@ class WordEncoder:
 
         Args:
             data: read-only uint8.
-            specials: of `bpe_kernels.special_arrays`, and the ids.
+            specials: of `bpe_kernels.special_token_arrays`, and the ids.
 
         Returns:
             An array, which the next call overwrites if the text is at most `SMALL_BYTES` long.

@@ -26,7 +26,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from basic.bpe.arrays import Words
+from basic.bpe.arrays import PretokenCounts
 from basic.bpe.kernels.hash_table import DONE, FULL, I64
 from basic.bpe.kernels.instructions import U64, kernel, prefetch
 
@@ -328,7 +328,7 @@ class MergeLearner:
         num_merges: the most merges that will be asked for.
     """
 
-    def __init__(self, words: Words, num_merges: int) -> None:
+    def __init__(self, words: PretokenCounts, num_merges: int) -> None:
         lengths = np.diff(words.starts)
         num_symbols = len(words.data) + len(lengths) + 1
         self._symbols = np.full(num_symbols, NO_TOKEN, np.int32)

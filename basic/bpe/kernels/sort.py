@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from basic.bpe.arrays import Words
+from basic.bpe.arrays import PretokenCounts
 from basic.bpe.kernels.hash_table import I64
 from basic.bpe.kernels.instructions import U64, kernel, readonly
 
@@ -88,7 +88,7 @@ def _add_up(data, starts, counts, order, to_data, to_starts, to_counts):
     return n
 
 
-def sorted_words(words: Words) -> Words:
+def sort_and_sum(words: PretokenCounts) -> PretokenCounts:
     """The words in ascending order of their bytes, equal ones as one with the sum of their counts."""
     data = readonly(words.data)
     keys = np.empty(len(words.counts), np.uint64)
@@ -97,4 +97,4 @@ def sorted_words(words: Words) -> Words:
     _sort_equal_keys(data, words.starts, keys, order)
     to_data, to_starts, to_counts = np.empty_like(words.data), np.zeros_like(words.starts), np.empty_like(words.counts)
     n = _add_up(data, words.starts, words.counts, order, to_data, to_starts, to_counts)
-    return Words(to_data[: to_starts[n]], to_starts[: n + 1], to_counts[:n])
+    return PretokenCounts(to_data[: to_starts[n]], to_starts[: n + 1], to_counts[:n])
