@@ -1,7 +1,7 @@
-"""Measure a trained model on a whole file, each token once: `uv run local/evaluate.py runs/quickstart`.
+"""Evaluate a trained model on a complete file: `uv run local/evaluate.py runs/quickstart`.
 
-The file is one of token ids (local/encode.py makes them) or a text. Perplexity is that of a token, so it compares
-models of the same tokenizer only; bits per byte compare all.
+The file is a token file (written by local/encode.py) or a text, and each of its tokens is scored once. Loss and
+perplexity are per token, so they compare only models with the same tokenizer. Bits per byte compare all models.
 """
 
 from __future__ import annotations
@@ -13,27 +13,29 @@ from typing import Literal
 import tyro
 
 from basic.common import command_line
+from basic.common.errors import InvalidInputError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     run: tyro.conf.Positional[Path]
-    """Folder of the run, such as runs/quickstart."""
+    """Run folder, such as runs/quickstart."""
     file: tyro.conf.Positional[Path | None] = None
-    """Token file (.bin, .npy) or UTF-8 text; by default the run's validation tokens."""
+    """Token file (.bin, .npy) or UTF-8 text; None: the run's validation tokens."""
     stride: int | None = None
-    """Tokens from one window to the next; each token sees at least context_length - stride + 1 tokens before it, as far
-    as there are so many. By default half the context; less scores a little better, and takes longer."""
+    """Tokens from the start of a window to the start of the next; each token has at least context_length - stride + 1
+    tokens of context, unless it is nearer to the start of the file. None: half the context length. A smaller stride
+    gives a slightly lower loss and takes longer."""
     batch_size: int = 8
-    """Windows computed side by side; no part of the result."""
+    """Windows per forward pass; does not change the result."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the activations; with float32 the result is the same on every device."""
+    """Dtype of the activations; with float32 the result is the same on every device."""
     device: str = "auto"
-    """cpu, cuda, mps ...; auto takes the best there is."""
+    """cpu, cuda, mps ...; auto: the fastest one available."""
 
 
 def main(options: Options) -> None:
-    from basic.analysis.evaluation import score_tokens
+    from basic.analysis.evaluation import evaluate_tokens
     from basic.Tokenizer import Tokenizer
     from basic.training.devices import activation_dtype, choose_device
     from basic.training.run_folder import load_run
@@ -44,13 +46,18 @@ def main(options: Options) -> None:
     tokenizer = None if run.tokenizer_path is None else Tokenizer.load(run.tokenizer_path)
     path = options.file or Path(run.config.data.valid_tokens)
     if not path.exists():
-        raise FileNotFoundError(f"there is no file {str(path)!r}; name a token file or a text behind the run")
-    tokens, num_bytes = read(path, tokenizer, run.config.data.dtype)
-    # A document begins behind an end of text, so does the file's first.
+        raise FileNotFoundError(f"there is no file {str(path)!r}; give a token file or a text after the run")
+    tokens, num_bytes = read_tokens(path, tokenizer, run.config.data.dtype)
+    # Every document follows an end-of-text token, and so does the first one.
     specials = {} if tokenizer is None else tokenizer.special_token_ids
-    first_id = specials.get(run.config.train.end_of_text)
-    score = score_tokens(
-        run.model, tokens, first_id=first_id, stride=options.stride, batch_size=options.batch_size, progress=True
+    prefix_token_id = specials.get(run.config.train.end_of_text)
+    score = evaluate_tokens(
+        run.model,
+        tokens,
+        prefix_token_id=prefix_token_id,
+        stride=options.stride,
+        batch_size=options.batch_size,
+        progress=True,
     )
     print(f"{path}: {score.num_tokens:,} tokens scored, step {run.step:,} of {options.run}")
     print(f"loss            {score.loss:.6f} nats a token")
@@ -58,11 +65,11 @@ def main(options: Options) -> None:
     if num_bytes:
         print(f"bits per byte   {score.bits_per_byte(num_bytes):.6f}  ({num_bytes:,} bytes)")
     else:
-        print("bits per byte   unknown: nothing says from how many bytes these tokens were made")
+        print("bits per byte   unknown: the size of the text of these tokens is not recorded")
 
 
-def read(path: Path, tokenizer, dtype: str):
-    """The ids of a file, and the length of the text they stand for in bytes, 0 for unknown."""
+def read_tokens(path: Path, tokenizer, dtype: str):
+    """Return the ids of a file and the size of their text in bytes, 0 if unknown."""
     from basic.tokens.opening import known_info, open_tokens
 
     if path.is_dir() or path.suffix in (".bin", ".npy", ".json"):
@@ -72,7 +79,7 @@ def read(path: Path, tokenizer, dtype: str):
         tokens = open_tokens(path, dtype=dtype or None, made_by=made_by)
         return tokens, info.source_bytes if info else 0
     if tokenizer is None:
-        raise ValueError(f"the run has no tokenizer/ folder, so {path} must be a token file (.bin or .npy)")
+        raise InvalidInputError(f"the run has no tokenizer/ folder, so {path} must be a token file (.bin or .npy)")
     text = path.read_bytes()
     return tokenizer.encode_array(text), len(text)
 

@@ -1,4 +1,4 @@
-"""Draw the picture of the README from the quickstart's run: `uv run local/picture.py`."""
+"""Draw the picture of the README from the run of local/quickstart.py: `uv run local/picture.py`."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ COLOURS = ("#cfe3f6", "#fbe3c0", "#d6edd3", "#f4d2d8", "#e3daf1")
 @dataclass(frozen=True, kw_only=True)
 class Options:
     run: tyro.conf.Positional[Path] = Path("runs/quickstart")
-    """Folder of a run on the embedded stories."""
+    """Run folder of local/quickstart.py, trained on the embedded stories."""
     output: Path = Path("picture.svg")
-    """Picture to write."""
+    """Image file to write."""
 
 
 def main(options: Options) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    from basic.analysis.evaluation import compare_with_source
+    from basic.analysis.evaluation import compare_with_entropy
     from basic.corpus.stories.grammar import story_nats
     from basic.Tokenizer import Tokenizer
     from basic.tokens.opening import open_tokens, read_info
@@ -40,7 +40,7 @@ def main(options: Options) -> None:
     stories = (options.run / "valid.txt").read_text(encoding="utf-8").split(END)
     stories = [story for story in map(str.strip, stories) if story]
     exact = [story_nats(story) for story in stories]
-    compared = compare_with_source(
+    compared = compare_with_entropy(
         run.model, [tokenizer.encode(story) for story in stories], exact, open_tokens(options.run / "train.bin"),
         tokenizer.special_token_ids[END],
     )  # fmt: skip

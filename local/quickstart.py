@@ -1,7 +1,7 @@
-"""From text to a talking model in a few minutes: tokenizer, token files, a small Transformer, stories.
+"""Train a tokenizer and a small Transformer in a few minutes, and write samples: `uv run local/quickstart.py`.
 
-Without --input it learns from little stories drawn from a grammar, whose exact information is known: the least nats
-that any model can need for them. Everything is left in one folder, in place of an earlier quickstart's.
+Without --input, the text is short stories from a probabilistic grammar. Their exact information content is known: no
+model can reach a lower loss. All files are in one folder, which replaces that of an earlier quickstart.
 """
 
 from __future__ import annotations
@@ -15,30 +15,29 @@ import tyro
 
 from basic.common import command_line
 
-END = "<|endoftext|>"
-TRAIN_STORIES, VALID_STORIES = 40_000, 1_000
+END, TRAIN_STORIES, VALID_STORIES = "<|endoftext|>", 40_000, 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     input: Path | None = None
-    """Text to learn from (.txt, .gz, .zst, .jsonl), <|endoftext|> between its documents; None for embedded stories."""
+    """Text (.txt, .gz, .zst, .jsonl) with <|endoftext|> between its documents; None: the embedded stories."""
     field: str = "text"
-    """Name of the string in each object of JSON lines that is the document."""
+    """JSON lines: the field that holds the text of the document."""
     output: Path = Path("runs/quickstart")
-    """Folder for everything that is made."""
+    """Folder for all files."""
     vocab_size: int = 2048
-    """Tokens of the tokenizer: 256 bytes, the end of text, and merges."""
+    """Size of the vocabulary: 256 bytes, the end-of-text token, and the merges."""
     steps: int = 1400
     """Training steps of 16 sequences of 128 tokens each."""
     seed: int = 0
-    """Of the stories, the initial weights, the batches and the samples."""
+    """Seed of the stories, the initial weights, the batches and the samples."""
     device: str = "auto"
-    """cpu, cuda, mps ...; auto takes the best there is."""
+    """cpu, cuda, mps ...; auto: the fastest one available."""
 
 
 def main(options: Options) -> None:
-    from basic.analysis.evaluation import compare_with_source
+    from basic.analysis.evaluation import compare_with_entropy
     from basic.analysis.plotting import plot_losses
     from basic.corpus.sources import TextSource
     from basic.corpus.train_valid import split_text, write_stories
@@ -51,8 +50,8 @@ def main(options: Options) -> None:
     from basic.training.records.metrics import read_metrics
 
     if options.output.exists() and not (options.output / "config.toml").is_file():
-        raise FileExistsError(f"{options.output} is there and is not a run; choose another --output")
-    # Made beside the earlier result, which is replaced when the new one is whole.
+        raise FileExistsError(f"{options.output} exists and is not a run; choose another --output")
+    # A temporary folder, which replaces the earlier one when it is complete.
     folder = options.output.with_name(options.output.name + ".partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -61,11 +60,11 @@ def main(options: Options) -> None:
         stories = write_stories(folder, TRAIN_STORIES, VALID_STORIES, seed=options.seed, separator=END, progress=True)
     else:
         split_text(TextSource(options.input, options.field, END), folder, separator=END)
-    # Without kernels: compiling them would take longer than these few megabytes do.
+    # Without kernels: compiling them would take longer than these few megabytes.
     vocab, merges = train_bpe(folder / "train.txt", options.vocab_size, [END], kernels=False, progress=True)
     tokenizer = Tokenizer(vocab, merges, [END], kernels=False)
-    for part in ("train", "valid"):
-        encode_file(tokenizer, folder / f"{part}.txt", folder / f"{part}.bin", progress=True)
+    for split in ("train", "valid"):
+        encode_file(tokenizer, folder / f"{split}.txt", folder / f"{split}.bin", progress=True)
     tokens = open_tokens(folder / "train.bin"), open_tokens(folder / "valid.bin")
     model = train(configure(options, tokenizer.vocab_size), *tokens, folder, tokenizer=tokenizer, progress=True).model
     records, info = read_metrics(folder / "metrics.jsonl"), read_info(folder / "valid.bin")
@@ -74,21 +73,19 @@ def main(options: Options) -> None:
     print(f"\nvalidation loss {loss:.3f} nats a token, {bits_per_byte:.3f} bits per byte")
     if stories:
         documents = [tokenizer.encode(story.text) for story in stories]
-        print(compare_with_source(model, documents, exact, tokens[0], tokenizer.special_token_ids[END]))
-    floor = sum(exact) / info.count if stories else None
-    plot_losses({options.output.name: records}, folder / "loss.png", floor_nats=floor)
+        print(compare_with_entropy(model, documents, exact, tokens[0], tokenizer.special_token_ids[END]))
+    plot_losses({options.output.name: records}, folder / "loss.png", floor_nats=sum(exact) / info.count or None)
     start = END if tokenizer.special_token_ids[END] in tokens[0] else "\n"
     samples = complete(model, tokenizer, [start] * 8, 256, temperature=0.7, top_p=0.95, seed=options.seed)
     (folder / "samples.txt").write_text("\n\n".join(map(str.strip, samples)) + "\n", encoding="utf-8")
     shutil.rmtree(options.output, ignore_errors=True)
     folder.rename(options.output)
-    for number, sample in enumerate(samples[:2], 1):
-        print(f"\nsample {number}: {sample.strip()}")
-    print(f"\neverything is in {options.output}: {', '.join(sorted(path.name for path in options.output.iterdir()))}")
+    print(*(f"\nsample {number}: {sample.strip()}" for number, sample in enumerate(samples[:2], 1)), sep="\n")
+    print(f"\nwrote {options.output}: {', '.join(sorted(path.name for path in options.output.iterdir()))}")
 
 
 def configure(options: Options, vocab_size: int):
-    """The run of configs/quickstart.toml with the options filled in; texts that may have no documents get windows."""
+    """Fill the options into configs/quickstart.toml; a user's text may have no documents, so it is read as windows."""
     from basic.common.config_files import load_config
     from basic.training.settings import DataConfig, RunConfig
 

@@ -1,6 +1,6 @@
 """Train all runs of a sweep and compare them: `uv run local/sweep.py local/experiments/learning_rate.toml --small`.
 
-Started again, it skips runs that have ended and goes on with one that was interrupted.
+The same command skips finished runs and resumes an interrupted one.
 """
 
 from __future__ import annotations
@@ -11,25 +11,26 @@ from pathlib import Path
 import tyro
 
 from basic.common import command_line
+from basic.common.errors import InvalidInputError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     sweeps: tyro.conf.Positional[tuple[Path, ...]]
-    """TOML files that plan sweeps (basic/analysis/sweep.py shows how), such as local/experiments/learning_rate.toml."""
+    """TOML files of sweeps, such as local/experiments/learning_rate.toml; their format: basic/analysis/sweep.py."""
     small: bool = False
-    """Their small editions, for a CPU; they learn from embedded stories, which are made if they are not there."""
+    """Run the small versions, for a CPU, on embedded stories, which are generated if they do not exist."""
     output: Path = Path("runs")
-    """Folder for a folder a sweep."""
+    """Folder that gets one folder for each sweep."""
     plan: bool = False
-    """Only say which runs there would be."""
+    """Only print the names of the runs."""
 
 
 def main(options: Options) -> None:
-    from basic.analysis.sweep import outcome_table, plot_sweep, read_sweep, run_sweep
+    from basic.analysis.sweep import plot_sweep, read_sweep, result_table, run_sweep
 
     if not options.sweeps:
-        raise ValueError("no sweep given; name at least one file, such as local/experiments/learning_rate.toml")
+        raise InvalidInputError("no sweep given; name at least one file, such as local/experiments/learning_rate.toml")
     sweeps = {path.stem: read_sweep(path, small=options.small) for path in options.sweeps}
     for name, runs in sweeps.items():
         if options.plan:
@@ -37,14 +38,14 @@ def main(options: Options) -> None:
             continue
         folder = options.output / (f"{name}_small" if options.small else name)
         print(f"{name}: {len(runs)} runs in {folder}")
-        outcomes = run_sweep(runs, folder, open_data, progress=True)
+        results = run_sweep(runs, folder, open_data, progress=True)
         picture = plot_sweep(runs, folder)
-        print(f"\n{outcome_table(outcomes)}\nwrote {folder / 'table.md'}" + f" and {picture}" * bool(picture))
+        print(f"\n{result_table(results)}\nwrote {folder / 'table.md'}" + f" and {picture}" * bool(picture))
 
 
 def open_data(data):
-    """The token files and the tokenizer of a run; those of the stories are made where they are missing."""
-    from basic.analysis.sweep import Data
+    """Open the token files and the tokenizer of a run; generate those of the stories if they do not exist."""
+    from basic.analysis.sweep import SweepData
     from basic.Tokenizer import Tokenizer
     from basic.tokens.opening import open_tokens
 
@@ -54,11 +55,11 @@ def open_data(data):
     tokenizer = Tokenizer.load(data.tokenizer) if data.tokenizer else None
     made_by = None if tokenizer is None else tokenizer.fingerprint
     paths = data.train_tokens, data.valid_tokens
-    return Data(*(open_tokens(path, dtype=data.dtype or None, made_by=made_by) for path in paths), tokenizer)
+    return SweepData(*(open_tokens(path, dtype=data.dtype or None, made_by=made_by) for path in paths), tokenizer)
 
 
 def make_stories(folder: Path, *, num_train: int = 20_000, num_valid: int = 400, vocab_size: int = 1024) -> None:
-    """Write the embedded stories, train a tokenizer on them and encode them; valid.bin comes last."""
+    """Write the embedded stories, train a tokenizer and encode them; valid.bin is written last."""
     from basic.corpus.train_valid import write_stories
     from basic.encoding import encode_file
     from basic.Tokenizer import Tokenizer
@@ -70,8 +71,8 @@ def make_stories(folder: Path, *, num_train: int = 20_000, num_valid: int = 400,
     vocab, merges = train_bpe(folder / "train.txt", vocab_size, [end], kernels=False, progress=True)
     tokenizer = Tokenizer(vocab, merges, [end], kernels=False)
     tokenizer.save(folder / "tokenizer")
-    for part in ("train", "valid"):
-        encode_file(tokenizer, folder / f"{part}.txt", folder / f"{part}.bin", progress=True)
+    for split in ("train", "valid"):
+        encode_file(tokenizer, folder / f"{split}.txt", folder / f"{split}.bin", progress=True)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""Many runs that differ in a few settings: planned in a TOML file, trained one after the other, compared in a table.
+"""Sweeps: runs that differ in a few settings, read from a TOML file, trained in turn and compared in a table.
 
-    config = "../configs/tinystories.toml"         # what all runs have in common; relative to this file
-    [settings]                                     # ... and what they change of it
+    config = "../configs/tinystories.toml"         # base configuration of all runs, relative to this file
+    [settings]                                     # changes to it, for all runs
     train.min_learning_rate = 0.0
     [grid]                                         # one run for each combination of these values
     train.max_learning_rate = [1e-3, 1e-2]
-    [[variants]]                                   # if there are any, each combination once with each of them
+    [[variants]]                                   # optional: each combination is run with each variant
     name = "post-norm"
     model.norm = "post"
-    [small]                                        # the same keys again: what takes their place in a small edition
+    [small]                                        # optional: the same keys, which replace those above with --small
     config = "../configs/small.toml"
 
-runs/SWEEP/NAME/               a run as `basic.training.run_folder` describes it, and when it has ended, outcome.json
+runs/SWEEP/NAME/               a run folder (`basic.training.run_folder`), and outcome.json once the run has ended
            table.md, loss.png
 """
 
@@ -22,7 +22,7 @@ import json
 import math
 import os
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,27 +30,28 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from basic.analysis.evaluation import evaluate_tokens
-from basic.common.config_files import from_table, load_config, to_table
+from basic.common.config_files import flatten_settings, from_table, load_config, to_table
+from basic.common.errors import InvalidConfigError
 from basic.common.files import atomic_write
 from basic.generation.text import SavableTokenizer
 from basic.training.loop import train
 from basic.training.records.metrics import read_metrics
-from basic.training.run_folder import checkpoint_paths
+from basic.training.run_folder import Run, checkpoint_paths
 from basic.training.settings import DataConfig, RunConfig
 
 _KEYS = ("config", "settings", "grid", "variants")
 
 
-class PlannedRun(NamedTuple):
-    """One run of a sweep."""
+class SweepRun(NamedTuple):
+    """A run of a sweep, before training."""
 
     name: str
-    """What sets it apart, and the name of its folder."""
+    """The settings that distinguish the run; also the name of its folder."""
     config: RunConfig
 
 
-class Data(NamedTuple):
-    """What a run learns from and is measured on."""
+class SweepData(NamedTuple):
+    """The tokens that a run trains on and is evaluated on."""
 
     train_tokens: np.ndarray
     valid_tokens: np.ndarray
@@ -58,111 +59,113 @@ class Data(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """How a run ended."""
+class RunResult:
+    """The result of a run; outcome.json holds these fields."""
 
     name: str
     loss: float | None
-    """Nats a token over the whole validation file, as `evaluate_tokens` gives them; None if the run failed."""
+    """Nats per token over all validation tokens (`evaluate_tokens`); None if the run failed."""
     tokens: int
-    """Read in training."""
+    """Number of training tokens processed."""
     wall_s: float
     remark: str = ""
-    """Why it failed, or what else is to be known."""
+    """Why the run failed, or a warning about its loss."""
 
 
-def read_sweep(path: str | os.PathLike, *, small: bool = False) -> list[PlannedRun]:
-    """The runs that a sweep's file asks for.
+def read_sweep(path: str | os.PathLike, *, small: bool = False) -> list[SweepRun]:
+    """Read the runs of a sweep file.
 
     Args:
-        small: take its [small] edition.
+        small: apply the [small] table.
 
     Raises:
-        FileNotFoundError: no such file, or not the configuration that it names.
-        ValueError: not a sweep, or one of its runs has an unknown key or a value out of its range.
+        FileNotFoundError: the file, or the configuration file that it names, does not exist.
+        InvalidConfigError: the file is not TOML, a key is unknown or missing, or a value is out of its range.
     """
     path = Path(path)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-        edition = table.pop("small", {})
-        if small and not edition:
-            raise ValueError("there is no [small] edition here; leave --small out")
-        for key in (*table, *edition):
+        small_table = table.pop("small", {})
+        if small and not small_table:
+            raise InvalidConfigError("there is no [small] table; omit --small")
+        for key in (*table, *small_table):
             if key not in _KEYS:
-                raise ValueError(f"unknown key {key!r}; the keys here are {', '.join(_KEYS)}, small")
+                raise InvalidConfigError(f"unknown key {key!r}; the keys here are {', '.join(_KEYS)}, small")
         if small:
-            table |= edition
+            table |= small_table
         if "config" not in table:
-            raise ValueError("the key 'config' is missing: the configuration file that all runs have in common")
-        common = tomllib.loads((path.parent / table["config"]).read_text(encoding="utf-8"))
-        settings = {**_flat(common), **_flat(table.get("settings", {}))}
-        return _plan(settings, _flat(table.get("grid", {})), table.get("variants", [{}]))
-    except ValueError as error:  # tomllib's own error is one too
-        raise ValueError(f"{path}: {error}") from error
+            raise InvalidConfigError("the key 'config' is missing: the path of the base configuration of all runs")
+        base = tomllib.loads((path.parent / table["config"]).read_text(encoding="utf-8"))
+        settings = flatten_settings(base) | flatten_settings(table.get("settings", {}))
+        return _expand(settings, flatten_settings(table.get("grid", {})), table.get("variants", [{}]))
+    except ValueError as error:  # also tomllib's errors
+        raise InvalidConfigError(f"{path}: {error}") from error
 
 
 def run_sweep(
-    runs: Sequence[PlannedRun],
+    runs: Sequence[SweepRun],
     folder: str | os.PathLike,
-    open_data: Callable[[DataConfig], Data],
+    open_data: Callable[[DataConfig], SweepData],
     *,
     report: Callable[[str], None] = print,
     progress: bool = False,
-) -> list[Outcome]:
-    """Train all runs that have not ended yet; those that were interrupted go on from their newest checkpoint.
+    train: Callable[..., Run] = train,
+) -> list[RunResult]:
+    """Train all runs that have no result yet; an interrupted run resumes from its newest checkpoint.
 
-    A run that diverges, or for which the memory does not suffice, has an outcome too, and the next one begins.
+    A run that diverges or runs out of memory gets a result too, and the sweep continues.
 
     Args:
-        folder: has a folder for each run, and table.md after each of them; is made.
-        open_data: the data of a run; called once for several in a row that share it.
-        report: told how each run ended.
-        progress: show a live line for each run.
+        folder: holds one folder per run, and table.md, which is rewritten after every run; created if missing.
+        open_data: opens the data of a run; called once for consecutive runs with the same data.
+        report: called with one line per finished run.
+        progress: show a progress line for each run.
+        train: trains a run, as `basic.training.loop.train`.
 
     Raises:
-        ValueError: a run's folder holds one with another configuration; or as for `train`.
-        KeyboardInterrupt: a signal came, and the current run has been saved.
+        InvalidConfigError: a run's folder holds a run with another configuration; or as for `train`.
+        KeyboardInterrupt: a signal arrived; the current run has been saved.
     """
-    folder, outcomes = Path(folder), []
+    folder, results = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
     for run in runs:
-        _check_unchanged(folder / run.name, run.config)
-    opened: tuple[DataConfig, Data] | None = None
+        _check_same_config(folder / run.name, run.config)
+    opened: tuple[DataConfig, SweepData] | None = None
     for number, run in enumerate(runs, 1):
-        outcome, known = _read_outcome(folder / run.name), " (known)"
-        if outcome is None:
+        result, note = _read_result(folder / run.name), " (finished earlier)"
+        if result is None:
             if opened is None or opened[0] != run.config.data:
                 opened = run.config.data, open_data(run.config.data)
-            outcome, known = _train(run, folder / run.name, opened[1], progress), ""
-        loss = "failed" if outcome.loss is None else f"{outcome.loss:.4f}"
-        report(f"{number}/{len(runs)} {run.name}: {loss}{known}" + f"; {outcome.remark}" * bool(outcome.remark))
-        outcomes.append(outcome)
+            result, note = _train_and_evaluate(run, folder / run.name, opened[1], train, progress), ""
+        loss = "failed" if result.loss is None else f"{result.loss:.4f}"
+        report(f"{number}/{len(runs)} {run.name}: {loss}{note}" + f"; {result.remark}" * bool(result.remark))
+        results.append(result)
         with atomic_write(folder / "table.md") as file:
-            file.write(outcome_table(outcomes).encode())
-    return outcomes
+            file.write(result_table(results).encode())
+    return results
 
 
-def outcome_table(outcomes: Sequence[Outcome]) -> str:
-    """The outcomes as a Markdown table, the lowest loss in bold."""
-    best = min((outcome.loss for outcome in outcomes if outcome.loss is not None), default=None)
-    lines = ["| run | loss (nats a token) | perplexity | tokens | wall time | remark |", "|---|--:|--:|--:|--:|---|"]
-    for outcome in outcomes:
+def result_table(results: Sequence[RunResult]) -> str:
+    """Format results as a Markdown table, with the lowest loss in bold."""
+    best = min((result.loss for result in results if result.loss is not None), default=None)
+    lines = ["| run | loss (nats per token) | perplexity | tokens | wall time | remark |", "|---|--:|--:|--:|--:|---|"]
+    for result in results:
         loss = perplexity = "–"
-        if outcome.loss is not None:
-            bold = "**" * (outcome.loss == best)
-            loss = f"{bold}{outcome.loss:.3f}{bold}"
-            perplexity = f"{math.exp(min(outcome.loss, 700)):.4g}"
-        row = (outcome.name, loss, perplexity, f"{outcome.tokens:,}", f"{outcome.wall_s:.0f} s", outcome.remark)
+        if result.loss is not None:
+            bold = "**" * (result.loss == best)
+            loss = f"{bold}{result.loss:.3f}{bold}"
+            perplexity = f"{math.exp(min(result.loss, 700)):.4g}"
+        row = (result.name, loss, perplexity, f"{result.tokens:,}", f"{result.wall_s:.0f} s", result.remark)
         lines.append(f"| {' | '.join(row)} |".replace("|  |", "| |"))
     return "\n".join(lines) + "\n"
 
 
-def plot_sweep(runs: Sequence[PlannedRun], folder: str | os.PathLike) -> Path | None:
-    """Draw the curves of all runs that left any into loss.png; None where there is none."""
+def plot_sweep(runs: Sequence[SweepRun], folder: str | os.PathLike) -> Path | None:
+    """Plot the losses of all runs that have records to loss.png, and return its path; None without any records."""
     from basic.analysis.plotting import plot_losses
 
-    records = {run.name: _records(Path(folder) / run.name) for run in runs}
-    records = {name: of_run for name, of_run in records.items() if of_run}
+    records = {run.name: _read_records(Path(folder) / run.name) for run in runs}
+    records = {name: run_records for name, run_records in records.items() if run_records}
     if not records:
         return None
     picture = Path(folder) / "loss.png"
@@ -170,33 +173,33 @@ def plot_sweep(runs: Sequence[PlannedRun], folder: str | os.PathLike) -> Path | 
     return picture
 
 
-def _plan(
+def _expand(
     settings: Mapping[str, Any], grid: Mapping[str, Any], variants: Sequence[Mapping[str, Any]]
-) -> list[PlannedRun]:
-    """A run for each variant and each combination of the grid's values."""
+) -> list[SweepRun]:
+    """Make a run for each pair of a variant and a combination of grid values; keys are dotted."""
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
-            raise ValueError(f"grid.{key} must be a list of values to try, got {values!r}")
-    runs: dict[str, PlannedRun] = {}
+            raise InvalidConfigError(f"grid.{key} must be a list of values to try, got {values!r}")
+    runs: dict[str, SweepRun] = {}
     for variant in variants:
-        changes = {key: value for key, value in _flat(variant).items() if key != "name"}
-        named = [variant["name"]] if "name" in variant else [_setting(*change) for change in changes.items()]
-        axes = {
-            key: values for key, values in grid.items() if key not in changes
-        }  # what a variant says itself goes first
+        changes = {key: value for key, value in flatten_settings(variant).items() if key != "name"}
+        labels = [variant["name"]] if "name" in variant else [_label(*change) for change in changes.items()]
+        axes = {key: values for key, values in grid.items() if key not in changes}  # the variant's own value wins
         for values in itertools.product(*axes.values()):
             point = dict(zip(axes, values, strict=True))
-            name = ",".join(named + [_setting(*each) for each in point.items()]) or "only"
-            if name in runs or "/" in name or name.startswith("."):
-                raise ValueError(
-                    f"two runs, or none that can have a folder, would be called {name!r}; change the names"
-                )
-            runs[name] = PlannedRun(name, from_table(RunConfig, _nested({**settings, **changes, **point})))
+            name = ",".join(labels + [_label(*setting) for setting in point.items()]) or "only"
+            if name in runs:
+                raise InvalidConfigError(f"two runs would be called {name!r}; change the names")
+            if "/" in name or name.startswith("."):
+                raise InvalidConfigError(f"a run would be called {name!r}, which cannot name a folder; change the name")
+            runs[name] = SweepRun(name, from_table(RunConfig, _nest({**settings, **changes, **point})))
     return list(runs.values())
 
 
-def _train(run: PlannedRun, run_dir: Path, data: Data, progress: bool) -> Outcome:
-    """Train and measure a run, and leave its outcome in its folder."""
+def _train_and_evaluate(
+    run: SweepRun, run_dir: Path, data: SweepData, train: Callable[..., Run], progress: bool
+) -> RunResult:
+    """Train a run, evaluate it on all validation tokens and write its result to outcome.json."""
     resume = bool(checkpoint_paths(run_dir))
     loss, remark = None, ""
     try:
@@ -210,9 +213,9 @@ def _train(run: PlannedRun, run_dir: Path, data: Data, progress: bool) -> Outcom
             overwrite=not resume,
             progress=progress,
         ).model
-        specials = {} if data.tokenizer is None else data.tokenizer.special_token_ids
-        prefix_token_id = specials.get(run.config.train.end_of_text)
-        loss = evaluate_tokens(model, data.valid_tokens, prefix_token_id=prefix_token_id).loss
+        special_ids = {} if data.tokenizer is None else data.tokenizer.special_token_ids
+        end_id = special_ids.get(run.config.train.end_of_text)
+        loss = evaluate_tokens(model, data.valid_tokens, prefix_token_id=end_id).loss
         if not math.isfinite(loss):
             raise FloatingPointError(f"the validation loss is {loss}")
         if loss > math.log(run.config.model.vocab_size):
@@ -220,52 +223,40 @@ def _train(run: PlannedRun, run_dir: Path, data: Data, progress: bool) -> Outcom
     except (FloatingPointError, MemoryError) as error:
         kind = "out of memory" if isinstance(error, MemoryError) else "diverged"
         loss, remark = None, f"{kind}: {str(error).splitlines()[0].split(';')[0]}"
-    last = (_records(run_dir) or [{"tokens": 0, "wall_s": 0.0}])[-1]
-    outcome = Outcome(name=run.name, loss=loss, tokens=last["tokens"], wall_s=last["wall_s"], remark=remark)
-    run_dir.mkdir(parents=True, exist_ok=True)  # the memory may not even have sufficed for the model
+    last = (_read_records(run_dir) or [{"tokens": 0, "wall_s": 0.0}])[-1]
+    result = RunResult(name=run.name, loss=loss, tokens=last["tokens"], wall_s=last["wall_s"], remark=remark)
+    run_dir.mkdir(parents=True, exist_ok=True)  # missing if memory ran out before training started
     with atomic_write(run_dir / "outcome.json") as file:
-        file.write(json.dumps(asdict(outcome), indent=2).encode() + b"\n")
-    return outcome
+        file.write(json.dumps(asdict(result), indent=2).encode() + b"\n")
+    return result
 
 
-def _read_outcome(run_dir: Path) -> Outcome | None:
+def _read_result(run_dir: Path) -> RunResult | None:
     path = run_dir / "outcome.json"
-    return Outcome(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    return RunResult(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
-def _records(run_dir: Path) -> list[dict[str, Any]]:
+def _read_records(run_dir: Path) -> list[dict[str, Any]]:
     log = run_dir / "metrics.jsonl"
     return read_metrics(log) if log.is_file() else []
 
 
-def _check_unchanged(run_dir: Path, config: RunConfig) -> None:
-    """Raise ValueError if the folder holds a run with other settings: it would not be the one that was asked for."""
+def _check_same_config(run_dir: Path, config: RunConfig) -> None:
+    """Raise InvalidConfigError if the folder holds a run with another configuration."""
     path = run_dir / "config.toml"
     if not path.is_file():
         return
-    before, now = (_flat(to_table(each)) for each in (load_config(path, RunConfig), config))
-    for key in {**before, **now}:
-        if before.get(key) != now.get(key):
-            raise ValueError(
-                f"{run_dir} holds a run with {key} = {before.get(key)}, but now {now.get(key)} is asked for; "
+    saved, new = (flatten_settings(to_table(each)) for each in (load_config(path, RunConfig), config))
+    for key in {**saved, **new}:
+        if saved.get(key) != new.get(key):
+            raise InvalidConfigError(
+                f"{run_dir} holds a run with {key} = {saved.get(key)}, but the sweep has {key} = {new.get(key)}; "
                 "choose another --output, or remove that folder"
             )
 
 
-def _flat(table: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Nested tables as one, its keys with dots."""
-    return dict(_flat_items(table, where))
-
-
-def _flat_items(table: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flat_items(value, f"{where}{key}.")
-        else:
-            yield where + key, value
-
-
-def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _nest(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert dotted keys to nested tables, the inverse of `flatten_settings`."""
     tables: dict[str, Any] = {}
     for key, value in settings.items():
         *outer, last = key.split(".")
@@ -276,5 +267,6 @@ def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     return tables
 
 
-def _setting(key: str, value: Any) -> str:
+def _label(key: str, value: Any) -> str:
+    """Format a setting for a run's name: "train.lr", 0.1 becomes "lr=0.1"."""
     return f"{key.rpartition('.')[2]}={value:g}" if isinstance(value, float) else f"{key.rpartition('.')[2]}={value}"

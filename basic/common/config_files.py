@@ -6,6 +6,7 @@ import dataclasses
 import os
 import tomllib
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -48,6 +49,17 @@ def to_table(config: Any) -> dict[str, Any]:
         for name, value in values.items()
         if value is not None
     }
+
+
+def flatten_settings(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested tables into one, with dotted keys: {"train": {"lr": 1}} becomes {"train.lr": 1}."""
+    settings: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            settings |= flatten_settings(value, f"{prefix}{key}.")
+        else:
+            settings[prefix + key] = value
+    return settings
 
 
 def from_table(cls: type[T], table: dict[str, Any], prefix: str = "") -> T:

@@ -1,4 +1,4 @@
-"""Evaluation against one document, one pair, one batch at a time."""
+"""Evaluation against plain loops over single documents, tokens, pairs and batches."""
 
 import itertools
 import math
@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from basic.analysis.evaluation import FileScore, bigram_document_nats, compare_with_source, document_nats, score_tokens
+from basic.analysis.evaluation import (
+    EvaluationResult,
+    bigram_document_nats,
+    compare_with_entropy,
+    document_nats,
+    evaluate_tokens,
+)
+from basic.common.errors import InvalidInputError
 from basic.model import ModelConfig, TransformerLM
 from basic.training.batches import BatchSampler
 from basic.training.step import mean_loss
@@ -29,21 +36,21 @@ def model() -> TransformerLM:
 
 @pytest.fixture(scope="module")
 def documents() -> list[list[int]]:
-    """Documents of every length that fits, the empty one too, in no order."""
+    """Documents of every length that fits, 0 included, in random order."""
     generator = np.random.default_rng(1)
     lengths = generator.permutation([*range(CONTEXT), *range(CONTEXT)])
     return [generator.choice([i for i in range(VOCAB) if i != END], size=length).tolist() for length in lengths]
 
 
 @torch.no_grad()
-def nats_by_hand(model: TransformerLM, document: list[int]) -> float:
+def reference_document_nats(model: TransformerLM, document: list[int]) -> float:
     log_probabilities = torch.log_softmax(model(torch.tensor([[END, *document]]))[0].double(), -1)
-    return -sum(log_probabilities[place, token].item() for place, token in enumerate([*document, END]))
+    return -sum(log_probabilities[position, token].item() for position, token in enumerate([*document, END]))
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 32, 1000])
-def test_document_nats_are_those_of_each_document_alone_in_the_order_given(model, documents, batch_size):
-    expected = [nats_by_hand(model, document) for document in documents]
+def test_document_nats_match_documents_scored_one_at_a_time(model, documents, batch_size):
+    expected = [reference_document_nats(model, document) for document in documents]
     actual = document_nats(model, documents, END, batch_size=batch_size)
     assert actual.dtype == np.float64
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
@@ -53,12 +60,12 @@ def test_document_nats_of_no_documents(model):
     assert document_nats(model, [], END).shape == (0,)
 
 
-def test_a_document_that_does_not_fit_is_an_error_that_says_what_would(model):
-    with pytest.raises(ValueError, match=r"a document of 16 tokens .* context_length=16"):
+def test_document_longer_than_context_is_an_error(model):
+    with pytest.raises(InvalidInputError, match=r"a document of 16 tokens .* context_length=16"):
         document_nats(model, [[1], [2] * CONTEXT], END)
 
 
-def test_mean_loss_is_the_mean_over_the_first_batches_every_time(model):
+def test_mean_loss_averages_the_first_batches_and_is_deterministic(model):
     tokens = np.random.default_rng(0).integers(VOCAB, size=300).astype(np.uint16)
     sampler = BatchSampler(tokens, 4, CONTEXT, seed=3)
     losses = []
@@ -67,9 +74,9 @@ def test_mean_loss_is_the_mean_over_the_first_batches_every_time(model):
         with torch.no_grad():
             logits = model(inputs)
         losses += [
-            -torch.log_softmax(logits[row, place], -1)[targets[row, place]].item()
+            -torch.log_softmax(logits[row, position], -1)[targets[row, position]].item()
             for row in range(4)
-            for place in range(CONTEXT)
+            for position in range(CONTEXT)
         ]
     first = mean_loss(model.loss, sampler, 3, CPU)
     assert first == pytest.approx(sum(losses) / len(losses), rel=1e-5)
@@ -77,72 +84,72 @@ def test_mean_loss_is_the_mean_over_the_first_batches_every_time(model):
     assert mean_loss(model.loss, sampler, 1, CPU) == pytest.approx(sum(losses[:64]) / 64, rel=1e-5)
 
 
-# --- Whole files ----------------------------------------------------------------------------------------------
+# --- Token files ----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def score_by_hand(model: TransformerLM, ids: list[int], stride: int) -> float:
-    """One token after the other, each from what the first window that reaches it shows."""
+def reference_nats(model: TransformerLM, ids: list[int], stride: int) -> float:
+    """Score each token with the context that the first window containing it provides."""
     last, total = len(ids) - 1, 0.0
     for position in range(1, len(ids)):
-        begin = 0
-        while begin + CONTEXT < position:
-            begin += stride
-        begin = max(min(begin, last - CONTEXT), 0)  # the last window ends with the file
-        logits = model(torch.tensor([ids[begin:position]]))[0, -1].double()
+        start = 0
+        while start + CONTEXT < position:
+            start += stride
+        start = max(min(start, last - CONTEXT), 0)  # the last window ends at the end of the file
+        logits = model(torch.tensor([ids[start:position]]))[0, -1].double()
         total -= torch.log_softmax(logits, -1)[ids[position]].item()
     return total
 
 
 @pytest.mark.parametrize("stride", [1, 5, 8, CONTEXT])
 @pytest.mark.parametrize("length", [2, 16, 17, 18, 25, 67])
-@pytest.mark.parametrize("first_id", [None, END])
-def test_a_file_scored_in_windows_is_one_scored_token_by_token(model, length, stride, first_id):
+@pytest.mark.parametrize("prefix_token_id", [None, END])
+def test_sliding_windows_match_scoring_token_by_token(model, length, stride, prefix_token_id):
     tokens = np.random.default_rng(length).integers(VOCAB, size=length).astype(np.uint16)
-    score = score_tokens(model, tokens, first_id=first_id, stride=stride, batch_size=3)
-    ids = tokens.tolist() if first_id is None else [first_id, *tokens.tolist()]
-    assert score.num_tokens == len(ids) - 1
-    assert score.nats == pytest.approx(score_by_hand(model, ids, stride), rel=1e-6)
+    result = evaluate_tokens(model, tokens, prefix_token_id=prefix_token_id, stride=stride, batch_size=3)
+    ids = tokens.tolist() if prefix_token_id is None else [prefix_token_id, *tokens.tolist()]
+    assert result.num_tokens == len(ids) - 1
+    assert result.nats == pytest.approx(reference_nats(model, ids, stride), rel=1e-6)
 
 
-def test_each_token_from_its_full_context_is_what_a_stride_of_one_gives(model):
+def test_stride_1_scores_every_token_with_full_context(model):
     tokens = np.random.default_rng(3).integers(VOCAB, size=60)
     ids, total = [END, *tokens.tolist()], 0.0
     for position in range(1, len(ids)):
         logits = model(torch.tensor([ids[max(0, position - CONTEXT) : position]]))[0, -1].double()
         total -= torch.log_softmax(logits, -1)[ids[position]].item()
-    assert score_tokens(model, tokens, first_id=END, stride=1).nats == pytest.approx(total, rel=1e-6)
+    assert evaluate_tokens(model, tokens, prefix_token_id=END, stride=1).nats == pytest.approx(total, rel=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 1000])
-def test_the_score_does_not_depend_on_the_batch_size(model, batch_size):
+def test_result_does_not_depend_on_batch_size(model, batch_size):
     tokens = np.random.default_rng(0).integers(VOCAB, size=300).astype(np.uint16)
-    expected = score_tokens(model, tokens, first_id=END, batch_size=8)
-    assert score_tokens(model, tokens, first_id=END, batch_size=batch_size).nats == pytest.approx(
+    expected = evaluate_tokens(model, tokens, prefix_token_id=END, batch_size=8)
+    assert evaluate_tokens(model, tokens, prefix_token_id=END, batch_size=batch_size).nats == pytest.approx(
         expected.nats, rel=1e-6
     )
 
 
-def test_the_default_stride_is_half_the_context(model):
+def test_default_stride_is_half_the_context(model):
     tokens = np.random.default_rng(0).integers(VOCAB, size=100)
-    assert score_tokens(model, tokens) == score_tokens(model, tokens, stride=CONTEXT // 2)
-    assert score_tokens(model, tokens) != score_tokens(model, tokens, stride=CONTEXT)
+    assert evaluate_tokens(model, tokens) == evaluate_tokens(model, tokens, stride=CONTEXT // 2)
+    assert evaluate_tokens(model, tokens) != evaluate_tokens(model, tokens, stride=CONTEXT)
 
 
-def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary(model):
-    ignorant = TransformerLM(model.config)
-    ignorant.lm_head.weight.data.zero_()
-    score = score_tokens(ignorant, np.arange(40) % VOCAB, first_id=END)
-    assert (score.num_tokens, score.loss) == (40, pytest.approx(math.log(VOCAB)))
-    assert score.perplexity == pytest.approx(VOCAB)
-    assert score.bits_per_byte(80) == pytest.approx(math.log2(VOCAB) / 2)
-    assert FileScore(1e6, 10).perplexity == math.inf
+def test_uniform_model_has_loss_log_vocab_size(model):
+    uniform = TransformerLM(model.config)
+    uniform.lm_head.weight.data.zero_()
+    result = evaluate_tokens(uniform, np.arange(40) % VOCAB, prefix_token_id=END)
+    assert (result.num_tokens, result.loss) == (40, pytest.approx(math.log(VOCAB)))
+    assert result.perplexity == pytest.approx(VOCAB)
+    assert result.bits_per_byte(80) == pytest.approx(math.log2(VOCAB) / 2)
+    assert EvaluationResult(1e6, 10).perplexity == math.inf
 
 
 @pytest.mark.parametrize(
     ("tokens", "settings", "message"),
     [
-        ([], {"first_id": END}, "nothing to score in 0 tokens; give at least 1"),
+        ([], {"prefix_token_id": END}, "nothing to score in 0 tokens; give at least 1"),
         ([3], {}, "nothing to score in 1 tokens; give at least 2"),
         ([3, 4], {"stride": 0}, "stride must be from 1 to context_length=16, got 0"),
         ([3, 4], {"stride": 17}, "stride must be from 1 to context_length=16, got 17"),
@@ -150,19 +157,19 @@ def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary(model)
         ([3, 4, VOCAB], {}, "token id 19 at position 2 is not in the vocabulary of 19 ids"),
     ],
 )
-def test_what_cannot_be_scored_is_named(model, tokens, settings, message):
-    with pytest.raises(ValueError, match=message):
-        score_tokens(model, np.array(tokens, np.uint16), **settings)
+def test_invalid_input_is_an_error(model, tokens, settings, message):
+    with pytest.raises(InvalidInputError, match=message):
+        evaluate_tokens(model, np.array(tokens, np.uint16), **settings)
 
 
-# --- The bigram model -----------------------------------------------------------------------------------------
+# --- Bigram model ---------------------------------------------------------------------------------------------
 
 
 def bigram_probability(tokens: list[int], first: int, second: int) -> float:
     pairs = Counter(itertools.pairwise(tokens))
-    firsts = Counter(tokens[:-1])
-    share = (tokens.count(second) + 1) / (len(tokens) + VOCAB)
-    return (pairs[first, second] + share) / (firsts[first] + 1)
+    first_counts = Counter(tokens[:-1])
+    unigram = (tokens.count(second) + 1) / (len(tokens) + VOCAB)
+    return (pairs[first, second] + unigram) / (first_counts[first] + 1)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +178,7 @@ def tokens() -> list[int]:
     return [*generator.choice(6, size=100).tolist(), END, *generator.choice(9, size=100).tolist(), END]
 
 
-def test_bigram_against_counts_in_dictionaries(tokens, documents):
+def test_bigram_document_nats_match_counts_in_dictionaries(tokens, documents):
     expected = [
         -sum(
             math.log(bigram_probability(tokens, first, second))
@@ -183,25 +190,27 @@ def test_bigram_against_counts_in_dictionaries(tokens, documents):
     np.testing.assert_allclose(actual, expected, rtol=1e-12)
 
 
-def test_the_bigram_probabilities_in_that_comparison_sum_to_one(tokens):
-    for first in range(VOCAB):  # the last of the tokens, which begins no pair, and ids that never occur, are among them
+def test_reference_bigram_probabilities_sum_to_one(tokens):
+    for first in range(VOCAB):  # includes ids that never occur and the last token, which starts no pair
         assert sum(bigram_probability(tokens, first, second) for second in range(VOCAB)) == pytest.approx(1, abs=1e-12)
 
 
-def test_comparison_with_the_source_is_over_the_documents_that_fit(model, documents, tokens):
+def test_entropy_comparison_averages_over_documents_that_fit(model, documents, tokens):
     exact = [float(number) for number in range(1, len(documents) + 1)]
     too_long = [0] * model.config.context_length
-    means = compare_with_source(model, [*documents, too_long], [*exact, 1e6], np.array(tokens), END)
+    means = compare_with_entropy(model, [*documents, too_long], [*exact, 1e6], np.array(tokens), END)
     assert (means.num_documents, means.num_fitting) == (len(documents) + 1, len(documents))
     assert means.exact == pytest.approx(np.mean(exact))
-    assert means.model == pytest.approx(np.mean([nats_by_hand(model, document) for document in documents]), rel=1e-5)
+    assert means.model == pytest.approx(
+        np.mean([reference_document_nats(model, document) for document in documents]), rel=1e-5
+    )
     bigram = bigram_document_nats(np.array(tokens), documents, END, model.config.vocab_size)
     assert means.bigram == pytest.approx(bigram.mean())
     assert f"{len(documents)} of {len(documents) + 1} unseen documents" in str(means)
 
 
-def test_comparison_with_the_source_says_so_when_nothing_fits(model, tokens):
+def test_entropy_comparison_reports_when_no_document_fits(model, tokens):
     too_long = [0] * model.config.context_length
-    means = compare_with_source(model, [too_long], [1.0], np.array(tokens), END)
+    means = compare_with_entropy(model, [too_long], [1.0], np.array(tokens), END)
     assert means.num_fitting == 0
     assert "no document fits into the context" in str(means)

@@ -1,4 +1,4 @@
-"""Pictures of runs: that they are pictures, and that what shall be in them can be seen."""
+"""Plots of runs: file formats, and that curves, floor, labels and missing values appear."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from basic.analysis.plotting import plot_losses, run_labels
+from basic.common.errors import InvalidInputError
 
 
 def records(scale: float, num_records: int = 8) -> list[dict[str, float]]:
@@ -25,11 +26,11 @@ def records(scale: float, num_records: int = 8) -> list[dict[str, float]]:
 
 
 def pixels(path, color: str) -> int:
-    """How many pixels of a picture have this colour exactly."""
+    """Count the pixels of exactly this colour."""
     return int((np.abs(imread(path)[..., :3] - to_rgb(color)).max(-1) < 1 / 255).sum())
 
 
-def test_each_run_has_its_colour_in_a_png(tmp_path):
+def test_each_run_has_its_own_colour_in_a_png(tmp_path):
     one, two = tmp_path / "one.png", tmp_path / "two.png"
     plot_losses({"first": records(3.0)}, one)
     plot_losses({"first": records(3.0), "second": records(2.0)}, two)
@@ -43,46 +44,46 @@ def test_each_run_has_its_colour_in_a_png(tmp_path):
     assert pixels(two, "C1") > 500
 
 
-def test_the_floor_is_a_line_through_both_losses(tmp_path):
+def test_floor_is_a_horizontal_line(tmp_path):
     plain, floored = tmp_path / "plain.png", tmp_path / "floored.png"
     plot_losses({"run": records(3.0)}, plain)
     plot_losses({"run": records(3.0)}, floored, floor_nats=0.6)
-    # Rows of pixels with much black or dark grey: the lower axes of both rows of panels, and the floor.
+    # Count pixel rows with a long dark line: the x-axes of both rows of panels, and the floor.
     without, with_floor = (int(((imread(path)[..., :3].max(-1) < 0.7).sum(1) > 300).sum()) for path in (plain, floored))
     assert without >= 2
     assert with_floor > without
 
 
-def test_a_single_record_and_one_without_validation_can_be_seen(tmp_path):
+def test_single_record_without_validation_is_visible(tmp_path):
     plot_losses({"run": records(3.0, num_records=1)}, tmp_path / "loss.png")
     assert pixels(tmp_path / "loss.png", "C0") > 20
 
 
-def test_all_that_is_measured_has_a_panel_and_what_was_not_finite_leaves_a_gap(tmp_path):
-    shown: list[dict] = [dict(record) for record in records(3.0)]
-    shown[2] |= {"train_loss": None, "gradient_norm": None}
-    shown[7] |= {"valid_loss": None}
-    plot_losses({"run": shown}, tmp_path / "loss.svg")
-    written = texts(tmp_path / "loss.svg")
-    assert b"run: validation loss 1.250" in written
-    for name in (b"step", b"tokens", b"wall time (s)", b"learning rate", b"gradient norm", b"tokens a second"):
-        assert name in written
+def test_all_panels_are_labelled_and_null_values_are_skipped(tmp_path):
+    with_nulls: list[dict] = [dict(record) for record in records(3.0)]
+    with_nulls[2] |= {"train_loss": None, "gradient_norm": None}
+    with_nulls[7] |= {"valid_loss": None}
+    plot_losses({"run": with_nulls}, tmp_path / "loss.svg")
+    labels = svg_texts(tmp_path / "loss.svg")
+    assert b"run: validation loss 1.250" in labels
+    for name in (b"step", b"tokens", b"wall time (s)", b"learning rate", b"gradient norm", b"tokens per second"):
+        assert name in labels
 
 
-def texts(path) -> bytes:
-    """Of an SVG: what is written with outlines stands beside them as a comment."""
+def svg_texts(path) -> bytes:
+    """Return the texts of an SVG: matplotlib draws them as outlines and writes each in a comment."""
     return b"\n".join(line for line in path.read_bytes().splitlines() if line.strip().startswith(b"<!--"))
 
 
-def test_the_ending_says_the_format(tmp_path):
+def test_suffix_selects_the_format(tmp_path):
     plot_losses({"run": records(3.0)}, tmp_path / "loss.svg")
     assert (tmp_path / "loss.svg").read_bytes().startswith(b"<?xml")
 
 
-def test_no_records_and_unknown_formats_are_errors(tmp_path):
-    with pytest.raises(ValueError, match="the run empty has no metrics yet"):
+def test_run_without_records_and_unknown_format_are_errors(tmp_path):
+    with pytest.raises(InvalidInputError, match="the run empty has no metrics yet"):
         plot_losses({"run": records(3.0), "empty": []}, tmp_path / "loss.png")
-    with pytest.raises(ValueError, match=r"'text' is not supported \(supported formats: .*png"):
+    with pytest.raises(InvalidInputError, match=r"'text' is not supported \(supported formats: .*png"):
         plot_losses({"run": records(3.0)}, tmp_path / "loss.text")
     assert list(tmp_path.iterdir()) == []
 
@@ -104,12 +105,12 @@ def changed(**values) -> dict:
         ([BASE, changed(max_learning_rate=0.02)], ["max_learning_rate=0.001", "max_learning_rate=0.02"]),
         ([BASE, changed(seed=3, compile=True)], ["seed=0, compile=False", "seed=3, compile=True"]),
         ([changed(d_ff=256), BASE], ["d_ff=256", "d_ff=None"]),
-        # Of three runs, two are alike.
+        # Two of three runs have the same settings.
         ([BASE, changed(seed=1), BASE], ["seed=0 (runs/0)", "seed=1", "seed=0 (runs/2)"]),
         ([BASE, changed(seed=1, compile=True, a=1, b=1)], ["runs/0", "runs/1"]),
-        # Equal when printed short, and yet not the same.
+        # Different values that print the same.
         ([changed(eps=0.1), changed(eps=0.1 + 1e-12)], ["eps=0.1 (runs/0)", "eps=0.1 (runs/1)"]),
     ],
 )
-def test_labels_say_what_differs(configs, labels):
+def test_labels_are_the_settings_that_differ(configs, labels):
     assert run_labels({f"runs/{number}": config for number, config in enumerate(configs)}) == labels

@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 import basic.training.loop
-from basic.analysis.evaluation import score_tokens
+from basic.analysis.evaluation import evaluate_tokens
 from basic.model import ModelConfig, TransformerLM
 from basic.training.checkpoints.background import BackgroundSaver
 from basic.training.checkpoints.file import read_checkpoint
@@ -144,10 +144,10 @@ def test_losses_and_speed_are_logged_of_all_steps(tmp_path):
 def test_a_file_scores_the_same_on_every_device(tmp_path):
     run = train(configuration(steps=60, max_learning_rate=3e-3), TRAIN, VALID, tmp_path / "run")
     model, tokens = run.model, VALID[:5000]
-    half = score_tokens(model, tokens).loss
+    half = evaluate_tokens(model, tokens).loss
     model.activation_dtype = torch.float32
-    full = score_tokens(model, tokens).loss
-    plain = score_tokens(model.cpu(), tokens).loss
+    full = evaluate_tokens(model, tokens).loss
+    plain = evaluate_tokens(model.cpu(), tokens).loss
     print("nats a token: bfloat16", half, "float32 on the GPU", full, "on the CPU", plain)
     assert abs(full - plain) < 1e-4 * plain
     assert abs(half - plain) < 5e-3 * plain

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from basic.analysis.evaluation import score_tokens
-from basic.analysis.sweep import Data
+from basic.analysis.evaluation import evaluate_tokens
+from basic.analysis.sweep import SweepData
 from basic.encoding import encode_file
 from basic.generation.text import complete
 from basic.model import ModelConfig
@@ -69,6 +69,9 @@ def test_a_prompt_can_be_given_in_three_ways(folder, capsys, monkeypatch):
     assert written(capsys, monkeypatch, folder, *greedy) == f"the cat{expected}\n\n"
     with pytest.raises(SystemExit, match="error: --prompt and --prompt-file are both given"):
         written(capsys, monkeypatch, folder, "--prompt", "a", "--prompt-file", folder / "prompt.txt")
+    (folder / "prompt.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(SystemExit, match=r"error: .*prompt\.txt is not UTF-8 text: .* position 3"):
+        written(capsys, monkeypatch, folder, "--prompt-file", folder / "prompt.txt")
 
 
 def test_samples_differ_and_repeat_with_the_seed(folder, capsys, monkeypatch):
@@ -153,7 +156,7 @@ def measured(capsys, monkeypatch, folder: Path, *arguments: str | Path) -> list[
 
 def test_tokens_and_text_give_the_same_numbers(folder, capsys, monkeypatch):
     run = load_run(folder / "run", device="cpu")
-    score = score_tokens(run.model, np.array(BYTES.encode(TEXT)), first_id=256)
+    score = evaluate_tokens(run.model, np.array(BYTES.encode(TEXT)), prefix_token_id=256)
     bits = score.bits_per_byte(len(TEXT.encode()))
     expected = [pytest.approx(number, abs=1e-4) for number in (score.loss, score.perplexity, bits)]
     assert measured(capsys, monkeypatch, folder) == expected
@@ -211,7 +214,7 @@ def test_a_small_sweep_makes_its_stories_once_and_leaves_table_and_picture(tmp_p
     assert capsys.readouterr().out.count("(known)") == 2
     assert made == [Path("data/small_stories")]
     data = module.open_data(load_run("runs/tiny_small/seed=1", device="cpu").config.data)
-    assert isinstance(data, Data)
+    assert isinstance(data, SweepData)
     assert data.tokenizer.vocab_size == 300
 
 
