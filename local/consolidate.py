@@ -1,7 +1,7 @@
-"""Make one file of a sharded run's newest checkpoint: `uv run local/consolidate.py runs/my`.
+"""Merge the newest sharded checkpoint of a run into one file: `uv run local/consolidate.py runs/my`.
 
-Training that was sharded over several GPUs leaves folders (step_00001000/). All scripts here read them as they are; one
-file (step_00001000.safetensors) is what other programs open, and easier to send.
+Training with --parallel sharded writes each checkpoint as a folder (step_00001000/). All scripts here read such
+folders. Other programs need one file (step_00001000.safetensors).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from basic.common import command_line
 @dataclass(frozen=True, kw_only=True)
 class Options:
     source: tyro.conf.Positional[Path]
-    """Folder of a run, or of one checkpoint."""
+    """Run folder, or the folder of one checkpoint."""
     output: tyro.conf.Positional[Path | None] = None
-    """File to write; by default beside the folder, under its name and .safetensors."""
+    """File to write; None: the checkpoint folder's path with .safetensors at its end."""
 
 
 def main(options: Options) -> None:

@@ -1,7 +1,7 @@
 """Encode text of any size into token ids: `uv run local/encode.py data/TinyStories-valid.txt runs/valid.bin`.
 
-A folder as the output gets many token files and an index (`uv run local/encode.py "data/*.jsonl.zst" data/train`). It
-is good for --train-tokens too, and the same command goes on where an interrupted one was.
+If the output is a folder, it gets several token files and an index (`uv run local/encode.py "data/*.jsonl.zst"
+data/train`), and --train-tokens of local/train.py takes the folder. The same command resumes an interrupted one.
 """
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ from typing import Annotated
 import tyro
 
 from basic.common import command_line
+from basic.common.errors import InvalidInputError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT [INPUT ...] OUTPUT")]
-    """Text in UTF-8, of any size: .txt (or any name), .gz, .zst, .jsonl, .jsonl.gz or .jsonl.zst; files, globs in
-    quotation marks, and URLs (s3://bucket/*.jsonl.zst). Their tokens come one after the other. Last, the token file to
-    write, *.bin, with a .json of the same name beside it that says what is in it; or a folder."""
+    """Inputs: UTF-8 text as .txt (or any other name), .gz, .zst, .jsonl, .jsonl.gz or .jsonl.zst; files, globs in
+    quotation marks, or URLs (s3://bucket/*.jsonl.zst), encoded in this order. Output, at the end: a token file
+    NAME.bin, which gets a sidecar NAME.json, or a folder."""
     tokenizer: Path = Path("runs/tokenizer")
-    """Folder of the tokenizer, as local/train_bpe.py saves it."""
+    """Folder of the tokenizer, as local/train_bpe.py writes it."""
     field: str = "text"
-    """Name of the string in each object of JSON lines that is the document."""
+    """JSON lines: the field that holds the text of the document."""
     end_of_text: str = "<|endoftext|>"
-    """Special token to put between the documents of JSON lines."""
+    """JSON lines: the special token written between documents."""
     shard_bytes: int = 1 << 27
-    """About how much text goes into one token file of a folder."""
+    """Output folder: approximate size of the text in one token file, in bytes."""
     start_over: bool = False
-    """Forget what the folder holds."""
+    """Delete what an earlier command wrote into the output folder, and encode everything again."""
     scheduler: str | None = None
     """Address of a Dask scheduler, such as tcp://10.0.0.1:8786, whose workers encode; all must see the output."""
 
@@ -43,7 +44,7 @@ def main(options: Options) -> None:
     from basic.Tokenizer import Tokenizer
 
     if len(options.paths) < 2:
-        raise ValueError("give the text and, last, where its tokens shall go: INPUT [INPUT ...] OUTPUT")
+        raise InvalidInputError("at least two paths are needed: INPUT [INPUT ...] OUTPUT")
     inputs, output = options.paths[:-1], Path(options.paths[-1])
     tokenizer = Tokenizer.load(options.tokenizer)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Hand a trained model to other people's programs: `uv run local/export.py runs/quickstart --to hf my_llama`.
+"""Export a trained model for other programs: `uv run local/export.py runs/quickstart --to hf my_llama`.
 
-hf: a folder that transformers opens with AutoModelForCausalLM and AutoTokenizer.
-tiktoken: the tokenizer alone, as a file of ranks.
+hf: a folder that transformers loads with AutoModelForCausalLM and AutoTokenizer.
+tiktoken: the tokenizer alone, as a rank file.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from typing import Literal
 import tyro
 
 from basic.common import command_line
+from basic.common.errors import InvalidInputError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     run: tyro.conf.Positional[Path]
-    """Folder of the run, such as runs/quickstart."""
+    """Run folder, such as runs/quickstart."""
     output: tyro.conf.Positional[Path]
-    """Folder to write, which must not be there yet; for tiktoken a file."""
+    """hf: the folder to create, which must not exist; tiktoken: the file to write."""
     to: Literal["hf", "tiktoken"] = "hf"
-    """The format."""
+    """Format of the export."""
 
 
 def main(options: Options) -> None:
@@ -40,9 +41,9 @@ def main(options: Options) -> None:
         print(f"wrote {options.output}: {', '.join(sorted(path.name for path in options.output.iterdir()))}")
         return
     if tokenizer is None:
-        raise ValueError(f"{options.run} has no tokenizer/ folder")
+        raise InvalidInputError(f"{options.run} has no tokenizer/ folder, so there is no tokenizer to export")
     save_tiktoken(tokenizer, options.output)
-    print(f"wrote {options.output}; tiktoken.Encoding takes what the file does not say:")
+    print(f"wrote {options.output}; also pass these to tiktoken.Encoding:")
     print(f"  pat_str={tokenizer.pattern or PATTERNS['gpt2']!r}")
     print(f"  special_tokens={tokenizer.special_token_ids!r}")
 

@@ -1,6 +1,6 @@
-"""Let a trained model continue a text, shown while it grows: `uv run local/generate.py runs/quickstart`.
+"""Continue a prompt with a trained model, and print tokens as they are generated: `uv run local/generate.py runs/my`.
 
-The text comes from --prompt, from --prompt-file, from a pipe, or, in a terminal, is asked for again and again.
+The prompt comes from --prompt, --prompt-file or standard input. In a terminal the script asks for prompts until Ctrl-D.
 """
 
 from __future__ import annotations
@@ -13,30 +13,32 @@ from pathlib import Path
 import tyro
 
 from basic.common import command_line
+from basic.common.errors import InvalidInputError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     run: tyro.conf.Positional[Path]
-    """Folder of the run, such as runs/quickstart."""
+    """Run folder, such as runs/quickstart."""
     prompt: str | None = None
-    """Text to continue; the end-of-text token starts a new document. Of a long text, the last tokens count."""
+    """Text to continue; <|endoftext|> starts a new document. Only the last context_length tokens are used."""
     prompt_file: Path | None = None
-    """File with the text to continue, in UTF-8; the newline at its end does not count."""
+    """UTF-8 file with the text to continue; a newline at its end is removed."""
     num_samples: int = 1
-    """Continuations to write of each text, each drawn on its own."""
+    """Independent continuations of each prompt."""
     max_tokens: int = 256
-    """Most tokens to add; the model may end the text earlier."""
+    """Maximum number of new tokens; fewer if the model generates the end-of-text token."""
     temperature: float = 1.0
-    """Divides the scores: 0 always takes the likeliest token, 1 is the model's own distribution."""
+    """Divides the logits: 0 always takes the most likely token, 1 samples from the model's own distribution."""
     top_p: float | None = 0.95
-    """Draw among the fewest likeliest tokens that have this probability together (0 to 1); None for all."""
+    """Nucleus sampling: sample from the smallest set of most likely tokens whose total probability is at least this (0
+    to 1); None: all tokens."""
     top_k: int | None = None
-    """Draw among so many likeliest tokens; None for all."""
+    """Sample from this many most likely tokens; None: all tokens."""
     seed: int | None = None
-    """Makes the draws repeatable; None draws afresh."""
+    """Seed of the sampling; None: different samples each time."""
     device: str = "auto"
-    """cpu, cuda, mps ...; auto takes the best there is."""
+    """cpu, cuda, mps ...; auto: the fastest one available."""
 
 
 def main(options: Options) -> None:
@@ -45,18 +47,18 @@ def main(options: Options) -> None:
     from basic.training.run_folder import load_run
 
     if options.prompt is not None and options.prompt_file is not None:
-        raise ValueError("--prompt and --prompt-file are both given; leave one of them out")
+        raise InvalidInputError("--prompt and --prompt-file are both given; leave one of them out")
     run = load_run(options.run, device=options.device)
     if run.tokenizer_path is None:
-        raise ValueError(f"{options.run} has no tokenizer/ folder, which turns text into the model's ids")
+        raise InvalidInputError(f"{options.run} has no tokenizer/ folder, which is needed to encode the prompt")
     tokenizer = Tokenizer.load(run.tokenizer_path)
     end_of_text = run.config.train.end_of_text
-    for prompt in prompts(options, end_of_text):
+    for prompt in read_prompts(options, end_of_text):
         for sample in range(options.num_samples):
-            pieces = stream(
+            texts = stream(
                 run.model,
                 tokenizer,
-                run.begun(prompt),
+                run.with_document_start(prompt),
                 options.max_tokens,
                 temperature=options.temperature,
                 top_k=options.top_k,
@@ -65,26 +67,28 @@ def main(options: Options) -> None:
                 end_of_text=end_of_text,
             )
             print(prompt.removeprefix(end_of_text), end="", flush=True)
-            for piece in pieces:
-                print(piece, end="", flush=True)
+            for text in texts:
+                print(text, end="", flush=True)
             print("\n", flush=True)
 
 
-def prompts(options: Options, end_of_text: str) -> Iterator[str]:
-    """The texts to continue; where nothing is piped or typed, the start of a new document."""
-    if options.prompt is not None:
-        yield options.prompt
-    elif options.prompt_file is not None:
-        yield options.prompt_file.read_text(encoding="utf-8").removesuffix("\n")
-    elif not sys.stdin.isatty():
-        yield sys.stdin.read().removesuffix("\n") or end_of_text
-    else:
-        print("A text to continue, or nothing for a new one; Ctrl-D ends.", file=sys.stderr)
-        while True:
-            try:
+def read_prompts(options: Options, end_of_text: str) -> Iterator[str]:
+    """Yield the prompts; an empty input is the start of a new document."""
+    try:
+        if options.prompt is not None:
+            yield options.prompt
+        elif options.prompt_file is not None:
+            yield options.prompt_file.read_text(encoding="utf-8").removesuffix("\n")
+        elif not sys.stdin.isatty():
+            yield sys.stdin.read().removesuffix("\n") or end_of_text
+        else:
+            print("Type a prompt, or press Enter for a new document. Ctrl-D ends.", file=sys.stderr)
+            while True:
                 yield input("> ") or end_of_text
-            except EOFError:
-                return
+    except EOFError:
+        return
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(f"{options.prompt_file or 'standard input'} is not UTF-8 text: {error}") from error
 
 
 if __name__ == "__main__":

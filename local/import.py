@@ -1,7 +1,7 @@
-"""Make a run of other people's weights: `uv run local/import.py my_llama --output runs/my_llama`.
+"""Convert the weights of another program to a run: `uv run local/import.py my_llama --output runs/my_llama`.
 
-A folder is a Llama as transformers saves it: config.json, the weights as safetensors (one file, or parts with their
-index) and tokenizer.json. local/generate.py then opens the run like one trained here.
+The source is the folder of a Llama model as transformers saves it: config.json, the weights as safetensors (one file,
+or several with an index) and tokenizer.json. All scripts here open the result like a run that was trained here.
 """
 
 from __future__ import annotations
@@ -12,23 +12,24 @@ from pathlib import Path
 import tyro
 
 from basic.common import command_line
+from basic.common.errors import InvalidInputError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     source: tyro.conf.Positional[Path]
-    """Folder of a Llama; or, with --unpickle and --config, a .pt file with a state dict of this library's names."""
+    """Folder of a Llama model; with --unpickle and --config also a .pt file, a state dict with this library's keys."""
     output: Path
-    """Folder for the run, such as runs/my_llama; must not be there yet."""
+    """Run folder to create, such as runs/my_llama; must not exist."""
     context_length: int | None = None
-    """Tokens that a Llama shall look at; None for as many as it was made for."""
+    """Llama: context length of the run; None: that of the model."""
     tokenizer: bool = True
-    """Whether to take over the tokenizer of a Llama, which must be byte-level BPE; a run without one knows ids only."""
+    """Llama: also import the tokenizer, which must be byte-level BPE; a run without one works on token ids only."""
     config: Path | None = None
-    """The run that a .pt file shall be: a TOML file as for local/train.py, with its model and its tokenizer."""
+    """.pt file: the configuration of the run, a TOML file as for local/train.py, with its model and its tokenizer."""
     unpickle: bool = False
-    """Read weights from a pickle (pytorch_model.bin, or the .pt file), a format that can carry code. They are read by
-    torch.load with weights_only=True, which makes tensors and plain containers only and refuses all else."""
+    """Allow weights in a pickle (pytorch_model.bin, or a .pt file), a format that can contain code. They are read by
+    torch.load with weights_only=True, which creates only tensors and plain containers and refuses everything else."""
 
 
 def main(options: Options) -> None:
@@ -38,7 +39,7 @@ def main(options: Options) -> None:
     from basic.training.settings import RunConfig
 
     if not options.source.exists():
-        raise FileNotFoundError(f"there is no {options.source}")
+        raise FileNotFoundError(f"there is no file or folder {str(options.source)!r}")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     if options.source.is_dir():
         import_hf(
@@ -49,14 +50,14 @@ def main(options: Options) -> None:
             unpickle=options.unpickle,
         )
     elif options.config is None or not options.unpickle:
-        raise ValueError(
-            f"{options.source} is a file; if torch.save wrote it, add --unpickle to have its state dict read, and "
-            "--config FILE.toml to say which model it is"
+        raise InvalidInputError(
+            f"{options.source} is a file; if it is a state dict written by torch.save, add --unpickle and "
+            "--config FILE.toml, the configuration of its model"
         )
     else:
         import_pt(options.source, options.output, load_config(options.config, RunConfig))
     run = load_run(options.output, device="cpu")
-    print(f"a model of {run.model.num_parameters:,} parameters is now in {options.output}")
+    print(f"wrote {options.output}, a model with {run.model.num_parameters:,} parameters")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Serve a page to play with: tokens in colour, two tokenizers side by side, and a model that talks and explains itself.
+"""Serve a web page to explore tokenizers and a trained model.
 
-`uv run --extra playground local/playground.py runs/quickstart`, then open the address that it prints.
+`uv run --extra playground local/playground.py runs/quickstart` prints its address. The page shows the tokens of two
+tokenizers side by side, generates text, and shows the loss and the most likely alternatives of each token.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ GPT2 = Path(__file__).parents[2] / "shared" / "data"
 @dataclass(frozen=True, kw_only=True)
 class Options:
     run: tyro.conf.Positional[Path | None] = None
-    """Folder of the run to talk to, such as runs/quickstart; None for the newest one in the folder of runs."""
+    """Run folder of the model, such as runs/quickstart; None: the newest run in --runs."""
     runs: Path = Path("runs")
-    """Folder whose runs' tokenizers can be chosen on the page."""
+    """Folder of runs; their tokenizers can be selected on the page."""
     gpt2_vocab: Path = GPT2 / "gpt2_vocab.json"
-    """GPT-2's vocabulary, for comparison; left out where it is missing."""
+    """Vocabulary of GPT-2, for comparison; omitted if the file does not exist."""
     gpt2_merges: Path = GPT2 / "gpt2_merges.txt"
-    """GPT-2's merges."""
+    """Merges of GPT-2."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets everyone on the network in, so that a phone can open the page."""
+    """Address to listen on; 0.0.0.0 allows everyone on the network to open the page, for example from a phone."""
     port: int = 8000
-    """Port to listen on; 0 takes a free one."""
+    """Port to listen on; 0: any free port."""
     device: str = "auto"
-    """cpu, cuda, mps ...; auto takes the best there is."""
+    """cpu, cuda, mps ...; auto: the fastest one available."""
 
 
 def main(options: Options) -> None:
@@ -49,7 +50,7 @@ def main(options: Options) -> None:
     playground = Playground(options.runs, run, name, gpt2=(options.gpt2_vocab, options.gpt2_merges))
     tokenizers = playground.about()["tokenizers"]
     if not tokenizers:
-        raise FileNotFoundError(f"{options.runs} has no tokenizer yet; local/quickstart.py makes one in a few minutes")
+        raise FileNotFoundError(f"{options.runs} has no tokenizer yet; local/quickstart.py trains one in a few minutes")
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     listener = socket.create_server((options.host, options.port), family=family)
     host = f"[{options.host}]" if family == socket.AF_INET6 else options.host
@@ -57,7 +58,7 @@ def main(options: Options) -> None:
     print(
         f"model       {'none yet; local/quickstart.py trains one' if run is None else f'{folder}, step {run.step:,}'}"
     )
-    print(f"open        http://{host}:{listener.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)
+    print(f"open        http://{host}:{listener.getsockname()[1]}/  (Ctrl-C to stop)", flush=True)
     config = uvicorn.Config(create_app(playground, host=options.host), log_level="warning", timeout_graceful_shutdown=2)
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])
@@ -69,4 +70,4 @@ if __name__ == "__main__":
     except ModuleNotFoundError as error:
         if error.name not in ("starlette", "uvicorn", "anyio"):
             raise
-        sys.exit(f"error: the page needs {error.name}: uv run --extra playground local/playground.py")
+        sys.exit(f"error: {error.name} is not installed; use `uv run --extra playground local/playground.py`")

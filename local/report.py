@@ -1,6 +1,6 @@
-"""Write one HTML page about a run, which needs nothing else: `uv run local/report.py runs/quickstart`.
+"""Write a report of a run as one self-contained HTML file: `uv run local/report.py runs/quickstart`.
 
-It shows curves to point at, samples over time, facts about the tokenizer, the settings and the machine.
+It has interactive curves, the samples over time, the tokenizer, the settings and the machine.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from basic.common import command_line
 @dataclass(frozen=True, kw_only=True)
 class Options:
     run: tyro.conf.Positional[Path]
-    """Folder of a run, such as runs/quickstart."""
+    """Run folder, such as runs/quickstart."""
     output: Path | None = None
-    """Page to write; by default report.html in the run's folder."""
+    """HTML file to write; None: report.html in the run folder."""
     entropy: float | None = None
-    """Nats a token that no model can get under, where they are known: drawn as a line."""
+    """Entropy of the data in nats per token, if it is known; drawn as a line."""
 
 
 def main(options: Options) -> None:

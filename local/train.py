@@ -1,9 +1,9 @@
 """Train a model from a configuration file: `uv run local/train.py --config local/configs/tinystories.toml`.
 
-Every setting of the file can be overridden: `--batch-size 32 --num-layers 6`. `--resume runs/NAME` goes on with a run,
-with nothing else to say. Errors are one line; with --traceback they show where they come from.
+Every setting of the file can be overridden: `--batch-size 32 --num-layers 6`. `--resume runs/NAME` resumes a run and
+needs no other option. An error is one line; --traceback shows where it comes from.
 
-On several GPUs: `uv run torchrun --nproc-per-node 4 local/train.py ...`, with all else as it is.
+On several GPUs: `uv run torchrun --nproc-per-node 4 local/train.py ...`, with the same options.
 """
 
 from __future__ import annotations
@@ -18,38 +18,39 @@ import tyro
 
 from basic.common import command_line
 from basic.common.config_files import load_config
+from basic.common.errors import InvalidConfigError, InvalidInputError
 from basic.training.parallel.world import World, join
-from basic.training.run_folder import config_of
+from basic.training.run_folder import load_run_config
 from basic.training.settings import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     run: tyro.conf.OmitArgPrefixes[RunConfig]
-    """What to train, on what and how."""
+    """The model, the training and the data."""
     config: Path | None = None
-    """TOML file with these settings; its values become the defaults of the other options."""
+    """TOML file with settings; they become the defaults of the other options."""
     output: Path | None = None
-    """Folder for the run; by default runs/ and the configuration file's name. Must not hold another run."""
+    """Run folder to create; None: runs/ and the name of the configuration file. Must not contain another run."""
     resume: Path | None = None
-    """Folder of a run to go on with, from its newest whole checkpoint and with its settings; those given here change
-    them, such as --steps for a longer run."""
+    """Folder of a run to resume from its newest complete checkpoint, with its settings. Options override them, for
+    example --steps for a longer run."""
     overwrite: bool = False
-    """Remove the run that the folder holds, and start anew; other files in it stay."""
+    """Delete the run in the output folder and start again; other files in the folder remain."""
     verify: bool = False
-    """Read all tokens first and compare them with their checksums."""
+    """Compare all token files with their checksums before training."""
 
 
 def parse(arguments: list[str]) -> Options:
-    """The options; what --config or --resume names is read first, because it gives the others their defaults."""
+    """Parse the options. --config and --resume are parsed first, because their file has the defaults of the others."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
     first.add_argument("--resume", type=Path, nargs="?")
     given = first.parse_known_args(arguments)[0]
     if given.config is not None and given.resume is not None:
-        raise ValueError("--resume takes the settings from the run itself; leave --config out")
+        raise InvalidInputError("--resume takes the settings from the run itself; leave --config out")
     if given.resume is not None:
-        default = Options(run=config_of(given.resume), output=given.resume)
+        default = Options(run=load_run_config(given.resume), output=given.resume)
     elif given.config is not None:
         output = Path("runs") / given.config.stem
         default = Options(run=load_config(given.config, RunConfig), config=given.config, output=output)
@@ -71,11 +72,13 @@ def start(options: Options, world: World) -> None:
 
     output, data = options.output or Path("runs/unnamed"), options.run.data
     if options.resume is not None and output != options.resume:
-        raise ValueError(f"a run goes on in its own folder; leave out --output {output}, or copy the folder first")
+        raise InvalidInputError(
+            f"--resume writes to the run's own folder; leave out --output, or copy the run first, got --output {output}"
+        )
     for name in ("train_tokens", "valid_tokens"):
         if not getattr(data, name):
-            raise ValueError(f"data.{name} is not set; give a token file made by local/encode.py")
-    # A run has a copy of its tokenizer.
+            raise InvalidConfigError(f"data.{name} is not set; give a token file made by local/encode.py")
+    # A run folder has a copy of its tokenizer.
     own = output / "tokenizer" if options.resume else Path()
     folder = own if options.resume and own.is_dir() else data.tokenizer
     tokenizer = Tokenizer.load(folder) if folder else None

@@ -16,29 +16,29 @@ from basic.common import command_line
 @dataclass(frozen=True, kw_only=True)
 class Options:
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT [INPUT ...]")]
-    """Text in UTF-8: .txt (or any name), .gz, .zst, .jsonl, .jsonl.gz or .jsonl.zst; files, globs in quotation marks,
-    and URLs (s3://bucket/*.jsonl.zst)."""
+    """UTF-8 text as .txt (or any other name), .gz, .zst, .jsonl, .jsonl.gz or .jsonl.zst; files, globs in quotation
+    marks, or URLs (s3://bucket/*.jsonl.zst)."""
     vocab_size: int = 10_000
-    """Tokens to have in the end: the special tokens, the 256 bytes, and the merges."""
+    """Size of the vocabulary: the special tokens, the 256 bytes and the merges."""
     special_tokens: tuple[str, ...] = ("<|endoftext|>",)
-    """Strings that are one token each, never split; nothing is merged across them."""
+    """Strings that are never split; each is one token. No merge crosses them."""
     field: str = "text"
-    """Name of the string in each object of JSON lines that is the document."""
+    """JSON lines: the field that holds the text of the document."""
     end_of_text: str = "<|endoftext|>"
-    """Special token to put between the documents of JSON lines."""
+    """JSON lines: the special token inserted between documents."""
     output: Path = Path("runs/tokenizer")
     """Folder for vocab.json, merges.txt and special_tokens.json."""
     num_workers: int | None = None
-    """Threads that count; by default one for each processor. The result is the same for any number."""
+    """Threads that count; None: one for each processor. Does not change the result."""
     min_count: int = 1
-    """Words that are there less often in all of the text take no part: saves memory where the text is vast."""
+    """Ignore pre-tokens that occur less often than this in the complete text; saves memory on very large texts."""
     work: Path | None = None
-    """Folder that keeps what is counted: the same command goes on where an interrupted one was, and another
-    --vocab-size counts nothing again. With --scheduler by default OUTPUT.work."""
+    """Work folder with the counts of finished shards: the same command resumes an interrupted one, and a command with
+    another --vocab-size uses the counts again. None: no work folder, or OUTPUT.work with --scheduler."""
     start_over: bool = False
-    """Forget what --work holds."""
+    """Delete the counts in --work and count again."""
     scheduler: str | None = None
-    """Address of a Dask scheduler, such as tcp://10.0.0.1:8786, whose workers count; all of them must see --work."""
+    """Address of a Dask scheduler, such as tcp://10.0.0.1:8786, whose workers count; all must see --work."""
 
 
 def main(options: Options) -> None:
@@ -72,14 +72,14 @@ def main(options: Options) -> None:
     print(f"longest token {longest.decode(errors='replace')!r}, {len(longest)} bytes")
     print(f"saved in      {options.output}/ (vocab.json, merges.txt, special_tokens.json)")
     if tokenizer.vocab_size < options.vocab_size:
-        print(f"note: the text has no more pairs to merge, so there are fewer tokens than {options.vocab_size:,}")
+        print(f"note: the text has no more pairs to merge, so the vocabulary is smaller than {options.vocab_size:,}")
 
 
 def peak_memory() -> str:
-    """The most memory used, where the platform tells (Windows does not)."""
+    """Describe the peak memory of this process and of its workers."""
     try:
         import resource
-    except ImportError:
+    except ImportError:  # on Windows
         return "peak memory unknown"
     unit_bytes = 1 if sys.platform == "darwin" else 1024
     this, worker = (

@@ -116,7 +116,7 @@ def corpus(tmp_path) -> Path:
         (["quickstart", "--input", "invalid.txt", "--output", "run"], "at byte offset 36 "),
         (["quickstart", "--input", "short.txt"], "training tokens: the dataset has 3 tokens"),
         (["quickstart", "--vocab-size", "256", "--input", "corpus.txt"], "256"),
-        (["quickstart", "--output", "foreign"], "foreign is there and is not a run; choose another --output"),
+        (["quickstart", "--output", "foreign"], "foreign exists and is not a run; choose another --output"),
         (["train", "--config", "missing.toml"], "No such file or directory: 'missing.toml'"),
         (
             ["train", "--config", "unknown.toml"],
@@ -129,7 +129,7 @@ def corpus(tmp_path) -> Path:
         (["report", "foreign"], "foreign is not a run: it has no config.toml"),
         (["plot"], "no run given; name at least one folder"),
         (["export", "foreign", "out"], "foreign is not a run: it has no config.toml"),
-        (["import", "missing", "--output", "run"], "there is no missing"),
+        (["import", "missing", "--output", "run"], "there is no file or folder 'missing'"),
         (
             ["import", "foreign", "--output", "run"],
             "foreign is no folder of a model that transformers saved: it has no config",
@@ -224,7 +224,7 @@ def test_quickstart_on_a_text_leaves_all_it_promises_and_replaces_its_earlier_re
     bits_per_byte = loss / np.log(2) * info.count / info.source_bytes
     assert f"validation loss {loss:.3f} nats a token, {bits_per_byte:.3f} bits per byte" in printed
     assert len(re.findall(r"^sample \d: ", printed, re.MULTILINE)) == 2
-    assert f"everything is in {output}: " in printed
+    assert f"wrote {output}: " in printed
     assert "nats a document" not in printed  # nothing is known about the information in this text
 
     (output / "notes.txt").touch()  # in its folder, and so a part of the earlier result
@@ -346,7 +346,7 @@ def test_from_text_to_text_one_script_after_the_other(tmp_path, monkeypatch, cap
     run_script(monkeypatch, "export", "runs/other", "--to", "hf", "exported/llama")
     assert "wrote exported/llama: config.json, " in capsys.readouterr().out
     run_script(monkeypatch, "import", "exported/llama", "--output", "runs/back")
-    assert re.search("a model of [0-9,]+ parameters is now in runs/back", capsys.readouterr().out)
+    assert re.search("wrote runs/back, a model with [0-9,]+ parameters", capsys.readouterr().out)
     run_script(monkeypatch, "generate", "runs/back", *generate[2:], "--seed", "1")
     assert capsys.readouterr().out == first
     with pytest.raises(SystemExit, match="error: 'exported/llama' already exists"):
