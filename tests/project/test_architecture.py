@@ -1,28 +1,28 @@
-"""Where things are, and which way imports go: the layout as a test, so that it stays a map."""
+"""The layout of the packages: what may import what, no import circles, and at most ten entries a folder."""
 
 from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BASIC = sorted((REPOSITORY / "basic").rglob("*.py"))
-# Benchmarks run us beside the peers, and scratch work is nobody's business.
+# Without the benchmarks, which also import other programs.
 LOCAL = [
     path
     for path in sorted((REPOSITORY / "local").rglob("*.py"))
     if path.relative_to(REPOSITORY).parts[1] not in ("bench", "scratch")
 ]
 
-# What each module or folder directly under basic/ may import of ours, besides what is in the same folder.
+# The modules and folders of basic/ that each of them may import, besides its own folder.
 MAY_IMPORT: dict[str, set[str]] = {
     "common": set(),
     "bpe": set(),
@@ -42,10 +42,14 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 MAY_IMPORT["assignment_question"] = set(MAY_IMPORT)
 
-# These hand names on to users; our own modules import from where a thing is defined.
-FACES = {"basic.training", "basic.generation", "basic.formats"}
+# The public names that these packages re-export. Our own modules import from the module that defines a name.
+PUBLIC_NAMES = {
+    "basic.training": "train load_run TrainConfig RunConfig DataConfig read_metrics",
+    "basic.generation": "generate complete stream",
+    "basic.formats": "save_tokenizer_json save_tiktoken load_tiktoken export_hf import_hf import_pt",
+}
 
-# Two walls. Text becomes tokens without torch; training never reaches the tokenizer.
+# Text to tokens never imports torch, and training never imports the tokenizer, directly or indirectly.
 TEXT_TO_TOKENS = (
     *("basic.bytes_utils", "basic.pretokenization", "basic.train_bpe", "basic.Tokenizer", "basic.encoding"),
     *("basic.common", "basic.bpe", "basic.corpus", "basic.tokens"),
@@ -53,7 +57,7 @@ TEXT_TO_TOKENS = (
 )
 TOKENIZERS = ("basic.Tokenizer", "basic.pretokenization", "basic.train_bpe", "basic.bpe", "basic.corpus")
 
-# Packages that only some modules may import.
+# Third-party packages that only these modules may import.
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "torch": (
         *("basic.model", "basic.transformer", "basic.generation", "basic.training", "basic.assignment_question"),
@@ -75,12 +79,12 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "tensorboard": ("basic.training.records.trackers",),
 }
 
-MOST_ENTRIES = 10
+MAX_ENTRIES = 10
 NOT_COUNTED = {"__init__.py", "__main__.py", "py.typed", "__pycache__"}
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every name that a file imports, wherever it does, also for type checkers only: `from a.b import c` is a.b.c."""
+    """Yield the full name of every import, also in functions and for type checkers: `from a import b` is a.b."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -90,107 +94,199 @@ def imports(path: Path) -> Iterator[str]:
 
 def full_module(node: ast.ImportFrom) -> str:
     """The x of `from x import ...`; relative imports, which our modules do not use, count as ours."""
-    return ".".join(part for part in ("basic" if node.level else None, node.module) if part)
+    return ".".join(name for name in ("basic" if node.level else None, node.module) if name)
 
 
-def name(path: Path) -> str:
-    return str(path.relative_to(REPOSITORY))
-
-
-def module_of(path: Path) -> str:
-    """basic/bpe/arrays.py is basic.bpe.arrays, basic/bpe/__init__.py is basic.bpe."""
-    parts = path.relative_to(REPOSITORY).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-MODULES = {module_of(path): path for path in BASIC}
+def relative(path: Path) -> str:
+    return path.relative_to(REPOSITORY).as_posix()
 
 
 def is_within(module: str, *prefixes: str) -> bool:
     return any(module == prefix or module.startswith(prefix + ".") for prefix in prefixes)
 
 
-@cache
-def our_imports(module: str) -> frozenset[str]:
-    """The modules of ours that a module imports."""
-    found = set()
-    for imported in imports(MODULES[module]):
-        parts = imported.split(".")
-        if parts[0] == "basic":
-            prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
-            found.add(next(prefix for prefix in prefixes if prefix in MODULES))
-    return frozenset(found)
+class SourceTree:
+    """The modules of a folder `basic` and what they import of each other.
+
+    Attributes:
+        modules: the path of each module, by its dotted name; basic/bpe/__init__.py is basic.bpe.
+        our_imports: the modules of the tree that each module imports.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.modules: dict[str, Path] = {}
+        for path in sorted((root / "basic").rglob("*.py")):
+            names = path.relative_to(root).with_suffix("").parts
+            self.modules[".".join(names[:-1] if names[-1] == "__init__" else names)] = path
+        self.our_imports = {module: self._imports_of(path) for module, path in self.modules.items()}
+
+    def _imports_of(self, path: Path) -> set[str]:
+        found = set()
+        for imported in imports(path):
+            names = imported.split(".")
+            if names[0] == "basic":
+                prefixes = (".".join(names[:length]) for length in range(len(names), 0, -1))
+                found.add(next(prefix for prefix in prefixes if prefix in self.modules))
+        return found
+
+    def name(self, module: str) -> str:
+        return self.modules[module].relative_to(self.root).as_posix()
+
+    def import_pairs(self) -> list[tuple[str, str]]:
+        """Every module with each module that it imports."""
+        return [(module, imported) for module in self.modules for imported in sorted(self.our_imports[module])]
+
+    def paths_from(self, modules: set[str]) -> dict[str, list[str]]:
+        """All modules that these import, directly or indirectly, each with a chain of imports that leads to it."""
+        paths = {module: [module] for module in sorted(modules)}
+        pending = list(paths)
+        while pending:
+            module = pending.pop()
+            for imported in sorted(self.our_imports[module] - paths.keys()):
+                paths[imported] = [*paths[module], imported]
+                pending.append(imported)
+        return paths
+
+    def folders(self) -> list[Path]:
+        return sorted({path.parent for path in (self.root / "basic").rglob("*") if "__pycache__" not in path.parts})
 
 
-def reached_from(modules: set[str]) -> dict[str, list[str]]:
-    """All modules that these lead to, each with the way there."""
-    ways = {module: [module] for module in sorted(modules)}
-    waiting = list(ways)
-    while waiting:
-        module = waiting.pop()
-        for imported in our_imports(module) - ways.keys():
-            ways[imported] = [*ways[module], imported]
-            waiting.append(imported)
-    return ways
+TREE = SourceTree(REPOSITORY)
 
 
-def circle_through(module: str) -> list[str] | None:
-    """A way along imports from a module back to itself."""
-    for imported in sorted(our_imports(module)):
-        way = reached_from({imported}).get(module)
-        if way is not None:
-            return [module, *way]
-    return None
+def wrong_imports(tree: SourceTree) -> list[str]:
+    """Imports that MAY_IMPORT does not allow."""
+    errors = []
+    for module, imported in tree.import_pairs():
+        folder = module.partition(".")[2].partition(".")[0]
+        if folder not in MAY_IMPORT:
+            continue  # layout_errors reports it
+        allowed = MAY_IMPORT[folder] | {folder}
+        if imported == "basic":
+            errors.append(f"{tree.name(module)} imports a name that does not exist in basic/")
+        elif imported.split(".")[1] not in allowed:
+            errors.append(
+                f"{tree.name(module)} imports {imported}, but {folder} may import only {', '.join(sorted(allowed))}: "
+                "pass what it needs as an argument, or move the code to a module that may import both"
+            )
+        elif imported in PUBLIC_NAMES and module not in PUBLIC_NAMES:
+            errors.append(
+                f"{tree.name(module)} imports from {imported}/__init__.py, which is for users: import from the module "
+                "that defines the name"
+            )
+    return sorted(errors)
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if module != "basic"])
-def test_imports_go_one_way(module: str) -> None:
-    top = module.split(".")[1]
-    assert top in MAY_IMPORT, (
-        f"basic/{top} is not in the layout: put the module into one of the folders {', '.join(sorted(MAY_IMPORT))}, or "
-        "give it a row in MAY_IMPORT and in the README's tree"
+def import_circles(tree: SourceTree) -> list[str]:
+    """Chains of imports that lead from a module back to itself, the shortest first."""
+    circles = set()
+    for module, imported in tree.import_pairs():
+        if chain := tree.paths_from({imported}).get(module):
+            circles.add(" -> ".join([module, *chain]))
+    return [
+        f"import circle (lazy imports count): {circle}; move what both modules need into a third one"
+        for circle in sorted(circles, key=lambda circle: (len(circle), circle))
+    ]
+
+
+def layout_errors(tree: SourceTree) -> list[str]:
+    """Folders with too many entries, and entries of basic/ that the layout does not have."""
+    errors = []
+    for folder in tree.folders():
+        entries = {path.name for path in folder.iterdir()} - NOT_COUNTED
+        if folder == tree.root / "basic":
+            for entry in sorted({entry.removesuffix(".py") for entry in entries} ^ MAY_IMPORT.keys()):
+                errors.append(
+                    f"basic/{entry} must be both in the tree and in MAY_IMPORT: move a new module into one of the "
+                    "folders, or change MAY_IMPORT and the tree in README.md"
+                )
+        elif len(entries) > MAX_ENTRIES:
+            errors.append(
+                f"{folder.relative_to(tree.root).as_posix()} has {len(entries)} entries, at most {MAX_ENTRIES} are "
+                f"allowed: {', '.join(sorted(entries))}; merge two that change together, or move some into a new folder"
+            )
+    return errors
+
+
+def test_imports_go_in_one_direction() -> None:
+    assert not (errors := wrong_imports(TREE)), "\n".join(errors)
+
+
+def test_there_is_no_import_circle() -> None:
+    assert not (errors := import_circles(TREE)), "\n".join(errors)
+
+
+def test_folders_have_at_most_ten_entries() -> None:
+    assert not (errors := layout_errors(TREE)), "\n".join(errors)
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> Path:
+    """A copy of basic/ to plant a fault in."""
+    shutil.copytree(REPOSITORY / "basic", tmp_path / "basic", ignore=shutil.ignore_patterns("__pycache__"))
+    assert wrong_imports(SourceTree(tmp_path)) == import_circles(SourceTree(tmp_path)) == []
+    assert layout_errors(SourceTree(tmp_path)) == []
+    return tmp_path
+
+
+def add_line(path: Path, line: str) -> None:
+    path.write_text(f"{path.read_text(encoding='utf-8')}\n\n{line}\n", encoding="utf-8")
+
+
+def test_a_wrong_import_is_found(planted: Path) -> None:
+    add_line(planted / "basic/tokens/info.py", "def lazy():\n    from basic.bpe import arrays")
+    add_line(planted / "basic/analysis/sweep.py", "from basic.training import train")
+    to_public, to_bpe = wrong_imports(SourceTree(planted))
+    assert to_bpe.startswith(
+        "basic/tokens/info.py imports basic.bpe.arrays, but tokens may import only common, tokens: "
     )
-    allowed = MAY_IMPORT[top] | {top}
-    for imported in sorted(our_imports(module)):
-        assert imported != "basic" or module == "basic", f"{name(MODULES[module])} imports a name that does not exist"
-        assert imported.split(".")[1] in allowed, (
-            f"{name(MODULES[module])} imports {imported}, but {top} may import only {', '.join(sorted(allowed))}: pass "
-            "what it needs as an argument, or move the code that needs it up to a module that may import both"
-        )
-        assert imported not in FACES or module in FACES, (
-            f"{name(MODULES[module])} imports from {imported}/__init__.py, which is for users: import from the module "
-            "that defines the name"
-        )
+    assert to_public.startswith("basic/analysis/sweep.py imports from basic.training/__init__.py, which is for users: ")
 
 
-def test_imports_make_no_circle() -> None:
-    circles = {" -> ".join(circle) for module in MODULES if (circle := circle_through(module))}
-    assert not circles, (
-        f"imports go in a circle (lazy ones count): {min(circles, key=len)}; move what both need into a third module"
+def test_an_import_circle_is_found(planted: Path) -> None:
+    add_line(
+        planted / "basic/common/errors.py", "if TYPE_CHECKING:\n    from basic.common.config_files import load_config"
     )
+    errors = import_circles(SourceTree(planted))
+    assert "basic.common.errors -> basic.common.config_files -> basic.common.errors; move what" in errors[0]
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if is_within(module, *TEXT_TO_TOKENS)])
-def test_text_to_tokens_never_reaches_torch(module: str) -> None:
-    for reached, way in reached_from({module}).items():
-        assert not any(is_within(imported, "torch") for imported in imports(MODULES[reached])), (
-            f"text becomes tokens without torch, but {' -> '.join(way)} imports it"
+def test_an_eleventh_entry_is_found(planted: Path) -> None:
+    num_entries = len({path.name for path in (planted / "basic/common").iterdir()} - NOT_COUNTED)
+    for number in range(MAX_ENTRIES - num_entries):
+        (planted / f"basic/common/extra_{number}.py").touch()
+    assert layout_errors(SourceTree(planted)) == []
+    (planted / "basic/common/eleventh.py").touch()
+    (planted / "basic/utils.py").touch()
+    at_top, in_folder = layout_errors(SourceTree(planted))
+    assert at_top.startswith("basic/utils must be both in the tree and in MAY_IMPORT: move a new module into one of ")
+    assert in_folder.startswith("basic/common has 11 entries, at most 10 are allowed: ")
+
+
+@pytest.mark.parametrize("module", [module for module in TREE.modules if is_within(module, *TEXT_TO_TOKENS)])
+def test_text_to_tokens_never_imports_torch(module: str) -> None:
+    for reached, chain in TREE.paths_from({module}).items():
+        assert not any(is_within(imported, "torch") for imported in imports(TREE.modules[reached])), (
+            f"text to tokens must not import torch, but {' -> '.join(chain)} does"
         )
 
 
-def test_training_never_reaches_the_tokenizer() -> None:
-    for reached, way in reached_from({module for module in MODULES if is_within(module, "basic.training")}).items():
+def test_training_never_imports_the_tokenizer() -> None:
+    for reached, chain in TREE.paths_from(
+        {module for module in TREE.modules if is_within(module, "basic.training")}
+    ).items():
         assert not is_within(reached, *TOKENIZERS), (
-            f"training takes token ids and a tokenizer that it is given, but {' -> '.join(way)} imports one"
+            f"training takes token ids and a tokenizer as arguments, but {' -> '.join(chain)} imports one"
         )
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_packages_are_imported_where_they_belong(module: str) -> None:
-    packages = {imported.split(".")[0] for imported in imports(MODULES[module])}
-    for package, homes in ONLY_IN.items():
-        assert package not in packages or is_within(module, *homes), (
-            f"{name(MODULES[module])} imports {package}, which only {', '.join(homes)} may: call a function there"
+@pytest.mark.parametrize("module", TREE.modules)
+def test_third_party_packages_are_imported_in_few_modules(module: str) -> None:
+    packages = {imported.split(".")[0] for imported in imports(TREE.modules[module])}
+    for package, importers in ONLY_IN.items():
+        assert package not in packages or is_within(module, *importers), (
+            f"{TREE.name(module)} imports {package}, but only {', '.join(importers)} may: call a function there"
         )
 
 
@@ -198,42 +294,23 @@ def test_imports_are_absolute() -> None:
     for path in BASIC:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             assert not (isinstance(node, ast.ImportFrom) and node.level), (
-                f"{name(path)}, line {node.lineno}: write the whole path, from basic.... import ..."
+                f"{relative(path)}, line {node.lineno}: write the full path, from basic.... import ..."
             )
 
 
-FOLDERS = sorted({path.parent for path in BASIC} | {REPOSITORY / "basic" / "analysis" / "pages"})
-
-
-@pytest.mark.parametrize("folder", FOLDERS, ids=name)
-def test_no_folder_has_more_than_ten_entries(folder: Path) -> None:
-    entries = sorted(path.name for path in folder.iterdir() if path.name not in NOT_COUNTED)
-    if folder == REPOSITORY / "basic":
-        entries = [entry for entry in entries if (folder / entry).is_dir()]
-        tops = {path.stem for path in folder.glob("*.py")} - {"__init__"}
-        assert tops | set(entries) == set(MAY_IMPORT), (
-            "the files and folders on top of basic/ are those of the README's tree: put a new module into a folder"
-        )
-    assert len(entries) <= MOST_ENTRIES, (
-        f"{name(folder)} has {len(entries)} entries, at most {MOST_ENTRIES} fit on a map: {', '.join(entries)}; merge "
-        "two that change together, or move some that belong together into a folder of their own"
-    )
-
-
-def test_packages_hold_only_a_docstring() -> None:
-    for path in BASIC:
-        if path.name == "__init__.py" and module_of(path) not in FACES:
+def test_init_files_have_only_a_docstring() -> None:
+    for module, path in TREE.modules.items():
+        if path.name == "__init__.py" and module not in PUBLIC_NAMES:
             tree = ast.parse(path.read_text(encoding="utf-8"))
-            assert ast.get_docstring(tree), f"{name(path)} needs a docstring that says what the folder is for"
-            assert len(tree.body) == 1, f"{name(path)} holds code: only {', '.join(sorted(FACES))} hand names on"
+            assert ast.get_docstring(tree), f"{relative(path)} needs a docstring that says what the folder is for"
+            assert len(tree.body) == 1, f"{relative(path)} has code: only {', '.join(PUBLIC_NAMES)} re-export names"
 
 
 def test_no_names_differ_by_case_alone() -> None:
     """Tokenizer.py and tokenizer.py are one file on some file systems."""
-    names = [str(path.relative_to(REPOSITORY)).lower() for path in BASIC]
-    folders = [str(folder.relative_to(REPOSITORY)).lower() for folder in FOLDERS]
-    stems = [stem.removesuffix(".py") for stem in names] + folders
-    assert sorted(set(stems)) == sorted(stems)
+    names = [relative(path).removesuffix(".py").lower() for path in BASIC]
+    names += [relative(folder).lower() for folder in TREE.folders()]
+    assert sorted(set(names)) == sorted(names)
 
 
 @pytest.mark.parametrize(
@@ -241,19 +318,19 @@ def test_no_names_differ_by_case_alone() -> None:
 )
 def test_tests_mirror_the_packages(folder: str) -> None:
     assert (REPOSITORY / "basic" / folder / "__init__.py").is_file()
-    assert list((REPOSITORY / "tests" / folder).glob("test_*.py")), f"tests/{folder} holds the tests of basic/{folder}"
+    assert list((REPOSITORY / "tests" / folder).glob("test_*.py")), f"tests/{folder} needs the tests of basic/{folder}"
 
 
-@pytest.mark.parametrize("path", BASIC + LOCAL, ids=name)
-def test_all_that_is_imported_is_declared(path: Path) -> None:
+@pytest.mark.parametrize("path", BASIC + LOCAL, ids=relative)
+def test_every_imported_package_is_declared(path: Path) -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project.get("optional-dependencies", {}).values()
     declared = [line for lines in (project["dependencies"], *extras) for line in lines]
     packages = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in declared}
-    packages |= {"basic", "triton", "llvmlite"}  # these come with torch and numba
-    packages |= {"compression"}  # and this with Python 3.14
-    packages |= sys.stdlib_module_names
-    assert {module.split(".")[0] for module in imports(path)} <= packages
+    packages |= {"basic", "triton", "llvmlite"}  # triton and llvmlite come with torch and numba
+    packages |= sys.stdlib_module_names | {"compression"}  # compression comes with Python 3.14
+    missing = {module.split(".")[0] for module in imports(path)} - packages
+    assert not missing, f"{relative(path)} imports {missing}: add it to the dependencies in pyproject.toml"
 
 
 def test_adapters_can_be_copied_alone() -> None:
@@ -263,9 +340,9 @@ def test_adapters_can_be_copied_alone() -> None:
 
 
 def test_text_to_tokens_loads_neither_torch_nor_numba() -> None:
-    """As a process sees it: numba is imported when a kernel is needed, torch not at all."""
+    """In a real process: importing these modules loads neither; numba is loaded with the first kernel."""
     lines = ["import importlib, sys"]
-    for module in MODULES:
+    for module in TREE.modules:
         if is_within(module, *TEXT_TO_TOKENS) and not is_within(module, "basic.bpe.kernels", "basic.bpe.__main__"):
             lines.append(f"importlib.import_module('{module}')")
             lines.append(f"assert not {{'torch', 'numba'}} & sys.modules.keys(), '{module} loads torch or numba'")
@@ -273,14 +350,8 @@ def test_text_to_tokens_loads_neither_torch_nor_numba() -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("face", sorted(FACES))
-def test_faces_hand_on_names(face: str) -> None:
-    """What other people's scripts import by short paths."""
-    expected = {
-        "basic.training": "train load_run TrainConfig RunConfig DataConfig read_metrics",
-        "basic.generation": "generate complete stream",
-        "basic.formats": "save_tokenizer_json save_tiktoken load_tiktoken export_hf import_hf import_pt",
-    }
-    program = f"from {face} import {', '.join(expected[face].split())}"
+@pytest.mark.parametrize("package", PUBLIC_NAMES)
+def test_public_names_can_be_imported(package: str) -> None:
+    program = f"from {package} import {', '.join(PUBLIC_NAMES[package].split())}"
     result = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

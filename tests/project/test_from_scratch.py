@@ -1,4 +1,4 @@
-"""The project writes itself what it is about writing: nothing ready-made of torch, triton or einops is used."""
+"""Layers, losses and optimizers are our own: nothing ready-made of torch, triton or einops is used."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from basic.model import AdamW, ModelConfig, TransformerLM, clip_gradients, cross_entropy
-from tests.project.test_architecture import BASIC, LOCAL, full_module, name
+from tests.project.test_architecture import BASIC, LOCAL, full_module, relative
 
-# Of these modules nothing may be used but what is named here.
-CLOSED = {
+# Nothing of the FORBIDDEN modules may be used, except the names in ALLOWED.
+FORBIDDEN = {
     *("torch.nn", "torch.optim", "torch.distributed.optim", "torch.ops", "torch.special", "torch.distributions"),
     *("torch.masked", "torch.hub", "torch.ao", "torch.quantization"),
     *("torch._C", "torch._VF", "torch._refs", "torch._prims", "torch._decomp", "einops.layers"),
 }
-OPEN = {
+ALLOWED = {
     *("torch.nn.Parameter", "torch.nn.Module", "torch.nn.ModuleList", "torch.nn.ModuleDict", "torch.nn.Sequential"),
     *("torch.nn.ParameterList", "torch.nn.ParameterDict", "torch.nn.init.trunc_normal_", "torch.optim.Optimizer"),
-    "torch.ops.basic",  # operators that we register ourselves
+    "torch.ops.basic",  # our own operators
 }
-# These may be given a name by an import; what is then done with them is looked at.
-NAMEABLE = {"triton", "einops", "torch", "torch.nn", "torch.nn.init", "torch.nn.parallel", "torch.optim"}
+# These may be imported as a whole; every use of their attributes is checked.
+IMPORTABLE = {"triton", "einops", "torch", "torch.nn", "torch.nn.init", "torch.nn.parallel", "torch.optim"}
 
-# Elsewhere, whatever torch.nn.functional has too (but the sigmoid, and `unfold`, which is another thing on a tensor),
-# and its relatives: backward passes, private and fused variants, one for each device.
+# In all other modules, the functions of torch.nn.functional are forbidden (except the sigmoid, and `unfold`, which
+# means something else as a tensor's method), and their variants: backward, private, fused, of a device.
 FUNCTIONS = {key for key, value in vars(torch.nn.functional).items() if callable(value) and not inspect.isclass(value)}
 FUNCTIONS = {key for key in FUNCTIONS if not key.startswith("_")} - {"sigmoid", "unfold"}
-RELATIVES = re.compile(
+VARIANTS = re.compile(
     r"soft(max|min|plus|sign|shrink)|logsumexp|cross_entropy|nll|kl_div|loss|attention|embedding|dropout|renorm"
     r"|(layer|batch|group|instance|rms|weight|native|legit|spectral)_norm|(^|_)fused_"
     r"|relu|selu|celu|gelu|silu|mish|swish|hardtanh|hardsigmoid|(^|_)(elu|glu|tanh|sdp|lstm|gru|rnn)(_|$)"
@@ -42,30 +42,36 @@ IMPORTERS = {"import_module", "__import__"}
 
 
 def is_ready_made(attribute: str) -> bool:
-    """Whether torch's attribute of this name is something that the project writes itself."""
-    return attribute in FUNCTIONS or RELATIVES.search(attribute) is not None
+    """Whether torch's attribute of this name is something that this project implements itself."""
+    return attribute in FUNCTIONS or VARIANTS.search(attribute) is not None
 
 
 METHODS = {attribute for attribute in dir(torch.Tensor) if is_ready_made(attribute)}
 
 
 class FromScratch(ast.NodeVisitor):
-    """Finds what a module takes ready-made: every path from an imported name is followed, and the methods of torch's
-    tensors are known by their names wherever they stand, except on our own modules and on `self`."""
+    """Finds uses of ready-made functions in a source text.
+
+    Every attribute path that starts at an imported name is checked. Methods of tensors are recognised by name, on any
+    object except our own modules and `self`.
+
+    Attributes:
+        found: a line for each use.
+    """
 
     def __init__(self, source: str):
         self.found: list[str] = []
-        self.names: dict[str, str] = {}  # what each imported name stands for
+        self.names: dict[str, str] = {}  # the full path of each imported name
         tree = ast.parse(source)
         for node in ast.walk(tree):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
-                self.take_names(node)
+                self.add_imported_names(node)
         self.visit(tree)
 
     def report(self, node: ast.stmt | ast.expr, what: str) -> None:
         self.found.append(f"line {node.lineno}: {what}")
 
-    def take_names(self, node: ast.Import | ast.ImportFrom) -> None:
+    def add_imported_names(self, node: ast.Import | ast.ImportFrom) -> None:
         for alias in node.names:
             if isinstance(node, ast.Import):
                 path = alias.name
@@ -73,38 +79,38 @@ class FromScratch(ast.NodeVisitor):
             else:
                 path = f"{full_module(node)}.{alias.name}"
                 self.names[alias.asname or alias.name] = path
-            if path not in NAMEABLE:
-                self.judge(node, path)
+            if path not in IMPORTABLE:
+                self.check_path(node, path)
 
-    def judge(self, node: ast.stmt | ast.expr, path: str) -> None:
-        """Report a full path such as torch.nn.Linear, unless all of it may be used."""
+    def check_path(self, node: ast.stmt | ast.expr, path: str) -> None:
+        """Report a full path such as torch.nn.Linear, unless it is allowed."""
 
         def within(prefixes: set[str]) -> bool:
             return any(path == prefix or path.startswith(prefix + ".") for prefix in prefixes)
 
         if path.split(".")[0] not in ("torch", "triton", "einops"):
             return
-        parts = path.split(".")[1:]
-        if within(OPEN):
+        attributes = path.split(".")[1:]
+        if within(ALLOWED):
             return
-        if not parts:
-            self.report(node, f"{path} is not to be passed around; take single things from it by name")
-        elif within(CLOSED) or parts[-1] == "*":
-            self.report(node, f"{path}; allowed are {', '.join(sorted(OPEN))}")
-        elif any(is_ready_made(part) or (part.startswith("__") and part != "__version__") for part in parts):
-            self.report(node, f"{path} is ready-made")
+        if not attributes:
+            self.report(node, f"{path} must not be passed around; use its attributes directly")
+        elif within(FORBIDDEN) or attributes[-1] == "*":
+            self.report(node, f"{path}; allowed are {', '.join(sorted(ALLOWED))}")
+        elif any(is_ready_made(name) or (name.startswith("__") and name != "__version__") for name in attributes):
+            self.report(node, f"{path} is ready-made; use the function of basic/transformer/functional.py")
 
     def dotted(self, node: ast.expr) -> list[str] | None:
-        """["x", "y", "z"] for x.y.z, with an imported x written out; None when it does not begin with a name."""
+        """["x", "y", "z"] for x.y.z, with the full path of an imported x; None if it does not start with a name."""
         if isinstance(node, ast.Name):
             return self.names.get(node.id, node.id).split(".")
-        if isinstance(node, ast.Attribute) and (parts := self.dotted(node.value)):
-            return [*parts, node.attr]
+        if isinstance(node, ast.Attribute) and (path := self.dotted(node.value)):
+            return [*path, node.attr]
         return None
 
     def visit_Name(self, node: ast.Name) -> None:
         if node.id in self.names:
-            self.judge(node, self.names[node.id])
+            self.check_path(node, self.names[node.id])
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         root: ast.expr = node
@@ -114,42 +120,44 @@ class FromScratch(ast.NodeVisitor):
             root = root.value
         if isinstance(root, ast.Name) and root.id in self.names:
             path = ".".join([self.names[root.id], *attributes])
-            self.judge(node, path)
+            self.check_path(node, path)
             if path.startswith("sys.modules."):
-                self.report(node, "modules are to be imported by name")
+                self.report(node, "import modules with an import statement")
             return
         own = isinstance(root, ast.Name) and root.id in ("self", "cls")
         for attribute in attributes[own:]:
             if attribute in METHODS:
-                self.report(node, f"the method {attribute} is ready-made")
+                self.report(
+                    node, f"the method {attribute} is ready-made; use the function of basic/transformer/functional.py"
+                )
         self.visit(root)
 
     def visit_Subscript(self, node: ast.Subscript) -> None:
         if self.dotted(node.value) == ["sys", "modules"]:
-            self.report(node, "modules are to be imported by name")
+            self.report(node, "import modules with an import statement")
         self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> None:
         function = self.dotted(node.func) or [node.func.attr if isinstance(node.func, ast.Attribute) else ""]
-        texts = [part.value for arg in node.args for part in ast.walk(arg) if isinstance(part, ast.Constant)]
+        strings = [child.value for arg in node.args for child in ast.walk(arg) if isinstance(child, ast.Constant)]
         if function[-1] in IMPORTERS:
-            self.report(node, "modules are to be imported by name")
-        elif function[-1] in LOOKUPS and METHODS.intersection(texts):
-            self.report(node, f"{texts} looked up by name")
+            self.report(node, "import modules with an import statement")
+        elif function[-1] in LOOKUPS and METHODS.intersection(strings):
+            self.report(node, f"{strings} is looked up by name; write the attribute")
         elif isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec", "compile"):
-            self.report(node, f"{node.func.id} runs what nobody can check")
+            self.report(node, f"{node.func.id} runs code that this test cannot check")
         self.generic_visit(node)
 
 
-@pytest.mark.parametrize("path", BASIC + LOCAL, ids=name)
-def test_nothing_is_taken_ready_made(path: Path) -> None:
+@pytest.mark.parametrize("path", BASIC + LOCAL, ids=relative)
+def test_nothing_ready_made_is_used(path: Path) -> None:
     assert FromScratch(path.read_text(encoding="utf-8")).found == []
 
 
 @pytest.mark.parametrize(
     "snippet",
     [
-        # torch.nn and torch.optim, by every road
+        # torch.nn and torch.optim, imported in every way
         "import torch.nn as nn\nnn.Linear(2, 2)",
         "import torch\nx = torch.nn.Embedding(2, 2)",
         "from torch import nn\nclass Head(nn.Linear): pass",
@@ -173,7 +181,7 @@ def test_nothing_is_taken_ready_made(path: Path) -> None:
         "from torch.nn import *",
         "from torch import *",
         "def inside():\n    from torch.nn.functional import softmax",
-        # under another name
+        # functions outside torch.nn
         "import torch\ntorch.softmax(x, -1)",
         "import torch as t\nsoft = t.softmax",
         "from torch import softmax",
@@ -221,7 +229,7 @@ def test_nothing_is_taken_ready_made(path: Path) -> None:
         "import torch\ntorch.Tensor.relu(x)",
         "f(x).mean().tanh()",
         "w.renorm(2, 0, 1.0)",
-        # out of sight
+        # indirectly
         "import torch\nmine = torch\nmine.softmax(x, 0)",
         "import torch\ngetattr(torch, 'soft' + 'max')(x, 0)",
         "import torch\nvars(torch)['softmax']",
@@ -242,7 +250,7 @@ def test_nothing_is_taken_ready_made(path: Path) -> None:
         "exec(code)",
     ],
 )
-def test_ready_made_things_are_found(snippet: str) -> None:
+def test_ready_made_code_is_found(snippet: str) -> None:
     assert FromScratch(snippet).found
 
 
@@ -256,10 +264,10 @@ def test_ready_made_things_are_found(snippet: str) -> None:
         "import torch.nn as nn\nnn.init.trunc_normal_(w)\nnn.Module.__init__",
         "import torch\nclass AdamW(torch.optim.Optimizer): pass",
         "from torch.optim import Optimizer",
-        "from basic.functional import cross_entropy, silu, softmax\nsoftmax(silu(x), -1)",
-        "from basic import functional\nfunctional.softmax(x, -1)\nfunctional.cross_entropy(x, y)",
-        "import basic.functional as F\nF.silu(F.rms_norm(x, w, 1e-5))",
-        "import basic.functional\nbasic.functional.softmax(x, 0)",
+        "from basic.transformer.functional import cross_entropy, silu, softmax\nsoftmax(silu(x), -1)",
+        "from basic.transformer import functional\nfunctional.softmax(x, -1)\nfunctional.cross_entropy(x, y)",
+        "import basic.transformer.functional as F\nF.silu(F.rms_norm(x, w, 1e-5))",
+        "import basic.transformer.functional\nbasic.transformer.functional.softmax(x, 0)",
         "from . import functional\nfunctional.softmax(x, 0)",
         "from .functional import softmax",
         "def softmax(x): return x.exp() / x.exp().sum()\nsoftmax(x)",
@@ -267,8 +275,8 @@ def test_ready_made_things_are_found(snippet: str) -> None:
         "import torch\nx * torch.sigmoid(x) + x.sigmoid()",
         "import torch\ntorch.linalg.vector_norm(x), x.norm(), torch._foreach_norm(xs), torch._foreach_mul_(xs, 2)",
         "import torch\ntorch.special_tokens = 1\ntorch.float32, torch.__version__, torch.compile(f), torch.atanh(x)",
-        "import torch\ntorch.library.custom_op('basic::flash', f)\ntorch.ops.basic.flash_attention(q, k, v)",
-        "from basic.flash_attention import flash_attention\nflash_attention(q, k, v)",
+        "import torch\ntorch.library.custom_op('basic::flash', f)\ntorch.ops.basic.transformer.kernels.flash_attention(q, k, v)",
+        "from basic.transformer.kernels.flash_attention import flash_attention\nflash_attention(q, k, v)",
         "import torch\ntorch.autograd.Function, torch.utils.checkpoint.checkpoint(f)",
         "import torch.distributed as dist\ndist.init_process_group(), dist.all_reduce(x)",
         "import torch\ntorch.backends.cuda.matmul.allow_tf32 = True\ntorch.multinomial(p, 1)",
@@ -284,12 +292,12 @@ def test_ready_made_things_are_found(snippet: str) -> None:
         "from einops import einsum, rearrange\neinsum(x, y, 'a b, b c -> a c')",
     ],
 )
-def test_our_own_and_harmless_things_pass(snippet: str) -> None:
+def test_our_own_and_harmless_code_passes(snippet: str) -> None:
     assert FromScratch(snippet).found == []
 
 
-class RunOperators(TorchDispatchMode):
-    """Writes down every operator that PyTorch really runs, whatever it was called by."""
+class OperatorRecorder(TorchDispatchMode):
+    """Records the name of every operator that PyTorch runs, whatever called it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -304,7 +312,7 @@ class RunOperators(TorchDispatchMode):
 def test_a_training_step_runs_on_plain_operators(ffn) -> None:
     config = ModelConfig(vocab_size=11, context_length=6, d_model=8, num_layers=2, num_heads=2, ffn=ffn)
     ids = torch.randint(11, (2, 7))
-    with RunOperators() as operators:
+    with OperatorRecorder() as operators:
         model = TransformerLM(config)
         optimizer = AdamW(model.parameters())
         cross_entropy(model(ids[:, :-1]), ids[:, 1:]).backward()

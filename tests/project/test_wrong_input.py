@@ -1,4 +1,4 @@
-"""What `local/train.py` reports for wrong configurations and data: one line that names the remedy, and nothing is made."""
+"""What `local/train.py` reports for wrong configurations and data: one line with the remedy; nothing is written."""
 
 import re
 import runpy
