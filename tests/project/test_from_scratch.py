@@ -275,7 +275,7 @@ def test_ready_made_code_is_found(snippet: str) -> None:
         "import torch\nx * torch.sigmoid(x) + x.sigmoid()",
         "import torch\ntorch.linalg.vector_norm(x), x.norm(), torch._foreach_norm(xs), torch._foreach_mul_(xs, 2)",
         "import torch\ntorch.special_tokens = 1\ntorch.float32, torch.__version__, torch.compile(f), torch.atanh(x)",
-        "import torch\ntorch.library.custom_op('basic::flash', f)\ntorch.ops.basic.transformer.kernels.flash_attention(q, k, v)",
+        "import torch\ntorch.library.custom_op('basic::flash', f)\ntorch.ops.basic.flash_attention(q, k, v)",
         "from basic.transformer.kernels.flash_attention import flash_attention\nflash_attention(q, k, v)",
         "import torch\ntorch.autograd.Function, torch.utils.checkpoint.checkpoint(f)",
         "import torch.distributed as dist\ndist.init_process_group(), dist.all_reduce(x)",
