@@ -1,8 +1,9 @@
 """Decoding speed on one GPU: `python3 local/bench/decoding.py --batch-size 64` prints one JSON line.
 
-Greedy, bfloat16, a prompt of 32 tokens and 512 new ones. `tokens_per_s` are those of the single steps alone (of all
-rows together), `generate_tokens_per_s` those of a whole call of `basic.generation.generate`, which copies the weights,
-reads the prompt and records the step first. `--peers` adds Hugging Face's Llama with its static cache, compiled.
+Greedy decoding in bfloat16, with a prompt of 32 tokens and 512 new tokens. `tokens_per_s` is the speed of the decoding
+steps alone, for all sequences together. `generate_tokens_per_s` is that of a complete call of
+`basic.generation.generate`, which also copies the weights, processes the prompt and records the CUDA graph. `--peers`
+adds a line for Hugging Face's Llama with a static cache, compiled.
 """
 
 from __future__ import annotations
@@ -25,44 +26,45 @@ from basic.generation.decoder import Decoder
 from basic.generation.sampling import generate
 from basic.model import KVCache, ModelConfig, TransformerLM
 
-PROMPT, NEW = 32, 512
+PROMPT_TOKENS, NEW_TOKENS = 32, 512
 
 
-def seconds(work: Callable[[], object], repeats: int = 3) -> float:
-    """The median time of some calls, after one that does not count."""
+def median_s(function: Callable[[], object], repeats: int = 3) -> float:
+    """The median time of the calls in seconds, after one warm-up call."""
     times = []
     for _ in range(repeats + 1):
         torch.cuda.synchronize()
         started = time.perf_counter()
-        work()
+        function()
         torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return median(times[1:])
 
 
 @torch.inference_mode()
-def ours(config: ModelConfig, rows: int) -> dict[str, float]:
+def ours(config: ModelConfig, batch_size: int) -> dict[str, float]:
     model = TransformerLM(config).cuda()
     model.activation_dtype = torch.bfloat16
-    prompts = torch.randint(config.vocab_size, (rows, PROMPT), device="cuda")
-    cache = KVCache(config, rows, dtype=torch.bfloat16, device="cuda")
-    decoder = Decoder(model, cache, torch.full((rows,), PROMPT, device="cuda"))
+    prompts = torch.randint(config.vocab_size, (batch_size, PROMPT_TOKENS), device="cuda")
+    cache = KVCache(config, batch_size, dtype=torch.bfloat16, device="cuda")
+    decoder = Decoder(model, cache, torch.full((batch_size,), PROMPT_TOKENS, device="cuda"))
 
     def steps() -> None:
-        cache.length = PROMPT - 1
+        cache.length = PROMPT_TOKENS - 1
         decoder.start(prompts)
-        for _ in range(NEW):
+        for _ in range(NEW_TOKENS):
             decoder.step()
 
     model(prompts[:, :-1], cache)
-    alone_s = seconds(steps)
+    steps_s = median_s(steps)
     ids = prompts.tolist()
-    whole_s = seconds(lambda: generate(model, ids, NEW, temperature=0.0))
-    return {"tokens_per_s": round(rows * NEW / alone_s), "generate_tokens_per_s": round(rows * NEW / whole_s)}
+    generate_s = median_s(lambda: generate(model, ids, NEW_TOKENS, temperature=0.0))
+    num_tokens = batch_size * NEW_TOKENS
+    return {"tokens_per_s": round(num_tokens / steps_s), "generate_tokens_per_s": round(num_tokens / generate_s)}
 
 
 @torch.inference_mode()
-def peer(config: ModelConfig, rows: int) -> dict[str, float]:
+def peer(config: ModelConfig, batch_size: int) -> dict[str, float]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = LlamaConfig(
@@ -72,13 +74,13 @@ def peer(config: ModelConfig, rows: int) -> dict[str, float]:
     )  # fmt: skip
     model = LlamaForCausalLM(shape).cuda().bfloat16().eval()
     model.generation_config.eos_token_id = None
-    prompts = torch.randint(config.vocab_size, (rows, PROMPT), device="cuda")
+    prompts = torch.randint(config.vocab_size, (batch_size, PROMPT_TOKENS), device="cuda")
 
-    def whole() -> None:
-        model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=NEW, do_sample=False,
+    def run_generate() -> None:
+        model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=NEW_TOKENS, do_sample=False,
                        cache_implementation="static", pad_token_id=0)  # fmt: skip
 
-    return {"generate_tokens_per_s": round(rows * NEW / seconds(whole, repeats=2))}
+    return {"generate_tokens_per_s": round(batch_size * NEW_TOKENS / median_s(run_generate, repeats=2))}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Whether two versions of the code give the same results: vocabularies, ids, weights, losses, exported files.
+"""Check that two versions of the code give equal results: vocabularies, ids, weights, losses, exported files.
 
     PYTHONPATH=OLD uv run local/bench/same_results.py old.json
     uv run local/bench/same_results.py new.json --compare old.json
 
-PYTHONPATH decides which version runs, and with it which scripts in local/. A run on a CPU is equal to the last bit on
-one machine only, so compare there. It takes some minutes.
+PYTHONPATH selects the version, including its scripts in local/. The weights of a CPU run are equal to the last bit only
+on the same machine, so run both there. Each takes some minutes.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Options:
     output: tyro.conf.Positional[Path]
     """JSON file to write: the name of each result and its value or SHA-256."""
     compare: Path | None = None
-    """File that another version has written; every difference is printed, and the exit status is 1 if there is one."""
+    """File written by another version; prints every difference, and exits with status 1 if there is one."""
     data: Path = Path(__file__).resolve().parents[3] / "shared" / "data"
-    """Folder of the texts and of GPT-2's vocabulary."""
+    """Folder with the texts and with GPT-2's vocabulary."""
 
 
 def sha256(data: bytes) -> str:
@@ -50,10 +50,10 @@ def sha256(data: bytes) -> str:
 
 
 def run_script(name: str, *arguments: object, threads: int = 1, **options: object) -> str:
-    """Run a script of the imported version, and return what it prints."""
-    given = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
+    """Run a script of the imported version and return its output."""
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, str(REPOSITORY / "local" / f"{name}.py"), *map(str, arguments), *given]
+    command = [sys.executable, str(REPOSITORY / "local" / f"{name}.py"), *map(str, arguments), *flags]
     done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"local/{name}.py of {REPOSITORY} failed: {done.stderr[-2000:]}")
@@ -61,7 +61,7 @@ def run_script(name: str, *arguments: object, threads: int = 1, **options: objec
 
 
 def tensor_digest(tensors: dict[str, Any]) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes."""
+    """SHA-256 of the names, dtypes, shapes and bytes of tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         array = tensor.detach().contiguous().numpy()
@@ -70,7 +70,7 @@ def tensor_digest(tensors: dict[str, Any]) -> str:
 
 
 def token_results(data: Path, folder: Path) -> Iterator[tuple[str, Any]]:
-    """A vocabulary of 10,000, and the token files that it makes: two single ones and a dataset of several."""
+    """A vocabulary of 10,000, two token files encoded with it, and a dataset of several token files."""
     tokenizer = folder / "tokenizer"
     run_script("train_bpe", data / "novels_train.txt", output=tokenizer)
     for name in ("vocab.json", "merges.txt", "special_tokens.json"):
@@ -85,7 +85,7 @@ def token_results(data: Path, folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 def run_results(folder: Path, threads: int) -> Iterator[tuple[str, Any]]:
-    """The weights, losses and samples of a short run, and what is exported from it and generated with it."""
+    """The weights, losses and samples of a short run, its exported files, and text generated with it."""
     from safetensors.torch import load_file
 
     from basic.training import load_run
@@ -111,11 +111,11 @@ def run_results(folder: Path, threads: int) -> Iterator[tuple[str, Any]]:
 
 
 def id_results(data: Path) -> Iterator[tuple[str, Any]]:
-    """The ids of every text under three patterns, with the kernels and on the plain path, and back again."""
+    """The ids of every text under three patterns, with and without kernels, and the decoded text."""
     from basic.Tokenizer import Tokenizer
 
-    names = [path for path in sorted(data.iterdir()) if path.suffix in (".txt", ".en", ".json", ".bin")]
-    texts = {path.name: path.read_bytes() for path in names if path.name != "gpt2_vocab.json"}
+    paths = [path for path in sorted(data.iterdir()) if path.suffix in (".txt", ".en", ".json", ".bin")]
+    texts = {path.name: path.read_bytes() for path in paths if path.name != "gpt2_vocab.json"}
     files = data / "gpt2_vocab.json", data / "gpt2_merges.txt"
     for pattern in PATTERNS:
         fast, plain = (
@@ -143,7 +143,7 @@ def main(options: Options) -> None:
     if options.compare is not None:
         others = json.loads(options.compare.read_text(encoding="utf-8"))
         pairs = {name: (results.get(name, "missing"), others.get(name, "missing")) for name in results | others}
-        differing = [name for name, (here, there) in pairs.items() if here != there]
+        differing = [name for name, (new, old) in pairs.items() if new != old]
         for name in differing:
             print("{}: {} here, {} there".format(name, *pairs[name]))
         print(f"{len(pairs) - len(differing)} are equal, {len(differing)} differ")

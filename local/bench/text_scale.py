@@ -1,7 +1,8 @@
-"""Count and encode a text on threads, a process pool, a cluster of the same cores: `uv run local/bench/text_scale.py`.
+"""Compare executors (threads, processes, a Dask cluster) on the same cores: `uv run local/bench/text_scale.py`.
 
-Each executor takes its turn, again and again, so that a machine's mood meets all of them; medians are printed, and what
-the others take beside threads. The cluster and the pool have one process a core and have loaded their kernels before.
+The executors take turns, so that changes of the machine's speed affect all of them. Prints the median time of counting
+and of encoding a text, and the ratio to threads. The process pool and the cluster have one process a core, and load
+their kernels before the measurement.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ sys.path.append(str(Path(__file__).parent))
 from tokenizer_scale import END, make_text
 
 from basic.bpe import loading
-from basic.corpus.counting import count_words
+from basic.corpus.counting import CountingOptions, build_count_table
 from basic.encoding import encode_files
 from basic.pretokenization import SpecialTokens
 from basic.Tokenizer import Tokenizer
@@ -31,7 +32,7 @@ from basic.train_bpe import train_bpe
 @dataclass(frozen=True, kw_only=True)
 class Options:
     gigabytes: tyro.conf.Positional[float] = 2.0
-    """Size of the text."""
+    """Size of the text in GB."""
     cores: int = 2
     rounds: int = 5
     shard_bytes: int = 1 << 27
@@ -40,7 +41,7 @@ class Options:
 def load_kernels(wait_s: float = 0.0) -> None:
     loading.load_kernels("training")
     loading.load_kernels("encoding")
-    time.sleep(wait_s)  # so that each process gets one
+    time.sleep(wait_s)  # so that every process of the pool gets a call
 
 
 def main(options: Options) -> None:
@@ -66,8 +67,8 @@ def main(options: Options) -> None:
         executors: dict[str, Executor] = {"threads": threads, "pool": pool, "cluster": client.get_executor(pure=False)}
 
         def count(executor: Executor) -> None:
-            options_ = {"executor": executor, "shard_bytes": options.shard_bytes}
-            count_words(folder / "text.txt", SpecialTokens([END]), **options_)
+            counting = CountingOptions(executor=executor, shard_bytes=options.shard_bytes)
+            build_count_table(folder / "text.txt", SpecialTokens([END]), counting)
 
         def encode(executor: Executor) -> None:
             options_ = {"executor": executor, "shard_bytes": options.shard_bytes, "start_over": True}
@@ -76,25 +77,25 @@ def main(options: Options) -> None:
         compare({"count": count, "encode": encode}, executors, options)
 
 
-def compare(works: dict[str, Callable[[Executor], None]], executors: dict[str, Executor], options: Options) -> None:
+def compare(tasks: dict[str, Callable[[Executor], None]], executors: dict[str, Executor], options: Options) -> None:
     print(f"{options.gigabytes:g} GB, {options.cores} cores, {options.rounds} rounds, medians")
-    print("| work | threads | process pool | ratio | cluster | ratio |\n|---|---|---|---|---|---|", flush=True)
-    for work, run in works.items():
+    print("| task | threads | process pool | ratio | cluster | ratio |\n|---|---|---|---|---|---|", flush=True)
+    for task, run in tasks.items():
         seconds: dict[str, list[float]] = {name: [] for name in executors}
-        for number in range(options.rounds + 1):  # the first warms up
+        for number in range(options.rounds + 1):  # the first round is a warm-up
             for name, executor in executors.items():
-                begin = time.perf_counter()
+                start = time.perf_counter()
                 run(executor)
                 if number:
-                    seconds[name].append(time.perf_counter() - begin)
-        middle = {name: statistics.median(times) for name, times in seconds.items()}
+                    seconds[name].append(time.perf_counter() - start)
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
         ratios = {
             name: statistics.median(a / b for a, b in zip(times, seconds["threads"], strict=True))
             for name, times in seconds.items()
         }
         print(
-            f"| {work} | {middle['threads']:.2f} s | {middle['pool']:.2f} s | {ratios['pool']:.2f} | "
-            f"{middle['cluster']:.2f} s | {ratios['cluster']:.2f} |",
+            f"| {task} | {medians['threads']:.2f} s | {medians['pool']:.2f} s | {ratios['pool']:.2f} | "
+            f"{medians['cluster']:.2f} s | {ratios['cluster']:.2f} |",
             flush=True,
         )
 

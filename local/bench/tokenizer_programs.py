@@ -1,7 +1,7 @@
-"""One program does one work on one text, in this process: the seconds of each repetition and what came out, as JSON.
+"""Run one task of one program on one text in this process; prints the times and the outputs as JSON.
 
-Called by tokenizer.py. Times are from the text in memory (a string, or bytes where the program takes them) to its ids
-in memory; training and `file` are from a file.
+Called by tokenizer.py. A time is from the text in memory (bytes if the program accepts them, else a string) to the ids
+in memory. Training and `file` start from a file.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from basic.bytes_utils import load_merges, load_vocab
 
 END = "<|endoftext|>"
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-SLOW_PEERS_BYTES = 4_000_000  # as much of a text as those get to encode that remember no words; their speed is the same
+SLOW_PEERS_BYTES = 4_000_000  # text for programs without a pre-token cache, whose speed does not depend on the size
 
 
 def documents(path: Path, program: str) -> list[bytes]:
-    """The text in documents of about a megabyte, cut behind lines."""
+    """Split the text at line ends into documents of about a megabyte."""
     data, result, start = path.read_bytes(), [], 0
     if program in ("tiktoken", "tokenizers"):
         data = data[: data.find(b"\n", SLOW_PEERS_BYTES) + 1 or None]
@@ -44,7 +44,7 @@ class Ours:
 
         paths = folder / "gpt2_vocab.json", folder / "gpt2_merges.txt"
         self.tokenizer = Tokenizer.from_files(*paths, [END], kernels=True)
-        self.encode(b"compile or load")
+        self.encode(b"loads the kernels")
         self.tokenizer._kernel_encoder._idle.clear()  # an empty cache
 
     def encode(self, document: bytes) -> Any:
@@ -154,10 +154,10 @@ class Rustbpe:
         import rustbpe
 
         tokenizer = rustbpe.Tokenizer()
-        # Its memory of texts is of strings; lines are what its documentation feeds it.
+        # It takes an iterator of strings; its documentation uses lines.
         with open(path, encoding="utf-8", newline="") as file:
             tokenizer.train_from_iterator(file, vocab_size - 1, pattern=PATTERN)
-        return []  # it tells its tokens, not of which two each was made
+        return []  # it returns tokens, not the pairs that they were merged from
 
 
 PROGRAMS = {"ours": Ours, "gigatoken": Gigatoken, "tiktoken": Tiktoken, "tokenizers": Tokenizers, "rustbpe": Rustbpe}
@@ -169,54 +169,54 @@ def timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def digest(parts: list[Any]) -> str:
-    return hashlib.sha256(b"".join(np.asarray(part, np.uint32).tobytes() for part in parts)).hexdigest()[:16]
+def digest(ids: list[Any]) -> str:
+    return hashlib.sha256(b"".join(np.asarray(array, np.uint32).tobytes() for array in ids)).hexdigest()[:16]
 
 
-def main(name: str, work: str, path: Path, folder: Path, num_threads: int, repeats: int) -> dict[str, Any]:
+def main(name: str, task: str, path: Path, folder: Path, num_threads: int, repeats: int) -> dict[str, Any]:
     program = PROGRAMS[name]
-    if work.startswith("train"):
-        vocab_size = int(work.removeprefix("train"))
+    if task.startswith("train"):
+        vocab_size = int(task.removeprefix("train"))
         if name == "ours":
             from basic.bpe import loading
 
             loading.load_kernels("training")
         runs = [timed(program.train, path, vocab_size, num_threads) for _ in range(repeats)]
         return {"seconds": [s for s, _ in runs], "merges": [[x.hex(), y.hex()] for x, y in runs[0][1]]}
-    if work == "short":
+    if task == "short":
         tokenizer, text = program(folder), path.read_text(encoding="utf-8")[5000:5100]
         run = lambda: [tokenizer.short(text) for _ in range(2000)]  # noqa: E731
         run()
         return {"seconds": [timed(run)[0] / 2000 for _ in range(repeats)], "bytes": 100}
-    parts = documents(path, name)
-    size = sum(map(len, parts))
-    if work == "cold":
+    texts = documents(path, name)
+    size = sum(map(len, texts))
+    if task == "cold":
         seconds = []
         for _ in range(repeats):
             tokenizer = program(folder)
-            time_, ids = timed(lambda t: [t.encode(part) for part in parts], tokenizer)
-            seconds.append(time_)
+            elapsed_s, ids = timed(lambda t: [t.encode(text) for text in texts], tokenizer)
+            seconds.append(elapsed_s)
         return {"seconds": seconds, "bytes": size, "ids": digest(ids)}
     tokenizer = program(folder)
-    if work == "warm":
-        run = lambda: [tokenizer.encode(part) for part in parts]  # noqa: E731
-    elif work == "decode":
-        ids = np.concatenate([np.asarray(tokenizer.encode(part), np.uint32) for part in parts]).astype(np.uint16)
+    if task == "warm":
+        run = lambda: [tokenizer.encode(text) for text in texts]  # noqa: E731
+    elif task == "decode":
+        ids = np.concatenate([np.asarray(tokenizer.encode(text), np.uint32) for text in texts]).astype(np.uint16)
         run = lambda: tokenizer.decode(ids)  # noqa: E731
-    elif work == "file":
+    elif task == "file":
         run = lambda: tokenizer.encode_file(path, num_threads)  # noqa: E731
-    else:  # each in the form it works on in parallel
-        texts = b"".join(parts) if name == "ours" else parts
-        run = lambda: tokenizer.encode_all(texts, num_threads)  # noqa: E731
+    else:  # each program gets the form that it encodes in parallel
+        inputs = b"".join(texts) if name == "ours" else texts
+        run = lambda: tokenizer.encode_all(inputs, num_threads)  # noqa: E731
     run()
     runs = [timed(run) for _ in range(repeats)]
     result = {"seconds": [s for s, _ in runs], "bytes": size}
-    return {**result, "ids": digest(runs[0][1])} if work == "warm" else result
+    return {**result, "ids": digest(runs[0][1])} if task == "warm" else result
 
 
 if __name__ == "__main__":
-    name, work, path, folder, num_threads, repeats = sys.argv[1:]
+    name, task, path, folder, num_threads, repeats = sys.argv[1:]
     os.environ["RAYON_NUM_THREADS"] = num_threads
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(num_threads)])
-    print(json.dumps(main(name, work, Path(path), Path(folder), int(num_threads), int(repeats))))
+    print(json.dumps(main(name, task, Path(path), Path(folder), int(num_threads), int(repeats))))

@@ -1,8 +1,8 @@
-"""Train on and encode a large text, and say how long and how much memory: `uv run local/bench/tokenizer_scale.py`.
+"""Time and memory to train on and to encode a large text: `uv run local/bench/tokenizer_scale.py`.
 
-The text is TinyStories-like: the stories of ../shared/data/tinystories_2MiB.txt, or the embedded ones where that is
-missing, shuffled again and again. Each work has a process of its own, whose anonymous memory is watched: what it holds
-beyond the mapped files.
+The text is like TinyStories: the stories of ../shared/data/tinystories_2MiB.txt in shuffled copies, or the embedded
+stories if that file does not exist. Each task runs in its own process. Its memory is the peak of the anonymous memory,
+without memory-mapped files.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ END = "<|endoftext|>"
 def train(text: Path, folder: Path) -> float:
     from basic.train_bpe import train_bpe
 
-    begin = time.perf_counter()
+    start = time.perf_counter()
     train_bpe(text, 10_000, [END])
-    return time.perf_counter() - begin
+    return time.perf_counter() - start
 
 
 def encode(text: Path, folder: Path) -> float:
@@ -38,18 +38,18 @@ def encode(text: Path, folder: Path) -> float:
     with open(text, "rb") as file:
         (folder / "start.txt").write_bytes(file.read(20_000_000).decode(errors="ignore").encode())
     tokenizer = Tokenizer(*train_bpe(folder / "start.txt", 10_000, [END]), [END])
-    begin = time.perf_counter()
+    start = time.perf_counter()
     encode_file(tokenizer, text, folder / "tokens.bin")
-    return time.perf_counter() - begin
+    return time.perf_counter() - start
 
 
-WORK = {"train 10000": train, "encode_file": encode}
+TASKS = {"train 10000": train, "encode_file": encode}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     gigabytes: tyro.conf.Positional[tuple[float, ...]] = (0.5, 2.0)
-    """Sizes of the text."""
+    """Sizes of the text in GB."""
 
 
 def make_text(path: Path, num_bytes: float) -> None:
@@ -57,9 +57,9 @@ def make_text(path: Path, num_bytes: float) -> None:
     if source.is_file():
         stories = source.read_text(encoding="utf-8").split(END)
     else:
-        from basic.corpus.stories.grammar import stories as tell
+        from basic.corpus.stories import grammar
 
-        stories = [story.text for story in tell(0, 5000)]
+        stories = [story.text for story in grammar.stories(0, 5000)]
     rng = random.Random(0)
     with open(path, "w", encoding="utf-8", newline="") as file:
         while file.tell() < num_bytes:
@@ -67,8 +67,8 @@ def make_text(path: Path, num_bytes: float) -> None:
             file.write(END.join(stories) + END)
 
 
-def measure(work: str, text: Path, folder: Path) -> None:
-    """Do a work in this process and print its seconds and the peak of its anonymous memory in MB."""
+def measure(task: str, text: Path, folder: Path) -> None:
+    """Run a task in this process; prints its time and the peak of the anonymous memory in MB."""
     from basic.bpe import loading
 
     loading.load_kernels("training")
@@ -83,18 +83,18 @@ def measure(work: str, text: Path, folder: Path) -> None:
             time.sleep(0.02)
 
     threading.Thread(target=watch, daemon=True).start()
-    seconds = WORK[work](text, folder)
+    seconds = TASKS[task](text, folder)
     size = text.stat().st_size / 1e9
-    print(f"| {work} | {size:.1f} GB | {seconds:.2f} s | {peak_kb / 1000:.0f} MB |", flush=True)
+    print(f"| {task} | {size:.1f} GB | {seconds:.2f} s | {peak_kb / 1000:.0f} MB |", flush=True)
 
 
 def main(options: Options) -> None:
-    print("| work | text | time | memory |\n|---|---|---|---|", flush=True)
+    print("| task | text | time | memory |\n|---|---|---|---|", flush=True)
     for gigabytes in options.gigabytes:
         with tempfile.TemporaryDirectory() as folder:
             make_text(Path(folder) / "text.txt", gigabytes * 1e9)
-            for work in WORK:
-                subprocess.run([sys.executable, __file__, "--measure", work, folder], check=True)
+            for task in TASKS:
+                subprocess.run([sys.executable, __file__, "--measure", task, folder], check=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Training speed on one GPU: `python3 local/bench/training.py --size S --batch-size 256` prints one JSON line.
 
-The step is the one of `basic.training.loop`, with batches from its background thread. `--peers` adds a line for Hugging
-Face's Llama of the same size, compiled, with PyTorch's fused AdamW. MFU is tokens/s * (6 N + 6 L T d) / 989e12, where
-N counts the weights of all matrix products, the output layer's too.
+The step is that of `basic.training.loop`, with batches from its background thread. `--peers` adds a line for Hugging
+Face's Llama of the same size, compiled, with PyTorch's fused AdamW. MFU is tokens/s * (6 N + 6 L T d) / 989e12, where N
+is the number of weights in matrix multiplications, including the output layer, L the number of layers, T the context
+length and d the width.
 """
 
 from __future__ import annotations
@@ -76,13 +77,13 @@ def peer_step(config: ModelConfig, batch_size: int) -> Callable[[tuple[Tensor, T
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     @torch.compile
-    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
+    def loss_fn(inputs: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(DEVICE.type, torch.bfloat16):
             logits = model(input_ids=inputs).logits
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     def step(batch: tuple[Tensor, Tensor]) -> Tensor:
-        loss = loss_of(batch[0], batch[1])
+        loss = loss_fn(batch[0], batch[1])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -127,7 +128,7 @@ def measure(make_step: Callable, config: ModelConfig, batch_size: int, seconds: 
         "steps": count,
     }
     if DEVICE.type == "cuda":
-        # Over everything since the start, the recording's memory too.
+        # Since the start, including the recording of the CUDA graph.
         result["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         result["reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
         result["device"] = torch.cuda.get_device_name()
@@ -138,8 +139,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="S")
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--seconds", type=float, default=3, help="to measure for, after the first steps")
-    parser.add_argument("--fixed-batch", action="store_true", help="without cutting batches: what the data costs")
+    parser.add_argument("--seconds", type=float, default=3, help="time to measure, after the first steps")
+    parser.add_argument("--fixed-batch", action="store_true", help="use one batch for all steps: no data loading")
     parser.add_argument("--peers", action="store_true")
     options = parser.parse_args()
     makers = {"basic": our_step} | ({"HF Llama": peer_step} if options.peers else {})

@@ -1,8 +1,8 @@
-"""What a distinct word costs, and how many there are: `uv run local/bench/word_growth.py`.
+"""The number of distinct pre-tokens, and the time and memory of each: `uv run local/bench/word_growth.py`.
 
-First how the distinct words of real text grow with it, then time and memory for tables of made-up words: sorting,
-writing, adding up, and learning a vocabulary of 64k. Each table has a process of its own, so that its memory is known.
-Times are those of one core, whatever else the machine does.
+The first table shows how the number of distinct pre-tokens grows with the size of real text. The second one shows the
+time and memory of tables of synthetic pre-tokens: sorting, writing, adding, and learning 64k merges. Each table is
+measured in its own process, so that its memory is known. Times are CPU times of one core.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import tyro
 
 from basic.bpe import compiled, loading
 from basic.bpe.arrays import PretokenCounts
-from basic.corpus.count_tables import add_up, read_table, write_table
-from basic.corpus.counting import count_words
+from basic.corpus.count_tables import merge_tables, read_table, write_table
+from basic.corpus.counting import CountingOptions, build_count_table
 from basic.pretokenization import SpecialTokens
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -32,7 +32,7 @@ MERGES = 65_536 - 257
 @dataclass(frozen=True, kw_only=True)
 class Options:
     millions: tyro.conf.Positional[tuple[float, ...]] = (0.25, 1, 4)
-    """Distinct words."""
+    """Numbers of distinct pre-tokens, in millions."""
 
 
 def growth(name: str, folder: Path) -> None:
@@ -40,16 +40,16 @@ def growth(name: str, folder: Path) -> None:
     sizes = [size for size in (250_000, 500_000, 1_000_000, 2_000_000, 5_000_000, 10_000_000) if size < len(data)]
     for size in [*sizes, len(data)]:
         (folder / "text.txt").write_bytes(data[:size].decode(errors="ignore").encode())
-        words = count_words(folder / "text.txt", SpecialTokens([END]), kernels=True)
-        often = (np.count_nonzero(words.counts >= least) for least in (2, 5))
+        words = build_count_table(folder / "text.txt", SpecialTokens([END]), CountingOptions(kernels=True))
+        frequent = (np.count_nonzero(words.counts >= min_count) for min_count in (2, 5))
         print(
-            f"| {name} | {size / 1e6:.2f} MB | {len(words.counts):,} | {' | '.join(f'{n:,}' for n in often)} |",
+            f"| {name} | {size / 1e6:.2f} MB | {len(words.counts):,} | {' | '.join(f'{n:,}' for n in frequent)} |",
             flush=True,
         )
 
 
-def made_up_words(number: int) -> PretokenCounts:
-    """Words of syllables, some of two to four with an ending; the n-th is there 1 / n times as often as the first."""
+def synthetic_pretokens(number: int) -> PretokenCounts:
+    """Random words of two to four syllables; the n-th occurs 1 / n times as often as the first (Zipf's law)."""
     rng = np.random.default_rng(0)
     letters = [list(group) for group in ("bcdfghklmnprstvz", "aeiou", "nrstlm")]
     syllables = ["".join(rng.choice(group) for group in letters) for _ in range(400)]
@@ -69,21 +69,21 @@ def peak_bytes() -> int:
 
 def costs(number: int, folder: Path) -> None:
     loading.load_kernels("training")
-    words = made_up_words(number)
+    words = synthetic_pretokens(number)
     num_bytes = len(words.data)
-    begin = time.process_time()
+    start = time.process_time()
     table = compiled.sort_pretokens(words)
-    sort_s = time.process_time() - begin
-    begin = time.process_time()
+    sort_s = time.process_time() - start
+    start = time.process_time()
     record = write_table(folder / "table", [table])
-    write_s = time.process_time() - begin
-    begin = time.process_time()
-    write_table(folder / "all", add_up([read_table(folder / "table") for _ in range(16)], kernels=True))
-    add_s = (time.process_time() - begin) / 16
+    write_s = time.process_time() - start
+    start = time.process_time()
+    write_table(folder / "all", merge_tables([read_table(folder / "table") for _ in range(16)], kernels=True))
+    add_s = (time.process_time() - start) / 16
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    begin = time.process_time()
+    start = time.process_time()
     merges = compiled.learn_merges(table, MERGES, lambda amount: None)
-    learn_s = time.process_time() - begin
+    learn_s = time.process_time() - start
     print(
         f"| {number:,} | {num_bytes / number:.1f} | {sort_s / number * 1e9:.0f} ns | {write_s / number * 1e9:.0f} ns | "
         f"{record['file_bytes'] / number:.0f} | {add_s / number * 1e9:.0f} ns | {learn_s:.1f} s for {len(merges):,} | "
@@ -94,11 +94,13 @@ def costs(number: int, folder: Path) -> None:
 
 def main(options: Options) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        print("| text | of it | distinct words | there twice | five times |\n|---|---|---|---|---|")
+        print("| text | size | distinct pre-tokens | at least twice | at least five times |\n|---|---|---|---|---|")
         for name in ("novels_train.txt", "multilingual_wikipedia.txt", "tinystories_2MiB.txt"):
             if (DATA / name).is_file():
                 growth(name, Path(folder))
-    print("\n| words | bytes | sort | write | on the disk | add up, of each of 16 | learn | its memory, bytes a word |")
+    print(
+        "\n| pre-tokens | bytes each | sort | write | bytes on disk | add, one of 16 tables | learn | memory, bytes each |"
+    )
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for millions in options.millions:
         subprocess.run([sys.executable, __file__, "--costs", str(int(millions * 1e6))], check=True)
