@@ -18,7 +18,7 @@ from basic.bpe import loading
 # An int may stand for a float, as everywhere in Python; jaxtyping's pytest option cannot be told that.
 typechecked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 CHECKED_MODULES = (
-    *("model", "transformer.functional", "transformer.optimizer", "training.batches", "training.step"),
+    *("model", "transformer.functional", "transformer.optimizer", "training.batches"),
     *("generation.sampling", "generation.text", "analysis.evaluation"),
 )
 install_import_hook([f"basic.{module}" for module in CHECKED_MODULES], f"{__name__}.typechecked")
