@@ -15,7 +15,7 @@ from basic.common.errors import InvalidInputError
 from basic.model import TransformerLM
 from basic.tokens.index import Tokens
 from basic.training.batches import check_token_ids
-from basic.transformer.functional import token_nats
+from basic.transformer.functional import token_losses
 
 
 class EvaluationResult(NamedTuple):
@@ -74,8 +74,8 @@ def evaluate_tokens(
         Losses in the model's precision, summed in float64.
 
     Raises:
-        InvalidInputError: there are no tokens to score, a token id is outside the vocabulary, or an argument is out
-            of its range.
+        InvalidInputError: there are no tokens to score, or an argument is out of its range.
+        WrongTokenizerError: a token id is outside the model's vocabulary.
     """
     context = model.config.context_length
     stride = max(1, context // 2) if stride is None else stride
@@ -118,7 +118,7 @@ def _window_nats(
     ids = ids.to(model.token_embeddings.weight.device)
     # The output layer is most of a small model's work, so positions that are only context skip it.
     logits = model.lm_head(model.features(ids[:, :-1])[:, -num_scored:])
-    return token_nats(logits, ids[:, -num_scored:]).cpu().double().sum().item()
+    return token_losses(logits, ids[:, -num_scored:]).cpu().double().sum().item()
 
 
 @torch.inference_mode()
@@ -161,7 +161,7 @@ def document_nats(
         num_targets = np.array([len(documents[index]) + 1 for index in batch])
         is_target = np.arange(width - 1) < rearrange(num_targets, "batch -> batch 1")
         tokens = torch.from_numpy(ids).to(device)
-        losses = token_nats(model(tokens[:, :-1]), tokens[:, 1:]).cpu().double().numpy()
+        losses = token_losses(model(tokens[:, :-1]), tokens[:, 1:]).cpu().double().numpy()
         nats[batch] = (losses * is_target).sum(1)
     return nats
 

@@ -1,8 +1,8 @@
-"""What the playground page shows: a text as the tokens of any tokenizer, and as a model sees it, token by token.
+"""The data that the playground page shows: the tokens of a text, and a model's loss and predictions at each of them.
 
-Everything goes out as plain lists and numbers that JSON can hold, tokens as their bytes in hexadecimal; how it gets to
-the page is the business of `basic.analysis.playground_server`. What is sent is bounded, however long the text: the
-first tokens of it, and the totals of all of it.
+All answers are plain lists and numbers, for JSON; tokens are sent as their bytes in hexadecimal. The size of an answer
+is bounded: it contains the first tokens of a long text, and statistics over all of them. `playground_server` serves
+the page and these answers.
 """
 
 from __future__ import annotations
@@ -17,53 +17,54 @@ from typing import Any
 import numpy as np
 import torch
 
+from basic.common.errors import InvalidInputError
 from basic.generation.text import stream
 from basic.model import TransformerLM
 from basic.Tokenizer import Tokenizer
 from basic.training.run_folder import Run
-from basic.transformer.functional import at_least_float32, softmax, token_nats
+from basic.transformer.functional import at_least_float32, softmax, token_losses
 
-SHOWN_TOKENS = 3000
-"""Tokens of a text that are sent to be drawn."""
-SCORED_TOKENS = 1024
-"""Most tokens of a text that the model judges, if its context is longer than this."""
-LIKELIEST = 10
-"""Tokens that are named for each place."""
+MAX_SHOWN_TOKENS = 3000
+"""Tokens of a text that are sent to the page."""
+MAX_SCORED_TOKENS = 1024
+"""Tokens of a text that the model scores, if its context is longer."""
+NUM_CANDIDATES = 10
+"""Most probable tokens that are listed for each position."""
 
 
 def find_tokenizers(runs: str | os.PathLike) -> dict[str, Path]:
-    """The folders of saved tokenizers among the runs, by name: a run's own, or one that lies there by itself."""
+    """Find the saved tokenizers in a folder of runs: those of the runs, and tokenizer folders beside them, by name."""
     folder = Path(runs)
-    found = {}
+    tokenizers = {}
     for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
         for candidate in (entry / "tokenizer", entry):
             if (candidate / "special_tokens.json").is_file():
-                found[entry.name] = candidate
+                tokenizers[entry.name] = candidate
                 break
-    return found
+    return tokenizers
 
 
 def newest_run(runs: str | os.PathLike) -> Path | None:
-    """The run with the checkpoint that was written last, None where there is no run with a tokenizer yet."""
-    written = {
+    """Return the run with a tokenizer and the most recently written checkpoint; None without any."""
+    modified = {
         path: path.stat().st_mtime
         for path in Path(runs).glob("*/checkpoints/step_*")
         if (path.parents[1] / "tokenizer").is_dir()
     }
-    return max(written, key=lambda path: written[path]).parents[1] if written else None
+    return max(modified, key=lambda path: modified[path]).parents[1] if modified else None
 
 
 class Playground:
-    """Answers to what the page asks; methods may be called from several threads.
+    """Answers the requests of the page; methods may be called from several threads.
 
     Args:
-        runs: folder of runs, looked through again whenever the page asks what there is.
-        run: the model to talk to; None for tokenizers alone.
-        name: how the page calls that run.
-        gpt2: GPT-2's vocabulary and merges files, for comparison.
+        runs: folder of runs, searched for tokenizers at every request that needs their list.
+        run: the model to use; None: tokenizers only.
+        name: the run's name on the page.
+        gpt2: paths of GPT-2's vocabulary and merges, for comparison.
 
     Raises:
-        ValueError: the run has no tokenizer, without which it cannot be talked to.
+        InvalidInputError: the run has no tokenizer.
     """
 
     def __init__(
@@ -76,14 +77,14 @@ class Playground:
     ) -> None:
         self._runs, self._run, self._name, self._gpt2 = runs, run, name, gpt2
         self._loaded: dict[str, tuple[Any, Tokenizer]] = {}
-        self._lock = threading.Lock()  # of the tokenizers: two at once would only wait for each other
+        self._lock = threading.Lock()  # for the tokenizers
         if run is not None:
             if run.tokenizer_path is None:
-                raise ValueError(f"{name} has no tokenizer/ folder, which turns text into the model's ids")
+                raise InvalidInputError(f"the run {name} has no tokenizer/ folder; choose a run that has one")
             self._model_tokenizer = Tokenizer.load(run.tokenizer_path)
 
     def about(self) -> dict[str, Any]:
-        """The tokenizers and the model at hand."""
+        """Describe the available tokenizers and the model."""
         model = None
         if self._run is not None:
             model = {
@@ -93,70 +94,71 @@ class Playground:
                 "vocab_size": self._model_tokenizer.vocab_size,
                 "step": self._run.step,
             }
-        return {"tokenizers": list(self._sources()), "model": model}
+        return {"tokenizers": list(self._tokenizer_sources()), "model": model}
 
     def tokenize(self, tokenizer_id: str, text: str) -> dict[str, Any]:
-        """The first tokens of a text, and how many there are.
+        """Tokenize a text; return its first tokens and statistics over all of them.
 
         Args:
-            tokenizer_id: one of those that `about` lists; it is looked up there, never taken for a path.
+            tokenizer_id: a name that `about` lists; it is never used as a path.
 
         Raises:
-            KeyError: there is none of that name.
-            OSError, ValueError: its files are gone or damaged.
+            KeyError: the name is unknown.
+            OSError, DamagedFileError: the tokenizer's files are missing or damaged.
         """
         with self._lock:
-            tokenizer = self._tokenizer(tokenizer_id)
+            tokenizer = self._load_tokenizer(tokenizer_id)
             ids = tokenizer.encode_array(text)
-        shown = ids[:SHOWN_TOKENS].tolist()
         return {
             "tokens": len(ids),
             "distinct": len(np.unique(ids)),
             "bytes": len(tokenizer.decode_bytes(ids)),
             "vocab_size": tokenizer.vocab_size,
-            **_named(tokenizer, shown),
+            **_describe_tokens(tokenizer, ids[:MAX_SHOWN_TOKENS].tolist()),
         }
 
-    def score(self, text: str, *, keep_end: bool = False) -> dict[str, Any]:
-        """What the model thought of each token of a text before it saw it.
+    def evaluate(self, text: str, *, keep_end: bool = False) -> dict[str, Any]:
+        """Compute the model's loss and its most probable tokens at each token of a text.
 
-        The text stands behind an end-of-text token, as documents do in training, so that its first token is
-        judged too. Of a text longer than the context only the beginning, or the end, is seen.
+        The text follows an end-of-text token, as documents do in training, so that its first token has a loss too.
+
+        Args:
+            keep_end: of a text longer than the context, evaluate the end instead of the start.
 
         Returns:
-            `tokens` of the whole text, and where among them the `first` seen one stands; `nats`, the loss of each
-            token; `ranks`, one more than the number of tokens that the model found likelier; and in `likeliest` the
-            ids and probabilities of the likeliest tokens at each place, with one place more than there are tokens
-            where the context has room: the next token. Nothing is known (None) about a first token that stands
-            behind no other.
+            `tokens`: number of tokens of the text. `first`: index of the first evaluated token. `nats`: loss of each
+            evaluated token. `ranks`: 1 + the number of tokens with a higher probability. `likeliest`: ids and
+            probabilities of the NUM_CANDIDATES most probable tokens at each position; if the context is not full, one
+            more position follows, for the next token. A first token without context has None in all three lists.
 
         Raises:
-            ValueError: there is no model, or the text cannot be encoded.
+            InvalidInputError: there is no model, or the text cannot be encoded.
         """
-        run, tokenizer = self._model()
+        run, tokenizer = self._require_model()
         with self._lock:
             ids = tokenizer.encode_array(text)
-        room = min(run.config.model.context_length, SCORED_TOKENS)
+        max_inputs = min(run.config.model.context_length, MAX_SCORED_TOKENS)
         end_id = tokenizer.special_token_ids.get(run.config.train.end_of_text)
-        start = [] if end_id is None else [end_id]
-        most = room + 1 - len(start)  # the last one may be judged without being read
-        if keep_end and len(ids) > most:
-            first, start = len(ids) - room - 1, []
-            seen = ids[first:].tolist()
+        prefix = [] if end_id is None else [end_id]
+        max_tokens = max_inputs + 1 - len(prefix)  # the last token is a target, but not an input
+        if keep_end and len(ids) > max_tokens:
+            first, prefix = len(ids) - max_inputs - 1, []
+            evaluated = ids[first:].tolist()
         else:
-            first, seen = 0, ids[:most].tolist()
-        row, blind = [*start, *seen], [None] * (1 - len(start)) if seen else []
-        nats, ranks, likeliest = _judged(run.model, row, room, tokenizer.vocab_size)
-        named = {token_id for place in likeliest for token_id, _ in place if token_id in tokenizer.vocab}
-        num_bytes = len(tokenizer.decode_bytes(row[1:]))
+            first, evaluated = 0, ids[:max_tokens].tolist()
+        sequence = [*prefix, *evaluated]
+        without_context = [None] * (1 - len(prefix)) if evaluated else []
+        nats, ranks, likeliest = _evaluate_sequence(run.model, sequence, max_inputs, tokenizer.vocab_size)
+        candidate_ids = {token_id for position in likeliest for token_id, _ in position if token_id in tokenizer.vocab}
+        num_bytes = len(tokenizer.decode_bytes(sequence[1:]))
         return {
             "tokens": len(ids),
             "first": first,
-            **_named(tokenizer, seen),
-            "nats": blind + [_short(x) for x in nats],
-            "ranks": blind + ranks,
-            "likeliest": blind + likeliest,
-            "names": {token_id: tokenizer.vocab[token_id].hex() for token_id in named},
+            **_describe_tokens(tokenizer, evaluated),
+            "nats": without_context + [_round(x) for x in nats],
+            "ranks": without_context + ranks,
+            "likeliest": without_context + likeliest,
+            "names": {token_id: tokenizer.vocab[token_id].hex() for token_id in candidate_ids},
             "mean_nats": sum(nats) / len(nats) if nats else None,
             "bits_per_byte": sum(nats) / math.log(2) / num_bytes if num_bytes else None,
         }
@@ -164,24 +166,27 @@ class Playground:
     def generate(
         self, prompt: str, max_new_tokens: int, *, temperature: float, top_p: float, seed: int | None
     ) -> Iterator[dict[str, Any]]:
-        """Continue a text: first how much of it the model sees, then pieces of new text as they come.
+        """Generate a continuation: first the length of the prompt, then text as it is generated.
 
         Args:
-            prompt: nothing for a new document; of a long one the last tokens count.
+            prompt: empty: start a new document; of a prompt longer than the context, the last tokens are used.
             max_new_tokens, temperature, top_p, seed: as for `basic.generation.sampling.generate`.
 
+        Yields:
+            {"tokens": prompt tokens, "seen": prompt tokens that the model uses}, then {"text": new text} repeatedly.
+
         Raises:
-            ValueError: there is no model, or a setting is out of its range.
+            InvalidInputError: there is no model, or an argument is out of its range.
         """
-        run, tokenizer = self._model()
+        run, tokenizer = self._require_model()
         with self._lock:
             num_tokens = len(tokenizer.encode_array(prompt))
         yield {"tokens": num_tokens, "seen": min(num_tokens, run.config.model.context_length)}
         end_of_text = run.config.train.end_of_text
-        pieces = stream(
+        texts = stream(
             run.model,
             tokenizer,
-            run.begun(prompt or end_of_text),
+            run.with_document_start(prompt or end_of_text),
             max_new_tokens,
             temperature=temperature,
             top_k=None,
@@ -189,16 +194,16 @@ class Playground:
             seed=seed,
             end_of_text=end_of_text,
         )
-        for piece in pieces:
-            yield {"text": piece}
+        for text in texts:
+            yield {"text": text}
 
-    def _model(self) -> tuple[Run, Tokenizer]:
+    def _require_model(self) -> tuple[Run, Tokenizer]:
         if self._run is None:
-            raise ValueError("there is no model here; start the playground with a run: local/playground.py runs/NAME")
+            raise InvalidInputError("there is no model; start the playground with a run: local/playground.py runs/NAME")
         return self._run, self._model_tokenizer
 
-    def _sources(self) -> dict[str, Path | tuple[Path, Path]]:
-        """Where each tokenizer is read from, by the name that the page knows it by."""
+    def _tokenizer_sources(self) -> dict[str, Path | tuple[Path, Path]]:
+        """Map the name of each tokenizer to its folder, or to its vocabulary and merges files."""
         sources: dict[str, Path | tuple[Path, Path]] = {}
         if self._run is not None and self._run.tokenizer_path is not None:
             sources[self._name] = self._run.tokenizer_path
@@ -207,10 +212,10 @@ class Playground:
             sources["GPT-2"] = self._gpt2
         return sources
 
-    def _tokenizer(self, tokenizer_id: str) -> Tokenizer:
-        source = self._sources()[tokenizer_id]
+    def _load_tokenizer(self, tokenizer_id: str) -> Tokenizer:
+        source = self._tokenizer_sources()[tokenizer_id]
         files = source if isinstance(source, tuple) else (source / "special_tokens.json",)
-        # A run that was trained anew has another tokenizer under the same name.
+        # A run that was trained again may have another tokenizer under the same name.
         version = (source, *(path.stat().st_mtime_ns for path in files))
         if self._loaded.get(tokenizer_id, (None,))[0] != version:
             if isinstance(source, tuple):
@@ -222,36 +227,40 @@ class Playground:
 
 
 @torch.inference_mode()
-def _judged(
-    model: TransformerLM, row: list[int], room: int, vocab_size: int
+def _evaluate_sequence(
+    model: TransformerLM, ids: list[int], max_inputs: int, vocab_size: int
 ) -> tuple[list[float], list[int], list[list[tuple[int, float]]]]:
-    """The loss and the rank of each id of a row but the first, and the likeliest ids with their probabilities behind
-    each of its first `room` ids."""
-    if not row:
+    """Compute losses and ranks of all ids but the first, and the most probable next ids after each input.
+
+    Args:
+        ids: at most max_inputs + 1; the first max_inputs are inputs.
+        vocab_size: ids below this are candidates; the model's vocabulary may be padded.
+    """
+    if not ids:
         return [], [], []
     device = model.token_embeddings.weight.device
-    inputs, targets = (torch.tensor(part, dtype=torch.int64, device=device) for part in (row[:room], row[1:]))
+    inputs, targets = (torch.tensor(x, dtype=torch.int64, device=device) for x in (ids[:max_inputs], ids[1:]))
     logits = model(inputs.unsqueeze(0))[0, :, :vocab_size]
-    judged = logits[: len(targets)]
-    ranks = 1 + (judged > judged.gather(-1, targets.unsqueeze(-1))).sum(-1)
-    probabilities, ids = softmax(at_least_float32(logits), -1).topk(min(LIKELIEST, logits.shape[-1]))
+    target_logits = logits[: len(targets)]
+    ranks = 1 + (target_logits > target_logits.gather(-1, targets.unsqueeze(-1))).sum(-1)
+    probabilities, top_ids = softmax(at_least_float32(logits), -1).topk(min(NUM_CANDIDATES, logits.shape[-1]))
     likeliest = [
-        [(token_id, _short(p)) for token_id, p in zip(*place, strict=True)]
-        for place in zip(ids.tolist(), probabilities.tolist(), strict=True)
+        [(token_id, _round(p)) for token_id, p in zip(*candidates, strict=True)]
+        for candidates in zip(top_ids.tolist(), probabilities.tolist(), strict=True)
     ]
-    return token_nats(judged, targets).tolist(), ranks.tolist(), likeliest
+    return token_losses(target_logits, targets).tolist(), ranks.tolist(), likeliest
 
 
-def _named(tokenizer: Tokenizer, ids: Sequence[int]) -> dict[str, Any]:
-    """Ids with their bytes in hexadecimal, and which of them are special tokens."""
-    special = set(tokenizer.special_token_ids.values())
+def _describe_tokens(tokenizer: Tokenizer, ids: Sequence[int]) -> dict[str, Any]:
+    """Return ids, their bytes in hexadecimal, and the indices of special tokens."""
+    special_ids = set(tokenizer.special_token_ids.values())
     return {
         "ids": list(ids),
         "pieces": [tokenizer.vocab[token_id].hex() for token_id in ids],
-        "special": [place for place, token_id in enumerate(ids) if token_id in special],
+        "special": [index for index, token_id in enumerate(ids) if token_id in special_ids],
     }
 
 
-def _short(x: float) -> float:
-    """Four digits, which is more than anyone reads: a page holds ten thousand of them."""
+def _round(x: float) -> float:
+    """Round to four significant digits, which keeps the JSON of long texts small."""
     return float(f"{x:.4g}")

@@ -1,8 +1,8 @@
-"""The playground over HTTP: one page and the questions it asks, for this page and this machine alone.
+"""The playground's HTTP server: one page and its JSON API, for browsers on this machine.
 
-A page from elsewhere must not read what is typed here, nor keep the processor busy. So every request must name this
-machine (a stranger's domain that was pointed at 127.0.0.1 does not), every question must come from our own page, and
-that page may load nothing and talk to nobody but this server.
+Pages from other sites must not read what the user types, nor use the processor. So the Host header must name this
+machine (which blocks DNS rebinding), POST requests must come from our own page (same origin), and the page's content
+security policy allows connections only to this server.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
+from string import Template
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -30,113 +31,127 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from basic.analysis.playground import Playground
+from basic.common.errors import BasicError, InvalidInputError
 
 MAX_TEXT_CHARACTERS = 8 << 20
-MAX_BODY_BYTES = 6 * MAX_TEXT_CHARACTERS + 4096  # JSON may take six bytes to write a character
 MAX_NEW_TOKENS = 1000
 
 
-def create_app(playground: Playground, *, host: str = "127.0.0.1") -> Starlette:
-    """The ASGI application.
+def create_app(
+    playground: Playground, *, host: str = "127.0.0.1", max_text_characters: int = MAX_TEXT_CHARACTERS
+) -> Starlette:
+    """Create the ASGI application.
 
     Args:
-        playground: answers the questions.
-        host: the address that the server is told to listen on; if it is a name, requests may use it.
+        playground: computes the answers.
+        host: the address that the server listens on; if it is a name, requests may use it as their Host.
+        max_text_characters: longest text of a request.
     """
-    html = (Path(__file__).parent / "pages" / "playground.html").read_text(encoding="utf-8")
-    # One of each kind at a time: another would only slow down the first. Whoever has left meanwhile is passed over.
-    encoding, judging, generating = (anyio.Semaphore(1) for _ in range(3))
+    html = read_page()
+    # One request of each kind runs at a time; more would only slow down each other.
+    tokenizing, evaluating, generating = (anyio.Semaphore(1) for _ in range(3))
 
-    async def answer(request: Request, turn: anyio.Semaphore, ask: Callable[[], dict]) -> Response:
-        async with turn:
+    async def read_body(request: Request) -> RequestBody:
+        return await RequestBody.read(request, max_text_characters)
+
+    async def answer(request: Request, semaphore: anyio.Semaphore, compute: Callable[[], dict]) -> Response:
+        async with semaphore:
             if await request.is_disconnected():
                 raise ClientDisconnect
-            return JSONResponse(await run_in_threadpool(ask))
+            return JSONResponse(await run_in_threadpool(compute))
 
     async def page(request: Request) -> Response:
         return HTMLResponse(html)
 
     async def about(request: Request) -> Response:
-        limits = {"characters": MAX_TEXT_CHARACTERS, "new_tokens": MAX_NEW_TOKENS}
+        limits = {"characters": max_text_characters, "new_tokens": MAX_NEW_TOKENS}
         return JSONResponse(await run_in_threadpool(playground.about) | {"limits": limits})
 
     async def tokenize(request: Request) -> Response:
-        question = await read_question(request)
-        name, text = question.text("tokenizer"), question.text("text")
+        body = await read_body(request)
+        name, text = body.text("tokenizer"), body.text("text")
         try:
-            return await answer(request, encoding, partial(playground.tokenize, name, text))
+            return await answer(request, tokenizing, partial(playground.tokenize, name, text))
         except KeyError:
-            message = f"there is no tokenizer {name[:80]!r} here; reload the page for those there are"
+            message = f"there is no tokenizer {name[:80]!r}; reload the page for the current list"
             raise HTTPException(404, message) from None
 
     async def score(request: Request) -> Response:
-        question = await read_question(request)
-        text, keep_end = question.text("text"), question.flag("keep_end")
-        return await answer(request, judging, partial(playground.score, text, keep_end=keep_end))
+        body = await read_body(request)
+        text, keep_end = body.text("text"), body.flag("keep_end")
+        return await answer(request, evaluating, partial(playground.evaluate, text, keep_end=keep_end))
 
     async def generate(request: Request) -> Response:
-        question = await read_question(request)
-        pieces = playground.generate(
-            question.text("prompt"),
-            int(question.number("max_new_tokens", 1, MAX_NEW_TOKENS, whole=True)),
-            temperature=question.number("temperature", 0, 10),
-            top_p=question.number("top_p", 1e-6, 1),
-            seed=int(question.number("seed", 0, 2**63 - 1, whole=True)) if question.has("seed") else None,
+        body = await read_body(request)
+        updates = playground.generate(
+            body.text("prompt"),
+            body.integer("max_new_tokens", 1, MAX_NEW_TOKENS),
+            temperature=body.number("temperature", 0, 10),
+            top_p=body.number("top_p", 1e-6, 1),
+            seed=body.integer("seed", 0, 2**63 - 1) if body.has("seed") else None,
         )
 
         async def lines() -> AsyncIterator[str]:
             try:
-                while (piece := await run_in_threadpool(next, pieces, None)) is not None:
-                    yield json.dumps(piece) + "\n"
-            except (ValueError, OSError, RuntimeError) as error:
+                while (update := await run_in_threadpool(next, updates, None)) is not None:
+                    yield json.dumps(update) + "\n"
+            except (BasicError, OSError, RuntimeError) as error:
                 yield json.dumps({"error": str(error)}) + "\n"
             else:
                 yield json.dumps({"done": True}) + "\n"
 
-        return StreamInTurn(generating, lines())
+        return QueuedStreamingResponse(generating, lines())
 
     return Starlette(
         routes=[
             Route("/", page),
             Route("/api/about", about),
-            *(Route(f"/api/{ask.__name__}", ask, methods=["POST"]) for ask in (tokenize, score, generate)),
+            *(Route(f"/api/{handler.__name__}", handler, methods=["POST"]) for handler in (tokenize, score, generate)),
         ],
-        middleware=[Middleware(Guard, host=host, content_security_policy=content_security_policy(html))],
-        exception_handlers=dict.fromkeys((HTTPException, ValueError, OSError, ClientDisconnect), refuse)
-        | {Exception: fail},
+        middleware=[Middleware(SameOriginMiddleware, host=host, content_security_policy=content_security_policy(html))],
+        exception_handlers=dict.fromkeys((HTTPException, BasicError, OSError, ClientDisconnect), client_error)
+        | {Exception: server_error},
     )
 
 
-async def refuse(request: Request, error: Exception) -> Response:
-    """What was wrong with a question."""
+def read_page() -> str:
+    """Return the page, self-contained: playground.html with the style and the script inserted."""
+    pages = Path(__file__).parent / "pages"
+    return Template((pages / "playground.html").read_text("utf-8")).substitute(
+        style=(pages / "playground.css").read_text("utf-8"),
+        script=(pages / "playground.js").read_text("utf-8"),
+    )
+
+
+async def client_error(request: Request, error: Exception) -> Response:
+    """Answer a request that cannot be served with the error's message."""
     if isinstance(error, HTTPException):
         return JSONResponse({"error": error.detail}, error.status_code)
     return JSONResponse({"error": str(error)}, 400)
 
 
-async def fail(request: Request, error: Exception) -> Response:
-    """What went wrong here."""
-    return JSONResponse({"error": f"{type(error).__name__}: {error}; the terminal has the details"}, 500)
+async def server_error(request: Request, error: Exception) -> Response:
+    """Answer a request that failed because of a bug."""
+    return JSONResponse({"error": f"{type(error).__name__}: {error}; see the terminal for details"}, 500)
 
 
-class StreamInTurn(StreamingResponse):
-    """Lines of JSON, begun when nobody else's are being written. When the client leaves, the line at hand is the last
-    one."""
+class QueuedStreamingResponse(StreamingResponse):
+    """A stream of JSON lines that starts when the semaphore is free, and stops when the client disconnects."""
 
     media_type = "application/x-ndjson"
 
-    def __init__(self, turn: anyio.Semaphore, lines: AsyncIterator[str]) -> None:
+    def __init__(self, semaphore: anyio.Semaphore, lines: AsyncIterator[str]) -> None:
         super().__init__(lines)
-        self.turn = turn
+        self.semaphore = semaphore
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Not in the iterator: who is cancelled while a line is sent leaves that as it stands.
-        async with self.turn:
+        # Acquired here and not in the iterator, which is not closed when sending is cancelled.
+        async with self.semaphore:
             await super().__call__(scope, receive, send)
 
 
-class Guard:
-    """Refuses what our own page would not send, and tells browsers to hold the page to itself."""
+class SameOriginMiddleware:
+    """Rejects requests that our own page does not send, and adds security headers to all responses."""
 
     def __init__(self, app: ASGIApp, *, host: str, content_security_policy: str) -> None:
         self.app, self.host = app, host.lower()
@@ -159,28 +174,27 @@ class Guard:
                 MutableHeaders(scope=message).update(self.headers)
             await send(message)
 
-        app = self.app if (reason := self.objection(scope)) is None else JSONResponse({"error": reason}, 403)
+        app = self.app if (reason := self.rejection(scope)) is None else JSONResponse({"error": reason}, 403)
         await app(scope, receive, send_with_headers)
 
-    def objection(self, scope: Scope) -> str | None:
-        """Why a request is refused, None if it is not."""
+    def rejection(self, scope: Scope) -> str | None:
+        """Return the reason to reject a request, None if it is allowed."""
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if not self._is_ours(host):
-            return f"this server does not answer to {host[:100]!r}; use its address, such as http://127.0.0.1:8000"
+        if not self._is_allowed_host(host):
+            return (
+                f"the host name {host[:100]!r} is not allowed; use the server's address, such as http://127.0.0.1:8000"
+            )
         if scope["method"] in ("GET", "HEAD"):
             return None
-        if headers.get("sec-fetch-site", "same-origin") != "same-origin":
-            return "questions must come from this server's own page"
-        if "origin" in headers and headers["origin"].lower() not in (
-            f"http://{host}".lower(),
-            f"https://{host}".lower(),
-        ):
-            return "questions must come from this server's own page"
-        return None
+        own_origins = (f"http://{host}".lower(), f"https://{host}".lower())
+        is_same_site = headers.get("sec-fetch-site", "same-origin") == "same-origin"
+        if is_same_site and headers.get("origin", own_origins[0]).lower() in own_origins:
+            return None
+        return "requests must come from this server's own page"
 
-    def _is_ours(self, host: str) -> bool:
-        """Whether the Host header can only mean this server: an address, or a name that nobody else can point here."""
+    def _is_allowed_host(self, host: str) -> bool:
+        """Whether the Host header is an IP address or a name that no other site can resolve to this machine."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
             if name in ("localhost", self.host):
@@ -192,7 +206,7 @@ class Guard:
 
 
 def content_security_policy(html: str) -> str:
-    """What a browser shall let the page do: run the script and style that are in it, and ask this server."""
+    """Build the policy: only the page's own inline script and style run, and it connects only to this server."""
     hashes = {}
     for tag in ("script", "style"):
         contents = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
@@ -204,52 +218,57 @@ def content_security_policy(html: str) -> str:
     )
 
 
-class Question:
-    """The JSON object of a request, each value checked where it is taken out; what is wrong is a ValueError."""
+class RequestBody:
+    """The JSON object of a request; each method returns a field, or raises InvalidInputError that names it."""
 
-    def __init__(self, values: dict[str, Any]) -> None:
-        self._values = values
+    def __init__(self, fields: dict[str, Any], max_text_characters: int) -> None:
+        self._fields, self._max_text_characters = fields, max_text_characters
+
+    @classmethod
+    async def read(cls, request: Request, max_text_characters: int) -> RequestBody:
+        """Read the body of a request, up to a size limit."""
+        # Pages of other origins cannot send this content type without a preflight request, which we reject.
+        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+            raise HTTPException(415, "the request must be JSON (Content-Type: application/json)")
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > 6 * max_text_characters + 4096:  # a character is at most six bytes in JSON
+                message = f"the text is too long; at most {max_text_characters:,} characters are allowed"
+                raise HTTPException(413, message)
+        try:
+            fields = await run_in_threadpool(json.loads, bytes(body))
+        except (ValueError, RecursionError):
+            raise InvalidInputError("the request is not JSON") from None
+        if not isinstance(fields, dict):
+            raise InvalidInputError("the request must be a JSON object")
+        return cls(fields, max_text_characters)
 
     def has(self, name: str) -> bool:
-        return self._values.get(name) is not None
+        return self._fields.get(name) is not None
 
     def text(self, name: str) -> str:
-        value = self._values.get(name)
+        value, limit = self._fields.get(name), self._max_text_characters
         if not isinstance(value, str):
-            raise ValueError(f"{name} must be a text, got {value!r:.80}")
-        if len(value) > MAX_TEXT_CHARACTERS:
-            raise ValueError(f"{name} has {len(value):,} characters; at most {MAX_TEXT_CHARACTERS:,} are allowed")
+            raise InvalidInputError(f"{name} must be a string, got {value!r:.80}")
+        if len(value) > limit:
+            raise InvalidInputError(f"{name} has {len(value):,} characters; at most {limit:,} are allowed")
         return value
 
     def flag(self, name: str) -> bool:
-        value = self._values.get(name, False)
+        value = self._fields.get(name, False)
         if not isinstance(value, bool):
-            raise ValueError(f"{name} must be true or false, got {value!r:.80}")
+            raise InvalidInputError(f"{name} must be true or false, got {value!r:.80}")
         return value
 
-    def number(self, name: str, least: float, most: float, *, whole: bool = False) -> float:
-        value = self._values.get(name)
-        kinds = (int,) if whole else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
-            kind = "whole number" if whole else "number"
-            raise ValueError(f"{name} must be a {kind} from {least:,} to {most:,}, got {value!r:.80}")
+    def integer(self, name: str, low: int, high: int) -> int:
+        value = self._fields.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise InvalidInputError(f"{name} must be an integer from {low:,} to {high:,}, got {value!r:.80}")
         return value
 
-
-async def read_question(request: Request) -> Question:
-    """The body of a request, given up as soon as it is too long."""
-    # A form of another page cannot send this type without asking first, which is refused.
-    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-        raise HTTPException(415, "a question must be JSON (Content-Type: application/json)")
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise HTTPException(413, f"the text is too long; at most {MAX_TEXT_CHARACTERS:,} characters are allowed")
-    try:
-        values = await run_in_threadpool(json.loads, bytes(body))
-    except (ValueError, RecursionError):
-        raise ValueError("the question is not JSON") from None
-    if not isinstance(values, dict):
-        raise ValueError("the question must be a JSON object")
-    return Question(values)
+    def number(self, name: str, low: float, high: float) -> float:
+        value = self._fields.get(name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+            raise InvalidInputError(f"{name} must be a number from {low:,} to {high:,}, got {value!r:.80}")
+        return value

@@ -25,7 +25,7 @@ from basic.model import TransformerLM
 from basic.tokens.info import TokenFileInfo
 from basic.tokens.opening import known_info
 from basic.training.records.metrics import read_all_records
-from basic.training.run_folder import config_of
+from basic.training.run_folder import load_run_config
 from basic.training.settings import RunConfig
 
 Record = Mapping[str, Any]
@@ -58,7 +58,7 @@ def report_page(run_dir: str | os.PathLike, *, load_vocab: LoadVocab, floor_nats
         ValueError: the configuration or the vocabulary cannot be read.
     """
     run_dir = Path(run_dir)
-    config = config_of(run_dir)
+    config = load_run_config(run_dir)
     records = read_all_records(run_dir / "metrics.jsonl")
     training = [record for record in records if "kind" not in record]
     files = {

@@ -15,7 +15,7 @@ from basic.analysis.evaluation import (
     document_nats,
     evaluate_tokens,
 )
-from basic.common.errors import InvalidInputError
+from basic.common.errors import InvalidInputError, WrongTokenizerError
 from basic.model import ModelConfig, TransformerLM
 from basic.training.batches import BatchSampler
 from basic.training.step import mean_loss
@@ -154,12 +154,16 @@ def test_uniform_model_has_loss_log_vocab_size(model):
         ([3, 4], {"stride": 0}, "stride must be from 1 to context_length=16, got 0"),
         ([3, 4], {"stride": 17}, "stride must be from 1 to context_length=16, got 17"),
         ([3, 4], {"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ([3, 4, VOCAB], {}, "token id 19 at position 2 is not in the vocabulary of 19 ids"),
     ],
 )
 def test_invalid_input_is_an_error(model, tokens, settings, message):
     with pytest.raises(InvalidInputError, match=message):
         evaluate_tokens(model, np.array(tokens, np.uint16), **settings)
+
+
+def test_token_id_outside_the_vocabulary_is_an_error(model):
+    with pytest.raises(WrongTokenizerError, match="token id 19 at position 2 is not in the vocabulary of 19 ids"):
+        evaluate_tokens(model, np.array([3, 4, VOCAB], np.uint16))
 
 
 # --- Bigram model ---------------------------------------------------------------------------------------------

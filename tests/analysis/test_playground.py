@@ -1,8 +1,11 @@
-"""The playground's answers and its server: what it shows is true, and nobody else gets at it."""
+"""The playground's answers against plain computations, and its server: API, limits and security headers."""
 
+import base64
+import hashlib
 import json
 import math
 import os
+import re
 import runpy
 from pathlib import Path
 
@@ -11,8 +14,7 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from basic.analysis import playground_server
-from basic.analysis.playground import LIKELIEST, SHOWN_TOKENS, Playground, find_tokenizers, newest_run
+from basic.analysis.playground import MAX_SHOWN_TOKENS, NUM_CANDIDATES, Playground, find_tokenizers, newest_run
 from basic.analysis.playground_server import MAX_TEXT_CHARACTERS, create_app
 from basic.generation.text import complete
 from basic.model import ModelConfig, TransformerLM
@@ -25,20 +27,22 @@ MERGES = [(b"t", b"h"), (b"th", b"e"), (b" ", b"the")]
 CONTEXT = 12
 
 
-def make_playground(folder: Path, special_tokens: tuple[str, ...] = (END,)) -> Playground:
-    """A folder of runs, one with an untrained model whose output layer is a little wild, and a tokenizer by itself."""
+def make_playground(
+    folder: Path, special_tokens: tuple[str, ...] = (END,), playground_class: type[Playground] = Playground
+) -> Playground:
+    """A folder with a run, whose untrained model has large logits, and a tokenizer folder beside the run."""
     tokens = [bytes([i]) for i in range(256)] + [left + right for left, right in MERGES]
     Tokenizer(dict(enumerate(tokens)), MERGES, special_tokens, kernels=False).save(folder / "tiny" / "tokenizer")
     Tokenizer(dict(enumerate(tokens[:256])), [], kernels=False).save(folder / "bytes")
     (folder / "notes.txt").write_text("nothing")
     torch.manual_seed(0)
-    # Room for more ids than the tokenizer has, which must never come up.
+    # The model's vocabulary is larger than the tokenizer's; the extra ids must never appear.
     shape = ModelConfig(vocab_size=300, context_length=CONTEXT, d_model=16, num_layers=1, num_heads=2)
     model = TransformerLM(shape).eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(6)
     run = Run(model, RunConfig(model=shape, train=TrainConfig(steps=1)), folder / "tiny" / "tokenizer", 7)
-    return Playground(folder, run, "tiny")
+    return playground_class(folder, run, "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +63,7 @@ def client(playground) -> TestClient:
 # --- Answers ----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_at_hand_is_found(tmp_path):
+def test_tokenizers_and_newest_run_are_found(tmp_path):
     playground = make_playground(tmp_path)
     assert {name: path.name for name, path in find_tokenizers(tmp_path).items()} == {
         "tiny": "tokenizer",
@@ -82,25 +86,25 @@ def test_what_is_at_hand_is_found(tmp_path):
     "text", ["", "the theme", f"a{END}{END} b", "é\u0301\u202e\0\r\n\t", "\ud83e\udd39 \ud800 the"]
 )
 @pytest.mark.parametrize("name", ["tiny", "bytes"])
-def test_tokens_are_the_tokenizers(folder, playground, name, text):
+def test_tokenize_matches_the_tokenizer(folder, playground, name, text):
     tokenizer = Tokenizer.load(find_tokenizers(folder)[name])
     ids = tokenizer.encode(text)
     answer = playground.tokenize(name, text)
     assert answer["ids"] == ids
     assert [bytes.fromhex(piece) for piece in answer["pieces"]] == [tokenizer.vocab[i] for i in ids]
-    assert [ids[place] for place in answer["special"]] == [i for i in ids if i in tokenizer.special_token_ids.values()]
+    assert [ids[index] for index in answer["special"]] == [i for i in ids if i in tokenizer.special_token_ids.values()]
     data = tokenizer.decode_bytes(ids)
     assert (answer["tokens"], answer["bytes"], answer["distinct"]) == (len(ids), len(data), len(set(ids)))
 
 
-def test_of_a_long_text_the_first_tokens_are_sent_and_all_are_counted(playground):
+def test_long_text_sends_the_first_tokens_and_counts_all(playground):
     answer = playground.tokenize("tiny", " the" * 10_000)
     assert answer["tokens"] == 10_000
     assert answer["bytes"] == 40_000
-    assert answer["ids"] == [258] * SHOWN_TOKENS
+    assert answer["ids"] == [258] * MAX_SHOWN_TOKENS
 
 
-def test_a_tokenizer_that_was_trained_anew_is_read_anew(tmp_path):
+def test_replaced_tokenizer_is_loaded_again(tmp_path):
     playground = make_playground(tmp_path)
     assert playground.tokenize("bytes", " the")["tokens"] == 4
     Tokenizer({i: bytes([i]) for i in range(256)} | {256: b"th"}, [(b"t", b"h")], kernels=False).save(
@@ -109,54 +113,54 @@ def test_a_tokenizer_that_was_trained_anew_is_read_anew(tmp_path):
     assert playground.tokenize("bytes", " the")["tokens"] == 3
 
 
-def judged_by_hand(playground, row, place):
-    """The distribution of the token at a place of a row of ids, from the row's part before it alone."""
+def reference_probabilities(playground, sequence, position):
+    """The model's distribution at a position of a sequence of ids, from a forward pass over the ids before it."""
     with torch.no_grad():
-        logits = playground._run.model(torch.tensor([row[:place]]))[0, -1, :260].double()
+        logits = playground._run.model(torch.tensor([sequence[:position]]))[0, -1, :260].double()
     return torch.exp(logits - logits.logsumexp(0))
 
 
 @pytest.mark.parametrize(
     ("text", "keep_end"), [("", False), ("the then", False), ("a the b the c the d the e", False), ("x the " * 9, True)]
 )
-def test_each_token_is_judged_by_what_stands_before_it(playground, text, keep_end):
+def test_losses_ranks_and_candidates_match_single_forward_passes(playground, text, keep_end):
     end_id, ids = 259, Tokenizer.load(playground._run.tokenizer_path).encode(text)
-    answer = playground.score(text, keep_end=keep_end)
-    cut = keep_end and len(ids) > CONTEXT
-    row = ids[-CONTEXT - 1 :] if cut else [end_id, *ids][: CONTEXT + 1]
-    seen = row if cut else row[1:]
-    assert (answer["tokens"], answer["ids"], answer["first"]) == (len(ids), seen, len(ids) - len(seen) if cut else 0)
-    nats, ranks, likeliest = [], [], []
-    for place in range(1, min(len(row), CONTEXT) + 1):
-        p = judged_by_hand(playground, row, place)
-        likeliest.append(p.argsort(descending=True)[:LIKELIEST].tolist())
-        if place < len(row):
-            nats.append(-math.log(p[row[place]]))
-            ranks.append(1 + int((p > p[row[place]]).sum()))
-        found = answer["likeliest"][place - 1 + cut]
-        assert [q for _, q in found] == pytest.approx(p.sort(descending=True).values[:LIKELIEST].tolist(), rel=1e-3)
-    blind = [None] if cut else []
-    assert answer["ranks"] == blind + ranks
-    assert answer["nats"][cut:] == pytest.approx(nats, rel=1e-3)
-    assert [[i for i, _ in found] for found in answer["likeliest"][cut:]] == likeliest
-    assert {int(i) for i in answer["names"]} == {i for found in likeliest for i in found}
+    answer = playground.evaluate(text, keep_end=keep_end)
+    is_end = keep_end and len(ids) > CONTEXT
+    sequence = ids[-CONTEXT - 1 :] if is_end else [end_id, *ids][: CONTEXT + 1]
+    evaluated = sequence if is_end else sequence[1:]
+    assert (answer["tokens"], answer["ids"]) == (len(ids), evaluated)
+    assert answer["first"] == (len(ids) - len(evaluated) if is_end else 0)
+    nats, ranks, candidates = [], [], []
+    for position in range(1, min(len(sequence), CONTEXT) + 1):
+        p = reference_probabilities(playground, sequence, position)
+        candidates.append(p.argsort(descending=True)[:NUM_CANDIDATES].tolist())
+        if position < len(sequence):
+            nats.append(-math.log(p[sequence[position]]))
+            ranks.append(1 + int((p > p[sequence[position]]).sum()))
+        actual = [q for _, q in answer["likeliest"][position - 1 + is_end]]
+        assert actual == pytest.approx(p.sort(descending=True).values[:NUM_CANDIDATES].tolist(), rel=1e-3)
+    assert answer["ranks"] == [None] * is_end + ranks
+    assert answer["nats"][is_end:] == pytest.approx(nats, rel=1e-3)
+    assert [[i for i, _ in position] for position in answer["likeliest"][is_end:]] == candidates
+    assert {int(i) for i in answer["names"]} == {i for position in candidates for i in position}
     if nats:
         assert answer["mean_nats"] == pytest.approx(sum(nats) / len(nats))
-        num_bytes = sum(len(bytes.fromhex(piece)) for piece in answer["pieces"][cut:])
+        num_bytes = sum(len(bytes.fromhex(token)) for token in answer["pieces"][is_end:])
         assert answer["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / num_bytes)
     else:
         assert answer["mean_nats"] is answer["bits_per_byte"] is None
 
 
-def test_without_an_end_of_text_token_nothing_is_known_of_the_first_token(tmp_path):
-    answer = make_playground(tmp_path, ()).score("the a")
+def test_first_token_has_no_loss_without_an_end_of_text_token(tmp_path):
+    answer = make_playground(tmp_path, ()).evaluate("the a")
     assert answer["nats"][0] is answer["ranks"][0] is answer["likeliest"][0] is None
     assert len(answer["nats"]) == len(answer["ids"]) == 3
     assert len(answer["likeliest"]) == 4
-    assert make_playground(tmp_path, ()).score("")["likeliest"] == []
+    assert make_playground(tmp_path, ()).evaluate("")["likeliest"] == []
 
 
-def test_a_tokenizer_alone_says_that_there_is_no_model(tmp_path):
+def test_without_a_run_there_is_no_model(tmp_path):
     make_playground(tmp_path)
     client = TestClient(create_app(Playground(tmp_path)), base_url="http://localhost:1")
     assert client.get("/api/about").json()["model"] is None
@@ -170,28 +174,28 @@ SETTINGS = {"prompt": "the", "max_new_tokens": 6, "temperature": 1.0, "top_p": 0
 
 
 @pytest.mark.parametrize("prompt", ["the", "", "the " * 40])
-def test_a_continuation_comes_in_lines(client, playground, prompt):
+def test_generate_streams_json_lines(client, playground, prompt):
     tokenizer = Tokenizer.load(playground._run.tokenizer_path)
     response = client.post("/api/generate", json=SETTINGS | {"prompt": prompt})
-    first, *pieces, last = map(json.loads, response.text.splitlines())
+    first, *updates, last = map(json.loads, response.text.splitlines())
     num_tokens = len(tokenizer.encode(prompt))
     assert first == {"tokens": num_tokens, "seen": min(num_tokens, CONTEXT)}
     assert last == {"done": True}
     expected = complete(playground._run.model, tokenizer, [prompt or END], 6, top_p=0.9, seed=3)
-    assert ["".join(piece["text"] for piece in pieces)] == expected
-    assert len(pieces) > 1
+    assert ["".join(update["text"] for update in updates)] == expected
+    assert len(updates) > 1
 
 
-def test_when_the_client_leaves_the_model_stops_and_the_next_one_has_its_turn(playground, monkeypatch):
-    made = []
+def test_generation_stops_when_the_client_disconnects_and_the_next_request_starts(tmp_path):
+    updates = []
 
-    def endless(*arguments, **options):
-        while True:
-            made.append("x")
-            yield {"text": "x"}
+    class Endless(Playground):
+        def generate(self, *arguments, **options):
+            while True:
+                updates.append({"text": "x"})
+                yield updates[-1]
 
-    monkeypatch.setattr(playground, "generate", endless)
-    app = create_app(playground)
+    app = create_app(make_playground(tmp_path, playground_class=Endless))
     scope = {
         **{"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1"},
         **{"method": "POST", "scheme": "http", "path": "/api/generate", "raw_path": b"/api/generate", "root_path": ""},
@@ -200,22 +204,22 @@ def test_when_the_client_leaves_the_model_stops_and_the_next_one_has_its_turn(pl
     }
 
     async def listen(num_lines: int) -> None:
-        """Ask, read so many lines, and go."""
-        enough = anyio.Event()
-        left = num_lines
-        question = [{"type": "http.request", "body": json.dumps(SETTINGS).encode(), "more_body": False}]
+        """Send a request, receive so many lines, and disconnect."""
+        disconnected = anyio.Event()
+        num_left = num_lines
+        request = [{"type": "http.request", "body": json.dumps(SETTINGS).encode(), "more_body": False}]
 
         async def receive():
-            if question:
-                return question.pop()
-            await enough.wait()
+            if request:
+                return request.pop()
+            await disconnected.wait()
             return {"type": "http.disconnect"}
 
         async def send(message):
-            nonlocal left
-            left -= message["type"] == "http.response.body"
-            if left == 0:
-                enough.set()
+            nonlocal num_left
+            num_left -= message["type"] == "http.response.body"
+            if num_left == 0:
+                disconnected.set()
             await anyio.sleep(0)
 
         await app(scope, receive, send)
@@ -226,11 +230,11 @@ def test_when_the_client_leaves_the_model_stops_and_the_next_one_has_its_turn(pl
             await listen(3)
 
     anyio.run(twice)
-    assert 8 <= len(made) < 100
+    assert 8 <= len(updates) < 100
 
 
 @pytest.mark.parametrize("name", ["../tiny/tokenizer", "tiny/tokenizer", "..", "/etc", "notes.txt", "", "GPT-2"])
-def test_a_request_names_what_is_listed_and_nothing_else(client, name, folder):
+def test_unknown_tokenizer_names_and_paths_are_not_found(client, name, folder):
     answer = client.post("/api/tokenize", json={"tokenizer": name, "text": "x"})
     assert answer.status_code == 404
     assert "no tokenizer" in answer.json()["error"]
@@ -242,7 +246,7 @@ def test_a_request_names_what_is_listed_and_nothing_else(client, name, folder):
     [
         ({}, 200),
         ({"host": "localhost:8000", "origin": "http://localhost:8000", "sec-fetch-site": "same-origin"}, 200),
-        ({"host": "192.168.0.7:8000"}, 200),  # where it was told to listen there; no name can be pointed elsewhere
+        ({"host": "192.168.0.7:8000"}, 200),  # an address needs no DNS
         ({"host": "[::1]:8000", "origin": "http://[::1]:8000"}, 200),
         ({"host": "attacker.example"}, 403),
         ({"host": "127.0.0.1.attacker.example:8000"}, 403),
@@ -258,7 +262,7 @@ def test_a_request_names_what_is_listed_and_nothing_else(client, name, folder):
         ({"content-type": "application/x-www-form-urlencoded"}, 415),
     ],
 )
-def test_strangers_are_refused(client, headers, status):
+def test_requests_from_other_sites_are_rejected(client, headers, status):
     content = json.dumps({"tokenizer": "tiny", "text": "the"})
     answer = client.post("/api/tokenize", content=content, headers={"content-type": "application/json"} | headers)
     assert answer.status_code == status
@@ -267,26 +271,26 @@ def test_strangers_are_refused(client, headers, status):
         assert client.get("/", headers=headers).status_code == (200 if status == 200 else 403)
 
 
-def test_a_name_that_it_listens_on_may_be_asked_for(playground):
+def test_host_name_of_the_server_is_allowed(playground):
     client = TestClient(create_app(playground, host="lab.example"), base_url="http://LAB.example:8000")
     assert client.get("/api/about").status_code == 200
 
 
 @pytest.mark.parametrize(
-    ("path", "question", "message"),
+    ("path", "body", "message"),
     [
-        ("tokenize", "{", "the question is not JSON"),
-        ("tokenize", "[" * 100_000, "the question is not JSON"),
-        ("tokenize", "[]", "the question must be a JSON object"),
-        ("tokenize", {"tokenizer": "tiny"}, "text must be a text, got None"),
-        ("tokenize", {"tokenizer": 3, "text": ""}, "tokenizer must be a text, got 3"),
-        ("score", {"text": ["a"]}, "text must be a text, got ['a']"),
+        ("tokenize", "{", "the request is not JSON"),
+        ("tokenize", "[" * 100_000, "the request is not JSON"),
+        ("tokenize", "[]", "the request must be a JSON object"),
+        ("tokenize", {"tokenizer": "tiny"}, "text must be a string, got None"),
+        ("tokenize", {"tokenizer": 3, "text": ""}, "tokenizer must be a string, got 3"),
+        ("score", {"text": ["a"]}, "text must be a string, got ['a']"),
         ("score", {"text": "", "keep_end": 1}, "keep_end must be true or false, got 1"),
-        ("generate", SETTINGS | {"max_new_tokens": 0}, "max_new_tokens must be a whole number from 1 to 1,000, got 0"),
+        ("generate", SETTINGS | {"max_new_tokens": 0}, "max_new_tokens must be an integer from 1 to 1,000, got 0"),
         (
             "generate",
             SETTINGS | {"max_new_tokens": 1.5},
-            "max_new_tokens must be a whole number from 1 to 1,000, got 1.5",
+            "max_new_tokens must be an integer from 1 to 1,000, got 1.5",
         ),
         ("generate", SETTINGS | {"temperature": -1}, "temperature must be a number from 0 to 10, got -1"),
         ("generate", SETTINGS | {"temperature": True}, "temperature must be a number from 0 to 10, got True"),
@@ -296,40 +300,44 @@ def test_a_name_that_it_listens_on_may_be_asked_for(playground):
             "temperature must be a number from 0 to 10, got nan",
         ),
         ("generate", SETTINGS | {"top_p": 0}, "top_p must be a number from 1e-06 to 1, got 0"),
-        ("generate", SETTINGS | {"seed": -1}, "seed must be a whole number from 0 to"),
+        ("generate", SETTINGS | {"seed": -1}, "seed must be an integer from 0 to"),
     ],
 )
-def test_wrong_questions_are_answered_with_what_is_wrong(client, path, question, message):
-    content = question if isinstance(question, str) else json.dumps(question)
+def test_invalid_request_is_answered_with_an_error(client, path, body, message):
+    content = body if isinstance(body, str) else json.dumps(body)
     answer = client.post(f"/api/{path}", content=content, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     assert answer.json()["error"].startswith(message)
 
 
-def test_too_much_is_refused(client, monkeypatch):
-    monkeypatch.setattr(playground_server, "MAX_BODY_BYTES", 1000)
-    monkeypatch.setattr(playground_server, "MAX_TEXT_CHARACTERS", 500)
+def test_too_long_text_is_rejected(playground):
+    client = TestClient(create_app(playground, max_text_characters=500), base_url="http://127.0.0.1:8000")
+    assert client.get("/api/about").json()["limits"]["characters"] == 500
     assert client.post("/api/score", json={"text": "a" * 501}).json() == {
         "error": "text has 501 characters; at most 500 are allowed"
     }
-    answer = client.post("/api/score", json={"text": "a" * 1001})
+    answer = client.post("/api/score", json={"text": "a" * (6 * 500 + 4097)})
     assert (answer.status_code, "too long" in answer.json()["error"]) == (413, True)
     assert MAX_TEXT_CHARACTERS >= 5_000_000
 
 
-def test_other_paths_and_methods_are_errors_in_json(client):
+def test_unknown_paths_and_methods_are_json_errors(client):
     for path in ("/api/nothing", "/playground.py", "/..%2fREADME.md"):
         assert (client.get(path).status_code, client.get(path).json()) == (404, {"error": "Not Found"})
     assert client.get("/api/score").status_code == 405
 
 
-def test_the_page_takes_nothing_from_elsewhere(client):
+def test_page_is_self_contained_and_has_a_strict_policy(client):
     answer = client.get("/")
-    policy = dict(part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; "))
+    policy = dict(directive.split(" ", 1) for directive in answer.headers["content-security-policy"].split("; "))
     assert policy["default-src"] == "'none'"
     assert policy["connect-src"] == "'self'"
-    assert policy["script-src"].count("'sha256-") == policy["style-src"].count("'sha256-") == 1
     assert "unsafe" not in answer.headers["content-security-policy"]
+    for tag, directive in (("script", "script-src"), ("style", "style-src")):
+        (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", answer.text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert len(content) > 1000
+        assert policy[directive] == f"'sha256-{digest}'"
     page = answer.text.replace("http://www.w3.org/2000/svg", "")
     for word in (
         "http:",
@@ -353,7 +361,7 @@ def run_script(monkeypatch, *arguments: object) -> None:
     runpy.run_path(str(path), run_name="__main__")
 
 
-def test_the_script_serves_on_this_machine_alone_unless_told_otherwise(folder, monkeypatch, capsys):
+def test_script_listens_on_localhost_by_default(folder, monkeypatch, capsys):
     served = []
     monkeypatch.setattr("uvicorn.Server.run", lambda server, sockets: served.append((server.config.app, sockets[0])))
     missing = ("--gpt2-vocab", folder / "none.json")
@@ -362,9 +370,9 @@ def test_the_script_serves_on_this_machine_alone_unless_told_otherwise(folder, m
     host, port = listener.getsockname()
     listener.close()
     assert host == "127.0.0.1"
-    said = capsys.readouterr().out
-    assert f"open        http://127.0.0.1:{port}/" in said
-    assert "tokenizers  bytes, tiny\nmodel       none yet" in said
+    output = capsys.readouterr().out
+    assert f"open        http://127.0.0.1:{port}/" in output
+    assert "tokenizers  bytes, tiny\nmodel       none yet" in output
     client = TestClient(app, base_url=f"http://127.0.0.1:{port}")
     assert client.get("/api/about").json()["tokenizers"] == ["bytes", "tiny"]
 
@@ -377,7 +385,7 @@ def test_the_script_serves_on_this_machine_alone_unless_told_otherwise(folder, m
         (["--host", "256.0.0.1"], "error: "),
     ],
 )
-def test_the_script_fails_in_one_line(tmp_path, folder, monkeypatch, arguments, message):
+def test_script_errors_are_one_line(tmp_path, folder, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "runs").symlink_to(folder)

@@ -1,4 +1,4 @@
-"""The playground's page in a browser: typing, streaming, clicking, the keyboard, and texts that would break a page."""
+"""The playground's page in a browser: typing, streaming, mouse, keyboard, and texts that contain HTML."""
 
 import shutil
 import threading
@@ -14,8 +14,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from basic.analysis.playground import SHOWN_TOKENS, Playground
+from basic.analysis.playground import MAX_SHOWN_TOKENS, Playground
 from basic.analysis.playground_server import create_app
+from basic.common.errors import InvalidInputError
 from tests.analysis.test_playground import CONTEXT, make_playground
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -92,13 +93,13 @@ class Page:
         return self.js("return [...document.querySelectorAll(arguments[0])].map((node) => node.textContent)", css)
 
     def write(self, text: str) -> None:
-        """Put a text into the box as if it had been typed; keys cannot be pressed for all of them."""
+        """Set the text of the box, also with characters that no key produces."""
         self.js(
             "const t = document.querySelector('#text'); t.value = arguments[0]; t.dispatchEvent(new Event('input'))",
             text,
         )
 
-    def complaints(self) -> list[str]:
+    def console_messages(self) -> list[str]:
         return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] != "DEBUG"]
 
 
@@ -110,21 +111,21 @@ def page(driver, address) -> Page:
 LEFT, RIGHT = "#panes .card:nth-child(1) ", "#panes .card:nth-child(2) "
 
 
-def test_typed_text_becomes_tokens_side_by_side(page):
+def test_typed_text_is_tokenized_by_both_tokenizers(page):
     page.one("#clear").click()
     page.one("#text").send_keys("the the\n<")
     page.wait(lambda: page.texts(LEFT + ".t") == ["the", "·the", "↵", "<"])
     page.wait(lambda: page.texts(RIGHT + ".t") == ["t", "h", "e", "·", "t", "h", "e", "↵", "<"])
     assert page.texts(LEFT + "dd") == ["4", "9", "2.25", "4", "260"]
-    page.wait(lambda: page.one("#comparison").text == "bytes needs 125 % more tokens than tiny.")
+    page.wait(lambda: page.one("#comparison").text == "bytes needs 125% more tokens than tiny.")
     page.one("#view input[value=ids]").find_element(By.XPATH, "..").click()
     assert page.texts(LEFT + ".t") == ["257", "258", "10", "60"]
     page.one("#view input[value=bytes]").find_element(By.XPATH, "..").click()
     assert page.texts(LEFT + ".t") == ["74 68 65", "20 74 68 65", "0A", "3C"]
-    assert page.complaints() == []
+    assert page.console_messages() == []
 
 
-def test_arrow_keys_move_over_tokens_and_show_where_they_are_on_the_other_side(page):
+def test_arrow_keys_move_between_tokens_and_highlight_them_on_the_other_side(page):
     page.write("the the the")
     page.wait(lambda: len(page.all(LEFT + ".t")) == 3)
     page.wait(lambda: len(page.all(RIGHT + ".t")) == 11)
@@ -138,30 +139,30 @@ def test_arrow_keys_move_over_tokens_and_show_where_they_are_on_the_other_side(p
 
 
 @pytest.mark.parametrize("view", ["tokens", "model"])
-def test_hostile_text_is_only_text(driver, address, view):
+def test_html_in_the_text_is_shown_as_text(driver, address, view):
     page = Page(driver, address, view)
     page.write(HOSTILE)
     listing = "#scored" if view == "model" else LEFT + ".tokens"
     page.wait(lambda: "<" in "".join(page.texts(listing + " .t")[:1]))
     page.wait(lambda: not page.all(".busy"))
-    drawn = "".join(page.texts(listing + " .t"))
-    assert drawn.startswith("<img·src=x·o")
+    shown = "".join(page.texts(listing + " .t"))
+    assert shown.startswith("<img·src=x·o")
     if view == "tokens":
-        assert drawn.endswith("·U+0000·EFBBBF")
-        assert "</script><script>" in drawn
+        assert shown.endswith("·U+0000·EFBBBF")
+        assert "</script><script>" in shown
     page.js("document.querySelector(arguments[0]).click()", listing + " .t")
     assert page.driver.title == "basic · playground"
     assert page.all("main img, main script, main b.x") == []
     assert page.js("return document.querySelectorAll('script').length") == 1
-    # What turns the direction of writing, or puts an accent on its neighbour, stays within its token.
+    # Direction marks and combining characters affect only their own token.
     assert {
         page.js("return getComputedStyle(arguments[0]).unicodeBidi", token) for token in page.all(listing + " .t")[:9]
     } == {"isolate"}
-    assert page.complaints() == []
+    assert page.console_messages() == []
 
 
-def test_five_megabytes_are_pasted_without_a_stop(page):
-    page.one(RIGHT + "select option[value='']").click()  # once is enough
+def test_five_megabytes_can_be_pasted(page):
+    page.one(RIGHT + "select option[value='']").click()  # one tokenizer is enough
     page.one("#clear").click()
     page.js(
         """const data = new DataTransfer();
@@ -172,19 +173,19 @@ def test_five_megabytes_are_pasted_without_a_stop(page):
     assert len(page.one("#text").get_property("value")) == 40_000
     assert "and 4,960,000 more characters" in page.one("#tail").text
     page.wait(lambda: page.texts(LEFT + "dd")[:2] == ["1,250,000", "5,000,000"])
-    assert len(page.all(LEFT + ".t")) == SHOWN_TOKENS
-    assert "The first 3,000 of 1,250,000 tokens are drawn" in page.one(LEFT + ".note").text
+    assert len(page.all(LEFT + ".t")) == MAX_SHOWN_TOKENS
+    assert "Only the first 3,000 of 1,250,000 tokens are shown" in page.one(LEFT + ".note").text
     page.one("#tail button").click()
     page.wait(lambda: page.texts(LEFT + "dd")[1] == "40,000")
     page.one("#tab-model").click()
     page.wait(lambda: f"the first {CONTEXT} of 10,000" in page.one("#score-note").text)
 
 
-def test_a_clicked_token_shows_the_ten_likeliest_in_its_place(driver, address, playground):
+def test_clicked_token_shows_the_ten_most_probable_tokens(driver, address, playground):
     page = Page(driver, address, "model")
     page.write("the the")
     page.wait(lambda: page.texts("#scored .t") == ["the", "·the", "next?"])
-    answer = playground.score("the the")
+    answer = playground.evaluate("the the")
     assert page.texts("#score-stats dd")[1] == f"{answer['mean_nats']:.3f}"
     page.all("#scored .t")[1].click()
     rows = page.texts("#inspector li")
@@ -193,23 +194,23 @@ def test_a_clicked_token_shows_the_ten_likeliest_in_its_place(driver, address, p
     assert f"loss {answer['nats'][1]:.3f} nats" in page.one("#inspector").text
     assert [row.startswith("·the") for row in page.texts("#inspector li.actual")] == [True]
     page.driver.switch_to.active_element.send_keys(Keys.ARROW_RIGHT, Keys.ENTER)
-    assert page.one("#inspector .big").text == "What comes next"
+    assert page.one("#inspector .big").text == "Prediction"
     assert len(page.all("#inspector li")) == 10
-    assert page.complaints() == []
+    assert page.console_messages() == []
 
 
-def test_a_continuation_streams_and_stops(driver, playground, monkeypatch, tmp_path):
-    made = []
+def test_continuation_streams_and_stops(driver, tmp_path):
+    numbers = []
 
-    def slowly(prompt, max_new_tokens, **settings):
-        yield {"tokens": 1, "seen": 1}
-        for number in range(500):
-            time.sleep(0.02)
-            made.append(number)
-            yield {"text": f" <i>{number}"}
+    class Slow(Playground):
+        def generate(self, *arguments, **settings):
+            yield {"tokens": 1, "seen": 1}
+            for number in range(500):
+                time.sleep(0.02)
+                numbers.append(number)
+                yield {"text": f" <i>{number}"}
 
-    monkeypatch.setattr(playground, "generate", slowly)
-    with serving(playground) as address:
+    with serving(make_playground(tmp_path, playground_class=Slow)) as address:
         page = Page(driver, address, "model")
         page.write("the")
         page.wait(lambda: page.texts("#scored .t")[:1] == ["the"])
@@ -222,10 +223,10 @@ def test_a_continuation_streams_and_stops(driver, playground, monkeypatch, tmp_p
         page.one("#stop").click()
         page.wait(lambda: "Stopped: " in page.one("#progress").text)
         page.wait(lambda: page.all("#scored .t.new"))
-        count = len(made)
+        count = len(numbers)
         assert count < 400
         time.sleep(0.2)
-        assert len(made) <= count + 2  # the server has stopped too
+        assert len(numbers) <= count + 2  # the server has stopped too
         page.one("#adopt").click()
         assert page.one("#text").get_property("value").startswith("the <i>0 <i>1")
         page.one("#go").click()
@@ -236,19 +237,21 @@ def test_a_continuation_streams_and_stops(driver, playground, monkeypatch, tmp_p
         assert not page.one("#adopt").is_displayed()
 
 
-def test_errors_are_shown_in_the_page(driver, playground, address, monkeypatch):
-    page = Page(driver, address, "model")
+def test_errors_are_shown_in_the_page(driver, tmp_path):
+    class Failing(Playground):
+        def evaluate(self, text, **options):
+            if text == "another":
+                raise InvalidInputError("<b>not</b> possible")
+            return super().evaluate(text, **options)
 
-    def fails(*arguments, **options):
-        raise ValueError("<b>no</b> luck")
-
-    monkeypatch.setattr(playground, "score", fails)
-    page.write("another")
-    page.wait(lambda: page.one("#score-error").text == "<b>no</b> luck")
+    with serving(make_playground(tmp_path, playground_class=Failing)) as address:
+        page = Page(driver, address, "model")
+        page.write("another")
+        page.wait(lambda: page.one("#score-error").text == "<b>not</b> possible")
 
 
 @pytest.mark.parametrize("view", ["tokens", "model"])
-def test_a_phone_needs_no_sideways_scrolling(driver, address, view):
+def test_page_fits_the_width_of_a_phone(driver, address, view):
     driver.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
     )

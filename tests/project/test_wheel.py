@@ -42,7 +42,9 @@ def test_a_wheel_works_in_an_environment_of_its_own(tmp_path):
     run("uv", "build", "--wheel", "--out-dir", tmp_path, REPOSITORY, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    pages = {f"basic/analysis/pages/{name}" for name in ("report.html", "report.css", "report.js", "playground.html")}
+    pages = {
+        f"basic/analysis/pages/{page}.{suffix}" for page in ("report", "playground") for suffix in ("html", "css", "js")
+    }
     assert pages | {"basic/py.typed"} <= set(names)
     assert all(name.startswith(("basic/", "basic-")) for name in names)
 

@@ -1,8 +1,8 @@
 "use strict";
-/* Draws the curves of a run and lets one point at them, by pointer or by keyboard.
+/* Draws the curves of a run, and marks the record under the pointer or selected with the keyboard.
 
-   `curves` is what report.py wrote: {columns: {step: [...], train_loss: [...], ...}, floor, lost}. All columns are as
-   long as `step`, with null where a record says nothing. A pointer on one chart marks the same record on all. */
+   report.py writes `curves`: {columns: {step: [...], train_loss: [...], ...}, floor, lost}. All columns have the length
+   of `step`, with null for missing values. The same record is marked on all charts. */
 
 const curves = JSON.parse(document.getElementById("curves").textContent);
 const columns = curves.columns;
@@ -19,8 +19,8 @@ const charts = [...document.querySelectorAll(".chart")].map((figure) => ({
     values: columns[key],
   })),
 }));
-let axis = "step"; // the column that x is
-let marked = null; // the record that is pointed at
+let axis = "step"; // the column on the x-axis
+let marked = null; // the index of the marked record
 
 // --- Numbers ---
 
@@ -45,7 +45,7 @@ function exact(key, value) {
   return key === "tokens_per_s" ? grouped(value) : digits(value, 4);
 }
 
-function place(index) {
+function positionText(index) {
   if (axis === "tokens") return `${grouped(columns.tokens[index])} tokens`;
   if (axis === "wall_s") return duration(columns.wall_s[index]);
   return `step ${grouped(columns.step[index])}`;
@@ -101,9 +101,9 @@ function yScale(chart, height) {
   const to = chart.logarithmic ? Math.log : (value) => value;
   if (!chart.logarithmic) low = Math.min(0, low);
   if (low === high) [low, high] = chart.logarithmic ? [low / 1.5, high * 1.5] : [low, high + 1];
-  const room = (to(high) - to(low)) * 0.04;
-  const bottom = to(low) - (chart.logarithmic ? room : 0);
-  const top = to(high) + room;
+  const padding = (to(high) - to(low)) * 0.04;
+  const bottom = to(low) - (chart.logarithmic ? padding : 0);
+  const top = to(high) + padding;
   const toPixel = (value) => height - margin.bottom - ((to(value) - bottom) / (top - bottom)) * (height - margin.top - margin.bottom);
   const most = Math.max(3, Math.floor(height / 38));
   const ticks = chart.logarithmic ? logarithmicTicks(Math.exp(bottom), Math.exp(top), most) : linearTicks(low, high, most);
@@ -113,26 +113,26 @@ function yScale(chart, height) {
 // --- Drawing ---
 
 function element(name, attributes, text) {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  if (text !== undefined) made.textContent = text;
-  return made;
+  const node = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  if (text !== undefined) node.textContent = text;
+  return node;
 }
 
-/* Of very many points, those that can be seen: the lowest and the highest in each column of pixels. */
-function thinned(points) {
-  const kept = [];
+/* Reduces many points to the lowest and the highest in each column of pixels; the curve looks the same. */
+function thinPoints(points) {
+  const result = [];
   let column = null;
   for (const point of points) {
     if (column === null || Math.floor(point[0]) !== column.x) {
-      column = { x: Math.floor(point[0]), at: kept.length };
-      kept.push(point, point);
+      column = { x: Math.floor(point[0]), start: result.length };
+      result.push(point, point);
     } else {
-      if (point[1] < kept[column.at][1]) kept[column.at] = point;
-      if (point[1] > kept[column.at + 1][1]) kept[column.at + 1] = point;
+      if (point[1] < result[column.start][1]) result[column.start] = point;
+      if (point[1] > result[column.start + 1][1]) result[column.start + 1] = point;
     }
   }
-  return kept;
+  return result;
 }
 
 function draw(chart) {
@@ -159,7 +159,7 @@ function draw(chart) {
       .filter(([, value]) => value !== null && !(chart.logarithmic && value <= 0))
       .map(([at, value]) => [at, y.toPixel(value)]);
     const few = points.length <= 60 && (points.length === 1 || values.includes(null));
-    if (points.length > 2 * width) points = thinned(points);
+    if (points.length > 2 * width) points = thinPoints(points);
     const path = points.map(([at, level]) => `${at.toFixed(1)} ${level.toFixed(1)}`).join("L");
     if (path) svg.append(element("path", { class: style, d: `M${path}`, "stroke-width": style === "first" ? 1.8 : 1.2 }));
     if (few) for (const [cx, cy] of points) svg.append(element("circle", { class: style, cx, cy, r: 3 }));
@@ -172,25 +172,25 @@ function draw(chart) {
   chart.marks = svg.appendChild(element("g", {}));
   chart.plot.replaceChildren(svg);
   Object.assign(chart, { x, y, height });
-  mark(chart);
+  showMarked(chart);
 }
 
-/* The values of the marked record, or of the last one, beside the chart's title; and where it is, in the chart. */
-function mark(chart) {
+/* Shows the values of the marked record, or of the last one, beside the chart's title, and its position in the chart. */
+function showMarked(chart) {
   const index = marked ?? columns.step.length - 1;
-  const parts = chart.series.map(({ key, name, style, values }) => {
-    let at = index; // validation is not measured at every record: the one before is meant
+  const entries = chart.series.map(({ key, name, style, values }) => {
+    let at = index; // records without this value (such as validation loss) show the last earlier one
     while (at > 0 && values[at] === null) at--;
     const item = document.createElement("span");
     const value = document.createElement("b");
     value.textContent = exact(key, values[at]);
     if (name) item.append(Object.assign(document.createElement("i"), { className: style }), `${name} `);
-    item.append(value, at === index || values[at] === null ? "" : ` (${place(at)})`);
+    item.append(value, at === index || values[at] === null ? "" : ` (${positionText(at)})`);
     return { at, values, style, item };
   });
   const where = document.createElement("span");
-  where.textContent = place(index);
-  chart.output.replaceChildren(...parts.map(({ item }) => item), where);
+  where.textContent = positionText(index);
+  chart.output.replaceChildren(...entries.map(({ item }) => item), where);
   chart.plot.setAttribute("aria-valuenow", String(index + 1));
   chart.plot.setAttribute("aria-valuetext", [...chart.output.children].map((item) => item.textContent).join(", "));
   where.hidden = marked === null && !chart.isLoss;
@@ -199,20 +199,20 @@ function mark(chart) {
   if (marked === null) return;
   const at = chart.x.toPixel(columns[axis][index]).toFixed(1);
   chart.marks.append(element("path", { class: "cross", d: `M${at} ${margin.top}V${chart.height - margin.bottom}` }));
-  for (const { at, values, style } of parts) {
+  for (const { at, values, style } of entries) {
     if (values[at] === null) continue;
     const point = { cx: chart.x.toPixel(columns[axis][at]), cy: chart.y.toPixel(values[at]) };
     if (Number.isFinite(point.cy)) chart.marks.append(element("circle", { class: style, r: 4.5, ...point }));
   }
 }
 
-function point(index) {
+function markRecord(index) {
   if (index === marked) return;
   marked = index;
-  charts.forEach(mark);
+  charts.forEach(showMarked);
 }
 
-/* The record nearest to a place in the chart, by halving: x grows from record to record. */
+/* The record nearest to a pixel, by bisection: x is ascending. */
 function nearest(chart, pixel) {
   const at = (index) => chart.x.toPixel(columns[axis][index]);
   let [low, high] = [0, columns.step.length - 1];
@@ -224,25 +224,25 @@ function nearest(chart, pixel) {
   return pixel - at(low) <= at(high) - pixel ? low : high;
 }
 
-// --- Hands ---
+// --- Events ---
 
 for (const chart of charts) {
   const last = columns.step.length - 1;
   chart.plot.setAttribute("aria-valuemax", String(last + 1));
-  const follow = (event) => point(nearest(chart, event.clientX - chart.plot.getBoundingClientRect().left));
+  const follow = (event) => markRecord(nearest(chart, event.clientX - chart.plot.getBoundingClientRect().left));
   chart.plot.addEventListener("pointermove", follow);
   chart.plot.addEventListener("pointerdown", follow);
-  chart.plot.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && point(null));
-  chart.plot.addEventListener("blur", () => point(null));
+  chart.plot.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && markRecord(null));
+  chart.plot.addEventListener("blur", () => markRecord(null));
   chart.plot.addEventListener("keydown", (event) => {
-    const here = marked ?? last;
-    const far = Math.max(1, Math.round(last / 20));
-    const goals = {
-      ArrowLeft: here - 1, ArrowDown: here - 1, ArrowRight: marked === null ? here : here + 1,
-      ArrowUp: marked === null ? here : here + 1, PageDown: here - far, PageUp: here + far, Home: 0, End: last,
+    const current = marked ?? last;
+    const page = Math.max(1, Math.round(last / 20));
+    const targets = {
+      ArrowLeft: current - 1, ArrowDown: current - 1, ArrowRight: marked === null ? current : current + 1,
+      ArrowUp: marked === null ? current : current + 1, PageDown: current - page, PageUp: current + page, Home: 0, End: last,
     };
-    if (event.key === "Escape") point(null);
-    else if (event.key in goals) point(Math.min(last, Math.max(0, goals[event.key])));
+    if (event.key === "Escape") markRecord(null);
+    else if (event.key in targets) markRecord(Math.min(last, Math.max(0, targets[event.key])));
     else return;
     event.preventDefault();
   });
