@@ -19,7 +19,7 @@ import tyro
 from basic.common import command_line
 from basic.common.config_files import load_config
 from basic.common.errors import InvalidConfigError, InvalidInputError
-from basic.training.parallel.world import World, join
+from basic.training.parallel.world import World
 from basic.training.run_folder import load_run_config
 from basic.training.settings import RunConfig
 
@@ -61,7 +61,7 @@ def parse(arguments: list[str]) -> Options:
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    with join(os.environ) as world:
+    with join_world(os.environ) as world:
         start(options, world)
 
 
@@ -89,7 +89,7 @@ def start(options: Options, world: World) -> None:
     ]
     how = {"resume": options.resume is not None, "overwrite": options.overwrite, "progress": True}
     run = train(options.run, tokens[0], tokens[1], output, tokenizer=tokenizer, world=world, **how)
-    if world.is_first:
+    if world.is_rank_0:
         print(f"trained {run.model.num_parameters:,} parameters for {run.step:,} steps; everything is in {output}")
 
 

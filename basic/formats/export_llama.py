@@ -14,6 +14,7 @@ from basic.formats.llama_names import hf_config, hf_name, to_hf_rows
 from basic.formats.tokenizer_json import save_tokenizer_json
 from basic.model import TransformerLM
 from basic.Tokenizer import Tokenizer
+from basic.training.batches import check_tokenizer_size
 
 
 def export_hf(
@@ -42,11 +43,8 @@ def export_hf(
     config = hf_config(model.config)
     end_id = None
     if tokenizer is not None:
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer's {tokenizer.vocab_size} ids do not fit into the model's "
-                f"vocab_size={model.config.vocab_size}; export the model with the tokenizer it was trained with"
-            )
+        remedy = "export the model with the tokenizer it was trained with"
+        check_tokenizer_size(tokenizer.vocab_size, model.config.vocab_size, remedy)
         end_id = tokenizer.special_token_ids.get(end_of_text)
     ids = {"bos_token_id": end_id, "eos_token_id": end_id}
     weights = {

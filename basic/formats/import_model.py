@@ -23,8 +23,9 @@ from basic.formats.llama_names import from_hf_rows, hf_name, model_config
 from basic.formats.tokenizer_json import load_tokenizer_json
 from basic.model import ModelConfig, TransformerLM
 from basic.Tokenizer import Tokenizer
+from basic.training.batches import check_tokenizer_size
 from basic.training.checkpoints.file import save_checkpoint
-from basic.training.run_folder import start_folder
+from basic.training.run_folder import create_run_folder
 from basic.training.settings import RunConfig, TrainConfig
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -87,13 +88,10 @@ def import_pt(path: str | os.PathLike, run_dir: str | os.PathLike, config: RunCo
 def _write_run(
     run_dir: str | os.PathLike, config: RunConfig, model: TransformerLM, tokenizer: Tokenizer | None
 ) -> None:
-    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer's {tokenizer.vocab_size} ids do not fit into the model's "
-            f"vocab_size={model.config.vocab_size}; import the model without it"
-        )
+    if tokenizer is not None:
+        check_tokenizer_size(tokenizer.vocab_size, model.config.vocab_size, "import the model without it")
     with atomic_folder(run_dir) as folder:
-        start_folder(folder, config, tokenizer)
+        create_run_folder(folder, config, tokenizer)
         save_checkpoint(model, None, 0, folder / "checkpoints" / "step_00000000.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""From token ids to a trained model: the loop, its settings, a run's folder, checkpoints and records."""
+"""Training: from token ids to a model, with its settings, run folder, checkpoints and records."""
 
 from basic.training.loop import train as train
 from basic.training.records.metrics import read_metrics as read_metrics

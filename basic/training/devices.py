@@ -1,9 +1,14 @@
-"""Devices, their precisions and their peak speeds."""
+"""Devices, their data types and their peak speeds.
+
+GPU utilisation is given as MFU, model FLOPs utilisation: the operations per second that training needs
+(`training_flops_per_token` x tokens per second), divided by the GPU's peak in bfloat16 (`PEAK_BF16_FLOPS`).
+"""
 
 from __future__ import annotations
 
 import torch
 
+from basic.common.errors import InvalidConfigError
 from basic.model import TransformerLM
 from basic.training.settings import TrainConfig
 
@@ -23,31 +28,32 @@ PEAK_BF16_FLOPS = {
     "NVIDIA GeForce RTX 4090": 165e12,
     "NVIDIA GeForce RTX 5090": 209e12,
 }
-"""Floating-point operations a second in bfloat16 matrix products that are summed in float32, by the name that torch
-gives the GPU. From NVIDIA's data sheets and, for GeForce, its architecture white papers; dense: the sheets print twice
-as much where half of a matrix may be zeros."""
+"""Peak floating-point operations per second of bfloat16 matrix multiplications with float32 accumulation, by the name
+from `device_name`. The numbers are for dense matrices, from NVIDIA's data sheets and, for GeForce, its architecture
+white papers. (Data sheets often print the number with sparsity, which is twice as large.)"""
 
 
-def training_flops_a_token(model: TransformerLM) -> float:
-    """Floating-point operations of the matrix products in forward and backward pass, for a token of a whole context.
+def device_name(device: torch.device) -> str:
+    """Return the GPU's product name, or the device type ("cpu", "mps")."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
-    Backward costs twice as much as forward. Attention counts by half: on average a token sees half of the context.
 
-    Source: Chowdhery et al. 2022, PaLM, appendix B, without the half of the attention that the mask takes away.
+def training_flops_per_token(model: TransformerLM) -> float:
+    """Count the floating-point operations of forward and backward pass per token, at the full context length.
+
+    Only matrix multiplications count. The backward pass costs twice as much as the forward pass. Attention counts half,
+    because with a causal mask a token attends to half of the context on average.
+
+    Source: Chowdhery et al. 2022, PaLM, appendix B, without the half of attention that the mask removes.
     """
     return 3 * model.matmul_flops_per_token(model.config.context_length // 2)
 
 
-def peak_bf16_flops(device: torch.device) -> float | None:
-    """Floating-point operations a second that a device can do at most in bfloat16; None where nobody said."""
-    return PEAK_BF16_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
-
 def choose_device(name: str = "auto") -> torch.device:
-    """The device of that name; "auto" is a CUDA GPU, else Apple's, else the CPU.
+    """Return the device of this name; "auto" is a CUDA GPU, else Apple's GPU (mps), else the CPU.
 
     Raises:
-        ValueError: the device is not usable here.
+        InvalidConfigError: the device cannot be used here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -55,21 +61,21 @@ def choose_device(name: str = "auto") -> torch.device:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used here ({reason}); use cpu or auto") from error
+        raise InvalidConfigError(f"device {name!r} cannot be used here ({reason}); use cpu or auto") from error
     return torch.device(name)
 
 
 def activation_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """What the model computes in between its weights, which are float32, and its loss, which is too."""
+    """Return the dtype of activations and matrix multiplications; weights and loss are float32."""
     has_bfloat16 = device.type == "mps"
-    if device.type == "cuda":  # older GPUs only emulate it, slower than float32
+    if device.type == "cuda":  # older GPUs emulate bfloat16, more slowly than they compute in float32
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     use = config.precision == "bfloat16" or (config.precision == "auto" and has_bfloat16)
     return torch.bfloat16 if use else torch.float32
 
 
 def reduce_dtype(config: TrainConfig) -> torch.dtype | None:
-    """What gradients are added up in between processes; None for the precision in which each was computed."""
+    """Return the dtype in which gradients are summed over processes; None for the dtype of each gradient."""
     if config.reduce_precision == "auto":
         return None if config.gradient_accumulation == 1 else torch.float32
     return torch.bfloat16 if config.reduce_precision == "bfloat16" else torch.float32

@@ -1,11 +1,11 @@
-"""A training run as it lies on the disk: its configuration, and a folder with all that came of it.
+"""The folder of a training run.
 
-runs/NAME/config.toml                        what was asked for, defaults filled in
-          environment.json                   code, machine and data, for every start
-          metrics.jsonl                      a line of numbers every few steps
-          samples.txt                        what the model wrote on the way
+runs/NAME/config.toml                        the complete configuration, defaults included
+          environment.json                   code, machine and data of every start
+          metrics.jsonl                      one record a line: losses, speed, evaluations, samples, checkpoints
+          samples.txt                        texts generated during training
           tokenizer/                         vocabulary, merges and special tokens, if a tokenizer was given
-          checkpoints/step_00001000.safetensors    or, of a sharded model, a folder step_00001000/
+          checkpoints/step_00001000.safetensors    or a folder step_00001000/ for a sharded model
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from basic.common.config_files import load_config, save_config
+from basic.common.errors import DamagedFileError, NotARunError
 from basic.generation.text import SavableTokenizer
 from basic.model import TransformerLM
-from basic.training.checkpoints.file import Checkpoint, read_checkpoint, restore
-from basic.training.checkpoints.sharded import read_parts
+from basic.training.checkpoints.file import Checkpoint, load_state, read_checkpoint
+from basic.training.checkpoints.sharded import read_sharded_checkpoint
 from basic.training.devices import activation_dtype, choose_device
 from basic.training.settings import RunConfig
 
@@ -30,50 +31,51 @@ _CHECKPOINT_NAME = re.compile(r"step_\d+(\.safetensors)?")
 
 
 class Run(NamedTuple):
-    """A trained model and where it comes from."""
+    """A trained model, with the configuration and tokenizer it was trained with."""
 
     model: TransformerLM
     config: RunConfig
     tokenizer_path: Path | None
-    """Folder for `Tokenizer.load`."""
+    """Folder for `Tokenizer.load`; None if the run has no tokenizer."""
     step: int
-    """Optimizer steps it has seen."""
+    """Number of optimizer steps that the model was trained for."""
 
     def with_document_start(self, prompt: str) -> str:
-        """The prompt as the model knows texts.
-
-        One whose rows were documents knows them from their beginning only, which the token before it marks.
-        """
-        start = self.config.train.end_of_text if self.config.train.rows == "documents" else ""
-        return start + prompt.removeprefix(start)
+        """Put the separator before a prompt, if every sequence that the model was trained on starts with one."""
+        separator = self.config.train.end_of_text if self.config.train.rows == "documents" else ""
+        return separator + prompt.removeprefix(separator)
 
 
 def load_run_config(run_dir: Path) -> RunConfig:
-    """The configuration with which a run was begun or last gone on with.
+    """Load the configuration with which a run was started or last resumed.
 
     Raises:
-        FileNotFoundError: the folder is no run.
-        ValueError: the configuration is not valid.
+        NotARunError: the folder is not a run.
+        InvalidConfigError: the configuration is not valid.
     """
     if not (run_dir / "config.toml").is_file():
-        raise FileNotFoundError(f"{run_dir} is not a run: it has no config.toml; start one with local/train.py")
+        raise NotARunError(f"{run_dir} is not a run: it has no config.toml; start one with local/train.py")
     return load_config(run_dir / "config.toml", RunConfig)
 
 
 def load_run(path: str | os.PathLike, *, device: str = "auto") -> Run:
-    """The trained model of a run's folder, with its configuration: its newest checkpoint that is whole.
+    """Load the model of a run, in evaluation mode, from its newest complete checkpoint.
+
+    A warning names every newer checkpoint that is damaged.
 
     Args:
-        device: as for `choose_device`.
+        device: cpu, cuda, ...; "auto" is a GPU if there is one, else the CPU.
 
     Raises:
-        FileNotFoundError: the folder, its configuration or a checkpoint is missing.
-        ValueError: no checkpoint is whole, or it does not fit the configuration.
+        NotARunError: the folder is not a run, or has no checkpoint yet.
+        InvalidInputError: the configuration or the device is not valid, or the checkpoint does not fit the
+            configuration.
+        DamagedFileError: no checkpoint is complete.
     """
     run_dir = Path(path)
     config = load_run_config(run_dir)
     model = TransformerLM(config.model)
-    step = restore(newest_checkpoint(run_dir, warnings.warn), model)
+    step = load_state(newest_checkpoint(run_dir, warnings.warn), model)
     chosen = choose_device(device)
     model.to(chosen).eval()
     model.activation_dtype = activation_dtype(config.train, chosen)
@@ -84,18 +86,18 @@ def load_run(path: str | os.PathLike, *, device: str = "auto") -> Run:
 def create_run_folder(
     run_dir: Path, config: RunConfig, tokenizer: SavableTokenizer | None, *, overwrite: bool = False
 ) -> None:
-    """Make a run's folder with its configuration and a copy of its tokenizer.
+    """Create a run's folder with its configuration and a copy of its tokenizer.
 
     Args:
-        overwrite: remove a run that is there already; of other files in the folder, none.
+        overwrite: first remove the run that the folder contains; other files stay.
 
     Raises:
-        FileExistsError: there is a run already, and `overwrite` is off.
+        FileExistsError: the folder contains a run, and `overwrite` is False.
     """
     if (run_dir / "config.toml").exists():
         if not overwrite:
             raise FileExistsError(
-                f"{run_dir} already holds a run; choose another folder, go on with it (--resume {run_dir}), or "
+                f"{run_dir} already contains a run; choose another folder, resume the run (--resume {run_dir}), or "
                 "remove it (--overwrite)"
             )
         for name in ("config.toml", "environment.json", "metrics.jsonl", "samples.txt"):
@@ -109,44 +111,44 @@ def create_run_folder(
 
 
 def checkpoint_paths(run_dir: Path) -> list[Path]:
-    """All checkpoints of a run, files and folders, oldest first."""
+    """List the checkpoints of a run, files and folders, oldest first."""
     paths = (run_dir / "checkpoints").glob("step_*")
     return sorted((path for path in paths if _CHECKPOINT_NAME.fullmatch(path.name)), key=lambda path: path.name)
 
 
 def checkpoint_step(path: Path) -> int:
-    """The number of steps after which a checkpoint was saved."""
+    """Return the number of steps done when a checkpoint was saved."""
     return int(path.stem.removeprefix("step_"))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint of either form, if it is whole.
+    """Open a checkpoint, which is a file or the folder of a sharded model.
 
     Raises:
-        ValueError: it is not.
+        DamagedFileError: the checkpoint is not complete.
     """
-    return read_parts(path) if path.is_dir() else read_checkpoint(path)
+    return read_sharded_checkpoint(path) if path.is_dir() else read_checkpoint(path)
 
 
 def newest_checkpoint(run_dir: Path, report: Callable[[str], None]) -> Checkpoint:
-    """The newest checkpoint of a run that is whole.
+    """Open the newest complete checkpoint of a run.
 
     Args:
-        report: called with a line for each newer one that is not.
+        report: called with a warning for each newer checkpoint that is damaged.
 
     Raises:
-        FileNotFoundError: there is none at all.
-        ValueError: none is whole.
+        NotARunError: there is no checkpoint.
+        DamagedFileError: no checkpoint is complete.
     """
-    paths = checkpoint_paths(run_dir)
+    folder, paths = run_dir / "checkpoints", checkpoint_paths(run_dir)
     if not paths:
-        raise FileNotFoundError(f"{run_dir / 'checkpoints'} has no checkpoint (step_*) yet")
+        raise NotARunError(f"{folder} has no checkpoint (step_*) yet")
     for path in reversed(paths):
         try:
             return open_checkpoint(path)
-        except ValueError as error:
+        except DamagedFileError as error:
             report(f"warning: {error}")
-    raise ValueError(
-        f"none of the {len(paths)} checkpoints in {run_dir / 'checkpoints'} is whole, the newest is {paths[-1].name}; "
-        "restore one from a copy, or train again with --overwrite"
+    raise DamagedFileError(
+        f"none of the {len(paths)} checkpoints in {folder} is complete, the newest is {paths[-1].name}; restore one "
+        "from a copy, or train again with --overwrite"
     )

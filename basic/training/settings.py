@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from basic.common.config_files import check_choices
+from basic.common.errors import InvalidConfigError
 from basic.model import ModelConfig
+
+# The docstrings of the fields are the texts of `local/train.py --help`.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,131 +17,133 @@ class TrainConfig:
     """How a model is trained.
 
     Raises:
-        ValueError: a setting is out of its range, or the accumulation does not divide the batch.
+        InvalidConfigError: a setting is out of its range, or gradient_accumulation does not divide batch_size.
     """
 
     steps: int
-    """Optimizer steps; the tokens seen are steps x batch_size x context_length."""
+    """Number of optimizer steps. The run sees steps x batch_size x context_length tokens."""
     batch_size: int = 64
-    """Sequences a step, of all processes together."""
+    """Sequences per step, on all GPUs together."""
     gradient_accumulation: int = 1
-    """Parts into which a batch is cut to save memory; they are computed one after the other, for the same result."""
+    """Number of micro-batches into which each batch is split. They are computed one after the other, which needs less
+    memory and gives the same result."""
     max_learning_rate: float = 1e-3
     """Learning rate at the end of the warm-up."""
     min_learning_rate: float = 1e-4
-    """Learning rate at the last step, at the end of a cosine."""
+    """Learning rate at the last step, where the cosine schedule ends."""
     embedding_rate_factor: float = 1.0
-    """Learning rate of the embedding and output matrices, over that of all else: their rows are learned one by one."""
+    """Factor for the learning rate of the token embedding and the output matrix, whose rows are updated rarely."""
     warmup_steps: int = 100
-    """Steps in which the learning rate grows from 0."""
+    """Steps in which the learning rate grows linearly from 0 to its maximum."""
     beta1: float = 0.9
-    """AdamW's decay of the mean gradient, a step."""
+    """AdamW: decay rate of the running mean of the gradient."""
     beta2: float = 0.95
-    """AdamW's decay of the mean squared gradient, a step."""
+    """AdamW: decay rate of the running mean of the squared gradient."""
     eps: float = 1e-8
-    """AdamW's addend to the root of the mean squared gradient."""
+    """AdamW: small number in the denominator, against division by zero."""
     weight_decay: float = 0.1
-    """AdamW's weight decay, times the learning rate, a step."""
+    """AdamW: weight decay. Each step removes learning rate x weight_decay of every weight."""
     max_gradient_norm: float = 1.0
-    """Gradients whose joint L2 norm is above this are scaled down to it."""
+    """Gradient clipping: gradients with a larger L2 norm (over all parameters) are scaled down to it."""
     rows: Literal["windows", "documents"] = "windows"
-    """Where a row of the batch begins: anywhere, or at a document's start (behind an end-of-text token)."""
+    """Where the sequences of a batch start: windows = at random positions; documents = at the start of a document (at
+    the end_of_text token before it)."""
     end_of_text: str = "<|endoftext|>"
-    """The special token between documents."""
+    """The special token that separates documents."""
     log_interval: int = 50
-    """Steps between lines of the metrics log; 0 for the last step only, as for the other intervals."""
+    """Steps between two records in metrics.jsonl. For all intervals, 0 means the last step only."""
     eval_interval: int = 500
-    """Steps between evaluations."""
+    """Steps between two evaluations on the validation tokens."""
     eval_batches: int = 20
-    """Batches of an evaluation, always the same ones."""
+    """Batches per evaluation. They are always the same ones."""
     sample_interval: int = 0
-    """Steps between samples, if a tokenizer is there."""
+    """Steps between two text samples from the model. Samples need a tokenizer."""
     sample_tokens: int = 256
-    """Most tokens of a sample."""
+    """Maximum number of tokens in a sample."""
     checkpoint_interval: int = 1000
-    """Steps between checkpoints."""
+    """Steps between two checkpoints."""
     checkpoint_minutes: float = 30.0
-    """Minutes after which a checkpoint is saved whatever the step; 0 for never."""
+    """Maximum number of minutes between two checkpoints, whatever the step; 0 for no limit."""
     checkpoints_kept: int = 2
-    """The newest so many are kept; the one before is there should the newest turn out damaged."""
+    """Number of newest checkpoints to keep. With 2, an older one is left if the newest is damaged."""
     keep_best: bool = True
-    """Whether the weights with the lowest validation loss are saved and kept too."""
+    """Also save and keep the checkpoint with the lowest validation loss."""
     milestone_interval: int = 0
-    """Steps between checkpoints that are kept for good; 0 for none."""
+    """Steps between two checkpoints that are never deleted; 0 for none."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What follows a loss or gradient that is not finite. The weights never take that step: the run stops, or goes on
-    without it."""
+    """What to do after a step whose loss or gradient is NaN or infinite: stop the run, or skip the step. The weights
+    are not updated in either case."""
     max_nonfinite_steps: int = 10
-    """Most steps that a run may go on without, if on_nonfinite is skip."""
+    """Maximum number of steps to skip, if on_nonfinite is skip."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Programs that the metrics are sent to as well: tensorboard, wandb."""
+    """Programs that also receive the metrics: tensorboard, wandb."""
     seed: int = 0
-    """Of the initial weights, the batches and the samples."""
+    """Random seed of the initial weights, the batches and the samples."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps ...; auto takes the best there is."""
+    """cpu, cuda, cuda:1, mps, ...; auto is a GPU if there is one, else the CPU."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the activations and matrix products; weights, norms, softmax and loss stay float32. auto is bfloat16 on GPUs
-    that have it."""
+    """Data type of activations and matrix multiplications. Weights, norms, softmax and loss are always float32. auto is
+    bfloat16 on GPUs that support it, else float32."""
     cuda_graph: bool = True
-    """Whether a GPU records the whole step once and replays it, so that it never waits for Python (not with
-    gradient accumulation)."""
+    """Capture the whole step in a CUDA graph and replay it, so that the GPU does not wait for Python. It has no effect
+    with gradient accumulation or sharded parameters."""
     compile: bool = False
-    """Whether torch.compile makes the model faster; the first step then takes up to a minute."""
+    """Compile the model with torch.compile. Training is faster, but the first step takes up to a minute."""
     parallel: Literal["replicated", "sharded"] = "replicated"
-    """What each of several processes (`torchrun --nproc-per-node N`) has: the whole model, or a part of every matrix,
-    gradient and moment, for models that do not fit one GPU."""
+    """What each GPU stores (`torchrun --nproc-per-node N`): replicated = the whole model; sharded = a slice of every
+    matrix, its gradient and its AdamW moments (FSDP), for models that are too large for one GPU."""
     reduce_precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of gradients on their way between processes. auto is that in which each was computed, so with precision bfloat16
-    half as much to send for most of them; but float32 where those of several parts of a batch are added up."""
+    """Data type in which gradients are summed over GPUs. auto is the data type of each gradient, or float32 with
+    gradient accumulation. bfloat16 halves the amount of data to send."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "gradient_accumulation", "eval_batches", "sample_tokens", "checkpoints_kept")
         for name in counts:
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise InvalidConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         intervals = ("log_interval", "eval_interval", "sample_interval", "checkpoint_interval", "milestone_interval")
         numbers = ("min_learning_rate", "embedding_rate_factor", "eps", "weight_decay", "checkpoint_minutes")
         for name in ("warmup_steps", "seed", "max_nonfinite_steps", *numbers, *intervals):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+                raise InvalidConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+                raise InvalidConfigError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
         if not self.max_gradient_norm > 0:
-            raise ValueError(f"max_gradient_norm must be above 0, got {self.max_gradient_norm}")
+            raise InvalidConfigError(f"max_gradient_norm must be above 0, got {self.max_gradient_norm}")
         if not self.max_learning_rate >= self.min_learning_rate:
-            raise ValueError(
+            raise InvalidConfigError(
                 f"max_learning_rate={self.max_learning_rate} must be at least "
                 f"min_learning_rate={self.min_learning_rate}; change one of them"
             )
         check_choices(self)
         if self.batch_size % self.gradient_accumulation:
-            raise ValueError(
+            raise InvalidConfigError(
                 f"batch_size={self.batch_size} must be divisible by gradient_accumulation={self.gradient_accumulation}"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the data lies."""
+    """Paths of the training data."""
 
     train_tokens: str = ""
-    """Token file to learn from."""
+    """Token file, or folder of a token dataset, to train on."""
     valid_tokens: str = ""
-    """Token file to measure on."""
+    """Token file, or folder of a token dataset, to evaluate on."""
     tokenizer: str = ""
-    """Folder of the tokenizer that made them; needed for samples and for rows = "documents"."""
+    """Folder of the tokenizer that made these tokens. Samples and rows = "documents" need it."""
     dtype: str = ""
-    """Integer type of token files without a sidecar, such as nanoGPT's uint16."""
+    """Integer type of token files without a sidecar, such as uint16 for those of nanoGPT."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything a run is made from."""
+    """The complete configuration of a run."""
 
     model: ModelConfig
-    """The model's shape."""
+    """Architecture and sizes of the model."""
     train: TrainConfig
-    """How it is trained."""
+    """How the model is trained."""
     data: DataConfig = field(default_factory=DataConfig)
-    """What it is trained on."""
+    """What the model is trained on."""

@@ -91,7 +91,7 @@ def test_a_training_step(monkeypatch):
             monkeypatch.undo()
         model.activation_dtype = FLOAT16
         step = TrainStep(model, make_optimizer(model, settings), settings, torch.device("cpu"))
-        assert len(step.copies) == 2 * 7 + 1
+        assert len(step.weight_copies) == 2 * 7 + 1
         order: list[str] = []
         with (
             pytest.MonkeyPatch.context() as patch,
@@ -100,7 +100,7 @@ def test_a_training_step(monkeypatch):
             patch.setattr(flash_attention, "backward", lambda *a, o=order: (o.append("kernels"), attend(*a)))
             results.append([step((rows[:, :-1], rows[:, 1:]), 1e-2) for rows in ids])
         assert order == (3 * 2 * ["act", "kernels"] if with_kernels else [])
-        for parameter, half in step.copies.items():
+        for parameter, half in step.weight_copies.items():
             torch.testing.assert_close(half, parameter.half(), rtol=1e-3, atol=1e-6)
         steps = {int(state["step"]) for state in step.optimizer.state.values()}
         assert steps == {3}

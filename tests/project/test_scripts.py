@@ -309,7 +309,7 @@ def test_from_text_to_text_one_script_after_the_other(tmp_path, monkeypatch, cap
     )
     assert load_config("runs/small/config.toml", RunConfig) == run.config
 
-    with pytest.raises(SystemExit, match="error: runs/small already holds a run"):
+    with pytest.raises(SystemExit, match="error: runs/small already contains a run"):
         run_script(monkeypatch, "train", "--config=small.toml")
     run_script(monkeypatch, "train", "--resume", "runs/small")
     run_script(monkeypatch, "train", "--resume", "runs/small", "--steps", "5")

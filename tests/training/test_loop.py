@@ -1,5 +1,6 @@
-"""The training loop against a loop of PyTorch's own parts, and everything that a run leaves behind."""
+"""The training loop, compared with a loop of PyTorch's own modules, and the files that a run writes."""
 
+import itertools
 import json
 import math
 import re
@@ -12,25 +13,26 @@ import pytest
 import safetensors.torch
 import torch
 
-import basic.training.loop
 from basic.common.config_files import load_config
+from basic.common.errors import InvalidConfigError, InvalidInputError, NotARunError, WrongTokenizerError
 from basic.model import ModelConfig, TransformerLM
 from basic.training.batches import BatchSampler
 from basic.training.loop import train
 from basic.training.records.metrics import read_metrics
 from basic.training.settings import RunConfig, TrainConfig
+from basic.training.step import TrainStep
 
 VOCAB, CONTEXT, END = 20, 8, 0
 MODEL = ModelConfig(vocab_size=VOCAB, context_length=CONTEXT, d_model=16, num_layers=1, num_heads=2)
-# Documents of 1 to 9 tokens behind the token END.
+# Documents of 1 to 9 tokens, each after the separator END.
 RANDOM = np.random.default_rng(0)
 TRAIN = np.concatenate([[END, *RANDOM.integers(1, VOCAB, size=RANDOM.integers(1, 10))] for _ in range(60)])
 VALID = np.concatenate([[END, *RANDOM.integers(1, VOCAB, size=RANDOM.integers(1, 10))] for _ in range(20)])
 KEYS = ["step", "tokens", "wall_s", "train_loss", "learning_rate", "gradient_norm", "tokens_per_s"]
 
 
-class Words:
-    """A tokenizer of numbers: the text "3 4" is [3, 4], and the end of text has an id of its own."""
+class NumberTokenizer:
+    """A tokenizer of numbers: the text "3 4" is [3, 4], and <|endoftext|> is END."""
 
     def __init__(self, vocab_size: int = VOCAB) -> None:
         self.vocab_size = vocab_size
@@ -47,7 +49,7 @@ class Words:
 
     def save(self, directory) -> None:
         Path(directory).mkdir()
-        (Path(directory) / "words.txt").write_text(str(self.vocab_size))
+        (Path(directory) / "vocab_size.txt").write_text(str(self.vocab_size))
 
 
 def configuration(**settings: Any) -> RunConfig:
@@ -68,32 +70,32 @@ def saved(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(run_dir / "checkpoints" / f"step_{step:08}.safetensors")
 
 
-def stop_in_step(monkeypatch, number: int, error: BaseException) -> None:
-    """Let the loop die in a step, as an interrupt does."""
-    real, steps = basic.training.loop.TrainStep.__call__, []
+def step_that_fails(number: int, error: BaseException) -> type[TrainStep]:
+    """A step that raises an error instead of step `number`, as an interrupt does."""
+    calls = itertools.count(1)
 
-    def train_step(*args):
-        steps.append(None)
-        if len(steps) == number:
-            raise error
-        return real(*args)
+    class FailingStep(TrainStep):
+        def __call__(self, batch, learning_rate):
+            if next(calls) == number:
+                raise error
+            return super().__call__(batch, learning_rate)
 
-    monkeypatch.setattr(basic.training.loop.TrainStep, "__call__", train_step)
+    return FailingStep
 
 
-# --- What it computes -----------------------------------------------------------------------------------------
+# --- Results ------------------------------------------------------------------------------------------------
 
 
 def scheduled(settings: TrainConfig, step: int) -> float:
-    """The learning rate of a step, counted from 1."""
+    """The learning rate of a step, counted from 1: linear warm-up, then a cosine."""
     if step < settings.warmup_steps:
         return settings.max_learning_rate * step / settings.warmup_steps
-    share = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps)
+    progress = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps)
     span = settings.max_learning_rate - settings.min_learning_rate
-    return settings.min_learning_rate + span * (1 + math.cos(math.pi * share)) / 2
+    return settings.min_learning_rate + span * (1 + math.cos(math.pi * progress)) / 2
 
 
-def test_training_is_that_of_pytorchs_own_parts(tmp_path):
+def test_weights_equal_those_of_a_loop_with_pytorchs_modules(tmp_path):
     config = configuration(max_gradient_norm=0.5, weight_decay=0.2, beta2=0.9, eps=1e-6, seed=3)
     run = train(config, TRAIN, VALID, tmp_path / "run")
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -119,22 +121,22 @@ def test_training_is_that_of_pytorchs_own_parts(tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_parts_of_a_batch_give_what_the_whole_gives(tmp_path):
-    whole, halves, quarters = (
-        train(configuration(gradient_accumulation=parts), TRAIN, VALID, tmp_path / str(parts)) for parts in (1, 2, 4)
-    )
-    for run, folder in ((halves, "2"), (quarters, "4")):
-        for mine, other in zip(run.model.parameters(), whole.model.parameters(), strict=True):
-            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
-        for mine, other in zip(
-            *(read_metrics(tmp_path / name / "metrics.jsonl") for name in (folder, "1")), strict=True
-        ):
-            assert mine["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
-            assert mine["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)
+def test_gradient_accumulation_gives_the_result_of_the_full_batch(tmp_path):
+    runs, metrics = {}, {}
+    for count in (1, 2, 4):
+        run_dir = tmp_path / str(count)
+        runs[count] = train(configuration(gradient_accumulation=count), TRAIN, VALID, run_dir)
+        metrics[count] = read_metrics(run_dir / "metrics.jsonl")
+    for count in (2, 4):
+        for parameter, expected in zip(runs[count].model.parameters(), runs[1].model.parameters(), strict=True):
+            torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-5)
+        for record, expected in zip(metrics[count], metrics[1], strict=True):
+            assert record["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-5)
+            assert record["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_loss_falls_on_text_that_repeats(tmp_path, precision):
+def test_the_loss_falls_on_repeated_text(tmp_path, precision):
     tokens = np.tile(np.array([1, 5, 2, 7, 3], np.uint16), 40)
     config = configuration(steps=60, batch_size=8, log_interval=10, precision=precision)
     run = train(config, tokens, tokens, tmp_path / "run")
@@ -144,10 +146,10 @@ def test_the_loss_falls_on_text_that_repeats(tmp_path, precision):
     assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
 
 
-def test_bfloat16_rounds_and_auto_on_a_cpu_does_not(tmp_path):
+def test_auto_precision_is_float32_on_a_cpu_and_bfloat16_rounds(tmp_path):
     losses = {}
     for precision in ("float32", "auto", "bfloat16"):
-        # Nothing is learned, so that the validation loss is that of the same weights.
+        # With a learning rate of 0, the validation loss is that of the same weights.
         config = configuration(steps=1, precision=precision, max_learning_rate=0.0, min_learning_rate=0.0)
         train(config, TRAIN, VALID, tmp_path / precision)
         (record,) = read_metrics(tmp_path / precision / "metrics.jsonl")
@@ -159,7 +161,7 @@ def test_bfloat16_rounds_and_auto_on_a_cpu_does_not(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_factor_of_zero_leaves_the_matrices_with_a_row_a_token_alone(tmp_path, tied):
+def test_an_embedding_rate_factor_of_0_leaves_embedding_and_output_matrix_unchanged(tmp_path, tied):
     config = configuration(embedding_rate_factor=0.0)
     config = replace(config, model=replace(MODEL, tied_embeddings=tied))
     trained = train(config, TRAIN, VALID, tmp_path / "run").model.state_dict()
@@ -169,16 +171,16 @@ def test_a_factor_of_zero_leaves_the_matrices_with_a_row_a_token_alone(tmp_path,
     assert same == {"token_embeddings.weight", "lm_head.weight"}
 
 
-def test_rows_of_documents_begin_at_the_end_of_text(tmp_path, monkeypatch):
+def test_with_documents_sequences_start_at_the_separator(tmp_path):
     batches = []
-    real = basic.training.loop.TrainStep.__call__
 
-    def train_step(step, batch, *args):
-        batches.append(batch)
-        return real(step, batch, *args)
+    class RecordingStep(TrainStep):
+        def __call__(self, batch, learning_rate):
+            batches.append(batch)
+            return super().__call__(batch, learning_rate)
 
-    monkeypatch.setattr(basic.training.loop.TrainStep, "__call__", train_step)
-    train(configuration(rows="documents"), TRAIN, VALID, tmp_path / "run", tokenizer=Words())
+    config = configuration(rows="documents")
+    train(config, TRAIN, VALID, tmp_path / "run", tokenizer=NumberTokenizer(), make_step=RecordingStep)
     assert len(batches) == 8
     assert all((inputs[:, 0] == END).all() for inputs, _ in batches)
 
@@ -186,13 +188,13 @@ def test_rows_of_documents_begin_at_the_end_of_text(tmp_path, monkeypatch):
 # --- Metrics --------------------------------------------------------------------------------------------------
 
 
-def test_the_log_has_the_promised_numbers(tmp_path):
+def test_metrics_have_their_keys_and_values(tmp_path):
     config = configuration(steps=10, log_interval=3, eval_interval=5)
     train(config, TRAIN, VALID, tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    every = [json.loads(line) for line in lines]
-    records = [record for record in every if "kind" not in record]
-    evaluations = [record for record in every if record.get("kind") == "evaluation"]
+    all_records = [json.loads(line) for line in lines]
+    records = [record for record in all_records if "kind" not in record]
+    evaluations = [record for record in all_records if record.get("kind") == "evaluation"]
     assert [(r["step"], r["valid_loss"]) for r in evaluations] == [
         (r["step"], r["valid_loss"]) for r in records if "valid_loss" in r
     ]
@@ -207,16 +209,17 @@ def test_the_log_has_the_promised_numbers(tmp_path):
     walls = [record["wall_s"] for record in records]
     assert walls == sorted(walls)
     assert walls[0] > 0
-    # Of several steps, the mean.
+    # train_loss is the mean over the steps since the last record.
     train(replace(config, train=replace(config.train, log_interval=1)), TRAIN, VALID, tmp_path / "each")
     losses = [record["train_loss"] for record in read_metrics(tmp_path / "each" / "metrics.jsonl")]
-    for record, part in zip(records, (losses[:3], losses[3:5], losses[5:6], losses[6:9], losses[9:]), strict=True):
-        assert record["train_loss"] == pytest.approx(sum(part) / len(part), rel=1e-5)
+    intervals = losses[:3], losses[3:5], losses[5:6], losses[6:9], losses[9:]
+    for record, interval in zip(records, intervals, strict=True):
+        assert record["train_loss"] == pytest.approx(sum(interval) / len(interval), rel=1e-5)
 
 
 def test_intervals_of_zero_mean_the_last_step_only(tmp_path):
     settings = dict.fromkeys(("log_interval", "eval_interval", "sample_interval", "checkpoint_interval"), 0)
-    train(configuration(**settings), TRAIN, VALID, tmp_path / "run", tokenizer=Words())
+    train(configuration(**settings), TRAIN, VALID, tmp_path / "run", tokenizer=NumberTokenizer())
     (record,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert record["step"] == 8
     assert "valid_loss" in record
@@ -224,26 +227,26 @@ def test_intervals_of_zero_mean_the_last_step_only(tmp_path):
     assert (tmp_path / "run" / "samples.txt").read_text().startswith("--- step 8 ---\n")
 
 
-def test_evaluation_is_on_the_same_batches_every_time(tmp_path):
-    config = configuration(eval_interval=2, max_learning_rate=0.0, min_learning_rate=0.0)  # nothing is learned
+def test_every_evaluation_uses_the_same_batches(tmp_path):
+    config = configuration(eval_interval=2, max_learning_rate=0.0, min_learning_rate=0.0)  # the weights stay
     run = train(config, TRAIN, VALID, tmp_path / "run")
     losses = [r["valid_loss"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "valid_loss" in r]
     sampler = BatchSampler(VALID, 4, CONTEXT, seed=1)
     with torch.no_grad():
-        parts = [
+        expected = [
             torch.nn.functional.cross_entropy(run.model(inputs).flatten(0, 1), targets.flatten()).item()
             for inputs, targets in map(sampler.batch, range(2))
         ]
-    assert losses == [pytest.approx(sum(parts) / 2, rel=1e-5)] * 4
+    assert losses == [pytest.approx(sum(expected) / 2, rel=1e-5)] * 4
     assert len(set(losses)) == 1
 
 
 # --- The folder -----------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_configuration_tokenizer_samples_and_its_last_two_checkpoints(tmp_path):
+def test_a_run_writes_configuration_tokenizer_samples_and_its_last_two_checkpoints(tmp_path):
     config = configuration(sample_interval=4, sample_tokens=5, checkpoint_interval=3)
-    run = train(config, TRAIN, VALID, tmp_path / "deep" / "run", tokenizer=Words())
+    run = train(config, TRAIN, VALID, tmp_path / "deep" / "run", tokenizer=NumberTokenizer())
     folder = tmp_path / "deep" / "run"
     assert sorted(path.name for path in folder.iterdir()) == [
         *("checkpoints", "config.toml", "environment.json", "metrics.jsonl", "samples.txt", "tokenizer")
@@ -252,7 +255,7 @@ def test_a_run_leaves_configuration_tokenizer_samples_and_its_last_two_checkpoin
         *("step_00000006.safetensors", "step_00000008.safetensors")
     ]
     assert load_config(folder / "config.toml", RunConfig) == config
-    assert (folder / "tokenizer" / "words.txt").read_text() == str(VOCAB)
+    assert (folder / "tokenizer" / "vocab_size.txt").read_text() == str(VOCAB)
     samples = re.findall(r"--- step (\d+) ---\n(.*)\n\n", (folder / "samples.txt").read_text())
     assert [step for step, _ in samples] == ["4", "8"]
     assert all(len(text.split()) <= 5 for _, text in samples)
@@ -261,19 +264,19 @@ def test_a_run_leaves_configuration_tokenizer_samples_and_its_last_two_checkpoin
         assert torch.equal(tensor, saved(folder, 8)["model." + name])
 
 
-def test_a_folder_with_a_run_is_refused_and_left_alone_unless_it_is_to_be_overwritten(tmp_path):
-    train(configuration(steps=2), TRAIN, VALID, tmp_path / "run", tokenizer=Words())
+def test_an_existing_run_is_refused_and_unchanged_unless_overwrite_is_given(tmp_path):
+    train(configuration(steps=2), TRAIN, VALID, tmp_path / "run", tokenizer=NumberTokenizer())
     (tmp_path / "run" / "notes.txt").write_text("mine")
 
     def files() -> dict[Path, bytes]:
         return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
     before = files()
-    with pytest.raises(FileExistsError, match=r"run already holds a run; choose another .*--resume .*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"run already contains a run; choose another .*--resume .*--overwrite"):
         train(configuration(), TRAIN, VALID, tmp_path / "run")
-    with pytest.raises(ValueError, match="both resumed and overwritten"):
+    with pytest.raises(InvalidInputError, match="both resumed and overwritten"):
         train(configuration(), TRAIN, VALID, tmp_path / "run", resume=True, overwrite=True)
-    with pytest.raises(ValueError, match="training tokens: the dataset has 8 tokens"):
+    with pytest.raises(InvalidInputError, match="training tokens: the dataset has 8 tokens"):
         train(configuration(), TRAIN[:8], VALID, tmp_path / "run", overwrite=True)
     assert files() == before
 
@@ -284,115 +287,140 @@ def test_a_folder_with_a_run_is_refused_and_left_alone_unless_it_is_to_be_overwr
     ]
 
 
-# --- Stopping and going on ------------------------------------------------------------------------------------
+# --- Stopping and resuming -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows", ["windows", "documents"])
-def test_a_resumed_run_is_the_run_that_never_stopped_bit_for_bit(tmp_path, monkeypatch, rows):
+def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(tmp_path, rows):
     config = configuration(checkpoint_interval=4, eval_interval=4, rows=rows)
-    train(config, TRAIN, VALID, tmp_path / "whole", tokenizer=Words())
+    train(config, TRAIN, VALID, tmp_path / "uninterrupted", tokenizer=NumberTokenizer())
 
-    with monkeypatch.context() as patch:
-        stop_in_step(patch, 7, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            train(config, TRAIN, VALID, tmp_path / "stopped", tokenizer=Words())
+    failing = step_that_fails(7, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        train(config, TRAIN, VALID, tmp_path / "stopped", tokenizer=NumberTokenizer(), make_step=failing)
     log = tmp_path / "stopped" / "metrics.jsonl"
     assert [record["step"] for record in read_metrics(log)] == [1, 2, 3, 4, 5, 6]
     with open(log, "a") as file:
-        file.write('{"step": 7, "tok')  # as a crash in the middle of a line would leave it
+        file.write('{"step": 7, "tok')  # what a crash in the middle of a line leaves
     torch.manual_seed(99)
-    run = train(config, TRAIN, VALID, tmp_path / "stopped", tokenizer=Words(), resume=True)
+    run = train(config, TRAIN, VALID, tmp_path / "stopped", tokenizer=NumberTokenizer(), resume=True)
 
     assert run.step == 8
-    whole, stopped = saved(tmp_path / "whole", 8), saved(tmp_path / "stopped", 8)
-    assert whole.keys() == stopped.keys()
-    assert all(torch.equal(tensor, stopped[name]) for name, tensor in whole.items())
-    assert len(whole) > len(list(run.model.parameters())) * 2  # the optimizer's moments are among them
-    records = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "stopped")]
+    expected, resumed = saved(tmp_path / "uninterrupted", 8), saved(tmp_path / "stopped", 8)
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in expected.items())
+    assert len(expected) > len(list(run.model.parameters())) * 2  # the optimizer's moments are included
+    records = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("uninterrupted", "stopped")]
     assert [record["step"] for record in records[1]] == list(range(1, 9))
-    for mine, other in zip(*records, strict=True):
-        assert {**mine, "wall_s": 0, "tokens_per_s": 0} == {**other, "wall_s": 0, "tokens_per_s": 0}
+    for one, other in zip(*records, strict=True):
+        assert {**one, "wall_s": 0, "tokens_per_s": 0} == {**other, "wall_s": 0, "tokens_per_s": 0}
     walls = [record["wall_s"] for record in records[1]]
     assert walls == sorted(walls)
 
 
-def test_a_run_can_go_on_beyond_its_end_and_its_configuration_says_so(tmp_path):
+def test_a_finished_run_can_be_resumed_with_more_steps(tmp_path):
     train(configuration(steps=4), TRAIN, VALID, tmp_path / "run")
     longer = configuration(steps=6)
     assert train(longer, TRAIN, VALID, tmp_path / "run", resume=True).step == 6
     assert load_config(tmp_path / "run" / "config.toml", RunConfig) == longer
     assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
-    # One that is done already stays as it is.
+    # With fewer steps than it has, a run is unchanged.
     assert train(configuration(steps=5), TRAIN, VALID, tmp_path / "run", resume=True).step == 6
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 6
 
 
-def test_a_run_does_not_go_on_with_another_model(tmp_path):
+def test_a_run_cannot_be_resumed_with_another_model(tmp_path):
     config = configuration(steps=2)
     train(config, TRAIN, VALID, tmp_path / "run")
-    for name, before, after in (("num_heads", 2, 4), ("num_kv_heads", None, 1)):  # the first has the same shapes
+    for name, before, after in (("num_heads", 2, 4), ("num_kv_heads", None, 1)):  # num_heads does not change any shape
         other = replace(config, model=replace(MODEL, **{name: after}))
-        with pytest.raises(ValueError, match=rf"begun with model.{name} = {before}, but is to be resumed with {after}"):
+        with pytest.raises(
+            InvalidConfigError, match=rf"started with model.{name} = {before}, but is to be resumed with {after}"
+        ):
             train(other, TRAIN, VALID, tmp_path / "run", resume=True)
     assert load_config(tmp_path / "run" / "config.toml", RunConfig) == config
 
 
 def test_nothing_to_resume(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"missing is not a run: it has no config\.toml; start one"):
+    with pytest.raises(NotARunError, match=r"missing is not a run: it has no config\.toml; start one"):
         train(configuration(), TRAIN, VALID, tmp_path / "missing", resume=True)
     assert not (tmp_path / "missing").exists()
 
 
-def test_a_run_without_a_checkpoint_begins_again(tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        stop_in_step(patch, 3, ZeroDivisionError())
-        with pytest.raises(ZeroDivisionError):
-            train(configuration(), TRAIN, VALID, tmp_path / "run")
+def test_a_run_without_a_checkpoint_starts_again(tmp_path, capsys):
+    with pytest.raises(ZeroDivisionError):
+        train(configuration(), TRAIN, VALID, tmp_path / "run", make_step=step_that_fails(3, ZeroDivisionError()))
     train(configuration(), TRAIN, VALID, tmp_path / "run", resume=True)
-    assert "run has no checkpoint yet; it begins again at its first step" in capsys.readouterr().err
+    assert "run has no checkpoint yet; it starts again at its first step" in capsys.readouterr().err
     assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 9))
 
 
-def test_a_learning_rate_that_is_far_too_high_ends_in_that_error(tmp_path):
+def test_a_far_too_high_learning_rate_raises_floating_point_error(tmp_path):
     with pytest.raises(FloatingPointError):
         train(configuration(max_learning_rate=1e30, steps=20), TRAIN, VALID, tmp_path / "run")
     assert all(math.isfinite(record["train_loss"]) for record in read_metrics(tmp_path / "run" / "metrics.jsonl"))
 
 
-# --- What does not fit ----------------------------------------------------------------------------------------
+# --- Invalid arguments ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "error", "message"),
     [
         (
             {"train_tokens": TRAIN[:8]},
+            InvalidInputError,
             "training tokens: the dataset has 8 tokens, but context_length=8 needs at least 9",
         ),
-        ({"valid_tokens": VALID[:0]}, "validation tokens: the dataset has 0 tokens"),
+        ({"valid_tokens": VALID[:0]}, InvalidInputError, "validation tokens: the dataset has 0 tokens"),
         (
             {"train_tokens": np.append(TRAIN, 20)},
+            WrongTokenizerError,
             f"training tokens: token id 20 at position {len(TRAIN)} is not in the",
         ),
-        ({"valid_tokens": np.append(-1, VALID)}, "validation tokens: token id -1 at position 0"),
-        ({"train_tokens": TRAIN.astype(float)}, "training tokens: tokens must be .* integers, got float64"),
-        ({"tokenizer": Words(21)}, "the tokenizer's 21 ids do not fit into the model's vocab_size=20; set"),
-        ({"config": configuration(rows="documents")}, "needs a tokenizer .*'<|endoftext|>', got none"),
+        ({"valid_tokens": np.append(-1, VALID)}, WrongTokenizerError, "validation tokens: token id -1 at position 0"),
         (
-            {"config": configuration(rows="documents", end_of_text="<END>"), "tokenizer": Words()},
+            {"train_tokens": TRAIN.astype(float)},
+            InvalidInputError,
+            "training tokens: tokens must be .* integers, got float64",
+        ),
+        (
+            {"tokenizer": NumberTokenizer(21)},
+            WrongTokenizerError,
+            "the tokenizer's 21 ids do not fit into the model's vocab_size=20; set",
+        ),
+        (
+            {"config": configuration(rows="documents")},
+            InvalidConfigError,
+            "needs a tokenizer .*'<|endoftext|>', got none",
+        ),
+        (
+            {"config": configuration(rows="documents", end_of_text="<END>"), "tokenizer": NumberTokenizer()},
+            InvalidConfigError,
             r"special token '<END>', got one with \['<\|endoftext\|>'\]",
         ),
         (
-            {"config": configuration(rows="documents"), "tokenizer": Words(), "valid_tokens": VALID[VALID != END]},
+            {
+                "config": configuration(rows="documents"),
+                "tokenizer": NumberTokenizer(),
+                "valid_tokens": VALID[VALID != END],
+            },
+            InvalidInputError,
             "validation tokens: token 0 does not occur",
         ),
-        ({"config": configuration(device="abacus")}, r"device 'abacus' cannot be used here \(.*\); use cpu or auto"),
-        ({"config": configuration(device="cuda:77")}, r"device 'cuda:77' cannot be used here \(.*\); use cpu or auto"),
+        *(
+            (
+                {"config": configuration(device=name)},
+                InvalidConfigError,
+                rf"device '{name}' cannot be used here \(.*\); use cpu or auto",
+            )
+            for name in ("abacus", "cuda:77")
+        ),
     ],
 )
-def test_what_does_not_fit_is_told_before_anything_is_written(tmp_path, changes, message):
+def test_arguments_that_do_not_fit_together_are_refused_before_anything_is_written(tmp_path, changes, error, message):
     arguments: dict[str, Any] = {"config": configuration(), "train_tokens": TRAIN, "valid_tokens": VALID, **changes}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         train(**arguments, run_dir=tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
@@ -418,5 +446,5 @@ def test_what_does_not_fit_is_told_before_anything_is_written(tmp_path, changes,
     ],
 )
 def test_settings_out_of_range_are_named(settings, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(InvalidConfigError, match=re.escape(message)):
         configuration(**settings)

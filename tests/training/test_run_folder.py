@@ -85,7 +85,7 @@ def test_a_configuration_with_an_unknown_key(run_dir):
 @pytest.mark.parametrize("kept", [0, 7, 100, -1])
 def test_a_truncated_checkpoint_is_named_and_the_one_before_is_taken(run_dir, kept):
     newest(run_dir).write_bytes(newest(run_dir).read_bytes()[:kept])
-    with pytest.warns(UserWarning, match=r"step_00000100\.safetensors is not a whole checkpoint"):
+    with pytest.warns(UserWarning, match=r"step_00000100\.safetensors is not a complete checkpoint"):
         assert load_run(run_dir).step == 80
 
 

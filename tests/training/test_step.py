@@ -10,7 +10,7 @@ from basic.model import ModelConfig, TransformerLM, clip_gradients
 from basic.training.loop import make_optimizer
 from basic.training.parallel.world import World
 from basic.training.settings import TrainConfig
-from basic.training.step import TrainStep, compile_in_pieces, pieces_of
+from basic.training.step import TrainStep, compile_segments, model_segments
 
 SIZES: dict[str, Any] = {"vocab_size": 30, "context_length": 12, "d_model": 16, "num_layers": 3, "num_heads": 4}
 
@@ -41,7 +41,7 @@ def test_a_step_is_the_plain_one(shape, precision):
     settings = TrainConfig(steps=1, batch_size=4, max_gradient_norm=0.5)
     optimizer, plain_optimizer = make_optimizer(model, settings), make_optimizer(plain, settings)
     step = TrainStep(model, optimizer, settings, torch.device("cpu"))
-    assert len(step.copies) == (
+    assert len(step.weight_copies) == (
         0 if precision == torch.float32 else len([p for p in model.parameters() if p.ndim == 2]) - 1
     )
     for batch in batches(5):
@@ -57,7 +57,7 @@ def test_a_step_is_the_plain_one(shape, precision):
         torch.testing.assert_close(norm, expected_norm, rtol=1e-6, atol=0)
         for (name, own), other in zip(model.named_parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(own, other, rtol=1e-6, atol=1e-7, msg=name)
-        assert step.loss_of(*batch) == model.loss(*batch)  # the copies have followed
+        assert step.loss_fn(*batch) == model.loss(*batch)  # the copies have followed
         plain.load_state_dict(model.state_dict())
 
 
@@ -75,7 +75,7 @@ def test_gradients_of_several_parts_are_added_up_in_full_precision():
 @pytest.mark.parametrize("size", [1, 2])
 def test_compiling_leaves_the_callers_model_alone(monkeypatch, precision, size):
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    monkeypatch.setattr(World, "equalize", lambda world, model: None)
+    monkeypatch.setattr(World, "broadcast_weights", lambda world, model: None)
     model = TransformerLM(ModelConfig(**SIZES))
     model.activation_dtype = precision
     settings = TrainConfig(steps=1, batch_size=4, compile=True)
@@ -93,8 +93,8 @@ def test_pieces_are_the_whole_model(monkeypatch):
     model = TransformerLM(ModelConfig(**SIZES))
     pieces = copy.deepcopy(model)
     batch = batches(1)[0]
-    compile_in_pieces(pieces)
-    found = pieces_of(pieces)
+    compile_segments(pieces)
+    found = model_segments(pieces)
     assert [len(list(piece.parameters())) for piece in found] == [1, 18, 9, 30]
     assert found[-1] is pieces
     assert pieces.loss(*batch) == model.loss(*batch)

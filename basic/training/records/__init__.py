@@ -1,1 +1,1 @@
-"""What a run writes about itself."""
+"""What a run writes: its log, its metrics, its environment, and trackers that receive its metrics."""

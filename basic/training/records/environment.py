@@ -1,4 +1,4 @@
-"""What a run was made with: code, environment and data, written down at every start and compared when it goes on."""
+"""The code, environment and data of a run, saved at every start in environment.json and compared on resuming."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from typing import Any
 import numpy as np
 import torch
 
+from basic.common.errors import InvalidInputError, WrongTokenizerError
 from basic.common.files import atomic_write
 from basic.tokens.index import Tokens
 from basic.tokens.opening import mapped_file
 
 _PACKAGE = Path(__file__).parents[2]
-RECORD_NAME = "environment.json"
+_FILE_NAME = "environment.json"
 
-# Pieces of the tokens that their fingerprint is taken from, spread evenly: some milliseconds, whatever the file's size.
-_PIECES, _PIECE_TOKENS = 64, 4096
+# Tokens are fingerprinted by evenly spaced chunks, which takes milliseconds for a file of any size.
+_NUM_CHUNKS, _CHUNK_TOKENS = 64, 4096
 
 
-def describe_start(
+def describe_environment(
     train_tokens: np.ndarray, valid_tokens: np.ndarray, tokenizer: Any, device: torch.device, processes: int = 1
 ) -> dict[str, Any]:
-    """Everything around a run that could make it another one, as plain values.
+    """Collect everything outside the configuration that can change a run's results, as JSON values.
 
     Args:
-        tokenizer: with a `fingerprint`, or not, or None.
-        processes: that train together.
+        tokenizer: None, or any object; its `fingerprint` is saved if it has one.
+        processes: number of ranks that train together.
     """
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -54,64 +55,68 @@ def describe_start(
         "threads": torch.get_num_threads(),
         "processes": processes,
         "tokenizer_fingerprint": getattr(tokenizer, "fingerprint", None),
-        "train_tokens": describe_tokens(train_tokens),
-        "valid_tokens": describe_tokens(valid_tokens),
+        "train_tokens": _describe_tokens(train_tokens),
+        "valid_tokens": _describe_tokens(valid_tokens),
     }
 
 
-def read_starts(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
-    """What `describe_start` said at every start of a run, the first one first; empty where nothing was written."""
-    path = Path(run_dir) / RECORD_NAME
+def read_environments(run_dir: Path) -> list[dict[str, Any]]:
+    """Read the environments of all starts of a run, oldest first; empty if the run has no such file."""
+    path = run_dir / _FILE_NAME
     return json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() else []
 
 
-def add_start(run_dir: Path, start: dict[str, Any], step: int) -> None:
-    """Write a start down beside the earlier ones, with the number of steps done before."""
-    content = {"starts": [*read_starts(run_dir), {"step": step, **start}]}
-    with atomic_write(run_dir / RECORD_NAME) as file:
+def append_environment(run_dir: Path, environment: dict[str, Any], step: int) -> None:
+    """Save the environment of a start, with the number of steps done before it."""
+    content = {"starts": [*read_environments(run_dir), {"step": step, **environment}]}
+    with atomic_write(run_dir / _FILE_NAME) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
-def check_start(run_dir: Path, start: dict[str, Any], warn: Callable[[str], None]) -> None:
-    """Compare a start with the first one of the run: other data is an error, another environment a warning.
+def check_environment(run_dir: Path, environment: dict[str, Any], warn: Callable[[str], None]) -> None:
+    """Compare an environment with that of the run's first start, and warn if results may differ.
 
     Raises:
-        ValueError: the run was begun with other tokens or another tokenizer.
+        InvalidInputError: the run was started with other tokens.
+        WrongTokenizerError: the run was started with another tokenizer.
     """
-    starts = read_starts(run_dir)
-    if not starts:
+    environments = read_environments(run_dir)
+    if not environments:
         return
-    first = starts[0]
+    first = environments[0]
     for name in ("train_tokens", "valid_tokens"):
-        if first[name]["fingerprint"] != start[name]["fingerprint"]:
-            raise ValueError(
-                f"{run_dir} was begun with other {name} ({_where(first[name])}) than these ({_where(start[name])}); "
-                "resume it with the tokens it had, or train on these in another folder"
+        if first[name]["fingerprint"] != environment[name]["fingerprint"]:
+            raise InvalidInputError(
+                f"{run_dir} was started with other {name} ({_summary(first[name])}) than these "
+                f"({_summary(environment[name])}); resume it with its own tokens, or train on these in another folder"
             )
-    fingerprints = first["tokenizer_fingerprint"], start["tokenizer_fingerprint"]
+    fingerprints = first["tokenizer_fingerprint"], environment["tokenizer_fingerprint"]
     if None not in fingerprints and fingerprints[0] != fingerprints[1]:
-        raise ValueError(
-            f"{run_dir} was begun with another tokenizer (fingerprint {fingerprints[0]}) than this one "
+        raise WrongTokenizerError(
+            f"{run_dir} was started with another tokenizer (fingerprint {fingerprints[0]}) than this one "
             f"({fingerprints[1]}); resume it with its own, in {run_dir / 'tokenizer'}"
         )
-    for name, remedy in (
-        ("threads", f"set OMP_NUM_THREADS={first['threads']} for the same numbers to the last bit"),
-        ("processes", "its numbers will differ in their last bits from those of a run that never stopped"),
-        ("device", "its numbers will differ a little from those of a run that never stopped"),
-        ("torch", "its numbers may differ a little from those of a run that never stopped"),
+    for name, consequence in (
+        ("threads", f"set OMP_NUM_THREADS={first['threads']} for bitwise equal results"),
+        ("processes", "the results will differ in their last bits from those of an uninterrupted run"),
+        ("device", "the results will differ slightly from those of an uninterrupted run"),
+        ("torch", "the results may differ slightly from those of an uninterrupted run"),
     ):
-        before = first.get(name, 1)  # earlier versions had one process and did not say so
-        if before != start[name]:
-            warn(f"warning: {run_dir} was begun with {name} {before}, and goes on with {start[name]}; {remedy}")
+        before = first.get(name, 1)  # earlier versions always had one process and did not save the number
+        if before != environment[name]:
+            warn(
+                f"warning: {run_dir} was started with {name} {before} and is resumed with {environment[name]}; "
+                f"{consequence}"
+            )
 
 
-def describe_tokens(tokens: Tokens) -> dict[str, Any]:
-    """Where tokens come from, and a fingerprint of what they are, which reads little of them."""
+def _describe_tokens(tokens: Tokens) -> dict[str, Any]:
+    """Return where tokens come from, and a fingerprint of a sample of them."""
     path, info = mapped_file(tokens)
     digest = hashlib.sha256(str(len(tokens)).encode())
-    for begin in np.linspace(0, max(0, len(tokens) - _PIECE_TOKENS), _PIECES, dtype=np.int64):
-        digest.update(tokens[begin : begin + _PIECE_TOKENS].astype("<i8").tobytes())
-        if len(tokens) <= _PIECE_TOKENS:
+    for start in np.linspace(0, max(0, len(tokens) - _CHUNK_TOKENS), _NUM_CHUNKS, dtype=np.int64):
+        digest.update(tokens[start : start + _CHUNK_TOKENS].astype("<i8").tobytes())
+        if len(tokens) <= _CHUNK_TOKENS:
             break
     return {
         "path": None if path is None else str(path),
@@ -121,15 +126,15 @@ def describe_tokens(tokens: Tokens) -> dict[str, Any]:
     }
 
 
-def _where(tokens: dict[str, Any]) -> str:
+def _summary(tokens: dict[str, Any]) -> str:
     return f"{tokens['count']:,} tokens of {tokens['path'] or 'an array'}"
 
 
 def _code_version() -> dict[str, Any]:
-    """The package's version and, where its files belong to a git repository, the commit, and whether they differ."""
+    """Return the package's version, and its git commit and whether files were changed since, if git tracks it."""
     try:
         package = version("basic")
-    except PackageNotFoundError:  # only on the path
+    except PackageNotFoundError:  # not installed, only on the path
         package = None
     if not _git("ls-files", "--error-unmatch", "__init__.py"):
         return {"version": package, "commit": None, "changed": None}
@@ -141,7 +146,7 @@ def _code_version() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str:
-    """What git says about the package's folder; empty where there is no git, or no repository."""
+    """Run git in the package's folder; return "" if there is no git or no repository."""
     try:
         done = subprocess.run(["git", *arguments], cwd=_PACKAGE, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

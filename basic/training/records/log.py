@@ -1,4 +1,4 @@
-"""What a training run says while it runs: lines of JSON in metrics.jsonl, a live line in the terminal, trackers."""
+"""The log of a training run: JSON lines in metrics.jsonl, a progress line in the terminal, and trackers."""
 
 from __future__ import annotations
 
@@ -9,76 +9,74 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from tqdm import tqdm
 
-from basic.training.devices import peak_bf16_flops
+from basic.common.config_files import to_table
+from basic.training.devices import PEAK_BF16_FLOPS
 from basic.training.records.trackers import Tracker, open_trackers
+from basic.training.settings import RunConfig
 
-SECONDS_BETWEEN_LINES = 10.0
-"""At least so many where nobody watches: a log file of a day shall still be one that can be read."""
+_LINE_INTERVAL_S = 10.0
+"""Minimum time between two progress lines outside a terminal, so that the output of a long run stays readable."""
 
 
 class RunLog:
-    """The log of a run, open while it trains; a context manager.
+    """The log of a run, as a context manager that is open during training.
 
-    Nothing that goes wrong here ends the training: lines that a full disk refuses are kept and tried again, and a
-    tracker that fails is given up, each with a warning.
+    No failure of the log ends the training: lines that cannot be written because the disk is full are kept and written
+    later, and a tracker that fails is closed. Both print a warning.
 
     Args:
-        run_dir: its `metrics.jsonl` is appended to.
-        total_steps: the last step.
-        first_step: steps done before this process.
-        tokens_a_step: read in one step.
-        flops_a_token: floating-point operations of training on one token; 0 for unknown.
-        device: what trains, in each of the processes; on GPUs whose peak is known, the share of it that is used (MFU)
-            is shown.
-        progress: show how it goes, on stderr: a live line in a terminal, elsewhere a line every few seconds.
-        trackers: of `basic.training.records.trackers.NAMES`.
-        config_table: the configuration, for the trackers.
+        run_dir: records are appended to its `metrics.jsonl`.
+        config: of the run.
+        first_step: number of steps done before.
+        flops_per_token: floating-point operations of training per token; with 0, no MFU is shown.
+        device_name: name of the device of each rank, from `basic.training.devices.device_name`.
+        num_processes: number of ranks that train together.
+        progress: show progress on stderr: a live line in a terminal, else a line every few seconds.
+        clock: returns the time in seconds.
 
     Raises:
-        ValueError: a tracker is unknown or not installed.
+        InvalidConfigError: a tracker is unknown or not installed (when the log is opened).
     """
 
     def __init__(
         self,
         run_dir: Path,
+        config: RunConfig,
         *,
-        total_steps: int,
         first_step: int,
-        tokens_a_step: int,
-        flops_a_token: float,
-        device: torch.device,
-        progress: bool,
-        processes: int = 1,
-        trackers: Sequence[str] = (),
-        config_table: dict | None = None,
+        flops_per_token: float,
+        device_name: str,
+        num_processes: int = 1,
+        progress: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ):
         self._path = run_dir / "metrics.jsonl"
-        self._total_steps, self._first_step, self._tokens_a_step = total_steps, first_step, tokens_a_step
-        self._flops_a_token, self._peak_flops = flops_a_token, (peak_bf16_flops(device) or 0) * processes
-        self._device, self._processes, self._progress = device, processes, progress
-        self._tracker_names, self._config_table = trackers, config_table
-        self._live = progress and _can_be_redrawn(sys.stderr)
-        self._lock = threading.Lock()  # checkpoints report from a thread of their own
-        self._unsaved: deque[bytes] = deque()
+        self._config, self._first_step, self._total_steps = config, first_step, config.train.steps
+        self._flops_per_token = flops_per_token
+        self._peak_flops = PEAK_BF16_FLOPS.get(device_name, 0.0) * num_processes
+        self._device_name, self._num_processes = device_name, num_processes
+        self._progress, self._clock = progress, clock
+        self._live = progress and _is_terminal(sys.stderr)
+        self._lock = threading.Lock()  # checkpoints are logged from their own thread
+        self._unwritten: deque[bytes] = deque()
         self._warned = False
-        self._shown: dict[str, Any] = {}  # the newest of every number
+        self._latest: dict[str, Any] = {}  # the newest value of every metric
 
     def __enter__(self) -> RunLog:
-        run_dir = self._path.parent
+        run_dir, settings = self._path.parent, self._config.train
         self._trackers = open_trackers(
-            self._tracker_names, run_dir, first_step=self._first_step, config_table=self._config_table
+            settings.trackers, run_dir, first_step=self._first_step, config_table=to_table(self._config)
         )
-        # Without a buffer of Python's, a failed write leaves nothing behind that a later one would put out.
+        # Unbuffered: a buffer would keep the bytes of a failed write and write them again later.
         self._file = open(self._path, "ab", buffering=0)
-        self._started_s = time.monotonic()
+        self._started_s = self._clock()
         self._last_line_s = -math.inf
         self._bar = tqdm(
             total=self._total_steps,
@@ -90,111 +88,112 @@ class RunLog:
             disable=not self._live,
         )
         if self._progress:
-            steps = f"steps {self._first_step + 1:,} to {self._total_steps:,} of {self._tokens_a_step:,} tokens each"
-            times = f"{self._processes} x " if self._processes > 1 else ""
-            self.message(f"training in {run_dir}: {steps}, on {times}{_device_name(self._device)}")
+            tokens_per_step = settings.batch_size * self._config.model.context_length
+            steps = f"steps {self._first_step + 1:,} to {self._total_steps:,} of {tokens_per_step:,} tokens each"
+            times = f"{self._num_processes} x " if self._num_processes > 1 else ""
+            self.print_message(f"training in {run_dir}: {steps}, on {times}{self._device_name}")
         return self
 
     def __exit__(self, *exception: object) -> None:
         with self._lock:
-            self._save_lines()
+            self._write_lines()
         self._file.close()
         self._bar.close()
-        if self._unsaved:
-            self.message(f"warning: the last {len(self._unsaved)} lines of {self._path} could not be written")
+        if self._unwritten:
+            self.print_message(f"warning: the last {len(self._unwritten)} lines of {self._path} could not be written")
         for tracker in list(self._trackers):
-            self._try(tracker, tracker.close)
+            self._call(tracker, tracker.close)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl, and show and pass on what it says.
+        """Append a record to metrics.jsonl, send it to the trackers, and show its metrics.
 
         Args:
-            record: has a "step", and a "kind" unless it is one of training. Numbers that are not finite become null:
-                JSON has no word for them.
+            record: has a "step", and a "kind" unless it is a training record. Non-finite numbers are written as null,
+                because JSON has no NaN.
         """
-        record = {key: None if _not_finite(value) else value for key, value in record.items()}
+        record = {key: None if _is_nonfinite(value) else value for key, value in record.items()}
         with self._lock:
-            self._unsaved.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-            self._save_lines()
+            self._unwritten.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            self._write_lines()
             for tracker in list(self._trackers):
-                self._try(tracker, tracker.log, record)
+                self._call(tracker, tracker.log, record)
         if self._progress and "kind" not in record:
             self._show(record)
 
-    def message(self, text: str) -> None:
-        """Print a line on stderr, above the live line where there is one."""
-        with suppress(OSError):  # it may go into a file, on the disk that is full
+    def print_message(self, text: str) -> None:
+        """Print a line to stderr, above the live line if there is one."""
+        with suppress(OSError):  # stderr may be a file on the full disk
             tqdm.write(text, file=sys.stderr)
 
-    def step(self, done: int) -> None:
-        """Move the live line on to so many steps; cheap, and the device is not waited for."""
+    def update_progress(self, steps_done: int) -> None:
+        """Set the number of steps in the live line; this is cheap and does not wait for the device."""
         if self._live:
-            self._bar.update(done - self._bar.n)
+            self._bar.update(steps_done - self._bar.n)
 
-    def _save_lines(self) -> None:
-        """Put the waiting lines into the file, as many whole ones as there is room for."""
+    def _write_lines(self) -> None:
+        """Write the unwritten lines to the file, as many complete ones as the disk has space for."""
         try:
-            while self._unsaved:
-                self._append(self._unsaved[0])
-                self._unsaved.popleft()
+            while self._unwritten:
+                self._append(self._unwritten[0])
+                self._unwritten.popleft()
             self._warned = False
         except OSError as error:
             if not self._warned:
-                self.message(f"warning: {self._path} cannot be written ({error}); its lines are kept and tried again")
+                self.print_message(
+                    f"warning: {self._path} cannot be written ({error}); its lines are kept and will be tried again"
+                )
             self._warned = True
 
     def _append(self, line: bytes) -> None:
-        """Put a line into the file, or nothing of it: a full disk takes what fits of it and fails at the rest."""
-        end_bytes = os.fstat(self._file.fileno()).st_size
+        """Append a complete line, or nothing: a full disk may take the first bytes of a line and refuse the rest."""
+        size_bytes = os.fstat(self._file.fileno()).st_size
         try:
             while line:
                 line = line[self._file.write(line) :]
         except OSError:
             with suppress(OSError):
-                self._file.truncate(end_bytes)
+                self._file.truncate(size_bytes)
             raise
 
-    def _try(self, tracker: Tracker, call: Any, *arguments: Any) -> None:
-        """Call a tracker; no training ends because somebody's server does."""
+    def _call(self, tracker: Tracker, method: Callable[..., None], *arguments: Any) -> None:
+        """Call a method of a tracker; drop the tracker if it fails, so that training continues."""
         try:
-            call(*arguments)
-        except Exception as error:  # whatever other people's packages raise
+            method(*arguments)
+        except Exception as error:  # trackers are other people's packages, which may raise anything
             self._trackers.remove(tracker)
-            self.message(f"warning: the tracker {type(tracker).__name__.strip('_')} is given up: {error}")
+            name = type(tracker).__name__.strip("_")
+            self.print_message(f"warning: the tracker {name} failed and gets no more records: {error}")
 
     def _show(self, record: Mapping[str, Any]) -> None:
-        self._shown |= record
+        self._latest |= record
         if self._live:
-            self._bar.set_postfix_str(", ".join(self._facts(self._shown)))
+            self._bar.set_postfix_str(", ".join(self._format_metrics(self._latest)))
             return
-        now_s, done = time.monotonic(), record["step"]
-        if now_s - self._last_line_s < SECONDS_BETWEEN_LINES and done < self._total_steps:
+        now_s, steps_done = self._clock(), record["step"]
+        if now_s - self._last_line_s < _LINE_INTERVAL_S and steps_done < self._total_steps:
             return
         self._last_line_s = now_s
-        left_s = (self._total_steps - done) * (now_s - self._started_s) / max(1, done - self._first_step)
-        facts = [*self._facts(record), f"{tqdm.format_interval(left_s)} left"]
-        self.message(f"step {done:,}/{self._total_steps:,}: " + ", ".join(facts))
+        step_s = (now_s - self._started_s) / max(1, steps_done - self._first_step)
+        remaining = tqdm.format_interval((self._total_steps - steps_done) * step_s)
+        metrics = ", ".join([*self._format_metrics(record), f"{remaining} left"])
+        self.print_message(f"step {steps_done:,}/{self._total_steps:,}: {metrics}")
 
-    def _facts(self, record: Mapping[str, Any]) -> list[str]:
-        """A record's most important numbers, as a person reads them."""
-        facts = []
+    def _format_metrics(self, record: Mapping[str, Any]) -> list[str]:
+        metrics = []
         for name, key in (("loss", "train_loss"), ("validation", "valid_loss")):
             if record.get(key) is not None:
-                facts.append(f"{name} {record[key]:.3f}")
+                metrics.append(f"{name} {record[key]:.3f}")
         if rate := record.get("tokens_per_s"):
-            facts.append(f"{tqdm.format_sizeof(rate)} tokens/s")
-            if self._peak_flops and self._flops_a_token:
-                facts.append(f"{rate * self._flops_a_token / self._peak_flops:.1%} MFU")
-        return facts
+            metrics.append(f"{tqdm.format_sizeof(rate)} tokens/s")
+            if self._peak_flops and self._flops_per_token:
+                metrics.append(f"{rate * self._flops_per_token / self._peak_flops:.1%} MFU")
+        return metrics
 
 
-class NoLog:
-    """The log of a process that leaves all writing to the first one."""
+class NullLog:
+    """A log that writes nothing, for all ranks but rank 0."""
 
-    def __init__(self, run_dir: Path, **settings: Any):
-        pass
-
-    def __enter__(self) -> NoLog:
+    def __enter__(self) -> NullLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -203,24 +202,20 @@ class NoLog:
     def write(self, record: Mapping[str, Any]) -> None:
         pass
 
-    def step(self, done: int) -> None:
+    def update_progress(self, steps_done: int) -> None:
         pass
 
-    def message(self, text: str) -> None:
+    def print_message(self, text: str) -> None:
         pass
 
 
-def _can_be_redrawn(stream: TextIO) -> bool:
-    """Whether it is a terminal that knows its size; on others, as in some containers, tqdm shows nothing."""
+def _is_terminal(stream: TextIO) -> bool:
+    """Whether a stream is a terminal of known size. Without a size, as in some containers, tqdm shows nothing."""
     try:
         return stream.isatty() and min(os.get_terminal_size(stream.fileno())) > 0
     except OSError:
         return False
 
 
-def _not_finite(value: Any) -> bool:
+def _is_nonfinite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,4 +1,4 @@
-"""What the steps of a run measure, read from the device a few steps behind it, so that it is never waited for."""
+"""Losses and gradient norms of a run's steps, copied from the device in the background so that steps do not wait."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_STEPS_TOGETHER = 4
-"""Steps whose numbers travel together. A step is known at the latest when twice as many have been enqueued."""
+_STEPS_PER_COPY = 4
+"""Steps whose numbers are copied together. A step's numbers are known after at most twice as many steps."""
 
 
-class StepNumbers(NamedTuple):
-    """What a step gave; the step is counted from 1."""
+class StepMetrics(NamedTuple):
+    """The numbers of a step, which is counted from 1."""
 
     step: int
     learning_rate: float
@@ -27,92 +27,94 @@ class StepNumbers(NamedTuple):
 
 
 class Meter:
-    """The mean loss and the speed between two records, and the steps whose numbers are not finite.
+    """Compute the mean loss and the speed of an interval of steps, and find steps whose numbers are not finite.
 
     Args:
-        step: steps done before.
-        wall_before_s: time that they took.
-        tokens_a_step: of all rows.
-        device: of the numbers.
+        step: number of steps done before.
+        wall_before_s: seconds that these steps took.
+        tokens_per_step: of all ranks together.
+        device: that the losses and norms are on.
     """
 
-    def __init__(self, step: int, wall_before_s: float, tokens_a_step: int, device: torch.device):
-        self.step, self.tokens_a_step, self.device = step, tokens_a_step, device
+    def __init__(self, step: int, wall_before_s: float, tokens_per_step: int, device: torch.device):
+        self.step, self.tokens_per_step, self.device = step, tokens_per_step, device
         self.started_s = time.perf_counter() - wall_before_s
-        self._collecting: list[tuple[int, float, Tensor]] = []
-        self._travelling: tuple[list[tuple[int, float, Tensor]], Tensor, torch.cuda.Event | None] | None = None
-        self.latest: StepNumbers | None = None
-        self.restart()
+        self._pending: list[tuple[int, float, Tensor]] = []
+        self._in_flight: tuple[list[tuple[int, float, Tensor]], Tensor, torch.cuda.Event | None] | None = None
+        self.latest: StepMetrics | None = None
+        self.start_interval()
 
-    def add(self, loss: Tensor, gradient_norm: Tensor, learning_rate: float) -> list[StepNumbers]:
-        """Take note of a step; return those known by now whose loss or gradient was not finite."""
+    def add(self, loss: Tensor, gradient_norm: Tensor, learning_rate: float) -> list[StepMetrics]:
+        """Add a step; return the non-finite steps that are known by now and were not returned before."""
         self.step += 1
-        self.steps_since += 1
-        self._collecting.append((self.step, learning_rate, torch.stack((loss, gradient_norm))))
-        if len(self._collecting) < _STEPS_TOGETHER:
+        self.interval_steps += 1
+        self._pending.append((self.step, learning_rate, torch.stack((loss, gradient_norm))))
+        if len(self._pending) < _STEPS_PER_COPY:
             return []
-        wrong = self._receive()
-        self._send()
-        return wrong if self._travelling is not None and self._travelling[2] is not None else wrong + self._receive()
+        nonfinite = self._finish_copy()
+        self._start_copy()
+        is_asynchronous = self._in_flight is not None and self._in_flight[2] is not None
+        return nonfinite if is_asynchronous else nonfinite + self._finish_copy()
 
-    def catch_up(self) -> list[StepNumbers]:
-        """Wait for all steps; return those whose loss or gradient was not finite and that no call has returned."""
-        wrong = self._receive()
-        self._send()
-        return wrong + self._receive()
+    def synchronize(self) -> list[StepMetrics]:
+        """Wait for the numbers of all steps; return the non-finite steps that were not returned before."""
+        nonfinite = self._finish_copy()
+        self._start_copy()
+        return nonfinite + self._finish_copy()
 
-    def _send(self) -> None:
-        """Let the device copy the numbers of some steps once it has them."""
-        if not self._collecting:
+    def _start_copy(self) -> None:
+        """Enqueue the copy of all pending numbers from the device."""
+        if not self._pending:
             return
-        numbers = torch.stack([pair for _, _, pair in self._collecting])
+        numbers = torch.stack([pair for _, _, pair in self._pending])
         if self.device.type == "cuda":
             host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             host.copy_(numbers, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
-            self._travelling = self._collecting, host, copied
+            self._in_flight = self._pending, host, copied
         else:
-            self._travelling = self._collecting, numbers, None
-        self._collecting = []
+            self._in_flight = self._pending, numbers, None
+        self._pending = []
 
-    def _receive(self) -> list[StepNumbers]:
-        if self._travelling is None:
+    def _finish_copy(self) -> list[StepMetrics]:
+        """Wait for the copy in flight, if there is one, and return its non-finite steps."""
+        if self._in_flight is None:
             return []
-        steps, numbers, copied = self._travelling
-        self._travelling = None
+        steps, numbers, copied = self._in_flight
+        self._in_flight = None
         if copied is not None:
             copied.synchronize()
-        wrong = []
+        nonfinite = []
         for (step, rate, _), (loss, norm) in zip(steps, numbers.tolist(), strict=True):
-            known = StepNumbers(step, rate, loss, norm)
-            if known.finite:
-                self.latest = known
+            metrics = StepMetrics(step, rate, loss, norm)
+            if metrics.finite:
+                self.latest = metrics
                 self.losses.append(loss)
             else:
-                wrong.append(known)
-        return wrong
+                nonfinite.append(metrics)
+        return nonfinite
 
     def wall_s(self) -> float:
-        """Seconds that the run has taken, those of earlier processes included."""
+        """Return the run's training time in seconds, earlier processes included."""
         return time.perf_counter() - self.started_s
 
     def record(self) -> dict[str, float]:
-        """The numbers since the last restart, of the steps whose numbers were finite; after `catch_up`."""
+        """Return the numbers of the interval, without non-finite steps; call `synchronize` before."""
         assert self.latest is not None
-        since_s = time.perf_counter() - self.restarted_s
+        interval_s = time.perf_counter() - self.interval_started_s
         return {
             "step": self.step,
-            "tokens": self.step * self.tokens_a_step,
+            "tokens": self.step * self.tokens_per_step,
             "wall_s": round(self.wall_s(), 3),
             "train_loss": sum(self.losses) / len(self.losses) if self.losses else math.nan,
             "learning_rate": self.latest.learning_rate,
             "gradient_norm": self.latest.gradient_norm,
-            "tokens_per_s": round(self.steps_since * self.tokens_a_step / since_s, 1),
+            "tokens_per_s": round(self.interval_steps * self.tokens_per_step / interval_s, 1),
         }
 
-    def restart(self) -> None:
-        """Begin the next interval here: its speed is that of training alone, without what was done between."""
+    def start_interval(self) -> None:
+        """Start a new interval. Time between `record` and this call, such as an evaluation, is in no interval."""
         self.losses: list[float] = []
-        self.restarted_s = time.perf_counter()
-        self.steps_since = 0
+        self.interval_started_s = time.perf_counter()
+        self.interval_steps = 0
