@@ -35,15 +35,15 @@ class Options:
     """Numbers of distinct pre-tokens, in millions."""
 
 
-def growth(name: str, folder: Path) -> None:
+def print_growth(name: str, folder: Path) -> None:
     data = (DATA / name).read_bytes()
     sizes = [size for size in (250_000, 500_000, 1_000_000, 2_000_000, 5_000_000, 10_000_000) if size < len(data)]
     for size in [*sizes, len(data)]:
         (folder / "text.txt").write_bytes(data[:size].decode(errors="ignore").encode())
-        words = build_count_table(folder / "text.txt", SpecialTokens([END]), CountingOptions(kernels=True))
-        frequent = (np.count_nonzero(words.counts >= min_count) for min_count in (2, 5))
+        table = build_count_table(folder / "text.txt", SpecialTokens([END]), CountingOptions(kernels=True))
+        frequent = (np.count_nonzero(table.counts >= min_count) for min_count in (2, 5))
         print(
-            f"| {name} | {size / 1e6:.2f} MB | {len(words.counts):,} | {' | '.join(f'{n:,}' for n in frequent)} |",
+            f"| {name} | {size / 1e6:.2f} MB | {len(table.counts):,} | {' | '.join(f'{n:,}' for n in frequent)} |",
             flush=True,
         )
 
@@ -53,26 +53,26 @@ def synthetic_pretokens(number: int) -> PretokenCounts:
     rng = np.random.default_rng(0)
     letters = [list(group) for group in ("bcdfghklmnprstvz", "aeiou", "nrstlm")]
     syllables = ["".join(rng.choice(group) for group in letters) for _ in range(400)]
-    words: dict[bytes, None] = {}
-    while len(words) < number:
-        for row in rng.integers(0, len(syllables), (100_000, 4)).tolist():
-            words[(" " + "".join(syllables[i][: 2 + i % 2] for i in row[: 2 + row[0] % 3])).encode()] = None
-    names = list(words)[:number]
+    pretokens: dict[bytes, None] = {}
+    while len(pretokens) < number:
+        for draws in rng.integers(0, len(syllables), (100_000, 4)).tolist():
+            pretokens[(" " + "".join(syllables[i][: 2 + i % 2] for i in draws[: 2 + draws[0] % 3])).encode()] = None
+    distinct = list(pretokens)[:number]
     counts = np.maximum(1, number / np.arange(1, number + 1)).astype(np.int64)
-    starts = np.cumsum([0, *map(len, names)])
-    return PretokenCounts(np.frombuffer(b"".join(names), np.uint8), starts, counts)
+    starts = np.cumsum([0, *map(len, distinct)])
+    return PretokenCounts(np.frombuffer(b"".join(distinct), np.uint8), starts, counts)
 
 
 def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def costs(number: int, folder: Path) -> None:
+def print_costs(number: int, folder: Path) -> None:
     loading.load_kernels("training")
-    words = synthetic_pretokens(number)
-    num_bytes = len(words.data)
+    pretokens = synthetic_pretokens(number)
+    num_bytes = len(pretokens.data)
     start = time.process_time()
-    table = compiled.sort_pretokens(words)
+    table = compiled.sort_pretokens(pretokens)
     sort_s = time.process_time() - start
     start = time.process_time()
     record = write_table(folder / "table", [table])
@@ -97,10 +97,8 @@ def main(options: Options) -> None:
         print("| text | size | distinct pre-tokens | at least twice | at least five times |\n|---|---|---|---|---|")
         for name in ("novels_train.txt", "multilingual_wikipedia.txt", "tinystories_2MiB.txt"):
             if (DATA / name).is_file():
-                growth(name, Path(folder))
-    print(
-        "\n| pre-tokens | bytes each | sort | write | bytes on disk | add, one of 16 tables | learn | memory, bytes each |"
-    )
+                print_growth(name, Path(folder))
+    print("\n| pre-tokens | bytes each | sort | write | bytes on disk | add, one of 16 | learn | memory, bytes each |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for millions in options.millions:
         subprocess.run([sys.executable, __file__, "--costs", str(int(millions * 1e6))], check=True)
@@ -109,6 +107,6 @@ def main(options: Options) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--costs"]:
         with tempfile.TemporaryDirectory() as name:
-            costs(int(sys.argv[2]), Path(name))
+            print_costs(int(sys.argv[2]), Path(name))
     else:
         main(tyro.cli(Options, description=__doc__))

@@ -1,4 +1,7 @@
-"""The Markdown pages: their links lead somewhere, the files they name exist, and the README's line counts are true."""
+"""The Markdown pages: links have a target, named files exist, and the README's line counts are true.
+
+`uv run python -m tests.project.test_docs` updates the line counts.
+"""
 
 from __future__ import annotations
 
@@ -70,9 +73,15 @@ def num_lines(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())
 
 
+def with_line_counts(text: str) -> str:
+    """The text with the true line counts in its tables of files."""
+    cell = re.compile(r"(\| *\[`([^`]+)`\]\(\2\) *\| *)\d+(?= *\|)")
+    return cell.sub(lambda match: f"{match[1]}{num_lines(REPOSITORY / match[2])}", text)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
-def test_what_a_page_refers_to_exists(page):
-    assert not (broken := broken_links(page)), f"links that lead nowhere: {broken}"
+def test_links_and_named_files_exist(page):
+    assert not (broken := broken_links(page)), f"links without a target: {broken}"
     assert not (missing := missing_files(page)), f"files that do not exist: {missing}"
 
 
@@ -84,7 +93,7 @@ def test_a_page_stays_short(page, most):
 
 def test_line_counts_in_the_readme_are_true():
     errors = reading_order_errors(README.read_text(encoding="utf-8"))
-    assert not errors, "README.md:\n" + "\n".join(errors)
+    assert not errors, "README.md (python -m tests.project.test_docs updates counts):\n" + "\n".join(errors)
 
 
 def test_wrong_references_are_found(tmp_path):
@@ -107,6 +116,7 @@ def test_wrong_line_counts_are_found():
     row = "| {} | [`{}`]({}) | {} | the Transformer |\n"
     right = "text\n\n" + header + row.format(1, path, path, lines)
     assert reading_order_errors(right) == reading_order_errors(right + "\ntext\n") == []
+    assert with_line_counts("text\n\n" + header + row.format(1, path, path, 0)) == right
     assert "no table" in reading_order_errors("| | file | holds |\n|---|---|---|\n" + row)[0]
     assert "no table" in reading_order_errors(right + "\n" + header + "text\n")[0]
     assert "must look like" in reading_order_errors(header + "| 1 | basic/model.py | 5 | the Transformer |\n")[0]
@@ -117,3 +127,7 @@ def test_wrong_line_counts_are_found():
     ]:
         wrong = header + row.format(number, path, target, count)
         assert reading_order_errors(wrong) == reading_order_errors(right + "\n" + wrong) == [error]
+
+
+if __name__ == "__main__":
+    README.write_text(with_line_counts(README.read_text(encoding="utf-8")), encoding="utf-8")
