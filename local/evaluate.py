@@ -70,10 +70,10 @@ def main(options: Options) -> None:
 
 def read_tokens(path: Path, tokenizer, dtype: str):
     """Return the ids of a file and the size of their text in bytes, 0 if unknown."""
-    from basic.tokens.opening import known_info, open_tokens
+    from basic.tokens.opening import find_info, open_tokens
 
     if path.is_dir() or path.suffix in (".bin", ".npy", ".json"):
-        info = None if path.suffix == ".npy" else known_info(path)
+        info = None if path.suffix == ".npy" else find_info(path)
         dtype = "" if info or path.suffix == ".npy" else dtype
         made_by = None if tokenizer is None else tokenizer.fingerprint
         tokens = open_tokens(path, dtype=dtype or None, made_by=made_by)

@@ -1,8 +1,8 @@
-"""A token dataset in shards: token files one after the other, and an index that says which; read as one array.
+"""Token datasets: several token files and an index, read as one array.
 
-`index.json` lists the files that lie beside it, with counts and checksums, and says of all of them together what a
-sidecar says of one file. Whoever opens it gets what stands for the array of all ids: rows may cross from one file to
-the next.
+`index.json` lists the token files of its folder, in order, with counts and checksums. Its other keys are those of a
+sidecar, for all files together. `ShardedTokens` reads the files as one array: a sequence may begin in one file and end
+in the next.
 """
 
 from __future__ import annotations
@@ -18,47 +18,49 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from basic.common.files import atomic_write
+from basic.common.errors import DamagedFileError, WrongTokenizerError
+from basic.common.files import atomic_write, sha256_of_file
 from basic.tokens.flat_file import open_flat_file
-from basic.tokens.info import TokenFileInfo, info_as_json, info_from_json, read_sidecar
+from basic.tokens.info import TokenFileInfo, info_from_json, info_to_json, read_sidecar
 
 INDEX_NAME = "index.json"
-_MOST_MAPPED = 1 << 12  # files at a time: a process may have no more than some ten thousand maps
+_MAX_MAPPED_FILES = 1 << 12  # systems limit the maps of a process to some ten thousand
 
 
 def write_index(path: str | os.PathLike, names: Sequence[str]) -> TokenFileInfo:
-    """Write the index of token files in the same folder, and return what it says of them together.
+    """Write the index of token files in the same folder; return what it says about all of them together.
 
     Raises:
-        ValueError: the files were not made by one tokenizer.
+        WrongTokenizerError: the files were not made by the same tokenizer.
     """
     infos = [read_sidecar(Path(path).parent / name) for name in names]
     for key in ("dtype", "vocab_size", "tokenizer_fingerprint"):
-        if len(found := {getattr(info, key) for info in infos}) != 1:
-            raise ValueError(f"the files of {path} differ in {key}: {sorted(map(str, found))}; encode the text again")
-    digest = hashlib.sha256("".join(info.sha256 for info in infos).encode()).hexdigest()
-    together = TokenFileInfo(
+        if len(values := {getattr(info, key) for info in infos}) != 1:
+            raise WrongTokenizerError(
+                f"the files of {path} differ in {key}: {sorted(map(str, values))}; encode the text again"
+            )
+    total = TokenFileInfo(
         dtype=infos[0].dtype,
         count=sum(info.count for info in infos),
         source_bytes=sum(info.source_bytes for info in infos),
         largest_id=max((info.largest_id for info in infos if info.largest_id is not None), default=None),
         vocab_size=infos[0].vocab_size,
         tokenizer_fingerprint=infos[0].tokenizer_fingerprint,
-        sha256=digest,  # of the files' digests, one after the other
+        sha256=hashlib.sha256("".join(info.sha256 for info in infos).encode()).hexdigest(),
     )
     shards = [
         {"file": name, "count": info.count, "sha256": info.sha256} for name, info in zip(names, infos, strict=True)
     ]
     with atomic_write(path) as file:
-        file.write(json.dumps({**info_as_json(together), "shards": shards}, indent=1).encode() + b"\n")
-    return together
+        file.write(json.dumps({**info_to_json(total), "shards": shards}, indent=1).encode() + b"\n")
+    return total
 
 
 def read_index(path: str | os.PathLike) -> tuple[TokenFileInfo, list[dict[str, Any]]]:
-    """What an index says of all files together, and of each: `file`, `count`, `sha256`.
+    """Read an index: what it says about all files together, and `file`, `count` and `sha256` of each.
 
     Raises:
-        ValueError: it is no index, or a damaged one.
+        DamagedFileError: the file is not a valid index.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -66,10 +68,9 @@ def read_index(path: str | os.PathLike) -> tuple[TokenFileInfo, list[dict[str, A
         if sum(shard["count"] for shard in shards) != info.count or not all(shard["file"] for shard in shards):
             raise ValueError("the counts of the files do not add up")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not the index of a token dataset, or a damaged one ({type(error).__name__}: {error}). Of a "
-            "single token file give the .bin; a damaged index is written anew by encoding again, which goes on from "
-            "what is there"
+        raise DamagedFileError(
+            f"{path} is not the index of a token dataset, or is damaged ({type(error).__name__}: {error}). For a "
+            "single token file give the .bin; to repair an index, encode again, which keeps the finished files"
         ) from None
     return info, shards
 
@@ -77,12 +78,19 @@ def read_index(path: str | os.PathLike) -> tuple[TokenFileInfo, list[dict[str, A
 class ShardedTokens:
     """The ids of all files of an index as one array; see `basic.tokens.opening.open_tokens`.
 
-    It has what those who read tokens use of an array: length, dtype, slices, and arrays of indices of any shape. What
-    it gives are arrays in memory. Files are mapped when they are first read.
+    Like a one-dimensional NumPy array it has a length, a dtype, slices, and indexing by integer arrays of any shape.
+    The results are arrays in memory. A file is mapped when it is first read.
+
+    Args:
+        path: path of the index.
+        verify: compare the SHA-256 of every file with the index.
 
     Attributes:
-        path: of the index.
-        info: what it says of all files together.
+        path: path of the index.
+        info: what the index says about all files together.
+
+    Raises:
+        DamagedFileError: the index is invalid, or a file is missing, has another size or another SHA-256.
     """
 
     ndim = 1
@@ -92,26 +100,32 @@ class ShardedTokens:
         self.info, self._shards = read_index(path)
         self.dtype = self.info.dtype
         self.shape = (self.info.count,)
-        self._ends = np.cumsum([shard["count"] for shard in self._shards], dtype=np.int64)
-        self._map = lru_cache(_MOST_MAPPED)(self._open)
+        self._shard_ends = np.cumsum([shard["count"] for shard in self._shards], dtype=np.int64)
+        self._map = lru_cache(_MAX_MAPPED_FILES)(self._open)
         for shard in self._shards:
-            file = self.path.parent / shard["file"]
-            size_bytes = file.stat().st_size if file.is_file() else None
-            if size_bytes != shard["count"] * self.dtype.itemsize:
-                raise ValueError(
-                    f"{file} {'is missing' if size_bytes is None else f'has {size_bytes} bytes'}, but {self.path} says "
-                    f"{shard['count']} ids of {self.dtype.name}, {shard['count'] * self.dtype.itemsize} bytes: the "
-                    "data is incomplete or another; encode again, which makes the missing files"
-                )
-            if verify:
-                self._verify(file, shard["sha256"])
+            self._check_shard(shard, verify)
+
+    def _check_shard(self, shard: dict[str, Any], verify: bool) -> None:
+        file = self.path.parent / shard["file"]
+        size_bytes = file.stat().st_size if file.is_file() else None
+        if size_bytes != shard["count"] * self.dtype.itemsize:
+            raise DamagedFileError(
+                f"{file} {'is missing' if size_bytes is None else f'has {size_bytes} bytes'}, but {self.path} says "
+                f"{shard['count']} ids of {self.dtype.name}, {shard['count'] * self.dtype.itemsize} bytes: the "
+                "data is incomplete or another; encode again, which makes the missing files"
+            )
+        if verify and (sha256 := sha256_of_file(file)) != shard["sha256"]:
+            raise DamagedFileError(
+                f"{file} has the SHA-256 {sha256}, but {self.path} says {shard['sha256']}: the data has changed since "
+                "it was written; remove it and encode again, which makes the missing files"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_map"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._map = lru_cache(_MOST_MAPPED)(self._open)
+        self._map = lru_cache(_MAX_MAPPED_FILES)(self._open)
 
     def __len__(self) -> int:
         return self.info.count
@@ -120,8 +134,8 @@ class ShardedTokens:
         return f"ShardedTokens({str(self.path)!r}, {len(self):,} {self.dtype.name} in {len(self._shards)} files)"
 
     def __iter__(self) -> Iterator[Any]:
-        for number in range(len(self._shards)):
-            yield from self._map(number)
+        for shard in range(len(self._shards)):
+            yield from self._map(shard)
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
@@ -129,11 +143,11 @@ class ShardedTokens:
         return self[:].astype(dtype or self.dtype, copy=False)
 
     def __getitem__(self, index: Any) -> Any:
-        """Ids like those of a numpy array of one dimension: of an integer, a slice, or integers of any shape."""
+        """Index like a one-dimensional NumPy array: by an integer, a slice, or an integer array of any shape."""
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
             if step == 1:
-                return self._range(start, max(start, stop))
+                return self._slice(start, max(start, stop))
             index = np.arange(start, stop, step)
         indices = np.asarray(index)
         if indices.size == 0:
@@ -144,44 +158,37 @@ class ShardedTokens:
         flat = np.where(flat < 0, flat + len(self), flat)
         if flat.min() < 0 or flat.max() >= len(self):
             raise IndexError(f"index {index if indices.ndim == 0 else 'in an array'} is outside {len(self)} tokens")
-        ids = self._gathered(flat)
+        ids = self._gather(flat)
         return ids.reshape(indices.shape) if indices.ndim else ids[0]
 
-    def _gathered(self, flat: np.ndarray) -> np.ndarray:
-        numbers = np.searchsorted(self._ends, flat, side="right")
-        if numbers[0] == numbers[-1] and (numbers == numbers[0]).all():
-            return np.asarray(self._map(int(numbers[0]))[flat - self._start(int(numbers[0]))])
-        order = np.argsort(numbers, kind="stable")
-        present, firsts = np.unique(numbers[order], return_index=True)
-        ids = np.empty(len(flat), self.dtype)
-        for number, places in zip(present.tolist(), np.split(order, firsts[1:]), strict=True):
-            ids[places] = self._map(number)[flat[places] - self._start(number)]
+    def _gather(self, indices: np.ndarray) -> np.ndarray:
+        """The ids at one-dimensional indices, none of them negative."""
+        shards = np.searchsorted(self._shard_ends, indices, side="right")
+        if shards[0] == shards[-1] and (shards == shards[0]).all():
+            shard = int(shards[0])
+            return np.asarray(self._map(shard)[indices - self._shard_start(shard)])
+        order = np.argsort(shards, kind="stable")
+        present, firsts = np.unique(shards[order], return_index=True)
+        ids = np.empty(len(indices), self.dtype)
+        for shard, positions in zip(present.tolist(), np.split(order, firsts[1:]), strict=True):
+            ids[positions] = self._map(shard)[indices[positions] - self._shard_start(shard)]
         return ids
 
-    def _range(self, start: int, stop: int) -> np.ndarray:
-        parts = [np.empty(0, self.dtype)]
-        number = int(np.searchsorted(self._ends, start, side="right"))
+    def _slice(self, start: int, stop: int) -> np.ndarray:
+        slices = [np.empty(0, self.dtype)]
+        shard = int(np.searchsorted(self._shard_ends, start, side="right"))
         while start < stop:
-            first = self._start(number)
-            parts.append(self._map(number)[start - first : stop - first])
-            start, number = int(self._ends[number]), number + 1
-        return np.concatenate(parts)
+            shard_start = self._shard_start(shard)
+            slices.append(self._map(shard)[start - shard_start : stop - shard_start])
+            start, shard = int(self._shard_ends[shard]), shard + 1
+        return np.concatenate(slices)
 
-    def _start(self, number: int) -> int:
-        return int(self._ends[number]) - self._shards[number]["count"]
+    def _shard_start(self, shard: int) -> int:
+        return int(self._shard_ends[shard]) - self._shards[shard]["count"]
 
-    def _open(self, number: int) -> np.ndarray:
-        return open_flat_file(self.path.parent / self._shards[number]["file"], self.dtype)
-
-    def _verify(self, file: Path, sha256: str) -> None:
-        with open(file, "rb") as data:
-            digest = hashlib.file_digest(data, "sha256").hexdigest()
-        if digest != sha256:
-            raise ValueError(
-                f"{file} has the SHA-256 {digest}, but {self.path} says {sha256}: the data has changed since it was "
-                "written; remove it and encode again, which makes it anew"
-            )
+    def _open(self, shard: int) -> np.ndarray:
+        return open_flat_file(self.path.parent / self._shards[shard]["file"], self.dtype)
 
 
-# What stands for all ids of a dataset: an array, or files that are read as one.
+# All ids of a dataset: one array, or several files that are read as one.
 Tokens = np.ndarray | ShardedTokens

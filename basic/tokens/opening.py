@@ -1,4 +1,4 @@
-"""Open token ids on disk, whatever form they have: a flat file, an .npy array, or a dataset with an index."""
+"""Open token ids on disk in any form: a token file, a flat file, an .npy array, or a dataset with an index."""
 
 from __future__ import annotations
 
@@ -9,44 +9,10 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
+from basic.common.errors import InvalidInputError, WrongTokenizerError
 from basic.tokens.flat_file import open_flat_file, open_npy
 from basic.tokens.index import INDEX_NAME, ShardedTokens, Tokens, read_index
 from basic.tokens.info import TokenFileInfo, read_sidecar, sidecar_path
-
-
-def read_info(path: str | os.PathLike) -> TokenFileInfo:
-    """What the sidecar of the token file at `path` says, or the index of a dataset of several.
-
-    Args:
-        path: of the data, not of the sidecar; or of an index, or its folder.
-
-    Raises:
-        FileNotFoundError: there is no sidecar.
-        ValueError: the sidecar is damaged, or describes something else.
-    """
-    if (index := index_of(path)) is not None:
-        return read_index(index)[0]
-    return read_sidecar(path)
-
-
-def known_info(path: str | os.PathLike) -> TokenFileInfo | None:
-    """The same where a sidecar or an index says it; None for a file of which nothing is known."""
-    if not Path(path).exists() or (index_of(path) is None and not sidecar_path(path).is_file()):
-        return None
-    return read_info(path)
-
-
-def index_of(path: str | os.PathLike) -> Path | None:
-    """The index that a path means, its own or that of a folder; None for the path of a single token file."""
-    path = Path(path)
-    if path.is_dir():
-        path /= INDEX_NAME
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"there is no {str(path)!r}: the folder is no token dataset, or one that is not complete yet; "
-                "local/encode.py, run again, goes on with it"
-            )
-    return path if path.suffix == ".json" else None
 
 
 def open_tokens(
@@ -56,50 +22,74 @@ def open_tokens(
     verify: bool = False,
     made_by: str | None = None,
 ) -> np.ndarray:
-    """Map a file of token ids into memory, reading none of it yet; or all files of an index, as one.
+    """Map token ids into memory without reading them.
 
     Args:
-        path: a token file with its sidecar, a flat file of integers whose `dtype` is given, or a
-            one-dimensional integer array saved as `.npy`; or the index of a dataset, or its folder.
-        dtype: needed where there is no sidecar; otherwise it must agree with what the file says.
-        verify: read all the data once and compare its SHA-256 with the sidecar's. Without it, a file of the
-            right length with other contents passes.
-        made_by: fingerprint of the tokenizer whose ids these are to be, as far as the file says whose they are.
+        path: a token file with its sidecar, a flat file of integers whose `dtype` is given, a one-dimensional integer
+            array saved as `.npy`, an index, or the folder of an index.
+        dtype: required for a flat file without a sidecar; otherwise it must agree with the file.
+        verify: read all the data once and compare its SHA-256 with the sidecar or index. Without it, changed data of
+            the right size is not detected.
+        made_by: fingerprint of the tokenizer that the ids must be from, if the file records a tokenizer.
 
     Returns:
-        A one-dimensional read-only array, an `np.memmap` unless the file is empty (nothing can be mapped); of an
-        index `basic.tokens.index.ShardedTokens`, which can do what is done with one here.
+        A one-dimensional read-only array: an `np.memmap`, or an array in memory if the file is empty. For an index, a
+        `basic.tokens.index.ShardedTokens`, which has the operations of an array that this library uses.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file contradicts its sidecar, `dtype` or `made_by`, or is not an array of token ids.
+        FileNotFoundError: there is no such file, or a flat file has neither a sidecar nor a `dtype`.
+        DamagedFileError: the data contradicts its sidecar, its index or `dtype`, or a sidecar or index is invalid.
+        WrongTokenizerError: another tokenizer made the ids.
+        InvalidInputError: `dtype` contradicts the file, the array does not hold token ids, or there is no checksum.
     """
-    path, index = Path(path), index_of(path)
+    path, index = Path(path), _find_index(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no token file {str(path)!r}; local/encode.py makes one from a text")
     if made_by is not None and path.suffix != ".npy":
-        info = known_info(path)
+        info = find_info(path)
         if info is not None and info.tokenizer_fingerprint not in (None, made_by):
-            raise ValueError(
+            raise WrongTokenizerError(
                 f"{path} was made by another tokenizer than the one that is used with it; encode the text again with it"
             )
-    asked = None if dtype is None else np.dtype(dtype)
-    if asked is not None and asked.kind not in "iu":
-        raise ValueError(f"dtype={asked} cannot hold token ids; give an integer type, such as uint16")
+    dtype = None if dtype is None else np.dtype(dtype)
+    if dtype is not None and dtype.kind not in "iu":
+        raise InvalidInputError(f"dtype={dtype} cannot hold token ids; give an integer type, such as uint16")
     if index is not None:
         tokens = ShardedTokens(index, verify=verify)
-        if asked not in (None, tokens.dtype):
-            raise ValueError(f"dtype={asked} was asked for, but {index} says {tokens.dtype.name}; leave dtype out")
+        if dtype not in (None, tokens.dtype):
+            raise InvalidInputError(f"dtype={dtype} was given, but {index} says {tokens.dtype.name}; omit dtype")
         return cast("np.ndarray", tokens)
     if path.suffix == ".npy":
         if verify:
-            raise ValueError(f"{path}: an .npy file has no checksum to verify; open it without verify=True")
-        return open_npy(path, asked)
-    return open_flat_file(path, asked, verify=verify)
+            raise InvalidInputError(f"{path}: an .npy file has no checksum to verify; open it without verify=True")
+        return open_npy(path, dtype)
+    return open_flat_file(path, dtype, verify=verify)
+
+
+def read_info(path: str | os.PathLike) -> TokenFileInfo:
+    """Read what the sidecar of a token file, or the index of a dataset, says.
+
+    Args:
+        path: a token file (not its sidecar), an index, or the folder of an index.
+
+    Raises:
+        FileNotFoundError: there is no sidecar or index.
+        DamagedFileError: the sidecar or index is invalid.
+    """
+    if (index := _find_index(path)) is not None:
+        return read_index(index)[0]
+    return read_sidecar(path)
+
+
+def find_info(path: str | os.PathLike) -> TokenFileInfo | None:
+    """Like `read_info`, but None if there is no such file, or a file without a sidecar."""
+    if not Path(path).exists() or (_find_index(path) is None and not sidecar_path(path).is_file()):
+        return None
+    return read_info(path)
 
 
 def mapped_file(tokens: Tokens) -> tuple[Path | None, TokenFileInfo | None]:
-    """The file that an array of `open_tokens` maps, and what its sidecar says; None for either where there is none."""
+    """Return the file that an array of `open_tokens` maps, and what its sidecar says; None for what does not exist."""
     if not isinstance(tokens, np.ndarray):
         return tokens.path, tokens.info
     path = Path(tokens.filename) if isinstance(tokens, np.memmap) and tokens.filename else None
@@ -107,3 +97,16 @@ def mapped_file(tokens: Tokens) -> tuple[Path | None, TokenFileInfo | None]:
         return path, None
     info = read_info(path)
     return path, info if info.count == len(tokens) else None
+
+
+def _find_index(path: str | os.PathLike) -> Path | None:
+    """The index that a path means, its own or that of a folder; None for a single token file."""
+    path = Path(path)
+    if path.is_dir():
+        path /= INDEX_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"there is no {str(path)!r}: the folder is not a token dataset, or is not complete yet; "
+                "run local/encode.py again, which resumes it"
+            )
+    return path if path.suffix == ".json" else None

@@ -1,4 +1,4 @@
-"""Token files: what is written comes back, and a file that is not what it claims to be is refused."""
+"""Token files: round trips, and files that do not match their sidecar are refused."""
 
 import hashlib
 import json
@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.tokens.flat_file import TokenFileWriter
 from basic.tokens.info import sidecar_path, token_dtype
 from basic.tokens.opening import open_tokens, read_info
@@ -28,27 +29,27 @@ def path(tmp_path):
     return tmp_path / "tokens.bin"
 
 
-def test_the_dtype_is_the_smallest_that_fits():
+def test_the_smaller_dtype_that_fits():
     assert token_dtype(1) == token_dtype(2**16) == np.dtype("<u2")
     assert token_dtype(2**16 + 1) == token_dtype(2**32) == np.dtype("<u4")
 
 
 @pytest.mark.parametrize("vocab_size", [0, -1, 2**32 + 1])
-def test_a_vocabulary_without_a_dtype_is_refused(vocab_size):
-    with pytest.raises(ValueError, match=rf"vocab_size={vocab_size} must lie between 1 and 2\*\*32"):
+def test_a_vocabulary_size_out_of_range_is_refused(vocab_size):
+    with pytest.raises(InvalidInputError, match=rf"vocab_size={vocab_size} must be from 1 to 2\*\*32"):
         token_dtype(vocab_size)
 
 
 @given(
-    pieces=st.lists(st.lists(st.integers(0, 69_999), max_size=20), max_size=5),
+    chunks=st.lists(st.lists(st.integers(0, 69_999), max_size=20), max_size=5),
     vocab_size=st.sampled_from([70_000, 2**32]),
 )
-def test_round_trip_in_pieces(tmp_path_factory, pieces, vocab_size):
+def test_round_trip_in_chunks(tmp_path_factory, chunks, vocab_size):
     path = tmp_path_factory.mktemp("round") / "tokens.bin"
     with TokenFileWriter(path, vocab_size) as writer:
-        for piece in pieces:
-            writer.write(piece)
-    ids = [id for piece in pieces for id in piece]
+        for chunk in chunks:
+            writer.write(chunk)
+    ids = [id for chunk in chunks for id in chunk]
     tokens = open_tokens(path, verify=True)
     assert tokens.tolist() == ids
     assert writer.info == read_info(path)
@@ -58,7 +59,7 @@ def test_round_trip_in_pieces(tmp_path_factory, pieces, vocab_size):
 
 @pytest.mark.parametrize(("vocab_size", "raw"), [(300, b"\x02\x00\x2b\x01"), (70_000, b"\2\0\0\0\x2b\1\0\0")])
 def test_the_bytes_on_the_disk(path, vocab_size, raw):
-    """Flat and little-endian, with a sidecar that a person can read."""
+    """Flat and little-endian, with a sidecar that people can read."""
     info = write(path, [2, 299], vocab_size, tokenizer_fingerprint="abc")
     assert path.read_bytes() == raw
     text = sidecar_path(path).read_text()
@@ -93,8 +94,8 @@ def test_ids_of_any_integer_type(path, dtype):
     assert open_tokens(path).tolist() == [0, 5, 100]
 
 
-def test_long_arrays_are_converted_in_pieces(path):
-    """Memory grows with the chunk, not with the array: 24 MB of int64 ids need less than 6 MB beside them."""
+def test_long_arrays_are_converted_in_chunks(path):
+    """Memory depends on the chunk, not on the array: 24 MB of int64 ids need less than 6 MB more."""
     ids = np.arange(3_000_000) % 300
     tracemalloc.start()
     info = write(path, ids)
@@ -110,7 +111,7 @@ def test_long_arrays_are_converted_in_pieces(path):
 )
 def test_ids_outside_the_vocabulary_are_named(path, ids, named):
     write(path, [7])
-    with pytest.raises(ValueError, match=rf"token id {named} lies outside .* from 0 to 299"):
+    with pytest.raises(InvalidInputError, match=rf"token id {named} is outside .* from 0 to 299"):
         write(path, ids)
     assert open_tokens(path, verify=True).tolist() == [7]
     assert len(os.listdir(path.parent)) == 2
@@ -119,16 +120,16 @@ def test_ids_outside_the_vocabulary_are_named(path, ids, named):
 @pytest.mark.parametrize(
     ("ids", "error"), [([1.0], TypeError), (["1"], TypeError), ([True], TypeError), ([[1]], ValueError)]
 )
-def test_ids_that_are_not_a_row_of_integers(path, ids, error):
+def test_ids_that_are_not_a_sequence_of_integers(path, ids, error):
     with pytest.raises(error, match="token ids must be"):
         write(path, ids)
 
 
-def test_a_refused_piece_leaves_the_writer_usable(path):
-    """Ids are checked before any of them is written, so that the caller may go on after an error."""
+def test_the_writer_is_usable_after_an_error(path):
+    """Ids are checked before any of them is written, so the caller can continue after an error."""
     with TokenFileWriter(path, 300) as writer:
         writer.write([1])
-        with pytest.raises(ValueError, match="300"):
+        with pytest.raises(InvalidInputError, match="300"):
             writer.write([2, 300])
         writer.write([3])
     assert open_tokens(path, verify=True).tolist() == [1, 3]
@@ -141,14 +142,14 @@ def test_numpy_integers_as_sizes(path):
 
 
 @pytest.mark.parametrize(("name", "remedy"), [("tokens.npy", r"name it \*.bin"), ("tokens.json", "tokens.bin")])
-def test_names_that_would_mislead(tmp_path, name, remedy):
-    with pytest.raises(ValueError, match=remedy):
+def test_misleading_file_names(tmp_path, name, remedy):
+    with pytest.raises(InvalidInputError, match=remedy):
         TokenFileWriter(tmp_path / name, 300)
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
 def test_a_failing_disk(path, monkeypatch, function):
-    """A write that fails leaves no file that reads as something else than what was written."""
+    """After a failed write, no file can be read as something that was not written."""
 
     def fail(*args):
         raise OSError("disk full")
@@ -161,13 +162,13 @@ def test_a_failing_disk(path, monkeypatch, function):
     assert not [name for name in os.listdir(path.parent) if name.endswith(".tmp")]
     if function == "fsync":
         assert open_tokens(path, verify=True).tolist() == [1, 2]
-    else:  # the old sidecar is gone, so that it cannot stand beside new data
+    else:  # the old sidecar is deleted, so that it cannot describe new data
         with pytest.raises(FileNotFoundError, match=r"dtype=\.\.\."):
             open_tokens(path)
 
 
 def test_a_process_that_dies_between_data_and_sidecar(path, monkeypatch):
-    """The same number of ids as before: only the absence of the old sidecar tells that the data is new."""
+    """The number of ids is the same, so only the missing sidecar shows that the data is new."""
 
     class PowerCut(BaseException):
         pass
@@ -193,20 +194,20 @@ def test_without_a_sidecar_the_dtype_must_be_given(path):
     with pytest.raises(FileNotFoundError, match=r"open it with dtype=\.\.\."):
         open_tokens(path)
     assert open_tokens(path, dtype="uint32").tolist() == [1, 70_000]
-    with pytest.raises(ValueError, match="no checksum to verify"):
+    with pytest.raises(InvalidInputError, match="no checksum to verify"):
         open_tokens(path, dtype="uint32", verify=True)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, bool, "U4"])
-def test_a_dtype_that_holds_no_ids(path, dtype):
+def test_a_dtype_that_cannot_hold_ids(path, dtype):
     write(path, [1])
-    with pytest.raises(ValueError, match="give an integer type"):
+    with pytest.raises(InvalidInputError, match="give an integer type"):
         open_tokens(path, dtype=dtype)
 
 
 def test_a_dtype_that_contradicts_the_sidecar(path):
     write(path, [1, 2])
-    with pytest.raises(ValueError, match=r"dtype=uint32 was asked for, but .*tokens.json says uint16; leave"):
+    with pytest.raises(InvalidInputError, match=r"dtype=uint32 was given, but .*tokens.json says uint16; omit"):
         open_tokens(path, dtype=np.uint32)
 
 
@@ -214,21 +215,21 @@ def test_data_that_is_longer_or_shorter_than_the_sidecar_says(path):
     write(path, [1, 2])
     for raw in (b"", b"\1", b"\1\0", b"\1\0\2", b"\1\0\2\0\3\0"):
         path.write_bytes(raw)
-        with pytest.raises(ValueError, match=rf"has {len(raw)} bytes, but .* says 2 ids of uint16, 4 bytes"):
+        with pytest.raises(DamagedFileError, match=rf"has {len(raw)} bytes, but .* says 2 ids of uint16, 4 bytes"):
             open_tokens(path)
 
 
 def test_half_an_id_at_the_end(path):
     path.write_bytes(b"\1\0\2")
-    with pytest.raises(ValueError, match="has 3 bytes, which is no whole number of uint16"):
+    with pytest.raises(DamagedFileError, match="has 3 bytes, which is not a multiple of 2, the size of a uint16 id"):
         open_tokens(path, dtype=np.uint16)
 
 
-def test_data_that_has_changed_since(path):
+def test_changed_data_fails_verification(path):
     write(path, [1, 2])
     path.write_bytes(b"\1\0\3\0")
     assert open_tokens(path).tolist() == [1, 3]
-    with pytest.raises(ValueError, match="has changed since it was written"):
+    with pytest.raises(DamagedFileError, match="has changed since it was written"):
         open_tokens(path, verify=True)
 
 
@@ -248,14 +249,14 @@ def test_a_damaged_sidecar(path, damage):
     write(path, [1, 2])
     sidecar = sidecar_path(path)
     sidecar.write_text(damage(sidecar.read_text()))
-    with pytest.raises(ValueError, match=r"is not the sidecar of a token file, or a damaged one .* dtype=\.\.\."):
+    with pytest.raises(DamagedFileError, match=r"is not the sidecar of a token file, or is damaged .* dtype=\.\.\."):
         open_tokens(path)
 
 
 def test_a_sidecar_of_random_bytes(path):
     write(path, [1, 2])
     sidecar_path(path).write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(DamagedFileError, match="damaged"):
         read_info(path)
 
 
@@ -282,30 +283,30 @@ def test_npy_arrays(tmp_path, dtype, count):
         (np.zeros((2, 2), int), r"int64 of shape \(2, 2\)"),
         (np.zeros(2), r"float64 of shape \(2,\)"),
         (np.zeros(2, bool), "bool"),
-        (np.array([None]), "not a whole .npy array"),
+        (np.array([None]), "not a complete .npy array"),
     ],
 )
-def test_npy_arrays_that_hold_no_ids(tmp_path, array, message):
+def test_npy_arrays_without_token_ids(tmp_path, array, message):
     np.save(tmp_path / "tokens.npy", array, allow_pickle=True)
     with pytest.raises(ValueError, match=message):
         open_tokens(tmp_path / "tokens.npy")
 
 
-def test_npy_arrays_opened_wrongly(tmp_path):
+def test_npy_arrays_opened_with_wrong_options(tmp_path):
     path = tmp_path / "tokens.npy"
     np.save(path, np.arange(5))
-    with pytest.raises(ValueError, match=r"dtype=uint16 was asked for, but .* says int64"):
+    with pytest.raises(InvalidInputError, match=r"dtype=uint16 was given, but .* says int64"):
         open_tokens(path, dtype=np.uint16)
-    with pytest.raises(ValueError, match="no checksum"):
+    with pytest.raises(InvalidInputError, match="no checksum"):
         open_tokens(path, verify=True)
     raw = path.read_bytes()
     for length in (0, 4, 40, len(raw) - 1):
         path.write_bytes(raw[:length])
-        with pytest.raises(ValueError, match=r"not a whole \.npy array"):
+        with pytest.raises(DamagedFileError, match=r"not a complete \.npy array"):
             open_tokens(path)
 
 
-def test_the_record_cannot_be_changed(path):
+def test_the_info_cannot_be_changed(path):
     info = write(path, [1])
     assert replace(info, count=2).count == 2
     with pytest.raises(AttributeError):
@@ -314,7 +315,7 @@ def test_the_record_cannot_be_changed(path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="an open map keeps its file from being replaced on Windows")
 def test_a_map_survives_the_replacement_of_its_file(path):
-    """Writing again gives a new file; whoever has mapped the old one goes on reading it."""
+    """Writing again makes a new file; a map of the old file stays valid."""
     write(path, [1, 2])
     tokens = open_tokens(path)
     write(path, [3, 4])
