@@ -1,4 +1,4 @@
-"""Where the assignment's entry points meet the library: each adapter builds or loads, calls and returns."""
+"""Connects the assignment's entry points to the library: each adapter builds or loads an object and calls it."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def _attention_weights(q: Tensor, k: Tensor, v: Tensor, output: Tensor) -> dict[
 
 
 def _loaded(module: torch.nn.Module, weights: dict[str, Tensor]) -> torch.nn.Module:
-    """The module with these weights, in their dtype and on their device."""
+    """Load weights into a module, with their dtype and device."""
     first = next(iter(weights.values()))
     module.to(device=first.device, dtype=first.dtype)
     module.load_state_dict(weights, strict=True)

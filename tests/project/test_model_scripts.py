@@ -1,4 +1,4 @@
-"""The scripts that use a trained model: generate.py, evaluate.py and sweep.py, as a user would start them."""
+"""The scripts that use a trained model: generate.py, evaluate.py and sweep.py."""
 
 import io
 import os
@@ -29,7 +29,7 @@ TEXT = "the cat sees the dog. naïve 日本\n" * 20
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A run of a model that was trained for a moment, whose ids are bytes, and files to measure it on."""
+    """A run of two steps whose token ids are bytes, and files to evaluate it on."""
     folder = tmp_path_factory.mktemp("scripts")
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     encode_file(BYTES, folder / "text.txt", folder / "text.bin")
@@ -50,35 +50,35 @@ def folder(tmp_path_factory) -> Path:
 # --- generate -------------------------------------------------------------------------------------------------
 
 
-def written(capsys, monkeypatch, folder: Path, *arguments: str | Path) -> str:
+def generate_output(capsys, monkeypatch, folder: Path, *arguments: str | Path) -> str:
     capsys.readouterr()
     run_script(monkeypatch, "generate", folder / "run", "--device", "cpu", "--max-tokens", "20", *arguments)
     return capsys.readouterr().out
 
 
-def test_a_prompt_can_be_given_in_three_ways(folder, capsys, monkeypatch):
+def test_a_prompt_comes_from_an_option_a_file_or_standard_input(folder, capsys, monkeypatch):
     run = load_run(folder / "run", device="cpu")
     (expected,) = complete(run.model, BYTES, ["the cat"], 20, temperature=0)
     greedy = ("--temperature", "0")
-    assert written(capsys, monkeypatch, folder, "--prompt", "the cat", *greedy) == f"the cat{expected}\n\n"
+    assert generate_output(capsys, monkeypatch, folder, "--prompt", "the cat", *greedy) == f"the cat{expected}\n\n"
     (folder / "prompt.txt").write_text("the cat\n")
-    assert written(capsys, monkeypatch, folder, "--prompt-file", folder / "prompt.txt", *greedy) == (
+    assert generate_output(capsys, monkeypatch, folder, "--prompt-file", folder / "prompt.txt", *greedy) == (
         f"the cat{expected}\n\n"
     )
     monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n"))
-    assert written(capsys, monkeypatch, folder, *greedy) == f"the cat{expected}\n\n"
+    assert generate_output(capsys, monkeypatch, folder, *greedy) == f"the cat{expected}\n\n"
     with pytest.raises(SystemExit, match="error: --prompt and --prompt-file are both given"):
-        written(capsys, monkeypatch, folder, "--prompt", "a", "--prompt-file", folder / "prompt.txt")
+        generate_output(capsys, monkeypatch, folder, "--prompt", "a", "--prompt-file", folder / "prompt.txt")
     (folder / "prompt.txt").write_bytes(b"caf\xe9")
     with pytest.raises(SystemExit, match=r"error: .*prompt\.txt is not UTF-8 text: .* position 3"):
-        written(capsys, monkeypatch, folder, "--prompt-file", folder / "prompt.txt")
+        generate_output(capsys, monkeypatch, folder, "--prompt-file", folder / "prompt.txt")
 
 
 def test_samples_differ_and_repeat_with_the_seed(folder, capsys, monkeypatch):
     drawn = ("--prompt", "the", "--num-samples", "3", "--seed", "4", "--top-k", "9")
-    text = written(capsys, monkeypatch, folder, *drawn)
+    text = generate_output(capsys, monkeypatch, folder, *drawn)
     assert text.count("the") >= 3
-    assert text == written(capsys, monkeypatch, folder, *drawn)
+    assert text == generate_output(capsys, monkeypatch, folder, *drawn)
     run = load_run(folder / "run", device="cpu")
     samples = [complete(run.model, BYTES, ["the"], 20, top_k=9, top_p=0.95, seed=seed)[0] for seed in (4, 5, 6)]
     assert len(set(samples)) == 3
@@ -90,7 +90,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_in_a_terminal_texts_are_asked_for_until_the_end(folder, capsys, monkeypatch):
+def test_in_a_terminal_the_script_asks_for_prompts_until_ctrl_d(folder, capsys, monkeypatch):
     typed = iter(["the cat", "", "a dog"])
 
     def answer(question: str) -> str:
@@ -102,13 +102,13 @@ def test_in_a_terminal_texts_are_asked_for_until_the_end(folder, capsys, monkeyp
 
     monkeypatch.setattr("sys.stdin", Terminal())
     monkeypatch.setattr("builtins.input", answer)
-    out = written(capsys, monkeypatch, folder, "--temperature", "0")
+    out = generate_output(capsys, monkeypatch, folder, "--temperature", "0")
     run = load_run(folder / "run", device="cpu")
     continued = complete(run.model, BYTES, ["the cat", END, "a dog"], 20, temperature=0)
     assert out == "".join(f"{a}{b}\n\n" for a, b in zip(["the cat", "", "a dog"], continued, strict=True))
 
 
-def test_a_prompt_begins_a_document_where_the_model_learned_from_their_beginnings(folder, capsys, monkeypatch):
+def test_a_prompt_starts_a_document_if_training_sequences_do(folder, capsys, monkeypatch):
     config = (folder / "run" / "config.toml").read_text()
     (folder / "run" / "config.toml").write_text(config.replace('rows = "windows"', 'rows = "documents"'))
     try:
@@ -116,7 +116,7 @@ def test_a_prompt_begins_a_document_where_the_model_learned_from_their_beginning
         assert run.config.train.rows == "documents"
         (continued,) = complete(run.model, BYTES, [END + "the cat"], 20, temperature=0)
         for prompt in ("the cat", END + "the cat"):
-            out = written(capsys, monkeypatch, folder, "--temperature", "0", "--prompt", prompt)
+            out = generate_output(capsys, monkeypatch, folder, "--temperature", "0", "--prompt", prompt)
             assert out == f"the cat{continued}\n\n"
     finally:
         (folder / "run" / "config.toml").write_text(config)
@@ -130,11 +130,11 @@ def test_ctrl_c_ends_without_a_traceback(folder):
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # What a shell starts in the background, these tests perhaps, hands on that SIGINT is ignored.
+        # A shell ignores SIGINT for background processes, and child processes inherit this.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
-    assert process.stdout.read(20).startswith(b"the")  # it has begun, and shows what it has
+    assert process.stdout.read(20).startswith(b"the")  # it shows tokens as they are generated
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, b"interrupted\n")
@@ -143,7 +143,7 @@ def test_ctrl_c_ends_without_a_traceback(folder):
 # --- evaluate -------------------------------------------------------------------------------------------------
 
 
-def measured(capsys, monkeypatch, folder: Path, *arguments: str | Path) -> list[float]:
+def evaluated(capsys, monkeypatch, folder: Path, *arguments: str | Path) -> list[float]:
     capsys.readouterr()
     run_script(monkeypatch, "evaluate", folder / "run", *arguments, "--device", "cpu")
     found = re.search(
@@ -159,11 +159,13 @@ def test_tokens_and_text_give_the_same_numbers(folder, capsys, monkeypatch):
     score = evaluate_tokens(run.model, np.array(BYTES.encode(TEXT)), prefix_token_id=256)
     bits = score.bits_per_byte(len(TEXT.encode()))
     expected = [pytest.approx(number, abs=1e-4) for number in (score.loss, score.perplexity, bits)]
-    assert measured(capsys, monkeypatch, folder) == expected
-    assert measured(capsys, monkeypatch, folder, folder / "text.bin", "--batch-size", "3") == expected
-    assert measured(capsys, monkeypatch, folder, folder / "text.txt") == expected
-    assert measured(capsys, monkeypatch, folder, folder / "text.npy") == expected[:2]  # bytes unknown
-    assert measured(capsys, monkeypatch, folder, "--stride", "16") != expected
+    assert evaluated(capsys, monkeypatch, folder) == expected
+    assert evaluated(capsys, monkeypatch, folder, folder / "text.bin", "--batch-size", "3") == expected
+    assert evaluated(capsys, monkeypatch, folder, folder / "text.txt") == expected
+    assert (
+        evaluated(capsys, monkeypatch, folder, folder / "text.npy") == expected[:2]
+    )  # the size of the text is unknown
+    assert evaluated(capsys, monkeypatch, folder, "--stride", "16") != expected
 
 
 @pytest.mark.parametrize(
@@ -175,7 +177,7 @@ def test_tokens_and_text_give_the_same_numbers(folder, capsys, monkeypatch):
         ("empty.txt", "there is nothing to score in 0 tokens"),
     ],
 )
-def test_a_file_that_cannot_be_measured_is_named(folder, capsys, monkeypatch, file, message):
+def test_a_file_that_cannot_be_evaluated_is_named(folder, capsys, monkeypatch, file, message):
     (folder / "invalid.txt").write_bytes(b"ab\xff")
     (folder / "empty.txt").touch()
     with pytest.raises(SystemExit, match="error: ") as caught:
@@ -186,7 +188,7 @@ def test_a_file_that_cannot_be_measured_is_named(folder, capsys, monkeypatch, fi
 # --- sweep ----------------------------------------------------------------------------------------------------
 
 
-def test_a_small_sweep_makes_its_stories_once_and_leaves_table_and_picture(tmp_path, capsys, monkeypatch):
+def test_a_small_sweep_generates_its_stories_once_and_writes_a_table_and_a_plot(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module = script("sweep")
     made, make_stories = [], module.make_stories
@@ -218,7 +220,7 @@ def test_a_small_sweep_makes_its_stories_once_and_leaves_table_and_picture(tmp_p
     assert data.tokenizer.vocab_size == 300
 
 
-def test_a_plan_can_be_looked_at_first(capsys, monkeypatch, tmp_path):
+def test_plan_only_prints_the_runs(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     run_script(monkeypatch, "sweep", REPOSITORY / "local" / "experiments" / "learning_rate.toml", "--small", "--plan")
     assert capsys.readouterr().out.splitlines()[:2] == ["learning_rate", "  max_learning_rate=0.0003"]

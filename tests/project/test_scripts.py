@@ -1,4 +1,4 @@
-"""The scripts in local/: that they explain themselves, fail in one line, and do the whole way from text to text."""
+"""The scripts in local/: help texts, errors in one line, and the complete path from a text to generated text."""
 
 import ast
 import dataclasses
@@ -43,7 +43,7 @@ def script(name: str) -> ModuleType:
 
 
 def run_script(monkeypatch, name: str, *arguments: str | Path) -> None:
-    """What `python local/NAME.py ARGUMENTS` does, in this process."""
+    """Do what `python local/NAME.py ARGUMENTS` does, in this process."""
     path = str(REPOSITORY / "local" / f"{name}.py")
     monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
     runpy.run_path(path, run_name="__main__")
@@ -54,34 +54,34 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def text(num_documents: int) -> str:
-    """Documents of a few words that repeat, so that there is something to merge and to learn."""
+    """Documents of a few repeated words, which a tokenizer and a model can learn."""
     words = ["the", "cat", "a", "dog", "sees", "likes", "Tom", "Lily", "and", "one", "day"]
     documents = np.random.default_rng(0).choice(words, (num_documents, 30))
     return "".join(" ".join(document) + f".\n{END}\n" for document in documents)
 
 
-# --- Explanations ---------------------------------------------------------------------------------------------
+# --- Help texts -----------------------------------------------------------------------------------------------
 
 
-def explanations(path: Path, cls: str) -> dict[str, str]:
-    """The text under each field of a dataclass, from its source."""
+def field_docstrings(path: Path, cls: str) -> dict[str, str]:
+    """The docstring of each field of a dataclass, from its source."""
     module = ast.parse(path.read_text())
     (body,) = (node.body for node in module.body if isinstance(node, ast.ClassDef) and node.name == cls)
     found = {}
     for field, text in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign):
-            assert isinstance(text, ast.Expr), f"{cls}.{ast.unparse(field.target)} is not explained"
+            assert isinstance(text, ast.Expr), f"{cls}.{ast.unparse(field.target)} has no docstring"
             found[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split())
     return found
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help_explains_every_option_and_tells_its_default(name, monkeypatch, capsys):
+def test_help_explains_every_option_and_its_default(name, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         run_script(monkeypatch, name, "--help")
     assert caught.value.code == 0
     shown = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
-    expected = explanations(REPOSITORY / "local" / f"{name}.py", "Options")
+    expected = field_docstrings(REPOSITORY / "local" / f"{name}.py", "Options")
     if name == "train":
         del expected["run"]
         for module, cls in (
@@ -89,10 +89,10 @@ def test_help_explains_every_option_and_tells_its_default(name, monkeypatch, cap
             ("training/settings", "TrainConfig"),
             ("training/settings", "DataConfig"),
         ):
-            expected |= explanations(REPOSITORY / "basic" / f"{module}.py", cls)
-    for option, explanation in expected.items():
-        # The default, or that there is none, stands behind the explanation.
-        assert re.search(re.escape(explanation) + r" \((default: |required)", shown), option
+            expected |= field_docstrings(REPOSITORY / "basic" / f"{module}.py", cls)
+    for option, docstring in expected.items():
+        # tyro adds the default, or that the option is required.
+        assert re.search(re.escape(docstring) + r" \((default: |required)", shown), option
     if name in ("quickstart", "train", "generate"):
         assert "--seed" in shown
         assert "--device" in shown
@@ -147,11 +147,11 @@ def corpus(tmp_path) -> Path:
         (["encode", "corpus.txt", "out.bin", "--tokenizer", "foreign"], "foreign"),
     ],
 )
-def test_an_error_is_one_line_and_nothing_is_left(arguments, message, tmp_path, corpus, monkeypatch):
+def test_an_error_is_one_line_and_changes_no_file(arguments, message, tmp_path, corpus, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").touch()
     Path("short.txt").write_text("a short text")
-    Path("invalid.txt").write_bytes(b"a text of one line, and then a byte \xff that is no UTF-8\n" * 100)
+    Path("invalid.txt").write_bytes(b"a text of one line, and then a byte \xff that is not UTF-8\n" * 100)
     Path("foreign").mkdir()
     Path("foreign/letter.txt").write_text("mine")
     Path("unknown.toml").write_text("[modle]\n")
@@ -169,7 +169,7 @@ def test_an_error_is_one_line_and_nothing_is_left(arguments, message, tmp_path, 
     assert partial == before
 
 
-def test_an_error_has_no_traceback_and_a_status(tmp_path):
+def test_an_error_has_status_1_and_no_traceback(tmp_path):
     command = [sys.executable, REPOSITORY / "local" / "train_bpe.py", "missing.txt"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
@@ -197,26 +197,26 @@ def quickstart() -> Any:
     return module
 
 
-PROMISED = {
+QUICKSTART_FILES = {
     *("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/special_tokens.json"),
     *("train.txt", "train.bin", "train.json", "valid.txt", "valid.bin", "valid.json"),
     *("config.toml", "environment.json", "metrics.jsonl", "loss.png", "samples.txt"),
 }
 
 
-def test_quickstart_on_a_text_leaves_all_it_promises_and_replaces_its_earlier_result(quickstart, tmp_path, capsys):
+def test_quickstart_on_a_text_writes_all_files_and_replaces_an_earlier_result(quickstart, tmp_path, capsys):
     source, output = tmp_path / "source.txt", tmp_path / "runs" / "quick"
     source.write_text(text(100))
     options = quickstart.Options(input=source, output=output, vocab_size=300, steps=4, device="cpu")
     quickstart.main(options)
     printed = capsys.readouterr().out
 
-    assert files(output).keys() == PROMISED | {"checkpoints/step_00000004.safetensors"}
+    assert files(output).keys() == QUICKSTART_FILES | {"checkpoints/step_00000004.safetensors"}
     assert (output / "train.txt").read_bytes() + (output / "valid.txt").read_bytes() == source.read_bytes()
     tokenizer = Tokenizer.load(output / "tokenizer")
-    for part in ("train", "valid"):
-        encoded = tokenizer.encode((output / f"{part}.txt").read_text())
-        assert open_tokens(output / f"{part}.bin", verify=True).tolist() == encoded
+    for split in ("train", "valid"):
+        encoded = tokenizer.encode((output / f"{split}.txt").read_text())
+        assert open_tokens(output / f"{split}.bin", verify=True).tolist() == encoded
     run = load_run(output)
     assert (run.step, run.tokenizer_path) == (4, output / "tokenizer")
     assert Path(run.config.data.train_tokens) == output / "train.bin"
@@ -225,17 +225,15 @@ def test_quickstart_on_a_text_leaves_all_it_promises_and_replaces_its_earlier_re
     assert f"validation loss {loss:.3f} nats a token, {bits_per_byte:.3f} bits per byte" in printed
     assert len(re.findall(r"^sample \d: ", printed, re.MULTILINE)) == 2
     assert f"wrote {output}: " in printed
-    assert "nats a document" not in printed  # nothing is known about the information in this text
+    assert "nats a document" not in printed  # the information content of this text is unknown
 
-    (output / "notes.txt").touch()  # in its folder, and so a part of the earlier result
+    (output / "notes.txt").touch()  # is replaced with the earlier result
     quickstart.main(dataclasses.replace(options, steps=3))
-    assert files(output).keys() == PROMISED | {"checkpoints/step_00000003.safetensors"}
+    assert files(output).keys() == QUICKSTART_FILES | {"checkpoints/step_00000003.safetensors"}
     assert [path.name for path in output.parent.iterdir()] == ["quick"]
 
 
-def test_quickstart_on_a_text_without_documents_does_not_begin_at_an_end_it_never_saw(
-    quickstart, tmp_path, monkeypatch
-):
+def test_quickstart_on_a_text_without_documents_does_not_prompt_with_an_end_of_text(quickstart, tmp_path, monkeypatch):
     source = tmp_path / "source.txt"
     source.write_text(text(60).replace(END, ""))
     prompts = []
@@ -249,7 +247,7 @@ def test_quickstart_on_a_text_without_documents_does_not_begin_at_an_end_it_neve
     assert prompts == ["\n"] * 8
 
 
-def test_quickstart_compares_with_the_information_in_unseen_stories(quickstart, tmp_path, capsys):
+def test_quickstart_compares_the_loss_with_the_entropy_of_validation_stories(quickstart, tmp_path, capsys):
     output = tmp_path / "run"
     quickstart.main(quickstart.Options(output=output, vocab_size=1000, steps=2, seed=5, device="cpu"))
     printed = capsys.readouterr().out
@@ -273,10 +271,10 @@ def test_quickstart_compares_with_the_information_in_unseen_stories(quickstart, 
     assert shown == pytest.approx(exact, abs=0.006)
     assert model / exact - 1 == pytest.approx(model_excess / 100, abs=0.002)
     assert bigram / exact - 1 == pytest.approx(bigram_excess / 100, abs=0.002)
-    assert 1.2 * exact < bigram < model  # a model that has learned for two steps knows less than the bigrams
+    assert 1.2 * exact < bigram < model  # after two steps the model is worse than the bigram model
 
 
-def test_quickstart_is_not_lost_when_no_story_fits_into_the_context(quickstart, tmp_path, capsys):
+def test_quickstart_works_when_no_story_fits_into_the_context(quickstart, tmp_path, capsys):
     quickstart.main(quickstart.Options(output=tmp_path / "run", vocab_size=262, steps=1, device="cpu"))
     assert "no document fits into the context" in capsys.readouterr().out
     assert load_run(tmp_path / "run").step == 1
@@ -285,13 +283,13 @@ def test_quickstart_is_not_lost_when_no_story_fits_into_the_context(quickstart, 
 # --- Step by step ---------------------------------------------------------------------------------------------
 
 
-def test_from_text_to_text_one_script_after_the_other(tmp_path, monkeypatch, capsys):
+def test_all_scripts_from_text_to_generated_text(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("train.txt").write_text(text(100))
     Path("valid.txt").write_text(text(10))
     run_script(monkeypatch, "train_bpe", "train.txt", "--vocab-size", "290", "--output", "tokenizer")
-    for part in ("train", "valid"):
-        run_script(monkeypatch, "encode", f"{part}.txt", f"data/{part}.bin", "--tokenizer", "tokenizer")
+    for split in ("train", "valid"):
+        run_script(monkeypatch, "encode", f"{split}.txt", f"data/{split}.bin", "--tokenizer", "tokenizer")
     tokenizer = Tokenizer.load("tokenizer")
     assert tokenizer.vocab_size == 290
     assert tokenizer.decode(open_tokens("data/valid.bin", verify=True).tolist()) == Path("valid.txt").read_text()

@@ -1,4 +1,4 @@
-"""The notebook as it is stored; that it runs from top to bottom is a test of its own (nbmake, see pyproject.toml)."""
+"""The notebook is stored without outputs. Another test runs it (nbmake, see pyproject.toml)."""
 
 import json
 import tomllib
@@ -20,7 +20,7 @@ def test_plain_pytest_runs_every_notebook():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_a_notebook_is_stored_without_what_running_it_leaves(path):
+def test_a_notebook_is_stored_without_outputs(path):
     notebook = json.loads(path.read_text(encoding="utf-8"))
     for number, cell in enumerate(notebook["cells"]):
         assert cell.get("outputs", []) == [], f"cell {number} has outputs; clear them before committing"

@@ -1,4 +1,4 @@
-"""The package as others get it: a wheel in an environment of its own."""
+"""The package as a wheel, installed in its own environment."""
 
 import importlib.metadata
 import os
@@ -23,7 +23,7 @@ assert (Path(basic.__file__).parent / "py.typed").is_file()
 Path("text.txt").write_text("the cat and the hat " * 50)
 tokenizer = Tokenizer(*train_bpe("text.txt", 262, ["<|end|>"]), ["<|end|>"])
 assert tokenizer.decode(tokenizer.encode("the cat<|end|>")) == "the cat<|end|>"
-assert not {"torch", "numba"} & set(sys.modules), "text needs neither"
+assert not {"torch", "numba"} & set(sys.modules), "importing the tokenizer must load neither"
 from basic.model import ModelConfig, TransformerLM
 from basic.analysis.report import report_page
 model = TransformerLM(ModelConfig(vocab_size=262, context_length=8, d_model=16, num_layers=1, num_heads=2))
@@ -38,7 +38,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 @pytest.mark.skipif(shutil.which("uv") is None, reason="needs uv to build a wheel")
-def test_a_wheel_works_in_an_environment_of_its_own(tmp_path):
+def test_a_wheel_works_in_its_own_environment(tmp_path):
     run("uv", "build", "--wheel", "--out-dir", tmp_path, REPOSITORY, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
@@ -51,11 +51,11 @@ def test_a_wheel_works_in_an_environment_of_its_own(tmp_path):
     run("uv", "venv", "--quiet", "own", cwd=tmp_path)
     python = tmp_path / "own" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     run("uv", "pip", "install", "--quiet", "--no-deps", "--python", python, wheel, cwd=tmp_path)
-    # What the package needs comes from this environment, instead of gigabytes anew; searched last, and without the
-    # files there that would lead back to this repository.
+    # The dependencies come from this environment, because downloading them would take gigabytes. It is last on the
+    # path, and its .pth files, which lead to this repository, are not read.
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
     line = f"import sys; sys.path.append({sysconfig.get_path('purelib')!r})\n"
-    (Path(site) / "the_rest.pth").write_text(line)
+    (Path(site) / "dependencies.pth").write_text(line)
     version, parameters, has_report = run(python, "-I", "-c", PROGRAM, cwd=tmp_path).split()
     assert version == importlib.metadata.version("basic")
     assert int(parameters) > 0

@@ -46,7 +46,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def error_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
-    """What training ends with; it must be one line, and no run may have begun."""
+    """Return the error of training; it must be one line, and the run folder must not exist."""
     path = str(REPOSITORY / "local" / "train.py")
     monkeypatch.setattr(sys, "argv", [path, "--config", "run.toml", "--output", "run", *arguments])
     with pytest.raises(SystemExit) as ended:
@@ -59,8 +59,8 @@ def error_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
 
 
 CONFIGURATIONS = {
-    "no TOML": (lambda good: good.replace("[model]", "[model"), r"run\.toml"),
-    "no text": (lambda good: good.replace("vocab_size", "vocab\udcff"), r"run\.toml"),
+    "not TOML": (lambda good: good.replace("[model]", "[model"), r"run\.toml"),
+    "not UTF-8": (lambda good: good.replace("vocab_size", "vocab\udcff"), r"run\.toml"),
     "an unknown key": (lambda good: good.replace("d_model", "d_mdoel"), "d_mdoel.*d_model"),
     "a missing key": (lambda good: good.replace("d_model = 16", ""), "d_model"),
     "a text for a number": (
@@ -73,7 +73,7 @@ CONFIGURATIONS = {
     "an unknown device": (lambda good: good.replace('"cpu"', '"abacus"'), "abacus.*use cpu or auto"),
     "an unknown tracker": (lambda good: good.replace("steps = 2", 'steps = 2\ntrackers = ["x"]'), "wandb"),
     "no checkpoint kept": (lambda good: good.replace("steps = 2", "steps = 2\ncheckpoints_kept = 0"), "at least 1"),
-    "parts that do not divide": (
+    "micro-batches that do not divide": (
         lambda good: good.replace("steps = 2", "steps = 2\ngradient_accumulation = 3"),
         "batch_size=4 must be divisible by gradient_accumulation=3",
     ),
@@ -86,13 +86,13 @@ CONFIGURATIONS = {
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_wrong_configurations_are_told_in_a_line(monkeypatch, name):
+def test_a_wrong_configuration_is_one_line(monkeypatch, name):
     change, expected = CONFIGURATIONS[name]
     Path("run.toml").write_text(change(GOOD), encoding="utf-8", errors="surrogateescape")
     assert re.search(expected, error_of(monkeypatch))
 
 
-def cut() -> None:
+def truncate() -> None:
     Path("train.bin").write_bytes(Path("train.bin").read_bytes()[:-2])
 
 
@@ -105,11 +105,11 @@ def overwrite(start: int, data: bytes) -> None:
 DATA: dict[str, tuple[Callable[[], object], str]] = {
     "missing": (lambda: Path("train.bin").unlink(), r"train\.bin"),
     "without its sidecar": (lambda: Path("train.json").unlink(), "dtype"),
-    "shorter than its sidecar says": (cut, "400"),
-    "with a sidecar that is no JSON": (lambda: Path("train.json").write_text("{"), r"train\.json"),
-    "with another's sidecar": (lambda: Path("train.json").write_text('{"a": 1}'), r"train\.json"),
+    "shorter than its sidecar says": (truncate, "400"),
+    "with a sidecar that is not JSON": (lambda: Path("train.json").write_text("{"), r"train\.json"),
+    "with a sidecar of other fields": (lambda: Path("train.json").write_text('{"a": 1}'), r"train\.json"),
     "of a larger vocabulary": (lambda: write_tokens("train.bin", np.arange(100), 100), "99.*vocab_size"),
-    "too short for a row": (lambda: write_tokens("train.bin", np.arange(5)), "context_length"),
+    "too short for a sequence": (lambda: write_tokens("train.bin", np.arange(5)), "context_length"),
     "empty": (lambda: write_tokens("train.bin", np.arange(0)), "0"),
     "a folder": (lambda: (Path("train.bin").unlink(), Path("train.bin").mkdir()), r"train\.bin"),
     "a text": (lambda: (shutil.copy("run.toml", "train.bin"), Path("train.json").unlink()), "dtype"),
@@ -117,14 +117,14 @@ DATA: dict[str, tuple[Callable[[], object], str]] = {
 
 
 @pytest.mark.parametrize("name", DATA)
-def test_wrong_data_are_told_in_a_line(monkeypatch, name):
+def test_wrong_data_is_one_line(monkeypatch, name):
     change, expected = DATA[name]
     Path("run.toml").write_text(GOOD)
     change()
     assert re.search(expected, error_of(monkeypatch))
 
 
-def test_token_files_of_others_need_their_type(monkeypatch):
+def test_token_files_without_a_sidecar_need_a_dtype(monkeypatch):
     Path("run.toml").write_text(GOOD)
     for name in ("train", "valid"):
         Path(f"{name}.json").unlink()
@@ -135,7 +135,7 @@ def test_token_files_of_others_need_their_type(monkeypatch):
     assert list(Path("run/checkpoints").glob("*.safetensors"))
 
 
-def test_a_changed_byte_is_found_when_it_is_asked_for(monkeypatch):
+def test_verify_finds_a_changed_byte(monkeypatch):
     Path("run.toml").write_text(GOOD)
     overwrite(0, b"\1")
     assert "the data has changed since it was written; make the token file again" in error_of(monkeypatch, "--verify")
