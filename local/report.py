@@ -25,10 +25,9 @@ class Options:
 
 def main(options: Options) -> None:
     from basic.analysis.report import report_page
-    from basic.bytes_utils import load_vocab
     from basic.common.files import atomic_write
 
-    page = report_page(options.run, load_vocab=load_vocab, floor_nats=options.entropy).encode()
+    page = report_page(options.run, floor_nats=options.entropy).encode()
     output = options.output or options.run / "report.html"
     with atomic_write(output) as file:
         file.write(page)

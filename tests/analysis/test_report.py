@@ -1,4 +1,4 @@
-"""The page about a run: whole in itself, true to the metrics, and safe whatever a text in it says."""
+"""The report of a run: self-contained, equal to the metrics, and safe with untrusted texts."""
 
 import json
 import math
@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from basic.analysis.report import report_page
-from basic.bytes_utils import load_vocab, save_vocab
 from basic.common.config_files import save_config
+from basic.common.errors import DamagedFileError, NotARunError
 from basic.model import ModelConfig
+from basic.Tokenizer import Tokenizer
 from basic.tokens.flat_file import TokenFileWriter
 from basic.training.records.metrics import read_metrics
 from basic.training.settings import DataConfig, RunConfig, TrainConfig
@@ -23,7 +24,7 @@ VOID = {"meta", "input", "br"}
 
 
 class Page(HTMLParser):
-    """The elements of a page, its texts, and the text of each kind of element."""
+    """The elements of a page, and the texts by kind of element."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -51,7 +52,7 @@ class Page(HTMLParser):
     def curves(self) -> dict:
         scripts = [attributes for tag, attributes in self.elements if tag == "script"]
         assert [attributes.get("id") for attributes in scripts] == ["curves", None]
-        assert not set("<>&").intersection(self.texts["script"][0]), "nothing in it can look like the end of a script"
+        assert not set("<>&").intersection(self.texts["script"][0]), "nothing in the data can end the script element"
         return json.loads(self.texts["script"][0])
 
     def rows(self) -> list[str]:
@@ -69,9 +70,9 @@ def write_log(folder: Path, records: list[dict]) -> None:
 
 @pytest.fixture
 def run_dir(tmp_path) -> Path:
-    """A run with all that a report can tell of, moved since it was trained, and with hostile texts in every place."""
+    """A run with everything that a report shows, moved after its training, with hostile texts in every field."""
     folder = tmp_path / 'a<b>&"c'
-    (folder / "tokenizer").mkdir(parents=True)
+    folder.mkdir()
     config = RunConfig(
         model=ModelConfig(vocab_size=11, context_length=8, d_model=16, num_layers=1, num_heads=2),
         train=TrainConfig(steps=50, end_of_text=HOSTILE, max_learning_rate=0.003),
@@ -80,11 +81,10 @@ def run_dir(tmp_path) -> Path:
     save_config(config, folder / "config.toml")
     samples = [{"kind": "sample", "step": step, "text": f"{HOSTILE} {step}"} for step in range(1, 21)]
     training = [record(step, **({"valid_loss": 9 / step} if step % 5 == 0 else {})) for step in range(1, 21)]
-    training[3]["train_loss"] = None  # as the log writes what is not finite
+    training[3]["train_loss"] = None  # not finite
     write_log(folder, [*training, *samples, {"kind": "nonfinite", "step": 4, "loss": None}])
     vocab = {0: b"a", 1: b"\xff", 2: HOSTILE.encode(), 3: b" the\n", 4: b"<|end|>"}
-    save_vocab(vocab, folder / "tokenizer" / "vocab.json")
-    (folder / "tokenizer" / "special_tokens.json").write_text('["<|end|>"]')
+    Tokenizer(vocab, [], ["<|end|>"], kernels=False).save(folder / "tokenizer")
     for name, source_bytes in (("train", 50), ("valid", 12)):
         with TokenFileWriter(folder / f"{name}.bin", vocab_size=11) as writer:
             writer.write([1, 2, 3, 4], source_bytes=source_bytes)
@@ -95,22 +95,22 @@ def run_dir(tmp_path) -> Path:
 
 
 def page_of(run_dir: Path, **options) -> Page:
-    return Page(report_page(run_dir, load_vocab=load_vocab, **options))
+    return Page(report_page(run_dir, **options))
 
 
-def test_the_curves_are_the_metrics(run_dir):
+def test_curves_are_the_metrics(run_dir):
     curves = page_of(run_dir, floor_nats=1.5).curves
     records = read_metrics(run_dir / "metrics.jsonl")
     assert len(records) == 20
-    shown = ("step", "tokens", "wall_s", "train_loss", "valid_loss", "learning_rate", "gradient_norm", "tokens_per_s")
+    columns = ("step", "tokens", "wall_s", "train_loss", "valid_loss", "learning_rate", "gradient_norm", "tokens_per_s")
     assert curves == {
-        "columns": {name: [one.get(name) for one in records] for name in shown},
+        "columns": {name: [one.get(name) for one in records] for name in columns},
         "lost": [4],
         "floor": 1.5,
     }
 
 
-def test_every_column_of_a_chart_is_in_the_data_and_has_a_name(run_dir):
+def test_chart_columns_are_in_the_data_and_named(run_dir):
     page = page_of(run_dir)
     charts = [attributes for tag, attributes in page.elements if attributes.get("class") == "chart"]
     assert len(charts) == 4
@@ -123,7 +123,7 @@ def test_every_column_of_a_chart_is_in_the_data_and_has_a_name(run_dir):
     assert set(axes) <= page.curves["columns"].keys()
 
 
-def test_no_text_becomes_an_element(run_dir):
+def test_html_in_texts_is_escaped(run_dir):
     page = page_of(run_dir)
     tags = [tag for tag, _ in page.elements]
     assert tags.count("script") == 2
@@ -136,13 +136,13 @@ def test_no_text_becomes_an_element(run_dir):
     assert f"{HOSTILE} 20" in page.texts["blockquote"]
 
 
-def test_hostile_texts_in_the_data_stay_data(run_dir):
+def test_html_in_the_data_of_the_curves_is_escaped(run_dir):
     write_log(run_dir, [record(1) | {"learning_rate": HOSTILE}])
     assert page_of(run_dir).curves["columns"]["learning_rate"] == [HOSTILE]
 
 
-def test_nothing_is_loaded_from_elsewhere(run_dir):
-    html = report_page(run_dir, load_vocab=load_vocab)
+def test_page_is_self_contained(run_dir):
+    html = report_page(run_dir)
     page = Page(html)
     assert not {"link", "iframe", "img", "base", "object"} & {tag for tag, _ in page.elements}
     assert not {"src", "href", "srcset", "action"} & {name for _, attributes in page.elements for name in attributes}
@@ -153,33 +153,33 @@ def test_nothing_is_loaded_from_elsewhere(run_dir):
     assert policy == ["default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"]
 
 
-def test_the_figures(run_dir):
+def test_key_figures(run_dir):
     page = page_of(run_dir)
     figures = dict(zip(page.texts["dt"], page.texts["dd"], strict=False))
     loss = 9 / 20
-    assert figures["Validation loss"] == "0.450nats a token; the lowest so far"
-    assert figures["Perplexity"] == f"{math.exp(loss):.3g}tokens to choose from"
+    assert figures["Validation loss"] == "0.450nats per token; the lowest so far"
+    assert figures["Perplexity"] == f"{math.exp(loss):.3g}of validation tokens"
     assert figures["Bits per byte"] == f"{loss / math.log(2) * 4 / 12:.3f}of validation text"
-    assert figures["Tokens a second"] == "1,011median of the records"
-    (lead,) = (text for text in page.texts["p"] if text.startswith("A Transformer"))
-    assert lead == "A Transformer of 4,496 parameters after 20 of 50 steps: 12,800 tokens in 13 min 30 s."
+    assert figures["Tokens per second"] == "1,011median"
+    (summary,) = (text for text in page.texts["p"] if text.startswith("A Transformer"))
+    assert summary == ("A Transformer with 4,496 parameters, trained for 20 of 50 steps: 12,800 tokens in 13 min 30 s.")
 
 
-def test_the_best_evaluation_is_named_where_it_is_not_the_last(run_dir):
+def test_best_evaluation_is_shown_if_it_is_not_the_last(run_dir):
     write_log(run_dir, [record(1, valid_loss=2.0), record(2, valid_loss=1.25), record(3, valid_loss=1.5)])
     page = page_of(run_dir)
-    assert "1.500nats a token; 1.250 at step 2" in page.texts["dd"]
+    assert "1.500nats per token; 1.250 at step 2" in page.texts["dd"]
     assert [row for row in page.rows() if row.startswith("2")] == ["21,2801 min 21 s4.00001.25003.49"]
 
 
-def test_samples_are_spread_over_the_run_and_all_can_be_seen(run_dir):
+def test_samples_are_evenly_spaced_and_all_are_available(run_dir):
     page = page_of(run_dir)
     steps = [int(text.rpartition(" ")[2]) for text in page.texts["blockquote"]]
     assert steps == [1, 5, 9, 12, 16, 20, *range(1, 21)]
     assert "All 20 samples" in page.texts["summary"]
 
 
-def test_samples_of_older_runs_are_read_from_their_file(run_dir):
+def test_samples_of_older_runs_are_read_from_samples_txt(run_dir):
     write_log(run_dir, [record(10), record(20)])
     (run_dir / "samples.txt").write_text("--- step 10 ---\nOnce\n\nmore\n\n--- step 20 ---\nThe end.\n\n")
     page = page_of(run_dir)
@@ -189,13 +189,13 @@ def test_samples_of_older_runs_are_read_from_their_file(run_dir):
     assert page_of(run_dir).texts["blockquote"] == ["One story.\n\nAnother."]
 
 
-def test_facts_about_the_tokenizer(run_dir):
+def test_tokenizer_section(run_dir):
     page = page_of(run_dir)
     rows = page.rows()
     assert "Vocabulary5 tokens" in rows
     assert "Special tokens'<|end|>'" in rows
-    assert "Training text4 tokens, 12.500 bytes each" in rows
-    assert "Validation text4 tokens, 3.000 bytes each" in rows
+    assert "Training text4 tokens, 12.500 bytes per token" in rows
+    assert "Validation text4 tokens, 3.000 bytes per token" in rows
     longest = [text for text in page.texts["li"] if "step" not in text.lower()]
     assert longest == [HOSTILE.replace(" ", "·"), "·the↵", "a", "\\xff"]
     # Two tokens of one byte, one of five, and one of more than twelve.
@@ -203,7 +203,14 @@ def test_facts_about_the_tokenizer(run_dir):
     assert bars == [f"width: {share}.0%" for share in (100, 0, 0, 0, 50, 0, 0, 0, 0, 0, 0, 50)]
 
 
-def test_settings_that_nobody_chose_are_marked(run_dir):
+@pytest.mark.parametrize("name", ["vocab.json", "special_tokens.json"])
+def test_damaged_tokenizer_is_an_error_that_names_the_file(run_dir, name):
+    (run_dir / "tokenizer" / name).write_text("{")
+    with pytest.raises(DamagedFileError, match=rf"{name}' is not JSON"):
+        report_page(run_dir)
+
+
+def test_default_settings_are_marked(run_dir):
     page = page_of(run_dir)
     marked = dict(
         zip(
@@ -216,7 +223,7 @@ def test_settings_that_nobody_chose_are_marked(run_dir):
     assert marked["min_learning_rate0.0001"] == "default"
 
 
-def test_of_a_resumed_run_the_later_environment_is_shown_where_it_changed(run_dir):
+def test_environment_of_a_resumed_run_shows_the_changes(run_dir):
     page = page_of(run_dir)
     environment = page.rows()[-4:]
     assert environment == [f"torch{HOSTILE}", "tokens.count7", "commandtrain.py --resume", "tokens.count8"]
@@ -225,12 +232,12 @@ def test_of_a_resumed_run_the_later_environment_is_shown_where_it_changed(run_di
     assert page_of(run_dir).rows()[-1] == "torch2.15"
 
 
-def test_a_run_that_has_only_begun(tmp_path):
+def test_run_without_metrics_yet(tmp_path):
     model = ModelConfig(vocab_size=11, context_length=8, d_model=16, num_layers=1, num_heads=2)
     save_config(RunConfig(model=model, train=TrainConfig(steps=5)), tmp_path / "config.toml")
     write_log(tmp_path, [])
     page = page_of(tmp_path)
-    assert "of which nothing has been logged yet" in " ".join(page.texts["p"])
+    assert "no metrics have been logged yet" in " ".join(page.texts["p"])
     assert page.texts["h2"] == ["Curves", "Configuration"]
     write_log(tmp_path, [record(1)])
     assert page_of(tmp_path).curves["columns"]["valid_loss"] == [None]
@@ -242,7 +249,7 @@ def run_script(monkeypatch, name: str, *arguments: str | Path) -> None:
     runpy.run_path(path, run_name="__main__")
 
 
-def test_the_script_leaves_the_page_in_the_run_or_where_one_wants_it(run_dir, tmp_path, monkeypatch, capsys):
+def test_script_writes_the_page_to_the_run_or_to_output(run_dir, tmp_path, monkeypatch, capsys):
     run_script(monkeypatch, "report", run_dir)
     assert f"wrote {run_dir / 'report.html'} " in capsys.readouterr().out
     assert Page((run_dir / "report.html").read_text("utf-8")).curves["floor"] is None
@@ -252,7 +259,7 @@ def test_the_script_leaves_the_page_in_the_run_or_where_one_wants_it(run_dir, tm
         run_script(monkeypatch, "report", tmp_path / "nowhere")
 
 
-def test_the_plotting_script_labels_runs_by_what_differs_and_names_a_run_once(run_dir, monkeypatch):
+def test_plotting_script_labels_runs_and_skips_duplicates(run_dir, monkeypatch):
     other = run_dir.parent / "other"
     shutil.copytree(run_dir, other)
     text = (other / "config.toml").read_text()
@@ -264,6 +271,6 @@ def test_the_plotting_script_labels_runs_by_what_differs_and_names_a_run_once(ru
     assert plotted["max_learning_rate=0.05"] == read_metrics(other / "metrics.jsonl")
 
 
-def test_what_is_no_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config\.toml"):
-        report_page(tmp_path, load_vocab=load_vocab)
+def test_folder_that_is_not_a_run(tmp_path):
+    with pytest.raises(NotARunError, match=r"config\.toml"):
+        report_page(tmp_path)
