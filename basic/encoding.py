@@ -1,29 +1,40 @@
-"""Text of any size into token files, on one machine or many.
+"""Encode text of any size into token files, on one machine or many.
 
-    stage             what it reads     what it writes, to be kept                its memory
-    encode a shard    128 MB of text    its ids, with their sidecar               some chunks and a cache
-    write the index   the sidecars      index.json: files, counts, checksums      a line for each shard
+    stage             reads           writes                                    memory
+    encode a shard    128 MB of text  a token file with its sidecar             some chunks and a cache
+    write the index   the sidecars    index.json: files, counts, checksums      a record for each shard
 
-`encode_file` writes one token file in one go. `encode_files` writes a dataset of many, whose folder is a work folder
-(`basic.corpus.work_folder`): the same call resumes an interrupted one with the shards that have no file yet. The folder
-also holds the tokenizer, from which each worker loads its own.
+`encode_file` writes one token file. `encode_files` writes a dataset of several, whose folder is a work folder
+(`basic.corpus.work_folder`): the same call resumes after an interruption, with the shards that have no file yet. The
+folder also holds the tokenizer, which each worker process loads from there.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Executor
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from basic.bpe.arrays import InvalidByteError
+from basic.common.errors import InvalidInputError, WrongTokenizerError
 from basic.common.progress import default_num_workers, progress_bar
-from basic.corpus.counting import default_executor
-from basic.corpus.shards import SHARD_BYTES, Shard, ShardChunks, cut, fingerprint_of, known_bytes, text_of, whole
-from basic.corpus.sources import Inputs, TextSource, check_separator, sources_of
-from basic.corpus.work_folder import Record, WorkFolder
-from basic.Tokenizer import Tokenizer
+from basic.corpus.shards import (
+    KERNEL_CHUNK_BYTES,
+    SHARD_BYTES,
+    Shard,
+    ShardChunks,
+    entire_source,
+    inputs_fingerprint,
+    read_range,
+    split_into_shards,
+    total_text_bytes,
+)
+from basic.corpus.sources import Inputs, TextSource, check_separator, expand_inputs
+from basic.corpus.work_folder import Record, WorkFolder, local_executor
+from basic.Tokenizer import Tokenizer, check_errors_option, resolve_num_threads
 from basic.tokens.flat_file import TokenFileWriter
 from basic.tokens.index import INDEX_NAME, write_index
 from basic.tokens.info import TokenFileInfo
@@ -32,6 +43,44 @@ _TOKENIZER = "tokenizer"
 
 # The tokenizers that this process has loaded, by fingerprint.
 _tokenizers: dict[str, Tokenizer] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEncoding:
+    """How one shard is encoded; sent to the workers.
+
+    Attributes:
+        advance: called with the bytes that have been encoded; only for workers that are threads of this process.
+    """
+
+    num_threads: int
+    errors: str
+    specials_as_text: bool
+    chunk_bytes: int = KERNEL_CHUNK_BYTES
+    advance: Callable[[int], object] | None = None
+
+    def __post_init__(self) -> None:
+        check_errors_option(self.errors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedTokenizer:
+    """The tokenizer in the folder of a dataset; each worker process loads it once."""
+
+    folder: str
+    fingerprint: str
+    kernels: bool | None
+
+    def load(self) -> Tokenizer:
+        if self.fingerprint not in _tokenizers:
+            tokenizer = Tokenizer.load(self.folder)
+            tokenizer.kernels = self.kernels
+            if tokenizer.fingerprint != self.fingerprint:
+                raise WrongTokenizerError(
+                    f"the tokenizer in {self.folder!r} is not the one of this dataset: encode with start_over=True"
+                )
+            _tokenizers[self.fingerprint] = tokenizer
+        return _tokenizers[self.fingerprint]
 
 
 def encode_file(
@@ -43,36 +92,42 @@ def encode_file(
     errors: str = "strict",
     specials_as_text: bool = False,
     progress: bool = False,
+    chunk_bytes: int = KERNEL_CHUNK_BYTES,
 ) -> TokenFileInfo:
     """Encode text of any size into one token file, in bounded memory.
 
     Args:
-        inputs: text in UTF-8, plain or in one of the forms of `basic.corpus.sources`: a file, a glob, a URL, or several
-            of them; their ids come one after the other, as `encode_files` says.
-        output_path: of the token file, `*.bin`; it and its sidecar appear when they are complete.
-        num_threads: by default one for each processor that this process may use; the result is the same.
-        errors: what to do about bytes that are not UTF-8: "strict" raises, "replace" encodes U+FFFD for them.
-        specials_as_text: whether special tokens in the text are text like any other.
+        inputs: text in UTF-8, in any form of `basic.corpus.sources`: a file, a glob, a URL, or several of them. Their
+            ids are concatenated as in `encode_files`.
+        output_path: path of the token file, `*.bin`. It appears with its sidecar when both are complete.
+        num_threads: by default the number of processors; the result is the same.
+        errors: for bytes that are not UTF-8: "strict" raises, "replace" encodes U+FFFD.
+        specials_as_text: whether special tokens in the text are encoded like any other text.
         progress: whether to show a progress bar.
+        chunk_bytes: the approximate amount of text for one call of a kernel; the result is the same.
 
     Returns:
-        What the sidecar says, with `source_bytes`, the size of the text.
+        The contents of the sidecar; `source_bytes` is the size of the text.
 
     Raises:
-        ValueError: the text is not UTF-8 (the byte offset is named), or needs a byte that the vocabulary lacks; or an
-            input and the output are the same file.
+        InvalidInputError: the text is not UTF-8 (the message names the byte offset) or has a byte without a token, or
+            an input and the output are the same file.
+        DamagedFileError: a compressed input is damaged.
         OSError: a file cannot be read or written.
     """
-    num_threads = default_num_workers() if num_threads is None else num_threads
-    if num_threads < 1:
-        raise ValueError(f"num_threads={num_threads} must be at least 1")
-    sources = sources_of(inputs)
+    encoding = ShardEncoding(
+        num_threads=resolve_num_threads(num_threads),
+        errors=errors,
+        specials_as_text=specials_as_text,
+        chunk_bytes=chunk_bytes,
+    )
+    sources = expand_inputs(inputs)
     for source in sources:
         if os.path.exists(output_path) and not source.is_remote and os.path.samefile(source, output_path):
-            raise ValueError(f"{os.fspath(output_path)!r} is the text itself; give another output_path")
-    shard = _checked_inputs(tokenizer, sources, errors, specials_as_text)
-    with progress_bar(progress, desc="encoding", total=known_bytes(shard), unit="B", unit_scale=True) as advance:
-        return _encode_shard(tokenizer, shard, output_path, num_threads, errors, specials_as_text, advance)
+            raise InvalidInputError(f"{os.fspath(output_path)!r} is the text itself; give another output_path")
+    shard = _entire_sources(sources, _special_tokens(tokenizer, specials_as_text))
+    with progress_bar(progress, desc="encoding", total=total_text_bytes(shard), unit="B", unit_scale=True) as advance:
+        return _write_token_file(tokenizer, encoding, shard, output_path, advance)
 
 
 def encode_files(
@@ -88,145 +143,139 @@ def encode_files(
     specials_as_text: bool = False,
     progress: bool = False,
 ) -> TokenFileInfo:
-    """Encode text of any size, in parts that are kept: the same call goes on where an interrupted one was.
+    """Encode text of any size into a token dataset; the same call resumes after an interruption.
 
     Args:
-        inputs: text in UTF-8, plain or of those of `basic.corpus.sources`: a file, a glob, a URL, or several of them;
-            their ids come one after the other, with nothing between, but JSON lines begin with what separates their
-            documents. One that is given twice is encoded twice.
-        output: the folder of the dataset, which `basic.tokens.opening.open_tokens` opens as one array.
-        executor: what encodes; by default this machine's cores. All workers must see the output's folder. The ids are
-            the same for any.
-        start_over: forget what is there.
-        num_workers: threads or processes of the default executor, by default one for each processor.
-        shard_bytes: about how much text goes into one token file.
-        errors: what to do about bytes that are not UTF-8: "strict" raises, "replace" encodes U+FFFD for them.
-        specials_as_text: whether special tokens in the text are text like any other.
+        inputs: text in UTF-8, in any form of `basic.corpus.sources`: a file, a glob, a URL, or several of them. Their
+            ids are concatenated with nothing between them; JSON lines after another input begin with the separator of
+            their documents. An input that is given twice is encoded twice.
+        output: folder of the dataset, which `basic.tokens.opening.open_tokens` opens as one array.
+        executor: runs the tasks; by default threads or processes on this machine. All workers must see the output
+            folder. The ids are the same for any executor.
+        start_over: delete what the folder holds.
+        num_workers: threads or processes of the default executor; by default the number of processors.
+        shard_bytes: the approximate amount of text for one token file.
+        errors: for bytes that are not UTF-8: "strict" raises, "replace" encodes U+FFFD.
+        specials_as_text: whether special tokens in the text are encoded like any other text.
         progress: whether to show a progress bar.
 
     Returns:
-        What the index, or the sidecar, says of all ids.
+        The contents of the index about all files together.
 
     Raises:
-        ValueError: the text is not UTF-8 or needs a byte that the vocabulary lacks, or the folder holds other work.
-        OSError: a file cannot be read or written; or workers died (ChildProcessError).
+        InvalidInputError: the text is not UTF-8 or has a byte without a token, or the folder holds other work.
+        DamagedFileError: a compressed input is damaged.
+        OSError: a file cannot be read or written, or workers died (ChildProcessError).
     """
     output = Path(output)
     num_workers = default_num_workers() if num_workers is None else num_workers
     for name, value in [("num_workers", num_workers), ("shard_bytes", shard_bytes)]:
         if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+            raise InvalidInputError(f"{name}={value} must be at least 1")
     if output.suffix == ".bin":
-        raise ValueError(f"{output} names one token file, but a dataset is a folder: give its name, or use encode_file")
-    pieces = _checked_inputs(tokenizer, sources_of(inputs), errors, specials_as_text)
+        raise InvalidInputError(
+            f"{output} names one token file, but a dataset is a folder: give its name, or use encode_file"
+        )
+    ranges = _entire_sources(expand_inputs(inputs), _special_tokens(tokenizer, specials_as_text))
+    shards = split_into_shards(ranges, shard_bytes)
     work = {
         "kind": "tokens",
-        **fingerprint_of(pieces),
+        **inputs_fingerprint(ranges),
         "tokenizer": tokenizer.fingerprint,
         "errors": errors,
         "specials_as_text": specials_as_text,
         "shard_bytes": shard_bytes,
     }
-    with WorkFolder(output, work, start_over=start_over) as folder:
-        tokenizer.save(folder.path / _TOKENIZER)
-        _tokenizers[tokenizer.fingerprint] = tokenizer
-        shards = cut(pieces, shard_bytes)
-        threads = tokenizer.uses_kernels(sum(piece.num_bytes for piece in pieces))
-        num_threads = 1 if executor is not None else max(1, num_workers // len(shards))
-        with progress_bar(progress, desc="encoding", total=known_bytes(pieces), unit="B", unit_scale=True) as advance:
-            live = folder.until_stopped(advance) if executor is None and threads else None
-            encode = partial(
-                encode_shard,
-                str(folder.path / _TOKENIZER),
-                tokenizer.fingerprint,
-                tokenizer.kernels,
-                num_threads,
-                errors,
-                specials_as_text,
-                live,
-            )
-            names = [f"{number:06}.bin" for number in range(len(shards))]
-            if not all(map(folder.record, names)):
-                (folder.path / INDEX_NAME).unlink(missing_ok=True)
-            run_on = executor or default_executor(num_workers, len(shards), threads=threads)
-            done = None if live else lambda record: advance(record["bytes"])
-            advance(folder.bytes_done(names))
-            folder.run(encode, [(name, (shard,)) for name, shard in zip(names, shards, strict=True)], run_on, done)
-        folder.tidy()
+    encoding = ShardEncoding(
+        num_threads=max(1, num_workers // len(shards)) if executor is None else 1,
+        errors=errors,
+        specials_as_text=specials_as_text,
+    )
+    kernels = tokenizer.kernel_encoder(sum(part.num_bytes for part in ranges)) is not None
+    with (
+        WorkFolder(output, work, start_over=start_over) as folder,
+        progress_bar(progress, desc="encoding", total=total_text_bytes(ranges), unit="B", unit_scale=True) as advance,
+    ):
+        if executor is None and kernels:
+            encoding = replace(encoding, advance=folder.cancellable(advance))
+
+        def on_finished(record: Record) -> None:
+            if encoding.advance is None:  # otherwise threads of this process have reported it, chunk by chunk
+                advance(record["bytes"])
+
+        saved = SavedTokenizer(
+            folder=str(folder.path / _TOKENIZER), fingerprint=tokenizer.fingerprint, kernels=tokenizer.kernels
+        )
+        tokenizer.save(saved.folder)
+        _tokenizers[saved.fingerprint] = tokenizer
+        tasks = [(f"{index:06}.bin", (shard,)) for index, shard in enumerate(shards)]
+        names = [name for name, _ in tasks]
+        if not all(map(folder.finished_record, names)):
+            (folder.path / INDEX_NAME).unlink(missing_ok=True)
+        advance(folder.bytes_done(names))
+        folder.run(
+            partial(encode_shard, saved, encoding),
+            tasks,
+            executor or local_executor(num_workers, len(shards), threads=kernels),
+            on_finished,
+        )
+        folder.remove_temporary_files()
         return write_index(folder.path / INDEX_NAME, names)
 
 
-def _checked_inputs(tokenizer: Tokenizer, sources: list[TextSource], errors: str, specials_as_text: bool) -> Shard:
-    """The inputs as one shard, checked like the other arguments."""
-    if errors not in ("strict", "replace"):
-        raise ValueError(f"errors={errors!r} must be 'strict' or 'replace'")
+def _special_tokens(tokenizer: Tokenizer, specials_as_text: bool) -> Collection[str]:
+    return () if specials_as_text else tokenizer.special_token_ids
+
+
+def _entire_sources(sources: list[TextSource], special_tokens: Collection[str]) -> Shard:
     for source in sources:
-        check_separator(source, () if specials_as_text else tokenizer.special_token_ids)
-    return tuple(map(whole, sources))
+        check_separator(source, special_tokens)
+    return tuple(map(entire_source, sources))
 
 
-def _encode_shard(
-    tokenizer: Tokenizer,
-    shard: Shard,
-    output_path: str | os.PathLike,
-    num_threads: int,
-    errors: str,
-    specials_as_text: bool,
-    advance: Callable[[int], object],
-) -> TokenFileInfo:
-    """Encode a shard into a token file; `advance` gets the bytes that are done."""
-    num_bytes = sum(piece.num_bytes for piece in shard)
-    num_mapped_bytes = sum(piece.num_bytes for piece in shard if piece.is_mapped)
-    special = tokenizer.active_special_tokens(specials_as_text)
-    with TokenFileWriter(output_path, tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint) as writer:
-
-        def done(num_bytes: int) -> None:
-            writer.write((), source_bytes=num_bytes)
-            advance(num_bytes)
-
-        if tokenizer.uses_kernels(num_bytes, num_mapped_bytes):
-            chunks = ShardChunks(shard, special, errors=errors)
-            try:
-                for ids, chunk_bytes in tokenizer.encode_chunks(
-                    chunks, num_threads=num_threads, errors=errors, specials_as_text=specials_as_text
-                ):
-                    chunks.done()
-                    writer.write(ids)
-                    done(chunk_bytes)
-            except InvalidByteError as error:
-                raise chunks.explain(error) from None
-        else:
-            for piece in shard:
-                text = text_of(piece, special, tokenizer.compiled_pattern, errors=errors, read=done)
-                for ids in tokenizer.encode_stream(text, specials_as_text=specials_as_text):
-                    writer.write(ids)
-    return writer.info
-
-
-def encode_shard(
-    tokenizer_folder: str,
-    fingerprint: str,
-    kernels: bool | None,
-    num_threads: int,
-    errors: str,
-    specials_as_text: bool,
-    live: Callable[[int], object] | None,
-    shard: Shard,
-    path: str,
-) -> Record:
-    """Encode a shard into a token file; may run anywhere, any number of times."""
-    if fingerprint not in _tokenizers:
-        tokenizer = Tokenizer.load(tokenizer_folder)
-        tokenizer.kernels = kernels
-        if tokenizer.fingerprint != fingerprint:
-            raise ValueError(f"the tokenizer in {tokenizer_folder!r} is not the one of this work; start it over")
-        _tokenizers[fingerprint] = tokenizer
-    info = _encode_shard(
-        _tokenizers[fingerprint], shard, path, num_threads, errors, specials_as_text, live or (lambda num_bytes: None)
-    )
+def encode_shard(tokenizer: SavedTokenizer, encoding: ShardEncoding, shard: Shard, path: str) -> Record:
+    """Encode a shard into a token file. A worker can run this anywhere, and more than once."""
+    advance = encoding.advance or (lambda num_bytes: None)
+    info = _write_token_file(tokenizer.load(), encoding, shard, path, advance)
     return {
         "bytes": info.source_bytes,
         "count": info.count,
         "file_bytes": info.count * info.dtype.itemsize,
         "sha256": info.sha256,
     }
+
+
+def _write_token_file(
+    tokenizer: Tokenizer,
+    encoding: ShardEncoding,
+    shard: Shard,
+    path: str | os.PathLike,
+    advance: Callable[[int], object],
+) -> TokenFileInfo:
+    num_bytes = sum(part.num_bytes for part in shard)
+    num_mapped_bytes = sum(part.num_bytes for part in shard if part.is_mapped)
+    special_tokens = tokenizer.active_special_tokens(encoding.specials_as_text)
+    errors, specials_as_text = encoding.errors, encoding.specials_as_text
+    with TokenFileWriter(path, tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint) as writer:
+
+        def on_read(num_bytes: int) -> None:
+            writer.write((), source_bytes=num_bytes)
+            advance(num_bytes)
+
+        if (encoder := tokenizer.kernel_encoder(num_bytes, num_mapped_bytes)) is not None:
+            chunks = ShardChunks(shard, special_tokens, errors=errors, chunk_bytes=encoding.chunk_bytes)
+            try:
+                for ids, chunk_bytes in encoder.encode_chunks(
+                    chunks, specials_as_text, encoding.num_threads, errors=errors
+                ):
+                    chunks.mark_done()
+                    writer.write(ids)
+                    on_read(chunk_bytes)
+            except InvalidByteError as error:
+                raise chunks.describe_error(error) from None
+        else:
+            for part in shard:
+                text = read_range(part, special_tokens, tokenizer.compiled_pattern, errors=errors, on_read=on_read)
+                for ids in tokenizer.encode_stream(text, specials_as_text=specials_as_text):
+                    writer.write(ids)
+    return writer.info

@@ -39,7 +39,7 @@ class Options:
 
 def main(options: Options) -> None:
     from basic.corpus.sources import TextSource
-    from basic.corpus.work_folder import cluster
+    from basic.corpus.work_folder import dask_executor
     from basic.encoding import encode_file, encode_files
     from basic.Tokenizer import Tokenizer
 
@@ -53,7 +53,7 @@ def main(options: Options) -> None:
     if output.suffix == ".bin" and options.scheduler is None:
         info = encode_file(tokenizer, sources, output, progress=True)
     else:
-        with cluster(options.scheduler) as executor:
+        with dask_executor(options.scheduler) as executor:
             info = encode_files(
                 tokenizer,
                 sources,

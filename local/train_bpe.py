@@ -43,13 +43,13 @@ class Options:
 
 def main(options: Options) -> None:
     from basic.corpus.sources import TextSource
-    from basic.corpus.work_folder import cluster
+    from basic.corpus.work_folder import dask_executor
     from basic.Tokenizer import Tokenizer
     from basic.train_bpe import train_bpe
 
     start = time.perf_counter()
     work = options.work or (options.output.with_name(options.output.name + ".work") if options.scheduler else None)
-    with cluster(options.scheduler) as executor:
+    with dask_executor(options.scheduler) as executor:
         vocab, merges = train_bpe(
             [TextSource(path, options.field, options.end_of_text) for path in options.inputs],
             options.vocab_size,

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from basic.bpe.arrays import Words
-from basic.bpe.compiled import sort_words
+from basic.bpe.arrays import PretokenCounts
+from basic.bpe.compiled import sort_pretokens
 from basic.common.errors import DamagedFileError
 from basic.common.files import sha256_of_file
 
@@ -30,7 +30,7 @@ FAN_IN = 16  # tables that are merged at a time: each needs a block of one or tw
 
 
 def write_table(
-    path: str | os.PathLike, blocks: Iterable[Words], *, block_pretokens: int = BLOCK_PRETOKENS
+    path: str | os.PathLike, blocks: Iterable[PretokenCounts], *, block_pretokens: int = BLOCK_PRETOKENS
 ) -> dict[str, Any]:
     """Write a table.
 
@@ -59,7 +59,7 @@ def write_table(
     return record
 
 
-def read_table(path: str | os.PathLike, *, sha256: str | None = None) -> Iterator[Words]:
+def read_table(path: str | os.PathLike, *, sha256: str | None = None) -> Iterator[PretokenCounts]:
     """Read the blocks of a table, one at a time.
 
     Raises:
@@ -70,10 +70,12 @@ def read_table(path: str | os.PathLike, *, sha256: str | None = None) -> Iterato
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         while file.tell() < size:
-            yield Words(*(np.load(file) for _ in Words._fields))
+            yield PretokenCounts(*(np.load(file) for _ in PretokenCounts._fields))
 
 
-def merge_tables(tables: Sequence[Iterable[Words]], *, kernels: bool, fan_in: int = FAN_IN) -> Iterator[Words]:
+def merge_tables(
+    tables: Sequence[Iterable[PretokenCounts]], *, kernels: bool, fan_in: int = FAN_IN
+) -> Iterator[PretokenCounts]:
     """Merge sorted tables into one; a pre-token's counts are summed.
 
     Args:
@@ -91,7 +93,7 @@ def merge_tables(tables: Sequence[Iterable[Words]], *, kernels: bool, fan_in: in
         yield from tables[0]
         return
     iterators = [iter(table) for table in tables]
-    blocks: list[Words | None] = [next(iterator, None) for iterator in iterators]
+    blocks: list[PretokenCounts | None] = [next(iterator, None) for iterator in iterators]
     while unfinished := [block for block in blocks if block is not None]:
         limit = min(_pretoken_at(block, len(block.counts) - 1) for block in unfinished)
         complete = []
@@ -101,50 +103,50 @@ def merge_tables(tables: Sequence[Iterable[Words]], *, kernels: bool, fan_in: in
             stop = bisect_right(range(len(block.counts)), limit, key=lambda n: _pretoken_at(block, n))
             complete.append(_slice(block, 0, stop))
             blocks[i] = _slice(block, stop, len(block.counts)) if stop < len(block.counts) else next(iterators[i], None)
-        yield sort_words(concatenate(complete)) if kernels else _merge_plain(complete)
+        yield sort_pretokens(concatenate(complete)) if kernels else _merge_plain(complete)
 
 
-def concatenate(blocks: Sequence[Words]) -> Words:
+def concatenate(blocks: Sequence[PretokenCounts]) -> PretokenCounts:
     """Concatenate blocks into one."""
     if len(blocks) == 1:
         return blocks[0]
     ends = np.cumsum([0, *(len(block.data) for block in blocks)])
     starts = [block.starts[:-1] + end for block, end in zip(blocks, ends, strict=False)]
-    return Words(
+    return PretokenCounts(
         np.concatenate([np.empty(0, np.uint8), *(block.data for block in blocks)]),
         np.concatenate([*starts, ends[-1:]]),
         np.concatenate([np.empty(0, np.int64), *(block.counts for block in blocks)]),
     )
 
 
-def drop_rare(table: Words, min_count: int) -> Words:
+def drop_rare(table: PretokenCounts, min_count: int) -> PretokenCounts:
     """Remove the pre-tokens whose count is less than `min_count`."""
     frequent = table.counts >= min_count
     if frequent.all():
         return table
     lengths = np.diff(table.starts)
     starts = np.concatenate([[0], np.cumsum(lengths[frequent])])
-    return Words(table.data[np.repeat(frequent, lengths)], starts, table.counts[frequent])
+    return PretokenCounts(table.data[np.repeat(frequent, lengths)], starts, table.counts[frequent])
 
 
-def sorted_table(counts: Counter[bytes]) -> Words:
+def sorted_table(counts: Counter[bytes]) -> PretokenCounts:
     """Convert a counter to a table, sorted by the bytes of the pre-tokens."""
-    return Words.from_counts({pretoken: counts[pretoken] for pretoken in sorted(counts)})
+    return PretokenCounts.from_counts({pretoken: counts[pretoken] for pretoken in sorted(counts)})
 
 
-def _merge_plain(blocks: Sequence[Words]) -> Words:
+def _merge_plain(blocks: Sequence[PretokenCounts]) -> PretokenCounts:
     """The plain version of the kernel."""
     counts: Counter[bytes] = Counter()
     for block in blocks:
-        counts.update(block.counter())
+        counts.update(block.to_counter())
     return sorted_table(counts)
 
 
-def _pretoken_at(block: Words, index: int) -> bytes:
+def _pretoken_at(block: PretokenCounts, index: int) -> bytes:
     return block.data[block.starts[index] : block.starts[index + 1]].tobytes()
 
 
-def _slice(block: Words, start: int, stop: int) -> Words:
+def _slice(block: PretokenCounts, start: int, stop: int) -> PretokenCounts:
     """The pre-tokens with these indices, as views."""
     first, last = block.starts[start], block.starts[stop]
-    return Words(block.data[first:last], block.starts[start : stop + 1] - first, block.counts[start:stop])
+    return PretokenCounts(block.data[first:last], block.starts[start : stop + 1] - first, block.counts[start:stop])

@@ -1,20 +1,22 @@
-"""Counting the pre-tokens of a corpus of any size, on any number of machines.
+"""Count the pre-tokens of a corpus of any size, on any number of machines.
 
-    stage                what it reads           what it writes, to be kept         its memory
-    count a shard        128 MB of text          its distinct words, sorted         a table of those, bounded
-    add up, as a tree    16 tables               one table                          a block of each
-    take the last table  the words of all text   -                                  those that are there often enough
+    stage             reads               writes                                memory
+    count a shard     128 MB of text      a table of its pre-tokens, sorted     one hash table of bounded size
+    merge, as a tree  16 tables           one table                             a block of each table
+    load the result   the last table      -                                     the pre-tokens that are frequent enough
 
-A stage's files are kept in a work folder (`basic.corpus.work_folder`): an interrupted run resumes with what has no
-file yet. Tables that have been added up are removed. Without a folder all of it goes to a temporary one.
+The tables are files of a work folder (`basic.corpus.work_folder`), so an interrupted run resumes with the tables that
+are missing. A table is deleted when it has been merged. Without a work folder the tables are temporary files.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,247 +24,320 @@ from typing import Any
 
 from basic.bpe import compiled, loading
 from basic.bpe.arrays import InvalidByteError, PretokenCounts
+from basic.common.errors import InvalidInputError
 from basic.common.progress import default_num_workers, progress_bar
-from basic.corpus.count_tables import FAN_IN, add_up, at_least, joined, read_table, sorted_table, write_table
-from basic.corpus.shards import SHARD_BYTES, Piece, Shard, ShardChunks, cut, fingerprint_of, known_bytes, text_of, whole
-from basic.corpus.sources import Inputs, check_separator, sources_of
-from basic.corpus.work_folder import Record, WorkFolder
+from basic.corpus.count_tables import (
+    FAN_IN,
+    concatenate,
+    drop_rare,
+    merge_tables,
+    read_table,
+    sorted_table,
+    write_table,
+)
+from basic.corpus.shards import (
+    KERNEL_CHUNK_BYTES,
+    SHARD_BYTES,
+    Shard,
+    ShardChunks,
+    SourceRange,
+    entire_source,
+    inputs_fingerprint,
+    read_range,
+    split_into_shards,
+    total_text_bytes,
+)
+from basic.corpus.sources import Inputs, check_separator, expand_inputs
+from basic.corpus.work_folder import Record, WorkFolder, local_executor
 from basic.pretokenization import GPT2_PATTERN, SpecialTokens, compile_pattern, pretokenize_stream
 
-# Without kernels: processes get less at a time, and it takes some of it to be worth starting them.
+# Without kernels: a process gets less text at a time, and at least as much as is worth starting it for.
 _MIN_PLAIN_BYTES, _MAX_PLAIN_BYTES = 1 << 20, 1 << 24
-_MIN_SHARDS_FOR_PROCESSES = 4
-_MOST_PLAIN_WORDS = 1 << 20  # in a counter, before it is put out as a table
+_MAX_PLAIN_PRETOKENS = 1 << 20
 _TABLES_IN_MEMORY = 4
 
 Advance = Callable[[int], object]
 
 
-def count_pretokens(inputs: Inputs, special_tokens: SpecialTokens, **options: Any) -> Counter[bytes]:
-    """How often each pre-token, as UTF-8, is there. The options are those of `count_words`."""
-    return count_words(inputs, special_tokens, **options).to_counter()
-
-
-def count_words(
-    inputs: Inputs,
-    special_tokens: SpecialTokens,
-    *,
-    pattern: str | None = None,
-    executor: Executor | None = None,
-    work_folder: str | os.PathLike | None = None,
-    start_over: bool = False,
-    min_count: int = 1,
-    num_workers: int | None = None,
-    shard_bytes: int | None = None,
-    kernels: bool | None = None,
-    progress: bool = False,
-) -> PretokenCounts:
-    """Count the pre-tokens of text, in parallel where it is large enough to be worth it.
-
-    Args:
-        inputs: text in UTF-8, plain or in a form of `basic.corpus.sources`: a file, a glob, a URL, or several of
-            them; no pre-token goes from one to the next. One that is given twice is counted twice.
-        special_tokens: hard boundaries, which are not counted themselves.
-        pattern: another than GPT-2's, in the syntax of the `regex` package.
-        executor: what counts; by default this machine's cores. The result is the same for any.
-        work_folder: keeps what is done, so that the same call goes on where an interrupted one was. All workers must
-            see it. By default a temporary one, which is good for workers on this machine.
-        start_over: forget what the folder holds.
-        min_count: leave out words that are there less often in all of the text together, once all is counted: the
-            counts of the others are exact. (To cut the counts of parts would be cheaper, and wrong: what is rare in
-            each of them may be frequent.)
-        num_workers: threads or processes of the default executor, at least 1; by default one for each processor that
-            this process may use.
-        shard_bytes: about how much text is one part of the work, at least 1. The result is the same for any value.
-        kernels: whether to count with compiled code; by default where the text is large.
-        progress: whether to show a progress bar.
-
-    Returns:
-        The distinct words, ascending by their bytes, and how often each is there.
+@dataclass(frozen=True, kw_only=True)
+class CountingOptions:
+    """How pre-tokens are counted. The counts do not depend on these options; `min_count` only filters them.
 
     Raises:
-        ValueError: the text is not UTF-8 (the byte offset is named), a number is too small, or the folder holds other
-            work.
-        OSError: a file cannot be read; or workers died (ChildProcessError).
+        InvalidInputError: a number is less than 1.
     """
-    sources = sources_of(inputs)
+
+    executor: Executor | None = None
+    """Runs the tasks; by default threads or processes on this machine."""
+    work_folder: str | os.PathLike | None = None
+    """Folder for the tables, from which the same call resumes after an interruption. All workers must see it. By
+    default a temporary folder, which workers on this machine see."""
+    start_over: bool = False
+    """Delete what the folder holds."""
+    min_count: int = 1
+    """Leave out pre-tokens whose total count is less. It is applied to the exact counts of all text, as a pre-token
+    that is rare in every shard can be frequent in the corpus."""
+    num_workers: int | None = None
+    """Threads or processes of the default executor; by default the number of processors."""
+    shard_bytes: int | None = None
+    """The approximate size of a shard; by default it depends on the amount of text."""
+    kernels: bool | None = None
+    """Whether to count with compiled code; by default if the text is large."""
+    progress: bool = False
+    """Whether to show a progress bar."""
+    chunk_bytes: int = KERNEL_CHUNK_BYTES
+    """The approximate amount of text for one call of a kernel."""
+    fan_in: int = FAN_IN
+    """The number of tables that are merged at a time."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_workers", "shard_bytes", "min_count", "chunk_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidInputError(f"{name}={value} must be at least 1")
+
+
+_DEFAULT_OPTIONS = CountingOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardCounting:
+    """How one shard is counted; sent to the workers.
+
+    Attributes:
+        max_pretokens: distinct pre-tokens in a counter before they become a table; None for the default.
+        advance: called with the bytes that have been counted; only for workers that are threads of this process.
+    """
+
+    special_tokens: tuple[str, ...]
+    pattern: str | None = None
+    kernels: bool = False
+    num_threads: int = 1
+    chunk_bytes: int = KERNEL_CHUNK_BYTES
+    max_pretokens: int | None = None
+    advance: Advance | None = None
+
+
+def count_pretokens(
+    inputs: Inputs, special_tokens: SpecialTokens, *, pattern: str | None = None, **options: Any
+) -> Counter[bytes]:
+    """Count the pre-tokens of text: `build_count_table` as a counter. The options are those of `CountingOptions`."""
+    return build_count_table(inputs, special_tokens, CountingOptions(**options), pattern=pattern).to_counter()
+
+
+def build_count_table(
+    inputs: Inputs,
+    special_tokens: SpecialTokens,
+    options: CountingOptions = _DEFAULT_OPTIONS,
+    *,
+    pattern: str | None = None,
+) -> PretokenCounts:
+    """Count the pre-tokens of text, in parallel if the text is large.
+
+    Args:
+        inputs: text in UTF-8, in any form of `basic.corpus.sources`: a file, a glob, a URL, or several of them. No
+            pre-token crosses the end of an input. An input that is given twice is counted twice.
+        special_tokens: boundaries that no pre-token crosses; they are not counted themselves.
+        pattern: finds the pre-tokens, in the syntax of the `regex` package; GPT-2's by default.
+
+    Returns:
+        The distinct pre-tokens, ascending by their bytes, and their counts.
+
+    Raises:
+        InvalidInputError: the text is not UTF-8 (the message names the byte offset), or the folder holds other work.
+        DamagedFileError: a compressed input or a table is damaged.
+        OSError: a file cannot be read, or workers died (ChildProcessError).
+    """
+    sources = expand_inputs(inputs)
     for source in sources:
         check_separator(source, special_tokens.tokens)
-    num_workers = default_num_workers() if num_workers is None else num_workers
-    compiled = compile_pattern(pattern)
-    pieces = [whole(source) for source in sources]
-    size = sum(piece.num_bytes for piece in pieces)
-    mapped_bytes = sum(piece.num_bytes for piece in pieces if piece.is_mapped)
-    kernels = (
-        compiled is GPT2_PATTERN
-        and kernels is not False
-        and (bool(kernels) or loading.kernels_pay_off("training", size, num_mapped_bytes=mapped_bytes))
-    )
-    if shard_bytes is None:
-        # What is kept must not depend on this machine.
-        is_kept = executor is not None or work_folder is not None
-        shard_bytes = SHARD_BYTES if is_kept else _shard_bytes(size, max(num_workers, 1), kernels)
-    for name, value in [("num_workers", num_workers), ("shard_bytes", shard_bytes), ("min_count", min_count)]:
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+    compiled_pattern = compile_pattern(pattern)
+    ranges = [entire_source(source) for source in sources]
+    num_workers = options.num_workers or default_num_workers()
+    kernels = _use_kernels(ranges, compiled_pattern, options.kernels)
+    shard_bytes = options.shard_bytes or _default_shard_bytes(ranges, num_workers, kernels, options)
     work = {
         "kind": "counts of words",
-        **fingerprint_of(pieces),
+        **inputs_fingerprint(ranges),
         "special tokens": special_tokens.tokens,
-        "pattern": compiled.pattern,
+        "pattern": compiled_pattern.pattern,
         "shard_bytes": shard_bytes,
     }
-    shards = cut(pieces, shard_bytes)
+    shards = split_into_shards(ranges, shard_bytes)
     with (
         TemporaryDirectory(prefix="basic-") as temporary,
-        WorkFolder(work_folder or temporary, work, start_over=start_over) as folder,
-        progress_bar(progress, desc="counting", total=known_bytes(pieces), unit="B", unit_scale=True) as advance,
+        WorkFolder(options.work_folder or temporary, work, start_over=options.start_over) as folder,
+        progress_bar(
+            options.progress, desc="counting", total=total_text_bytes(ranges), unit="B", unit_scale=True
+        ) as advance,
     ):
-        num_threads = 1 if executor is not None else max(1, num_workers // max(len(shards), 1))
-        # Our own threads move the bar as they go, others with each shard.
-        live = folder.until_stopped(advance) if executor is None and kernels else None
-        count = partial(count_shard, special_tokens.tokens, pattern, kernels, num_threads, live)
-        run_on = executor or default_executor(num_workers, len(shards), threads=kernels)
-        levels = _names(len(shards))
-        advance(folder.bytes_done(levels[0]))
-        last = _count_and_add_up(folder, levels, count, shards, run_on, kernels, None if live else advance)
-        folder.tidy()
-        return at_least(joined(list(read_table(folder.path / last["file"], sha256=last["sha256"]))), min_count)
+        # Threads of this process report progress chunk by chunk, other workers shard by shard.
+        in_threads = options.executor is None and kernels
+        counting = ShardCounting(
+            special_tokens=special_tokens.tokens,
+            pattern=pattern,
+            kernels=kernels,
+            num_threads=max(1, num_workers // len(shards)) if options.executor is None else 1,
+            chunk_bytes=options.chunk_bytes,
+            advance=folder.cancellable(advance) if in_threads else None,
+        )
+        tree = _MergeTree(folder, len(shards), options.fan_in)
+        advance(folder.bytes_done(tree.levels[0]))
+        executor = options.executor or local_executor(num_workers, len(shards), threads=kernels)
+        record = tree.run(counting, shards, executor, None if in_threads else advance)
+        folder.remove_temporary_files()
+        table = concatenate(list(read_table(folder.path / record["file"], sha256=record["sha256"])))
+        return drop_rare(table, options.min_count)
 
 
-def _shard_bytes(size: int, num_workers: int, kernels: bool) -> int:
-    """Shards for this machine: enough that nobody waits long for the last one, large enough to repeat few words."""
+def _use_kernels(ranges: Sequence[SourceRange], pattern: re.Pattern[str], kernels: bool | None) -> bool:
+    if pattern is not GPT2_PATTERN or kernels is False:
+        return False
+    num_bytes = sum(part.num_bytes for part in ranges)
+    mapped_bytes = sum(part.num_bytes for part in ranges if part.is_mapped)
+    return bool(kernels) or loading.kernels_pay_off("training", num_bytes, num_mapped_bytes=mapped_bytes)
+
+
+def _default_shard_bytes(
+    ranges: Sequence[SourceRange], num_workers: int, kernels: bool, options: CountingOptions
+) -> int:
+    if options.executor is not None or options.work_folder is not None:
+        return SHARD_BYTES  # another machine must find the same shards in the folder
+    num_bytes = sum(part.num_bytes for part in ranges)
+    # Enough shards that no worker waits long for the last one, but large ones: each repeats the frequent pre-tokens.
     if not kernels:
-        return min(max(size // (4 * num_workers), _MIN_PLAIN_BYTES), _MAX_PLAIN_BYTES)
-    if size <= SHARD_BYTES:  # one shard, in which all threads count
+        return min(max(num_bytes // (4 * num_workers), _MIN_PLAIN_BYTES), _MAX_PLAIN_BYTES)
+    if num_bytes <= SHARD_BYTES:  # one shard, in which all threads count
         return SHARD_BYTES
-    rounds = -(-size // (num_workers * SHARD_BYTES))
-    return -(-size // (rounds * num_workers))
+    rounds = -(-num_bytes // (num_workers * SHARD_BYTES))
+    return -(-num_bytes // (rounds * num_workers))
 
 
-def default_executor(num_workers: int, num_shards: int, *, threads: bool) -> Callable[[], Executor]:
-    """What makes an executor of this machine's cores: threads for kernels, which run side by side, else processes."""
-    if not threads and num_workers > 1 and num_shards >= _MIN_SHARDS_FOR_PROCESSES:
-        return partial(ProcessPoolExecutor, min(num_workers, num_shards))
-    return partial(ThreadPoolExecutor, num_workers)
+class _MergeTree:
+    """The tables of a work folder: one of each shard, and on each further level a merged one of every `fan_in` tables.
+
+    Attributes:
+        levels: the file names of each level; the last level has one table, the result.
+    """
+
+    def __init__(self, folder: WorkFolder, num_shards: int, fan_in: int) -> None:
+        self._folder, self._fan_in = folder, fan_in
+        self.levels = [[f"counts-0-{index:06}.words" for index in range(num_shards)]]
+        while (num_tables := len(self.levels[-1])) > 1:
+            names = [f"counts-{len(self.levels)}-{index:06}.words" for index in range(-(-num_tables // fan_in))]
+            self.levels.append(names)
+
+    def run(
+        self,
+        counting: ShardCounting,
+        shards: Sequence[Shard],
+        executor: Executor | Callable[[], Executor],
+        advance: Advance | None,
+    ) -> Record:
+        """Count the shards and merge the tables, except for what is finished; return the record of the result."""
+        missing = self._missing()
+        tasks = [(self.levels[0][i], (shards[i],)) for i in missing[0]]
+        on_finished = None if advance is None else lambda record: advance(record["bytes"])
+        self._folder.run(partial(count_shard, counting), tasks, executor, on_finished)
+        for level in range(1, len(self.levels)):
+            tasks = [(self.levels[level][i], (self._inputs(level, i),)) for i in missing[level]]
+            self._folder.run(partial(merge_table_files, counting.kernels), tasks, executor)
+            for name in self.levels[level - 1]:
+                (self._folder.path / name).unlink(missing_ok=True)
+        record = self._folder.finished_record(self.levels[-1][0])
+        assert record is not None
+        return record
+
+    def _missing(self) -> list[list[int]]:
+        """The tables to make on each level. From the result down: a finished table needs none of its inputs."""
+        missing: list[list[int]] = [[] for _ in self.levels]
+        needed = [0]
+        for level in reversed(range(len(self.levels))):
+            missing[level] = [i for i in needed if self._folder.finished_record(self.levels[level][i]) is None]
+            needed = [child for i in missing[level] for child in self._children(level, i)]
+        return missing
+
+    def _children(self, level: int, index: int) -> range:
+        """The indices of the tables, one level down, that are merged into this one."""
+        if level == 0:
+            return range(0)
+        return range(index * self._fan_in, min((index + 1) * self._fan_in, len(self.levels[level - 1])))
+
+    def _inputs(self, level: int, index: int) -> list[tuple[str, str]]:
+        """The path and the SHA-256 of each table that is merged into this one."""
+        names = [self.levels[level - 1][child] for child in self._children(level, index)]
+        records = [record for record in map(self._folder.finished_record, names) if record]
+        return [(str(self._folder.path / record["file"]), record["sha256"]) for record in records]
 
 
-def _names(num_shards: int) -> list[list[str]]:
-    """The files of all tables: those of the shards, then those of each level of the tree, up to the last one."""
-    levels = [[f"counts-0-{number:06}.words" for number in range(num_shards)]]
-    while len(levels[-1]) > 1:
-        num_groups = -(-len(levels[-1]) // FAN_IN)
-        levels.append([f"counts-{len(levels)}-{number:06}.words" for number in range(num_groups)])
-    return levels
-
-
-def _count_and_add_up(
-    folder: WorkFolder,
-    levels: Sequence[Sequence[str]],
-    count: Callable[..., Record],
-    shards: Sequence[Shard],
-    executor: Executor | Callable[[], Executor],
-    kernels: bool,
-    advance: Advance | None,
-) -> Record:
-    """The record of the table of all words, once it is made."""
-
-    def parts_of(level: int, number: int) -> range:
-        """The numbers of the tables, one level down, that are added up to this one."""
-        return range(number * FAN_IN, min((number + 1) * FAN_IN, len(levels[level - 1])))
-
-    # From the last table back: what is there needs nothing of what it was made of.
-    wanted: list[list[int]] = [[] for _ in levels]
-    wanted[-1] = [0]
-    for level in range(len(levels) - 1, 0, -1):
-        wanted[level] = [number for number in wanted[level] if folder.record(levels[level][number]) is None]
-        wanted[level - 1] = [part for number in wanted[level] for part in parts_of(level, number)]
-    tasks = ((levels[0][i], (shards[i],)) for i in wanted[0])
-    folder.run(count, tasks, executor, None if advance is None else lambda record: advance(record["bytes"]))
-    for level in range(1, len(levels)):
-
-        def tables(number: int, level: int = level) -> list[tuple[str, str]]:
-            records = (folder.record(levels[level - 1][part]) for part in parts_of(level, number))
-            return [(str(folder.path / record["file"]), record["sha256"]) for record in records if record]
-
-        merges = ((levels[level][i], (tables(i), kernels)) for i in wanted[level])
-        folder.run(add_up_tables, merges, executor)
-        for name in levels[level - 1]:
-            (folder.path / name).unlink(missing_ok=True)
-    record = folder.record(levels[-1][0])
-    assert record is not None
-    return record
-
-
-def count_shard(
-    special_tokens: tuple[str, ...],
-    pattern: str | None,
-    kernels: bool,
-    num_threads: int,
-    live: Advance | None,
-    shard: Shard,
-    path: str,
-) -> Record:
-    """Count the words of a shard and write the table of them; may run anywhere, any number of times."""
-    special, num_bytes = SpecialTokens(special_tokens), 0
+def count_shard(counting: ShardCounting, shard: Shard, path: str) -> Record:
+    """Count the pre-tokens of a shard and write their table. A worker can run this anywhere, and more than once."""
+    special_tokens, num_bytes = SpecialTokens(counting.special_tokens), 0
 
     def advance(amount: int) -> None:
         nonlocal num_bytes
         num_bytes += amount
-        if live is not None:
-            live(amount)
+        if counting.advance is not None:
+            counting.advance(amount)
 
-    if kernels:
-        tables = _count_with_kernels(shard, special, num_threads, advance)
-    else:
-        tables = _count_plainly(shard, special, pattern, advance)
+    count = _count_with_kernels if counting.kernels else _count_plain
     with TemporaryDirectory(suffix=".tmp", dir=Path(path).parent) as folder:
-        kept: list[Any] = []
-        for number, table in enumerate(tables):
-            if number < _TABLES_IN_MEMORY:
-                kept.append([table])
+        tables: list[Any] = []
+        for index, table in enumerate(count(counting, shard, special_tokens, advance)):
+            if index < _TABLES_IN_MEMORY:
+                tables.append([table])
                 continue
-            write_table(Path(folder) / str(number), [table])
-            kept.append(read_table(Path(folder) / str(number)))
-        return {"bytes": num_bytes, **write_table(path, add_up(kept, kernels=kernels))}
+            write_table(Path(folder) / str(index), [table])
+            tables.append(read_table(Path(folder) / str(index)))
+        return {"bytes": num_bytes, **write_table(path, merge_tables(tables, kernels=counting.kernels))}
 
 
-def add_up_tables(tables: list[tuple[str, str]], kernels: bool, path: str) -> Record:
-    """Write the table of all words of some tables, given by path and checksum."""
-    return write_table(path, add_up([read_table(table, sha256=sha256) for table, sha256 in tables], kernels=kernels))
+def merge_table_files(kernels: bool, tables: list[tuple[str, str]], path: str) -> Record:
+    """Merge tables, each given by its path and SHA-256, and write the result."""
+    return write_table(
+        path, merge_tables([read_table(table, sha256=sha256) for table, sha256 in tables], kernels=kernels)
+    )
 
 
 def _count_with_kernels(
-    shard: Shard, special_tokens: SpecialTokens, num_threads: int, advance: Advance
+    counting: ShardCounting, shard: Shard, special_tokens: SpecialTokens, advance: Advance
 ) -> Iterator[PretokenCounts]:
-    chunks = ShardChunks(shard, special_tokens)
+    chunks = ShardChunks(shard, special_tokens, chunk_bytes=counting.chunk_bytes)
 
-    def done(num_bytes: int) -> None:
-        chunks.done()
+    def on_chunk_done(num_bytes: int) -> None:
+        chunks.mark_done()
         advance(num_bytes)
 
+    tables = compiled.count_pretokens_in_chunks(
+        chunks,
+        special_tokens.longest_first_bytes,
+        counting.num_threads,
+        on_chunk_done,
+        max_pretokens=counting.max_pretokens or compiled.MAX_PRETOKENS,
+    )
     try:
-        for words in compiled.count_pretokens_in_chunks(chunks, special_tokens.longest_first_bytes, num_threads, done):
-            if len(words.counts):
-                yield words
+        for table in tables:
+            if len(table.counts):
+                yield table
     except InvalidByteError as error:
-        raise chunks.explain(error) from None
+        raise chunks.describe_error(error) from None
 
 
-def _count_plainly(
-    shard: Sequence[Piece], special_tokens: SpecialTokens, pattern: str | None, advance: Advance
+def _count_plain(
+    counting: ShardCounting, shard: Shard, special_tokens: SpecialTokens, advance: Advance
 ) -> Iterator[PretokenCounts]:
-    """The readable twin."""
-    compiled, counts = compile_pattern(pattern), Counter[str]()
+    """The plain version of the kernels."""
+    pattern, counts = compile_pattern(counting.pattern), Counter[str]()
+    limit = counting.max_pretokens or _MAX_PLAIN_PRETOKENS
 
     def table() -> PretokenCounts:
-        return sorted_table(Counter({word.encode(): count for word, count in counts.items()}))
+        return sorted_table(Counter({pretoken.encode(): count for pretoken, count in counts.items()}))
 
-    for piece in shard:
-        text = text_of(piece, special_tokens, compiled, read=advance)
-        for pretokens, _ in pretokenize_stream(text, special_tokens, compiled):
+    for part in shard:
+        text = read_range(part, special_tokens, pattern, on_read=advance)
+        for pretokens, _ in pretokenize_stream(text, special_tokens, pattern):
             counts.update(pretokens)
-            if len(counts) > _MOST_PLAIN_WORDS:
+            if len(counts) > limit:
                 yield table()
                 counts.clear()
     if counts:

@@ -1,12 +1,13 @@
-"""A corpus in shards: parts of bounded size, each of which can be worked on anywhere, apart from the others.
+"""A corpus in shards of bounded size, each of which any worker can process on its own.
 
-    inputs  --sources_of-->  files  --cut-->  shards  --chunks_of, text_of-->  text, cut at safe places
+    inputs --expand_inputs--> sources --entire_source--> ranges --split_into_shards--> shards
+    shard --read_range, ShardChunks--> text
 
-A plain file is cut into ranges of bytes. Where exactly, each worker finds for itself: the first safe place at or after
-the end of one range is where the next begins (`basic.pretokenization.find_safe_position`), so that cutting a corpus takes no
-look into it, and what travels to a worker is a name and two numbers. A compressed file or one of JSON lines can be
-read only from its beginning: it is one shard, however large, streamed in memory that does not grow with it. Many such
-files of some hundred megabytes are therefore better than one of a hundred gigabytes. Small inputs share a shard.
+A plain file is split into ranges of bytes. Each worker finds the exact ends: a range begins at the first safe position
+at or after its start (`basic.pretokenization.find_safe_position`) and ends where the next range begins. So splitting
+does not read the corpus, and a task for a worker is only a file name and two numbers. A compressed file, or one of JSON
+lines, can only be read from its beginning: it is always one shard, streamed in bounded memory. Many compressed files of
+some hundred megabytes are therefore better than one of a hundred gigabytes. Small inputs share a shard.
 """
 
 from __future__ import annotations
@@ -25,168 +26,191 @@ import numpy as np
 
 from basic.bpe.arrays import Chunk, InvalidByteError
 from basic.bytes_utils import decode_blocks, invalid_byte_error
+from basic.common.errors import InvalidInputError
 from basic.corpus.sources import TextSource, map_bytes, read_text
 from basic.pretokenization import GPT2_PATTERN, SpecialTokens, chunks_of_array, chunks_of_stream, find_safe_position
 
 T = TypeVar("T")
 
-# By default: large enough that starting a shard and saving what it gives cost little, small enough that little is lost
-# with a worker.
+# The default: so large that starting a task and saving its result cost little, so small that little work is lost with a
+# worker.
 SHARD_BYTES = 1 << 27
-# What kernels get at a time: they find the special tokens of a chunk, then its words, and the second time it is best
-# still in the cache.
+# A kernel scans a chunk for special tokens, then for pre-tokens: the second time the chunk should be in the cache.
 KERNEL_CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A part of one input.
+class SourceRange:
+    """A range of bytes of a plain file, or any other source as a whole.
 
     Attributes:
         source: the input.
-        size: of the file in bytes; None where the server does not tell.
-        mark: changes with the content of the file.
-        start, stop: of a plain file the bytes between the first safe places from these offsets on; `stop` is None
-            where all of the file is meant and can only be streamed.
+        size: size of the file in bytes; None if the server does not report it.
+        version: changes when the content of the file changes.
+        start, stop: byte offsets in a plain file; the range is from the first safe position at or after `start` to that
+            at or after `stop`. `stop` is None for a source that can only be streamed as a whole.
     """
 
     source: TextSource
     size: int | None
-    mark: str
+    version: str
     start: int = 0
     stop: int | None = None
 
     @property
     def num_bytes(self) -> int:
-        """About how much there is to do."""
+        """The approximate number of bytes to read."""
         return (self.size or 0) if self.stop is None else self.stop - self.start
 
     @property
     def is_mapped(self) -> bool:
+        """Whether the range is read through a memory map."""
         return self.stop is not None and not self.source.is_remote
 
 
-Shard = tuple[Piece, ...]
+Shard = tuple[SourceRange, ...]
 
 
-def whole(source: TextSource) -> Piece:
-    """All of an input.
+def entire_source(source: TextSource) -> SourceRange:
+    """Return the range that covers all of a source.
 
     Raises:
-        OSError: it is no file that can be read.
+        OSError: the source is not a readable file.
     """
-    size, mark = source.state()
+    size, version = source.size_and_version()
     if not source.is_remote:
         # A worker may have another current folder.
         source = replace(source, path=os.path.abspath(source.path))
-    return Piece(source, size, mark, 0, size if source.is_plain and source.gives_parts() else None)
+    return SourceRange(source, size, version, 0, size if source.is_plain and source.supports_ranges() else None)
 
 
-def known_bytes(pieces: Sequence[Piece]) -> int | None:
-    """How much text there is, for a progress bar; None where there is a stream: nobody knows how much text it has."""
-    return sum(piece.num_bytes for piece in pieces) if all(piece.source.is_plain for piece in pieces) else None
+def total_text_bytes(ranges: Sequence[SourceRange]) -> int | None:
+    """Return the size of the text for a progress bar, or None if a source must be decompressed or parsed to know it."""
+    return sum(part.num_bytes for part in ranges) if all(part.source.is_plain for part in ranges) else None
 
 
-def fingerprint_of(pieces: Sequence[Piece]) -> dict[str, Any]:
-    """What says whether inputs, given whole, are the same: names, sizes, times of change, and how JSON is read."""
+def inputs_fingerprint(ranges: Sequence[SourceRange]) -> dict[str, Any]:
+    """Return what identifies entire inputs in a work folder: names, sizes, versions, and how JSON lines are read."""
     digest = hashlib.sha256()
-    for piece in pieces:
-        source = piece.source
-        state = [os.fspath(source), piece.size, piece.mark, source.field, source.end_of_text]
+    for part in ranges:
+        source = part.source
+        state = [os.fspath(source), part.size, part.version, source.field, source.end_of_text]
         digest.update(json.dumps(state).encode())
-    num_bytes = sum(piece.size or 0 for piece in pieces)
-    return {"inputs": len(pieces), "input_bytes": num_bytes, "input_sha256": digest.hexdigest()}
+    num_bytes = sum(part.size or 0 for part in ranges)
+    return {"inputs": len(ranges), "input_bytes": num_bytes, "input_sha256": digest.hexdigest()}
 
 
-def cut(pieces: Iterable[Piece], shard_bytes: int) -> list[Shard]:
-    """The shards of inputs, in order: each of about `shard_bytes`, but for a stream that is longer."""
+def split_into_shards(ranges: Iterable[SourceRange], shard_bytes: int) -> list[Shard]:
+    """Split inputs into shards of about `shard_bytes`, in order; a source that is streamed may make a larger one."""
     shards: list[Shard] = []
-    last: list[Piece] = []
-    for piece in pieces:
-        if piece.stop is None or piece.num_bytes <= shard_bytes:
-            parts = [piece]
+    shard: list[SourceRange] = []
+    for source_range in ranges:
+        start, stop = source_range.start, source_range.stop
+        if stop is None or source_range.num_bytes <= shard_bytes:
+            parts = [source_range]
         else:
-            bounds = [*range(piece.start, piece.stop, shard_bytes), piece.stop]
-            parts = [replace(piece, start=start, stop=stop) for start, stop in pairwise(bounds)]
+            ends = pairwise([*range(start, stop, shard_bytes), stop])
+            parts = [replace(source_range, start=start, stop=stop) for start, stop in ends]
         for part in parts:
-            if last and part.num_bytes + sum(each.num_bytes for each in last) > shard_bytes:
-                shards.append(tuple(last))
-                last = []
-            last.append(part)
-    return [*shards, tuple(last)] if last else shards
+            if shard and part.num_bytes + sum(each.num_bytes for each in shard) > shard_bytes:
+                shards.append(tuple(shard))
+                shard = []
+            shard.append(part)
+    return [*shards, tuple(shard)] if shard else shards
 
 
-def text_of(
-    piece: Piece,
+def read_range(
+    source_range: SourceRange,
     special_tokens: SpecialTokens,
     pattern: re.Pattern[str] = GPT2_PATTERN,
     *,
     errors: str = "strict",
-    read: Callable[[int], object] = lambda num_bytes: None,
+    on_read: Callable[[int], object] = lambda num_bytes: None,
 ) -> Iterator[str]:
-    """The text of a piece, wherever it is cut; see `basic.corpus.sources.read_text`. `read` is told its bytes."""
+    """Stream the text of a range; the strings may end anywhere. See `basic.corpus.sources.read_text`.
 
-    def told(parts: Iterable[T], size: Callable[[T], int]) -> Iterator[T]:
-        for part in parts:
-            read(size(part))
-            yield part
+    Args:
+        special_tokens, pattern: decide which positions are safe.
+        on_read: called with the number of bytes of each block before it is decoded.
+    """
 
-    if piece.stop is None:
-        return told(read_text(piece.source, errors=errors), lambda text: len(text.encode()))
-    start, stop = _safe_range(piece, special_tokens, pattern)
-    return decode_blocks(told(piece.source.blocks(start, stop), len), piece.source, start, errors=errors)
+    def counted(blocks: Iterable[T], num_bytes: Callable[[T], int]) -> Iterator[T]:
+        for block in blocks:
+            on_read(num_bytes(block))
+            yield block
+
+    source = source_range.source
+    if source_range.stop is None:
+        return counted(read_text(source, errors=errors), lambda text: len(text.encode()))
+    start, stop = _safe_range(source_range, special_tokens, pattern)
+    return decode_blocks(counted(source.blocks(start, stop), len), source, start, errors=errors)
 
 
-def _safe_range(piece: Piece, special_tokens: SpecialTokens, pattern: re.Pattern[str]) -> tuple[int, int]:
-    size, read = piece.size or 0, piece.source.read
+def _safe_range(
+    source_range: SourceRange, special_tokens: SpecialTokens, pattern: re.Pattern[str] = GPT2_PATTERN
+) -> tuple[int, int]:
+    read, size = source_range.source.read, source_range.size or 0
     start, stop = (
-        find_safe_position(read, place, size, special_tokens, pattern) for place in (piece.start, piece.stop or 0)
+        find_safe_position(read, offset, size, special_tokens, pattern)
+        for offset in (source_range.start, source_range.stop or 0)
     )
     return start, stop
 
 
 class ShardChunks:
-    """The text of a shard for the kernels: an iterator over chunks that begin and end at safe places.
+    """The text of a shard in chunks for the kernels; a chunk begins and ends at safe positions.
 
-    It remembers where each chunk comes from until `done` is called for it, so that an error can say it.
+    It keeps the origin of each chunk until `mark_done` is called, for error messages.
+
+    Args:
+        errors: for bytes that are not UTF-8 in a stream: "strict" or "replace". Mapped bytes are not decoded here.
+        chunk_bytes: the approximate size of a chunk.
     """
 
-    def __init__(self, shard: Sequence[Piece], special_tokens: SpecialTokens, *, errors: str = "strict") -> None:
-        self._shard, self._special_tokens, self._errors = shard, special_tokens, errors
-        self._places: deque[tuple[TextSource, np.ndarray, int]] = deque()
+    def __init__(
+        self,
+        shard: Sequence[SourceRange],
+        special_tokens: SpecialTokens,
+        *,
+        errors: str = "strict",
+        chunk_bytes: int = KERNEL_CHUNK_BYTES,
+    ) -> None:
+        self._shard, self._special_tokens = shard, special_tokens
+        self._errors, self._chunk_bytes = errors, chunk_bytes
+        # Of each chunk: its source, its array, and the array's offset in the source.
+        self._unfinished: deque[tuple[TextSource, np.ndarray, int]] = deque()
 
     def __iter__(self) -> Iterator[Chunk]:
-        for piece in self._shard:
-            for offset, chunk in self._mapped(piece) if piece.is_mapped else self._streamed(piece):
-                self._places.append((piece.source, chunk[0], offset))
+        for part in self._shard:
+            for offset, chunk in self._mapped(part) if part.is_mapped else self._streamed(part):
+                self._unfinished.append((part.source, chunk[0], offset))
                 yield chunk
 
-    def done(self) -> None:
-        """The first chunk of those taken and not yet done is done."""
-        self._places.popleft()
+    def mark_done(self) -> None:
+        """Forget the origin of the first unfinished chunk."""
+        self._unfinished.popleft()
 
-    def explain(self, error: InvalidByteError) -> ValueError:
-        """What to raise for a byte of the first chunk that is not yet done: it names the input and the offset there."""
-        source, data, offset = self._places[0]
+    def describe_error(self, error: InvalidByteError) -> ValueError:
+        """Return the error to raise for a wrong byte in the first unfinished chunk: it names the input and offset."""
+        source, data, offset = self._unfinished[0]
         return invalid_byte_error(source, data, error.offset, offset + error.offset, lacks_token=error.lacks_token)
 
-    def _mapped(self, piece: Piece) -> Iterator[tuple[int, Chunk]]:
-        """Chunks, and where their arrays begin in the input."""
-        data = map_bytes(piece.source)
-        if len(data) != piece.size:
-            raise ValueError(
-                f"{os.fspath(piece.source)!r} has {len(data)} bytes, a moment ago it had {piece.size}: it must not "
-                "change while it is read"
+    def _mapped(self, part: SourceRange) -> Iterator[tuple[int, Chunk]]:
+        """Chunks, each with the offset of its array in the source."""
+        data = map_bytes(part.source)
+        if len(data) != part.size:
+            raise InvalidInputError(
+                f"{os.fspath(part.source)!r} has {len(data)} bytes, but had {part.size} when the work began: a file "
+                "must not change while it is read; run again"
             )
-        start, stop = _safe_range(piece, self._special_tokens, GPT2_PATTERN)
-        for chunk in chunks_of_array(data, self._special_tokens, KERNEL_CHUNK_BYTES, start, stop):
+        start, stop = _safe_range(part, self._special_tokens)
+        for chunk in chunks_of_array(data, self._special_tokens, self._chunk_bytes, start, stop):
             yield 0, chunk
 
-    def _streamed(self, piece: Piece) -> Iterator[tuple[int, Chunk]]:
-        special = self._special_tokens
-        offset = 0 if piece.stop is None else _safe_range(piece, special, GPT2_PATTERN)[0]
-        for data, start, stop in chunks_of_stream(
-            text_of(piece, special, errors=self._errors), special, KERNEL_CHUNK_BYTES
-        ):
+    def _streamed(self, part: SourceRange) -> Iterator[tuple[int, Chunk]]:
+        special_tokens = self._special_tokens
+        offset = 0 if part.stop is None else _safe_range(part, special_tokens)[0]
+        text = read_range(part, special_tokens, errors=self._errors)
+        for data, start, stop in chunks_of_stream(text, special_tokens, self._chunk_bytes):
             yield offset - start, (data, start, stop)
             offset += stop - start

@@ -1,13 +1,12 @@
-"""Work that is done in parts, each of them once: on any executor, kept in a folder, taken up again where it was.
+"""A work folder: tasks that each run once on any executor, and whose results are kept, so that work can resume.
 
-A folder of work holds `manifest.jsonl` and a file for each part. The manifest's first line says what the work is: a
-run that wants other work is refused. Each further line is a part that is done, with its sums and checksum. Lines are
-only ever added, so that a million of them cost what they should; whoever dies while adding one leaves half a line,
-which is passed over.
+The folder holds `manifest.jsonl` and one file for each finished task. The first line of the manifest describes the
+work; a run that asks for other work is refused. Each further line records a finished task with the size and checksum of
+its file. Lines are only appended, so the cost of a million tasks stays linear. A process that dies while it appends
+leaves an incomplete line, which is ignored.
 
-A part is a function of a few small arguments that writes a file, under a temporary name first. So it may be run again,
-or twice at a time, and what runs it may be any `concurrent.futures.Executor`: threads, processes, or a cluster, whose
-scheduling is its own business.
+A task is a function of a few small arguments that writes a file, first under a temporary name. So it may run again, or
+twice at the same time, and any `concurrent.futures.Executor` can run it: threads, processes, or a cluster.
 """
 
 from __future__ import annotations
@@ -17,12 +16,22 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
+from concurrent.futures import (
+    BrokenExecutor,
+    CancelledError,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+)
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
+
+from basic.common.errors import InvalidInputError
 
 try:
     import fcntl
@@ -30,39 +39,75 @@ except ImportError:  # Windows
     fcntl = None
 
 _MANIFEST = "manifest.jsonl"
-_VERSION = 1  # of what the parts write; another one is other work
-_WINDOW = 1000  # parts given to an executor at a time, enough for any cluster
-_LOST_ON_CLUSTER = ("KilledWorker", "NoValidWorkerError", "FutureCancelledError")  # what Dask calls it
-_NEW_POOLS = 3  # in a row that may break before any part is done
-_locks: set[int] = set()  # that this process holds
+_VERSION = 1  # of the files that tasks write; another version is other work
+_MIN_TASKS_FOR_PROCESSES = 4
+_MAX_SUBMITTED_TASKS = 1000  # at a time: enough for any cluster
+_DASK_LOST_WORKER = ("KilledWorker", "NoValidWorkerError", "FutureCancelledError")
+_MAX_BROKEN_POOLS = 3  # in a row, without a finished task
+_held_locks: set[int] = set()  # file descriptors
 
 Record = dict[str, Any]
 Task = tuple[str, tuple]  # the name of its file, and the arguments of the function
 
 
-class WorkFolder:
-    """A folder of work, which is this run's alone until it is closed (`with` does that) or the process ends.
+def local_executor(num_workers: int, num_tasks: int, *, threads: bool) -> Callable[[], Executor]:
+    """Return a constructor of an executor for this machine.
 
     Args:
-        path: made if need be. It must mean the same to all workers: a file system that all of them see.
-        work: what the work is, as JSON values.
-        start_over: forget what was done, also of other work.
+        threads: whether the tasks run in parallel in threads, as kernels do. Other tasks run in processes, unless
+            there are too few of them to start processes for.
+    """
+    if not threads and num_workers > 1 and num_tasks >= _MIN_TASKS_FOR_PROCESSES:
+        return partial(ProcessPoolExecutor, min(num_workers, num_tasks))
+    return partial(ThreadPoolExecutor, num_workers)
 
-    Attributes:
-        path: as an absolute path.
-        stopping: set when a run ends early, for parts in threads of ours that take long.
+
+@contextmanager
+def dask_executor(scheduler: str | None) -> Generator[Executor | None]:
+    """Connect to a Dask cluster and yield its executor; None if no scheduler is given.
+
+    Args:
+        scheduler: the address of the scheduler, such as tcp://10.0.0.1:8786.
 
     Raises:
-        ValueError: the folder holds other work.
-        BlockingIOError: another run is at work there.
+        InvalidInputError: Dask is not installed.
+        OSError: the scheduler does not answer.
+    """
+    if scheduler is None:
+        yield None
+        return
+    try:
+        from distributed import Client
+    except ImportError:
+        raise InvalidInputError("a cluster needs Dask: install the extra 'dist' (uv run --extra dist ...)") from None
+    with Client(scheduler, set_as_default=False) as client:
+        yield client.get_executor(pure=False)
+
+
+class WorkFolder:
+    """A folder of work, locked for this run until it is closed (`with` closes it) or the process ends.
+
+    Args:
+        path: created if it does not exist. All workers must see it under this path.
+        work: describes the work, as JSON values.
+        start_over: delete the results that the folder holds, also those of other work.
+
+    Attributes:
+        path: the absolute path.
+
+    Raises:
+        InvalidInputError: the folder holds other work.
+        BlockingIOError: another run uses the folder.
     """
 
     def __init__(self, path: str | os.PathLike, work: dict[str, Any], *, start_over: bool = False) -> None:
         self.path = Path(path).resolve()
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.path)
+        self._manifest = self.path / _MANIFEST
+        self._cancelled = threading.Event()
+        self._lock = _lock_folder(self.path)
         try:
-            self._open(work, start_over)
+            self._records = self._open(work, start_over)
         except BaseException:
             self.close()
             raise
@@ -74,32 +119,30 @@ class WorkFolder:
         self.close()
 
     def close(self) -> None:
-        """Let other runs work here."""
-        if self._lock in _locks:
-            _unlock(self._lock)
+        """Release the lock."""
+        if self._lock in _held_locks:
+            _unlock_folder(self._lock)
         self._lock = None
 
-    def _open(self, work: dict[str, Any], start_over: bool) -> None:
-        self._manifest = self.path / _MANIFEST
-        self.stopping = threading.Event()
-        self._records: dict[str, Record] = {}
+    def _open(self, work: dict[str, Any], start_over: bool) -> dict[str, Record]:
+        """Check or create the manifest; return the records of finished tasks, by file name."""
         work = json.loads(json.dumps({"version": _VERSION, **work}))
         if start_over:
-            self._forget()
-        lines = self._lines()
+            self._delete_results()
+        lines = self._read_manifest()
         if not lines:
             self._manifest.write_text(json.dumps({"work": work}) + "\n", encoding="utf-8")
-        elif (before := lines[0].get("work")) != work:
-            before = before if isinstance(before, dict) else {}
-            differing = [key for key in work if before.get(key) != work[key]] or sorted(set(before) - set(work))
-            raise ValueError(
-                f"{self.path} holds other work, with other {', '.join(differing)}; give another folder, or start it "
-                "over (start_over=True, --start-over), which forgets what is there"
+        elif (existing := lines[0].get("work")) != work:
+            existing = existing if isinstance(existing, dict) else {}
+            differing = [key for key in work if existing.get(key) != work[key]] or sorted(set(existing) - set(work))
+            raise InvalidInputError(
+                f"{self.path} holds other work, with other {', '.join(differing)}; give another folder, or delete what "
+                "it holds with start_over=True (--start-over)"
             )
-        self._records = {line["file"]: line for line in lines[1:] if "file" in line}
+        return {line["file"]: line for line in lines[1:] if "file" in line}
 
-    def record(self, name: str) -> Record | None:
-        """What is remembered of a part that is done and whose file is still there, as long as it was."""
+    def finished_record(self, name: str) -> Record | None:
+        """Return the record of a finished task, or None if its file is missing or has another size."""
         record = self._records.get(name)
         path = self.path / name
         if record is None or not path.is_file() or path.stat().st_size != record["file_bytes"]:
@@ -107,7 +150,7 @@ class WorkFolder:
         return record
 
     def bytes_done(self, names: Iterable[str]) -> int:
-        """How much text the parts of these names were that have been done."""
+        """Return how many bytes of text the finished tasks among these names have processed."""
         return sum(self._records[name]["bytes"] for name in names if name in self._records)
 
     def run(
@@ -115,49 +158,49 @@ class WorkFolder:
         function: Callable[..., Record],
         tasks: Iterable[Task],
         executor: Executor | Callable[[], Executor],
-        done: Callable[[Record], object] | None = None,
+        on_finished: Callable[[Record], object] | None = None,
     ) -> None:
-        """Do the parts that are not done yet.
+        """Run the tasks that are not finished.
 
         Args:
-            function: gets the arguments of a task and the path of its file, and returns what is to be remembered.
-            executor: given, or a way to make one: then one whose processes break is replaced by another.
-            done: is told the record of each part, but for those that were done before.
+            function: called with the arguments of a task and the path of its file; returns the record to keep.
+            executor: an executor, or a constructor of one. An executor of ours whose processes break is replaced.
+            on_finished: called with the record of each task that this call has run.
 
         Raises:
-            ChildProcessError: workers died; the message says with which part. What is done stays done.
-            Exception: what a part raised; of several the first in the order of the tasks.
+            ChildProcessError: workers died; the message names the task. Finished tasks are kept.
+            Exception: raised by a task; of several the first in the order of the tasks.
         """
-        rest = [task for task in tasks if self.record(task[0]) is None]
+        remaining = [task for task in tasks if self.finished_record(task[0]) is None]
         if isinstance(executor, Executor):
-            self._run(function, rest, executor, done)
+            self._run(function, remaining, executor, on_finished)
             return
-        broken = 0
-        while rest:
-            num_before = len(rest)
+        num_broken = 0
+        while remaining:
+            num_before = len(remaining)
             try:
-                with executor() as own:
-                    self._run(function, rest, own, done)
+                with executor() as pool:
+                    self._run(function, remaining, pool, on_finished)
             except ChildProcessError:
-                rest = [task for task in rest if self.record(task[0]) is None]
-                broken = 0 if len(rest) < num_before else broken + 1
-                if broken == _NEW_POOLS:
+                remaining = [task for task in remaining if self.finished_record(task[0]) is None]
+                num_broken = 0 if len(remaining) < num_before else num_broken + 1
+                if num_broken == _MAX_BROKEN_POOLS:
                     raise
             else:
                 return
 
-    def until_stopped(self, advance: Callable[[int], object]) -> Callable[[int], object]:
-        """The same progress bar, which ends the work that moves it when the run has ended early."""
+    def cancellable(self, advance: Callable[[int], object]) -> Callable[[int], object]:
+        """Return the same function, but it raises InterruptedError, and so ends its thread, once a run has failed."""
 
-        def move(amount: int) -> None:
-            if self.stopping.is_set():
+        def advance_or_stop(amount: int) -> None:
+            if self._cancelled.is_set():
                 raise InterruptedError("the run has ended early")
             advance(amount)
 
-        return move
+        return advance_or_stop
 
-    def tidy(self) -> None:
-        """Remove what dead workers have left behind."""
+    def remove_temporary_files(self) -> None:
+        """Remove the files that dead workers have left."""
         for path in self.path.glob("*.tmp"):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -166,65 +209,68 @@ class WorkFolder:
         function: Callable[..., Record],
         tasks: Sequence[Task],
         executor: Executor,
-        done: Callable[[Record], object] | None,
+        on_finished: Callable[[Record], object] | None,
     ) -> None:
-        numbers: dict[Future, int] = {}
-        finished: SimpleQueue[Future] = SimpleQueue()
-        coming = iter(enumerate(tasks))
-        failed, error = len(tasks), None
+        submitted: dict[Future, int] = {}  # to the index of its task
+        completed: SimpleQueue[Future] = SimpleQueue()
+        waiting = iter(enumerate(tasks))
+        first_failed, error = len(tasks), None
         try:
             while True:
-                for number, (name, arguments) in islice(coming, 0 if error else _WINDOW - len(numbers)):
+                for index, (name, arguments) in islice(waiting, 0 if error else _MAX_SUBMITTED_TASKS - len(submitted)):
                     try:
                         future = executor.submit(function, *arguments, str(self.path / name))
                     except BrokenExecutor as problem:
-                        failed, error = number, problem
+                        first_failed, error = index, problem
                         break
-                    numbers[future] = number
-                    future.add_done_callback(finished.put)
-                # After a failure only the parts before it count: one of these may fail too.
-                if not any(number < failed for number in numbers.values()):
+                    submitted[future] = index
+                    future.add_done_callback(completed.put)
+                # After a failure, wait only for the tasks before it: one of these may fail too.
+                if not any(index < first_failed for index in submitted.values()):
                     break
-                number = numbers.pop(future := finished.get())
+                index = submitted.pop(future := completed.get())
                 try:
-                    record = self._note(tasks[number][0], future.result())
+                    record = self._append_record(tasks[index][0], future.result())
                 except (Exception, CancelledError) as problem:
-                    if number < failed:
-                        failed, error = number, problem
-                        for later in [later for later, its_number in numbers.items() if its_number > number]:
+                    if index < first_failed:
+                        first_failed, error = index, problem
+                        for later in [later for later, later_index in submitted.items() if later_index > index]:
                             later.cancel()
                 else:
-                    if done is not None:
-                        done(record)
+                    if on_finished is not None:
+                        on_finished(record)
         finally:
-            if numbers:
-                self.stopping.set()
-            # Whoever interrupts this loses nothing that is done.
-            for future, number in numbers.items():
+            if submitted:
+                self._cancelled.set()
+            # Keep what is finished, also after Ctrl-C.
+            for future, index in submitted.items():
                 if not future.cancel() and future.done() and future.exception() is None:
-                    self._note(tasks[number][0], future.result())
-        if isinstance(error, BrokenExecutor | CancelledError) or type(error).__name__ in _LOST_ON_CLUSTER:
+                    self._append_record(tasks[index][0], future.result())
+        if isinstance(error, BrokenExecutor | CancelledError) or type(error).__name__ in _DASK_LOST_WORKER:
             raise ChildProcessError(
-                f"a worker died at work on {tasks[failed][0]} or on what came after it (killed, or out of memory?): "
-                f"{error!r:.200}. What is done is kept in {self.path}: run the same again to go on"
+                f"a worker died during {tasks[first_failed][0]} or a later task (killed, or out of memory?): "
+                f"{error!r:.200}. Finished tasks are kept in {self.path}: run the same again to resume"
             ) from error
         if error is not None:
             raise error
 
-    def _note(self, name: str, record: Record) -> Record:
+    def _append_record(self, name: str, record: Record) -> Record:
         path = self.path / name
         if not path.is_file():
             raise FileNotFoundError(
-                f"a worker has written {str(path)!r}, but it is not here: the folder must lie on a file system that "
-                "all workers see"
+                f"a worker has written {str(path)!r}, but the file is not visible here: the folder must be on a file "
+                "system that all workers share"
             )
         self._records[name] = record = {"file": name, **record}
         with open(self._manifest, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         return record
 
-    def _lines(self) -> list[dict[str, Any]]:
-        """The lines of the manifest; one that was not finished is ended, so that the next begins on its own."""
+    def _read_manifest(self) -> list[dict[str, Any]]:
+        """Read the lines of the manifest; end an incomplete one, so that the next record begins on a line of its own.
+
+        An invalid line becomes an empty dictionary.
+        """
         if not self._manifest.is_file():
             return []
         content = self._manifest.read_bytes()
@@ -239,68 +285,46 @@ class WorkFolder:
                 lines.append({})
         return lines
 
-    def _forget(self) -> None:
-        for line in self._lines():
+    def _delete_results(self) -> None:
+        for line in self._read_manifest():
             if "file" in line:
-                for path in self.path.glob(f"{Path(line['file']).stem}.*"):  # with what describes it
+                for path in self.path.glob(f"{Path(line['file']).stem}.*"):  # also the sidecar of a token file
                     path.unlink()
         self._manifest.unlink(missing_ok=True)
 
 
-def _locked(folder: Path) -> int | None:
-    """What holds the folder until it is closed; None where the system has no such locks.
-
-    Another run would take the unfinished files of this one for what the dead have left behind.
-    """
+def _lock_folder(folder: Path) -> int | None:
+    """Lock a folder, as a second run would remove the temporary files of the first; None if locks are not supported."""
     if fcntl is None:
         return None
     lock = os.open(folder, os.O_RDONLY)
-    _locks.add(lock)  # first, as another thread may fork at any time
+    _held_locks.add(lock)  # before it is locked, as another thread may fork at any time
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        _unlock(lock)
+        _unlock_folder(lock)
         if isinstance(error, BlockingIOError):
             raise BlockingIOError(
                 f"another run is at work in {folder}: wait until it has ended, or give another folder"
             ) from None
-        return None  # some file systems of networks have none
+        return None  # some network file systems have no locks
     return lock
 
 
-def _unlock(lock: int) -> None:
+def _unlock_folder(lock: int) -> None:
     assert fcntl is not None
-    _locks.remove(lock)
+    _held_locks.remove(lock)
     with suppress(OSError):
-        fcntl.flock(lock, fcntl.LOCK_UN)  # also for a child that was forked in between
+        fcntl.flock(lock, fcntl.LOCK_UN)  # also for a child process that was forked meanwhile
     os.close(lock)
 
 
-def _let_go() -> None:
-    """Forked workers do not hold what their run does: they may outlive it for a while."""
-    for lock in _locks:
+def _close_inherited_locks() -> None:
+    """In a forked worker: do not hold the lock of the parent, which may die before the worker."""
+    for lock in _held_locks:
         os.close(lock)
-    _locks.clear()
+    _held_locks.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
-
-
-@contextmanager
-def cluster(scheduler: str | None) -> Generator[Executor | None]:
-    """The executor of a Dask cluster, whose scheduler has this address; None where none is given.
-
-    Raises:
-        ValueError: Dask is not installed.
-        OSError: nobody answers there.
-    """
-    if scheduler is None:
-        yield None
-        return
-    try:
-        from distributed import Client
-    except ImportError:
-        raise ValueError("a cluster needs Dask: install the extra 'dist' (uv run --extra dist ...)") from None
-    with Client(scheduler, set_as_default=False) as client:
-        yield client.get_executor(pure=False)
+    os.register_at_fork(after_in_child=_close_inherited_locks)

@@ -1,4 +1,4 @@
-"""Text of any size: any executor gives what one process gives, and what is done stays done, whoever dies."""
+"""Text of any size: every executor gives the result of one process, and finished tasks survive a crash."""
 
 import dataclasses
 import gzip
@@ -15,6 +15,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import dask
 import numpy as np
@@ -23,21 +24,21 @@ from distributed import LocalCluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from basic.bpe import arrays, compiled, loading
+from basic.bpe import compiled, loading
 from basic.bpe.arrays import PretokenCounts
-from basic.corpus import count_tables, counting, sources
-from basic.corpus.count_tables import add_up, joined, read_table, sorted_table, write_table
-from basic.corpus.counting import count_pretokens, count_words
-from basic.corpus.shards import cut, whole
-from basic.corpus.sources import TextSource, sources_of
-from basic.corpus.work_folder import WorkFolder, cluster
+from basic.common.errors import DamagedFileError, InvalidInputError
+from basic.corpus.count_tables import concatenate, merge_tables, read_table, sorted_table, write_table
+from basic.corpus.counting import ShardCounting, count_pretokens, count_shard
+from basic.corpus.shards import entire_source, split_into_shards
+from basic.corpus.sources import TextSource, expand_inputs
+from basic.corpus.work_folder import WorkFolder, dask_executor
 from basic.encoding import encode_file, encode_files
 from basic.pretokenization import SpecialTokens
 from basic.Tokenizer import Tokenizer
 from basic.tokens.opening import open_tokens
-from basic.train_bpe import train_bpe
+from basic.train_bpe import arrays_for_kernels, train_bpe
 from tests.fixtures.make_tokenizer_fixtures import SAMPLE, naive_pretoken_counts
-from tests.helpers.dying_worker import die, die_once, dying_count_shard
+from tests.helpers.dying_worker import die, die_once
 from tests.project.test_scripts import run_script
 
 END = "<|endoftext|>"
@@ -47,7 +48,7 @@ TEXT = SAMPLE.read_bytes().decode()
 
 @pytest.fixture(scope="module")
 def scheduler():
-    """The address of a cluster of two processes; where both are gone for good, there is an error."""
+    """The address of a cluster of two processes; if both stay dead, there is an error."""
     with (
         dask.config.set({"distributed.scheduler.no-workers-timeout": "60s"}),
         LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as local,
@@ -75,10 +76,10 @@ def tokenizer() -> Tokenizer:
 
 
 class Inline(Executor):
-    """Works at once; after some parts it stops as Ctrl-C does."""
+    """Runs each task in `submit`; after some tasks it stops as Ctrl-C does."""
 
-    def __init__(self, parts: float = float("inf")) -> None:
-        self.left, self.names = parts, []
+    def __init__(self, num_tasks: float = float("inf")) -> None:
+        self.left, self.names = num_tasks, []
 
     def submit(self, fn, /, *args, **kwargs):
         if self.left <= 0:
@@ -94,13 +95,13 @@ class Inline(Executor):
 
 
 class OneDies(Executor):
-    """Gives another executor's third part to a worker that is killed in the middle of it, once."""
+    """Another executor whose worker is killed once, during the third task."""
 
     def __init__(self, inner: Executor, flag: Path) -> None:
-        self.inner, self.flag, self.parts = inner, flag, itertools.count()
+        self.inner, self.flag, self.num_submitted = inner, flag, itertools.count()
 
     def submit(self, fn, /, *args, **kwargs):
-        if next(self.parts) == 2:
+        if next(self.num_submitted) == 2:
             return self.inner.submit(die_once, str(self.flag), fn, *args)
         return self.inner.submit(fn, *args)
 
@@ -113,23 +114,23 @@ def names_in(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes", "cluster"])
-def test_every_executor_gives_what_one_process_gives(kind, request, tmp_path, corpus, tokenizer):
+def test_every_executor_gives_the_result_of_one_process(kind, request, tmp_path, corpus, tokenizer):
     expected = Counter()
     for text in (TEXT * 3, TEXT[::-1], TEXT.replace("\n", END), TEXT * 3):
         expected.update(naive_pretoken_counts(text, [END]))
     alone = encode_file(tokenizer, corpus, tmp_path / "alone.bin")
     merges = train_bpe(corpus, 400, [END], kernels=False)
     with (
-        cluster(request.getfixturevalue("scheduler") if kind == "cluster" else None) as dask,
+        dask_executor(request.getfixturevalue("scheduler") if kind == "cluster" else None) as dask,
         ThreadPoolExecutor(3) if kind == "threads" else ProcessPoolExecutor(2) as pool,
     ):
         executor = dask or pool
         for number, kernels in enumerate([False, True]):
-            options = {"executor": executor, "shard_bytes": 1000, "kernels": kernels}
+            options: dict[str, Any] = {"executor": executor, "shard_bytes": 1000, "kernels": kernels}
             counts = count_pretokens(corpus, SPECIAL, work_folder=tmp_path / f"counts{number}", **options)
             assert counts == expected
-        kept = tmp_path / "counts"
-        assert train_bpe(corpus, 400, [END], executor=executor, work_folder=kept, kernels=False) == merges
+        options: dict[str, Any] = {"executor": executor, "work_folder": tmp_path / "counts", "kernels": False}
+        assert train_bpe(corpus, 400, [END], **options) == merges
         info = encode_files(tokenizer, corpus, tmp_path / "many", executor=executor, shard_bytes=1000)
     assert dataclasses.replace(info, sha256=alone.sha256) == alone
     many = open_tokens(tmp_path / "many", verify=True)
@@ -140,12 +141,12 @@ def test_every_executor_gives_what_one_process_gives(kind, request, tmp_path, co
 
 
 def test_a_dataset_is_a_folder(tmp_path, corpus, tokenizer):
-    with pytest.raises(ValueError, match=r"one\.bin names one token file.*encode_file"):
+    with pytest.raises(InvalidInputError, match=r"one\.bin names one token file.*encode_file"):
         encode_files(tokenizer, corpus, tmp_path / "one.bin")
     assert not (tmp_path / "one.bin").exists()
 
 
-def test_documents_of_several_files_of_json_lines_are_apart(tmp_path, tokenizer):
+def test_documents_of_several_json_lines_files_are_separated(tmp_path, tokenizer):
     files = {"a.jsonl": ["one", "two"], "b.jsonl.gz": ["three", "four"], "c.jsonl": ["five"]}
     for name, documents in files.items():
         lines = "\n".join(json.dumps({"text": document}) for document in documents).encode()
@@ -158,15 +159,15 @@ def test_documents_of_several_files_of_json_lines_are_apart(tmp_path, tokenizer)
     assert open_tokens(tmp_path / "many")[:].tolist() == expected
 
 
-def test_a_killed_worker_of_a_cluster_costs_its_part_only(scheduler, tmp_path, corpus, tokenizer):
-    with cluster(scheduler) as dask:
+def test_a_killed_worker_of_a_cluster_costs_only_its_task(scheduler, tmp_path, corpus, tokenizer):
+    with dask_executor(scheduler) as dask:
         assert dask is not None
         executor = OneDies(dask, tmp_path / "died")
         info = encode_files(tokenizer, corpus, tmp_path / "many", executor=executor, shard_bytes=1000)
     assert (tmp_path / "died").exists()
     assert np.array_equal(open_tokens(tmp_path / "many", verify=True), encoded(tokenizer, corpus, tmp_path))
     manifest = (tmp_path / "many" / "manifest.jsonl").read_text().splitlines()
-    assert len(manifest) == 1 + next(executor.parts), "no other part was given twice"
+    assert len(manifest) == 1 + next(executor.num_submitted), "no other task was submitted twice"
     assert info.count == sum(json.loads(line)["count"] for line in manifest[1:])
     assert not list((tmp_path / "many").glob("*.tmp"))
 
@@ -176,8 +177,8 @@ def encoded(tokenizer: Tokenizer, inputs: list[Path], folder: Path) -> np.ndarra
     return open_tokens(folder / "alone.bin")
 
 
-def test_a_pool_that_breaks_is_named_and_the_next_goes_on(tmp_path, corpus):
-    options = {"work_folder": tmp_path / "work", "shard_bytes": 500, "kernels": False}
+def test_a_broken_pool_is_reported_and_another_resumes(tmp_path, corpus):
+    options: dict[str, Any] = {"work_folder": tmp_path / "work", "shard_bytes": 500, "kernels": False}
     with ProcessPoolExecutor(1) as pool, pytest.raises(ChildProcessError, match=r"counts-0-000002.*run the same again"):
         count_pretokens(corpus, SPECIAL, executor=OneDies(pool, tmp_path / "died"), **options)
     executor = Inline()
@@ -187,24 +188,29 @@ def test_a_pool_that_breaks_is_named_and_the_next_goes_on(tmp_path, corpus):
     assert counts == count_pretokens(corpus, SPECIAL, kernels=False)
 
 
-def test_a_pool_of_our_own_is_replaced(tmp_path, monkeypatch, corpus):
-    expected = count_pretokens(corpus, SPECIAL, kernels=False)
-    monkeypatch.setattr(counting, "count_shard", dying_count_shard)
-    options = {"shard_bytes": 1000, "kernels": False, "num_workers": 2}
-    assert count_pretokens(corpus, SPECIAL, work_folder=tmp_path / "work", **options) == expected
-    assert (tmp_path / "work" / "died").exists()
+def test_a_broken_pool_of_our_own_is_replaced(tmp_path, corpus):
+    shards = split_into_shards(map(entire_source, expand_inputs(corpus)), 1000)
+    count = partial(count_shard, ShardCounting(special_tokens=(END,)))
+    names = [f"{i}.words" for i in range(len(shards))]
+    with WorkFolder(tmp_path / "work", {}) as folder:
+        tasks = [(name, (shard,)) for name, shard in zip(names, shards, strict=True)]
+        folder.run(partial(die_once, str(tmp_path / "died"), count), tasks, partial(ProcessPoolExecutor, 2))
+    assert (tmp_path / "died").exists()
+    tables = [read_table(tmp_path / "work" / name) for name in names]
+    merged = concatenate(list(merge_tables(tables, kernels=False)))
+    assert merged.to_counter() == count_pretokens(corpus, SPECIAL, kernels=False)
 
 
-def test_a_pool_that_always_breaks_is_given_up(tmp_path):
+def test_a_pool_that_always_breaks_is_an_error(tmp_path):
     folder = WorkFolder(tmp_path, {})
-    with pytest.raises(ChildProcessError, match="a worker died at work on first or on what came after it"):
+    with pytest.raises(ChildProcessError, match="a worker died during first or a later task"):
         folder.run(die, [("first", ()), ("second", ())], partial(ProcessPoolExecutor, 1))
 
 
-# ---- interrupted and taken up again
+# ---- interruption and resuming
 
 
-def test_an_interrupted_encoding_goes_on_where_it_was(tmp_path, corpus, tokenizer):
+def test_an_interrupted_encoding_is_resumed(tmp_path, corpus, tokenizer):
     many = partial(encode_files, tokenizer, corpus, tmp_path / "many", shard_bytes=1000)
     with pytest.raises(KeyboardInterrupt):
         many(executor=Inline(4))
@@ -212,7 +218,7 @@ def test_an_interrupted_encoding_goes_on_where_it_was(tmp_path, corpus, tokenize
         open_tokens(tmp_path / "many")
     done = sorted((tmp_path / "many").glob("*.bin"))
     assert len(done) == 4
-    # The last line was half written when the power went; the part before it was lost from the disk.
+    # A power cut: the last line of the manifest is incomplete, and the file before it is empty.
     manifest = tmp_path / "many" / "manifest.jsonl"
     manifest.write_bytes(manifest.read_bytes()[:-20])
     done[2].write_bytes(b"")
@@ -227,50 +233,54 @@ def test_an_interrupted_encoding_goes_on_where_it_was(tmp_path, corpus, tokenize
     assert again.names == []
 
 
-def test_an_interrupted_count_goes_on_where_it_was(tmp_path, monkeypatch, corpus):
-    """Also in the middle of adding up, when the tables of the shards are gone."""
-    monkeypatch.setattr(counting, "FAN_IN", 3)
+def test_an_interrupted_count_is_resumed(tmp_path, corpus):
+    """Also during the merge, when the tables of the shards are deleted."""
     expected = count_pretokens(corpus, SPECIAL, kernels=False)
 
     def count(folder, executor, **more):
-        options = {"work_folder": tmp_path / folder, "executor": executor, "shard_bytes": 500, "kernels": False}
-        counts = count_pretokens(corpus, SPECIAL, **options, **more)
+        options: dict[str, Any] = {
+            "work_folder": tmp_path / folder,
+            "executor": executor,
+            "shard_bytes": 500,
+            "fan_in": 3,
+        }
+        counts = count_pretokens(corpus, SPECIAL, kernels=False, **options, **more)
         return counts, len(executor.names)
 
-    counts, num_parts = count("whole", Inline())
+    counts, num_tasks = count("uninterrupted", Inline())
     assert counts == expected
-    assert num_parts > 20
-    for parts in (*range(0, num_parts, 4), num_parts - 1):
+    assert num_tasks > 20
+    for done in (*range(0, num_tasks, 4), num_tasks - 1):
         with pytest.raises(KeyboardInterrupt):
-            count(str(parts), Inline(parts))
-        assert count(str(parts), Inline()) == (expected, num_parts - parts)
-        often = {word: count for word, count in expected.items() if count > 1}
-        assert count(str(parts), Inline(), min_count=2) == (often, 0)
-        assert len(names_in(tmp_path / str(parts))) == 2, "the manifest and the last table"
+            count(str(done), Inline(done))
+        assert count(str(done), Inline()) == (expected, num_tasks - done)
+        frequent = {pretoken: count for pretoken, count in expected.items() if count > 1}
+        assert count(str(done), Inline(), min_count=2) == (frequent, 0)
+        assert len(names_in(tmp_path / str(done))) == 2, "the manifest and the last table"
 
 
-def test_a_folder_that_was_closed_twice_holds_no_other(tmp_path):
+def test_closing_a_folder_twice_does_not_unlock_another(tmp_path):
     first = WorkFolder(tmp_path / "a", {})
     first.close()
-    with WorkFolder(tmp_path / "b", {}):  # its lock may have the number that the first one had
+    with WorkFolder(tmp_path / "b", {}):  # its lock may have the file descriptor of the first
         first.close()
         with pytest.raises(BlockingIOError):
             WorkFolder(tmp_path / "b", {})
 
 
-def test_two_runs_do_not_work_in_one_folder(tmp_path, corpus, tokenizer):
+def test_two_runs_cannot_use_one_folder(tmp_path, corpus, tokenizer):
     with WorkFolder(tmp_path / "many", {"kind": "any"}):
         for start_over in (False, True):
             with pytest.raises(BlockingIOError, match=r"another run is at work in .*many: wait until it has ended"):
                 encode_files(tokenizer, corpus, tmp_path / "many", start_over=start_over)
-    for _ in range(2):  # an error frees it too
-        with pytest.raises(ValueError, match="holds other work"):
+    for _ in range(2):  # an error unlocks it too
+        with pytest.raises(InvalidInputError, match="holds other work"):
             encode_files(tokenizer, corpus, tmp_path / "many")
     encode_files(tokenizer, corpus, tmp_path / "many", start_over=True)
     assert np.array_equal(open_tokens(tmp_path / "many"), encoded(tokenizer, corpus, tmp_path))
 
 
-def test_a_dead_run_leaves_its_folder_free_although_its_workers_live(tmp_path):
+def test_the_lock_of_a_dead_run_is_released_although_its_workers_live(tmp_path):
     reading, writing = os.pipe()
     if (run := os.fork()) == 0:
         folder = WorkFolder(tmp_path, {})
@@ -291,42 +301,42 @@ def test_other_work_is_refused_and_can_be_started_over(tmp_path, corpus):
     folder = tmp_path / "work"
     corpus = corpus[:3]
     first = count_pretokens(corpus, SPECIAL, work_folder=folder, kernels=False)
-    with pytest.raises(ValueError, match=r"holds other work, with other inputs, .*--start-over"):
+    with pytest.raises(InvalidInputError, match=r"holds other work, with other inputs, .*--start-over"):
         count_pretokens(corpus[:2], SPECIAL, work_folder=folder, kernels=False)
-    with pytest.raises(ValueError, match="with other special tokens;"):
+    with pytest.raises(InvalidInputError, match="with other special tokens;"):
         count_pretokens(corpus, SpecialTokens([]), work_folder=folder, kernels=False)
-    with pytest.raises(ValueError, match="with other pattern;"):
+    with pytest.raises(InvalidInputError, match="with other pattern;"):
         count_pretokens(corpus, SPECIAL, pattern=r"\w+|\W", work_folder=folder)
     os.utime(corpus[0], ns=(1, 1))
-    with pytest.raises(ValueError, match="with other input_sha256;"):
+    with pytest.raises(InvalidInputError, match="with other input_sha256;"):
         count_pretokens(corpus, SPECIAL, work_folder=folder, kernels=False)
     assert count_pretokens(corpus, SPECIAL, work_folder=folder, start_over=True, kernels=False) == first
 
 
-def test_a_table_that_changed_is_refused(tmp_path, corpus):
-    options = {"work_folder": tmp_path / "work", "kernels": False}
+def test_a_changed_table_is_refused(tmp_path, corpus):
+    options: dict[str, Any] = {"work_folder": tmp_path / "work", "kernels": False}
     expected = count_pretokens(corpus, SPECIAL, **options)
     (table,) = (tmp_path / "work").glob("*.words")
     content = bytearray(table.read_bytes())
     content[-1] ^= 1
     table.write_bytes(content)
-    with pytest.raises(ValueError, match="has changed since it was written; remove it"):
+    with pytest.raises(DamagedFileError, match="has changed since it was written; remove it"):
         count_pretokens(corpus, SPECIAL, **options)
     table.unlink()
     assert count_pretokens(corpus, SPECIAL, **options) == expected
 
 
 @pytest.mark.parametrize("executor", [None, Inline])
-def test_of_several_errors_the_first_is_named(tmp_path, executor):
+def test_the_first_of_several_errors_is_raised(tmp_path, executor):
     path = tmp_path / "text.txt"
     path.write_bytes(b"word " * 300 + b"\xff" + b" word" * 300 + b"\xff" + b" word" * 300)
-    options = {"shard_bytes": 100, "executor": executor and executor(), "num_workers": 3}
+    options: dict[str, Any] = {"shard_bytes": 100, "executor": executor and executor(), "num_workers": 3}
     for kernels in (False, True):
-        with pytest.raises(ValueError, match="at byte offset 1500 "):
+        with pytest.raises(InvalidInputError, match="at byte offset 1500 "):
             count_pretokens(path, SPECIAL, kernels=kernels, work_folder=tmp_path / str(kernels), **options)
 
 
-# ---- datasets in many files
+# ---- datasets of several files
 
 
 @pytest.fixture
@@ -335,36 +345,36 @@ def dataset(tmp_path, corpus, tokenizer) -> tuple[Path, np.ndarray]:
     return tmp_path / "many", encoded(tokenizer, corpus, tmp_path)
 
 
-def test_files_that_are_cut_off_or_changed_are_found(dataset, tokenizer, corpus):
+def test_incomplete_and_changed_files_are_detected(dataset, tokenizer, corpus):
     folder, tokens = dataset
     path = folder / "000003.bin"
     content = path.read_bytes()
     path.write_bytes(content[:-2])
-    with pytest.raises(ValueError, match=rf"000003.bin has {len(content) - 2} bytes, but .*index.json says"):
+    with pytest.raises(DamagedFileError, match=rf"000003.bin has {len(content) - 2} bytes, but .*index.json says"):
         open_tokens(folder)
     path.unlink()
-    with pytest.raises(ValueError, match=r"000003.bin is missing"):
+    with pytest.raises(DamagedFileError, match=r"000003.bin is missing"):
         open_tokens(folder)
     path.write_bytes(bytes(len(content)))
     assert len(open_tokens(folder)) == len(tokens)
-    with pytest.raises(ValueError, match=r"000003.bin has the SHA-256 "):
+    with pytest.raises(DamagedFileError, match=r"000003.bin has the SHA-256 "):
         open_tokens(folder, verify=True)
     path.unlink()
     encode_files(tokenizer, corpus, folder, shard_bytes=700)
     assert np.array_equal(open_tokens(folder / "index.json", verify=True), tokens)
 
 
-def test_what_is_no_index_is_said(tmp_path, dataset):
+def test_files_that_are_not_an_index(tmp_path, dataset):
     folder, _ = dataset
-    with pytest.raises(ValueError, match="is not the index of a token dataset"):
+    with pytest.raises(DamagedFileError, match="is not the index of a token dataset"):
         open_tokens(folder / "000000.json")
-    with pytest.raises(ValueError, match=r"dtype=uint32 was asked for, but .* says uint16"):
+    with pytest.raises(InvalidInputError, match=r"dtype=uint32 was given, but .* says uint16"):
         open_tokens(folder, dtype=np.uint32)
-    with pytest.raises(FileNotFoundError, match="the folder is no token dataset"):
+    with pytest.raises(FileNotFoundError, match="the folder is not a token dataset"):
         open_tokens(tmp_path)
 
 
-def test_many_files_are_read_like_one_array(dataset):
+def test_several_files_are_read_like_one_array(dataset):
     folder, tokens = dataset
     many = open_tokens(folder)
     assert (len(many), many.ndim, many.dtype, many.shape) == (len(tokens), 1, tokens.dtype, tokens.shape)
@@ -399,10 +409,10 @@ def test_batches_are_those_of_the_single_file(dataset, tokenizer):
         check_token_ids(many, 100)
 
 
-# ---- tables of words
+# ---- count tables
 
 
-WORDS = st.dictionaries(
+COUNTS = st.dictionaries(
     st.builds(
         bytes.__add__,
         st.sampled_from([b"", b"abcdefg", b"abcdefgh", b"abcdefghijklmnop", b"a\0", b"\xff" * 8]),
@@ -414,22 +424,20 @@ WORDS = st.dictionaries(
 
 
 @settings(max_examples=40)
-@given(tables=st.lists(WORDS, max_size=7), block_words=st.integers(1, 5), fan_in=st.integers(2, 4))
-def test_tables_are_added_up(tmp_path_factory, tables, block_words, fan_in):
+@given(tables=st.lists(COUNTS, max_size=7), block_pretokens=st.integers(1, 5), fan_in=st.integers(2, 4))
+def test_tables_are_merged(tmp_path_factory, tables, block_pretokens, fan_in):
     folder = tmp_path_factory.getbasetemp()
     expected = sum((Counter(table) for table in tables), Counter())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(count_tables, "BLOCK_WORDS", block_words)
-        patch.setattr(count_tables, "FAN_IN", fan_in)
-        for number, table in enumerate(tables):
-            write_table(folder / f"{number}.words", [sorted_table(Counter(table))] if table else [])
-        for kernels in (False, True):
-            blocks = [read_table(folder / f"{number}.words") for number in range(len(tables))]
-            words = joined(list(add_up(blocks, kernels=kernels)))
-            assert list(words.to_counter().items()) == sorted(expected.items())
+    for i, table in enumerate(tables):
+        blocks = [sorted_table(Counter(table))] if table else []
+        write_table(folder / f"{i}.words", blocks, block_pretokens=block_pretokens)
+    for kernels in (False, True):
+        stored = [read_table(folder / f"{i}.words") for i in range(len(tables))]
+        merged = concatenate(list(merge_tables(stored, kernels=kernels, fan_in=fan_in)))
+        assert list(merged.to_counter().items()) == sorted(expected.items())
 
 
-def test_unsorted_words_are_sorted():
+def test_unsorted_pretokens_are_sorted():
     rng = np.random.default_rng(0)
     for alphabet in (b"ab", bytes(range(256))):
         words = [bytes(rng.choice(list(alphabet), rng.integers(1, 30))) for _ in range(3000)]
@@ -439,15 +447,15 @@ def test_unsorted_words_are_sorted():
         assert list(compiled.sort_pretokens(table).to_counter().items()) == sorted(Counter(words).items())
 
 
-def test_memory_does_not_grow_with_the_tables(tmp_path, monkeypatch):
-    """What is added up is 5 MB, in blocks of 20 kB."""
-    monkeypatch.setattr(count_tables, "BLOCK_WORDS", 1000)
+def test_memory_does_not_grow_with_the_tables(tmp_path):
+    """The tables have 5 MB, in blocks of 20 kB."""
     for number in range(4):
         counts = Counter({b"%07d" % i: 1 for i in range(number, 200_000, 4)})
-        write_table(tmp_path / str(number), [sorted_table(counts)])
+        write_table(tmp_path / str(number), [sorted_table(counts)], block_pretokens=1000)
     loading.load_kernels("training")
     tracemalloc.start()
-    record = write_table(tmp_path / "all", add_up([read_table(tmp_path / str(i)) for i in range(4)], kernels=True))
+    merged = merge_tables([read_table(tmp_path / str(i)) for i in range(4)], kernels=True)
+    record = write_table(tmp_path / "all", merged, block_pretokens=1000)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (record["words"], record["count"]) == (200_000, 200_000)
@@ -455,21 +463,21 @@ def test_memory_does_not_grow_with_the_tables(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kernels", [False, True])
-def test_a_shard_of_many_distinct_words_is_counted_in_parts(tmp_path, monkeypatch, kernels):
-    """As a long stream is, which is one shard."""
-    monkeypatch.setattr(compiled, "_MOST_WORDS", 300)
-    monkeypatch.setattr(counting, "_MOST_PLAIN_WORDS", 300)
-    monkeypatch.setattr("basic.corpus.shards.KERNEL_CHUNK_BYTES", 2000)
+def test_a_shard_with_many_distinct_pretokens_is_counted_in_several_tables(tmp_path, kernels):
+    """A long stream is such a shard."""
     text = " ".join(f"{number * 7919 % 2500:x}" for number in range(5000))
     (tmp_path / "text.gz").write_bytes(gzip.compress(text.encode()))
-    words = count_words(tmp_path / "text.gz", SPECIAL, kernels=kernels, num_workers=2)
-    assert list(words.to_counter().items()) == sorted(naive_pretoken_counts(text, [END]).items())
+    counting = ShardCounting(special_tokens=(END,), kernels=kernels, num_threads=2, chunk_bytes=2000, max_pretokens=300)
+    (tmp_path / "work").mkdir()
+    count_shard(counting, (entire_source(TextSource(tmp_path / "text.gz")),), str(tmp_path / "work" / "table"))
+    table = concatenate(list(read_table(tmp_path / "work" / "table")))
+    assert list(table.to_counter().items()) == sorted(naive_pretoken_counts(text, [END]).items())
+    assert names_in(tmp_path / "work") == {"table"}
 
 
-def test_too_many_distinct_words_to_train_on_are_an_error_that_helps(monkeypatch):
-    monkeypatch.setattr(arrays, "MAX_SYMBOLS", 100)
-    with pytest.raises(ValueError, match=r"distinct words .* are too many .*min_count=2"):
-        train_bpe(SAMPLE, 300, [END], kernels=True)
+def test_too_many_distinct_pretokens_to_train_on():
+    with pytest.raises(InvalidInputError, match=r"distinct pre-tokens .* are too many .*min_count=2"):
+        arrays_for_kernels(count_pretokens(SAMPLE, SPECIAL), kernels=True, max_symbols=100)
     assert len(train_bpe(SAMPLE, 300, [END], kernels=True, min_count=3)[1]) == 36
 
 
@@ -479,8 +487,9 @@ def test_too_many_distinct_words_to_train_on_are_an_error_that_helps(monkeypatch
 def test_shards_are_bounded_and_small_inputs_share_one(tmp_path):
     for name, size in (("a", 10), ("b", 25), ("c", 3), ("d", 4), ("e.gz", 90)):
         (tmp_path / name).write_bytes(b"x" * size)
-    pieces = [whole(source) for source in sources_of([tmp_path / name for name in ("a", "b", "c", "d", "e.gz", "a")])]
-    sizes = [[piece.num_bytes for piece in shard] for shard in cut(pieces, 10)]
+    sources = expand_inputs([tmp_path / name for name in ("a", "b", "c", "d", "e.gz", "a")])
+    shards = split_into_shards(map(entire_source, sources), 10)
+    sizes = [[part.num_bytes for part in shard] for shard in shards]
     assert sizes == [[10], [10], [10], [5, 3], [4], [90], [10]]
 
 
@@ -490,17 +499,17 @@ def test_globs_are_sorted_and_an_empty_one_is_an_error(tmp_path, monkeypatch):
         (tmp_path / name).write_text(name)
     monkeypatch.chdir(tmp_path)
 
-    def found(*inputs):
-        return [os.fspath(source) for source in sources_of(inputs)]
+    def names(*inputs):
+        return [os.fspath(source) for source in expand_inputs(inputs)]
 
-    assert found("*.txt", "a.txt") == ["a.txt", "b.txt", "c[1].txt", "a.txt"]
-    assert found("c[1].txt") == ["c[1].txt"]
-    assert found("**/*.txt")[-1] == "deep/d.txt"
-    given_field = sources_of(TextSource("[ab].txt", field="body"))
-    assert [(source.path, source.field) for source in given_field] == [("a.txt", "body"), ("b.txt", "body")]
-    with pytest.raises(FileNotFoundError, match=r"no file fits 'x\*\.txt'"):
+    assert names("*.txt", "a.txt") == ["a.txt", "b.txt", "c[1].txt", "a.txt"]
+    assert names("c[1].txt") == ["c[1].txt"]
+    assert names("**/*.txt")[-1] == "deep/d.txt"
+    with_field = expand_inputs(TextSource("[ab].txt", field="body"))
+    assert [(source.path, source.field) for source in with_field] == [("a.txt", "body"), ("b.txt", "body")]
+    with pytest.raises(FileNotFoundError, match=r"no file matches 'x\*\.txt'"):
         count_pretokens("x*.txt", SPECIAL)
-    with pytest.raises(ValueError, match="there is no input"):
+    with pytest.raises(InvalidInputError, match="there is no input"):
         count_pretokens([], SPECIAL)
 
 
@@ -510,8 +519,7 @@ def test_urls_are_read_like_files(tmp_path, monkeypatch, corpus, tokenizer):
     memory = fsspec.filesystem("memory")
     for path in set(corpus):
         memory.pipe_file(f"/corpus/{path.name}", path.read_bytes())
-    monkeypatch.setattr(sources, "_REMOTE_BLOCK_BYTES", 500)
-    urls = [f"memory://corpus/{path.name}" for path in corpus]
+    urls = [TextSource(f"memory://corpus/{path.name}", block_bytes=500) for path in corpus]
     expected = encoded(tokenizer, corpus, tmp_path)
     for kernels in (False, True):
         counts = count_pretokens(urls, SPECIAL, shard_bytes=1000, kernels=kernels, num_workers=2)
@@ -520,64 +528,63 @@ def test_urls_are_read_like_files(tmp_path, monkeypatch, corpus, tokenizer):
         folder = tmp_path / f"remote{kernels}"
         encode_files(fast, urls, folder, shard_bytes=1000, num_workers=1)
         assert np.array_equal(open_tokens(folder), expected)
-    assert [os.fspath(source) for source in sources_of("memory://corpus/*.txt")] == [
+    assert [os.fspath(source) for source in expand_inputs("memory://corpus/*.txt")] == [
         *("memory:///corpus/empty.txt", "memory:///corpus/plain.txt")
     ]
-    assert sources_of((tmp_path / "corpus" / "plain.txt").as_uri())[0].state()[0] == corpus[0].stat().st_size
+    (local,) = expand_inputs(corpus[0].as_uri())
+    assert local.size_and_version()[0] == corpus[0].stat().st_size
     with pytest.raises(FileNotFoundError, match=r"there is no file 'memory://corpus/none\.txt'"):
         count_pretokens("memory://corpus/none.txt", SPECIAL)
-    with pytest.raises(FileNotFoundError, match=r"no file fits"):
+    with pytest.raises(FileNotFoundError, match=r"no file matches"):
         count_pretokens("memory://corpus/none*.txt", SPECIAL)
-    with pytest.raises(ValueError, match="'nonsense://x' is a URL that cannot be opened here"):
+    with pytest.raises(InvalidInputError, match="'nonsense://x' is a URL that cannot be opened here"):
         count_pretokens("nonsense://x", SPECIAL)
     memory.pipe_file("/corpus/wrong.txt", b"word " * 500 + b"\xff")
     with pytest.raises(ValueError, match=r"wrong\.txt' is not valid UTF-8 at byte offset 2500 "):
         count_pretokens("memory://corpus/wrong.txt", SPECIAL, shard_bytes=300, kernels=False)
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
     monkeypatch.setitem(sys.modules, "fsspec", None)
-    with pytest.raises(ValueError, match="install fsspec"):
+    with pytest.raises(InvalidInputError, match="install fsspec"):
         count_pretokens("memory://corpus/plain.txt", SPECIAL)
 
 
-class _Serving(SimpleHTTPRequestHandler):
-    """Python's server, which always answers with the whole file, or one that gives the part that is asked for."""
+class _Handler(SimpleHTTPRequestHandler):
+    """Python's server, which always sends the complete file, or a server that sends the requested range."""
 
-    gives_parts = False
+    supports_ranges = False
 
     def do_GET(self):
-        wanted = self.headers.get("Range") if self.gives_parts else None
-        if wanted is None:
+        requested = self.headers.get("Range") if self.supports_ranges else None
+        if requested is None:
             return super().do_GET()
         content = Path(self.translate_path(self.path)).read_bytes()
-        first, last = map(int, wanted.removeprefix("bytes=").split("-"))
-        part = content[first : last + 1]
+        first, last = map(int, requested.removeprefix("bytes=").split("-"))
+        body = content[first : last + 1]
         self.send_response(206)
-        self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(part)))
+        self.send_header("Content-Range", f"bytes {first}-{first + len(body) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(part)
+        self.wfile.write(body)
 
     def log_message(self, format, *args):
         pass
 
 
-@pytest.mark.parametrize("gives_parts", [False, True])
-def test_a_web_server_may_give_parts_of_a_file_or_only_all_of_it(tmp_path, monkeypatch, corpus, tokenizer, gives_parts):
-    monkeypatch.setattr(sources, "_REMOTE_BLOCK_BYTES", 500)
-    monkeypatch.setattr(_Serving, "gives_parts", gives_parts)
+@pytest.mark.parametrize("supports_ranges", [False, True])
+def test_web_servers_with_and_without_ranges(tmp_path, corpus, tokenizer, supports_ranges):
+    handler = type("Handler", (_Handler,), {"supports_ranges": supports_ranges})
     served = [path for path in corpus if path.stat().st_size]
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Serving, directory=corpus[0].parent)) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=corpus[0].parent)) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         try:
             base = f"http://127.0.0.1:{server.server_port}"
-            urls = [f"{base}/{path.name}" for path in served]
-            assert [source.state()[0] for source in sources_of(urls)] == [path.stat().st_size for path in served]
-            assert [source.gives_parts() for source in sources_of(urls)] == [gives_parts] * len(urls)
-            marks = [source.state() for source in sources_of(urls)]
+            urls = [TextSource(f"{base}/{path.name}", block_bytes=500) for path in served]
+            assert [source.supports_ranges() for source in urls] == [supports_ranges] * len(urls)
+            sizes, versions = zip(*(source.size_and_version() for source in urls), strict=True)
+            assert list(sizes) == [path.stat().st_size for path in served]
             os.utime(served[0], (1, 1))
-            assert [source.state() != mark for source, mark in zip(sources_of(urls), marks, strict=True)] == [
-                path == served[0] for path in served
-            ]
+            changed = [source.size_and_version()[1] != old for source, old in zip(urls, versions, strict=True)]
+            assert changed == [path == served[0] for path in served]
             counts = count_pretokens(urls, SPECIAL, shard_bytes=1000, kernels=False, num_workers=2)
             assert counts == count_pretokens(served, SPECIAL, kernels=False)
             encode_files(tokenizer, urls, tmp_path / "remote", shard_bytes=1000, num_workers=1)

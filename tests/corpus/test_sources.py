@@ -1,4 +1,4 @@
-"""Compressed text and JSON lines: the same counts and ids as of the plain text, and errors that say where."""
+"""Compressed text and JSON lines: the counts and ids of the plain text, and errors that name the offset."""
 
 import dataclasses
 import gzip
@@ -7,13 +7,14 @@ import json
 import sys
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from basic.corpus import shards
+from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.corpus.counting import count_pretokens
 from basic.corpus.sources import TextSource, read_text
 from basic.corpus.train_valid import split_text
@@ -59,35 +60,40 @@ def write(folder: Path, documents: list[str], suffix: str) -> Path:
         st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\r\n")), min_size=1, max_size=3
     )
 )
-def test_the_text_is_what_went_in(tmp_path_factory, suffix, documents):
+def test_the_text_is_read_as_it_was_written(tmp_path_factory, suffix, documents):
     path = write(tmp_path_factory.getbasetemp(), documents, suffix)
     assert "".join(read_text(path)) == END.join(documents)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("kernels", [False, True])
-def test_counts_merges_and_ids_are_those_of_the_plain_text(tmp_path, monkeypatch, suffix, kernels):
-    monkeypatch.setattr(shards, "KERNEL_CHUNK_BYTES", 300)
+def test_counts_merges_and_ids_are_those_of_the_plain_text(tmp_path, suffix, kernels):
     documents = [*DOCUMENTS, SAMPLE.read_bytes().decode(), "a" * 2000, *DOCUMENTS]
     plain, path = write(tmp_path, documents, ".txt"), write(tmp_path, documents, suffix)
     special = SpecialTokens([END])
     expected = count_pretokens(plain, special)
     for shard_bytes in (50, None):
         for paths, times in [([path], 1), ([path, plain, path], 3)]:
-            counts = count_pretokens(paths, special, kernels=kernels, shard_bytes=shard_bytes, num_workers=2)
+            options: dict[str, Any] = {
+                "kernels": kernels,
+                "shard_bytes": shard_bytes,
+                "num_workers": 2,
+                "chunk_bytes": 300,
+            }
+            counts = count_pretokens(paths, special, **options)
             assert counts == {pretoken: times * count for pretoken, count in expected.items()}
-    vocab, merges = train_bpe(path, 300, [END], kernels=kernels)
+    vocab, merges = train_bpe(path, 300, [END], kernels=kernels, chunk_bytes=300)
     assert (vocab, merges) == train_bpe(plain, 300, [END], kernels=False)
     tokenizer = Tokenizer(vocab, merges, [END], kernels=kernels)
-    info = encode_file(tokenizer, path, tmp_path / "stream.bin")
-    assert info == encode_file(tokenizer, plain, tmp_path / "plain.bin")
+    info = encode_file(tokenizer, path, tmp_path / "stream.bin", chunk_bytes=300)
+    assert info == encode_file(tokenizer, plain, tmp_path / "plain.bin", chunk_bytes=300)
     assert open_tokens(tmp_path / "stream.bin").tolist() == tokenizer.encode(END.join(documents))
     assert info.source_bytes == plain.stat().st_size
 
 
 @pytest.mark.parametrize("pattern", [None, r"\w+|\W"])
 @given(text=texts, special_tokens=special_token_lists, cuts=st.lists(st.integers(0, 30)), chunk_bytes=st.integers(1, 9))
-def test_streams_are_cut_only_at_safe_places(pattern, text, special_tokens, cuts, chunk_bytes):
+def test_streams_are_divided_only_at_safe_positions(pattern, text, special_tokens, cuts, chunk_bytes):
     special = SpecialTokens(special_tokens)
     options = () if pattern is None else (compile_pattern(pattern),)
     chunks = [
@@ -105,7 +111,7 @@ def test_streams_are_cut_only_at_safe_places(pattern, text, special_tokens, cuts
         assert list(itertools.chain(*flat[:-1])) == flat[-1]
 
 
-def test_streams_are_cut_where_they_can_be():
+def test_streams_are_divided_at_many_safe_positions():
     chunks = list(chunks_of_stream(["some words " * 50] * 100, SpecialTokens([END]), 1000))
     assert len(chunks) > 40
     assert all(stop - start < 3000 for _, start, stop in chunks)
@@ -125,7 +131,7 @@ def peak_bytes(work) -> int:
 
 @pytest.mark.parametrize("suffix", [".txt.gz", ".txt.zst", ".jsonl.gz", ".jsonl.zst"])
 def test_memory_does_not_grow_with_the_text(tmp_path, suffix):
-    """Also not where little in the file is much as text."""
+    """Also if a small file decompresses to a long text."""
     path = tmp_path / f"corpus{suffix}"
     line = b'{"text": "%s"}\n' % (b"word " * 2000) if suffix.startswith(".jsonl") else b"word " * 2000
     path.write_bytes(PACK[path.suffix](line * 1000))
@@ -142,12 +148,12 @@ def test_memory_does_not_grow_with_the_text(tmp_path, suffix):
 # ---- errors
 
 
-def test_capitals_in_a_name_mean_nothing(tmp_path):
+def test_suffixes_in_capitals(tmp_path):
     (tmp_path / "CORPUS.JSONL.GZ").write_bytes(content_of(DOCUMENTS, ".jsonl.gz"))
     assert "".join(read_text(tmp_path / "CORPUS.JSONL.GZ")) == TEXT
 
 
-def test_a_field_and_a_separator_of_ones_own(tmp_path):
+def test_another_field_and_separator(tmp_path):
     path = tmp_path / "corpus.jsonl"
     path.write_text('{"content": "a", "text": 5}\n\n  \n{"content": "b\\ud83d\\ude00\\ud800"}')
     source = TextSource(path, field="content", end_of_text="<s>")
@@ -194,7 +200,7 @@ BAD = {
 
 @pytest.mark.parametrize(("suffix", "content", "message"), BAD.values(), ids=BAD)
 @pytest.mark.parametrize("packed", [".gz", ".zst"])
-def test_bad_content_is_named_and_nothing_is_left(tmp_path, suffix, content, message, packed):
+def test_invalid_content_is_reported_and_leaves_no_files(tmp_path, suffix, content, message, packed):
     path = tmp_path / f"corpus{suffix}{packed}"
     path.write_bytes(PACK[packed](content))
     assert_refused(path, message.replace("jsonl,", f"jsonl{packed},"))
@@ -218,33 +224,35 @@ def assert_refused(path: Path, message: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".txt.gz", ".txt.zst", ".jsonl.gz", ".jsonl.zst"])
-def test_a_file_that_is_cut_off_or_changed_anywhere_is_refused(tmp_path, suffix):
+def test_an_incomplete_or_changed_file_is_refused(tmp_path, suffix):
     path = tmp_path / f"corpus{suffix}"
     content = content_of(DOCUMENTS, suffix)
     if suffix.endswith(".zst"):  # with a checksum, which gzip always has
         content = zstd.compress(zstd.decompress(content), options={zstd.CompressionParameter.checksum_flag: 1})
     for length in range(1, len(content)):
         path.write_bytes(content[:length])
-        with pytest.raises(ValueError, match=r"is cut off: it ends soon after byte offset|is damaged"):
+        with pytest.raises(DamagedFileError, match=r"is incomplete: it ends soon after byte offset|is damaged"):
             list(read_text(path))
     path.write_bytes(content)
     expected, num_refused = list(read_text(path)), 0
-    for place in range(10, len(content)):  # behind the time stamp of gzip
-        path.write_bytes(content[:place] + bytes([content[place] ^ 0x10]) + content[place + 1 :])
+    for offset in range(10, len(content)):  # after the time stamp of gzip
+        path.write_bytes(content[:offset] + bytes([content[offset] ^ 0x10]) + content[offset + 1 :])
         try:
-            assert list(read_text(path)) == expected  # gzip has some bits that mean nothing
-        except ValueError:
+            assert list(read_text(path)) == expected  # gzip has some unused bits
+        except DamagedFileError:
             num_refused += 1
     assert num_refused > 0.9 * (len(content) - 10)
     path.write_bytes(b"plain text")
-    with pytest.raises(ValueError, match="is damaged, or not compressed as its name says, soon after byte offset 0"):
+    with pytest.raises(
+        DamagedFileError, match="is damaged, or not compressed as its name says, soon after byte offset 0"
+    ):
         list(read_text(path))
-    path.write_bytes(content + content)  # parts one after the other are one text
+    path.write_bytes(content + content)  # concatenated files are one text
     if suffix.startswith(".txt"):
         assert "".join(read_text(path)) == TEXT * 2
 
 
-def test_other_things_than_files(tmp_path):
+def test_paths_that_are_not_files(tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(IsADirectoryError, match="is a folder"):
         list(read_text(tmp_path / "folder.jsonl"))
@@ -254,7 +262,7 @@ def test_other_things_than_files(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".txt.gz", ".jsonl"])
-def test_wrong_bytes_can_be_replaced(tmp_path, suffix):
+def test_invalid_bytes_can_be_replaced(tmp_path, suffix):
     path = tmp_path / f"corpus{suffix}"
     content = b'{"text": "a\xffb"}' if suffix == ".jsonl" else gzip.compress(b"a\xffb")
     path.write_bytes(content)
@@ -264,27 +272,26 @@ def test_wrong_bytes_can_be_replaced(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("kernels", [False, True])
-def test_a_byte_without_a_token(tmp_path, monkeypatch, kernels):
-    monkeypatch.setattr(shards, "KERNEL_CHUNK_BYTES", 100)
+def test_a_byte_without_a_token(tmp_path, kernels):
     path = tmp_path / "corpus.txt.gz"
     path.write_bytes(gzip.compress(b"a " * 100_000 + b"b" + b" a" * 300))
     tokenizer = Tokenizer({97: b"a", 32: b" "}, [], kernels=kernels)
     message = "no token for the byte 0x62" + (", at byte offset 200000 of" if kernels else "")
-    with pytest.raises(ValueError, match=message):
-        encode_file(tokenizer, path, tmp_path / "ids.bin")
+    with pytest.raises(InvalidInputError, match=message):
+        encode_file(tokenizer, path, tmp_path / "ids.bin", chunk_bytes=100)
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_text_is_split_as_its_plain_form_is(tmp_path):
+def test_compressed_text_is_split_like_plain_text(tmp_path):
     documents = [f"Document {i}.\n" for i in range(50)]
-    parts = []
+    splits = []
     for suffix in [".txt", *FORMATS]:
         (tmp_path / "out").mkdir(exist_ok=True)
         split_text(write(tmp_path, documents, suffix), tmp_path / "out")
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train.txt", "valid.txt"]
-        parts.append([(tmp_path / "out" / name).read_bytes() for name in ("train.txt", "valid.txt")])
-    assert b"".join(parts[0]) == END.join(documents).encode()
-    assert all(part == parts[0] for part in parts)
+        splits.append([(tmp_path / "out" / name).read_bytes() for name in ("train.txt", "valid.txt")])
+    assert b"".join(splits[0]) == END.join(documents).encode()
+    assert all(split == splits[0] for split in splits)
 
 
 def test_the_scripts_take_json_lines_with_a_field_and_a_separator(tmp_path, monkeypatch):
@@ -298,6 +305,6 @@ def test_the_scripts_take_json_lines_with_a_field_and_a_separator(tmp_path, monk
 
 
 def test_a_token_file_of_another_program_opens_with_its_dtype(tmp_path):
-    """nanoGPT's are uint16 without a word beside them."""
+    """nanoGPT's are uint16 without a sidecar."""
     np.array([50256, 1, 2, 65535], np.uint16).tofile(tmp_path / "train.bin")
     assert open_tokens(tmp_path / "train.bin", dtype="uint16").tolist() == [50256, 1, 2, 65535]

@@ -1,14 +1,16 @@
-"""A worker that dies in the middle of its work; a module of its own, which a worker imports in no time."""
+"""Tasks whose worker process dies; a module of its own with few imports, as each worker imports it."""
 
 import os
 import signal
 from pathlib import Path
 
-from basic.corpus.counting import count_shard
-
 
 def die_once(flag: str, function, *arguments):
-    """Call the function whose last argument is a path to write to, but for the first time: then be killed instead."""
+    """Call the function, whose last argument is a path to write to; the first call is killed instead.
+
+    Args:
+        flag: path of a file that is created by the first call.
+    """
     if not os.path.exists(flag):
         Path(flag).touch()
         Path(arguments[-1] + ".half.tmp").write_bytes(b"half")
@@ -18,7 +20,3 @@ def die_once(flag: str, function, *arguments):
 
 def die(path: str) -> dict:
     os._exit(1)
-
-
-def dying_count_shard(*arguments):
-    return die_once(str(Path(arguments[-1]).parent / "died"), count_shard, *arguments)

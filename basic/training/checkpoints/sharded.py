@@ -1,11 +1,12 @@
-"""Checkpoints of a sharded model: a folder into which every process writes its part, there whole or not at all.
+"""Checkpoints of a sharded model: a folder into which every rank writes its shards.
 
-    step_00001000/checkpoint.json                 what is no tensor, and the checksums of the other files
-                  shard-00001-model-....safetensors    the parts of the first process, and so on
+    step_00001000/checkpoint.json                      plain values, and the checksums of the other files
+                  shard-00001-model-....safetensors    shards of rank 0, and so on
 
-The parts are written and read by torch.distributed.checkpoint, as safetensors under flat names. The rest is the same
-JSON document that a checkpoint in one file has (`basic.training.checkpoints.file`), with the same names of tensors. So
-either form can be read where the other was written, by any number of processes.
+torch.distributed.checkpoint writes and reads the shards, as safetensors under flat names. checkpoint.json contains the
+JSON document of `basic.training.checkpoints.file`, with the same tensor names. So any number of ranks can read both
+forms. The folder gets its name when all files are complete, so a folder without a temporary name is a complete
+checkpoint.
 """
 
 from __future__ import annotations
@@ -22,88 +23,105 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
 
-from basic.common.files import sync_file, sync_folder
-from basic.training.checkpoints.file import Checkpoint, check_model, check_optimizer, checkpoint_tree, load_optimizer
-from basic.training.checkpoints.tensor_tree import pack, stored_names, unpack
+from basic.common.errors import DamagedFileError
+from basic.common.files import sha256_of_file, sync_file, sync_folder
+from basic.training.checkpoints.file import Checkpoint
+from basic.training.checkpoints.state import (
+    check_model_state,
+    check_optimizer_state,
+    collect_state,
+    load_optimizer_state,
+)
+from basic.training.checkpoints.tensor_tree import flatten_tree, tensor_names
 from basic.training.parallel.world import World
-from basic.transformer.optimizer import local_part
+from basic.transformer.optimizer import local_shard
 
-DOCUMENT_NAME = "checkpoint.json"
-_VERSION = 1
-# While a file is put together nothing else of Python runs in its process, so that files shall not be long.
-_FILE_BYTES = 256 << 20
+METADATA_NAME = "checkpoint.json"
+_VERSION = 1  # of METADATA_NAME
+# While a file is serialized, no other Python code runs in its process, so files must be small.
+_MAX_FILE_BYTES = 256 << 20
 
 
-class Parts(NamedTuple):
-    """What this process writes: the JSON document, its parts on the CPU by name, and the tensors they are parts of."""
+# --- Saving ------------------------------------------------------------------------------------------------------
+
+
+class StagedShards(NamedTuple):
+    """What this rank writes: the JSON document, its tensors and shards in CPU memory by name, and the DTensors that
+    the shards belong to."""
 
     document: str
     tensors: dict[str, Tensor]
-    wholes: dict[str, Tensor]
+    dtensors: dict[str, Tensor]
 
 
-def take_parts(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+def stage_shards(
+    model: Module,
+    optimizer: Optimizer,
     iteration: int,
     *,
     extra: dict | None = None,
     to_host: Callable[[Tensor], Tensor] = Tensor.cpu,
-) -> Parts:
-    """All that this process has of a checkpoint, to be written later; as `file.take_snapshot`."""
-    wholes: dict[str, Tensor] = {}
+) -> StagedShards:
+    """Collect this rank's shards of a checkpoint in CPU memory, to be written later.
 
-    def parts_of(value: Any, path: str) -> Any:
+    Args:
+        model, optimizer, iteration, extra, to_host, and Raises: as for `file.stage_checkpoint`.
+    """
+    dtensors: dict[str, Tensor] = {}
+
+    def local_shards(value: Any, path: str) -> Any:
         if isinstance(value, dict):
-            return {key: parts_of(item, f"{path}.{key}") for key, item in value.items()}
-        if isinstance(value, Tensor) and local_part(value) is not value:
-            wholes[path] = value
-            return local_part(value).detach()
+            return {key: local_shards(item, f"{path}.{key}") for key, item in value.items()}
+        if isinstance(value, Tensor) and local_shard(value) is not value:
+            dtensors[path] = value
+            return local_shard(value).detach()
         return value
 
-    tree = checkpoint_tree(model, optimizer, iteration, extra)
-    for name in ("model", "optimizer"):
-        tree[name] = parts_of(tree[name], name)
-    node, tensors = pack(tree, to_host)
-    return Parts(json.dumps(node), tensors, wholes)
+    tree = collect_state(model, optimizer, iteration, extra)
+    for key in ("model", "optimizer"):
+        tree[key] = local_shards(tree[key], key)
+    document, tensors = flatten_tree(tree, to_host)
+    return StagedShards(json.dumps(document), tensors, dtensors)
 
 
-def write_parts(parts: Parts, path: str | os.PathLike, world: World) -> None:
-    """Write a checkpoint's folder together with all other processes; what stood there is replaced.
+def write_shards(staged: StagedShards, path: str | os.PathLike, world: World) -> None:
+    """Write a checkpoint folder together with all other ranks; an existing checkpoint at `path` is replaced.
 
     Raises:
-        OSError: a disk is full, or fails otherwise, in any of the processes; nothing is left behind.
+        OSError: a disk is full, or fails otherwise, on any rank; nothing is left behind.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.tmp")
     try:
-        _together(world, lambda: _make_anew(temporary) if world.is_first else None)
-        _write_tensors(parts, temporary, world)
-        files: dict[str, str] = {}
-        for some in _together(world, lambda: _finish_files(temporary, world.rank)):
-            files |= some
-        _together(world, lambda: _complete(parts.document, files, temporary, target) if world.is_first else None)
+        _on_all_ranks(world, lambda: _make_empty_folder(temporary) if world.is_rank_0 else None)
+        _write_tensors(staged, temporary, world)
+        digests: dict[str, str] = {}
+        for rank_digests in _on_all_ranks(world, lambda: _sync_files(temporary, world.rank)):
+            digests |= rank_digests
+        _on_all_ranks(world, lambda: _commit(staged.document, digests, temporary, target) if world.is_rank_0 else None)
     except BaseException:
-        if world.is_first:
+        if world.is_rank_0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _write_tensors(parts: Parts, folder: Path, world: World) -> None:
+def _write_tensors(staged: StagedShards, folder: Path, world: World) -> None:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.tensor import DTensor
 
     state: dict[str, Tensor] = {}
-    for name, tensor in parts.tensors.items():
-        whole: Any = parts.wholes.get(name)
+    for name, tensor in staged.tensors.items():
+        dtensor: Any = staged.dtensors.get(name)
         state[name] = tensor
-        if whole is not None:
-            shape = {"shape": whole.shape, "stride": whole.stride()}
-            state[name] = DTensor.from_local(tensor, world.host_mesh, whole.placements, run_check=False, **shape)
-    writer = dcp.HuggingFaceStorageWriter(str(folder), _files_of(parts.tensors), save_distributed=True)
+        if dtensor is not None:
+            shape = {"shape": dtensor.shape, "stride": dtensor.stride()}
+            state[name] = DTensor.from_local(tensor, world.cpu_mesh, dtensor.placements, run_check=False, **shape)
+    writer = dcp.HuggingFaceStorageWriter(str(folder), _file_numbers(staged.tensors), save_distributed=True)
     try:
-        dcp.save(state, storage_writer=writer, process_group=world.saving_group)
+        dcp.save(state, storage_writer=writer, process_group=world.checkpoint_group)
     except dcp.CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
         if isinstance(cause, OSError):
@@ -111,114 +129,116 @@ def _write_tensors(parts: Parts, folder: Path, world: World) -> None:
         raise
 
 
-def _files_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The number of the file, from 1, into which each tensor goes."""
+def _file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The number of the file, from 1, into which each tensor is written."""
     numbers, number, size_bytes = {}, 1, 0
     for name, tensor in tensors.items():
-        if size_bytes and size_bytes + tensor.nbytes > _FILE_BYTES:
+        if size_bytes and size_bytes + tensor.nbytes > _MAX_FILE_BYTES:
             number, size_bytes = number + 1, 0
         numbers[name] = number
         size_bytes += tensor.nbytes
     return numbers
 
 
-def _make_anew(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+def _make_empty_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # left behind by a killed process
     folder.mkdir()
 
 
-def _finish_files(folder: Path, rank: int) -> dict[str, str]:
-    """Force this process's files to the disk; return their checksums."""
+def _sync_files(folder: Path, rank: int) -> dict[str, str]:
+    """Force this rank's shard files to the disk; return their checksums by name."""
     digests = {}
     for path in sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors")):
         sync_file(path)
-        digests[path.name] = _digest(path)
+        digests[path.name] = sha256_of_file(path)
     return digests
 
 
-def _complete(document: str, files: dict[str, str], temporary: Path, target: Path) -> None:
-    """Write the document, which says that all is there, and give the folder its name."""
-    content = {"version": _VERSION, "checkpoint": document, "files": files}
-    content["sha256"] = _digest_of_content(content)
-    (temporary / DOCUMENT_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    sync_file(temporary / DOCUMENT_NAME)
+def _commit(document: str, digests: dict[str, str], temporary: Path, target: Path) -> None:
+    """Write the metadata file, and rename the folder to its final name."""
+    metadata = {"version": _VERSION, "checkpoint": document, "files": digests}
+    metadata["sha256"] = _metadata_digest(metadata)
+    (temporary / METADATA_NAME).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+    sync_file(temporary / METADATA_NAME)
     sync_folder(temporary)
     remove_checkpoint(target)
     os.rename(temporary, target)
     sync_folder(target.parent)
 
 
-def _together(world: World, work: Callable[[], Any]) -> list[Any]:
-    """Do something in every process, and return what came of it in each; if it failed in one, it fails in all."""
+def _on_all_ranks(world: World, work: Callable[[], Any]) -> list[Any]:
+    """Call a function on every rank and return the results by rank; an OSError on one rank is raised on all."""
     try:
-        mine = {"value": work()}
+        own_outcome = {"value": work()}
     except OSError as error:
-        mine = {"error": (error.errno, f"rank {world.rank}: {error}")}
-    told = world.told_by_all(mine)
-    for outcome in told:
+        own_outcome = {"error": (error.errno, f"rank {world.rank}: {error}")}
+    outcomes = world.all_gather(own_outcome)
+    for outcome in outcomes:
         if "error" in outcome:
             raise OSError(*outcome["error"])
-    return [outcome["value"] for outcome in told]
+    return [outcome["value"] for outcome in outcomes]
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint of either form; whoever is killed in the middle leaves none that looks like one."""
+    """Remove a checkpoint of either form, if it exists.
+
+    A folder is renamed first: if the process is killed meanwhile, the rest does not look like a checkpoint.
+    """
     if path.is_dir():
-        leftover = path.with_name(f".{path.name}.old.tmp")
-        shutil.rmtree(leftover, ignore_errors=True)
-        os.rename(path, leftover)
-        path = leftover
-        shutil.rmtree(path, ignore_errors=True)
+        renamed = path.with_name(f".{path.name}.old.tmp")
+        shutil.rmtree(renamed, ignore_errors=True)
+        os.rename(path, renamed)
+        shutil.rmtree(renamed, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
 
-# --- Reading -----------------------------------------------------------------------------------------------------
+# --- Loading -----------------------------------------------------------------------------------------------------
 
 
-def read_parts(path: str | os.PathLike) -> Checkpoint:
-    """Open a checkpoint's folder and make sure that all is there, unchanged.
+def read_sharded_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """Open a checkpoint folder and verify the checksums of all files.
 
     Returns:
-        What `read_checkpoint` gives of one file. Its tensors are whole, and read when the first of them is used.
+        The same as `read_checkpoint` for one file. The tensors are complete, and read when the first of them is used.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is no whole checkpoint.
+        FileNotFoundError: the folder does not exist.
+        DamagedFileError: the folder is not a complete checkpoint.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no checkpoint folder {str(folder)!r}")
     try:
-        content = json.loads((folder / DOCUMENT_NAME).read_text(encoding="utf-8"))
-        if content["version"] != _VERSION:
-            raise ValueError(f"its version is {content['version']}, this library reads version {_VERSION}")
-        if content["sha256"] != _digest_of_content(content):
-            raise ValueError(f"the contents of {DOCUMENT_NAME} do not match their checksum")
-        for name, digest in content["files"].items():
+        metadata = json.loads((folder / METADATA_NAME).read_text(encoding="utf-8"))
+        if metadata["version"] != _VERSION:
+            raise ValueError(f"its version is {metadata['version']}, this library reads version {_VERSION}")
+        if metadata["sha256"] != _metadata_digest(metadata):
+            raise ValueError(f"the contents of {METADATA_NAME} do not match their checksum")
+        for name, digest in metadata["files"].items():
             if not (folder / name).is_file():
                 raise ValueError(f"{name} is missing")
-            if _digest(folder / name) != digest:
+            if sha256_of_file(folder / name) != digest:
                 raise ValueError(f"the contents of {name} do not match their checksum")
-        document = json.loads(content["checkpoint"])
+        document = json.loads(metadata["checkpoint"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{folder} is not a whole checkpoint ({type(error).__name__}: {error}): it is incomplete or damaged; use "
-            "an earlier checkpoint"
+        raise DamagedFileError(
+            f"{folder} is not a complete checkpoint ({type(error).__name__}: {error}): it is incomplete or damaged; "
+            "use an earlier checkpoint"
         ) from error
-    return Checkpoint(folder, document, _WholeTensors(folder))
+    return Checkpoint(folder, document, _FullTensors(folder))
 
 
-class _WholeTensors(Mapping[str, Tensor]):
-    """All tensors of a folder, put together on the CPU when the first of them is asked for."""
+class _FullTensors(Mapping[str, Tensor]):
+    """The complete tensors of a checkpoint folder, on the CPU; all are read when the first one is requested."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in _sizes(self.folder).items()}
-        _load(tensors, self.folder)
+        tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in _read_shapes(self.folder).items()}
+        _read_tensors(tensors, self.folder)
         return tensors
 
     def __getitem__(self, name: str) -> Tensor:
@@ -231,78 +251,72 @@ class _WholeTensors(Mapping[str, Tensor]):
         return len(self.tensors)
 
 
-def restore_parts(
-    checkpoint: Checkpoint, model: torch.nn.Module, optimizer: torch.optim.Optimizer, world: World
-) -> int:
-    """Put a checkpoint of either form into a sharded model and its optimizer; each process reads its own part.
+def load_sharded_state(checkpoint: Checkpoint, model: Module, optimizer: Optimizer, world: World) -> int:
+    """Load a checkpoint of either form into a sharded model and its optimizer; each rank reads its own shards.
 
     Returns:
-        The iteration that was saved.
+        The saved iteration.
 
     Raises:
-        ValueError: the checkpoint does not fit; the first difference is named, and nothing has changed.
+        InvalidInputError: the checkpoint does not fit; the message names the first difference, and nothing has changed.
     """
     document, folder = checkpoint.document, Path(str(checkpoint.src))
     if folder.is_dir():
-        sizes = _sizes(folder)
+        shapes = _read_shapes(folder)
     else:
-        sizes = {name: (tensor.shape, tensor.dtype) for name, tensor in checkpoint.tensors.items()}
-    # What was saved, without its numbers, is enough to see whether it fits.
-    shapes = {name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in sizes.items()}
-    check_model(model, unpack(document["model"], shapes))
-    own, targets = model.state_dict(), {}
-    for key, name in stored_names(document["model"]).items():
-        targets.setdefault(name, own[key])
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in checkpoint.tensors.items()}
+    # Shapes and dtypes are enough for the check.
+    meta_tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
+    description = checkpoint._replace(tensors=meta_tensors)
+    check_model_state(model, description.entry("model"))
+    check_optimizer_state(optimizer, description.entry("optimizer"))
+    own_state, targets = model.state_dict(), {}
+    for key, name in tensor_names(document["model"]).items():
+        targets.setdefault(name, own_state[key])
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for name, (size, dtype) in sizes.items():
+    for name, (shape, dtype) in shapes.items():
         match name.split("."):
-            case ["optimizer", "state", number, _] if size == parameters[int(number)].shape:
+            case ["optimizer", "state", number, _] if shape == parameters[int(number)].shape:
                 targets[name] = torch.zeros_like(parameters[int(number)], dtype=dtype, requires_grad=False)
             case ["model", *_]:
                 pass
             case _:
-                targets[name] = torch.empty(size, dtype=dtype)
+                targets[name] = torch.empty(shape, dtype=dtype)
     if folder.is_dir():
-        _load(targets, folder)
+        _read_tensors(targets, folder)
     else:
         for name, target in targets.items():
-            _own_part(checkpoint.tensors[name], target, world)
-    saved_optimizer = unpack(document["optimizer"], targets)
-    check_optimizer(optimizer, saved_optimizer)
-    load_optimizer(optimizer, saved_optimizer)
+            _copy_local_shard(checkpoint.tensors[name], target, world)
+    load_optimizer_state(optimizer, checkpoint._replace(tensors=targets).entry("optimizer"))
     return document["iteration"]
 
 
 @torch.no_grad()
-def _own_part(whole: Tensor, target: Tensor, world: World) -> None:
-    part = local_part(target)
-    if part is target:
-        part.copy_(whole)
-    elif part.numel():
-        part.copy_(whole.chunk(world.size)[world.rank])
+def _copy_local_shard(full: Tensor, target: Tensor, world: World) -> None:
+    shard = local_shard(target)
+    if shard is target:
+        shard.copy_(full)
+    elif shard.numel():
+        shard.copy_(full.chunk(world.size)[world.rank])
 
 
-def _sizes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+def _read_shapes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """The shapes and dtypes of the complete tensors in a checkpoint folder."""
     import torch.distributed.checkpoint as dcp
 
-    described = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {name: (tensor.size, tensor.properties.dtype) for name, tensor in described.items()}  # ty: ignore
+    metadata = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: (tensor.size, tensor.properties.dtype) for name, tensor in metadata.items()}  # ty: ignore
 
 
-def _load(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Fill tensors in place; of those that are sharded, what lies in this process."""
+def _read_tensors(targets: dict[str, Tensor], folder: Path) -> None:
+    """Fill tensors in place from a checkpoint folder; of a DTensor, only the shard of this rank."""
     import torch.distributed.checkpoint as dcp
 
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each process reads for itself
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads on its own
+        dcp.load(targets, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest_of_content(content: dict[str, Any]) -> str:
-    rest = {key: value for key, value in content.items() if key != "sha256"}
+def _metadata_digest(metadata: dict[str, Any]) -> str:
+    rest = {key: value for key, value in metadata.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
