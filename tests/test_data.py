@@ -1,4 +1,4 @@
-"""Batches: the right rows, every start equally often, and the same again for the same seed and step."""
+"""Batches: the right tokens, all starts equally likely, and the same batch for the same seed and step."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from basic.training import batches
+from basic.common.errors import InvalidConfigError, InvalidInputError, WrongTokenizerError
 from basic.training.batches import BatchSampler, check_token_ids, document_starts, to_device
 
 from .adapters import run_get_batch
@@ -14,7 +14,7 @@ from .adapters import run_get_batch
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int32, np.int64, np.uint8])
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_rows_and_the_rows_one_later(tmp_path, dtype, on_disk):
+def test_targets_are_the_inputs_shifted_by_one(tmp_path, dtype, on_disk):
     tokens = (np.arange(100) * 7 % 101).astype(dtype)
     if on_disk:
         tokens.tofile(tmp_path / "tokens")
@@ -24,17 +24,17 @@ def test_rows_and_the_rows_one_later(tmp_path, dtype, on_disk):
         assert (batch.dtype, batch.shape, batch.device.type) == (torch.int64, (32, 8), "cpu")
         assert batch.is_contiguous()
     assert torch.equal(x[:, 1:], y[:, :-1])
-    # Neighbours differ by 7 modulo 101, so a row of other tokens than neighbours would show.
+    # Consecutive tokens differ by 7 modulo 101.
     assert ((y - x) % 101 == 7).all()
     y += 1
     assert torch.equal(x[:, 1:], y[:, :-1] - 1)
 
 
 def test_every_start_is_equally_likely():
-    """Starts 0 .. 90 - 7 - 1, each expected in 1 of 83 rows.
+    """Starts 0 .. 90 - 7 - 1, each expected in 1 of 83 sequences.
 
-    The number of times that a start comes up in n = 83,000 rows is binomial with mean 1000 and standard deviation
-    below sqrt(1000) < 32. Five of these happen by chance to one of 83 starts in fewer than 1 of 20,000 trials.
+    The count of a start in 83,000 sequences is binomial with mean 1000 and a standard deviation below sqrt(1000) < 32.
+    By chance, one of 83 starts deviates by five standard deviations in fewer than 1 of 20,000 trials.
     """
     torch.manual_seed(0)
     counts = np.zeros(90, int)
@@ -46,26 +46,26 @@ def test_every_start_is_equally_likely():
 
 
 def test_low_starts_are_not_favoured():
-    """Few random bits and a remainder would give the lower half of these starts 51.5 % of the rows.
+    """The remainder of a 32-bit number would give the lower half of these starts 51.5 % of the sequences.
 
-    0.5 % are ten standard deviations of the share of one half among 1,000,000 rows. The tokens are an array of
-    one zero, seen at every place, that notes where it is looked at.
+    0.5 % is ten standard deviations of the fraction of one half among 1,000,000 sequences. The tokens are an array of
+    zeros, without memory of its own, that records the indices at which it is read.
     """
 
-    class Notebook(np.ndarray):
-        def __getitem__(self, places):
-            starts.append(places[:, 0])
-            return np.zeros(places.shape, np.uint16)
+    class RecordingArray(np.ndarray):
+        def __getitem__(self, indices):
+            starts.append(indices[:, 0])
+            return np.zeros(indices.shape, np.uint16)
 
     starts = []
     num_starts = int(2**32 / 16.5)
-    tokens = np.broadcast_to(np.zeros(1, np.uint16), num_starts + 1).view(Notebook)
+    tokens = np.broadcast_to(np.zeros(1, np.uint16), num_starts + 1).view(RecordingArray)
     torch.manual_seed(0)
     run_get_batch(tokens, 1_000_000, 1, "cpu")
     assert abs((starts[0] < num_starts // 2).mean() - 0.5) < 0.005
 
 
-def test_drawn_afresh_and_repeated_by_torchs_seed():
+def test_batches_differ_and_torchs_seed_repeats_them():
     def draw():
         return run_get_batch(np.arange(10_000), 16, 4, "cpu")[0]
 
@@ -84,21 +84,21 @@ def test_the_shortest_dataset():
 
 @pytest.mark.parametrize("length", [0, 1, 5])
 def test_a_dataset_shorter_than_the_context(length):
-    with pytest.raises(ValueError, match=rf"has {length} tokens, but context_length=5 needs at least 6"):
+    with pytest.raises(InvalidInputError, match=rf"has {length} tokens, but context_length=5 needs at least 6"):
         run_get_batch(np.arange(length), 3, 5, "cpu")
-    with pytest.raises(ValueError, match=rf"has {length} tokens, but context_length=5 needs at least 6"):
+    with pytest.raises(InvalidInputError, match=rf"has {length} tokens, but context_length=5 needs at least 6"):
         BatchSampler(np.arange(length), 3, 5, seed=0)
 
 
 @pytest.mark.parametrize("tokens", [np.zeros((9, 9), int), np.zeros(9), np.zeros(9, bool), np.int64(3)])
-def test_what_is_no_row_of_integers(tokens):
-    with pytest.raises(ValueError, match="tokens must be a one-dimensional array of integers"):
+def test_tokens_must_be_one_dimensional_integers(tokens):
+    with pytest.raises(InvalidInputError, match="tokens must be a one-dimensional array of integers"):
         run_get_batch(np.asarray(tokens), 3, 5, "cpu")
 
 
 @pytest.mark.parametrize(("batch_size", "context_length"), [(0, 5), (5, 0), (-1, 5)])
 def test_sizes_below_one(batch_size, context_length):
-    with pytest.raises(ValueError, match="must be at least 1"):
+    with pytest.raises(InvalidConfigError, match="must be at least 1"):
         run_get_batch(np.arange(9), batch_size, context_length, "cpu")
 
 
@@ -123,12 +123,12 @@ def test_batches_on_a_gpu():
 
 
 def first_tokens(sampler, steps):
-    """The starts of the rows of some steps, of a sampler over 0, 1, 2, ..."""
+    """The starts of some steps' sequences, from a sampler over the tokens 0, 1, 2, ..."""
     return [sampler.batch(step)[0][:, 0].tolist() for step in steps]
 
 
-def end_to_end(steps):
-    return [row for rows in steps for row in rows]
+def concatenate(steps):
+    return [start for starts in steps for start in starts]
 
 
 @pytest.mark.parametrize("starts", [None, np.arange(0, 900, 7)])
@@ -138,15 +138,15 @@ def test_a_batch_is_a_function_of_seed_and_step(starts):
 
     in_order = first_tokens(make(), range(60))
     sampler = make()
-    np.random.seed(1)  # the global states have no part in it
+    np.random.seed(1)  # the global random states have no effect
     torch.manual_seed(1)
     for step in (59, 3, 31, 3, 0, 58):
         assert first_tokens(sampler, [step]) == [in_order[step]]
-    assert len({tuple(rows) for rows in in_order}) == 60
+    assert len({tuple(starts) for starts in in_order}) == 60
     assert first_tokens(make(seed=6), range(60)) != in_order
 
 
-def test_rows_of_the_sampler():
+def test_sequences_of_the_sampler():
     x, y = BatchSampler(np.arange(1000, dtype=np.uint16), 8, 16, seed=0).batch(0)
     assert x.dtype == y.dtype == torch.int64
     assert x.shape == y.shape == (8, 16)
@@ -156,7 +156,7 @@ def test_rows_of_the_sampler():
 
 def test_random_windows_reach_both_ends():
     sampler = BatchSampler(np.arange(20), 64, 16, seed=0)
-    assert set(end_to_end(first_tokens(sampler, range(4)))) == {0, 1, 2, 3}
+    assert set(concatenate(first_tokens(sampler, range(4)))) == {0, 1, 2, 3}
 
 
 @given(
@@ -166,17 +166,17 @@ def test_random_windows_reach_both_ends():
     seed=st.integers(0, 2**40),
 )
 def test_every_start_once_an_epoch(num_starts, batch_size, first_step, seed):
-    """Laid end to end, the rows are epochs of a shuffle each, also where a batch spans several."""
+    """The concatenated batches are permutations of the starts, also if a batch spans several epochs."""
     starts = np.arange(num_starts) * 3 + 1
     sampler = BatchSampler(np.arange(100), batch_size, 8, seed=seed, starts=starts)
     steps = range(first_step, first_step + 2 * num_starts // batch_size + 3)
-    rows = end_to_end(first_tokens(sampler, steps))
-    to_boundary = -(first_step * batch_size) % num_starts
-    for begin in range(to_boundary, len(rows) - num_starts + 1, num_starts):
-        assert sorted(rows[begin : begin + num_starts]) == starts.tolist()
-    # However it is asked, the same rows come.
+    drawn = concatenate(first_tokens(sampler, steps))
+    first_epoch = -(first_step * batch_size) % num_starts
+    for epoch in range(first_epoch, len(drawn) - num_starts + 1, num_starts):
+        assert sorted(drawn[epoch : epoch + num_starts]) == starts.tolist()
+    # The order in which the steps are asked for has no effect.
     again = BatchSampler(np.arange(100), batch_size, 8, seed=seed, starts=starts)
-    assert end_to_end(reversed(first_tokens(again, reversed(steps)))) == rows
+    assert concatenate(reversed(first_tokens(again, reversed(steps)))) == drawn
 
 
 def test_epochs_differ_in_order():
@@ -185,11 +185,11 @@ def test_epochs_differ_in_order():
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-def test_orders_of_past_epochs_are_not_kept():
+def test_past_epochs_are_not_kept_in_memory():
     sampler = BatchSampler(np.arange(100), 7, 8, seed=0, starts=np.arange(10))
     for step in range(100):
         sampler.batch(step)
-    assert len(sampler._orders) <= 2
+    assert len(sampler._shuffled_starts) <= 2
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_orders_of_past_epochs_are_not_kept():
         (np.zeros((2, 2), int), r"shape \(2, 2\)"),
     ],
 )
-def test_starts_without_room_for_a_row(starts, message):
+def test_invalid_starts(starts, message):
     with pytest.raises(ValueError, match=message):
         BatchSampler(np.arange(100), 4, 16, seed=0, starts=starts)
 
@@ -213,7 +213,7 @@ def test_the_last_possible_start():
 
 
 def test_negative_seeds_and_steps():
-    with pytest.raises(ValueError, match="seed=-1 must not be negative"):
+    with pytest.raises(InvalidConfigError, match="seed=-1 must not be negative"):
         BatchSampler(np.arange(100), 4, 16, seed=-1)
     with pytest.raises(ValueError, match="step=-1 must not be negative"):
         BatchSampler(np.arange(100), 4, 16, seed=0).batch(-1)
@@ -223,16 +223,16 @@ def test_negative_seeds_and_steps():
 
 
 @pytest.fixture(params=[1, 3, 1 << 22])
-def scan_tokens(request, monkeypatch):
-    """Files are scanned in pieces; the results must not depend on where they are cut."""
-    monkeypatch.setattr(batches, "_SCAN_TOKENS", request.param)
+def chunk_tokens(request) -> int:
+    """Tokens are scanned in chunks, whose size must not change the result."""
+    return request.param
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int64])
 @pytest.mark.parametrize(("context_length", "expected"), [(1, [0, 3, 4, 7]), (2, [0, 3, 4]), (5, [0, 3]), (8, [0])])
-def test_rows_begin_at_the_separator(scan_tokens, dtype, context_length, expected):
+def test_document_starts_are_separators(chunk_tokens, dtype, context_length, expected):
     tokens = np.array([9, 1, 2, 9, 9, 3, 4, 9, 5], dtype)
-    starts = document_starts(tokens, 9, context_length)
+    starts = document_starts(tokens, 9, context_length, chunk_tokens=chunk_tokens)
     assert starts.dtype == np.int64
     assert starts.tolist() == expected
     x, y = BatchSampler(tokens, len(starts), context_length, seed=0, starts=starts).batch(0)
@@ -241,10 +241,11 @@ def test_rows_begin_at_the_separator(scan_tokens, dtype, context_length, expecte
 
 
 @pytest.mark.parametrize(("separator_id", "context_length"), [(8, 2), (9, 9), (9, 100), (70_000, 2), (-1, 2)])
-def test_no_document_to_begin_at(scan_tokens, separator_id, context_length):
+def test_no_document_start(chunk_tokens, separator_id, context_length):
     tokens = np.array([9, 1, 2, 9, 9, 3, 4, 9, 5], np.uint16)
-    with pytest.raises(ValueError, match=rf"token {separator_id} does not occur in the 9 tokens with {context_length}"):
-        document_starts(tokens, separator_id, context_length)
+    message = rf"token {separator_id} does not occur in the 9 tokens with {context_length}"
+    with pytest.raises(InvalidInputError, match=message):
+        document_starts(tokens, separator_id, context_length, chunk_tokens=chunk_tokens)
 
 
 @pytest.mark.parametrize(
@@ -255,11 +256,11 @@ def test_no_document_to_begin_at(scan_tokens, separator_id, context_length):
         (np.array([5, -2, 7, -2]), "token id -2 at position 1"),
     ],
 )
-def test_ids_beyond_the_vocabulary(scan_tokens, tokens, message):
-    with pytest.raises(ValueError, match=message):
-        check_token_ids(tokens, 300)
+def test_ids_outside_the_vocabulary(chunk_tokens, tokens, message):
+    with pytest.raises(WrongTokenizerError, match=message):
+        check_token_ids(tokens, 300, chunk_tokens=chunk_tokens)
 
 
 @pytest.mark.parametrize("tokens", [np.array([0, 299], np.uint16), np.array([], np.uint16), np.array([299, 0])])
-def test_ids_within_the_vocabulary(scan_tokens, tokens):
-    check_token_ids(tokens, 300)
+def test_ids_within_the_vocabulary(chunk_tokens, tokens):
+    check_token_ids(tokens, 300, chunk_tokens=chunk_tokens)

@@ -57,7 +57,7 @@ def get_batch(
 
 
 def to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
-    """Copy a CPU tensor to a device; the copy to a GPU is asynchronous, so computation goes on during it.
+    """Copy a CPU tensor to a device; the copy to a GPU is asynchronous, so computation continues during it.
 
     An unusable device raises torch's own error.
     """

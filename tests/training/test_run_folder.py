@@ -1,12 +1,14 @@
-"""What a run's folder gives back, and what is said when it cannot."""
+"""Loading a run folder, and the errors if that is not possible."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from basic.common.config_files import save_config
+from basic.common.errors import InvalidConfigError, InvalidInputError, NotARunError
 from basic.model import ModelConfig, TransformerLM
 from basic.training.checkpoints.file import save_checkpoint
 from basic.training.devices import choose_device
@@ -23,7 +25,7 @@ CONFIG = RunConfig(
 
 @pytest.fixture
 def run_dir(tmp_path) -> Path:
-    """A run with three checkpoints, the last of which holds the model of seed 3."""
+    """A run with three checkpoints, the newest with the model of seed 3."""
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
     save_config(CONFIG, folder / "config.toml")
@@ -37,7 +39,7 @@ def newest(run_dir: Path) -> Path:
     return run_dir / "checkpoints" / "step_00000100.safetensors"
 
 
-def test_load_run_gives_the_newest_model_its_configuration_and_step(run_dir):
+def test_load_run_returns_the_newest_model_its_configuration_and_step(run_dir):
     run = load_run(str(run_dir), device="cpu")
     torch.manual_seed(3)
     expected = TransformerLM(CONFIG.model)
@@ -50,41 +52,43 @@ def test_load_run_gives_the_newest_model_its_configuration_and_step(run_dir):
     assert all(torch.equal(run.model.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
 
 
-def test_load_run_tells_where_the_tokenizer_is(run_dir):
+def test_load_run_returns_the_path_of_the_tokenizer(run_dir):
     (run_dir / "tokenizer").mkdir()
     assert load_run(run_dir).tokenizer_path == run_dir / "tokenizer"
 
 
-def test_a_run_that_was_moved_loads(run_dir, tmp_path):
+def test_a_moved_run_loads(run_dir, tmp_path):
     run_dir.rename(tmp_path / "elsewhere")
     assert load_run(tmp_path / "elsewhere").step == 100
 
 
 @pytest.mark.parametrize("missing", ["folder", "configuration"])
-def test_a_folder_that_is_no_run(run_dir, missing):
+def test_a_folder_that_is_not_a_run(run_dir, missing):
     (run_dir / "config.toml").unlink()
     path = run_dir / "nowhere" if missing == "folder" else run_dir
-    with pytest.raises(FileNotFoundError, match=re.escape(f"{path} is not a run: it has no config.toml")):
+    with pytest.raises(NotARunError, match=re.escape(f"{path} is not a run: it has no config.toml")):
         load_run(path)
 
 
 def test_a_run_without_a_checkpoint(run_dir):
     for path in (run_dir / "checkpoints").iterdir():
         path.unlink()
-    with pytest.raises(FileNotFoundError, match="checkpoints has no checkpoint"):
+    with pytest.raises(NotARunError, match="checkpoints has no checkpoint"):
         load_run(run_dir)
 
 
 def test_a_configuration_with_an_unknown_key(run_dir):
     text = (run_dir / "config.toml").read_text()
     (run_dir / "config.toml").write_text(text.replace("d_model", "d_mdoel"))
-    with pytest.raises(ValueError, match=r"config\.toml: unknown key 'model\.d_mdoel'; the keys here are vocab_size, "):
+    with pytest.raises(
+        InvalidConfigError, match=r"config\.toml: unknown key 'model\.d_mdoel'; the keys here are vocab_size, "
+    ):
         load_run(run_dir)
 
 
-@pytest.mark.parametrize("kept", [0, 7, 100, -1])
-def test_a_truncated_checkpoint_is_named_and_the_one_before_is_taken(run_dir, kept):
-    newest(run_dir).write_bytes(newest(run_dir).read_bytes()[:kept])
+@pytest.mark.parametrize("num_bytes", [0, 7, 100, -1])
+def test_a_truncated_checkpoint_is_named_and_the_previous_one_is_loaded(run_dir, num_bytes):
+    newest(run_dir).write_bytes(newest(run_dir).read_bytes()[:num_bytes])
     with pytest.warns(UserWarning, match=r"step_00000100\.safetensors is not a complete checkpoint"):
         assert load_run(run_dir).step == 80
 
@@ -98,11 +102,11 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_is_taken(run_dir, ke
         ('norm = "post"', 'norm = "none"', "layers.0.ln1.weight", ["(16,)"]),
     ],
 )
-def test_a_model_that_does_not_fit_is_told_by_its_first_differing_key_and_both_shapes(run_dir, old, new, key, shapes):
+def test_a_checkpoint_that_does_not_fit_is_an_error_with_key_and_shapes(run_dir, old, new, key, shapes):
     text = (run_dir / "config.toml").read_text()
     assert text.count(old) == 1
     (run_dir / "config.toml").write_text(text.replace(old, new))
-    with pytest.raises(ValueError, match=r"does not fit the model.*" + re.escape(repr(key))) as caught:
+    with pytest.raises(InvalidInputError, match=r"does not fit the model.*" + re.escape(repr(key))) as caught:
         load_run(run_dir)
     assert all(shape in str(caught.value) for shape in shapes)
 
@@ -111,13 +115,21 @@ def test_devices_by_name():
     assert choose_device("cpu") == torch.device("cpu")
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     assert choose_device("auto").type == best
-    with pytest.raises(ValueError, match=r"device 'abacus' cannot be used here \(.*\); use cpu or auto"):
+    with pytest.raises(InvalidConfigError, match=r"device 'abacus' cannot be used here \(.*\); use cpu or auto"):
         choose_device("abacus")
-    with pytest.raises(ValueError, match="device 'cuda:99' cannot be used here"):
+    with pytest.raises(InvalidConfigError, match="device 'cuda:99' cannot be used here"):
         choose_device("cuda:99")
 
 
-def test_metrics_without_a_line_that_was_cut_off(tmp_path):
+def test_prompts_start_with_the_separator_only_if_all_training_sequences_did(run_dir):
+    run = load_run(run_dir)
+    assert run.with_document_start("Once") == "Once"
+    documents = run._replace(config=replace(CONFIG, train=replace(CONFIG.train, rows="documents")))
+    assert documents.with_document_start("Once") == "<|endoftext|>Once"
+    assert documents.with_document_start("<|endoftext|>Once") == "<|endoftext|>Once"
+
+
+def test_incomplete_lines_of_the_metrics_are_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "train_loss": 2.5}\n{"step": 2, "train_loss": 2.25}\n{"step": 3, "tra')
     assert read_metrics(path) == [{"step": 1, "train_loss": 2.5}, {"step": 2, "train_loss": 2.25}]

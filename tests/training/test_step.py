@@ -1,4 +1,4 @@
-"""One optimizer step against the plain one: forward, backward, clip, AdamW."""
+"""One optimizer step, compared with the plain one: forward, backward, clip, AdamW."""
 
 import copy
 from typing import Any
@@ -15,9 +15,16 @@ from basic.training.step import TrainStep, compile_segments, model_segments
 SIZES: dict[str, Any] = {"vocab_size": 30, "context_length": 12, "d_model": 16, "num_layers": 3, "num_heads": 4}
 
 
+class SilentWorld(World):
+    """A world without communication."""
+
+    def broadcast_weights(self, model):
+        pass
+
+
 def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     ids = torch.randint(30, (count, 4, 13))
-    return [(rows[:, :-1], rows[:, 1:]) for rows in ids]
+    return [(sequences[:, :-1], sequences[:, 1:]) for sequences in ids]
 
 
 @pytest.mark.parametrize(
@@ -32,8 +39,8 @@ def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     ids=str,
 )
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
-def test_a_step_is_the_plain_one(shape, precision):
-    """Also where it computes with copies of the matrices, and their gradients, in half precision."""
+def test_a_step_equals_the_plain_one(shape, precision):
+    """Also with bfloat16 copies of the matrices, and bfloat16 gradients."""
     torch.manual_seed(0)
     model = TransformerLM(ModelConfig(**SIZES, **shape))
     model.activation_dtype = precision
@@ -55,13 +62,13 @@ def test_a_step_is_the_plain_one(shape, precision):
         plain_optimizer.step()
         assert loss == expected
         torch.testing.assert_close(norm, expected_norm, rtol=1e-6, atol=0)
-        for (name, own), other in zip(model.named_parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(own, other, rtol=1e-6, atol=1e-7, msg=name)
-        assert step.loss_fn(*batch) == model.loss(*batch)  # the copies have followed
+        for (name, parameter), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(parameter, other, rtol=1e-6, atol=1e-7, msg=name)
+        assert step.loss_fn(*batch) == model.loss(*batch)  # the copies are updated too
         plain.load_state_dict(model.state_dict())
 
 
-def test_gradients_of_several_parts_are_added_up_in_full_precision():
+def test_gradients_of_micro_batches_are_summed_in_float32():
     torch.manual_seed(0)
     model = TransformerLM(ModelConfig(**SIZES))
     model.activation_dtype = torch.bfloat16
@@ -73,28 +80,27 @@ def test_gradients_of_several_parts_are_added_up_in_full_precision():
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1, 2])
-def test_compiling_leaves_the_callers_model_alone(monkeypatch, precision, size):
+def test_compiling_leaves_the_original_model_unchanged(monkeypatch, precision, size):
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    monkeypatch.setattr(World, "broadcast_weights", lambda world, model: None)
     model = TransformerLM(ModelConfig(**SIZES))
     model.activation_dtype = precision
     settings = TrainConfig(steps=1, batch_size=4, compile=True)
     names = set(model.state_dict())
-    TrainStep(model, make_optimizer(model, settings), settings, torch.device("cpu"), World(0, size))
+    TrainStep(model, make_optimizer(model, settings), settings, torch.device("cpu"), SilentWorld(0, size))
     assert set(model.state_dict()) == names
     assert not any("forward" in vars(module) for module in model.modules())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_pieces_are_the_whole_model(monkeypatch):
-    """What travels piece by piece: every parameter is in one of them, also when the blocks do not come out even."""
+def test_segments_contain_all_parameters_and_compute_the_same(monkeypatch):
+    """Also if the number of blocks per segment does not divide the number of blocks."""
     monkeypatch.setattr(torch, "compile", lambda function: function)
     torch.manual_seed(0)
     model = TransformerLM(ModelConfig(**SIZES))
-    pieces = copy.deepcopy(model)
+    compiled = copy.deepcopy(model)
     batch = batches(1)[0]
-    compile_segments(pieces)
-    found = model_segments(pieces)
-    assert [len(list(piece.parameters())) for piece in found] == [1, 18, 9, 30]
-    assert found[-1] is pieces
-    assert pieces.loss(*batch) == model.loss(*batch)
+    compile_segments(compiled)
+    segments = model_segments(compiled)
+    assert [len(list(segment.parameters())) for segment in segments] == [1, 18, 9, 30]
+    assert segments[-1] is compiled
+    assert compiled.loss(*batch) == model.loss(*batch)
