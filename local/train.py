@@ -19,7 +19,7 @@ import tyro
 from basic.common import command_line
 from basic.common.config_files import load_config
 from basic.common.errors import InvalidConfigError, InvalidInputError
-from basic.training.parallel.world import World
+from basic.training.parallel.world import World, join_world
 from basic.training.run_folder import load_run_config
 from basic.training.settings import RunConfig
 
@@ -87,8 +87,16 @@ def start(options: Options, world: World) -> None:
         open_tokens(path, dtype=data.dtype or None, verify=options.verify, made_by=made_by)
         for path in (data.train_tokens, data.valid_tokens)
     ]
-    how = {"resume": options.resume is not None, "overwrite": options.overwrite, "progress": True}
-    run = train(options.run, tokens[0], tokens[1], output, tokenizer=tokenizer, world=world, **how)
+    run = train(
+        options.run,
+        *tokens,
+        run_dir=output,
+        tokenizer=tokenizer,
+        resume=options.resume is not None,
+        overwrite=options.overwrite,
+        progress=True,
+        world=world,
+    )
     if world.is_rank_0:
         print(f"trained {run.model.num_parameters:,} parameters for {run.step:,} steps; everything is in {output}")
 

@@ -1,9 +1,10 @@
-"""The whole model with kernels beside the plain one."""
+"""Training steps with kernels, compared with plain operations."""
 
 from __future__ import annotations
 
 import threading
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ def gradients(model: TransformerLM) -> list[torch.Tensor]:
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
-def random_batch(vocab_size: int = 1000, rows: int = 8, seq: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.randint(vocab_size, (rows, seq + 1), device=CUDA)
+def random_batch(vocab_size: int = 1000, batch_size: int = 8, seq: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(vocab_size, (batch_size, seq + 1), device=CUDA)
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
@@ -62,29 +63,27 @@ def random_batch(vocab_size: int = 1000, rows: int = 8, seq: int = 256) -> tuple
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gradients_are_those_of_the_plain_model_in_float32(changes, compiled):
     if compiled and changes and "d_ff" not in changes:
-        pytest.skip("compiling takes time: the two usual shapes stand for all")
+        pytest.skip("compiling takes time, so only the two usual shapes are compiled")
     model = make_model(**changes)
     inputs, targets = random_batch(model.config.vocab_size)
     cross_entropy(model(inputs), targets).backward()
     expected = gradients(model)
     model.zero_grad(set_to_none=True)
     model.activation_dtype = torch.bfloat16
-    assert dispatch.triton_ops is not None
+    assert dispatch.available_on(CUDA)
     (torch.compile(model.loss) if compiled else model.loss)(inputs, targets).backward()
     errors = [
-        ((gradient - wanted).norm() / wanted.norm()).item()
-        for gradient, wanted in zip(gradients(model), expected, strict=True)
+        ((gradient - reference).norm() / reference.norm()).item()
+        for gradient, reference in zip(gradients(model), expected, strict=True)
     ]
     print("median relative error", np.median(errors), "largest", max(errors))
     assert np.median(errors) < 0.02
 
 
-def last_losses(with_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> float:
+def last_losses(with_kernels: bool) -> float:
     tokens = np.frombuffer(TEXT.read_bytes(), dtype=np.uint8).astype(np.uint16)
     model = make_model(vocab_size=256)
     model.activation_dtype = torch.bfloat16
-    if not with_kernels:
-        monkeypatch.setattr(dispatch, "triton_ops", None)
     step = make_step(model, compile=with_kernels, cuda_graph=with_kernels)
     sampler = BatchSampler(tokens, 32, 256, seed=1)
     losses = torch.zeros(300, device=CUDA)
@@ -95,16 +94,18 @@ def last_losses(with_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> float:
     return losses[-50:].mean().item()
 
 
-def test_training_on_real_text_comes_to_the_same_loss_with_and_without_kernels(monkeypatch):
+def test_training_on_real_text_reaches_the_same_loss_with_and_without_kernels():
     if not TEXT.is_file():
         pytest.skip(f"needs ../shared/data/{TEXT.name}, which is not here")
-    with_kernels, without = last_losses(True, monkeypatch), last_losses(False, monkeypatch)
+    with_kernels = last_losses(True)
+    with dispatch.use_operators(None):
+        without = last_losses(False)
     print("mean of the last 50 losses with kernels", with_kernels, "without", without)
-    assert without < 2  # it did learn
+    assert without < 2  # the model has learned
     assert abs(with_kernels - without) < 0.01
 
 
-def test_the_recorded_step_is_the_step():
+def test_a_replayed_cuda_graph_gives_the_result_of_the_step():
     batches = [random_batch() for _ in range(8)]
     results = []
     for cuda_graph in (True, False):
@@ -116,15 +117,15 @@ def test_the_recorded_step_is_the_step():
     np.testing.assert_allclose(results[0], results[1], rtol=2e-3)
 
 
-def test_a_thread_that_sends_batches_does_not_disturb_the_recording():
+def test_a_thread_that_pins_memory_does_not_break_the_capture():
     step, done = make_step(make_model()), threading.Event()
 
-    def send() -> None:
-        pinned = []  # kept, so that each asks the driver for memory of its own
+    def pin_memory() -> None:
+        pinned = []  # kept, so that each call allocates new memory
         while not done.is_set() and len(pinned) < 20_000:
             pinned.append(torch.empty(1 << 14).pin_memory())
 
-    thread = threading.Thread(target=send)
+    thread = threading.Thread(target=pin_memory)
     thread.start()
     try:
         for _ in range(5):
@@ -135,16 +136,16 @@ def test_a_thread_that_sends_batches_does_not_disturb_the_recording():
     assert step.graph is not None
 
 
-@pytest.mark.parametrize("place", ["token_embeddings.weight", "layers.1.attn.k_proj.weight", "lm_head.weight"])
-def test_a_nan_is_found_and_changes_nothing(place):
+@pytest.mark.parametrize("name", ["token_embeddings.weight", "layers.1.attn.k_proj.weight", "lm_head.weight"])
+def test_a_nan_is_detected_and_the_weights_stay(name):
     model = make_model()
     model.activation_dtype = torch.bfloat16
     step = make_step(model)
     for _ in range(5):
         step(random_batch(), 1e-3)
-    weight = model.get_parameter(place)
+    weight = model.get_parameter(name)
     with torch.no_grad():
-        step.copies.get(weight, weight)[3, 4] = torch.nan
+        step.weight_copies.get(weight, weight)[3, 4] = torch.nan
     before = [parameter.detach().clone() for parameter in model.parameters()]
     inputs, targets = random_batch()
     inputs[0, 0] = 3
@@ -155,16 +156,15 @@ def test_a_nan_is_found_and_changes_nothing(place):
 
 
 @pytest.mark.parametrize("reason", ["head size", "no Triton"])
-def test_what_no_kernel_covers_runs_plainly_with_one_warning(reason, monkeypatch):
+def test_without_a_kernel_plain_operations_are_used_with_one_warning(reason):
     dispatch._warn_once.cache_clear()
-    if reason == "no Triton":
-        monkeypatch.setattr(dispatch, "triton_ops", None)
+    without_kernels = dispatch.use_operators(None) if reason == "no Triton" else nullcontext()
     model = make_model(num_heads=4, d_model=96 if reason == "head size" else 64)  # heads of 24 or 16
     model.activation_dtype = torch.bfloat16
-    with warnings.catch_warnings(record=True) as caught:
+    with without_kernels, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
             step = make_step(model, cuda_graph=reason == "head size")
             losses = [step(random_batch(), 1e-3)[0].item() for _ in range(5)]
     assert np.isfinite(losses).all()
-    assert len([one for one in caught if "plain operations" in str(one.message)]) == 1
+    assert len([warning for warning in caught if "plain operations" in str(warning.message)]) == 1
