@@ -1,4 +1,8 @@
-"""The tokenizer: text to ids and back, with the merges that `basic.train_bpe` learned or GPT-2's own."""
+"""The tokenizer: text to ids and back, with the merges that `basic.train_bpe` learns, or those of GPT-2.
+
+The plain path of `Tokenizer.encode` is: split the text (`basic.pretokenization`), then apply the merges to each
+pre-token (`basic.bpe.plain`). Large texts use compiled kernels; `Tokenizer.kernel_encoder` decides.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from basic.bpe import arrays, compiled, loading
-from basic.bpe.plain import PretokenCache
+from basic.bpe import loading
+from basic.bpe.arrays import MAX_VOCAB_SIZE, InvalidByteError
+from basic.bpe.compiled import KernelEncoder
+from basic.bpe.plain import PretokenCache, merge_rules
 from basic.bytes_utils import decode_blocks, invalid_byte_error, load_merges, load_vocab, save_merges, save_vocab
+from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.common.files import atomic_paths, atomic_write, load_json
 from basic.common.progress import default_num_workers
 from basic.pretokenization import (
@@ -28,7 +35,8 @@ from basic.pretokenization import (
     pattern_name,
     pretokenize,
     pretokenize_stream,
-    without_surrogates,
+    replace_surrogates,
+    replace_surrogates_in_stream,
 )
 from basic.tokens.info import token_dtype
 
@@ -36,39 +44,42 @@ _FILES = ("vocab.json", "merges.txt", "special_tokens.json")
 _PATTERN_FILE = "pattern.json"
 _NO_SPECIALS = SpecialTokens(())
 
-# Calling a kernel takes two microseconds: for a word or two the plain path is faster. Where there are no kernels, a
-# text of many characters is streamed, so that there is never a list of all its words.
-_FEW_CHARACTERS, _MANY_CHARACTERS = 6, 1 << 14
+# A kernel call takes two microseconds; up to this length the plain path is faster.
+_MIN_KERNEL_CHARACTERS = 7
+# In the plain path a longer text is streamed, so that the list of all its pre-tokens never exists.
+_MAX_COMPLETE_CHARACTERS = 1 << 14
 
 
 class Tokenizer:
     """Byte-pair encoding over bytes, with special tokens.
 
-    Text is cut at the special tokens, then into pre-tokens; inside each, the merge that comes first in `merges`
-    is applied wherever it can be, until none can.
+    A text is split at its special tokens, then into pre-tokens. In each pre-token, the merge with the lowest rank (the
+    one that comes first in `merges`) is applied at all its positions, until no merge applies.
 
     Args:
-        vocab: id to bytes; any ids, in any order, also with gaps; not changed. Bytes that stand under several
-            ids are encoded as the smallest.
-        merges: pairs of tokens, the earliest first; of equal ones the first counts.
-        special_tokens: strings that become one token each and are never split; of several that begin at the
-            same place the longest. One whose bytes are in the vocabulary has that id; the others get the ids
-            after the largest, in the order given.
-        pattern: finds the pre-tokens: "gpt2", "cl100k", "o200k", or another in the syntax of the `regex` package;
-            GPT-2's by default, for which alone there is a compiled scanner.
-        kernels: whether to use compiled code; by default for large texts, and for all once it is loaded. The ids are
-            the same.
+        vocab: id to bytes; any ids >= 0, with or without gaps; not modified. If several ids have the same bytes, the
+            smallest is used to encode.
+        merges: pairs of tokens, the lowest rank first; of two equal merges the first one counts.
+        special_tokens: strings that become one token each and are never split; if several start at the same position,
+            the longest is used. One whose bytes are in the vocabulary has that id; the others get the ids after the
+            largest, in the order given.
+        pattern: finds the pre-tokens: "gpt2", "cl100k", "o200k", or a regular expression of the `regex` package. The
+            default is GPT-2's; only this pattern has kernels.
+        kernels: True uses the kernels for every text, False never. By default large texts use them, and once they are
+            loaded, all texts. The ids are the same.
 
     Attributes:
         vocab: id to bytes, with the special tokens.
         merges: as given.
+        special_tokens: the special tokens, prepared for the search.
         special_token_ids: special token to id, in the order given.
-        vocab_size: the largest id plus one: the rows that an embedding of these ids needs.
+        compiled_pattern: the pattern, compiled.
+        vocab_size: the largest id plus one, the number of rows that an embedding of these ids needs.
 
     Raises:
-        TypeError: an argument holds something else than is asked for.
-        ValueError: an id is negative, a special token is empty or given twice, or a merge has a part or a
-            result that is not in the vocabulary.
+        TypeError: an argument has the wrong type.
+        InvalidInputError: an id is negative, a special token is empty or given twice, the pattern is invalid, or a
+            merge needs a token that is not in the vocabulary.
     """
 
     def __init__(
@@ -90,9 +101,13 @@ class Tokenizer:
             if not isinstance(token_id, int) or not isinstance(token, bytes):
                 raise TypeError(f"vocab must map ints to bytes, but has {token_id!r}: {token!r}")
             if token_id < 0:
-                raise ValueError(f"vocab has the id {token_id}; ids must be at least 0")
+                raise InvalidInputError(f"vocab has the id {token_id}; ids must be at least 0")
             ids.setdefault(token, token_id)
-        self._words = PretokenCache(ids, self.merges)
+        try:
+            self._rules = merge_rules(ids, self.merges)
+        except ValueError as error:
+            raise InvalidInputError(str(error)) from None
+        self._cache = PretokenCache(self._rules)
         self.special_token_ids: dict[str, int] = {}
         next_id = max(self.vocab, default=-1) + 1
         for special_token in self.special_tokens.tokens:
@@ -103,11 +118,10 @@ class Tokenizer:
                 next_id += 1
             self.special_token_ids[special_token] = ids[token]
         self.vocab_size = max(self.vocab, default=-1) + 1
-        self._kernel_encoder: compiled.KernelEncoder | None = None
+        self._kernel_encoder: KernelEncoder | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # What the kernels remember can be built again, and is of no use to another process.
-        return {**self.__dict__, "_kernel_encoder": None}
+        return {**self.__dict__, "_kernel_encoder": None}  # another process makes its own
 
     def __repr__(self) -> str:
         special = list(self.special_token_ids)
@@ -125,7 +139,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, of all that decides which ids a text gets; equal after saving and loading."""
+        """SHA-256 (hexadecimal) of everything that determines the ids of a text; saving and loading keep it."""
         content = [
             [[token_id, self.vocab[token_id].hex()] for token_id in sorted(self.vocab)],
             [[left.hex(), right.hex()] for left, right in self.merges],
@@ -136,28 +150,26 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def encode(self, text: str, *, specials_as_text: bool = False) -> list[int]:
-        """The ids of a text. Lone surrogates, which have no UTF-8 form, are encoded as U+FFFD.
+        """Encode a text. Lone surrogates, which have no UTF-8 form, are encoded as U+FFFD.
 
         Args:
             text: of any length.
-            specials_as_text: whether special tokens in the text are text like any other.
+            specials_as_text: whether special tokens in the text are ordinary text.
 
         Raises:
             TypeError: `text` is not a string.
-            ValueError: the text needs a byte that the vocabulary lacks.
+            InvalidInputError: a byte of the text has no token.
         """
         length = len(text) if isinstance(text, str) else 0
-        if length > _FEW_CHARACTERS and (encoder := self._encoder_for(length)) is not None:
+        if length >= _MIN_KERNEL_CHARACTERS and (encoder := self.kernel_encoder(length)) is not None:
             data = np.frombuffer(_utf8(text), np.uint8)
             try:
                 return encoder.encode_list(data, specials_as_text)
-            except arrays.InvalidByteError as error:
-                raise invalid_byte_error(
-                    "text", data, error.offset, error.offset, lacks_token=error.lacks_token
-                ) from None
-        if length > _MANY_CHARACTERS or not isinstance(text, str):
+            except InvalidByteError as error:
+                raise _named_error("text", data, error) from None
+        if length > _MAX_COMPLETE_CHARACTERS or not isinstance(text, str):  # encode_stream raises the TypeError
             return list(chain.from_iterable(self.encode_stream([text], specials_as_text=specials_as_text)))
-        return self._encode_whole(text if text.isascii() else "".join(without_surrogates([text])), specials_as_text)
+        return self._encode_complete(replace_surrogates(text), specials_as_text)
 
     def encode_array(
         self,
@@ -167,129 +179,115 @@ class Tokenizer:
         errors: str = "strict",
         specials_as_text: bool = False,
     ) -> np.ndarray:
-        """The ids of a text as an array: much faster than a list.
+        """Encode a text to an array, much faster than to a list.
 
         Args:
             data: the text, or its UTF-8 bytes.
             num_threads: by default one for each processor that this process may use; the result is the same.
-            errors: what to do about bytes that are not UTF-8: "strict" raises, "replace" encodes U+FFFD for them.
-            specials_as_text: whether special tokens in the text are text like any other.
+            errors: "strict" raises; "replace" encodes bytes that are not UTF-8 as U+FFFD.
+            specials_as_text: whether special tokens in the text are ordinary text.
 
         Returns:
-            uint16 where all ids of the vocabulary fit, else uint32.
+            uint16 if all ids of the vocabulary fit, else uint32.
 
         Raises:
-            TypeError: `data` is something else.
-            ValueError: the bytes are not UTF-8, or need a byte that the vocabulary lacks.
+            TypeError: `data` has another type.
+            InvalidInputError: a byte is not UTF-8 or has no token, or an option is invalid.
         """
-        _check_errors(errors)
-        num_threads = _checked_threads(num_threads)
+        check_errors_option(errors)
+        num_threads = resolve_num_threads(num_threads)
         array = np.frombuffer(_utf8(data), np.uint8) if isinstance(data, str) else _readonly_bytes(data)
-        if (encoder := self._encoder_for(len(array))) is None:
+        if (encoder := self.kernel_encoder(len(array))) is None:
             text = decode_blocks([array.tobytes()], "data", errors=errors)
             ids = chain.from_iterable(self.encode_stream(text, specials_as_text=specials_as_text))
             return np.fromiter(ids, token_dtype(max(self.vocab_size, 1)))
         special = self.active_special_tokens(specials_as_text)
         chunks = chunks_of_array(array, special, len(array) // num_threads + 1)
         try:
-            encoded = encoder.encode_chunks(chunks, specials_as_text, num_threads, replace=errors == "replace")
-            parts = [ids for ids, _ in encoded]
-        except arrays.InvalidByteError as error:
-            raise invalid_byte_error("data", array, error.offset, error.offset, lacks_token=error.lacks_token) from None
-        return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.zeros(0, encoder.dtype)])
+            arrays = [ids for ids, _ in encoder.encode_chunks(chunks, specials_as_text, num_threads, errors=errors)]
+        except InvalidByteError as error:
+            raise _named_error("data", array, error) from None
+        return arrays[0] if len(arrays) == 1 else np.concatenate([*arrays, np.zeros(0, encoder.dtype)])
 
     def encode_batch(
         self, texts: Iterable[str], *, num_threads: int | None = None, specials_as_text: bool = False
     ) -> list[list[int]]:
-        """The ids of each text, `encode` of each in turn, in threads where the kernels are used."""
-        texts, num_threads = list(texts), _checked_threads(num_threads)
+        """Encode each of several texts as `encode` does; with kernels, in threads."""
+        texts, num_threads = list(texts), resolve_num_threads(num_threads)
         encode = partial(self.encode, specials_as_text=specials_as_text)
         num_characters = sum(map(len, texts))
-        if self._encoder_for(num_characters) is None or num_threads == 1 or len(texts) < 2:
+        if self.kernel_encoder(num_characters) is None or num_threads == 1 or len(texts) < 2:
             return list(map(encode, texts))
         with ThreadPoolExecutor(num_threads) as executor:
-            # Some pieces a thread: one that has the longest texts is not waited for, nor each text handed over.
+            # Eight groups a thread: large enough to save overhead, small enough to share the work equally.
             size = -(-len(texts) // (8 * num_threads))
-            pieces = [texts[start : start + size] for start in range(0, len(texts), size)]
-            return list(chain.from_iterable(executor.map(lambda piece: list(map(encode, piece)), pieces)))
+            groups = [texts[start : start + size] for start in range(0, len(texts), size)]
+            return list(chain.from_iterable(executor.map(lambda group: list(map(encode, group)), groups)))
 
     def encode_iterable(self, iterable: Iterable[str], *, specials_as_text: bool = False) -> Iterator[int]:
-        """The ids of a text that comes in pieces (the lines of an open file, say), one by one.
+        """Encode a stream of strings (the lines of an open file, for example) lazily.
 
-        They equal the ids of the joined text wherever the pieces are cut. Memory is bounded by the longest
-        piece, the longest pre-token and a cache of fixed size.
+        The ids are those of the joined text, wherever it is divided. Memory is bounded by the longest string, the
+        longest pre-token and a cache of fixed size.
 
         Raises:
-            TypeError: a piece is not a string.
-            ValueError: the text needs a byte that the vocabulary lacks.
+            TypeError: an item is not a string.
+            InvalidInputError: a byte of the text has no token.
         """
         return chain.from_iterable(self.encode_stream(iterable, specials_as_text=specials_as_text))
 
     def encode_stream(self, texts: Iterable[str], *, specials_as_text: bool = False) -> Iterator[list[int]]:
-        """The ids of a text that comes in pieces, some pre-tokens at a time; as `encode_iterable`, without kernels."""
+        """As `encode_iterable`, but yields lists: the ids of some pre-tokens at a time. It never uses kernels."""
         special = self.active_special_tokens(specials_as_text)
-        return self._ids_of(pretokenize_stream(without_surrogates(texts), special, self.compiled_pattern))
+        batches = pretokenize_stream(replace_surrogates_in_stream(texts), special, self.compiled_pattern)
+        return self._encode_batches(batches)
 
-    def encode_chunks(
-        self,
-        chunks: Iterable[arrays.Chunk],
-        *,
-        num_threads: int,
-        errors: str = "strict",
-        specials_as_text: bool = False,
-    ) -> Iterator[tuple[np.ndarray, int]]:
-        """The ids of chunks and the bytes of each, in order, by kernels; where `uses_kernels` only.
-
-        Args:
-            chunks: arrays of bytes that begin and end at safe places (`basic.pretokenization.chunk_ends`).
-
-        Raises:
-            InvalidByteError: a byte is not UTF-8 and errors is "strict", or the vocabulary lacks it; of several the
-                first.
-        """
-        encoder = self._encoder_for(1 << 62)
-        assert encoder is not None, "uses_kernels says when there are any"
-        return encoder.encode_chunks(chunks, specials_as_text, num_threads, replace=errors == "replace")
-
-    def active_special_tokens(self, specials_as_text: bool) -> SpecialTokens:
-        """The special tokens that a text is split at; none where they are text like any other."""
-        return _NO_SPECIALS if specials_as_text else self.special_tokens
-
-    def uses_kernels(self, num_bytes: int, num_mapped_bytes: int = 0) -> bool:
-        """Whether a text of this size is encoded by kernels, which run side by side in threads.
-
-        Args:
-            num_mapped_bytes: address space that reading the text will yet take.
-        """
-        return self._encoder_for(num_bytes, num_mapped_bytes) is not None
-
-    def _encode_whole(self, text: str, specials_as_text: bool) -> list[int]:
-        """The ids of a text without surrogates that is not worth being streamed."""
+    def _encode_complete(self, text: str, specials_as_text: bool) -> list[int]:
+        """Encode a short text without surrogates in the plain path."""
         special = self.active_special_tokens(specials_as_text)
         if self.compiled_pattern is GPT2_PATTERN and not special.pattern.search(text):
-            if (known := self._words.get(text)) is not None:  # a word of this pattern is one too if it stands alone
-                return list(known)
-            return list(chain.from_iterable(map(self._words.__getitem__, GPT2_PATTERN.findall(text))))
-        return list(chain.from_iterable(self._ids_of(pretokenize(text, special, self.compiled_pattern))))
+            # A text that is equal to a pre-token of this pattern is split into this pre-token only.
+            if (ids := self._cache.get(text)) is not None:
+                return list(ids)
+            return self._encode_pretokens(GPT2_PATTERN.findall(text))
+        return list(chain.from_iterable(self._encode_batches(pretokenize(text, special, self.compiled_pattern))))
 
-    def _ids_of(self, batches: Iterable[tuple[list[str], str | None]]) -> Iterator[list[int]]:
+    def _encode_batches(self, batches: Iterable[tuple[list[str], str | None]]) -> Iterator[list[int]]:
         for pretokens, special_token in batches:
-            ids = list(chain.from_iterable(map(self._words.__getitem__, pretokens)))
+            ids = self._encode_pretokens(pretokens)
             if special_token is not None:
                 ids.append(self.special_token_ids[special_token])
             yield ids
 
-    def _encoder_for(self, num_bytes: int, num_mapped_bytes: int = 0) -> compiled.KernelEncoder | None:
-        """What encodes a text of this size with kernels, None where the plain path shall."""
-        if self.kernels is False or not (
-            self.kernels or loading.kernels_pay_off("encoding", num_bytes, num_mapped_bytes)
-        ):
+    def _encode_pretokens(self, pretokens: list[str]) -> list[int]:
+        try:
+            return list(chain.from_iterable(map(self._cache.__getitem__, pretokens)))
+        except ValueError as error:  # a byte without a token
+            raise InvalidInputError(str(error)) from None
+
+    def active_special_tokens(self, specials_as_text: bool) -> SpecialTokens:
+        """The special tokens at which a text is split; none if they are ordinary text."""
+        return _NO_SPECIALS if specials_as_text else self.special_tokens
+
+    def kernel_encoder(self, num_bytes: int, num_mapped_bytes: int = 0) -> KernelEncoder | None:
+        """Choose between kernels and the plain path.
+
+        Args:
+            num_bytes: of the text.
+            num_mapped_bytes: address space that reading the text will need.
+
+        Returns:
+            The encoder that uses the kernels, or None for the plain path.
+        """
+        if self.kernels is False:
+            return None
+        if not (self.kernels or loading.kernels_pay_off("encoding", num_bytes, num_mapped_bytes)):
             return None
         if self._kernel_encoder is None:
-            if self.pattern is not None or max(self.vocab_size, len(self.merges)) >= arrays.MAX_VOCAB_SIZE:
+            if self.pattern is not None or max(self.vocab_size, len(self.merges)) >= MAX_VOCAB_SIZE:
                 return None
-            self._kernel_encoder = compiled.KernelEncoder(
-                *self._words.tables(),
+            self._kernel_encoder = KernelEncoder(
+                self._rules,
                 self.vocab,
                 [(token, self.special_token_ids[token.decode()]) for token in self.special_tokens.longest_first_bytes],
                 token_dtype(max(self.vocab_size, 1)),
@@ -297,33 +295,36 @@ class Tokenizer:
         return self._kernel_encoder
 
     def decode(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> str:
-        """The text of ids (a list, an array, any iterable); bytes that are not UTF-8 become U+FFFD.
+        """Decode ids to text; bytes that are not UTF-8 become U+FFFD.
+
+        Args:
+            ids: a list, an array, or any iterable.
 
         Raises:
-            ValueError: an id is not in the vocabulary.
+            InvalidInputError: an id is not in the vocabulary.
         """
         return self.decode_bytes(ids).decode(errors="replace")
 
     def decode_bytes(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> bytes:
-        """The bytes of ids, which need not be whole characters.
+        """Decode ids to bytes, which may start or end inside a character.
 
         Raises:
-            ValueError: an id is not in the vocabulary.
+            InvalidInputError: an id is not in the vocabulary.
         """
         if isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu":
-            encoder = self._encoder_for(4 * len(ids))  # four bytes a token, as is usual
-            # The plain path says what is wrong with an id.
+            encoder = self.kernel_encoder(4 * len(ids))  # a token has about four bytes
+            # The kernel returns None for an unknown id; the plain path then raises the error.
             if encoder is not None and (decoded := encoder.decode(ids)) is not None:
                 return decoded
         ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
         try:
             return b"".join([self.vocab[token_id] for token_id in ids])
         except (KeyError, TypeError):
-            position, wrong = next(
+            position, unknown = next(
                 (i, x) for i, x in enumerate(ids) if not isinstance(x, int | np.integer) or x not in self.vocab
             )
-            raise ValueError(
-                f"id {wrong!r} at position {position} is not in the vocabulary, whose largest id is "
+            raise InvalidInputError(
+                f"id {unknown!r} at position {position} is not in the vocabulary, whose largest id is "
                 f"{self.vocab_size - 1}; are these the ids of another tokenizer?"
             ) from None
 
@@ -337,18 +338,22 @@ class Tokenizer:
         pattern: str | None = None,
         kernels: bool | None = None,
     ) -> Tokenizer:
-        """A tokenizer from GPT-2's two files, `vocab.json` and `merges.txt`.
+        """Read a tokenizer from GPT-2's two files, `vocab.json` and `merges.txt`.
 
         Raises:
-            ValueError: a file is damaged (the line is named), or the files do not fit each other.
+            DamagedFileError: a file is damaged; the message has the line.
+            InvalidInputError: the files do not belong together, or another argument is invalid.
             OSError: a file cannot be read.
         """
         vocab, merges = load_vocab(vocab_filepath), load_merges(merges_filepath)
         return cls(vocab, merges, special_tokens, pattern=pattern, kernels=kernels)
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write the tokenizer to a folder, made if need be: `vocab.json`, `merges.txt`, `special_tokens.json`; and
-        `pattern.json` where the pattern is not GPT-2's."""
+        """Write the tokenizer to a folder, which is created if needed.
+
+        The files are `vocab.json`, `merges.txt`, `special_tokens.json` and, if the pattern is not GPT-2's,
+        `pattern.json`.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / _PATTERN_FILE).unlink(missing_ok=True)
@@ -362,44 +367,61 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> Tokenizer:
-        """The tokenizer that was saved to a folder, special tokens included.
+        """Read a tokenizer that `save` wrote to a folder.
 
         Raises:
-            ValueError: a file is damaged.
+            DamagedFileError: a file is damaged, or the files do not belong together.
             OSError: a file is missing or cannot be read.
         """
         vocab_path, merges_path, special_tokens_path = (Path(directory) / name for name in _FILES)
         if not special_tokens_path.exists():
             raise FileNotFoundError(
-                f"{os.fspath(directory)!r} is not the folder of a saved tokenizer: it has no {_FILES[2]}; save one "
-                "there (local/train_bpe.py does), or read GPT-2's two files with from_files"
+                f"{os.fspath(directory)!r} is not the folder of a saved tokenizer: it has no {_FILES[2]}; save a "
+                "tokenizer there (local/train_bpe.py does), or read GPT-2's two files with from_files"
             )
         special_tokens = load_json(special_tokens_path)
         if not isinstance(special_tokens, list):
-            raise ValueError(f"{str(special_tokens_path)!r} must hold a JSON list of strings")
+            raise DamagedFileError(f"{str(special_tokens_path)!r} must hold a JSON list of strings")
         pattern_path = Path(directory) / _PATTERN_FILE
         pattern = load_json(pattern_path) if pattern_path.exists() else None
-        return cls.from_files(vocab_path, merges_path, special_tokens, pattern=pattern)
+        vocab, merges = load_vocab(vocab_path), load_merges(merges_path)
+        try:
+            return cls(vocab, merges, special_tokens, pattern=pattern)
+        except (InvalidInputError, TypeError) as error:
+            raise DamagedFileError(
+                f"the files of the tokenizer in {os.fspath(directory)!r} are damaged, or are not those of one "
+                f"tokenizer: {error}; save it again"
+            ) from error
 
 
-def _checked_threads(num_threads: int | None) -> int:
+def resolve_num_threads(num_threads: int | None) -> int:
+    """The number of threads, by default one for each processor that this process may use.
+
+    Raises:
+        InvalidInputError: the number is less than 1.
+    """
     if num_threads is None:
         return default_num_workers()
     if num_threads < 1:
-        raise ValueError(f"num_threads={num_threads} must be at least 1")
+        raise InvalidInputError(f"num_threads={num_threads} must be at least 1")
     return num_threads
 
 
-def _check_errors(errors: str) -> None:
+def check_errors_option(errors: str) -> None:
+    """Raise InvalidInputError unless the option is "strict" or "replace"."""
     if errors not in ("strict", "replace"):
-        raise ValueError(f"errors={errors!r} must be 'strict' or 'replace'")
+        raise InvalidInputError(f"errors={errors!r} must be 'strict' or 'replace'")
+
+
+def _named_error(name: str, data: np.ndarray, error: InvalidByteError) -> InvalidInputError:
+    return invalid_byte_error(name, data, error.offset, error.offset, lacks_token=error.lacks_token)
 
 
 def _utf8(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        return "".join(without_surrogates([text])).encode()
+        return replace_surrogates(text).encode()
 
 
 def _readonly_bytes(data: bytes | bytearray | memoryview | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -1,28 +1,30 @@
-"""Training byte-pair encoding: which pairs of tokens to merge, learned from how often they stand together.
+"""Train byte-pair encoding: learn from text which pairs of tokens to merge.
 
-A text is counted once into pre-tokens (`basic.corpus.counting`); from then on only the distinct ones matter.
+The text is first counted: `build_count_table` splits text of any size into pre-tokens and returns the distinct ones
+with their counts, as `Counter(GPT2_PATTERN.findall(text))` would. The rest of the training needs only these counts. The
+plain algorithm is `_MergeState`; `basic.bpe.kernels.learn_merges` is its compiled version.
 """
 
 from __future__ import annotations
 
 import heapq
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Executor
 from itertools import pairwise
+from typing import Any
 
-from basic.bpe import arrays, compiled, loading
-from basic.bpe.arrays import PretokenCounts
+from basic.bpe import compiled, loading
+from basic.bpe.arrays import MAX_SYMBOLS, PretokenCounts
+from basic.common.errors import InvalidInputError
 from basic.common.progress import progress_bar
-from basic.corpus.counting import count_words
+from basic.corpus.counting import CountingOptions, build_count_table
 from basic.corpus.sources import Inputs
 from basic.pretokenization import SpecialTokens
 
 Pair = tuple[int, int]
 
-_BOUNDARY = -1  # stands between the words, where nothing is merged
-_MERGED = -2  # the place of a token that is now part of the one to its left
+_BOUNDARY = -1  # between two pre-tokens; nothing is merged with it
+_MERGED = -2  # the position of a token that was merged into the one to its left
 
 
 def train_bpe(
@@ -31,65 +33,47 @@ def train_bpe(
     special_tokens: Iterable[str],
     *,
     pattern: str | None = None,
-    executor: Executor | None = None,
-    work_folder: str | os.PathLike | None = None,
-    start_over: bool = False,
-    min_count: int = 1,
     num_workers: int | None = None,
-    shard_bytes: int | None = None,
     kernels: bool | None = None,
     progress: bool = False,
+    **counting: Any,
 ) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
-    """Train a byte-pair encoding on text of any size.
+    """Train byte-pair encoding on text of any size.
 
     Args:
-        inputs: text in UTF-8, read as it is (newlines are not translated): a file, a glob, a URL, or several of them;
-            also compressed or as JSON lines (`basic.corpus.sources`).
-        vocab_size: the number of tokens wanted, at least 256 plus the special tokens. There are fewer where
-            the text runs out of pairs.
-        special_tokens: strings that are never split and across which nothing is merged.
-        pattern: finds the pre-tokens, in the syntax of the `regex` package; GPT-2's by default.
-        executor, work_folder, start_over, shard_bytes: what counts, where, and how much at a time, see
-            `basic.corpus.counting.count_words`; the result does not depend on it. A folder that holds the counts
-            serves any `vocab_size` and `min_count`.
-        min_count: words that are there less often in all of the text take no part. That saves time and memory where
-            the distinct words are many; by default all of them do.
-        num_workers: threads or processes that count, by default one a processor; the result does not depend on it.
-        kernels: whether to use compiled code; by default where the text is large. The result is the same.
+        inputs: UTF-8 text: a file, a glob, a URL, or several of them; also compressed or as JSON lines
+            (`basic.corpus.sources`). Newlines are not translated.
+        vocab_size: the number of tokens, at least 256 plus the number of special tokens. The vocabulary is smaller if
+            no pair is left to merge.
+        special_tokens: strings that are never split; nothing is merged across them.
+        pattern: finds the pre-tokens: a name or a regular expression, see `basic.pretokenization.compile_pattern`.
+        num_workers: threads or processes that count, by default one for each processor; the result is the same.
+        kernels: whether to use compiled code; by default if the text is large. The result is the same.
         progress: whether to show progress bars.
+        counting: other fields of `basic.corpus.counting.CountingOptions`, such as `work_folder` and `min_count`.
 
     Returns:
-        The vocabulary (ids: the special tokens in the order given, the 256 bytes, the merges in order) and the
-        merges, pairs of tokens, in order.
+        The vocabulary (ids: the special tokens in the order given, the 256 bytes, the merges in order), and the merges
+        (pairs of tokens, in order).
 
     Raises:
-        ValueError: `vocab_size` is too small, a special token is empty or given twice, the file is not UTF-8.
+        InvalidInputError: `vocab_size` or another number is too small, a special token is empty or given twice, or the
+            text is not UTF-8.
         TypeError: a special token is not a string.
-        OSError: the file cannot be read.
+        OSError: a file cannot be read.
 
     Source: Sennrich et al. 2016, over bytes with the pre-tokens of Radford et al. 2019; handout, BPE training.
     """
     special = SpecialTokens(special_tokens)
     first_tokens = [token.encode() for token in special.tokens] + [bytes([byte]) for byte in range(256)]
     if vocab_size < len(first_tokens):
-        raise ValueError(
+        raise InvalidInputError(
             f"vocab_size={vocab_size} is too small: the 256 bytes and {len(special.tokens)} special tokens "
             f"need at least {len(first_tokens)}"
         )
-    words = count_words(
-        inputs,
-        special,
-        pattern=pattern,
-        executor=executor,
-        work_folder=work_folder,
-        start_over=start_over,
-        min_count=min_count,
-        num_workers=num_workers,
-        shard_bytes=shard_bytes,
-        kernels=kernels,
-        progress=progress,
-    )
-    merges = _merges_from_words(words, vocab_size - len(first_tokens), kernels=kernels, progress=progress)
+    options = CountingOptions(num_workers=num_workers, kernels=kernels, progress=progress, **counting)
+    counts = build_count_table(inputs, special, options, pattern=pattern)
+    merges = _learn_merges(counts, vocab_size - len(first_tokens), kernels=kernels, progress=progress)
     tokens = first_tokens + [left + right for left, right in merges]
     return dict(enumerate(tokens)), merges
 
@@ -97,113 +81,129 @@ def train_bpe(
 def merges_from_counts(
     counts: Mapping[bytes, int], num_merges: int, *, kernels: bool | None = None, progress: bool = False
 ) -> list[tuple[bytes, bytes]]:
-    """Learn merges from how often each word is there.
+    """Learn merges from pre-tokens and their counts.
 
-    At each step the most frequent pair of neighbouring tokens is merged wherever it stands, from left to right;
-    among equally frequent pairs the one with the greatest (left bytes, right bytes).
+    Each step merges the most frequent pair of neighbouring tokens at all its positions, from left to right. Of several
+    equally frequent pairs it takes the one with the greatest (left bytes, right bytes).
 
     Args:
-        counts: words (pre-tokens) and how often each is there, at least 0.
-        num_merges: the most merges to learn, at least 0; fewer where no pair is left.
-        kernels: whether to use compiled code; by default where the words are many. The result is the same.
+        counts: pre-token to count, at least 0.
+        num_merges: the largest number of merges, at least 0; there are fewer if no pair is left.
+        kernels: whether to use compiled code; by default if there are many pre-tokens. The result is the same.
         progress: whether to show a progress bar.
 
     Returns:
         The merges, in order.
+
+    Raises:
+        InvalidInputError: a number is negative, or there are too many pre-tokens.
+        TypeError: a pre-token is not bytes.
 
     Example:
         >>> merges_from_counts({b"low": 5, b"lower": 2, b"widest": 3, b"newest": 6}, 3)
         [(b's', b't'), (b'e', b'st'), (b'o', b'w')]
     """
     if num_merges < 0:
-        raise ValueError(f"num_merges={num_merges} must be at least 0")
-    for word, count in counts.items():
-        if not isinstance(word, bytes):
-            raise TypeError(f"words must be bytes, got {word!r}; encode text first")
+        raise InvalidInputError(f"num_merges={num_merges} must be at least 0")
+    for pretoken, count in counts.items():
+        if not isinstance(pretoken, bytes):
+            raise TypeError(f"pre-tokens must be bytes, got {pretoken!r}; encode text first")
         if count < 0:
-            raise ValueError(f"the count of {word!r} is {count}; it must be at least 0")
-    return _merges_from_words(counts, num_merges, kernels=kernels, progress=progress)
+            raise InvalidInputError(f"the count of {pretoken!r} is {count}; it must be at least 0")
+    return _learn_merges(counts, num_merges, kernels=kernels, progress=progress)
 
 
-def _merges_from_words(
-    words: Mapping[bytes, int] | PretokenCounts, num_merges: int, *, kernels: bool | None, progress: bool
+def _learn_merges(
+    counts: Mapping[bytes, int] | PretokenCounts, num_merges: int, *, kernels: bool | None, progress: bool
 ) -> list[tuple[bytes, bytes]]:
     with progress_bar(progress, desc="merging", total=num_merges, unit=" merges") as advance:
-        if (arrays := _for_kernels(words, kernels)) is not None:
-            return compiled.learn_merges(arrays, num_merges, advance)
-        state = _MergeState(words if isinstance(words, Mapping) else words.to_counter())
+        if (pretokens := arrays_for_kernels(counts, kernels)) is not None:
+            return compiled.learn_merges(pretokens, num_merges, advance)
+        state = _MergeState(counts if isinstance(counts, Mapping) else counts.to_counter())
         merges = []
-        while len(merges) < num_merges and (pair := state.pop_best()) is not None:
+        while len(merges) < num_merges and (pair := state.pop_best_pair()) is not None:
             merges.append((state.tokens[pair[0]], state.tokens[pair[1]]))
             state.merge(pair)
             advance(1)
         return merges
 
 
-def _for_kernels(words: Mapping[bytes, int] | PretokenCounts, kernels: bool | None) -> PretokenCounts | None:
-    """The words as arrays, None where the plain path shall merge them: they are few, or the numbers too large."""
+def arrays_for_kernels(
+    counts: Mapping[bytes, int] | PretokenCounts, kernels: bool | None, *, max_symbols: int = MAX_SYMBOLS
+) -> PretokenCounts | None:
+    """Choose between the kernel and the plain path.
+
+    Args:
+        max_symbols: the kernel takes fewer bytes and pre-tokens than this.
+
+    Returns:
+        The counts as arrays, or None for the plain path: there are few pre-tokens, or the counts are too large.
+
+    Raises:
+        InvalidInputError: there are too many pre-tokens.
+    """
     if kernels is False:
         return None
-    if isinstance(words, Mapping):
-        words = {word: count for word, count in words.items() if count > 0 and len(word) > 1}
-        num_bytes = sum(map(len, words))
+    if isinstance(counts, Mapping):
+        counts = {pretoken: count for pretoken, count in counts.items() if count > 0 and len(pretoken) > 1}
+        num_bytes = sum(map(len, counts))
         # No sum of pair counts can be larger than this.
-        most = sum(count * len(word) for word, count in words.items())
-        if not (kernels or loading.kernels_pay_off("training", 4 * num_bytes)) or most >= 1 << 63:
+        largest_sum = sum(count * len(pretoken) for pretoken, count in counts.items())
+        if not (kernels or loading.kernels_pay_off("training", 4 * num_bytes)) or largest_sum >= 1 << 63:
             return None
-        words = PretokenCounts.from_counts(words)
-    elif not (kernels or loading.kernels_pay_off("training", 4 * len(words.data))):
+        counts = PretokenCounts.from_counts(counts)
+    elif not (kernels or loading.kernels_pay_off("training", 4 * len(counts.data))):
         return None
-    if len(words.data) + len(words.counts) >= arrays.MAX_SYMBOLS:
-        raise ValueError(
-            f"{len(words.counts):,} distinct words of {len(words.data):,} bytes are too many to train on: they must be "
-            f"less than {arrays.MAX_SYMBOLS:,} bytes and words; leave out the rare ones (min_count=2, or more)"
+    if len(counts.data) + len(counts.counts) >= max_symbols:
+        raise InvalidInputError(
+            f"{len(counts.counts):,} distinct pre-tokens of {len(counts.data):,} bytes are too many to train on: the "
+            f"sum of both must be less than {max_symbols:,}; leave out rare pre-tokens (min_count=2, or more)"
         )
-    return words
+    return counts
 
 
 class _MergeState:
-    """All words as they are after the merges so far, and how often each pair of tokens stands in them.
+    """All pre-tokens after the merges so far, and the counts of their pairs of tokens.
 
-    The words lie one after the other in one list, a boundary around each. A merge puts the new token into the
-    place of the left one and takes the place of the right one out of the chain of neighbours, so that it costs
-    as much as the pair has occurrences, however long the words are:
+    The tokens of all pre-tokens are in one list, with a boundary before and after each pre-token. A merge writes the
+    new token at the position of the left one, and removes the position of the right one from the linked list of
+    neighbours. So its cost is the number of occurrences of the pair, however long the pre-tokens are:
 
-        place     0   1   2   3   4        merge s, t       0   1   2   3   4
-        token     |   e   s   t   |           --->          |   e   st  -   |
-        right     1   2   3   4                             1   2   4       -
+        position    0   1   2   3   4        merge s, t       0   1   2   3   4
+        token       |   e   s   t   |           --->          |   e   st  -   |
+        right       1   2   3   4                             1   2   4       -
 
-    A token is known by its number, as good as its bytes: what becomes of a stretch of bytes whose ends no token
-    crosses does not depend on what is around it, so that no two merges ever make the same bytes.
+    Tokens are compared by number instead of by bytes. This is correct because no two merges produce the same bytes:
+    what is merged inside a token does not depend on the text around it, so equal bytes result from equal merges.
     """
 
     def __init__(self, counts: Mapping[bytes, int]):
         self.tokens = [bytes([byte]) for byte in range(256)]
-        self._order = [_descending(token) for token in self.tokens]
+        self._sort_keys = [_descending_key(token) for token in self.tokens]
 
         self._token_at = [_BOUNDARY]
-        self._count_at = [0]  # of the word that the place lies in
-        for word, count in counts.items():
-            if count > 0 and len(word) > 1:
-                self._token_at += [*word, _BOUNDARY]
-                self._count_at += [count] * (len(word) + 1)
+        self._count_at = [0]  # of the pre-token at this position
+        for pretoken, count in counts.items():
+            if count > 0 and len(pretoken) > 1:
+                self._token_at += [*pretoken, _BOUNDARY]
+                self._count_at += [count] * (len(pretoken) + 1)
         self._left_of = list(range(-1, len(self._token_at) - 1))
         self._right_of = list(range(1, len(self._token_at) + 1))
 
         self._pair_counts: Counter[Pair] = Counter()
-        self._places: defaultdict[Pair, list[int]] = defaultdict(list)  # also places where the pair is no more
-        for place, pair in enumerate(pairwise(self._token_at)):
+        self._positions: defaultdict[Pair, list[int]] = defaultdict(list)  # some no longer have the pair
+        for position, pair in enumerate(pairwise(self._token_at)):
             if _BOUNDARY not in pair:
-                self._pair_counts[pair] += self._count_at[place]
-                self._places[pair].append(place)
+                self._pair_counts[pair] += self._count_at[position]
+                self._positions[pair].append(position)
         self._heap = [self._heap_entry(pair) for pair in self._pair_counts]
         heapq.heapify(self._heap)
 
-    def pop_best(self) -> Pair | None:
-        """The pair to be merged next, None where there is no pair.
+    def pop_best_pair(self) -> Pair | None:
+        """The pair to merge next, or None if no pair is left.
 
-        A pair gets its entry in the heap in the step that makes it; from then on its count can only fall. Entries
-        are not corrected: one that turns up with an old count goes back with the present one.
+        A pair is pushed to the heap in the step that creates it. After that step its count can only decrease, so an
+        entry with an outdated count is pushed again with the current one.
         """
         while self._heap:
             entry = heapq.heappop(self._heap)
@@ -215,44 +215,46 @@ class _MergeState:
         return None
 
     def merge(self, pair: Pair) -> None:
-        """Merge the pair wherever it stands, and correct the counts of the pairs with its neighbours."""
+        """Merge the pair at all its positions, and update the counts of the pairs next to it."""
         left, right = pair
         new = len(self.tokens)
         self.tokens.append(self.tokens[left] + self.tokens[right])
-        self._order.append(_descending(self.tokens[new]))
+        self._sort_keys.append(_descending_key(self.tokens[new]))
         token_at, left_of, right_of = self._token_at, self._left_of, self._right_of
-        pair_counts, places = self._pair_counts, self._places
-        made = set()
-        for place in places.pop(pair):  # from left to right, as they were found
-            right_place = right_of[place]
-            if token_at[place] != left or token_at[right_place] != right:
-                continue  # merged into something else since, or just now: in "aaa" there is one "aa"
-            before, after = left_of[place], right_of[right_place]
-            count = self._count_at[place]
-            token_at[place], token_at[right_place] = new, _MERGED
-            right_of[place], left_of[after] = after, place
+        pair_counts, positions = self._pair_counts, self._positions
+        new_pairs = set()
+        for position in positions.pop(pair):  # from left to right, as they were added
+            right_position = right_of[position]
+            if token_at[position] != left or token_at[right_position] != right:
+                continue  # merged in an earlier step, or in this one: "aaa" has only one "aa"
+            before, after = left_of[position], right_of[right_position]
+            count = self._count_at[position]
+            token_at[position], token_at[right_position] = new, _MERGED
+            right_of[position], left_of[after] = after, position
             pair_counts[pair] -= count
             if (neighbour := token_at[before]) != _BOUNDARY:
                 pair_counts[neighbour, left] -= count
                 pair_counts[neighbour, new] += count
-                places[neighbour, new].append(before)
-                made.add((neighbour, new))
+                positions[neighbour, new].append(before)
+                new_pairs.add((neighbour, new))
             if (neighbour := token_at[after]) != _BOUNDARY:
                 pair_counts[right, neighbour] -= count
                 pair_counts[new, neighbour] += count
-                places[new, neighbour].append(place)
-                made.add((new, neighbour))
-        for made_pair in made:
-            if pair_counts[made_pair] > 0:  # in "abab" the first "ab" makes a pair with "a" that the second ends
-                heapq.heappush(self._heap, self._heap_entry(made_pair))
+                positions[new, neighbour].append(position)
+                new_pairs.add((new, neighbour))
+        for new_pair in new_pairs:
+            if pair_counts[new_pair] > 0:  # in "abab" the first "ab" makes ("ab", "a"), which the second one removes
+                heapq.heappush(self._heap, self._heap_entry(new_pair))
 
     def _heap_entry(self, pair: Pair) -> tuple[int, str, str, Pair]:
-        """Smallest first: the highest count, then the greatest bytes."""
+        """The smallest entry is the pair with the highest count; of several, the one with the greatest bytes."""
         left, right = pair
-        return -self._pair_counts[pair], self._order[left], self._order[right], pair
+        return -self._pair_counts[pair], self._sort_keys[left], self._sort_keys[right], pair
 
 
-def _descending(token: bytes) -> str:
-    """A key that sorts tokens from the greatest to the smallest; at its end is more than any byte gives, so that a
-    token comes after its continuations."""
+def _descending_key(token: bytes) -> str:
+    """A key that sorts tokens in descending order.
+
+    It ends in a character greater than that of any byte, so that a token comes after the tokens that start with it.
+    """
     return "".join([chr(255 - byte) for byte in token]) + "\u0100"

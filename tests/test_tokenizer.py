@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from basic.bpe import plain
 from basic.bpe.plain import merge_long_word, merge_short_word
 from basic.bytes_utils import load_merges, load_vocab, to_printable
+from basic.corpus.sources import TextSource
 from basic.encoding import encode_file
 from basic.Tokenizer import Tokenizer
 from basic.tokens.opening import open_tokens, read_info
@@ -373,9 +374,8 @@ def test_loading_says_what_is_missing_or_wrong(tmp_path, ours):
 
 
 @pytest.mark.parametrize("block_bytes", [1, 1 << 16])
-def test_encode_file(tmp_path, monkeypatch, ours, block_bytes):
-    monkeypatch.setattr("basic.corpus.sources.BLOCK_BYTES", block_bytes)
-    info = encode_file(ours, SAMPLE, tmp_path / "sample.bin")
+def test_encode_file(tmp_path, ours, block_bytes):
+    info = encode_file(ours, TextSource(SAMPLE, block_bytes=block_bytes), tmp_path / "sample.bin")
     data = SAMPLE.read_bytes()
     assert open_tokens(tmp_path / "sample.bin", verify=True).tolist() == ours.encode(data.decode())
     assert info == read_info(tmp_path / "sample.bin")

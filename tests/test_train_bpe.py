@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from basic.corpus import counting
 from basic.train_bpe import merges_from_counts
 
 from .adapters import run_train_bpe
@@ -100,14 +99,14 @@ def test_equals_the_tokenizers_package_up_to_a_tie(name, at_least):
 
 
 @pytest.mark.parametrize("special_tokens", [["<|endoftext|>"], [], SPECIAL_TOKENS])
-def test_result_is_the_same_for_any_number_of_workers(tmp_path, monkeypatch, special_tokens):
-    monkeypatch.setattr(counting, "_MIN_PLAIN_BYTES", 1000)
+def test_result_is_the_same_for_any_number_of_workers(tmp_path, special_tokens):
     path = tmp_path / "corpus.txt"
     path.write_bytes(SAMPLE.read_bytes() * 40)
     vocab, merges = run_train_bpe(path, 600, special_tokens, num_workers=1)
     assert merges == naive_merges(naive_pretoken_counts(path.read_bytes().decode(), special_tokens), len(merges))
     for num_workers in (2, 4, None):
-        assert run_train_bpe(path, 600, special_tokens, num_workers=num_workers) == (vocab, merges)
+        options: dict[str, Any] = {"num_workers": num_workers, "shard_bytes": 1 << 12}
+        assert run_train_bpe(path, 600, special_tokens, **options) == (vocab, merges)
 
 
 def test_ids_are_special_tokens_then_bytes_then_merges(tmp_path):

@@ -1,1 +1,1 @@
-"""What makes byte-pair encoding fast."""
+"""The fast core of byte-pair encoding: compiled kernels, and the plain functions for small texts."""

@@ -7,6 +7,6 @@ from basic.bpe.loading import load_kernels
 
 if __name__ == "__main__":
     start = time.perf_counter()
-    for part in ("training", "encoding"):
-        load_kernels(part)
+    load_kernels("training")
+    load_kernels("encoding")
     print(f"the kernels are ready after {time.perf_counter() - start:.1f} s (process {os.getpid()})")

@@ -1,4 +1,4 @@
-"""What the modules of byte-pair encoding hand to each other: arrays of bytes, ids and counts."""
+"""The arrays that the modules of byte-pair encoding exchange, and their limits."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-# A vocabulary beyond this does not fit the encoder's table of merges (see ID_BITS and RANK_BITS there).
+# A larger vocabulary does not fit the hash table of merges (ID_BITS and RANK_BITS in kernels/apply_merges.py).
 MAX_VOCAB_SIZE = (1 << 21) - 1
-MAX_SYMBOLS = (1 << 31) - 1  # bytes and words that training numbers with 32 bits
+MAX_SYMBOLS = (1 << 31) - 1  # bytes and pre-tokens, which training numbers with 32 bits
 
 Chunk = tuple[np.ndarray, int, int]  # read-only bytes, start, stop
 
 
 class InvalidByteError(ValueError):
-    """A byte that is not UTF-8, or that no token of the vocabulary is.
+    """A byte that is not UTF-8, or that has no token.
 
     Attributes:
-        offset: its index in the data.
-        lacks_token: whether it is the second.
+        offset: the index of the byte in the data.
+        lacks_token: whether the byte has no token.
     """
 
     def __init__(self, offset: int, lacks_token: bool = False) -> None:
@@ -30,12 +30,12 @@ class InvalidByteError(ValueError):
 
 
 class PretokenCounts(NamedTuple):
-    """Distinct words and how often each is there.
+    """Pre-tokens and their counts.
 
     Attributes:
-        data: the bytes of all words, one after the other (uint8).
-        starts: where each begins, and the end of the last (int64).
-        counts: of each (int64).
+        data: the bytes of all pre-tokens, without separators (uint8).
+        starts: the offset at which each pre-token starts, and the end of the last one (int64).
+        counts: of each pre-token (int64).
     """
 
     data: np.ndarray
@@ -44,24 +44,29 @@ class PretokenCounts(NamedTuple):
 
     @classmethod
     def from_counts(cls, counts: Mapping[bytes, int]) -> PretokenCounts:
-        """The words of a mapping."""
+        """Convert a mapping from pre-tokens to counts."""
         starts = np.zeros(len(counts) + 1, np.int64)
-        np.cumsum([len(word) for word in counts], out=starts[1:])
+        np.cumsum([len(pretoken) for pretoken in counts], out=starts[1:])
         return cls(np.frombuffer(b"".join(counts), np.uint8), starts, np.array(list(counts.values()), np.int64))
 
     def to_counter(self) -> Counter[bytes]:
-        """The words as a counter."""
+        """Convert distinct pre-tokens to a counter."""
         data, starts = self.data.tobytes(), self.starts.tolist()
-        words = (data[start:stop] for start, stop in pairwise(starts))
-        return Counter(dict(zip(words, self.counts.tolist(), strict=True)))
+        pretokens = (data[start:stop] for start, stop in pairwise(starts))
+        return Counter(dict(zip(pretokens, self.counts.tolist(), strict=True)))
 
 
 def bytes_array(data: bytes) -> np.ndarray:
+    """The bytes as a read-only uint8 array."""
     return np.frombuffer(data, np.uint8)
 
 
 def special_token_arrays(tokens: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Special tokens for the scanner, the longest first: bytes, starts, and the bytes that they begin with."""
+    """Special tokens for the scanner: their bytes, the offset at which each starts, and the distinct first bytes.
+
+    Args:
+        tokens: the longest first.
+    """
     starts = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
     first_bytes = np.array(sorted({token[0] for token in tokens}), np.uint8)
     return bytes_array(b"".join(tokens)), starts, first_bytes

@@ -1,18 +1,20 @@
-"""The way to the kernels: when they are worth their start, how they are started, and threads that run them.
+"""Call the compiled kernels, in threads.
 
-`python -m basic.bpe.compiled` compiles them ahead of their use. The plain functions of `basic.pretokenization`,
-`basic.train_bpe` and `basic.Tokenizer` are their readable twins, with the same results; small texts never come here:
+The plain functions of `basic.pretokenization`, `basic.train_bpe` and `basic.bpe.plain` are the readable versions, with
+the same results. `basic.bpe.loading` decides which texts use the kernels:
 
-    bpe_scan      where words begin        |
-    bpe_words     the table of words       |  all of them arrays and Numba;
-    bpe_count     scan, look up, add one   |  this module imports them
-    bpe_sort      sort words, add up equal |  when they are needed
-    bpe_merge     learn merges from counts |
-    bpe_encode    scan, look up, copy ids  |
-    bpe_decode    ids to bytes             |
+    kernels/scan           find where pre-tokens start
+    kernels/hash_table     the hash table of pre-tokens
+    kernels/count          scan, look up, add one
+    kernels/sort           sort pre-tokens, sum the counts of equal ones
+    kernels/learn_merges   learn merges from counts
+    kernels/apply_merges   apply merges to a new pre-token
+    kernels/encode         scan, look up, copy ids
+    kernels/decode         ids to bytes
 
-Kernels run without the interpreter's lock. Threads need no copies of text and counts, as
-processes would. Each has its own table; the result does not depend on their number.
+They need Numba, which is imported only when a kernel is used. They run without the interpreter's lock, so threads run
+in parallel on the same text, where processes would need copies. Each thread has its own hash table. The result does
+not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -26,34 +28,39 @@ import numpy as np
 
 from basic.bpe.arrays import Chunk, InvalidByteError, PretokenCounts, bytes_array, special_token_arrays
 from basic.bpe.loading import load_kernels
+from basic.bpe.plain import MergeRules
 
 if TYPE_CHECKING:
     from basic.bpe.kernels.encode import PretokenEncoder
 
-
-_MERGES_AT_ONCE = 1000
-# A thread's table with as many words takes 128 MB, and has room for those of another chunk.
-_MOST_WORDS = 1_300_000
+_MERGES_AT_A_TIME = 1000
+# A thread's hash table with this many pre-tokens takes 128 MB, and can still hold those of another chunk.
+MAX_PRETOKENS = 1_300_000
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 def count_pretokens_in_chunks(
-    chunks: Iterable[Chunk], special_tokens: Sequence[bytes], num_threads: int, advance: Callable[[int], object]
+    chunks: Iterable[Chunk],
+    special_tokens: Sequence[bytes],
+    num_threads: int,
+    advance: Callable[[int], object],
+    *,
+    max_pretokens: int = MAX_PRETOKENS,
 ) -> Iterator[PretokenCounts]:
-    """Count the words of chunks, which must begin and end where words do.
+    """Count the pre-tokens of chunks, which must start and end at safe positions.
 
     Args:
         special_tokens: the longest first.
-        advance: is told the bytes of a chunk that is done.
+        advance: gets the number of bytes of each finished chunk.
+        max_pretokens: a hash table with more is yielded, so that memory does not grow with the text.
 
     Yields:
-        Sorted tables, in which a word has more than one count: they are put out before they are large, so that memory
-        does not grow with the text.
+        Sorted tables; a pre-token can be in several of them.
 
     Raises:
-        InvalidByteError: the bytes are not UTF-8; of several places the first.
+        InvalidByteError: the bytes are not UTF-8. It has the first such byte.
     """
     load_kernels("training")
     from basic.bpe.kernels.count import PretokenCounter
@@ -65,33 +72,33 @@ def count_pretokens_in_chunks(
 
     def count(chunk: Chunk) -> tuple[int | None, PretokenCounts | None, int]:
         counter = idle.pop() if idle else PretokenCounter(code_classes(), specials)
-        wrong, full = counter.add_text(*chunk), None
-        if counter.num_words > _MOST_WORDS:
-            full = sort_and_sum(counter.words())
+        invalid_offset, table = counter.add_text(*chunk), None
+        if counter.num_pretokens > max_pretokens:
+            table = sort_and_sum(counter.pretokens())
         else:
             idle.append(counter)
-        return wrong, full, chunk[2] - chunk[1]
+        return invalid_offset, table, chunk[2] - chunk[1]
 
-    for wrong, full, num_bytes in _in_order(count, chunks, num_threads):
-        if wrong is not None:
-            raise InvalidByteError(wrong)
-        if full is not None:
-            yield full
+    for invalid_offset, table, num_bytes in _map_in_order(count, chunks, num_threads):
+        if invalid_offset is not None:
+            raise InvalidByteError(invalid_offset)
+        if table is not None:
+            yield table
         advance(num_bytes)
     for counter in idle:
-        yield sort_and_sum(counter.words())
+        yield sort_and_sum(counter.pretokens())
 
 
-def sort_pretokens(words: PretokenCounts) -> PretokenCounts:
-    """The words in ascending order of their bytes, equal ones as one with the sum of their counts."""
+def sort_pretokens(pretokens: PretokenCounts) -> PretokenCounts:
+    """Sort pre-tokens by their bytes; equal ones become one with the sum of their counts."""
     load_kernels("training")
     from basic.bpe.kernels.sort import sort_and_sum
 
-    return sort_and_sum(words)
+    return sort_and_sum(pretokens)
 
 
-def _in_order(function: Callable[[T], R], items: Iterable[T], num_threads: int) -> Iterator[R]:
-    """Map in threads; only a few results wait to be taken."""
+def _map_in_order(function: Callable[[T], R], items: Iterable[T], num_threads: int) -> Iterator[R]:
+    """Map in threads, with a bounded number of results in memory."""
     if num_threads == 1:
         yield from map(function, items)
         return
@@ -109,62 +116,56 @@ def _in_order(function: Callable[[T], R], items: Iterable[T], num_threads: int) 
                 future.cancel()
 
 
-def learn_merges(words: PretokenCounts, num_merges: int, advance: Callable[[int], object]) -> list[tuple[bytes, bytes]]:
-    """Learn merges from words of together less than 2**31 bytes and words, whose counts add up to less than 2**63.
+def learn_merges(
+    pretokens: PretokenCounts, num_merges: int, advance: Callable[[int], object]
+) -> list[tuple[bytes, bytes]]:
+    """Learn merges from distinct pre-tokens.
 
     Args:
-        advance: is told now and then how many more merges there are.
+        pretokens: the sum of their number and their bytes is less than 2**31, that of their counts less than 2**63.
+        advance: gets the number of new merges, now and then.
     """
     load_kernels("training")
     from basic.bpe.kernels.learn_merges import MergeLearner
 
-    learner = MergeLearner(words, num_merges)
-    learned = 0
+    learner = MergeLearner(pretokens, num_merges)
+    num_learned = 0
     while True:
-        # Not all at once, so that the bar moves and the user can interrupt.
-        now = learner.learn(learned + _MERGES_AT_ONCE)
-        advance(now - learned)
-        if now < learned + _MERGES_AT_ONCE:
+        # Not all in one call, so that the progress bar moves and the user can interrupt.
+        before, num_learned = num_learned, learner.learn(num_learned + _MERGES_AT_A_TIME)
+        advance(num_learned - before)
+        if num_learned < before + _MERGES_AT_A_TIME:
             return learner.merges()
-        learned = now
 
 
 class KernelEncoder:
-    """Encodes and decodes for one tokenizer, for any number of threads at a time.
+    """Encodes and decodes with the kernels; several threads may use it at the same time.
 
     Args:
-        byte_ids: byte to id.
-        ranks: pair of ids to its place among the merges.
-        results: the id that each merge makes.
+        rules: the merges.
         tokens: id to bytes.
         special_tokens: bytes and id of each, the longest first.
         dtype: of the ids, uint16 or uint32.
     """
 
     def __init__(
-        self,
-        byte_ids: dict[int, int],
-        ranks: dict[tuple[int, int], int],
-        results: list[int],
-        tokens: dict[int, bytes],
-        special_tokens: Sequence[tuple[bytes, int]],
-        dtype: np.dtype,
+        self, rules: MergeRules, tokens: dict[int, bytes], special_tokens: Sequence[tuple[bytes, int]], dtype: np.dtype
     ) -> None:
         load_kernels("encoding")
         from basic.bpe.kernels.apply_merges import merges_as_arrays
         from basic.bpe.kernels.decode import TokenBytes
 
-        self._merges, self.dtype = merges_as_arrays(byte_ids, ranks, results), dtype
+        self._merges, self.dtype = merges_as_arrays(rules), dtype
         self._specials = (
             *special_token_arrays([token for token, _ in special_tokens]),
             np.array([token_id for _, token_id in special_tokens], np.int64),
         )
         self._no_specials = (*special_token_arrays([]), np.zeros(0, np.int64))
-        self._idle: list[PretokenEncoder] = []
+        self._idle: list[PretokenEncoder] = []  # not in use by a thread
         self.decode = TokenBytes(tokens).decode
 
-    def _encoder(self) -> PretokenEncoder:
-        """One that no thread uses; who is done gives it back to the idle ones."""
+    def _take_encoder(self) -> PretokenEncoder:
+        """An idle encoder or a new one; the caller returns it to the idle ones."""
         from basic.bpe.kernels.encode import PretokenEncoder
         from basic.bpe.kernels.scan import code_classes
 
@@ -174,44 +175,51 @@ class KernelEncoder:
             return PretokenEncoder(code_classes(), self._merges, self.dtype)
 
     def encode_list(self, data: np.ndarray, specials_as_text: bool) -> list[int]:
-        """The ids of a text.
+        """Encode a text to a list of ids.
+
+        Args:
+            data: the UTF-8 bytes, read-only.
+            specials_as_text: whether special tokens in the text are ordinary text.
 
         Raises:
-            InvalidByteError: see there.
+            InvalidByteError: a byte is not UTF-8 or has no token.
         """
-        encoder = self._idle.pop() if self._idle else self._encoder()
+        encoder = self._idle.pop() if self._idle else self._take_encoder()
         ids = encoder.encode(data, 0, len(data), self._no_specials if specials_as_text else self._specials).tolist()
         self._idle.append(encoder)
         return ids
 
     def encode_chunks(
-        self, chunks: Iterable[Chunk], specials_as_text: bool, num_threads: int, *, replace: bool = False
+        self, chunks: Iterable[Chunk], specials_as_text: bool, num_threads: int, *, errors: str = "strict"
     ) -> Iterator[tuple[np.ndarray, int]]:
-        """The ids of each chunk and its bytes, in order; chunks must begin and end where words do.
+        """Encode chunks, which must start and end at safe positions.
 
         Args:
-            replace: whether bytes that are not UTF-8 become U+FFFD.
+            errors: "strict" raises; "replace" encodes bytes that are not UTF-8 as U+FFFD.
+
+        Yields:
+            The ids of each chunk and its size in bytes, in order.
 
         Raises:
-            InvalidByteError: see there; of several places the first.
+            InvalidByteError: a byte is not UTF-8 or has no token. It has the first such byte.
         """
         from basic.bpe.kernels.encode import SMALL_BYTES
 
         specials = self._no_specials if specials_as_text else self._specials
 
         def encode(chunk: Chunk) -> tuple[np.ndarray, int]:
-            encoder = self._encoder()
+            encoder = self._take_encoder()
             try:
                 ids = encoder.encode(*chunk, specials)
             except InvalidByteError as error:
-                if not replace or error.lacks_token:
+                if errors != "replace" or error.lacks_token:
                     raise
                 data, start, stop = chunk
-                repaired = bytes_array(data[start:stop].tobytes().decode(errors="replace").encode())
-                ids = encoder.encode(repaired, 0, len(repaired), specials)
+                valid = bytes_array(data[start:stop].tobytes().decode(errors="replace").encode())
+                ids = encoder.encode(valid, 0, len(valid), specials)
             if chunk[2] - chunk[1] <= SMALL_BYTES:
-                ids = ids.copy()  # the array is the encoder's
+                ids = ids.copy()  # the encoder reuses the array
             self._idle.append(encoder)
             return ids, chunk[2] - chunk[1]
 
-        return _in_order(encode, chunks, num_threads)
+        return _map_in_order(encode, chunks, num_threads)

@@ -1,34 +1,39 @@
-"""When the compiled kernels are worth loading, and how they are loaded."""
+"""Decides when a text is large enough for the compiled kernels, and loads them."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import time
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from basic.bpe.arrays import bytes_array, special_token_arrays
+from basic.bpe.plain import MergeRules
 
-# From here on the kernels are worth about a second to load them.
+Task = Literal["training", "encoding"]
+
+# Loading the kernels takes about a second. For a text of this size the plain path takes longer.
 MIN_BYTES_FOR_KERNELS = 1 << 20
 
-# LLVM ends the process where it gets no memory; this much is enough for Numba, its libraries and threads.
-_ADDRESS_SPACE_BYTES = 2 << 30
+# LLVM ends the process when it gets no memory. This much is enough for Numba, its libraries and threads.
+_MIN_ADDRESS_SPACE_BYTES = 2 << 30
 
 _lock = threading.RLock()
-_loaded: set[str] = set()
+_loaded: set[Task] = set()
 
 
-def kernels_pay_off(part: str, num_bytes: int, num_mapped_bytes: int = 0) -> bool:
-    """Whether a text of this size should go to the kernels: it is large, or they are loaded anyway.
+def kernels_pay_off(task: Task, num_bytes: int, num_mapped_bytes: int = 0) -> bool:
+    """Whether a text should use the kernels: they are loaded already, or the text is large enough to load them.
 
     Args:
-        part: "training" or "encoding".
+        task: the kernels that are needed.
         num_bytes: of the text.
-        num_mapped_bytes: how much address space the text will yet take.
+        num_mapped_bytes: address space that reading the text will need.
     """
-    if num_bytes < MIN_BYTES_FOR_KERNELS and part not in _loaded:
+    if num_bytes < MIN_BYTES_FOR_KERNELS and task not in _loaded:
         return False
     return _has_address_space(num_mapped_bytes)
 
@@ -46,39 +51,49 @@ def _has_address_space(num_mapped_bytes: int) -> bool:
             used = int(file.read().split()[0]) * resource.getpagesize()
     except OSError:
         return False
-    return limit - used - num_mapped_bytes >= _ADDRESS_SPACE_BYTES
+    return limit - used - num_mapped_bytes >= _MIN_ADDRESS_SPACE_BYTES
 
 
-def load_kernels(part: str) -> None:
-    """Make the kernels of a part ready, from the cache or by compiling them, which says so."""
-    if part in _loaded:
+def load_kernels(task: Task) -> None:
+    """Load the kernels of a task, or compile them, once in a process."""
+    if task in _loaded:
         return
     with _lock:
-        if part in _loaded:
+        if task in _loaded:
             return
         from basic.bpe.kernels.instructions import cache_folder
 
-        folder = cache_folder()
-        stamp = None if folder is None else folder / f"{part}.{'-'.join(sys.version.split()[:1])}"
-        is_new = stamp is None or not stamp.exists()
-        if is_new:
-            print(
-                f"basic: compiling the kernels for {part}"
-                + (", once on this machine (ahead of time: python -m basic.bpe)" if stamp else ""),
-                file=sys.stderr,
-                flush=True,
-            )
-        start = time.perf_counter()
-        {"training": _warm_up_training, "encoding": _warm_up_encoding}[part]()
-        if is_new:
-            print(f"basic: compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-        if stamp is not None and is_new:
+        warm_up(task, cache_folder())
+        _loaded.add(task)
+
+
+def warm_up(task: Task, cache_folder: Path | None) -> None:
+    """Call each kernel of a task, so that it is loaded or compiled; print a message if it is compiled.
+
+    Args:
+        cache_folder: of the compiled kernels. A file in it records that those of this task are complete.
+    """
+    stamp = None if cache_folder is None else cache_folder / f"{task}.{'-'.join(sys.version.split()[:1])}"
+    is_cached = stamp is not None and stamp.exists()
+    if not is_cached:
+        print(
+            f"basic: compiling the kernels for {task}"
+            + (", once on this machine (ahead of time: python -m basic.bpe)" if stamp else ""),
+            file=sys.stderr,
+            flush=True,
+        )
+    start = time.perf_counter()
+    {"training": _warm_up_training, "encoding": _warm_up_encoding}[task]()
+    if not is_cached:
+        print(f"basic: compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        if stamp is not None:
             stamp.touch()
-        _loaded.add(part)
+
+
+# The argument types of these calls are those of all later calls, so each kernel is compiled once.
 
 
 def _warm_up_training() -> None:
-    """Call each kernel once with the types that it will have."""
     from basic.bpe.kernels.count import PretokenCounter
     from basic.bpe.kernels.learn_merges import MergeLearner
     from basic.bpe.kernels.scan import code_classes
@@ -88,8 +103,7 @@ def _warm_up_training() -> None:
     counter = PretokenCounter(code_classes(), special_token_arrays([b"<|endoftext|>"]))
     counter.add_text(data, 0, len(data))
     counter.grow()
-    words = sort_and_sum(counter.words())
-    learner = MergeLearner(words, 3)
+    learner = MergeLearner(sort_and_sum(counter.pretokens()), 3)
     learner.grow(1 << 17)
     learner.learn(3)
 
@@ -102,7 +116,7 @@ def _warm_up_encoding() -> None:
 
     data = bytes_array(b"the cat and the dog, \xc3\xa9t\xc3\xa9 " + b"long" * 300)
     tokens = {i: bytes([i]) for i in range(256)} | {256: b"th", 257: b"the"}
-    merges = merges_as_arrays({i: i for i in range(256)}, {(116, 104): 0, (256, 101): 1}, [256, 257])
+    merges = merges_as_arrays(MergeRules({i: i for i in range(256)}, {(116, 104): 0, (256, 101): 1}, [256, 257]))
     encoder = PretokenEncoder(code_classes(), merges, np.dtype(np.uint16))
     ids = encoder.encode(data, 0, len(data), (*special_token_arrays([b"<|endoftext|>"]), np.array([258])))
     encoder.grow()

@@ -1,132 +1,163 @@
-"""Words to ids in plain Python: the merges of a vocabulary, applied to one word at a time.
+"""Encode pre-tokens in plain Python: apply the merges to one pre-token at a time.
 
-The readable twin of `basic.bpe.kernels.encode`, and what serves small texts.
+This is the readable version of `basic.bpe.kernels.encode`. Small texts use it.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 from itertools import pairwise
+from typing import NamedTuple
 
-# Half a megabyte of cached words, of everyday length: memory stays flat on a text without end.
-_CACHE_WORDS = 3072
-_CACHE_WORD_CHARACTERS = 32
+# About half a megabyte of pre-tokens of everyday length, so memory stays bounded on an endless text.
+MAX_CACHED_PRETOKENS = 3072
+_MAX_CACHED_CHARACTERS = 32
 
-# Up to here the simple loop is the faster one.
-_SHORT_WORD_BYTES = 64
+# Up to this length `merge_short` is faster than `merge_long`.
+_SHORT_BYTES = 64
 
 Pair = tuple[int, int]
-_NO_ID = -1  # where a word ends, and where an id has become part of the one to its left
+_NO_ID = -1  # the end of a pre-token, or an id that was merged into the one to its left
 
 
-class PretokenCache(dict[str, tuple[int, ...]]):
-    """The ids of each word, worked out where it is first looked up, and kept while there is room.
+class MergeRules(NamedTuple):
+    """The merges of a tokenizer, by id.
 
-    Args:
-        ids: of the tokens.
-        merges: pairs of tokens, the earliest first.
+    Attributes:
+        byte_ids: byte to id; bytes without a token are missing.
+        ranks: pair of ids to its position in the list of merges.
+        results: the id that each merge produces, by rank.
     """
 
-    def __init__(self, ids: dict[bytes, int], merges: list[tuple[bytes, bytes]]) -> None:
-        self._byte_ids = {byte: ids[bytes([byte])] for byte in range(256) if bytes([byte]) in ids}
-        self._ranks: dict[Pair, int] = {}
-        self._results: list[int] = []  # by rank
-        for rank, merge in enumerate(merges):
-            try:
-                left, right = merge
-                pair, result = (ids[left], ids[right]), ids[left + right]
-            except (KeyError, TypeError, ValueError):
-                raise _merge_error(rank, merge, ids) from None
-            self._ranks.setdefault(pair, rank)
-            self._results.append(result)
+    byte_ids: dict[int, int]
+    ranks: dict[Pair, int]
+    results: list[int]
 
-    def tables(self) -> tuple[dict[int, int], dict[Pair, int], list[int]]:
-        """The id of each byte, the rank of each pair of ids, and the id that each rank makes."""
-        return self._byte_ids, self._ranks, self._results
 
-    def __missing__(self, word: str) -> tuple[int, ...]:
+def merge_rules(ids: dict[bytes, int], merges: Iterable[tuple[bytes, bytes]]) -> MergeRules:
+    """Look up the ids of all merges.
+
+    Args:
+        ids: token to id.
+        merges: pairs of tokens, the lowest rank first; of two equal merges the first one counts.
+
+    Raises:
+        TypeError: a merge is not a pair of bytes.
+        ValueError: a merge needs a token that has no id.
+    """
+    rules = MergeRules({byte: ids[bytes([byte])] for byte in range(256) if bytes([byte]) in ids}, {}, [])
+    for rank, merge in enumerate(merges):
         try:
-            ids = [self._byte_ids[byte] for byte in word.encode()]
-        except KeyError as error:
-            raise ValueError(
-                f"the vocabulary has no token for the byte 0x{error.args[0]:02x}, which {word[:40]!r} needs; "
-                "train the tokenizer with all 256 bytes"
-            ) from None
-        merge_word = merge_short_word if len(ids) <= _SHORT_WORD_BYTES else merge_long_word
-        encoded = tuple(merge_word(ids, self._ranks, self._results))
-        if len(word) <= _CACHE_WORD_CHARACTERS:
-            if len(self) >= _CACHE_WORDS:
-                self.clear()
-            self[word] = encoded
-        return encoded
+            left, right = merge
+            pair, result = (ids[left], ids[right]), ids[left + right]
+        except (KeyError, TypeError, ValueError):
+            raise _merge_error(rank, merge, ids) from None
+        rules.ranks.setdefault(pair, rank)
+        rules.results.append(result)
+    return rules
 
 
 def _merge_error(rank: int, merge: tuple[bytes, bytes], ids: dict[bytes, int]) -> Exception:
-    """What is wrong with a merge."""
-    if not (isinstance(merge, tuple | list) and len(merge) == 2 and all(isinstance(part, bytes) for part in merge)):
+    if not (isinstance(merge, tuple | list) and len(merge) == 2 and all(isinstance(token, bytes) for token in merge)):
         return TypeError(f"merge {rank} must be a pair of bytes, got {merge!r}")
     left, right = merge
     missing = next(token for token in (left, right, left + right) if token not in ids)
     return ValueError(f"merge {rank}, {merge!r}, needs the token {missing!r}, which is not in the vocabulary")
 
 
-def merge_short_word(ids: list[int], ranks: dict[Pair, int], results: list[int]) -> list[int]:
-    """Apply merges to a word: the earliest wherever it can be, from left to right, again and again until none can.
-
-    Takes time quadratic in the length of the word, yet nothing is faster for the length of everyday words.
+class PretokenCache(dict[str, tuple[int, ...]]):
+    """Maps each pre-token to its ids, which are computed at the first lookup. A full cache is emptied.
 
     Args:
-        ids: of the tokens of the word; changed.
-        ranks: the place of each pair of ids in the list of merges.
-        results: the id that each merge makes, by rank.
+        rules: the merges.
+        max_pretokens: the largest number of pre-tokens in the cache.
+
+    Raises:
+        ValueError: (at a lookup) a byte of the pre-token has no token.
+    """
+
+    def __init__(self, rules: MergeRules, *, max_pretokens: int = MAX_CACHED_PRETOKENS) -> None:
+        self.rules, self._max_pretokens = rules, max_pretokens
+
+    def __missing__(self, pretoken: str) -> tuple[int, ...]:
+        byte_ids, ranks, results = self.rules
+        try:
+            ids = [byte_ids[byte] for byte in pretoken.encode()]
+        except KeyError as error:
+            raise ValueError(
+                f"the vocabulary has no token for the byte 0x{error.args[0]:02x}, which {pretoken[:40]!r} needs; "
+                "train the tokenizer with all 256 bytes"
+            ) from None
+        merged = tuple(apply_merges(ids, ranks, results))
+        if len(pretoken) <= _MAX_CACHED_CHARACTERS:
+            if len(self) >= self._max_pretokens:
+                self.clear()
+            self[pretoken] = merged
+        return merged
+
+
+def apply_merges(ids: list[int], ranks: dict[Pair, int], results: list[int]) -> list[int]:
+    """Apply merges to a pre-token: the lowest rank first, at all its positions from left to right, until none applies.
+
+    Args:
+        ids: of the bytes of the pre-token; modified.
+        ranks, results: see `MergeRules`.
 
     Returns:
-        The ids after all merges.
+        The ids of the pre-token.
+
+    Source: Sennrich et al. 2016, algorithm 1, applied to one word.
     """
-    none = len(results)
-    pair_ranks = [ranks.get(pair, none) for pair in pairwise(ids)]
-    while pair_ranks and (rank := min(pair_ranks)) < none:
+    return (merge_short if len(ids) <= _SHORT_BYTES else merge_long)(ids, ranks, results)
+
+
+def merge_short(ids: list[int], ranks: dict[Pair, int], results: list[int]) -> list[int]:
+    """`apply_merges` by definition, in time quadratic in the length: the fastest way for everyday lengths."""
+    no_rank = len(results)
+    pair_ranks = [ranks.get(pair, no_rank) for pair in pairwise(ids)]
+    while pair_ranks and (rank := min(pair_ranks)) < no_rank:
         while rank in pair_ranks:
             i = pair_ranks.index(rank)
             ids[i : i + 2] = [results[rank]]
             del pair_ranks[i]
             if i > 0:
-                pair_ranks[i - 1] = ranks.get((ids[i - 1], ids[i]), none)
+                pair_ranks[i - 1] = ranks.get((ids[i - 1], ids[i]), no_rank)
             if i < len(pair_ranks):
-                pair_ranks[i] = ranks.get((ids[i], ids[i + 1]), none)
+                pair_ranks[i] = ranks.get((ids[i], ids[i + 1]), no_rank)
     return ids
 
 
-def merge_long_word(ids: list[int], ranks: dict[Pair, int], results: list[int]) -> list[int]:
-    """The same, in time that hardly grows faster than the word.
+def merge_long(ids: list[int], ranks: dict[Pair, int], results: list[int]) -> list[int]:
+    """`apply_merges` in almost linear time.
 
-    The places of the pairs are kept by rank, and the ranks in a heap. A merge puts its result into the place of
-    the left id, and `right_of` and `left_of` lead past the place of the right one. Places at which the pair is no
-    more are not looked for, but passed over.
+    The positions of the pairs are listed by rank, and a heap holds the ranks. A merge writes its result at the position
+    of the left id; `right_of` and `left_of` then skip the position of the right id. Positions where the pair no longer
+    exists stay in the lists and are skipped.
     """
     right_of, left_of = list(range(1, len(ids) + 1)), list(range(-1, len(ids)))
-    ids.append(_NO_ID)  # right of the last place and, as ids[-1], left of the first
-    places: dict[int, list[int]] = {}
-    for place, pair in enumerate(pairwise(ids)):
+    ids.append(_NO_ID)  # to the right of the last position and, as ids[-1], to the left of the first
+    positions: dict[int, list[int]] = {}
+    for position, pair in enumerate(pairwise(ids)):
         if (rank := ranks.get(pair)) is not None:
-            places.setdefault(rank, []).append(place)
-    heap = list(places)
+            positions.setdefault(rank, []).append(position)
+    heap = list(positions)
     heapq.heapify(heap)
     while heap:
         rank = heapq.heappop(heap)
         result = results[rank]
-        for place in sorted(places.pop(rank)):
-            right = right_of[place]
-            if ranks.get((ids[place], ids[right])) != rank:
+        for position in sorted(positions.pop(rank)):
+            right = right_of[position]
+            if ranks.get((ids[position], ids[right])) != rank:
                 continue
-            ids[place], ids[right] = result, _NO_ID
-            before, after = left_of[place], right_of[right]
-            right_of[place], left_of[after] = after, place
-            for new_place, pair in ((before, (ids[before], result)), (place, (result, ids[after]))):
+            ids[position], ids[right] = result, _NO_ID
+            before, after = left_of[position], right_of[right]
+            right_of[position], left_of[after] = after, position
+            for new_position, pair in ((before, (ids[before], result)), (position, (result, ids[after]))):
                 if (new_rank := ranks.get(pair)) is None:
                     continue
-                if new_rank not in places:
-                    places[new_rank] = []
+                if new_rank not in positions:
+                    positions[new_rank] = []
                     heapq.heappush(heap, new_rank)
-                places[new_rank].append(new_place)
+                positions[new_rank].append(new_position)
     return [token_id for token_id in ids if token_id != _NO_ID]

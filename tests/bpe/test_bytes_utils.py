@@ -1,4 +1,4 @@
-"""Bytes and text: GPT-2's printable form, its two files, and files read in blocks."""
+"""GPT-2's printable form and its two files, and decoding in blocks."""
 
 import json
 
@@ -16,7 +16,7 @@ from basic.bytes_utils import (
     save_vocab,
     to_printable,
 )
-from basic.corpus import sources
+from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.corpus.sources import read_blocks
 from tests.conftest import shared_data
 from tests.fixtures.make_tokenizer_fixtures import printable_bytes
@@ -58,7 +58,7 @@ def test_files_round_trip(tmp_path_factory, vocab, merges):
     assert load_merges(folder / "merges.txt") == merges
 
 
-def test_two_ids_with_the_same_bytes_both_come_back(tmp_path):
+def test_two_ids_with_the_same_bytes_are_both_read_back(tmp_path):
     vocab = {0: b"a", 1: b"b", 2: b"a"}
     save_vocab(vocab, tmp_path / "vocab.json")
     assert load_vocab(tmp_path / "vocab.json") == vocab
@@ -69,12 +69,12 @@ def test_special_tokens_in_the_vocabulary_file(tmp_path):
     save_vocab(vocab, tmp_path / "vocab.json")
     assert load_vocab(tmp_path / "vocab.json") == vocab
     assert json.loads((tmp_path / "vocab.json").read_text())["<|endoftext|>"] == 0
-    # The tokenizers package writes special tokens as plain text, which the printable form never looks like.
+    # The tokenizers package writes special tokens as plain text. With a space it cannot be a printable form.
     (tmp_path / "vocab.json").write_text('{"<| end of text |>": 7}')
     assert load_vocab(tmp_path / "vocab.json") == {7: b"<| end of text |>"}
 
 
-def test_only_a_version_in_the_first_line_is_no_merge(tmp_path):
+def test_only_a_version_in_the_first_line_is_skipped(tmp_path):
     path = tmp_path / "merges.txt"
     path.write_text("# #\n#version: x\n## #\n")
     assert load_merges(path) == [(b"#", b"#"), (b"#version:", b"x"), (b"##", b"#")]
@@ -88,16 +88,16 @@ def test_only_a_version_in_the_first_line_is_no_merge(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["a", "a b c", "a  b", " a", "", "a \N{EM SPACE}"])
-def test_a_damaged_merge_is_named_by_its_line(tmp_path, line):
+def test_the_error_names_the_line_of_a_damaged_merge(tmp_path, line):
     path = tmp_path / "merges.txt"
     path.write_text(f"#version: 0.2\na b\n{line}\nc d\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"merges\.txt', line 3: "):
+    with pytest.raises(DamagedFileError, match=r"merges\.txt', line 3: "):
         load_merges(path)
 
 
-def test_merges_that_are_not_utf8_are_named_by_offset(tmp_path):
+def test_the_error_names_the_offset_of_invalid_utf8_in_merges(tmp_path):
     (tmp_path / "merges.txt").write_bytes(b"a b\n\xff c\n")
-    with pytest.raises(ValueError, match="byte offset 4"):
+    with pytest.raises(DamagedFileError, match="byte offset 4"):
         load_merges(tmp_path / "merges.txt")
 
 
@@ -112,15 +112,15 @@ def test_merges_that_are_not_utf8_are_named_by_offset(tmp_path):
         ('{"a": 0, "b": 0}', "id 0 is given twice, again to 'b'"),
     ],
 )
-def test_a_damaged_vocabulary_says_what_is_wrong(tmp_path, content, message):
+def test_the_error_says_what_is_wrong_in_a_damaged_vocabulary(tmp_path, content, message):
     (tmp_path / "vocab.json").write_text(content)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(DamagedFileError, match=message) as error:
         load_vocab(tmp_path / "vocab.json")
     assert "vocab.json" in str(error.value)
 
 
 @given(text=st.text(), size=st.integers(1, 5))
-def test_blocks_are_decoded_wherever_they_are_cut(text, size):
+def test_blocks_are_decoded_wherever_they_are_divided(text, size):
     data = text.encode()
     blocks = [data[i : i + size] for i in range(0, len(data), size)]
     assert "".join(decode_blocks(blocks, "name")) == text
@@ -129,21 +129,20 @@ def test_blocks_are_decoded_wherever_they_are_cut(text, size):
 @given(
     data=st.one_of(st.binary(), st.text().map(str.encode).flatmap(lambda b: st.just(b[:-1]))), size=st.integers(1, 5)
 )
-def test_invalid_utf8_is_named_by_its_offset(data, size):
+def test_the_error_names_the_offset_of_invalid_utf8(data, size):
     blocks = [data[i : i + size] for i in range(0, len(data), size)]
     try:
         expected = data.decode()
     except UnicodeDecodeError as error:
-        with pytest.raises(ValueError, match=f"'name' is not valid UTF-8 at byte offset {1000 + error.start} "):
+        with pytest.raises(InvalidInputError, match=f"'name' is not valid UTF-8 at byte offset {1000 + error.start} "):
             list(decode_blocks(blocks, "name", start=1000))
     else:
         assert "".join(decode_blocks(blocks, "name")) == expected
 
 
-def test_files_are_read_without_newline_translation(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 4)
+def test_files_are_read_without_newline_translation(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"\xef\xbb\xbfa\r\nb\rc\n\x1a")
-    assert "".join(decode_blocks(read_blocks(path), path)) == "\ufeffa\r\nb\rc\n\x1a"
-    assert b"".join(read_blocks(path, 3, 9)) == b"a\r\nb\rc"
-    assert b"".join(read_blocks(path, 5, 5)) == b""
+    assert "".join(decode_blocks(read_blocks(path, block_bytes=4), path)) == "\ufeffa\r\nb\rc\n\x1a"
+    assert b"".join(read_blocks(path, 3, 9, block_bytes=4)) == b"a\r\nb\rc"
+    assert b"".join(read_blocks(path, 5, 5, block_bytes=4)) == b""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ import regex
 
 from basic.bpe import loading
 from basic.bytes_utils import load_merges, load_vocab
-from basic.corpus import shards
 from basic.corpus.counting import count_pretokens
 from basic.encoding import encode_file
 from basic.pretokenization import SpecialTokens
@@ -149,16 +149,16 @@ def test_words_of_real_text(tmp_path, name):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_any_cutting_gives_the_same_counts(tmp_path, monkeypatch, seed):
+def test_any_cutting_gives_the_same_counts(tmp_path, seed):
     rng = random.Random(seed)
-    monkeypatch.setattr(shards, "KERNEL_CHUNK_BYTES", rng.choice([1, 50, 1000]))
+    chunk_bytes = rng.choice([1, 50, 1000])
     special_tokens = rng.sample(OVERLAPPING, rng.randint(0, len(OVERLAPPING)))
     pieces = [nasty_text(rng, 30) + rng.choice([*OVERLAPPING, "<|endoftext", "<|end|>", " th"]) for _ in range(400)]
     path = write(tmp_path, "".join(pieces))
     expected = count_pretokens(path, SpecialTokens(special_tokens), num_workers=1, kernels=False)
     for _ in range(4):
-        options = {"num_workers": rng.randint(1, 8), "shard_bytes": rng.choice([300, 1000, 5000])}
-        assert counts_of_kernels(path, special_tokens, **options) == expected
+        options: dict[str, Any] = {"num_workers": rng.randint(1, 8), "shard_bytes": rng.choice([300, 1000, 5000])}
+        assert counts_of_kernels(path, special_tokens, chunk_bytes=chunk_bytes, **options) == expected
 
 
 @pytest.mark.parametrize(
@@ -274,10 +274,10 @@ def test_any_cutting_gives_the_same_ids(tmp_path, monkeypatch, pair, seed):
         assert ids.tolist() == expected
         assert ids.dtype == np.uint16
     assert slow.encode_array(text.encode(), specials_as_text=as_text).tolist() == expected
-    monkeypatch.setattr(shards, "KERNEL_CHUNK_BYTES", rng.choice([1, 100, 3000]))
+    options: dict[str, Any] = {"specials_as_text": as_text, "chunk_bytes": rng.choice([1, 100, 3000])}
     path = write(tmp_path, text)
     for tokenizer, name in ((fast, "fast.bin"), (slow, "slow.bin")):
-        info = encode_file(tokenizer, path, tmp_path / name, num_threads=rng.randint(1, 4), specials_as_text=as_text)
+        info = encode_file(tokenizer, path, tmp_path / name, num_threads=rng.randint(1, 4), **options)
         assert info == read_info(tmp_path / name)
         assert open_tokens(tmp_path / name, verify=True).tolist() == expected
     assert read_info(tmp_path / "fast.bin") == read_info(tmp_path / "slow.bin")
@@ -396,7 +396,6 @@ def test_surrogates(pair):
 @pytest.mark.parametrize("kernels", [True, False])
 def test_bytes_that_are_not_utf8(tmp_path, monkeypatch, trained, kernels):
     tokenizer = Tokenizer(*trained, OVERLAPPING, kernels=kernels)
-    monkeypatch.setattr(shards, "KERNEL_CHUNK_BYTES", 500)
     rng = random.Random(0)
     garbage = b" ".join(nasty_text(rng, 20).encode()[rng.randint(0, 3) :] for _ in range(200))
     cases = [garbage, b"\xff", b"abc \xe2\x82", b"a" * 3000 + b"\x80", b"good \xed\xa0\x80 bad"]
@@ -411,10 +410,10 @@ def test_bytes_that_are_not_utf8(tmp_path, monkeypatch, trained, kernels):
         with pytest.raises(ValueError, match=message):
             tokenizer.encode_array(data)
         with pytest.raises(ValueError, match=message):
-            encode_file(tokenizer, path, tmp_path / "ids.bin")
+            encode_file(tokenizer, path, tmp_path / "ids.bin", chunk_bytes=500)
         assert list(tmp_path.iterdir()) == [path]
         assert tokenizer.encode_array(data, errors="replace", num_threads=2).tolist() == expected
-        info = encode_file(tokenizer, path, tmp_path / "ids.bin", errors="replace")
+        info = encode_file(tokenizer, path, tmp_path / "ids.bin", errors="replace", chunk_bytes=500)
         assert open_tokens(tmp_path / "ids.bin").tolist() == expected
         assert info.source_bytes == len(data)
         (tmp_path / "ids.bin").unlink()
@@ -423,7 +422,6 @@ def test_bytes_that_are_not_utf8(tmp_path, monkeypatch, trained, kernels):
 
 def test_an_interrupted_encode_file_leaves_nothing(tmp_path, monkeypatch, pair):
     path = write(tmp_path, "some words\n" * 10_000)
-    monkeypatch.setattr(shards, "KERNEL_CHUNK_BYTES", 1000)
     written = []
 
     def interrupted(self, ids, source_bytes=0):
@@ -433,7 +431,7 @@ def test_an_interrupted_encode_file_leaves_nothing(tmp_path, monkeypatch, pair):
 
     monkeypatch.setattr(TokenFileWriter, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        encode_file(pair[0], path, tmp_path / "ids.bin", num_threads=2)
+        encode_file(pair[0], path, tmp_path / "ids.bin", num_threads=2, chunk_bytes=1000)
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -1,4 +1,4 @@
-"""Pre-tokens: the pattern, special tokens, streams and files cut anywhere."""
+"""Pre-tokens: the pattern, special tokens, streams and files divided anywhere."""
 
 import itertools
 import subprocess
@@ -12,40 +12,49 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from basic import pretokenization
+from basic.common.errors import InvalidInputError
 from basic.corpus.counting import count_pretokens
-from basic.pretokenization import GPT2_PATTERN, SpecialTokens, chunk_ends, pretokenize_stream, without_surrogates
+from basic.pretokenization import (
+    GPT2_PATTERN,
+    SpecialTokens,
+    chunk_ends,
+    pretokenize_stream,
+    replace_surrogates,
+    replace_surrogates_in_stream,
+)
 from tests.conftest import shared_data
 from tests.fixtures.make_tokenizer_fixtures import PATTERN, SAMPLE, SPECIAL_TOKENS, naive_pretoken_counts
 
 pytestmark = pytest.mark.usefixtures("plain_path")
 
-# One of each kind that the pattern tells apart, and what is special: contractions, white space beyond ASCII,
-# control characters that str.isspace and the pattern see differently.
+# One character of each class of the pattern, and special cases: contractions, white space beyond ASCII, control
+# characters that are white space for str.isspace but not for the pattern.
 ALPHABET = "ls1' \n!\u00a0\u3000\x1c\x85é漢٣²😀\u0301"
 OVERLAPPING = ["l s", "s l", "'l", "ll", "!", "!!", "! !", "é\u3000"]
 texts = st.lists(st.sampled_from([*ALPHABET, *OVERLAPPING]), max_size=25).map("".join)
 special_token_lists = st.lists(st.sampled_from(OVERLAPPING), unique=True, max_size=4)
 
 
-def whole(text: str, special_tokens: list[str]) -> list[str]:
-    """The oracle: pre-tokens and special tokens of the whole text, found with one pattern."""
+def split_by_definition(text: str, special_tokens: list[str]) -> list[str]:
+    """The oracle: pre-tokens and special tokens of the complete text, found with one pattern."""
     longest_first = sorted(special_tokens, key=len, reverse=True)
-    found, position = [], 0
+    tokens, position = [], 0
     for match in regex.finditer("|".join(map(regex.escape, longest_first)) or "(?!)", text):
-        found += [*regex.findall(PATTERN, text[position : match.start()]), match.group()]
+        tokens += [*regex.findall(PATTERN, text[position : match.start()]), match.group()]
         position = match.end()
-    return found + regex.findall(PATTERN, text[position:])
+    return tokens + regex.findall(PATTERN, text[position:])
 
 
-def streamed(pieces, special_tokens) -> list[str]:
-    found = []
-    for pretokens, special_token in pretokenize_stream(pieces, SpecialTokens(special_tokens)):
-        found += pretokens if special_token is None else [*pretokens, special_token]
-    return found
+def split_stream(texts, special_tokens, pattern=GPT2_PATTERN) -> list[str]:
+    tokens = []
+    for pretokens, special_token in pretokenize_stream(texts, SpecialTokens(special_tokens), pattern):
+        tokens += pretokens if special_token is None else [*pretokens, special_token]
+    return tokens
 
 
-def pieces_of(text: str, cuts: list[int]) -> list[str]:
-    return [text[a:b] for a, b in itertools.pairwise([0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)])]
+def divide(text: str, positions: list[int]) -> list[str]:
+    ends = sorted(position % (len(text) + 1) for position in positions)
+    return [text[a:b] for a, b in itertools.pairwise([0, *ends, len(text)])]
 
 
 def test_pattern_leaves_nothing_out_and_is_that_of_the_tokenizers_package():
@@ -58,88 +67,91 @@ def test_pattern_leaves_nothing_out_and_is_that_of_the_tokenizers_package():
         assert GPT2_PATTERN.fullmatch(chr(code))
 
 
-def test_streams_cut_anywhere_exhaustively():
-    """All texts of at most 5 of the characters that matter, in two pieces and letter by letter."""
+def test_streams_divided_anywhere_exhaustively():
+    """All texts of at most 5 of the characters that matter, as two strings and one string a character."""
     for length in range(6):
         for characters in itertools.product("ls' \n!", repeat=length):
             text = "".join(characters)
             expected = regex.findall(PATTERN, text)
-            assert streamed(text, []) == expected
-            for cut in range(1, length):
-                assert streamed([text[:cut], text[cut:]], []) == expected
+            assert split_stream(text, []) == expected
+            for position in range(1, length):
+                assert split_stream([text[:position], text[position:]], []) == expected
 
 
-@given(text=texts, special_tokens=special_token_lists, cuts=st.lists(st.integers(0, 30)))
-def test_streams_with_special_tokens_cut_anywhere(text, special_tokens, cuts):
-    expected = whole(text, special_tokens)
-    assert streamed([text], special_tokens) == expected
-    assert streamed(text, special_tokens) == expected
-    assert streamed(pieces_of(text, cuts), special_tokens) == expected
+@given(text=texts, special_tokens=special_token_lists, positions=st.lists(st.integers(0, 30)))
+def test_streams_with_special_tokens_divided_anywhere(text, special_tokens, positions):
+    expected = split_by_definition(text, special_tokens)
+    assert split_stream([text], special_tokens) == expected
+    assert split_stream(text, special_tokens) == expected
+    assert split_stream(divide(text, positions), special_tokens) == expected
 
 
 class CountingPattern:
-    """Counts the characters that are scanned, so that quadratic work shows without a clock."""
+    """GPT-2's pattern, which counts the searched characters: quadratic work shows without a clock."""
 
-    def __init__(self, pattern):
-        self.pattern = pattern
-        self.scanned = 0
+    pattern = GPT2_PATTERN.pattern
+    num_searched = 0
 
     def findall(self, text):
-        self.scanned += len(text)
-        return self.pattern.findall(text)
+        self.num_searched += len(text)
+        return GPT2_PATTERN.findall(text)
 
 
 @pytest.mark.parametrize("unit", ["a", " ", "!", "ab ", "'"])
-@pytest.mark.parametrize("piece_length", [1, 7, 100_000])
-def test_streaming_is_linear(monkeypatch, unit, piece_length):
-    pattern = CountingPattern(GPT2_PATTERN)
-    monkeypatch.setattr(pretokenization, "GPT2_PATTERN", pattern)
+@pytest.mark.parametrize("length", [1, 7, 100_000])
+def test_streaming_is_linear(unit, length):
+    pattern = CountingPattern()
     text = (unit * 100_000)[:100_000]
-    pieces = (text[i : i + piece_length] for i in range(0, len(text), piece_length))
-    assert "".join(streamed(pieces, ["<|endoftext|>"])) == text
-    assert pattern.scanned < 4 * len(text)
+    texts = (text[i : i + length] for i in range(0, len(text), length))
+    assert "".join(split_stream(texts, ["<|endoftext|>"], pattern)) == text
+    assert 0 < pattern.num_searched < 4 * len(text)
 
 
-def test_streaming_yields_what_is_certain_before_it_asks_for_more():
-    asked = itertools.count()
-    pieces = ("some words, and then more; " for _ in asked)
-    batches = pretokenize_stream(pieces, SpecialTokens(["<|endoftext|>"]))
+def test_streaming_yields_final_pretokens_before_it_reads_more():
+    num_read = itertools.count()
+    texts = ("some words, and then more; " for _ in num_read)
+    batches = pretokenize_stream(texts, SpecialTokens(["<|endoftext|>"]))
     assert "".join(itertools.chain.from_iterable(pretokens for pretokens, _ in itertools.islice(batches, 5)))
-    assert next(asked) < 10
+    assert next(num_read) < 10
 
 
-def test_batches_stay_small_when_pieces_are_large():
+def test_batches_are_small_if_the_strings_are_large():
     batches = pretokenize_stream(["a b " * 100_000], SpecialTokens([]))
     assert max(len(pretokens) for pretokens, _ in batches) < 20_000
 
 
-@given(text=st.text(st.sampled_from("a\ud83d\ude00\ud800\ufeff😀"), max_size=12), cuts=st.lists(st.integers(0, 12)))
-def test_surrogates(text, cuts):
-    repaired = "".join(without_surrogates(pieces_of(text, cuts)))
-    assert repaired == text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    assert repaired.encode().decode() == repaired
+@given(
+    text=st.text(st.sampled_from("a\ud83d\ude00\ud800\ufeff😀"), max_size=12), positions=st.lists(st.integers(0, 12))
+)
+def test_surrogates(text, positions):
+    replaced = replace_surrogates(text)
+    assert replaced == text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    assert replaced.encode().decode() == replaced
+    assert "".join(replace_surrogates_in_stream(divide(text, positions))) == replaced
 
 
-# Cutting files
+# Dividing files
 
 
-def chunk_boundaries(path, special_tokens, chunk_bytes):
-    data = path.read_bytes()
-    return [0, *chunk_ends(lambda start, length: data[start : start + length], len(data), special_tokens, chunk_bytes)]
+def chunk_boundaries(data, special_tokens, chunk_bytes, **options):
+    def read(start, length):
+        return data[start : start + length]
+
+    return [0, *chunk_ends(read, len(data), special_tokens, chunk_bytes, **options)]
 
 
-def test_safe_places_exhaustively():
-    """Before white space that follows another character, no pre-token crosses or looks ahead."""
-    safe = regex.compile(pretokenization._SAFE_CUT)
-    num_cuts = 0
+def test_safe_positions_exhaustively():
+    """A pre-token always ends before white space that follows another character."""
+    safe = regex.compile(pretokenization._SAFE_POSITION)
+    num_positions = 0
     for characters in itertools.product("ls1' \n!", repeat=5):
         text = "".join(characters)
         expected = GPT2_PATTERN.findall(text)
         for match in safe.finditer(text):
-            num_cuts += 1
-            cut = match.start()
-            assert GPT2_PATTERN.findall(text[:cut]) + GPT2_PATTERN.findall(text[cut:]) == expected
-    assert num_cuts > 10_000
+            num_positions += 1
+            position = match.start()
+            assert GPT2_PATTERN.findall(text[:position]) + GPT2_PATTERN.findall(text[position:]) == expected
+    assert num_positions > 10_000
 
 
 @given(
@@ -149,37 +161,28 @@ def test_safe_places_exhaustively():
     search_bytes=st.sampled_from([1, 7, 4096]),
 )
 @example(text="l s" * 9, special_tokens=["l s"], chunk_bytes=1, search_bytes=1)
-def test_files_are_cut_only_at_safe_places(tmp_path_factory, text, special_tokens, chunk_bytes, search_bytes):
-    path = tmp_path_factory.mktemp("cut") / "text.txt"
+def test_chunks_end_only_at_safe_positions(text, special_tokens, chunk_bytes, search_bytes):
     data = text.encode()
-    path.write_bytes(data)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretokenization, "_SEARCH_BYTES", search_bytes)
-        boundaries = chunk_boundaries(path, SpecialTokens(special_tokens), chunk_bytes)
+    boundaries = chunk_boundaries(data, SpecialTokens(special_tokens), chunk_bytes, search_bytes=search_bytes)
     assert boundaries == sorted(set(boundaries))
     assert (boundaries[0], boundaries[-1]) == (0, len(data))
-    parts = [data[a:b].decode() for a, b in itertools.pairwise(boundaries)]
-    assert list(itertools.chain.from_iterable(whole(part, special_tokens) for part in parts)) == whole(
-        text, special_tokens
-    )
+    chunks = [data[a:b].decode() for a, b in itertools.pairwise(boundaries)]
+    tokens = itertools.chain.from_iterable(split_by_definition(chunk, special_tokens) for chunk in chunks)
+    assert list(tokens) == split_by_definition(text, special_tokens)
 
 
-def test_cuts_are_found_where_there_are_some(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("a" * 5000)
-    sizes = [b - a for a, b in itertools.pairwise(chunk_boundaries(path, SpecialTokens(["aa"]), 100))]
-    assert sizes == [5000], "which pairs are the special ones depends on all letters before"
-    path.write_text("word " * 1000)
-    sizes = [b - a for a, b in itertools.pairwise(chunk_boundaries(path, SpecialTokens(["<|endoftext|>"]), 100))]
-    assert len(sizes) == 50
-    path.write_text("一二三四五<|endoftext|>" * 100, encoding="utf-8")
-    sizes = [b - a for a, b in itertools.pairwise(chunk_boundaries(path, SpecialTokens(["<|endoftext|>"]), 100))]
-    assert len(sizes) > 20, "a text without white space is cut at special tokens"
+def test_safe_positions_are_found():
+    boundaries = chunk_boundaries(b"a" * 5000, SpecialTokens(["aa"]), 100)
+    assert boundaries == [0, 5000], "which pairs are the special tokens depends on all letters before"
+    assert len(chunk_boundaries(b"word " * 1000, SpecialTokens(["<|endoftext|>"]), 100)) == 51
+    data = ("一二三四五<|endoftext|>" * 100).encode()
+    boundaries = chunk_boundaries(data, SpecialTokens(["<|endoftext|>"]), 100)
+    assert len(boundaries) > 21, "a text without white space is divided at special tokens"
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 @pytest.mark.parametrize("chunk_bytes", [40, 500])
-def test_counts_are_the_same_for_any_workers_and_cutting(num_workers, chunk_bytes):
+def test_counts_are_the_same_for_any_workers_and_chunks(num_workers, chunk_bytes):
     counts = count_pretokens(SAMPLE, SpecialTokens(SPECIAL_TOKENS), num_workers=num_workers, shard_bytes=chunk_bytes)
     assert counts == naive_pretoken_counts(SAMPLE.read_bytes().decode(), SPECIAL_TOKENS)
 
@@ -215,29 +218,29 @@ def test_an_empty_file_has_no_pretokens(tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_invalid_utf8_in_any_chunk_is_named_by_its_offset_in_the_file(tmp_path, num_workers):
+def test_the_error_names_the_offset_in_the_file_of_invalid_utf8(tmp_path, num_workers):
     path = tmp_path / "text.txt"
     path.write_bytes("é word ".encode() * 100 + b"\xe3\x80 word \xff" + b" word" * 100)
-    with pytest.raises(ValueError, match=r"text\.txt' is not valid UTF-8 at byte offset 800 "):
+    with pytest.raises(InvalidInputError, match=r"text\.txt' is not valid UTF-8 at byte offset 800 "):
         count_pretokens(path, SpecialTokens([]), num_workers=num_workers, shard_bytes=100)
 
 
 def test_numbers_too_small():
-    with pytest.raises(ValueError, match="num_workers=0 must be at least 1"):
+    with pytest.raises(InvalidInputError, match="num_workers=0 must be at least 1"):
         count_pretokens(SAMPLE, SpecialTokens([]), num_workers=0)
-    with pytest.raises(ValueError, match="shard_bytes=0 must be at least 1"):
+    with pytest.raises(InvalidInputError, match="shard_bytes=0 must be at least 1"):
         count_pretokens(SAMPLE, SpecialTokens([]), shard_bytes=0)
 
 
 @pytest.mark.parametrize(
     ("special_tokens", "error", "message"),
     [
-        (["a", ""], ValueError, "special token 1 is empty"),
-        (["a", "b", "a"], ValueError, "special token 'a' is given twice"),
+        (["a", ""], InvalidInputError, "special token 1 is empty"),
+        (["a", "b", "a"], InvalidInputError, "special token 'a' is given twice"),
         (["a", b"b"], TypeError, "special token 1 must be a string, got b'b'"),
         ([None], TypeError, "special token 0 must be a string, got None"),
         ("<|endoftext|>", TypeError, r"must be a list of strings, got '<\|endoftext\|>'"),
-        (["\ud800"], ValueError, "no UTF-8 form"),
+        (["\ud800"], InvalidInputError, "no UTF-8 form"),
     ],
 )
 def test_bad_special_tokens(special_tokens, error, message):

@@ -1,9 +1,10 @@
-"""Applying merges to the bytes of a word, until none is left that could be.
+"""Apply merges to the bytes of a pre-token, until no merge applies.
 
-Time goes into looking pairs up: a tokenizer's merges fill a megabyte, which the text drives out of the near caches
-again and again. So a look-up costs one cache line and no branch that is hard to foresee, and several words are merged
-side by side, a merge of each in turn: while one waits for memory, the others go on. A new word of mixed scripts, ten
-merges on average, takes 0.58 microseconds; one by one, with a probe after the other, it took 1.05.
+Most of the time is spent in looking up pairs. The merges of a tokenizer fill a megabyte, which the text repeatedly
+evicts from the first-level cache. So a lookup costs one cache line and has no branch that is hard to predict. And
+several pre-tokens are merged in turn, one merge of each at a time, so that one continues while another waits for
+memory. A new pre-token of mixed scripts has ten merges on average and takes 0.58 microseconds. One pre-token after the
+other, with one probe after the other, took 1.05 microseconds.
 """
 
 from __future__ import annotations
@@ -14,76 +15,79 @@ import numpy as np
 
 from basic.bpe.kernels.hash_table import I64, new_table
 from basic.bpe.kernels.instructions import U64, inlined_kernel, kernel, low_bits_where, smallest16
+from basic.bpe.plain import MergeRules
 
-# A row of the table of merges is one number: left id, right id, rank + 1.
+# A slot of the hash table of merges is one number: left id, right id, rank + 1.
 ID_BITS, RANK_BITS = 21, 22
 NO_RANK = (1 << RANK_BITS) - 1
 _EMPTY = U64(0xFFFFFFFFFFFFFFFF)
-_LINE = 8  # rows in a cache line, which are looked at together
-_ODD = U64(0x9E3779B97F4A7C15)
+_LINE_SLOTS = 8  # slots in a cache line, which are compared at once
+_MULTIPLIER = U64(0x9E3779B97F4A7C15)
 
-# Up to so many bytes a word is merged by looking at all its pairs again and again, which nothing beats at the usual
-# length of words; a longer one with a heap. The place of a pair and its rank fit into one number.
-PLACE_BITS = 8
-SIMPLE_BYTES = (1 << PLACE_BITS) - 1
-STEP = 16  # pairs that are looked at in one go
-_NOTHING = np.int32(NO_RANK << PLACE_BITS)
+# Up to this length, each merge scans all pairs of the pre-token for the lowest rank, which is the fastest way for usual
+# lengths; a longer pre-token uses a heap. The rank of a pair and its position are one number.
+POSITION_BITS = 8
+MAX_SCANNED_BYTES = (1 << POSITION_BITS) - 1
+STEP = 16  # pairs that are compared at once
+_NO_PAIR = np.int32(NO_RANK << POSITION_BITS)
 
 BYTE_RANKS = 256
 RESULTS = BYTE_RANKS + 256 * 256
 
 
-class Merges(NamedTuple):
+class MergeArrays(NamedTuple):
     """The merges of a tokenizer as arrays.
 
     Attributes:
-        rows: hash table of left id, right id and rank (uint64).
-        numbers: the id of each byte, -1 without one; from BYTE_RANKS on the rank of each pair of bytes, the first
-            times 256, which takes no hash; from RESULTS on the id that each merge makes, by rank (int32).
+        slots: hash table of left id, right id and rank (uint64).
+        numbers: three tables in one array (int32). First the id of each byte, -1 if it has none. From BYTE_RANKS on
+            the rank of each pair of bytes, at the index 256 * left + right, which needs no hash. From RESULTS on the id
+            that each merge produces, by rank.
     """
 
-    rows: np.ndarray
+    slots: np.ndarray
     numbers: np.ndarray
 
 
 @kernel
-def _first_line(rows, key):
-    """The line in which the search for a pair begins."""
-    return ((key * _ODD) >> U64(36)) & U64(len(rows) // _LINE - 1)
+def _first_line(slots, key):
+    """The cache line in which the search for a pair starts."""
+    return ((key * _MULTIPLIER) >> U64(36)) & U64(len(slots) // _LINE_SLOTS - 1)
 
 
 @inlined_kernel
-def _rank(rows, left, right):
-    """The rank of the merge of two ids, NO_RANK without one.
+def _rank(slots, left, right):
+    """The rank of the merge of two ids, or NO_RANK.
 
-    A line is filled from its first row on; only one that is full makes the search go on.
+    A line is filled from its first slot on. The search continues in the next line only if a line is full.
     """
     key = (U64(left) << U64(ID_BITS)) | U64(right)
-    line = _first_line(rows, key)
+    line = _first_line(slots, key)
     while True:
-        row = line * U64(_LINE)
-        found = low_bits_where(rows, row, key, U64(RANK_BITS))
-        if (found != U64(0)) | (rows[row + U64(_LINE - 1)] == _EMPTY):
-            return I64((found - U64(1)) & U64(NO_RANK))
-        line = (line + U64(1)) & U64(len(rows) // _LINE - 1)
+        slot = line * U64(_LINE_SLOTS)
+        low_bits = low_bits_where(slots, slot, key, U64(RANK_BITS))
+        if (low_bits != U64(0)) | (slots[slot + U64(_LINE_SLOTS - 1)] == _EMPTY):
+            return I64((low_bits - U64(1)) & U64(NO_RANK))
+        line = (line + U64(1)) & U64(len(slots) // _LINE_SLOTS - 1)
 
 
 @kernel
-def _fill_rows(rows, lefts, rights, ranks):
+def _fill_slots(slots, lefts, rights, ranks):
     for i in range(len(ranks)):
         key = (U64(lefts[i]) << U64(ID_BITS)) | U64(rights[i])
-        row = _first_line(rows, key) * U64(_LINE)
-        while rows[row] != _EMPTY:
-            row = (row + U64(1)) & U64(len(rows) - 1)
-        rows[row] = (key << U64(RANK_BITS)) | U64(ranks[i] + 1)
+        slot = _first_line(slots, key) * U64(_LINE_SLOTS)
+        while slots[slot] != _EMPTY:
+            slot = (slot + U64(1)) & U64(len(slots) - 1)
+        slots[slot] = (key << U64(RANK_BITS)) | U64(ranks[i] + 1)
 
 
-def merges_as_arrays(byte_ids: dict[int, int], ranks: dict[tuple[int, int], int], results: list[int]) -> Merges:
-    """Put merges into arrays; all ids must be below 2**21 - 1 and there must be fewer than 2**22 - 2 merges."""
-    rows = new_table(1 << max(2, (len(ranks) // 2).bit_length()))
-    rows[:] = _EMPTY
+def merges_as_arrays(rules: MergeRules) -> MergeArrays:
+    """Convert merges to arrays; all ids must be less than 2**21 - 1, and the number of merges less than 2**22 - 2."""
+    byte_ids, ranks, results = rules
+    slots = new_table(1 << max(2, (len(ranks) // 2).bit_length()))
+    slots[:] = _EMPTY
     pairs = np.array(list(ranks), np.int64).reshape(-1, 2)
-    _fill_rows(rows, pairs[:, 0].copy(), pairs[:, 1].copy(), np.array(list(ranks.values()), np.int64))
+    _fill_slots(slots, pairs[:, 0].copy(), pairs[:, 1].copy(), np.array(list(ranks.values()), np.int64))
     ids = np.full(256, -1, np.int32)
     ids[list(byte_ids)] = list(byte_ids.values())
     byte_ranks = np.full((256, 256), NO_RANK, np.int32)
@@ -91,23 +95,23 @@ def merges_as_arrays(byte_ids: dict[int, int], ranks: dict[tuple[int, int], int]
     for (left, right), rank in ranks.items():
         if left in bytes_of and right in bytes_of:
             byte_ranks[bytes_of[left], bytes_of[right]] = rank
-    return Merges(rows, np.concatenate([ids, byte_ranks.reshape(-1), np.array(results, np.int32)]))
+    return MergeArrays(slots, np.concatenate([ids, byte_ranks.reshape(-1), np.array(results, np.int32)]))
 
 
-def new_room(length: int) -> tuple[np.ndarray, np.ndarray]:
-    """What words of together this length are merged in.
+def new_buffers(length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The arrays in which pre-tokens of this total length are merged.
 
     Returns:
-        Rows for symbols (-1 where one was merged with the one before), for pairs (rank and place of each symbol's pair
-        with the next, in one number), for the left and the right neighbour; and a heap for a long word, behind it
-        the places of one rank.
+        The first array has four rows, with one element a byte: the symbols (ids; -1 after a merge with the symbol
+        before), the pairs (rank and position of each symbol's pair with the next one, as one number), and the left and
+        the right neighbours. The second array is the heap for a long pre-token, followed by the positions of one rank.
     """
     return np.empty((4, length), np.int32), np.empty(4 * length, np.int64)
 
 
 @inlined_kernel
 def bytes_to_ids(data, start, length, merges, symbols, first):
-    """Put the ids of the bytes of a word into the symbols; returns the place of a byte that has none, else -1."""
+    """Write the ids of the bytes of a pre-token to the symbols; returns the offset of a byte without an id, else -1."""
     numbers, missing = merges[1], I64(-1)
     for i in range(length):
         token_id = numbers[data[start + i]]
@@ -118,59 +122,59 @@ def bytes_to_ids(data, start, length, merges, symbols, first):
 
 
 @inlined_kernel
-def begin_word(data, start, length, merges, room, first):
-    """Make ready what `merge_once` needs; the word's symbols stand from `first` on. Returns where the next may begin.
+def start_pretoken(data, start, length, merges, buffers, first):
+    """Prepare the other rows for `merge_once`, where the symbols of the pre-token start at `first`.
 
-    Behind the last pair there are empty ones, up to a whole number of steps.
+    After the last pair, empty pairs fill the rest of a step. Returns where the next pre-token may start.
     """
-    pairs, left_of, right_of, numbers = room[0][1], room[0][2], room[0][3], merges[1]
+    pairs, left_of, right_of, numbers = buffers[0][1], buffers[0][2], buffers[0][3], merges[1]
     for i in range(length - 1):
         pair = (U64(data[start + i]) << U64(8)) | U64(data[start + i + 1])
-        pairs[first + i] = (numbers[U64(BYTE_RANKS) + pair] << PLACE_BITS) | i
+        pairs[first + i] = (numbers[U64(BYTE_RANKS) + pair] << POSITION_BITS) | i
     stop = (length + STEP - 1) // STEP * STEP
     for i in range(length - 1, stop):
-        pairs[first + i] = _NOTHING
+        pairs[first + i] = _NO_PAIR
     for i in range(length):
         left_of[first + i], right_of[first + i] = i - 1, i + 1
     return first + stop
 
 
 @inlined_kernel
-def merge_once(length, merges, room, first):
-    """Do the earliest merge that a word has, at its first place: the smallest of the numbers for its pairs.
+def merge_once(length, merges, buffers, first):
+    """Apply the merge with the lowest rank, at its first position: the smallest number of the pairs.
 
     Returns:
-        1; 0 where no merge is left; -1 where it makes a pair of an earlier rank, which would have to wait until the
-        present rank is through, as it never happens with merges that were learned.
+        1 after a merge; 0 if no merge applies; -1 if the merge creates a pair of a lower rank. That pair would have to
+        wait for the other positions of the current rank. It does not happen with merges that were learned.
     """
-    rows, numbers = merges
-    symbols, pairs, left_of, right_of = room[0][0], room[0][1], room[0][2], room[0][3]
+    slots, numbers = merges
+    symbols, pairs, left_of, right_of = buffers[0][0], buffers[0][1], buffers[0][2], buffers[0][3]
     best = smallest16(pairs, U64(first))
     for i in range(U64(STEP), U64(length), U64(STEP)):
         best = min(best, smallest16(pairs, U64(first) + i))
-    if best >= _NOTHING:
+    if best >= _NO_PAIR:
         return 0
-    i, rank = first + (best & ((1 << PLACE_BITS) - 1)), I64(best >> PLACE_BITS)
+    i, rank = first + (best & ((1 << POSITION_BITS) - 1)), I64(best >> POSITION_BITS)
     right = first + right_of[i]
     after, before = right_of[right], left_of[i]
     symbols[i], symbols[right] = numbers[RESULTS + rank], -1
-    pairs[i] = pairs[right] = _NOTHING
+    pairs[i] = pairs[right] = _NO_PAIR
     right_of[i] = after
     new_rank = I64(NO_RANK)
     if after < length:
         left_of[first + after] = i - first
-        new_rank = _rank(rows, symbols[i], symbols[first + after])
-        pairs[i] = (new_rank << PLACE_BITS) | (i - first)
+        new_rank = _rank(slots, symbols[i], symbols[first + after])
+        pairs[i] = (new_rank << POSITION_BITS) | (i - first)
     if before >= 0:
-        rank_before = _rank(rows, symbols[first + before], symbols[i])
-        pairs[first + before] = (rank_before << PLACE_BITS) | before
+        rank_before = _rank(slots, symbols[first + before], symbols[i])
+        pairs[first + before] = (rank_before << POSITION_BITS) | before
         new_rank = min(new_rank, rank_before)
     return 1 if new_rank >= rank else -1
 
 
 @kernel
-def remaining(symbols, first, length):
-    """Move the ids that are left to the front of a word's symbols; returns how many."""
+def compact_ids(symbols, first, length):
+    """Move the ids that are left to the front of the symbols of a pre-token; returns their number."""
     n = first
     for i in range(first, first + length):
         if symbols[i] >= 0:
@@ -190,7 +194,7 @@ def _heap_push(heap, size, value):
 
 @kernel
 def _heap_pop(heap, size):
-    """Take the smallest value off; the heap has one fewer then."""
+    """Remove the smallest value and return it."""
     smallest, last, i = heap[0], heap[size - 1], 0
     while True:
         child = 2 * i + 1
@@ -205,47 +209,47 @@ def _heap_pop(heap, size):
 
 
 @kernel
-def merge_all(length, merges, room):
-    """Merge a word of any length, whose symbols stand from 0 on, and leave its ids there; returns how many.
+def merge_all(length, merges, buffers):
+    """Merge a pre-token of any length, whose symbols start at 0, and leave its ids there; returns their number.
 
-    The time hardly grows faster than the word: pairs wait in a heap by rank, then place. All places of a rank are
-    taken off before the first is merged, since its neighbours may form a pair of an earlier rank, which has to wait.
-    A place where the pair is no more is passed over.
+    The time is almost linear: a heap holds the pairs, by rank and position. All positions of a rank are removed from
+    the heap before the first is merged, since a merge may create a pair of a lower rank, which has to wait. A position
+    where the pair no longer exists is skipped.
     """
-    rows, numbers = merges
-    symbols, left_of, right_of, heap = room[0][0], room[0][2], room[0][3], room[1]
-    batch, size = 3 * len(symbols), 0
+    slots, numbers = merges
+    symbols, left_of, right_of, heap = buffers[0][0], buffers[0][2], buffers[0][3], buffers[1]
+    positions_offset, size = 3 * len(symbols), 0
     for i in range(length):
         left_of[i], right_of[i] = i - 1, i + 1
         if i + 1 < length:
-            rank = _rank(rows, symbols[i], symbols[i + 1])
+            rank = _rank(slots, symbols[i], symbols[i + 1])
             if rank < NO_RANK:
                 _heap_push(heap, size, (rank << 40) | i)
                 size += 1
     while size > 0:
         rank, n = heap[0] >> 40, 0
         while size > 0 and heap[0] >> 40 == rank:
-            heap[batch + n] = _heap_pop(heap, size) & ((1 << 40) - 1)
+            heap[positions_offset + n] = _heap_pop(heap, size) & ((1 << 40) - 1)
             size -= 1
             n += 1
         for k in range(n):
-            i = heap[batch + k]
+            i = heap[positions_offset + k]
             right = right_of[i]
-            if symbols[i] < 0 or right >= length or _rank(rows, symbols[i], symbols[right]) != rank:
+            if symbols[i] < 0 or right >= length or _rank(slots, symbols[i], symbols[right]) != rank:
                 continue
             symbols[i], symbols[right] = numbers[RESULTS + rank], -1
             after = right_of[right]
             right_of[i] = after
             if after < length:
                 left_of[after] = i
-                new_rank = _rank(rows, symbols[i], symbols[after])
+                new_rank = _rank(slots, symbols[i], symbols[after])
                 if new_rank < NO_RANK:
                     _heap_push(heap, size, (new_rank << 40) | i)
                     size += 1
             before = left_of[i]
             if before >= 0:
-                new_rank = _rank(rows, symbols[before], symbols[i])
+                new_rank = _rank(slots, symbols[before], symbols[i])
                 if new_rank < NO_RANK:
                     _heap_push(heap, size, (new_rank << 40) | before)
                     size += 1
-    return remaining(symbols, 0, length)
+    return compact_ids(symbols, 0, length)

@@ -1,4 +1,4 @@
-"""Decoding: the bytes of one token after the other, eight at a time."""
+"""Decode: copy the bytes of one token after the other, eight at a time."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import numpy as np
 
 from basic.bpe.kernels.instructions import U64, kernel, load8, store8
 
-_BLOCK = 1 << 20  # ids at a time, so that what is worked out about them is small
+_BLOCK_IDS = 1 << 20  # decoded at a time, so that the temporary arrays are small
 
 
 @kernel
 def _copy_tokens(ids, data, starts, lengths, out):
-    """Write the bytes of tokens, up to seven beyond the last."""
-    to = U64(0)
+    """Write the bytes of tokens, and up to seven bytes after the last one."""
+    offset_out = U64(0)
     for i in range(len(ids)):
         start, length = U64(starts[ids[i]]), U64(lengths[ids[i]])
-        # Nearly all tokens are of at most eight bytes: one copy without a question.
-        store8(out, to, load8(data, start))
+        # Almost all tokens have at most eight bytes: one copy without a branch.
+        store8(out, offset_out, load8(data, start))
         for k in range(U64(8), length, U64(8)):
-            store8(out, to + k, load8(data, start + k))
-        to += length
+            store8(out, offset_out + k, load8(data, start + k))
+        offset_out += length
 
 
 class TokenBytes:
-    """The bytes of all tokens, one after the other.
+    """The bytes of all tokens in one array.
 
     Args:
         tokens: id to bytes.
@@ -38,14 +38,14 @@ class TokenBytes:
         self._data = np.frombuffer(b"".join([*tokens.values(), bytes(8)]), np.uint8)
 
     def decode(self, ids: np.ndarray) -> bytes | None:
-        """The bytes of integer ids, None where one of them is no token's."""
-        parts = []
-        for begin in range(0, len(ids), _BLOCK):
-            block = ids[begin : begin + _BLOCK]
+        """The bytes of integer ids, or None if an id is not in the vocabulary."""
+        blocks = []
+        for start in range(0, len(ids), _BLOCK_IDS):
+            block = ids[start : start + _BLOCK_IDS]
             if block.min() < 0 or block.max() >= len(self._lengths) or self._lengths[block].min() < 0:
                 return None
             num_bytes = int(self._lengths[block].sum())
             out = np.empty(num_bytes + 8, np.uint8)
             _copy_tokens(block.astype(np.int64), self._data, self._starts, self._lengths, out)
-            parts.append(out[:num_bytes])
-        return b"".join(part.data for part in parts)
+            blocks.append(out[:num_bytes])
+        return b"".join(block_bytes.data for block_bytes in blocks)

@@ -1,10 +1,10 @@
-"""Encoding: scan, look the word up, copy its ids; merge only words that are new.
+"""Encode: scan, look the pre-token up, copy its ids; merge only new pre-tokens.
 
-The table of words keeps up to eight bytes of ids inside the row, four ids of two bytes: a word that it knows costs one
-access to memory and one store. More ids than that stand in the pool. The new words of a block are merged side by side
-(`bpe_apply`), before any of them is written.
+A slot of the hash table holds up to eight bytes of ids, four ids of two bytes. So a known pre-token costs one access to
+memory and one store. More ids are in the pool. The new pre-tokens of a block are merged together
+(`kernels/apply_merges.py`) before any of their ids is written.
 
-A `PretokenEncoder` belongs to one thread at a time, its table is a cache: it grows to a fixed size and is then emptied.
+A `PretokenEncoder` belongs to one thread at a time. Its table is a cache: it grows to a fixed size and is then emptied.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import numpy as np
 
 from basic.bpe.arrays import InvalidByteError
 from basic.bpe.kernels.apply_merges import (
-    SIMPLE_BYTES,
+    MAX_SCANNED_BYTES,
     STEP,
-    Merges,
-    begin_word,
+    MergeArrays,
     bytes_to_ids,
+    compact_ids,
     merge_all,
     merge_once,
-    new_room,
-    remaining,
+    new_buffers,
+    start_pretoken,
 )
 from basic.bpe.kernels.hash_table import (
     ENTRIES,
@@ -29,7 +29,7 @@ from basic.bpe.kernels.hash_table import (
     POOL_USED,
     POSITION,
     PROBLEM,
-    ROW,
+    SLOT_LENGTH,
     STATE_LENGTH,
     WRITTEN,
     block_keys,
@@ -42,41 +42,50 @@ from basic.bpe.kernels.hash_table import (
     rehash,
 )
 from basic.bpe.kernels.instructions import U64, kernel, store8
-from basic.bpe.kernels.scan import BLOCK, ROOM, end_of_long_word, find_special, learn_classes, new_scratch, scan_block
+from basic.bpe.kernels.scan import (
+    BLOCK,
+    SCRATCH_LENGTH,
+    end_of_long_pretoken,
+    find_special,
+    learn_class,
+    new_scratch,
+    scan_block,
+)
 
-# Why the kernel stops before it is done: it has no room in the table or its pool, for ids, or to merge a long word; or
-# there is a byte that is not UTF-8 or whose class is not known, or one that no token of the vocabulary is.
-_FULL, _NO_ROOM_FOR_IDS, _NO_ROOM_FOR_WORD, _WRONG, _NO_BYTE = -1, -2, -3, -4, -5
+# Why the kernel stops before the end: the table or its pool, the output, or the buffers for a long pre-token are too
+# small; a character is not UTF-8 or its class is unknown; or a byte has no token.
+_FULL, _OUTPUT_FULL, _BUFFERS_FULL, _INVALID, _NO_TOKEN = -1, -2, -3, -4, -5
 
-# Value 1 of a row: how many bytes the ids of the word have, and where ids and the bytes of a long word begin in the
-# pool, if they are there.
+# Value 1 of a slot: the size of the ids in bytes, and the offsets in the pool of the ids and of the bytes of a long
+# pre-token, if they are there.
 _SIZE_BITS, _OFFSET_BITS = 16, 24
 _SIZE, _OFFSET = U64((1 << _SIZE_BITS) - 1), U64((1 << _OFFSET_BITS) - 1)
 
-_MAX_ROWS, _MAX_POOL = 1 << 19, 1 << 21  # 16 MB each
-_SLACK = BLOCK + 16  # ids that a block may write, and those written beyond the last one
-_MERGE_ROOM = STEP * BLOCK + BLOCK  # for all words of a block, each in whole steps, and one that is not kept
+_MAX_SLOTS, _MAX_POOL = 1 << 19, 1 << 21  # 16 MB each
+_MARGIN_IDS = BLOCK + 16  # the most ids of a block, and those that a store writes after the last one
+# Holds all pre-tokens of a block, each filled up to a step, and one that is not kept.
+_BUFFER_LENGTH = STEP * BLOCK + BLOCK
 SMALL_BYTES = 1 << 13
 
 
 @kernel
-def _find(data, start, length, key0, key1, row, table, pool):
-    """Where the row of a word begins, or the empty row where it would stand."""
+def _find(data, start, length, key0, key1, slot, table, pool):
+    """The index in the table of a pre-token's slot, or of the empty slot where it belongs."""
     while True:
-        r = row * U64(ROW)
-        if table[r + U64(1)] == U64(0):
-            return r
-        if table[r] == key0 and table[r + U64(1)] == key1:
+        base = slot * U64(SLOT_LENGTH)
+        if table[base + U64(1)] == U64(0):
+            return base
+        if table[base] == key0 and table[base + U64(1)] == key1:
             if not is_long(key1):
-                return r
-            if in_pool(data, start, length, pool, I64(table[r + U64(3)] >> U64(_SIZE_BITS + _OFFSET_BITS))):
-                return r
-        row = (row + U64(1)) & U64(len(table) // ROW - 1)
+                return base
+            if in_pool(data, start, length, pool, I64(table[base + U64(3)] >> U64(_SIZE_BITS + _OFFSET_BITS))):
+                return base
+        slot = (slot + U64(1)) & U64(len(table) // SLOT_LENGTH - 1)
 
 
 @kernel
 def _packed(symbols, first, stop, id_bytes):
-    """Ids from `first` on, as many as go into eight bytes."""
+    """The ids from `first` on, as many as fit eight bytes, in one number."""
     value, shift = U64(0), U64(0)
     for i in range(first, min(stop, first + 8 // id_bytes)):
         value |= U64(symbols[i]) << shift
@@ -85,11 +94,11 @@ def _packed(symbols, first, stop, id_bytes):
 
 
 @kernel
-def _store_ids(symbols, first, count, r, table, pool, id_bytes, state):
-    """Put the ids of a word into its row, and into the pool if they are more than eight bytes."""
+def _store_ids(symbols, first, count, base, table, pool, id_bytes, state):
+    """Write the ids of a pre-token to its slot, and to the pool if they have more than eight bytes."""
     size, stop, used = count * id_bytes, first + count, state[POOL_USED]
-    table[r + U64(2)] = _packed(symbols, first, stop, id_bytes)
-    table[r + U64(3)] |= U64(size) | (U64(used) << U64(_SIZE_BITS))
+    table[base + U64(2)] = _packed(symbols, first, stop, id_bytes)
+    table[base + U64(3)] |= U64(size) | (U64(used) << U64(_SIZE_BITS))
     if size > 8:
         for i in range(first, stop, 8 // id_bytes):
             pool[used] = _packed(symbols, i, stop, id_bytes)
@@ -98,77 +107,78 @@ def _store_ids(symbols, first, count, r, table, pool, id_bytes, state):
 
 
 @kernel
-def _learn_words(data, position, j, num_words, places, keys, table, pool, merges, room, news, id_bytes, state):
-    """Put the new words of a block, from the j-th on, into the table, with their ids.
+def _add_pretokens(data, position, j, num_pretokens, starts, keys, table, pool, merges, buffers, work, id_bytes, state):
+    """Add the new pre-tokens of a block, from the j-th on, to the table, with their ids.
 
-    Their rows are taken first, so that of equal words one is merged; then they get a merge each, round after round.
+    All slots are taken first, so that equal pre-tokens are merged once. Then each new pre-token gets one merge a round.
 
     Returns:
-        Whether all their bytes have ids; else state[PROBLEM] is the first place of one that has none, and the table
-        must not be used again.
+        Whether all bytes have tokens. If not, state[PROBLEM] is the offset of the first one without, and the table must
+        not be used again.
     """
-    key0s, key1s, rows = keys[0], keys[1], keys[2]
-    new_rows, starts, lengths, firsts, waiting = news[0], news[1], news[2], news[3], news[4]
-    symbols = room[0][0]
+    key0s, key1s, slots = keys[0], keys[1], keys[2]
+    new_slots, new_starts, new_lengths, first_symbols, waiting = work[0], work[1], work[2], work[3], work[4]
+    symbols = buffers[0][0]
     num_new, first = 0, 0
-    for k in range(j, U64(num_words)):
-        r = rows[k] * U64(ROW)
-        if ((table[r] ^ key0s[k]) | (table[r + U64(1)] ^ key1s[k])) == U64(0):
+    for k in range(j, U64(num_pretokens)):
+        base = slots[k] * U64(SLOT_LENGTH)
+        if ((table[base] ^ key0s[k]) | (table[base + U64(1)] ^ key1s[k])) == U64(0):
             continue
         key1 = key1_in_table(key1s[k])
-        start, length = position + places[k], places[k + U64(1)] - places[k]
-        r = _find(data, start, length, key0s[k], key1, rows[k], table, pool)
-        if table[r + U64(1)] != U64(0):
+        start, length = position + starts[k], starts[k + U64(1)] - starts[k]
+        base = _find(data, start, length, key0s[k], key1, slots[k], table, pool)
+        if table[base + U64(1)] != U64(0):
             continue
         missing = bytes_to_ids(data, start, length, merges, symbols, first)
         if missing >= 0:
             state[PROBLEM] = missing
             return False
-        if length > SIMPLE_BYTES:
+        if length > MAX_SCANNED_BYTES:
             continue
-        table[r], table[r + U64(1)] = key0s[k], key1
-        table[r + U64(3)] = U64(state[POOL_USED]) << U64(_SIZE_BITS + _OFFSET_BITS)
+        table[base], table[base + U64(1)] = key0s[k], key1
+        table[base + U64(3)] = U64(state[POOL_USED]) << U64(_SIZE_BITS + _OFFSET_BITS)
         if is_long(key1):
             state[POOL_USED] = put_in_pool(data, start, length, pool, state[POOL_USED])
         state[ENTRIES] += 1
-        new_rows[num_new], starts[num_new], lengths[num_new], firsts[num_new] = r, start, length, first
+        new_slots[num_new], new_starts[num_new] = base, start
+        new_lengths[num_new], first_symbols[num_new] = length, first
         waiting[num_new] = num_new
-        first = begin_word(data, start, length, merges, room, first)
+        first = start_pretoken(data, start, length, merges, buffers, first)
         num_new += 1
     num_waiting = num_new
     while num_waiting > 0:
-        still = 0
+        num_left = 0
         for w in range(num_waiting):
-            word = waiting[w]
-            merged = merge_once(lengths[word], merges, room, firsts[word])
+            new = waiting[w]
+            merged = merge_once(new_lengths[new], merges, buffers, first_symbols[new])
             if merged > 0:
-                waiting[still] = word
-                still += 1
+                waiting[num_left] = new
+                num_left += 1
             elif merged < 0:
-                lengths[word] = -lengths[word]  # needs the heap, when the room is free
-        num_waiting = still
-    for word in range(num_new):
-        if lengths[word] > 0:
-            count = remaining(symbols, firsts[word], lengths[word])
-            _store_ids(symbols, firsts[word], count, U64(new_rows[word]), table, pool, id_bytes, state)
-    for word in range(num_new):
-        if lengths[word] < 0:
-            bytes_to_ids(data, starts[word], -lengths[word], merges, symbols, 0)
-            count = merge_all(-lengths[word], merges, room)
-            _store_ids(symbols, 0, count, U64(new_rows[word]), table, pool, id_bytes, state)
+                new_lengths[new] = -new_lengths[new]  # needs the heap, when the buffers are free
+        num_waiting = num_left
+    for new in range(num_new):
+        if new_lengths[new] > 0:
+            count = compact_ids(symbols, first_symbols[new], new_lengths[new])
+            _store_ids(symbols, first_symbols[new], count, U64(new_slots[new]), table, pool, id_bytes, state)
+    for new in range(num_new):
+        if new_lengths[new] < 0:
+            bytes_to_ids(data, new_starts[new], -new_lengths[new], merges, symbols, 0)
+            count = merge_all(-new_lengths[new], merges, buffers)
+            _store_ids(symbols, 0, count, U64(new_slots[new]), table, pool, id_bytes, state)
     return True
 
 
 @kernel
-def _write_long_word(data, start, length, merges, room, out, id_bytes, state):
-    """Merge a word that is not kept, and write its ids at byte state[WRITTEN]; False where a byte has none."""
-    symbols, written = room[0][0], U64(state[WRITTEN])
+def _write_long_pretoken(data, start, length, merges, buffers, out, id_bytes, state):
+    """Merge a pre-token that is not kept, and write its ids at byte state[WRITTEN]; False if a byte has no token."""
+    symbols, written = buffers[0][0], U64(state[WRITTEN])
     missing = bytes_to_ids(data, start, length, merges, symbols, 0)
     if missing >= 0:
         state[PROBLEM] = missing
         return False
-    count = merge_all(length, merges, room)
-    for i in range(count):  # of eight bytes the next id overwrites those that are not of this one
+    count = merge_all(length, merges, buffers)
+    for i in range(count):  # the next id overwrites the bytes that do not belong to this one
         store8(out, written, U64(symbols[i]))
         written += U64(id_bytes)
     state[WRITTEN] = I64(written)
@@ -177,18 +187,18 @@ def _write_long_word(data, start, length, merges, room, out, id_bytes, state):
 
 @kernel
 def _encode(
-    data, stop, code_classes, special_data, special_starts, first_bytes, special_ids, table, pool, rows_of_merges,
-    numbers, scratch, places, keys, news, room_of_symbols, heap, out, id_bytes, state, start
+    data, stop, code_classes, special_data, special_starts, first_bytes, special_ids, table, pool, merge_slots,
+    merge_numbers, scratch, starts, keys, work, symbol_buffers, heap, out, id_bytes, state, start
 ):  # fmt: skip
-    """Encode from `start` to `stop`, writing to `out`; where `start` is negative, go on where the last call stopped.
+    """Encode the text from `start` to `stop` to `out`; if `start` is negative, continue where the last call stopped.
+
+    All sizes and offsets of ids are in bytes, so that the same code writes ids of two and of four bytes (`id_bytes`).
 
     Returns:
-        The bytes of all ids when it is done, else why it stopped, which is negative.
-
-    The ids have `id_bytes` bytes; their sizes and places are in bytes, so that the same code writes both kinds.
+        The size of all ids in bytes, or a negative number: why it stopped.
     """
-    merges, room = (rows_of_merges, numbers), (room_of_symbols, heap)
-    key0s, key1s, rows = keys[0], keys[1], keys[2]
+    merges, buffers = (merge_slots, merge_numbers), (symbol_buffers, heap)
+    key0s, key1s, slots = keys[0], keys[1], keys[2]
     if start >= 0:
         state[POSITION], state[WRITTEN] = start, 0
     position = state[POSITION]
@@ -196,63 +206,64 @@ def _encode(
         segment_stop, special = find_special(data, position, stop, special_data, special_starts, first_bytes)
         while position < segment_stop:
             state[POSITION] = position
-            if (state[ENTRIES] + BLOCK) * 2 * ROW > len(table) or state[POOL_USED] + BLOCK > len(pool):
+            if (state[ENTRIES] + BLOCK) * 2 * SLOT_LENGTH > len(table) or state[POOL_USED] + BLOCK > len(pool):
                 return _FULL
             state[PROBLEM] = 0
-            if state[WRITTEN] + _SLACK * id_bytes > len(out):
-                return _NO_ROOM_FOR_IDS
-            num_words, wrong = scan_block(data, position, segment_stop, code_classes, scratch, places)
-            if wrong >= 0:
-                state[PROBLEM] = position + wrong
-                return _WRONG
-            if num_words == 0:
-                end = end_of_long_word(data, position, segment_stop, code_classes)
+            if state[WRITTEN] + _MARGIN_IDS * id_bytes > len(out):
+                return _OUTPUT_FULL
+            num_pretokens, invalid = scan_block(data, position, segment_stop, code_classes, scratch, starts)
+            if invalid >= 0:
+                state[PROBLEM] = position + invalid
+                return _INVALID
+            if num_pretokens == 0:
+                end = end_of_long_pretoken(data, position, segment_stop, code_classes)
                 if end < 0:
                     state[PROBLEM] = -1 - end
-                    return _WRONG
+                    return _INVALID
                 state[PROBLEM] = end - position
-                if end - position > len(room[1]) // 4:
-                    return _NO_ROOM_FOR_WORD
-                if state[WRITTEN] + (end - position + _SLACK) * id_bytes > len(out):
-                    return _NO_ROOM_FOR_IDS
-                if not _write_long_word(data, position, end - position, merges, room, out, id_bytes, state):
-                    return _NO_BYTE
+                if end - position > len(buffers[1]) // 4:
+                    return _BUFFERS_FULL
+                if state[WRITTEN] + (end - position + _MARGIN_IDS) * id_bytes > len(out):
+                    return _OUTPUT_FULL
+                if not _write_long_pretoken(data, position, end - position, merges, buffers, out, id_bytes, state):
+                    return _NO_TOKEN
                 position = end
                 continue
-            block_keys(scratch[0], places, num_words, table, keys)
+            block_keys(scratch[0], starts, num_pretokens, table, keys)
             written = U64(state[WRITTEN])
-            for j in range(U64(num_words)):
-                r = rows[j] * U64(ROW)
-                # Written before it is known to be right: nearly always it is, and the store need not wait.
-                store8(out, written, table[r + U64(2)])
-                if ((table[r] ^ key0s[j]) | (table[r + U64(1)] ^ key1s[j])) != U64(0):
+            for j in range(U64(num_pretokens)):
+                base = slots[j] * U64(SLOT_LENGTH)
+                # Store before the keys are compared: they are almost always equal, and the store need not wait.
+                store8(out, written, table[base + U64(2)])
+                if ((table[base] ^ key0s[j]) | (table[base + U64(1)] ^ key1s[j])) != U64(0):
                     key1 = key1_in_table(key1s[j])
-                    start, length = position + places[j], places[j + U64(1)] - places[j]
-                    r = _find(data, start, length, key0s[j], key1, rows[j], table, pool)
-                    if table[r + U64(1)] == U64(0):
-                        if length > SIMPLE_BYTES:
+                    start, length = position + starts[j], starts[j + U64(1)] - starts[j]
+                    base = _find(data, start, length, key0s[j], key1, slots[j], table, pool)
+                    if table[base + U64(1)] == U64(0):
+                        if length > MAX_SCANNED_BYTES:
                             state[WRITTEN] = I64(written)
-                            if not _write_long_word(data, start, length, merges, room, out, id_bytes, state):
-                                return _NO_BYTE
+                            if not _write_long_pretoken(data, start, length, merges, buffers, out, id_bytes, state):
+                                return _NO_TOKEN
                             written = U64(state[WRITTEN])
                             continue
-                        if not _learn_words(
-                            data, position, j, num_words, places, keys, table, pool, merges, room, news, id_bytes, state
-                        ):
-                            return _NO_BYTE
-                    store8(out, written, table[r + U64(2)])
-                size = table[r + U64(3)] & _SIZE
+                        if not _add_pretokens(
+                            data, position, j, num_pretokens, starts, keys, table, pool, merges, buffers, work,
+                            id_bytes, state,
+                        ):  # fmt: skip
+                            return _NO_TOKEN
+                    store8(out, written, table[base + U64(2)])
+                size = table[base + U64(3)] & _SIZE
                 if size > U64(8):
-                    offset = (table[r + U64(3)] >> U64(_SIZE_BITS)) & _OFFSET
+                    offset = (table[base + U64(3)] >> U64(_SIZE_BITS)) & _OFFSET
                     for i in range(U64(1), (size + U64(7)) >> U64(3)):
                         store8(out, written + U64(8) * i, pool[offset + i])
                 written += size
             state[WRITTEN] = I64(written)
-            position += places[num_words]
+            position += starts[num_pretokens]
         if special >= 0:
-            if state[WRITTEN] + _SLACK * id_bytes > len(out):
+            if state[WRITTEN] + _MARGIN_IDS * id_bytes > len(out):
                 state[POSITION], state[PROBLEM] = position, 0
-                return _NO_ROOM_FOR_IDS
+                return _OUTPUT_FULL
             store8(out, U64(state[WRITTEN]), U64(special_ids[special]))
             state[WRITTEN] += id_bytes
             position += special_starts[special + 1] - special_starts[special]
@@ -261,63 +272,78 @@ def _encode(
 
 
 class PretokenEncoder:
-    """Encodes for one thread at a time, and remembers words.
+    """Encodes for one thread at a time, and caches pre-tokens.
 
     Args:
-        code_classes: of `bpe_scan.new_classes`; may be shared.
+        code_classes: of `kernels/scan.py`; may be shared.
         merges: may be shared.
         dtype: of the ids, uint16 or uint32.
+        max_slots, max_pool: the largest size of the table in slots, and of the pool in elements.
     """
 
-    def __init__(self, code_classes: np.ndarray, merges: Merges, dtype: np.dtype) -> None:
+    def __init__(
+        self,
+        code_classes: np.ndarray,
+        merges: MergeArrays,
+        dtype: np.dtype,
+        *,
+        max_slots: int = _MAX_SLOTS,
+        max_pool: int = _MAX_POOL,
+    ) -> None:
         self._code_classes, self._merges, self._dtype = code_classes, merges, dtype
-        # Begun at 4 MB, and so hardly ever grown: a growing table makes a new word take up to twice as long.
+        self._max_slots, self._max_pool = max_slots, max_pool
+        # 4 MB, so that it seldom grows: with a growing table a new pre-token takes up to twice as long.
         self._table, self._pool = new_table(1 << 17), np.zeros(1 << 14, np.uint64)
         self._state = np.zeros(STATE_LENGTH, np.int64)
-        self._small_ids = np.empty(SMALL_BYTES + _SLACK, dtype)
+        self._small_ids = np.empty(SMALL_BYTES + _MARGIN_IDS, dtype)
         self._small = self._small_ids.view(np.uint8)
-        self._work = (new_scratch(), np.zeros(ROOM, np.int64), new_keys(ROOM), np.zeros((5, BLOCK), np.int64))
-        self._room = new_room(_MERGE_ROOM)
+        self._work = (
+            new_scratch(),
+            np.zeros(SCRATCH_LENGTH, np.int64),
+            new_keys(SCRATCH_LENGTH),
+            np.zeros((5, BLOCK), np.int64),
+        )
+        self._buffers = new_buffers(_BUFFER_LENGTH)
 
     def encode(self, data: np.ndarray, start: int, stop: int, specials: tuple[np.ndarray, ...]) -> np.ndarray:
-        """The ids of data[start:stop], which must begin and end where words do.
+        """Encode data[start:stop], which must start and end at safe positions.
 
         Args:
             data: read-only uint8.
-            specials: of `bpe_kernels.special_token_arrays`, and the ids.
+            specials: of `special_token_arrays`, and their ids.
 
         Returns:
-            An array, which the next call overwrites if the text is at most `SMALL_BYTES` long.
+            An array of ids, which the next call overwrites if the text has at most `SMALL_BYTES`.
 
         Raises:
-            InvalidByteError: the text is not UTF-8, or needs a byte that the vocabulary lacks.
+            InvalidByteError: a byte is not UTF-8 or has no token.
         """
         is_small = stop - start <= SMALL_BYTES
         state, id_bytes = self._state, self._dtype.itemsize
-        out = self._small if is_small else np.empty(((stop - start) // 3 + 2 * _SLACK) * id_bytes, np.uint8)
-        room, begin = self._room, start
+        out = self._small if is_small else np.empty(((stop - start) // 3 + 2 * _MARGIN_IDS) * id_bytes, np.uint8)
+        buffers, begin = self._buffers, start
         while (
             status := _encode(
                 data, stop, self._code_classes, *specials, self._table, self._pool, *self._merges,
-                *self._work, *room, out, id_bytes, state, begin,
+                *self._work, *buffers, out, id_bytes, state, begin,
             )
         ) < 0:  # fmt: skip
             begin = -1
             if status == _FULL:
                 self.grow()
-            elif status == _NO_ROOM_FOR_IDS:
-                # What is written so far says how much more there will be; a long word may need all its bytes.
+            elif status == _OUTPUT_FULL:
+                # Estimate the total from the ids so far; a long pre-token may need one id for each byte.
                 written, done = int(state[WRITTEN]), int(state[POSITION]) - start
                 estimate = written * (stop - start) // max(done, 1) * 9 // 8
-                # In place where the system can remap pages, so that nothing is copied.
-                estimate = max(estimate, written + int(state[PROBLEM]) * id_bytes) + 2 * _SLACK * id_bytes
+                # In place if the system can remap pages, so that nothing is copied.
+                estimate = max(estimate, written + int(state[PROBLEM]) * id_bytes) + 2 * _MARGIN_IDS * id_bytes
                 out.resize(estimate, refcheck=False)
-            elif status == _NO_ROOM_FOR_WORD:
-                room = new_room(int(state[PROBLEM]))  # for this text alone
-            elif status == _NO_BYTE:
-                self._forget()
+            elif status == _BUFFERS_FULL:
+                buffers = new_buffers(int(state[PROBLEM]))  # for this call only
+            elif status == _NO_TOKEN:
+                self._clear()
                 raise InvalidByteError(int(state[PROBLEM]), lacks_token=True)
-            elif not learn_classes(self._code_classes, data, int(state[PROBLEM])):
+            elif not learn_class(self._code_classes, data, int(state[PROBLEM])):
                 raise InvalidByteError(int(state[PROBLEM]))
         if is_small:
             return self._small_ids[: status // id_bytes]
@@ -325,19 +351,19 @@ class PretokenEncoder:
         return out.view(self._dtype)
 
     def grow(self) -> None:
-        """Twice the room for what has too little, up to the limit; then forget all words."""
-        table_is_full = (int(self._state[ENTRIES]) + BLOCK) * 2 * ROW > len(self._table)
-        if table_is_full and len(self._table) < _MAX_ROWS * ROW:
-            larger = new_table(len(self._table) // ROW * 2)
+        """Double the table, or make the pool four times as large, whichever is too small; at the limit, clear both."""
+        table_is_full = (int(self._state[ENTRIES]) + BLOCK) * 2 * SLOT_LENGTH > len(self._table)
+        if table_is_full and len(self._table) < self._max_slots * SLOT_LENGTH:
+            larger = new_table(len(self._table) // SLOT_LENGTH * 2)
             rehash(self._table, larger)
             self._table = larger
-        elif not table_is_full and len(self._pool) < _MAX_POOL:
+        elif not table_is_full and len(self._pool) < self._max_pool:
             pool = np.zeros(len(self._pool) * 4, np.uint64)
             pool[: len(self._pool)] = self._pool
             self._pool = pool
         else:
-            self._forget()
+            self._clear()
 
-    def _forget(self) -> None:
+    def _clear(self) -> None:
         self._table[:] = 0
         self._state[ENTRIES] = self._state[POOL_USED] = 0

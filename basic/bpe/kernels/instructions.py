@@ -1,7 +1,7 @@
-"""What the kernels need from the machine that NumPy has no name for, and the decorator that compiles them.
+"""Compile the kernels with Numba, and give them processor instructions that NumPy has no name for.
 
-The kernels look at eight bytes at a time, count trailing zeros, and ask for memory ahead of its use. Each of these is
-one processor instruction; Numba reaches them through the functions here. Machines are taken to be little-endian.
+The kernels read eight bytes at a time, count trailing zeros, and prefetch memory. Each of these is one processor
+instruction; the functions here generate it. The processor must be little-endian.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,26 +26,31 @@ U64 = np.uint64
 _config: Any = numba.config
 
 
-def _version() -> str:
-    """Other kernels, another folder: Numba looks only at the file of a function, not at those that it calls."""
+def _sources_hash() -> str:
+    """Identifies the kernels. Numba checks only the file of a function, not those of the functions that it calls."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
 @cache
 def cache_folder() -> Path | None:
-    """A folder in which the compiled kernels can stay for the next process, or None.
+    """The folder in which compiled kernels are kept for later processes, or None if no folder is writable.
 
-    The user's choice for Numba, else beside this file, else the user's folder for caches. Numba's own search raises
-    where it finds none, and takes an empty XDG_CACHE_HOME for the current folder.
+    The candidates are the user's choice for Numba, the folder of this file, and the user's folder for caches. (Numba's
+    own search fails if none of them is writable, and takes an empty XDG_CACHE_HOME for the current folder.)
     """
-    folders = [_config.CACHE_DIR, Path(__file__).with_name("__pycache__"), os.environ.get("XDG_CACHE_HOME")]
-    with contextlib.suppress(RuntimeError):  # no home
-        folders.append(Path.home() / ".cache")
-    for folder in folders:
-        if not folder or not Path(folder).is_absolute():
+    candidates = [_config.CACHE_DIR, Path(__file__).with_name("__pycache__"), os.environ.get("XDG_CACHE_HOME")]
+    with contextlib.suppress(RuntimeError):  # no home folder
+        candidates.append(Path.home() / ".cache")
+    return first_writable_folder(candidates)
+
+
+def first_writable_folder(candidates: Iterable[str | Path | None]) -> Path | None:
+    """A subfolder for these kernels in the first candidate that is an absolute path and writable, else None."""
+    for candidate in candidates:
+        if not candidate or not Path(candidate).is_absolute():
             continue
-        path = Path(folder) / "basic_kernels" / _version()
+        path = Path(candidate) / "basic_kernels" / _sources_hash()
         with contextlib.suppress(OSError):
             path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path):
@@ -55,7 +60,7 @@ def cache_folder() -> Path | None:
 
 
 @contextlib.contextmanager
-def _numba_uses(folder: Path) -> Generator[None]:
+def _numba_cache(folder: Path) -> Generator[None]:
     before = _config.CACHE_DIR
     _config.CACHE_DIR = str(folder)
     try:
@@ -65,36 +70,43 @@ def _numba_uses(folder: Path) -> Generator[None]:
 
 
 def kernel(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Compile a function over arrays and numbers when it is first called, or load it from the cache.
+    """Compile a function over arrays and numbers at its first call, or load it from the cache.
 
-    It runs without the interpreter's lock, so that threads run side by side; divisions are not checked.
+    It runs without the interpreter's lock, so threads run in parallel. Divisions are not checked.
     """
-    folder = cache_folder()
-    # Without Numba's counting of references to arrays (which its documentation does not tell how to do): kernels make
-    # none, and it was twelve calls in a function that merges a word, a third of the time of training.
+    return compile_function(function, cache_folder(), **options)
+
+
+def compile_function(function: Callable[..., Any], folder: Path | None, **options: Any) -> Callable[..., Any]:
+    """`kernel` with an explicit cache folder; None for no cache."""
+    # `_nrt` (undocumented) switches off reference counting of arrays. Kernels create no arrays, and the counting was
+    # twelve calls in a function that merges a pre-token, a third of the training time.
     options |= {"nogil": True, "error_model": "numpy", "_nrt": False}
     if folder is None:
         return njit(**options)(function)
-    with _numba_uses(folder):
+    with _numba_cache(folder):
         return njit(cache=True, **options)(function)
 
 
 def inlined_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same for a small function with many arrays, each of which is seven numbers to be handed over.
+    """`kernel` for a small function with many arrays: it is inlined, because passing an array copies seven numbers.
 
-    Where new words are merged, that took as long as the work: 0.88 microseconds a word, 0.57 without.
+    To apply merges to a new pre-token took 0.88 microseconds without inlining, and takes 0.57 with it.
     """
     return kernel(function, forceinline=True)
 
 
 def _instruction(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What generates the code of an instruction; kernels call it with values instead of types."""
+    """Make a code generator callable from kernels, which call it with values instead of types."""
     return intrinsic(function)
 
 
 def readonly(array: np.ndarray) -> np.ndarray:
-    """A view that cannot be written. To Numba it is another type, so bytes to be read are always given like this:
-    otherwise each kernel would be compiled twice."""
+    """A read-only view.
+
+    Numba sees it as another type than a writable array. Input bytes are always read-only, so that each kernel is
+    compiled once.
+    """
     view = array.view()
     view.flags.writeable = False
     return view
@@ -107,7 +119,7 @@ def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any
 
 @_instruction
 def load8(typing_context, array, index):
-    """The eight bytes of a uint8 array from `index` on, as one uint64; nothing checks that they are there."""
+    """Load array[index : index + 8] of a uint8 array as one uint64, without a bounds check."""
 
     def generate(context, builder, signature, arguments):
         address = _address(context, builder, signature.args[0], *arguments)
@@ -118,7 +130,7 @@ def load8(typing_context, array, index):
 
 @_instruction
 def store8(typing_context, array, index, value):
-    """Write the eight bytes of a uint64 to an array of integers from element `index` on, unchecked."""
+    """Store the eight bytes of a uint64 in an integer array, from element `index` on, without a bounds check."""
 
     def generate(context, builder, signature, arguments):
         address = _address(context, builder, signature.args[0], *arguments[:2])
@@ -130,7 +142,7 @@ def store8(typing_context, array, index, value):
 
 @_instruction
 def prefetch(typing_context, array, index):
-    """Ask for the cache line of an element, which a later access then need not wait for."""
+    """Prefetch the cache line of an element, so that a later access does not wait for memory."""
 
     def generate(context, builder, signature, arguments):
         byte_pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -147,7 +159,7 @@ def prefetch(typing_context, array, index):
 
 @_instruction
 def trailing_zeros(typing_context, value):
-    """How many bits below the lowest one of a uint64 are zero; 64 for 0."""
+    """The number of zero bits below the lowest one bit of a uint64; 64 for 0."""
 
     def generate(context, builder, signature, arguments):
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
@@ -157,7 +169,7 @@ def trailing_zeros(typing_context, value):
 
 @_instruction
 def count_ones(typing_context, value):
-    """How many bits of a uint64 are one."""
+    """The number of one bits of a uint64."""
 
     def generate(context, builder, signature, arguments):
         return builder.ctpop(arguments[0])
@@ -167,7 +179,7 @@ def count_ones(typing_context, value):
 
 @_instruction
 def smallest16(typing_context, array, index):
-    """The smallest of sixteen numbers of an int32 array, those from `index` on."""
+    """The minimum of array[index : index + 16] of an int32 array."""
 
     def generate(context, builder, signature, arguments):
         number, vector = ir.IntType(32), ir.VectorType(ir.IntType(32), 16)
@@ -182,23 +194,23 @@ def smallest16(typing_context, array, index):
 
 @_instruction
 def low_bits_where(typing_context, array, index, high_bits, shift):
-    """Of eight numbers of a uint64 array, those from `index` on, the low `shift` bits of the one with these high bits.
+    """The low `shift` bits of the number in array[index : index + 8] (uint64) whose other bits equal `high_bits`.
 
-    Returns 0 where there is none; there must not be two.
+    Returns 0 if there is no such number; there must not be two.
     """
 
     def generate(context, builder, signature, arguments):
         number, vector = ir.IntType(64), ir.VectorType(ir.IntType(64), 8)
         address = _address(context, builder, signature.args[0], *arguments[:2])
         numbers = builder.load(builder.bitcast(address, vector.as_pointer()), align=8)
-        places = ir.Constant(ir.VectorType(ir.IntType(32), 8), [0] * 8)
+        lanes = ir.Constant(ir.VectorType(ir.IntType(32), 8), [0] * 8)
 
-        def everywhere(value):
+        def broadcast(value):
             first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
-            return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), places)
+            return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), lanes)
 
-        shifts = everywhere(arguments[3])
-        equal = builder.icmp_unsigned("==", builder.lshr(numbers, shifts), everywhere(arguments[2]))
+        shifts = broadcast(arguments[3])
+        equal = builder.icmp_unsigned("==", builder.lshr(numbers, shifts), broadcast(arguments[2]))
         low = builder.xor(numbers, builder.shl(builder.lshr(numbers, shifts), shifts))
         reduce = builder.module.declare_intrinsic("llvm.vector.reduce.or.v8i64", fnty=ir.FunctionType(number, [vector]))
         return builder.call(reduce, [builder.select(equal, low, ir.Constant(vector, [0] * 8))])

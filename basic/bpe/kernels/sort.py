@@ -1,8 +1,8 @@
-"""Sorting words by their bytes, and adding up the counts of equal ones: how counts of many shards become one table.
+"""Sort pre-tokens by their bytes, and sum the counts of equal ones; so the counts of many shards become one table.
 
-Words are compared eight bytes at a time. Their first eight, as a number, are sorted by NumPy, which has vector
-instructions for that; the few words that agree in these are then sorted by what follows. A million words take a
-tenth of a second.
+The first eight bytes of each pre-token, as a number, are sorted by NumPy, which uses vector instructions. The few
+pre-tokens with the same first eight bytes are then sorted by all their bytes. A million pre-tokens take a tenth of a
+second.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from basic.bpe.kernels.instructions import U64, kernel, readonly
 
 
 @kernel
-def _first_eight(data, starts, keys):
-    """The first eight bytes of each word as a number, zeros behind a shorter one."""
+def _first_eight_bytes(data, starts, keys):
+    """The first eight bytes of each pre-token as a big-endian number, filled with zeros."""
     for n in range(len(keys)):
         start = starts[n]
         length = min(starts[n + 1] - start, 8)
@@ -28,7 +28,7 @@ def _first_eight(data, starts, keys):
 
 @kernel
 def _compare(data, starts, x, y):
-    """Negative, 0 or positive as word x is smaller than word y, equal or greater."""
+    """Negative, 0 or positive if pre-token x is smaller than, equal to or greater than pre-token y."""
     start_x, start_y = starts[x], starts[y]
     size_x, size_y = starts[x + 1] - start_x, starts[y + 1] - start_y
     for i in range(min(size_x, size_y)):
@@ -40,22 +40,22 @@ def _compare(data, starts, x, y):
 
 @kernel
 def _sift_down(data, starts, order, first, i, size):
-    """Restore the heap order[first : first + size], whose greatest word stands first, after entry i has changed."""
-    word = order[first + i]
+    """Restore the max-heap order[first : first + size] after its entry i has changed."""
+    pretoken = order[first + i]
     while True:
         child = 2 * i + 1
         if child + 1 < size and _compare(data, starts, order[first + child], order[first + child + 1]) < 0:
             child += 1
-        if child >= size or _compare(data, starts, word, order[first + child]) >= 0:
+        if child >= size or _compare(data, starts, pretoken, order[first + child]) >= 0:
             break
         order[first + i] = order[first + child]
         i = child
-    order[first + i] = word
+    order[first + i] = pretoken
 
 
 @kernel
 def _sort_equal_keys(data, starts, keys, order):
-    """Sort the words that have the same key by all their bytes; a heap takes no memory, and never long."""
+    """Sort pre-tokens with the same key by all their bytes: heapsort, which needs no memory and has no slow case."""
     first = 0
     while first < len(order):
         stop = first + 1
@@ -71,30 +71,34 @@ def _sort_equal_keys(data, starts, keys, order):
 
 
 @kernel
-def _add_up(data, starts, counts, order, to_data, to_starts, to_counts):
-    """Write the words in order, equal ones once; returns how many."""
-    n, to = 0, 0
-    for place in range(len(order)):
-        word = order[place]
-        if place > 0 and _compare(data, starts, order[place - 1], word) == 0:
-            to_counts[n - 1] += counts[word]
+def _sum_equal(data, starts, counts, order, data_out, starts_out, counts_out):
+    """Write the pre-tokens in order, equal ones once with the sum of their counts; returns their number."""
+    n, offset_out = 0, 0
+    for position in range(len(order)):
+        pretoken = order[position]
+        if position > 0 and _compare(data, starts, order[position - 1], pretoken) == 0:
+            counts_out[n - 1] += counts[pretoken]
             continue
-        for i in range(starts[word], starts[word + 1]):
-            to_data[to] = data[i]
-            to += 1
-        to_counts[n] = counts[word]
+        for i in range(starts[pretoken], starts[pretoken + 1]):
+            data_out[offset_out] = data[i]
+            offset_out += 1
+        counts_out[n] = counts[pretoken]
         n += 1
-        to_starts[n] = to
+        starts_out[n] = offset_out
     return n
 
 
-def sort_and_sum(words: PretokenCounts) -> PretokenCounts:
-    """The words in ascending order of their bytes, equal ones as one with the sum of their counts."""
-    data = readonly(words.data)
-    keys = np.empty(len(words.counts), np.uint64)
-    _first_eight(data, words.starts, keys)
+def sort_and_sum(pretokens: PretokenCounts) -> PretokenCounts:
+    """Sort pre-tokens by their bytes; equal ones become one with the sum of their counts."""
+    data = readonly(pretokens.data)
+    keys = np.empty(len(pretokens.counts), np.uint64)
+    _first_eight_bytes(data, pretokens.starts, keys)
     order = np.argsort(keys)
-    _sort_equal_keys(data, words.starts, keys, order)
-    to_data, to_starts, to_counts = np.empty_like(words.data), np.zeros_like(words.starts), np.empty_like(words.counts)
-    n = _add_up(data, words.starts, words.counts, order, to_data, to_starts, to_counts)
-    return PretokenCounts(to_data[: to_starts[n]], to_starts[: n + 1], to_counts[:n])
+    _sort_equal_keys(data, pretokens.starts, keys, order)
+    data_out, starts_out, counts_out = (
+        np.empty_like(pretokens.data),
+        np.zeros_like(pretokens.starts),
+        np.empty_like(pretokens.counts),
+    )
+    n = _sum_equal(data, pretokens.starts, pretokens.counts, order, data_out, starts_out, counts_out)
+    return PretokenCounts(data_out[: starts_out[n]], starts_out[: n + 1], counts_out[:n])
