@@ -12,9 +12,9 @@ import torch
 if not torch.cuda.is_available() or torch.cuda.device_count() < 2:
     pytest.skip("needs two GPUs", allow_module_level=True)
 
-from basic.training.parallel.world import ALONE
+from basic.training.parallel.world import SINGLE_PROCESS
 from basic.training.run_folder import checkpoint_paths
-from tests.helpers.ranks_tools import do, lose, losses, start_processes
+from tests.helpers.ranks_tools import losses, run_job, signal_rank_1, start_processes
 
 
 def test_two_gpus_do_what_one_does(tmp_path):
@@ -38,8 +38,8 @@ def test_two_gpus_do_what_one_does(tmp_path):
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
-    do({"run": tmp_path / "one", **exact}, ALONE)
-    do({"run": tmp_path / "narrow_one", **narrow}, ALONE)
+    run_job({"run": tmp_path / "one", **exact}, SINGLE_PROCESS)
+    run_job({"run": tmp_path / "narrow_one", **narrow}, SINGLE_PROCESS)
     for name in jobs:
         one, tolerance = ("narrow_one", 2e-2) if name.startswith("narrow") else ("one", 1e-3)
         difference = np.abs(np.subtract(losses(tmp_path / name), losses(tmp_path / one))).max()
@@ -56,7 +56,7 @@ def test_a_lost_process_ends_the_job(tmp_path, lost_by, parallel):
     settings = {"device": "auto", "precision": "bfloat16", "compile": True, "parallel": parallel, "sample_interval": 0}
     processes = start_processes(2, [{"run": str(run_dir), "steps": 10**6, **settings}])
     try:
-        error, seconds = lose(processes, run_dir, lost_by, checkpoints=3, within_s=200)
+        error, seconds = signal_rank_1(processes, run_dir, lost_by, checkpoints=3, within_s=200)
     finally:
         for process in processes:
             process.kill()

@@ -1,4 +1,4 @@
-"""A tiny run for tests that do to it what happens to real ones, also in processes of its own."""
+"""A tiny run, and the faults that tests inject into it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import os
 import random
 import signal
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch._dynamo  # an optimizer imports it, which takes seconds: once for all forks
+import torch._dynamo  # an optimizer imports it, which takes seconds: here once for all forks
 
+from basic.common.errors import DamagedFileError
 from basic.model import ModelConfig
 from basic.training.checkpoints.file import read_checkpoint
 from basic.training.loop import train
@@ -33,8 +35,8 @@ def configuration(**settings: Any) -> RunConfig:
     return RunConfig(model=model, train=TrainConfig(**settings))
 
 
-def in_a_process(function: Any, *arguments: Any) -> int:
-    """Call a function in a fork of this process, which has everything imported; return the fork's id."""
+def run_in_fork(function: Any, *arguments: Any) -> int:
+    """Call a function in a fork of this process, where everything is imported already; return the fork's id."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -46,12 +48,13 @@ def in_a_process(function: Any, *arguments: Any) -> int:
     return pid
 
 
-def status_of(pid: int) -> int:
+def exit_status(pid: int) -> int:
+    """Wait for a fork and return its exit status, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def acknowledged(run_dir: Path) -> int:
-    """The last step of which the log says that its checkpoint is safe."""
+def last_logged_checkpoint(run_dir: Path) -> int:
+    """The last step whose checkpoint is on the disk according to the log."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines() if (run_dir / "metrics.jsonl").exists() else []
     steps = [0]
     for line in lines:
@@ -60,59 +63,62 @@ def acknowledged(run_dir: Path) -> int:
     return max(steps)
 
 
-def kill_at_random_moments(run_dir: Path, kills: int, seed: int, longest_s: float = 0.3) -> dict[str, int]:
-    """Start a run, kill it with SIGKILL at random moments, and go on with it every time.
+def kill_at_random_times(run_dir: Path, kills: int, seed: int, max_delay_s: float = 0.3) -> dict[str, int]:
+    """Start a run, kill it with SIGKILL at random times, and resume it every time.
 
     Returns:
-        The number of kills, how often the run had come further in between, the checkpoints found invalid, and the step
-        that was reached.
+        The number of kills, after how many of them the newest checkpoint was a later one, the number of incomplete
+        checkpoints, and the step of the newest checkpoint.
     """
     torch.set_num_threads(1)  # threads do not survive a fork
     config = configuration(steps=1_000_000, checkpoint_interval=2, log_interval=1, eval_interval=7)
-    moments, invalid, done, further = random.Random(seed), 0, 0, 0
+    delays, incomplete, newest_step, progressed = random.Random(seed), 0, 0, 0
     for kill in range(kills):
         resume = (run_dir / "config.toml").exists()
-        safe = acknowledged(run_dir)
-        child = in_a_process(_train_quietly, config, run_dir, resume)
-        if kill % 4:  # on a busy machine too, most kills shall find it at work; the others find it starting
-            while acknowledged(run_dir) <= safe:
+        logged = last_logged_checkpoint(run_dir)
+        child = run_in_fork(_train_silently, config, run_dir, resume)
+        if kill % 4:  # kill most runs while they train, also on a slow machine; the others while they start
+            while last_logged_checkpoint(run_dir) <= logged:
                 time.sleep(0.01)
-        time.sleep(moments.uniform(0, longest_s))
+        time.sleep(delays.uniform(0, max_delay_s))
         os.kill(child, signal.SIGKILL)
-        status = status_of(child)
+        status = exit_status(child)
         assert status == -signal.SIGKILL, f"it ended by itself with status {status}"
-        paths = checkpoint_paths(run_dir)
-        whole = []
-        for path in paths:
+        complete_steps = [0]
+        for path in checkpoint_paths(run_dir):
             try:
-                whole.append(read_checkpoint(path).part("iteration"))
-            except ValueError:
-                invalid += 1
-        assert max(whole, default=0) >= max(safe, acknowledged(run_dir)), "a checkpoint that was acknowledged is gone"
-        further += max(whole, default=0) > done
-        done = max(whole, default=0)
-    return {"kills": kills, "further": further, "invalid": invalid, "step": done}
+                complete_steps.append(read_checkpoint(path).entry("iteration"))
+            except DamagedFileError:
+                incomplete += 1
+        assert max(complete_steps) >= max(logged, last_logged_checkpoint(run_dir)), "a logged checkpoint is missing"
+        progressed += max(complete_steps) > newest_step
+        newest_step = max(complete_steps)
+    return {"kills": kills, "progressed": progressed, "incomplete": incomplete, "step": newest_step}
 
 
-def _train_quietly(config: RunConfig, run_dir: Path, resume: bool) -> None:
+def _train_silently(config: RunConfig, run_dir: Path, resume: bool) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     train(config, TRAIN, VALID, run_dir, resume=resume)
 
 
-def poison(monkeypatch, bad: set[int], value: float) -> list[int]:
-    """Let the loss of some steps be `value`, as the batch or the weights might make it."""
-    real, steps = TrainStep._step, []
+def poisoned_step(poisoned: Collection[int], value: float) -> type[TrainStep]:
+    """A kind of `TrainStep` whose loss is multiplied by `value` (NaN, infinity) in some of its steps, counted from 1.
 
-    def take_step(step, batch):
-        steps.append(len(steps) + 1)
-        loss_of = step.loss_of
-        if steps[-1] in bad:
-            step.loss_of = lambda *batch: loss_of(*batch) * value
-        try:
-            return real(step, batch)
-        finally:
-            step.loss_of = loss_of
+    The attribute `count` of the class is the number of steps taken.
+    """
 
-    monkeypatch.setattr(TrainStep, "_step", take_step)
-    return steps
+    class PoisonedStep(TrainStep):
+        count = 0
+
+        def _step(self, batch):
+            PoisonedStep.count += 1
+            loss_fn = self.loss_fn
+            if PoisonedStep.count in poisoned:
+                self.loss_fn = lambda *batch: loss_fn(*batch) * value
+            try:
+                return super()._step(batch)
+            finally:
+                self.loss_fn = loss_fn
+
+    return PoisonedStep

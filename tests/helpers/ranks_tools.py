@@ -1,9 +1,9 @@
-"""Tiny runs by several processes, which are started here as torchrun starts them, but without its own process.
+"""Tiny runs by several processes, started with the environment variables of torchrun, but without torchrun.
 
-`python -m tests.helpers.ranks_tools JOBS` is one of the processes: it does one job after the other, as the
-environment says together with others. A job is {"run": folder, "from": folder whose checkpoint of step 10 is resumed,
-or "", "poisoned": steps in which the last process's loss shall be NaN, "other_weights": whether all but the first
-process shall draw other ones, and settings of `TrainConfig`}.
+`python -m tests.helpers.ranks_tools JOBS` is one of the processes. It runs one job after the other, together with the
+other ranks. A job is a dictionary: "run" is the run folder; "from" is a folder whose checkpoint of step 10 is resumed
+(default: none); "poisoned" are the steps in which the last rank's loss is NaN; with "other_weights", all ranks but the
+first draw other weights; everything else are settings of `TrainConfig`.
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from basic.common import command_line
 from basic.training.loop import train
-from basic.training.parallel.world import join
+from basic.training.parallel.world import World, join_world
 from basic.training.records.metrics import read_records
 from basic.training.run_folder import checkpoint_paths, open_checkpoint
-from tests.helpers.fault_tools import TRAIN, VALID, VOCAB, configuration, poison
+from tests.helpers.fault_tools import TRAIN, VALID, VOCAB, configuration, poisoned_step
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-class Numbers:
+class NumberTokenizer:
     """A tokenizer whose texts are ids."""
 
     vocab_size = VOCAB
@@ -55,9 +54,9 @@ def start_processes(count: int, jobs: list[dict[str, Any]]) -> list[subprocess.P
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
     if sys.platform == "linux":
-        place["GLOO_SOCKET_IFNAME"] = "lo"  # also where the machine's own name means nothing
+        shared["GLOO_SOCKET_IFNAME"] = "lo"  # works even if the machine's own name cannot be resolved
     processes = []
     for rank in range(count):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
@@ -65,7 +64,7 @@ def start_processes(count: int, jobs: list[dict[str, Any]]) -> list[subprocess.P
             subprocess.Popen(
                 [sys.executable, "-m", "tests.helpers.ranks_tools", json.dumps(jobs)],
                 cwd=REPOSITORY,
-                env={**os.environ, **place, **own},
+                env={**os.environ, **shared, **own},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -74,32 +73,32 @@ def start_processes(count: int, jobs: list[dict[str, Any]]) -> list[subprocess.P
     return processes
 
 
-def lose(
-    processes: list[subprocess.Popen], run_dir: Path, lost_by: int, *, checkpoints: int = 1, within_s: float = 120
+def signal_rank_1(
+    processes: list[subprocess.Popen], run_dir: Path, number: int, *, checkpoints: int = 1, within_s: float = 120
 ) -> tuple[str, float]:
-    """Once a run has saved so often, which it must in this time, send the second of two processes a signal.
+    """Wait until a run has so many checkpoints, at most `within_s`; then send a signal to the second of two processes.
 
     Returns:
-        What the first one says before it ends, and the seconds until it has.
+        What the first process prints on stderr before it ends, and the seconds until then.
     """
-    log, until = run_dir / "metrics.jsonl", time.monotonic() + within_s
+    log, deadline_s = run_dir / "metrics.jsonl", time.monotonic() + within_s
     while not (log.exists() and log.read_text().count("checkpoint") >= checkpoints):
         assert processes[0].poll() is None, processes[0].communicate()[1]
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline_s
         time.sleep(0.05)
-    processes[1].send_signal(lost_by)
-    lost = time.monotonic()
+    processes[1].send_signal(number)
+    sent_s = time.monotonic()
     _, error = processes[0].communicate(timeout=60)
-    return error, time.monotonic() - lost
+    return error, time.monotonic() - sent_s
 
 
-def do(job: dict[str, Any], world) -> None:
-    """Do a job; with a world of one in this process, otherwise in each of the processes."""
+def run_job(job: dict[str, Any], world: World) -> None:
+    """Run a job: in this process with a world of one, otherwise on every rank."""
     settings = {**job}
     run_dir, source = Path(settings.pop("run")), settings.pop("from", "")
     poisoned, other_weights = settings.pop("poisoned", []), settings.pop("other_weights", False)
 
-    def copy() -> None:
+    def copy_run() -> None:
         (run_dir / "checkpoints").mkdir(parents=True)
         for name in ("config.toml", "environment.json", "metrics.jsonl"):
             shutil.copy(Path(source) / name, run_dir / name)
@@ -108,35 +107,40 @@ def do(job: dict[str, Any], world) -> None:
                 (shutil.copytree if path.is_dir() else shutil.copy)(path, run_dir / "checkpoints" / path.name)
 
     if source:
-        world.on_first(copy)
-    usual = {"checkpoint_interval": 10, "checkpoints_kept": 9, "sample_interval": 20, "sample_tokens": 16}
-    config = configuration(**{**usual, **settings})
-    seed = torch.manual_seed
-    with pytest.MonkeyPatch.context() as patch:
+        world.on_rank_0(copy_run)
+    defaults = {"checkpoint_interval": 10, "checkpoints_kept": 9, "sample_interval": 20, "sample_tokens": 16}
+    config = configuration(**{**defaults, **settings})
+
+    def make_step(model: Any, *arguments: Any) -> Any:
         if other_weights and world.rank > 0:
-            patch.setattr(torch, "manual_seed", lambda number: seed(number + 1))
-        if world.rank == world.size - 1:
-            poison(patch, set(poisoned), math.nan)
-        train(config, TRAIN, VALID, run_dir, tokenizer=Numbers(), resume=bool(source), world=world)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.normal_()
+        is_last_rank = world.rank == world.size - 1
+        return poisoned_step(poisoned if is_last_rank else [], math.nan)(model, *arguments)
+
+    options: dict[str, Any] = {"tokenizer": NumberTokenizer(), "resume": bool(source), "world": world}
+    train(config, TRAIN, VALID, run_dir, make_step=make_step, **options)
 
 
 def losses(run_dir: Path) -> list[float]:
+    """All training losses of a run, and its last validation loss."""
     records = read_records(run_dir / "metrics.jsonl", None)
-    seen = [record["train_loss"] for record in records if record["train_loss"] is not None]
-    return [*seen, records[-1]["valid_loss"]]
+    train_losses = [record["train_loss"] for record in records if record["train_loss"] is not None]
+    return [*train_losses, records[-1]["valid_loss"]]
 
 
-def state(run_dir: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The document and the tensors of a run's last checkpoint, without the time that it took."""
+def newest_state(run_dir: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The document and the tensors of a run's newest checkpoint, without its wall time."""
     checkpoint = open_checkpoint(checkpoint_paths(run_dir)[-1])
     document = {**checkpoint.document, "extra": {**checkpoint.document["extra"], "wall_s": None}}
     return document, dict(checkpoint.tensors)
 
 
 def main() -> None:
-    with join(os.environ) as world:
+    with join_world(os.environ) as world:
         for job in json.loads(sys.argv[1]):
-            do(job, world)
+            run_job(job, world)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Checkpoints without pickle."""
+"""Saving and loading of checkpoints."""

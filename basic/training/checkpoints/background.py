@@ -1,4 +1,4 @@
-"""Saving checkpoints while training goes on: the state is copied once, and a thread writes the copy."""
+"""Save checkpoints while training continues: the state is copied to CPU memory, and a thread writes the copy."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
 
-from basic.training.checkpoints.file import take_snapshot, write_snapshot
-from basic.training.checkpoints.sharded import take_parts, write_parts
-from basic.training.parallel.world import ALONE, World, is_sharded
+from basic.training.checkpoints.file import stage_checkpoint, write_staged_checkpoint
+from basic.training.checkpoints.sharded import stage_shards, write_shards
+from basic.training.parallel.world import SINGLE_PROCESS, World, is_sharded
 
 
 class BackgroundSaver:
-    """Writes one checkpoint at a time, in a thread; a context manager, which waits for the last at its end.
+    """Writes one checkpoint at a time in a thread; a context manager, which waits for the last one when it exits.
 
-    The copy lies in memory that is used again for the next one, on a GPU's host pinned, so that the device copies into
-    it beside the computation. It is the only copy: the next state is taken when the one before has been written.
+    There is one copy of the state in CPU memory. Its buffers are reused for every checkpoint, so the next state is
+    copied after the previous one has been written. For a GPU the buffers are pinned, so the copy runs beside the
+    computation.
 
     Args:
-        world: the processes that each have a part of a sharded model. All of them start the same saves; their threads
-            agree through a group of their own.
+        world: the ranks that each write shards of a sharded model. All of them start the same saves; their threads
+            communicate through `World.checkpoint_group`.
     """
 
-    def __init__(self, world: World = ALONE) -> None:
+    def __init__(self, world: World = SINGLE_PROCESS) -> None:
         self.world = world
         self._thread = ThreadPoolExecutor(1, "save")
         self._writing: Future[None] | None = None
@@ -39,27 +42,27 @@ class BackgroundSaver:
         self._thread.shutdown()
 
     @property
-    def busy(self) -> bool:
-        """Whether the one before is still being written."""
+    def is_busy(self) -> bool:
+        """Whether a checkpoint is being written."""
         return self._writing is not None and not self._writing.done()
 
     def start(
         self,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
+        model: Module,
+        optimizer: Optimizer,
         iteration: int,
         path: str | os.PathLike,
         *,
         extra: dict,
-        then: Callable[[], None],
+        on_saved: Callable[[], None],
     ) -> None:
-        """Copy the state and have it written; returns when the model may be changed again.
+        """Copy the state and start to write it; afterwards the model may change.
 
         Args:
-            model, optimizer, iteration, path, extra: as for `save_checkpoint`; of a sharded model, `path` is a folder.
-            then: called by the thread once the file is on the disk.
+            model, optimizer, iteration, path, extra: as for `save_checkpoint`; for a sharded model, `path` is a folder.
+            on_saved: called by the thread when the checkpoint is on the disk.
         """
-        assert not self.busy, "one at a time"
+        assert not self.is_busy, "a checkpoint is still being written"
         device = next(model.parameters()).device
         unused = iter(self._buffers)
         buffers = []
@@ -72,30 +75,30 @@ class BackgroundSaver:
             return buffer.copy_(tensor, non_blocking=True)
 
         if is_sharded(model):
-            parts = take_parts(model, optimizer, iteration, extra=extra, to_host=to_host)
-            write = partial(write_parts, parts, path, self.world)
+            shards = stage_shards(model, optimizer, iteration, extra=extra, to_host=to_host)
+            write = partial(write_shards, shards, path, self.world)
         else:
-            snapshot = take_snapshot(model, optimizer, iteration, extra=extra, to_host=to_host)
-            write = partial(write_snapshot, snapshot, path)
+            staged = stage_checkpoint(model, optimizer, iteration, extra=extra, to_host=to_host)
+            write = partial(write_staged_checkpoint, staged, path)
         self._buffers = buffers
         copied = torch.cuda.Event() if device.type == "cuda" else None
         if copied is not None:
             copied.record()
-        self._writing = self._thread.submit(_write, write, copied, then)
+        self._writing = self._thread.submit(_write, write, copied, on_saved)
 
     def finish(self, *, wait: bool) -> None:
-        """Raise what went wrong in the thread, if something did; once.
+        """Raise the error of the thread, if it has failed and the error was not raised before.
 
         Args:
-            wait: until the file is on the disk; otherwise only say what is known now.
+            wait: wait until the checkpoint is on the disk; otherwise a save that is still running is left alone.
         """
         if self._writing is not None and (wait or self._writing.done()):
             writing, self._writing = self._writing, None
             writing.result()
 
 
-def _write(write: Callable[[], None], copied: torch.cuda.Event | None, then: Callable[[], None]) -> None:
+def _write(write: Callable[[], None], copied: torch.cuda.Event | None, on_saved: Callable[[], None]) -> None:
     if copied is not None:
-        copied.synchronize()  # of the copies alone; the steps enqueued after them are not waited for
+        copied.synchronize()  # waits for the copies only, not for steps that were enqueued after them
     write()
-    then()
+    on_saved()

@@ -1,10 +1,10 @@
-"""Data parallelism with replicas: gradients are summed over processes while the backward pass runs."""
+"""Data parallelism with replicas: gradients are all-reduced while the backward pass runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,86 +13,114 @@ from torch.nn import Module
 
 from basic.transformer.kernels import dispatch
 
-_Sent: TypeAlias = "tuple[list[Tensor], list[Tensor], dist.Work]"
-"""Gradients, what they are added up in (themselves, unless that is in another precision), and how to wait for it."""
+
+def start_all_reduce(tensors: list[Tensor]) -> dist.Work:
+    """Start to sum tensors over all ranks, in place."""
+    options = dist.AllreduceCoalescedOptions()
+    options.asyncOp = True
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD.allreduce_coalesced(tensors, options)
 
 
-class Replica:
-    """Adds up the gradients of a model with those of the other processes, while its backward pass still runs.
+class _PendingBucket(NamedTuple):
+    """A bucket whose all-reduce has been started."""
 
-    It is what DDP does, but gradients travel from where they were written, without copies, each in a precision of its
-    own, and from the first step on in one order, so that a resumed run adds up as the one before it did.
+    gradients: list[Tensor]
+    sums: list[Tensor]
+    """What is all-reduced: the gradients themselves, or copies of them in another precision."""
+    work: dist.Work
 
-    A group that is complete waits until the next gradient of an attention begins. Those kernels are many small
-    programs, which hardly notice that others run beside them; a large matrix product fills the GPU with one wave of
-    programs, and takes twice its time if a few of them find no place.
+
+class GradientReducer:
+    """All-reduces the gradients of a replicated model while its backward pass runs, as DDP does.
+
+    Unlike DDP it copies no gradients into flat buckets, lets each gradient have its own precision, and reduces the
+    buckets in the same order from the first step on. So a resumed run sums in the same order as an uninterrupted one.
+
+    The all-reduce of a complete bucket is started when the next attention's gradient begins. The attention kernels
+    launch many small programs and hardly slow down when NCCL's kernels run beside them. A large matrix multiplication
+    fills the GPU with one wave of programs, and takes twice as long if some of them find no free multiprocessor.
+
+    Args:
+        segments: the modules of the model in the order of the forward pass. Together they have all its parameters; each
+            has a bucket.
+        dtype: the precision in which gradients are reduced; None for the gradient's own.
+        world_size: number of ranks.
+        all_reduce: starts to sum tensors over all ranks, in place.
     """
 
-    def __init__(self, pieces: Sequence[Module], dtype: torch.dtype | None, size: int):
-        self.dtype, self.size, self.last = dtype, size, False
-        self.waiting: list[Tensor] = []  # parameters whose gradients are all there and are to be sent
-        self.sent: list[_Sent] = []
-        groups: list[list[Tensor]] = [[] for _ in pieces]
-        self.arrived: list[set[Tensor]] = [set() for _ in pieces]
-        seen: set[Tensor] = set()
-        for piece, group in zip(pieces, groups, strict=True):
-            for parameter in piece.parameters():
-                # A tied matrix belongs to the first piece that has it, whose gradients come last.
-                if parameter.requires_grad and parameter not in seen:
-                    seen.add(parameter)
-                    # Vectors are too small to be worth an operation for each piece.
-                    (group if parameter.ndim > 1 else groups[0]).append(parameter)
-        for group, arrived in zip(groups, self.arrived, strict=True):
-            for parameter in group:
-                parameter.register_post_accumulate_grad_hook(partial(self._arrive, group, arrived))
+    def __init__(
+        self,
+        segments: Sequence[Module],
+        dtype: torch.dtype | None,
+        world_size: int,
+        *,
+        all_reduce: Callable[[list[Tensor]], dist.Work] = start_all_reduce,
+    ):
+        self.dtype, self.world_size, self.all_reduce = dtype, world_size, all_reduce
+        self.is_last = False  # whether the backward pass that runs is the last one of its step
+        self.complete: list[Tensor] = []  # parameters of the bucket that is complete and not yet reduced
+        self.pending: list[_PendingBucket] = []
+        buckets: list[list[Tensor]] = [[] for _ in segments]
+        self.ready: list[set[Tensor]] = [set() for _ in segments]  # parameters that have their gradient, by bucket
+        assigned: set[Tensor] = set()
+        for segment, bucket in zip(segments, buckets, strict=True):
+            for parameter in segment.parameters():
+                # A tied matrix belongs to its first segment, because its gradient is complete only there.
+                if parameter.requires_grad and parameter not in assigned:
+                    assigned.add(parameter)
+                    # All vectors are in the first segment's bucket: they are too small for a share of every bucket.
+                    (bucket if parameter.ndim > 1 else buckets[0]).append(parameter)
+        for bucket, ready in zip(buckets, self.ready, strict=True):
+            for parameter in bucket:
+                parameter.register_post_accumulate_grad_hook(partial(self._mark_ready, bucket, ready))
 
-    def backward(self, loss: Tensor, last: bool) -> Iterable[list[Tensor]]:
-        for arrived in self.arrived:
-            arrived.clear()  # of a pass that failed, as what follows
-        self.waiting, self.sent, self.last = [], [], last
+    def backward(self, loss: Tensor, is_last: bool) -> Iterable[list[Tensor]]:
+        """Run a backward pass, as the function that `World.make_backward` returns does."""
+        for ready in self.ready:
+            ready.clear()  # what a failed pass left, also below
+        self.complete, self.pending, self.is_last = [], [], is_last
         try:
-            with dispatch.before_attention_gradients(self._send):
-                # Each computes its share of the mean, so what travels need only be added up.
-                (loss / self.size).backward()
+            with dispatch.before_attention_gradients(self._flush):
+                # Each rank computes its share of the mean, so the all-reduce is a sum.
+                (loss / self.world_size).backward()
         finally:
-            self.last = False  # backward passes of others send nothing
-        if any(self.arrived):
+            self.is_last = False  # backward passes of other code reduce nothing
+        if any(self.ready):
             raise RuntimeError(
-                f"{sum(map(len, self.arrived))} gradients were not sent, because others that travel with them are "
-                "missing; whatever requires a gradient when training begins must get one in every backward pass"
+                f"{sum(map(len, self.ready))} gradients were not reduced, because other gradients of their bucket are "
+                "missing; every parameter that requires a gradient when training begins must get one in every backward "
+                "pass"
             )
-        self._send()
-        sent, self.sent = self.sent, []
-        return _added_up(sent)
+        self._flush()
+        pending, self.pending = self.pending, []
+        return _wait_for_each(pending)
 
-    def _arrive(self, group: list[Tensor], arrived: set[Tensor], parameter: Tensor) -> None:
-        """Take note that a parameter has its gradient, and so perhaps its group all of them."""
-        arrived.add(parameter)
-        if len(arrived) < len(group):
+    def _mark_ready(self, bucket: list[Tensor], ready: set[Tensor], parameter: Tensor) -> None:
+        """A parameter has its gradient; if it is the last one of its bucket, the bucket is complete."""
+        ready.add(parameter)
+        if len(ready) < len(bucket):
             return
-        arrived.clear()
-        if self.last:
-            self._send()  # no attention has begun since the group before
-            self.waiting = group
+        ready.clear()
+        if self.is_last:
+            self._flush()  # no attention has begun since the previous bucket
+            self.complete = bucket
 
-    def _send(self) -> None:
-        """Send the gradients that wait, if there are any."""
+    def _flush(self) -> None:
+        """Start the all-reduce of the complete bucket, if there is one."""
         gradients, sums = [], []
-        for parameter in self.waiting:
+        for parameter in self.complete:
             assert parameter.grad is not None
             gradients.append(parameter.grad)
             sums.append(parameter.grad.to(self.dtype or parameter.grad.dtype))
-        self.waiting = []
+        self.complete = []
         if gradients:
-            options = dist.AllreduceCoalescedOptions()
-            options.asyncOp = True
-            assert dist.group.WORLD is not None
-            self.sent.append((gradients, sums, dist.group.WORLD.allreduce_coalesced(sums, options)))
+            self.pending.append(_PendingBucket(gradients, sums, self.all_reduce(sums)))
 
 
-def _added_up(sent: list[_Sent]) -> Iterable[list[Tensor]]:
-    """The gradients that were sent, in that order, each group waited for when it is its turn."""
-    for gradients, sums, work in sent:
+def _wait_for_each(buckets: list[_PendingBucket]) -> Iterable[list[Tensor]]:
+    """The reduced gradients of each bucket, in order; waits for a bucket when it is requested."""
+    for gradients, sums, work in buckets:
         work.wait()
         for gradient, total in zip(gradients, sums, strict=True):
             if total is not gradient:
