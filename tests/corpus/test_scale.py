@@ -280,6 +280,7 @@ def test_two_runs_cannot_use_one_folder(tmp_path, corpus, tokenizer):
     assert np.array_equal(open_tokens(tmp_path / "many"), encoded(tokenizer, corpus, tmp_path))
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork and SIGKILL")
 def test_the_lock_of_a_dead_run_is_released_although_its_workers_live(tmp_path):
     reading, writing = os.pipe()
     if (run := os.fork()) == 0:

@@ -1,4 +1,4 @@
-"""Runs of two processes with a GPU each beside those of one."""
+"""Runs of two processes with one GPU each equal runs of one process."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from basic.training.run_folder import checkpoint_paths
 from tests.helpers.ranks_tools import losses, run_job, signal_rank_1, start_processes
 
 
-def test_two_gpus_do_what_one_does(tmp_path):
-    """Recorded and not, in both precisions, with checkpoints that move between the two forms."""
+def test_two_gpus_train_as_one_does(tmp_path):
+    """With and without CUDA graphs, in both precisions, and with checkpoints that one form loads from the other."""
     exact = {"device": "auto", "precision": "float32"}
     narrow = {"device": "auto", "precision": "bfloat16", "compile": True}
-    parts = {"cuda_graph": False, "gradient_accumulation": 2}
+    eager = {"cuda_graph": False, "gradient_accumulation": 2}
     jobs = {
         "replicated": exact,
-        "eager": {**exact, **parts},
-        "sharded": {**exact, **parts, "parallel": "sharded"},
+        "eager": {**exact, **eager},
+        "sharded": {**exact, **eager, "parallel": "sharded"},
         "narrow": narrow,
         "narrow_sharded": {**narrow, "parallel": "sharded"},
         "from_sharded": {**exact, "from": str(tmp_path / "sharded")},
@@ -51,7 +51,7 @@ def test_two_gpus_do_what_one_does(tmp_path):
 @pytest.mark.parametrize("lost_by", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("parallel", ["replicated", "sharded"])
 def test_a_lost_process_ends_the_job(tmp_path, lost_by, parallel):
-    """Although the other one waits for it on the GPU, where no time limit reaches."""
+    """Although the other one waits for it on the GPU, where a collective has no timeout."""
     run_dir = tmp_path / "run"
     settings = {"device": "auto", "precision": "bfloat16", "compile": True, "parallel": parallel, "sample_interval": 0}
     processes = start_processes(2, [{"run": str(run_dir), "steps": 10**6, **settings}])

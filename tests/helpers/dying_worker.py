@@ -14,7 +14,7 @@ def die_once(flag: str, function, *arguments):
     if not os.path.exists(flag):
         Path(flag).touch()
         Path(arguments[-1] + ".half.tmp").write_bytes(b"half")
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))  # on Windows, SIGTERM kills
     return function(*arguments)
 
 

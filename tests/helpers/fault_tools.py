@@ -102,8 +102,8 @@ def _train_silently(config: RunConfig, run_dir: Path, resume: bool) -> None:
     train(config, TRAIN, VALID, run_dir, resume=resume)
 
 
-def poisoned_step(poisoned: Collection[int], value: float) -> type[TrainStep]:
-    """A kind of `TrainStep` whose loss is multiplied by `value` (NaN, infinity) in some of its steps, counted from 1.
+def poisoned_step(poisoned: Collection[int], value: float) -> Any:
+    """A subclass of `TrainStep` whose loss is multiplied by `value` (NaN, infinity) in some of its steps, counted from 1.
 
     The attribute `count` of the class is the number of steps taken.
     """

@@ -151,11 +151,11 @@ def test_a_signal_finishes_the_step_saves_and_prints_how_to_resume(tmp_path, num
     class InterruptedStep(TrainStep):
         count = 0
 
-        def __call__(self, *arguments):
+        def __call__(self, batch, learning_rate):
             InterruptedStep.count += 1
             if InterruptedStep.count == 3:
                 signal.raise_signal(number)
-            return super().__call__(*arguments)
+            return super().__call__(batch, learning_rate)
 
     before = signal.getsignal(number)
     config = configuration(steps=6, eval_interval=0)
@@ -249,11 +249,11 @@ def test_a_checkpoint_written_in_the_background_has_the_state_of_its_step(tmp_pa
     class ReleasingStep(TrainStep):
         count = 0
 
-        def __call__(self, *arguments):
+        def __call__(self, batch, learning_rate):
             ReleasingStep.count += 1
             if ReleasingStep.count == 5:
                 may_write.set()
-            return super().__call__(*arguments)
+            return super().__call__(batch, learning_rate)
 
     config = configuration(steps=6, checkpoint_interval=2, eval_interval=0, checkpoints_kept=9)
     train(config, TRAIN, VALID, tmp_path / "plain")
@@ -373,8 +373,8 @@ def test_nonfinite_steps_are_skipped_up_to_a_maximum(tmp_path, capsys):
     states = []  # after each step
 
     class RecordingStep(poisoned_step({4, 5}, math.nan)):
-        def __call__(self, *arguments):
-            result = super().__call__(*arguments)
+        def __call__(self, batch, learning_rate):
+            result = super().__call__(batch, learning_rate)
             weights = [parameter.detach().clone() for parameter in self.parameters]
             states.append(weights + [state["step"] for state in self.optimizer.state.values()])
             return result
@@ -395,7 +395,7 @@ def test_nonfinite_steps_are_skipped_up_to_a_maximum(tmp_path, capsys):
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError(), None])
 def test_out_of_memory_says_what_was_tried_and_what_to_lower(tmp_path, error):
     class FailingStep(TrainStep):
-        def __call__(self, *arguments):
+        def __call__(self, batch, learning_rate):
             if error is not None:
                 raise error
             return torch.empty(1 << 62, dtype=torch.uint8), torch.zeros(())
