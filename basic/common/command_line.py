@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from basic.common.errors import BasicError
+
 TRACEBACK_OPTION = "--traceback"
 
 
@@ -25,7 +27,7 @@ def run(script: Callable[[], object]) -> None:
         # The terminal shows ^C, so the message starts on a new line.
         print("\n" * sys.stderr.isatty() + (str(interrupt) or "interrupted"), file=sys.stderr)
         sys.exit(130)
-    except (OSError, ValueError, FloatingPointError, MemoryError) as error:
+    except (BasicError, OSError, FloatingPointError, MemoryError) as error:
         if with_traceback:
             raise
         sys.exit("error: " + " ".join(str(error).splitlines()))

@@ -213,7 +213,7 @@ def test_a_small_sweep_generates_its_stories_once_and_writes_a_table_and_a_plot(
     assert Path("runs/tiny_small/table.md").read_text() in first
     assert Path("runs/tiny_small/loss.png").read_bytes().startswith(b"\x89PNG")
     module.main(options)
-    assert capsys.readouterr().out.count("(known)") == 2
+    assert capsys.readouterr().out.count("(finished earlier)") == 2
     assert made == [Path("data/small_stories")]
     data = module.open_data(load_run("runs/tiny_small/seed=1", device="cpu").config.data)
     assert isinstance(data, SweepData)
