@@ -13,6 +13,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -87,16 +88,8 @@ def start(options: Options, world: World) -> None:
         open_tokens(path, dtype=data.dtype or None, verify=options.verify, made_by=made_by)
         for path in (data.train_tokens, data.valid_tokens)
     ]
-    run = train(
-        options.run,
-        *tokens,
-        run_dir=output,
-        tokenizer=tokenizer,
-        resume=options.resume is not None,
-        overwrite=options.overwrite,
-        progress=True,
-        world=world,
-    )
+    how: dict[str, Any] = {"resume": options.resume is not None, "overwrite": options.overwrite, "progress": True}
+    run = train(options.run, tokens[0], tokens[1], output, tokenizer=tokenizer, world=world, **how)
     if world.is_rank_0:
         print(f"trained {run.model.num_parameters:,} parameters for {run.step:,} steps; everything is in {output}")
 
