@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Generator
+from types import SimpleNamespace
 from typing import Any
 
 import jaxtyping
@@ -328,21 +329,25 @@ def test_shared_keys_and_values_are_repeated_ones(dtype: torch.dtype, leading: A
     assert_same(attention(x), self_attention(x64, weights64, 4), dtype)
 
 
+@pytest.mark.parametrize("positions", ["rope", "none"])
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
-def test_kernels_are_given_keys_and_values_for_every_head(num_kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    attention = MultiHeadSelfAttention(16, 4, RotaryPositionalEmbedding(1e2, 4, 5), num_kv_heads)
-    x = torch.randn(2, 5, 16)
+def test_kernels_get_keys_and_values_for_every_head(num_kv_heads: int, positions: str) -> None:
+    rope = RotaryPositionalEmbedding(1e2, 16, 9) if positions == "rope" else None
+    attention = MultiHeadSelfAttention(64, 4, rope, num_kv_heads).half()
+    x = torch.randn(2, 5, 64).half()
+    calls = []
+
+    def rotary_attention(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> list[Tensor]:
+        calls.append(weight.shape)
+        q, k, v = F.linear(x, weight).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
+        return [F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)]
+
     expected = attention(x)
-
-    def rotary_attention(x: Tensor, weights: tuple[Tensor, ...], num_heads: int, tables: Any) -> Tensor:
-        q, k, v = (F.linear(x, weight).unflatten(-1, (num_heads, -1)).transpose(1, 2) for weight in weights)
-        q, k = rotate_pairs(q, *tables), rotate_pairs(k, *tables)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-
-    monkeypatch.setattr(dispatch, "cover_attention", lambda x, head_size: head_size == 4)
-    monkeypatch.setattr(dispatch, "rotary_attention", rotary_attention)
-    monkeypatch.setattr(attention, "_attend", None)  # nor is it needed
-    assert_close(attention(x), expected)
+    with dispatch.use_operators(SimpleNamespace(rotary_attention=rotary_attention)):
+        actual = attention(x)
+    assert calls == [(3 * 64, 64)]
+    assert_close(actual, expected, rtol=1e-2, atol=2e-3)
 
 
 def test_gradients_of_shared_keys_and_values_are_those_of_finite_differences() -> None:
@@ -638,20 +643,20 @@ def test_flops_are_those_that_torch_counts(config: ModelConfig, seq: int | None)
 def test_the_summary_accounts_for_every_parameter_and_operation(config: ModelConfig) -> None:
     model = TransformerLM(config)
     table = model.summary(5)
-    assert sum(part.parameters for part in table.parts) == model.num_parameters
-    assert sum(part.flops_per_token for part in table.parts) == model.matmul_flops_per_token(5)
-    by_name = {part.name: part for part in table.parts}
-    part = by_name["layers.*.attn.k_proj.weight"]
+    assert sum(row.parameters for row in table.rows) == model.num_parameters
+    assert sum(row.flops_per_token for row in table.rows) == model.matmul_flops_per_token(5)
+    by_name = {row.name: row for row in table.rows}
+    row = by_name["layers.*.attn.k_proj.weight"]
     rows, columns = config.kv_heads * config.d_head, config.d_model
-    assert part == (
-        part.name,
+    assert row == (
+        row.name,
         (rows, columns),
         config.num_layers,
         *[config.num_layers * rows * columns * f for f in (1, 2)],
     )
     assert by_name["attention to 5 tokens"].flops_per_token == config.num_layers * 4 * 5 * config.d_model
     lines = repr(table).splitlines()
-    assert len(lines) == len(table.parts) + 2
+    assert len(lines) == len(table.rows) + 2
     assert lines[-1].split() == ["all", f"{model.num_parameters:,}", f"{model.matmul_flops_per_token(5):,}"]
     assert any(re.search(rf"k_proj.weight +{rows} x {columns} +{config.num_layers} ", line) for line in lines)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.nn import Parameter
 from torch.testing import assert_close
 
-from basic.transformer.functional import token_nats
+from basic.transformer.functional import token_losses
 from basic.transformer.optimizer import clip_gradients
 
 from .adapters import run_cross_entropy, run_gradient_clipping, run_softmax
@@ -93,7 +93,7 @@ def test_cross_entropy_of_a_certain_and_of_an_impossible_target() -> None:
 def test_token_nats_are_torchs_for_each_position(dtype: torch.dtype) -> None:
     logits, targets = torch.randn(2, 3, 7).to(dtype), torch.randint(7, (2, 3))
     expected = F.cross_entropy(logits.double().flatten(0, 1), targets.flatten(), reduction="none").view(2, 3)
-    nats = token_nats(logits, targets)
+    nats = token_losses(logits, targets)
     assert nats.dtype == torch.promote_types(dtype, torch.float32)  # a bfloat16 would count in eighths
     assert_close(nats.double(), expected, rtol=1e-6, atol=1e-6)
 

@@ -1,8 +1,9 @@
-"""Token by token on a GPU: packed weights, a static key-value cache, and the whole step as one recorded CUDA graph."""
+"""Decoding on a GPU: packed weights, a static key-value cache, and each step as one replay of a CUDA graph."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -10,30 +11,41 @@ from torch import Tensor
 
 from basic.generation import decode_kernels
 from basic.model import KVCache, RotaryPositionalEmbedding, TransformerLM
-from basic.transformer.kernels.flash_attention import LOG2_E
+from basic.transformer.kernels.interpreter import LOG2_E
 
 
 class Decoder:
     """Continues a cache that the model has filled with the prompts.
 
-    The rows stand at one position, and take from `tokens` what was given: rows with longer prompts are still inside
-    theirs while others are continued already.
+    All sequences are at one position. Those that are still inside their prompt take its next token from `tokens`; the
+    others take the likeliest.
 
     Args:
-        model: pre-norm, RoPE, SwiGLU, own keys and values for each head (see `kernels.cover_decoding`). Its weights
-            are copied into the cache's precision.
+        model: pre-norm, RoPE, SwiGLU, as many heads of keys and values as of queries, and a cache that
+            `dispatch.supports_decoding` accepts. Its weights are copied in the cache's dtype.
         cache: is continued in place.
-        prompt_lengths: int64 (rows,).
-        vocab_size: choose among so many first ids only; None for all.
+        prompt_lengths: int64 (batch,).
+        vocab_size: take the likeliest of the ids below this; None for all.
+        tiles: chooses the tiles of a matrix multiplication, as `choose_tiles` does.
+        splits: programs among which the keys of a head are divided; None for a number that fills the GPU.
     """
 
-    def __init__(self, model: TransformerLM, cache: KVCache, prompt_lengths: Tensor, vocab_size: int | None = None):
+    def __init__(
+        self,
+        model: TransformerLM,
+        cache: KVCache,
+        prompt_lengths: Tensor,
+        vocab_size: int | None = None,
+        *,
+        tiles: Callable[[int, int, int], tuple[int, int, int]] | None = None,
+        splits: int | None = None,
+    ):
         config = model.config
         self.config, self.cache, self.prompt_lengths = config, cache, prompt_lengths
-        self.rows, self.dtype, self.device = cache.keys.shape[1], cache.keys.dtype, cache.keys.device
-        self.padded = 1 if self.rows == 1 else max(16, triton.next_power_of_2(self.rows))
-        self.splits = _splits(self.rows)
-        self.choices = min(vocab_size or config.vocab_size, config.vocab_size)
+        self.batch_size, self.dtype, self.device = cache.keys.shape[1], cache.keys.dtype, cache.keys.device
+        self.padded_batch = 1 if self.batch_size == 1 else max(16, triton.next_power_of_2(self.batch_size))
+        self.tiles, self.splits = tiles or choose_tiles, splits or choose_splits(self.batch_size)
+        self.num_choices = min(vocab_size or config.vocab_size, config.vocab_size)
         self.overlap = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (9, 0)
 
         weights = model.state_dict()
@@ -60,22 +72,23 @@ class Decoder:
         def buffer(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        self.x = buffer(self.rows, config.d_model)
-        self.qkv = buffer(self.rows, 3 * config.d_model)
-        self.shares = buffer(self.rows, config.num_heads, self.splits, config.d_head + 2, dtype=torch.float32)
-        self.arrivals = buffer(self.rows, config.num_heads, dtype=torch.int32)
-        self.attended = buffer(self.rows, config.d_model)
-        assert config.d_ff is not None  # the configuration saw to that
-        self.gated = buffer(self.rows, config.d_ff)
-        self.logits = buffer(self.rows, config.vocab_size)
-        self.tokens = buffer(self.rows, config.context_length + 1, dtype=torch.int64)
-        self.positions = buffer(self.rows, dtype=torch.int64)
+        batch_size = self.batch_size
+        self.x = buffer(batch_size, config.d_model)
+        self.qkv = buffer(batch_size, 3 * config.d_model)
+        self.partials = buffer(batch_size, config.num_heads, self.splits, config.d_head + 2, dtype=torch.float32)
+        self.num_finished = buffer(batch_size, config.num_heads, dtype=torch.int32)
+        self.attended = buffer(batch_size, config.d_model)
+        assert config.d_ff is not None  # set by ModelConfig
+        self.gated = buffer(batch_size, config.d_ff)
+        self.logits = buffer(batch_size, config.vocab_size)
+        self.tokens = buffer(batch_size, config.context_length + 1, dtype=torch.int64)
+        self.positions = buffer(batch_size, dtype=torch.int64)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def start(self, tokens: Tensor) -> None:
-        """Take over the ids (rows, length) up to the end of the longest prompt or further; the cache says where we are.
+        """Set the ids (batch, length), at least up to the end of the longest prompt.
 
-        The last id that counts, at the position of the cache's length, is not in the cache yet.
+        The next step reads the id at position `cache.length`, which is not in the cache yet.
         """
         length = min(tokens.shape[1], self.tokens.shape[1])
         self.tokens[:, :length] = tokens[:, :length]
@@ -86,9 +99,9 @@ class Decoder:
             self.positions.fill_(self.cache.length)
 
     def step(self) -> None:
-        """Take every row's token in, leave the scores of the next one in `logits` and the likeliest in `tokens`."""
+        """Read one token of every sequence; write the logits of the next to `logits`, and its id to `tokens`."""
         if self.graph is None:
-            self._step()
+            self._launch_step()
         else:
             self.graph.replay()
         self.cache.advance(1)
@@ -97,63 +110,66 @@ class Decoder:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._step()  # compiles; what it writes is overwritten by the first real step
+            self._launch_step()  # compiles the kernels; the first real step overwrites its results
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        # Other threads, such as one that sends batches, go on meanwhile.
+        # Other threads, such as one that sends batches, may use the GPU meanwhile.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self._step()
+            self._launch_step()
 
-    def _step(self) -> None:
-        config, rows = self.config, self.rows
-        d, width, eps = config.d_model, config.d_ff, config.norm_eps
-        assert width is not None
+    def _launch_step(self) -> None:
+        config, batch_size = self.config, self.batch_size
+        d_model, d_ff, eps = config.d_model, config.d_ff, config.norm_eps
+        assert d_ff is not None
         scale = LOG2_E / math.sqrt(config.d_head)
         capacity = config.context_length
-        decode_kernels.embed[rows,](
-            self.embedding, self.tokens, self.positions, self.x, capacity + 1, d,
-            BLOCK_K=triton.next_power_of_2(d), **self._launch(4))  # fmt: skip
+        decode_kernels.embed[batch_size,](
+            self.embedding, self.tokens, self.positions, self.x, capacity + 1, d_model,
+            BLOCK_K=triton.next_power_of_2(d_model), **self._options(4))  # fmt: skip
         for layer, (ln1, qkv, output, ln2, w13, w2) in enumerate(self.layers):
             self._project(self.x, qkv, ln1, self.qkv, norm=True)
-            decode_kernels.attend[rows, config.num_heads, self.splits](
+            decode_kernels.attend[batch_size, config.num_heads, self.splits](
                 self.qkv, self.cache.keys[layer], self.cache.values[layer], self.cos, self.sin, self.positions,
-                self.shares, self.arrivals, self.attended, config.num_heads, capacity, scale,
-                D=config.d_head, SPLITS=self.splits, BLOCK=64, EARLY=rows <= 2, **self._launch(4))  # fmt: skip
+                self.partials, self.num_finished, self.attended, config.num_heads, capacity, scale,
+                D=config.d_head, SPLITS=self.splits, BLOCK=64, EARLY=batch_size <= 2, **self._options(4))  # fmt: skip
             self._project(self.attended, output, ln1, self.x, add=True)
-            block_n, block_k, warps = _tiles(width, d, self.padded)
-            decode_kernels.gate[triton.cdiv(width, block_n),](
-                self.x, w13, ln2, self.gated, rows, d, width, eps,
-                ROWS=self.padded, BLOCK_N=block_n, BLOCK_K=block_k, **self._launch(warps))  # fmt: skip
+            block_n, block_k, warps = self.tiles(d_ff, d_model, self.padded_batch)
+            decode_kernels.gate[triton.cdiv(d_ff, block_n),](
+                self.x, w13, ln2, self.gated, batch_size, d_model, d_ff, eps,
+                ROWS=self.padded_batch, BLOCK_N=block_n, BLOCK_K=block_k, **self._options(warps))  # fmt: skip
             self._project(self.gated, w2, ln2, self.x, add=True)
         self._project(self.x, self.head, self.ln_final, self.logits, norm=True)
-        decode_kernels.choose[rows,](
+        decode_kernels.choose[batch_size,](
             self.logits, self.tokens, self.prompt_lengths, self.positions, capacity + 1, config.vocab_size,
-            self.choices, BLOCK_N=min(triton.next_power_of_2(self.choices), 16384), **self._launch(16))  # fmt: skip
+            self.num_choices, BLOCK_N=min(triton.next_power_of_2(self.num_choices), 16384),
+            **self._options(16))  # fmt: skip
 
     def _project(
         self, x: Tensor, weight: Tensor, gain: Tensor, y: Tensor, *, norm: bool = False, add: bool = False
     ) -> None:
         n, k = weight.shape
-        block_n, block_k, warps = _tiles(n, k, self.padded)
+        block_n, block_k, warps = self.tiles(n, k, self.padded_batch)
         decode_kernels.project[triton.cdiv(n, block_n),](
-            x, weight, gain, y, self.rows, k, n, self.config.norm_eps,
-            ROWS=self.padded, BLOCK_N=block_n, BLOCK_K=block_k, NORM=norm, ADD=add, **self._launch(warps))  # fmt: skip
+            x, weight, gain, y, self.batch_size, k, n, self.config.norm_eps,
+            ROWS=self.padded_batch, BLOCK_N=block_n, BLOCK_K=block_k, NORM=norm, ADD=add,
+            **self._options(warps))  # fmt: skip
 
-    def _launch(self, warps: int) -> dict[str, int | bool]:
+    def _options(self, warps: int) -> dict[str, int | bool]:
+        """Launch options. PDL (programmatic dependent launch) lets a kernel start while the one before still runs."""
         options = {"OVERLAP": self.overlap, "num_warps": warps, "num_stages": 3}
         return {**options, "launch_pdl": True} if self.overlap else options
 
 
-def _splits(rows: int) -> int:
-    """Programs that share the keys of a head: enough of them to fill the GPU."""
-    return 16 if rows <= 2 else 8 if rows <= 8 else 4
+def choose_splits(batch_size: int) -> int:
+    """Programs among which the keys of a head are divided: enough to fill the GPU."""
+    return 16 if batch_size <= 2 else 8 if batch_size <= 8 else 4
 
 
-def _tiles(n: int, k: int, rows: int) -> tuple[int, int, int]:
-    """Outputs a program, inputs at a time, warps; found by trying them on an H200.
+def choose_tiles(n: int, k: int, padded_batch: int) -> tuple[int, int, int]:
+    """Outputs per program, inputs per iteration, and warps of a matrix multiplication; tuned on an H200.
 
-    One sequence: as much of the weights as fits is asked for at once, because waiting for memory is all there is.
+    With one sequence a program loads all inputs at once, since its time is that of reading the weights.
     """
-    if rows == 1:
+    if padded_batch == 1:
         return (2 if n <= 8192 else 8), triton.next_power_of_2(k), 4
     return (16 if n <= 4096 else 32), 256, 4

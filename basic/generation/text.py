@@ -1,13 +1,14 @@
-"""From a prompt to its continuation: one token after the other, drawn from the model's distribution."""
+"""From a text to its continuation."""
 
 from __future__ import annotations
 
 import codecs
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from basic.generation.sampling import check_sampling, continue_ids, generate
+from basic.common.errors import InvalidInputError
+from basic.generation.sampling import Sampling, check_max_new_tokens, continue_ids, generate
 from basic.model import TransformerLM
 
 
@@ -35,28 +36,26 @@ class SavableTokenizer(TextTokenizer, Protocol):
 def complete(
     model: TransformerLM,
     tokenizer: TextTokenizer,
-    prompts: Sequence[str],
+    prompts: Iterable[str],
     max_new_tokens: int,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
     end_of_text: str = "<|endoftext|>",
+    **sampling: Any,
 ) -> list[str]:
-    """Continue each text until the model ends it or `max_new_tokens` are there.
+    """Continue each text until the model ends it, or by `max_new_tokens` tokens.
 
     Args:
-        prompts: texts; to start from nothing, use the end-of-text token, behind which every document begins.
-        temperature, top_k, top_p, seed: as for `generate`.
-        end_of_text: the special token that ends a document; where the tokenizer has none, nothing ends early.
+        prompts: texts. To generate a document from nothing, pass the end-of-text token, which is before every document.
+        max_new_tokens: >= 0.
+        end_of_text: the special token that ends a document; if the tokenizer does not have it, no text ends early.
+        sampling: fields of `basic.generation.sampling.Sampling`: temperature, top_k, top_p, seed.
 
     Returns:
         The continuations, without the prompts and without the end-of-text token.
 
     Raises:
-        TypeError: `prompts` is a single text.
-        ValueError: a prompt encodes to no token at all.
+        TypeError: `prompts` is a single text, or a keyword is no field of `Sampling`.
+        InvalidInputError: a prompt encodes to no token, or a setting is out of its range.
     """
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a list of texts, got one text; write [{prompts[:20]!r}]")
@@ -64,12 +63,9 @@ def complete(
         model,
         [_encode_prompt(tokenizer, prompt, end_of_text) for prompt in prompts],
         max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
         end_id=tokenizer.special_token_ids.get(end_of_text),
         vocab_size=tokenizer.vocab_size,
+        **sampling,
     )
     return [tokenizer.decode(ids) for ids in completions]
 
@@ -80,53 +76,48 @@ def stream(
     prompt: str,
     max_new_tokens: int,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
     end_of_text: str = "<|endoftext|>",
+    **sampling: Any,
 ) -> Iterator[str]:
-    """Continue a text as `complete` does, and hand it out while it grows.
+    """Continue a text as `complete` does, and yield the new text as it is generated.
 
     Args:
-        prompt, max_new_tokens, temperature, top_k, top_p, seed, end_of_text: as for `complete`.
+        prompt, max_new_tokens, end_of_text, sampling: as for `complete`.
 
     Returns:
-        The pieces of the continuation, none of them empty; joined, they are what `complete` returns for the same
-        seed. A character whose bytes are spread over several tokens comes whole, with the last of them.
+        Chunks of the continuation, none of them empty; joined, they are what `complete` returns for the same seed. A
+        character whose bytes are in several tokens comes with the last of them.
 
     Raises:
-        ValueError: as `complete` does, and at once, before the first piece is asked for.
+        TypeError, InvalidInputError: as for `complete`, and before the first chunk is requested.
     """
-    check_sampling(max_new_tokens, temperature, top_k, top_p)
+    settings = Sampling(**sampling)
+    check_max_new_tokens(max_new_tokens)
     new_ids = continue_ids(
         model,
         [_encode_prompt(tokenizer, prompt, end_of_text)],
         max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
+        settings,
         end_id=tokenizer.special_token_ids.get(end_of_text),
         vocab_size=tokenizer.vocab_size,
     )
-    return _whole_characters(tokenizer.decode_bytes(ids) for (ids,) in new_ids)
+    return _decode_utf8(tokenizer.decode_bytes(ids) for (ids,) in new_ids)
 
 
 def _encode_prompt(tokenizer: TextTokenizer, prompt: str, end_of_text: str) -> list[int]:
     ids = tokenizer.encode(prompt)
     if not ids:
-        raise ValueError(
+        raise InvalidInputError(
             f"the prompt {prompt!r} encodes to no token; give some text, or {end_of_text!r} to start from nothing"
         )
     return ids
 
 
-def _whole_characters(pieces: Iterable[bytes]) -> Iterator[str]:
-    """The text of UTF-8 bytes that come in pieces; what is cut is held back until the rest of it is there."""
+def _decode_utf8(chunks: Iterable[bytes]) -> Iterator[str]:
+    """Decode UTF-8 chunk by chunk; an incomplete character waits for the next chunk."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for piece in pieces:
-        if text := decoder.decode(piece):
+    for chunk in chunks:
+        if text := decoder.decode(chunk):
             yield text
     if rest := decoder.decode(b"", final=True):
         yield rest

@@ -1,12 +1,13 @@
-"""The arithmetic of the Transformer as plain tensor operations: what every kernel is tested against.
+"""The operations of the Transformer as plain PyTorch: the reference that every kernel is tested against.
 
-Nothing here holds parameters or state. All functions take float32, float64 or bfloat16 and return the dtype of
-their input; sums over many terms (softmax, norms, losses) are computed in at least float32.
+The functions have no parameters and no state. They take float32, float64, float16 or bfloat16 and return the dtype of
+their input. Sums over many terms (softmax, norms, losses) are computed in at least float32.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from einops import einsum, rearrange
@@ -15,31 +16,36 @@ from torch import Tensor
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """The same numbers with at least 24 bits of mantissa: half precisions are widened, the rest is left alone."""
+    """Cast float16 and bfloat16 to float32; return float32 and float64 unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def linear(x: Float[Tensor, " ... d_in"], *weights: Float[Tensor, "_ d_in"]) -> Float[Tensor, " ... d_out"]:
-    """x W^T, with the weights in the precision of x; of several weights the results side by side, as one product."""
+    """x W^T, computed in the dtype of x.
+
+    Args:
+        x: input features.
+        weights: one matrix, or several that are concatenated and applied in one matrix multiplication; their results
+            are then side by side in the last dimension.
+    """
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-    # Not an einsum: with the weight as (out, in) it would copy every weight gradient on a GPU.
+    # Not einsum: with a weight of shape (out, in) it would copy every weight gradient on a GPU.
     return x @ weight.to(x.dtype).T
 
 
 def softmax(x: Float[Tensor, " ..."], dim: int) -> Float[Tensor, " ..."]:
-    """Exponentiate and normalise along one dimension.
+    """exp(x) / sum(exp(x)) along one dimension.
 
-    The maximum is subtracted first: it cancels in the quotient, and no exponent is above zero, so nothing
-    overflows.
+    The maximum is subtracted first. It cancels in the quotient, and without it large scores would overflow.
 
     Args:
-        x: scores, any scale.
-        dim: the dimension whose entries shall sum to one.
+        x: scores of any scale.
+        dim: the dimension whose entries sum to one.
 
     Source: handout, "Scaled Dot-Product Attention", eq. for softmax.
     """
     wide = at_least_float32(x)
-    # Detached, because what cancels in the value cancels in the gradient too.
+    # Detached: the maximum cancels in the gradient too.
     exponentials = (wide - wide.detach().amax(dim, keepdim=True)).exp()
     return (exponentials / exponentials.sum(dim, keepdim=True)).to(x.dtype)
 
@@ -55,11 +61,11 @@ def silu(x: Float[Tensor, " ..."]) -> Float[Tensor, " ..."]:
 def rms_norm(
     x: Float[Tensor, " ... d_model"], weight: Float[Tensor, " d_model"], eps: float
 ) -> Float[Tensor, " ... d_model"]:
-    """Divide by the root mean square over the last dimension, then scale by a gain for each feature.
+    """x / sqrt(mean(x^2) + eps) * weight, with the mean over the last dimension.
 
     Args:
-        x: features; squares of half-precision numbers would overflow, so they are widened first.
-        weight: the gains.
+        x: features; cast to at least float32 first, because squares overflow in float16.
+        weight: a gain for each feature.
         eps: added to the mean square, so that a zero vector stays zero.
 
     Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4.
@@ -69,28 +75,42 @@ def rms_norm(
     return (wide * inverse_rms * weight).to(x.dtype)
 
 
+def swiglu(
+    x: Float[Tensor, " ... d_model"],
+    w1: Float[Tensor, " d_ff d_model"],
+    w2: Float[Tensor, " d_model d_ff"],
+    w3: Float[Tensor, " d_ff d_model"],
+) -> Float[Tensor, " ... d_model"]:
+    """W2 (SiLU(W1 x) * W3 x).
+
+    Source: Shazeer 2020, "GLU Variants Improve Transformer", eq. 6.
+    """
+    gate, value = linear(x, w1, w3).chunk(2, -1)
+    return linear(silu(gate) * value, w2)
+
+
 def cross_entropy(logits: Float[Tensor, " ... vocab_size"], targets: Int[Tensor, " ..."]) -> Float[Tensor, ""]:
     """The mean of -log softmax(logits)[target] over all leading dimensions, in nats.
 
     Args:
-        logits: unnormalised scores, any scale.
+        logits: unnormalised scores of any scale.
         targets: ids in 0 .. vocab_size - 1.
 
     Source: handout, "Cross-entropy loss".
     """
-    return token_nats(logits, targets).mean().to(logits.dtype)
+    return token_losses(logits, targets).mean().to(logits.dtype)
 
 
-def token_nats(logits: Float[Tensor, " ... vocab_size"], targets: Int[Tensor, " ..."]) -> Float[Tensor, " ..."]:
+def token_losses(logits: Float[Tensor, " ... vocab_size"], targets: Int[Tensor, " ..."]) -> Float[Tensor, " ..."]:
     """-log softmax(logits)[target] of each position, in nats, in at least float32.
 
-    The logarithm and the exponential of the softmax cancel for the target itself, so no probability is ever
-    formed that could round to zero.
+    The logarithm cancels the exponential of the target's score, so no probability is computed that could round to
+    zero.
 
     Raises:
-        ValueError: not one target for each row of logits (broadcasting would hide a mistake).
+        ValueError: the shape of `targets` is not that of `logits` without the last dimension.
     """
-    if targets.shape != logits.shape[:-1]:
+    if targets.shape != logits.shape[:-1]:  # broadcasting would hide the mistake
         raise ValueError(
             f"there must be one target for each row of logits, got targets of shape {tuple(targets.shape)} "
             f"for logits of shape {tuple(logits.shape)}"
@@ -101,13 +121,20 @@ def token_nats(logits: Float[Tensor, " ... vocab_size"], targets: Int[Tensor, " 
     return shifted.exp().sum(-1).log() - target_scores
 
 
+def linear_cross_entropy(
+    x: Float[Tensor, " ... d_model"], weight: Float[Tensor, " vocab_size d_model"], targets: Int[Tensor, " ..."]
+) -> Float[Tensor, ""]:
+    """The mean cross-entropy of the logits x W^T, in nats, in at least float32."""
+    return cross_entropy(at_least_float32(linear(x, weight)), targets)
+
+
 def rope_tables(
     theta: float, d_k: int, max_seq_len: int, *, dtype: torch.dtype, device: torch.device | str | None = None
 ) -> tuple[Float[Tensor, " max_seq_len half"], Float[Tensor, " max_seq_len half"]]:
     """Cosines and sines of the angles position * theta ** (-2i / d_k), for every position and pair i.
 
-    The angles are formed in float64 (on the CPU, as not every device has it): at position 16,384 a float32
-    angle is already off by a thousandth.
+    The angles are computed in float64, because in float32 they are off by a thousandth at position 16,384 already;
+    and on the CPU, because not every device has float64.
     """
     frequencies = theta ** (-torch.arange(0, d_k, 2, dtype=torch.float64, device="cpu") / d_k)
     positions = torch.arange(max_seq_len, dtype=torch.float64, device="cpu")
@@ -118,11 +145,11 @@ def rope_tables(
 def rotate_pairs(
     x: Float[Tensor, " ... d_k"], cos: Float[Tensor, "... half"], sin: Float[Tensor, "... half"]
 ) -> Float[Tensor, " ... d_k"]:
-    """Rotate each neighbouring pair (x[2i], x[2i+1]) by its angle.
+    """Rotate each pair of neighbouring features (x[2i], x[2i+1]) by its angle.
 
     Args:
         x: queries or keys.
-        cos, sin: of the angles; they broadcast against the pairs of x, whose last dimension is d_k / 2.
+        cos, sin: of the angles; they broadcast against the pairs of x, shape (..., d_k / 2).
 
     Source: Su et al. 2021, "RoFormer", eq. 34.
     """
@@ -132,7 +159,10 @@ def rotate_pairs(
 
 
 def causal_mask(queries: int, keys: int, *, device: torch.device | str | None = None) -> Bool[Tensor, " queries keys"]:
-    """True where a query may look at a key: the queries are the last ones of the keys' positions."""
+    """True where a query may attend to a key: to its own position and those before.
+
+    The queries are at the last of the keys' positions.
+    """
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
@@ -145,19 +175,59 @@ def scaled_dot_product_attention(
     """softmax(Q K^T / sqrt(d_k)) V.
 
     Args:
-        queries, keys, values: their leading dimensions are the same (batch, heads).
-        mask: True where the query may look at the key; broadcasts against the leading dimensions. A query that
-            may look at no key at all gets zeros.
+        queries, keys, values: with the same leading dimensions (batch, heads).
+        mask: True where the query may attend to the key; broadcasts against the leading dimensions. A query that may
+            attend to no key gets zeros.
 
     Source: Vaswani et al. 2017, "Attention Is All You Need", eq. 1.
     """
-    # Scaling the queries costs less than scaling the scores, of which there are keys / d_k times as many.
+    # Scaling the queries costs less than scaling the scores, which are keys / d_k times as many numbers.
     scaled = queries / math.sqrt(queries.shape[-1])
     scores = einsum(scaled, keys, "... queries d_k, ... keys d_k -> ... queries keys")
     if mask is None:
         return einsum(softmax(scores, -1), values, "... queries keys, ... keys d_v -> ... queries d_v")
-    # The lowest finite number rather than -inf: a query without keys would get inf - inf = NaN, in the gradient
-    # too. This way it looks at all keys alike, and the result is put to zero, which is smaller than the weights.
+    # The lowest finite number, not -inf: a query without keys would get inf - inf = NaN, in the gradient too. It gets
+    # equal weights instead, and its output is set to zero, since the output is smaller than the weights.
     weights = softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min), -1)
     attended = einsum(weights, values, "... queries keys, ... keys d_v -> ... queries d_v")
     return attended.masked_fill(~mask.any(-1, keepdim=True), 0)
+
+
+def causal_self_attention(
+    x: Float[Tensor, " ... seq d_model"],
+    w_q: Float[Tensor, " q_features d_model"],
+    w_k: Float[Tensor, " kv_features d_model"],
+    w_v: Float[Tensor, " kv_features d_model"],
+    num_heads: int,
+    rope: tuple[Float[Tensor, "... seq half"], Float[Tensor, "... seq half"]] | None = None,
+    extend_cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> Float[Tensor, " ... seq q_features"]:
+    """Causal attention with several heads, without the output projection.
+
+    Args:
+        x: input features.
+        w_q, w_k, w_v: projections of all heads, stacked along their rows. Keys and values may have fewer heads than
+            queries; neighbouring query heads then share one (grouped-query attention).
+        num_heads: number of query heads.
+        rope: cosines and sines of each token's angles, which broadcast against the leading dimensions of x; None for
+            no rotation.
+        extend_cache: takes the new keys and values (..., kv head, seq, d) and returns them behind those of earlier
+            tokens; None if there are no earlier tokens.
+
+    Source: Vaswani et al. 2017, section 3.2.2; Ainslie et al. 2023, "GQA".
+    """
+    d_head = w_q.shape[0] // num_heads
+    num_kv_heads = w_k.shape[0] // d_head
+    # One matrix multiplication; its heads are those of the queries, then of the keys, then of the values.
+    qkv = rearrange(linear(x, w_q, w_k, w_v), "... seq (head d) -> ... head seq d", d=d_head)
+    q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=-3)
+    if rope is not None:
+        cos, sin = (table.unsqueeze(-3) for table in rope)  # the same for every head
+        q, k = rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
+    if extend_cache is not None:
+        k, v = extend_cache(k, v)
+    if num_kv_heads < num_heads:
+        k, v = (heads.repeat_interleave(num_heads // num_kv_heads, dim=-3) for heads in (k, v))
+    mask = causal_mask(q.shape[-2], k.shape[-2], device=q.device)
+    attended = scaled_dot_product_attention(q, k, v, mask)
+    return rearrange(attended, "... head seq d -> ... seq (head d)")

@@ -1,4 +1,4 @@
-"""What changes the weights: AdamW, gradient clipping and the learning-rate schedule."""
+"""AdamW, gradient clipping and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -14,28 +14,22 @@ from torch.nn import Parameter
 from basic.transformer.kernels import dispatch
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor: of a sharded one its part, which shares its memory; else all of it."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """The shard of a sharded tensor in this process, which shares its memory; any other tensor as it is."""
     to_local: Any = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
 
 
-class _Part(NamedTuple):
-    """What a step is made of: a parameter, its gradient here, and the copy that follows it."""
+class _Update(NamedTuple):
+    """A parameter to update, its local gradient, and its copy in another dtype, if it has one."""
 
     parameter: Tensor
     gradient: Tensor
     copy: Tensor | None
 
     @property
-    def kernel_covers(self) -> bool:
-        parameter = local_part(self.parameter)
-        return (
-            dispatch.available_on(parameter.device)
-            and parameter.dtype == torch.float32
-            and parameter.is_contiguous()
-            and self.gradient.is_contiguous()
-        )
+    def uses_kernel(self) -> bool:
+        return dispatch.supports_adamw(local_shard(self.parameter), self.gradient)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -43,10 +37,10 @@ class AdamW(torch.optim.Optimizer):
 
     Args:
         params: parameters, or groups of them as dictionaries with their own settings.
-        lr: step size (learning rate), >= 0.
+        lr: learning rate, >= 0.
         betas: decay rates of the running means of the gradient and of its square, each in [0, 1).
-        eps: added to the root of the second moment after its bias correction, as PyTorch does; >= 0.
-        weight_decay: the fraction lr * weight_decay of each weight is removed before the step; >= 0.
+        eps: added to the root of the second moment after its bias correction, as in PyTorch; >= 0.
+        weight_decay: each weight is multiplied by 1 - lr * weight_decay before the step; >= 0.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -66,7 +60,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take in more parameters; the constructor comes here too, with each of its groups."""
+        """Add a group of parameters; the constructor calls this for each of its groups."""
         settings = {**self.defaults, **param_group}
         for name in ("lr", "eps", "weight_decay"):
             if not settings[name] >= 0:
@@ -84,20 +78,20 @@ class AdamW(torch.optim.Optimizer):
         gradient_factor: Tensor | None = None,
         copies: Mapping[Tensor, Tensor] | None = None,
     ) -> Any:
-        """Change every parameter that has a gradient by one step.
+        """Update every parameter that has a gradient.
 
-        On a GPU, float32 parameters are stepped by a kernel, one pass each, without waiting for the device; the
-        learning rate of a group may then be a tensor there.
+        On a GPU, a kernel updates the float32 parameters without waiting for the device; the learning rate of a group
+        may then be a tensor on the device.
 
         Args:
-            closure: if given, called first with gradients on; it shall compute the gradients and return the loss.
-            gradient_factor: a number on the parameters' device that every gradient is multiplied by on the way (see
-                `clipping_factor`); if it is NaN, nothing changes.
-            copies: of some parameters, in another precision, with which a model has computed instead of them: it is
-                their gradients that count, and they follow their parameters.
+            closure: called first, with gradients enabled; computes the gradients and returns the loss.
+            gradient_factor: a scalar on the parameters' device by which every gradient is multiplied (see
+                `clipping_factor`); NaN: no parameter changes.
+            copies: of some parameters in another dtype, which the model computes with. Their gradients are used, and
+                they are updated together with their parameters.
 
         Returns:
-            What the closure returned, else None.
+            The result of the closure, else None.
         """
         loss = None
         if closure is not None:
@@ -105,39 +99,41 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         copies = copies or {}
         for group in self.param_groups:
-            parts = [
-                _Part(parameter, local_part(gradient), copies.get(parameter))
+            updates = [
+                _Update(parameter, local_shard(gradient), copies.get(parameter))
                 for parameter in group["params"]
                 if (gradient := copies.get(parameter, parameter).grad) is not None
             ]
-            for part in parts:
-                self._start(part)
-            if all(part.kernel_covers for part in parts):
-                # Those with copies apart, because a kernel takes gradients of one precision.
+            for update in updates:
+                self._initialize(update)
+            if all(update.uses_kernel for update in updates):
+                # A kernel launch needs gradients of one dtype, so parameters with copies have their own.
                 for has_copy in (True, False):
-                    some = [part for part in parts if (part.copy is not None) == has_copy]
-                    if some:
-                        self._update_on_device(some, group, gradient_factor)
+                    selected = [update for update in updates if (update.copy is not None) == has_copy]
+                    if selected:
+                        self._update_with_kernel(selected, group, gradient_factor)
             elif gradient_factor is None or gradient_factor.isfinite():
-                for part in parts:
-                    self._update(part, gradient_factor, group)
+                for update in updates:
+                    self._update(update, group, gradient_factor)
         return loss
 
-    def _start(self, part: _Part) -> None:
-        parameter = part.parameter
+    def _initialize(self, update: _Update) -> None:
+        parameter = update.parameter
         if not self.state[parameter]:
             self.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device) if part.kernel_covers else 0,
+                "step": torch.zeros((), device=parameter.device) if update.uses_kernel else 0,
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
 
-    def _update_on_device(self, parts: list[_Part], group: dict[str, Any], gradient_factor: Tensor | None) -> None:
-        from basic.transformer.kernels.adamw import step_parameters
+    def _update_with_kernel(
+        self, updates: list[_Update], group: dict[str, Any], gradient_factor: Tensor | None
+    ) -> None:
+        from basic.transformer.kernels.adamw import step_parameters  # imported late: it needs Triton
 
-        device = parts[0].parameter.device
-        states = [self.state[part.parameter] for part in parts]
-        for state in states:  # one that was saved on a CPU counts in Python
+        device = updates[0].parameter.device
+        states = [self.state[update.parameter] for update in updates]
+        for state in states:  # an int if it was saved on a CPU
             state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=device)
         factor = torch.ones((), device=device) if gradient_factor is None else gradient_factor
         torch._foreach_add_([state["step"] for state in states], [factor.isfinite().float()] * len(states))
@@ -149,34 +145,34 @@ class AdamW(torch.optim.Optimizer):
         scalars[:, 2] = 1 - beta1**steps
         scalars[:, 3] = 1 - beta2**steps
         step_parameters(
-            [local_part(part.parameter) for part in parts],
-            [part.gradient for part in parts],
-            [local_part(state["exp_avg"]) for state in states],
-            [local_part(state["exp_avg_sq"]) for state in states],
-            [part.copy for part in parts if part.copy is not None],
+            [local_shard(update.parameter) for update in updates],
+            [update.gradient for update in updates],
+            [local_shard(state["exp_avg"]) for state in states],
+            [local_shard(state["exp_avg_sq"]) for state in states],
+            [update.copy for update in updates if update.copy is not None],
             scalars, beta1, beta2, group["eps"], group["weight_decay"])  # fmt: skip
 
-    def _update(self, part: _Part, gradient_factor: Tensor | None, group: dict[str, Any]) -> None:
+    def _update(self, update: _Update, group: dict[str, Any], gradient_factor: Tensor | None) -> None:
         beta1, beta2 = group["betas"]
-        state = self.state[part.parameter]
+        state = self.state[update.parameter]
         state["step"] += 1
         step = int(state["step"])
-        first, second = local_part(state["exp_avg"]), local_part(state["exp_avg_sq"])
+        first, second = local_shard(state["exp_avg"]), local_shard(state["exp_avg_sq"])
 
-        parameter = local_part(part.parameter)
-        gradient = part.gradient.to(parameter.dtype)
+        parameter = local_shard(update.parameter)
+        gradient = update.gradient.to(parameter.dtype)
         if gradient_factor is not None:
             gradient = gradient * gradient_factor
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         first.mul_(beta1).add_(gradient, alpha=1 - beta1)
         second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        # Both moments start at zero, so their early values are too small by these factors.
+        # Bias correction: both moments start at zero, so their early values are too small by these factors.
         first_correction = 1 - beta1**step
         second_correction = 1 - beta2**step
         denominator = second.sqrt().div_(math.sqrt(second_correction)).add_(group["eps"])
         parameter.addcdiv_(first, denominator, value=-group["lr"] / first_correction)
-        if part.copy is not None:
-            part.copy.copy_(parameter)
+        if update.copy is not None:
+            update.copy.copy_(parameter)
 
 
 @torch.no_grad()
@@ -185,10 +181,10 @@ def clip_gradients(parameters: Iterable[Parameter], max_l2_norm: float) -> Float
 
     Args:
         parameters: those without a gradient are skipped; a one-shot iterator works.
-        max_l2_norm: >= 0; infinity leaves the gradients alone.
+        max_l2_norm: >= 0; infinity for no clipping.
 
     Returns:
-        The norm before clipping, on the gradients' device, so that nothing waits for it.
+        The norm before clipping, on the gradients' device, so that the CPU does not wait for it.
 
     Raises:
         ValueError: `max_l2_norm` is negative or NaN.
@@ -207,27 +203,27 @@ def clip_gradients(parameters: Iterable[Parameter], max_l2_norm: float) -> Float
 
 
 def clipping_factor(
-    groups: Iterable[list[Tensor]], max_l2_norm: float, add_up: Callable[[Tensor], Tensor] | None = None
+    groups: Iterable[list[Tensor]], max_l2_norm: float, all_reduce: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """The joint L2 norm of gradients, and what to multiply them by so that it is at most `max_l2_norm`.
+    """The joint L2 norm of gradients, and the factor that reduces it to at most `max_l2_norm`.
 
     Args:
-        groups: of gradients; those of one are read before the next is asked for.
-        add_up: adds the squares up over all processes, where each has a part of the gradients.
+        groups: of gradients; a group is read before the next one is requested.
+        all_reduce: adds up the squared norm over all processes, if each has a shard of the gradients.
     """
     norms = [norm for gradients in groups for norm in _norms(gradients)]
     squares = torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
-    norm = (squares if add_up is None else add_up(squares)).sqrt()
-    # Never asked whether it is needed: that would wait for the device.
+    norm = (squares if all_reduce is None else all_reduce(squares)).sqrt()
+    # No branch on whether clipping is needed: it would wait for the device.
     return norm, (max_l2_norm / (norm + 1e-6)).clamp(max=1)
 
 
 def _norms(gradients: list[Tensor]) -> list[Tensor]:
-    """The norm of each, in float32 at least: squares of half-precision numbers overflow."""
+    """The norm of each gradient, in at least float32, because squares overflow in float16."""
     norms = []
     for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
         same = [gradient for gradient in gradients if gradient.dtype == dtype]
-        norms += torch._foreach_norm(same, dtype=torch.promote_types(dtype, torch.float32))  # many in one launch
+        norms += torch._foreach_norm(same, dtype=torch.promote_types(dtype, torch.float32))  # many per kernel launch
     return norms
 
 
@@ -238,14 +234,14 @@ def cosine_schedule(
     warmup_iters: int,
     cosine_cycle_iters: int,
 ) -> float:
-    """The learning rate at an iteration: linear warm-up from 0, half a cosine down to the minimum, the minimum.
+    """The learning rate of an iteration: linear warm-up from 0, then cosine decay to the minimum, then the minimum.
 
     Args:
         iteration: counted from 0.
-        max_learning_rate: reached at `warmup_iters`.
-        min_learning_rate: reached at `cosine_cycle_iters` and kept from there on.
+        max_learning_rate: reached at iteration `warmup_iters`.
+        min_learning_rate: from iteration `cosine_cycle_iters` on.
         warmup_iters: length of the warm-up; 0 for none.
-        cosine_cycle_iters: iteration at which the cosine ends, counted from 0 too (not from the warm-up).
+        cosine_cycle_iters: iteration at which the cosine ends, counted from 0, warm-up included.
 
     Source: handout, "Learning rate scheduling"; Loshchilov and Hutter 2016 (SGDR), eq. 5.
     """

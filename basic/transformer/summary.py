@@ -1,4 +1,4 @@
-"""A model's parts as a table: shapes, parameters, floating-point operations."""
+"""A table of a model's parameters: shapes, sizes and floating-point operations."""
 
 from __future__ import annotations
 
@@ -8,64 +8,62 @@ from typing import NamedTuple
 from torch.nn import Module
 
 
-class Part(NamedTuple):
-    """Parameters that have the same place in every layer, or a computation without any."""
+class SummaryRow(NamedTuple):
+    """A parameter of all layers together, or an operation without parameters."""
 
     name: str
     shape: tuple[int, ...]
-    """Of one of them."""
-    times: int
-    """How many there are."""
+    """Shape in one layer."""
+    layers: int
+    """Number of layers that have it."""
     parameters: int
-    """Numbers in all of them; 0 for a matrix that is counted elsewhere already."""
+    """Number of parameters in all layers; 0 for a tied matrix that is in another row."""
     flops_per_token: int
-    """Of the matrix products with all of them, in a forward pass."""
+    """FLOPs of the matrix multiplications with it in a forward pass, all layers together."""
 
 
 class Summary(NamedTuple):
-    """Shows itself as a table."""
+    """Prints as a table."""
 
-    parts: list[Part]
+    rows: list[SummaryRow]
 
     def __repr__(self) -> str:
-        lines = [("part", "shape", "times", "parameters", "FLOPs a token")]
-        for name, shape, times, parameters, flops in self.parts:
-            lines.append((name, " x ".join(map(str, shape)), str(times), f"{parameters:,}", f"{flops:,}"))
-        totals = (f"{sum(part.parameters for part in self.parts):,}", f"{sum(part[-1] for part in self.parts):,}")
-        lines.append(("all", "", "", *totals))
+        lines = [("name", "shape", "layers", "parameters", "FLOPs per token")]
+        for name, shape, layers, parameters, flops in self.rows:
+            lines.append((name, " x ".join(map(str, shape)), str(layers), f"{parameters:,}", f"{flops:,}"))
+        num_parameters, num_flops = (sum(row.parameters for row in self.rows), sum(row[-1] for row in self.rows))
+        lines.append(("all", "", "", f"{num_parameters:,}", f"{num_flops:,}"))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        left = (True, True, False, False, False)
+        alignments = "<<>>>"
         return "\n".join(
-            "  ".join(
-                text.ljust(width) if is_left else text.rjust(width)
-                for text, width, is_left in zip(line, widths, left, strict=True)
-            )
+            "  ".join(f"{text:{side}{width}}" for text, side, width in zip(line, alignments, widths, strict=True))
             for line in lines
         )
 
 
 def summarize(model: Module, context_length: int, flops_per_token: int) -> Summary:
-    """Table of a Transformer's parameters.
+    """A table of a Transformer's parameters.
 
     Args:
-        context_length: tokens in the sequence that the operations are counted for.
-        flops_per_token: of all matrix products in a forward pass; what the parameters do not explain is attention's.
+        context_length: length of the sequence for which the operations are counted.
+        flops_per_token: FLOPs of all matrix multiplications in a forward pass; those without parameters are
+            attention's.
     """
-    parts: dict[str, Part] = {}
+    rows: dict[str, SummaryRow] = {}
     seen = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         name = re.sub(r"\.\d+\.", ".*.", name)
-        numbers = 0 if parameter in seen else parameter.numel()  # a tied matrix has two names
-        multiplied = parameter.ndim == 2 and not name.startswith("token_embeddings")  # rows of those are looked up
-        flops = 2 * parameter.numel() if multiplied else 0
-        before = parts.get(name, Part(name, tuple(parameter.shape), 0, 0, 0))
-        parts[name] = before._replace(
-            times=before.times + 1,
-            parameters=before.parameters + numbers,
-            flops_per_token=before.flops_per_token + flops,
+        row = rows.get(name, SummaryRow(name, tuple(parameter.shape), 0, 0, 0))
+        # An embedding is looked up, not multiplied.
+        is_multiplied = parameter.ndim == 2 and not name.startswith("token_embeddings")
+        rows[name] = row._replace(
+            layers=row.layers + 1,
+            parameters=row.parameters + (0 if parameter in seen else parameter.numel()),  # tied ones have two names
+            flops_per_token=row.flops_per_token + (2 * parameter.numel() if is_multiplied else 0),
         )
         seen.add(parameter)
-    rest = flops_per_token - sum(part.flops_per_token for part in parts.values())
-    layers = max(part.times for part in parts.values())
-    attention = Part(f"attention to {context_length} tokens", (), layers, 0, rest)
-    return Summary([*parts.values(), attention])
+    attention_flops = flops_per_token - sum(row.flops_per_token for row in rows.values())
+    num_layers = max(row.layers for row in rows.values())
+    return Summary(
+        [*rows.values(), SummaryRow(f"attention to {context_length} tokens", (), num_layers, 0, attention_flops)]
+    )

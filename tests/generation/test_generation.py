@@ -1,4 +1,4 @@
-"""Generation against loops and distributions written out by hand."""
+"""Generation against plain loops and distributions in float64."""
 
 import math
 from typing import Any
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from basic.generation import sampling
-from basic.generation.sampling import generate, next_token_probabilities
+from basic.common.errors import InvalidInputError
+from basic.generation.sampling import Sampling, continue_ids, generate, next_token_probabilities
 from basic.generation.text import complete, stream
 from basic.model import KVCache, ModelConfig, TransformerLM
 
@@ -23,13 +23,13 @@ def model(request) -> TransformerLM:
         vocab_size=VOCAB, context_length=CONTEXT, d_model=16, num_layers=2, num_heads=2, positions=request.param
     )
     model = TransformerLM(config).eval()
-    # Larger embeddings and heads than at the start of training: the likeliest ids then change from step to step.
+    # A larger output layer than at the start of training, so that the likeliest ids change from step to step.
     torch.nn.init.normal_(model.lm_head.weight, std=1.0)
     return model
 
 
 def probabilities_by_hand(logits, temperature=1.0, top_k=None, top_p=None) -> np.ndarray:
-    """One row of logits, one id after the other, in float64."""
+    """The distribution for one vector of logits, id by id, in float64."""
     order = sorted(range(len(logits)), key=lambda i: -logits[i])
     if top_k is not None:
         order = order[:top_k]
@@ -56,14 +56,14 @@ def continue_by_hand(model, prompt, count, choose) -> list[int]:
     return ids[len(prompt) :]
 
 
-# --- Which ids come out ---------------------------------------------------------------------------------------
+# --- Generated ids ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("prompt", PROMPTS, ids=len)
 def test_greedy_is_the_argmax_of_full_forward_passes_also_beyond_the_context(model, prompt, use_cache):
     expected = continue_by_hand(model, prompt, 2 * CONTEXT, lambda logits: int(logits.argmax()))
-    assert len(set(expected)) > 2  # else anything could produce it
+    assert len(set(expected)) > 2  # else the test would prove nothing
     assert generate(model, [prompt], 2 * CONTEXT, temperature=0.0, use_cache=use_cache) == [expected]
 
 
@@ -80,7 +80,7 @@ def test_shared_keys_and_values_are_cached_as_they_are():
     torch.nn.init.normal_(model.lm_head.weight, std=1.0)
     assert KVCache(model.config, 3).keys.shape == (2, 3, 2, CONTEXT, 4)
     expected = [continue_by_hand(model, prompt, CONTEXT, lambda logits: int(logits.argmax())) for prompt in PROMPTS]
-    assert len({token for ids in expected for token in ids}) > 4  # else anything could produce them
+    assert len({token for ids in expected for token in ids}) > 4  # else the test would prove nothing
     assert generate(model, PROMPTS, CONTEXT, temperature=0.0) == expected
 
 
@@ -91,7 +91,7 @@ def test_draws_are_the_same_with_and_without_cache(model):
     assert [len(ids) for ids in with_cache] == [20] * len(PROMPTS)
 
 
-def test_a_row_ends_before_its_end_id_and_the_others_go_on(model):
+def test_a_sequence_ends_before_its_end_id_and_the_others_continue(model):
     free = generate(model, PROMPTS, 20, temperature=0.0)
     for end_id in {1, 9, *(ids[5] for ids in free)}:  # ids inside the prompts too, which end nothing
         expected = [ids[: ids.index(end_id)] if end_id in ids else ids for ids in free]
@@ -100,7 +100,7 @@ def test_a_row_ends_before_its_end_id_and_the_others_go_on(model):
 
 
 class PlainDecoder:
-    """What `Decoder` promises, with full forward passes: some greedy steps without a look between."""
+    """The interface of `Decoder`, with full forward passes."""
 
     def __init__(self, model, cache, prompt_lengths, vocab_size):
         self.model, self.cache, self.prompt_lengths, self.vocab_size = model, cache, prompt_lengths, vocab_size
@@ -119,28 +119,30 @@ class PlainDecoder:
 
 
 @pytest.mark.parametrize("steps", [1, 3, 32])
-def test_steps_that_are_not_looked_at_one_by_one_give_the_same_ids(model, monkeypatch, steps):
+def test_a_decoder_whose_ids_are_read_every_few_steps_gives_the_same_ids(model, steps):
     prompts = [[3], [1, 4, 1], [2, 6, 5, 3, 5]]
     free = generate(model, prompts, 20, temperature=0.0)
     ends = (None, free[0][1], free[1][4], free[2][7])
     expected = [generate(model, prompts, 20, temperature=0.0, end_id=end_id, vocab_size=19) for end_id in ends]
-    monkeypatch.setattr(sampling, "_decoder", PlainDecoder)
-    monkeypatch.setattr(sampling, "_STEPS_BETWEEN_LOOKS", steps)
+
+    def decode(sampling, end_id=None, vocab_size=None):
+        options = {"end_id": end_id, "vocab_size": vocab_size, "make_decoder": PlainDecoder, "steps_per_read": steps}
+        chunks = list(continue_ids(model, prompts, 20, sampling, **options))
+        return [[i for ids in sequence for i in ids] for sequence in zip(*chunks, strict=True)]
+
     for end_id, ids in zip(ends, expected, strict=True):
-        assert generate(model, prompts, 20, temperature=0.0, end_id=end_id, vocab_size=19) == ids
-    drawn = generate(model, prompts, 20, seed=3)
-    monkeypatch.undo()
-    assert generate(model, prompts, 20, seed=3) == drawn
+        assert decode(Sampling(temperature=0.0), end_id, vocab_size=19) == ids
+    assert decode(Sampling(seed=3)) == generate(model, prompts, 20, seed=3)
 
 
-def test_the_model_sees_each_token_once_and_none_when_all_rows_have_ended(model, monkeypatch):
+def test_the_model_reads_each_token_once_and_none_when_all_sequences_have_ended(model, monkeypatch):
     free = generate(model, [[3, 1, 2]], 8, temperature=0.0)[0]
-    seen = []
+    lengths = []
     monkeypatch.setattr(
-        model, "forward", lambda ids, *args, old=model.forward: seen.append(ids.shape[1]) or old(ids, *args)
+        model, "forward", lambda ids, *args, old=model.forward: lengths.append(ids.shape[1]) or old(ids, *args)
     )
     generate(model, [[3, 1, 2]], 8, temperature=0.0, end_id=free[2])
-    assert seen == [3] + [1] * free.index(free[2])
+    assert lengths == [3] + [1] * free.index(free[2])
 
 
 def test_seed_repeats_the_draws_and_none_draws_afresh(model):
@@ -160,6 +162,22 @@ def test_the_global_random_state_is_neither_used_nor_touched(model):
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)
     assert generate(model, [[1]], 10, seed=1) == first
+
+
+@pytest.mark.parametrize(
+    "as_prompts",
+    [
+        torch.tensor,
+        lambda prompts: np.array(prompts, dtype=np.uint16),
+        lambda prompts: [torch.tensor(prompt) for prompt in prompts],
+        lambda prompts: (np.array(prompt) for prompt in prompts),
+        lambda prompts: tuple(map(tuple, prompts)),
+    ],
+    ids=["tensor", "array", "tensors", "arrays", "tuples"],
+)
+def test_prompts_may_be_lists_arrays_or_tensors(model, as_prompts):
+    prompts = [[1, 4, 1], [5, 9, 2]]
+    assert generate(model, as_prompts(prompts), 9, seed=1) == generate(model, prompts, 9, seed=1)
 
 
 def test_no_prompts_or_no_new_tokens(model):
@@ -211,7 +229,7 @@ def test_top_p_takes_the_first_of_many_equals():
     assert kept.nonzero().flatten().tolist() == list(range(1024))
 
 
-def test_top_k_keeps_k_ids_of_equal_ones_too():
+def test_top_k_keeps_k_ids_also_among_equal_ones():
     logits = torch.tensor([[0.0, 2.0, 2.0, 2.0, 1.0], [1.0, 1.0, 1.0, 1.0, 1.0]])
     probabilities = next_token_probabilities(logits, top_k=2)
     assert (probabilities > 0).sum(-1).tolist() == [2, 2]
@@ -224,13 +242,13 @@ def test_top_k_comes_before_top_p():
     assert next_token_probabilities(logits, top_k=2, top_p=0.5).tolist() == [1.0, 0.0, 0.0, 0.0]
 
 
-def test_top_p_of_one_leaves_nothing_out():
+def test_top_p_of_one_keeps_all():
     logits = 4 * torch.randn(4, 50_000, generator=torch.Generator().manual_seed(0))
     assert torch.equal(next_token_probabilities(logits, top_p=1.0), next_token_probabilities(logits))
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-39, 1e-50, 1e-300])
-def test_a_temperature_near_zero_becomes_certain_and_shares_between_equals(temperature):
+def test_a_temperature_near_zero_is_certain_and_divides_among_equals(temperature):
     logits = torch.tensor([[1.0, 500.0, -1000.0, 499.0], [3.0, 3.0, 0.0, -3.0]])
     assert next_token_probabilities(logits, temperature=temperature).tolist() == [[0, 1, 0, 0], [0.5, 0.5, 0, 0]]
 
@@ -269,13 +287,20 @@ def test_probabilities_are_computed_in_at_least_float32(dtype, wide):
 )
 def test_settings_out_of_range_are_named(model, settings, message):
     arguments: dict[str, Any] = {"max_new_tokens": 3, **settings}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         generate(model, [[1]], **arguments)
 
 
-def test_empty_prompt_is_named_by_its_row(model):
-    with pytest.raises(ValueError, match="prompt 1 holds no token"):
+def test_an_empty_prompt_is_named_by_its_index(model):
+    with pytest.raises(InvalidInputError, match="prompt 1 has no token"):
         generate(model, [[1], []], 3)
+
+
+@pytest.mark.parametrize("function", [generate, complete, stream])
+def test_unknown_settings_are_refused(model, function):
+    arguments = (model, [[1]]) if function is generate else (model, Letters({}), "a" if function is stream else ["a"])
+    with pytest.raises(TypeError, match="temprature"):
+        function(*arguments, 3, temprature=0.5)
 
 
 # --- Text -----------------------------------------------------------------------------------------------------
@@ -324,7 +349,7 @@ def test_ids_that_the_tokenizer_does_not_know_are_never_drawn(model):
 
 
 def test_complete_names_a_prompt_that_encodes_to_nothing(model):
-    with pytest.raises(ValueError, match=r"prompt '\?!' encodes to no token.*<\|endoftext\|>"):
+    with pytest.raises(InvalidInputError, match=r"prompt '\?!' encodes to no token.*<\|endoftext\|>"):
         complete(model, Letters({"<|endoftext|>": 22}), ["a", "?!"], 5)
 
 
@@ -337,28 +362,28 @@ def test_complete_does_not_take_a_text_for_a_list_of_letters(model):
 
 
 class Fragments:
-    """A tokenizer whose ids are letters and pieces of characters of two, three and four bytes, and of none."""
+    """A tokenizer whose ids are letters, fragments of characters of two to four bytes, and nothing."""
 
     letters = (b"a", b"b", b" ", b"\xc3", b"\xa9", b"\xe2\x82", b"\xac", b"\xf0\x9f", b"\x98", b"\x80", b"\xff", b"")
-    words = ("né".encode(), "€".encode(), "😀".encode(), b"\x98\x80c", b"\xa9\xf0", b"", b".", b"\n", b"\xe2", b"\x82")
-    pieces = (*letters, *words, b"<|endoftext|>")
+    longer = ("né".encode(), "€".encode(), "😀".encode(), b"\x98\x80c", b"\xa9\xf0", b"", b".", b"\n", b"\xe2", b"\x82")
+    tokens = (*letters, *longer, b"<|endoftext|>")
 
     def __init__(self) -> None:
         self.vocab_size = VOCAB
         self.special_token_ids = {"<|endoftext|>": 22}
 
     def encode(self, text: str) -> list[int]:
-        return [22] if text == "<|endoftext|>" else [self.pieces.index(letter.encode()) for letter in text]
+        return [22] if text == "<|endoftext|>" else [self.tokens.index(letter.encode()) for letter in text]
 
     def decode_bytes(self, ids) -> bytes:
-        return b"".join(self.pieces[i] for i in ids)
+        return b"".join(self.tokens[i] for i in ids)
 
     def decode(self, ids) -> str:
         return self.decode_bytes(ids).decode(errors="replace")
 
 
-def script(monkeypatch, model, ids: list[int], prompt_length: int) -> None:
-    """Let the model find exactly these ids likely, one after the other."""
+def predict(monkeypatch, model, ids: list[int], prompt_length: int) -> None:
+    """Make the model predict exactly these ids, one after the other."""
 
     def forward(token_ids, cache):
         logits = torch.full((*token_ids.shape, VOCAB), -1e9)
@@ -371,42 +396,44 @@ def script(monkeypatch, model, ids: list[int], prompt_length: int) -> None:
 @pytest.mark.parametrize(("max_new_tokens", "seed"), [(0, 0), (1, 1), (7, 2), (30, 3), (30, 4), (30, 5)])
 def test_a_stream_joined_is_the_completion(model, seed, max_new_tokens):
     settings: dict[str, Any] = {"temperature": 2.0, "top_k": 20, "top_p": 0.98, "seed": seed}
-    pieces = list(stream(model, Fragments(), "ab", max_new_tokens, **settings))
-    assert all(pieces)
-    assert ["".join(pieces)] == complete(model, Fragments(), ["ab"], max_new_tokens, **settings)
+    chunks = list(stream(model, Fragments(), "ab", max_new_tokens, **settings))
+    assert all(chunks)
+    assert ["".join(chunks)] == complete(model, Fragments(), ["ab"], max_new_tokens, **settings)
 
 
 @pytest.mark.parametrize(
-    ("ids", "pieces"),
+    ("ids", "chunks"),
     [
-        ([0, 1, 11, 2, 22, 0], ["a", "b", " "]),  # as it comes, nothing of an empty token, and up to the end of text
+        ([0, 1, 11, 2, 22, 0], ["a", "b", " "]),  # nothing for an empty token; up to the end of text
         ([0, 3, 4, 1, 22], ["a", "é", "b"]),
         ([5, 6, 7, 8, 9, 22], ["€", "😀"]),
-        ([7, 15, 12, 16, 8, 2, 22], ["😀c", "né", "\ufffd", "\ufffd "]),  # a9 stands alone; f0 98 is no character
+        ([7, 15, 12, 16, 8, 2, 22], ["😀c", "né", "\ufffd", "\ufffd "]),  # a9 alone and f0 98 are no characters
         ([0, 10, 3, 0, 22], ["a", "\ufffd", "\ufffda"]),
-        ([0, 7, 8, 22], ["a", "\ufffd"]),  # begun and never ended
+        ([0, 7, 8, 22], ["a", "\ufffd"]),  # an incomplete character
         ([0, 5], ["a", "\ufffd"]),
     ],
 )
-def test_a_character_in_several_tokens_comes_whole_and_as_soon_as_it_is(model, monkeypatch, ids, pieces):
-    script(monkeypatch, model, ids, 1)
-    assert list(stream(model, Fragments(), "a", len(ids), temperature=0.0)) == pieces
+def test_a_character_in_several_tokens_comes_with_the_last_of_them(model, monkeypatch, ids, chunks):
+    predict(monkeypatch, model, ids, 1)
+    assert list(stream(model, Fragments(), "a", len(ids), temperature=0.0)) == chunks
 
 
-def test_a_stream_comes_while_it_is_made_and_can_be_left(model, monkeypatch):
-    asked = []
-    monkeypatch.setattr(model, "forward", lambda *args, old=model.forward: asked.append(1) or old(*args))
-    pieces = stream(model, Fragments(), "ab", 100, temperature=3.0, seed=0, end_of_text="<none>")
-    assert asked == []
-    next(pieces)
-    first = len(asked)
-    next(pieces)
-    assert 1 <= first < len(asked) < 20
+def test_a_stream_is_generated_lazily(model, monkeypatch):
+    calls = []
+    monkeypatch.setattr(model, "forward", lambda *args, old=model.forward: calls.append(1) or old(*args))
+    chunks = stream(model, Fragments(), "ab", 100, temperature=3.0, seed=0, end_of_text="<none>")
+    assert calls == []
+    next(chunks)
+    first = len(calls)
+    next(chunks)
+    assert 1 <= first < len(calls) < 20
     assert not torch.is_inference_mode_enabled()
 
 
-def test_a_stream_says_at_once_what_is_wrong(model):
-    with pytest.raises(ValueError, match="top_p must be above 0"):
+def test_a_stream_raises_at_once(model):
+    with pytest.raises(InvalidInputError, match="top_p must be above 0"):
         stream(model, Fragments(), "a", 5, top_p=0.0)
-    with pytest.raises(ValueError, match="the prompt '' encodes to no token"):
+    with pytest.raises(InvalidInputError, match="max_new_tokens"):
+        stream(model, Fragments(), "a", -1)
+    with pytest.raises(InvalidInputError, match="the prompt '' encodes to no token"):
         stream(model, Fragments(), "", 5)

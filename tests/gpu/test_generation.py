@@ -38,38 +38,38 @@ def model(request) -> TransformerLM:
 
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=len)
 def test_greedy_ids_are_those_without_a_cache_but_for_ties(model, prompts, monkeypatch):
-    used = []
+    steps = []
     real = decoder.Decoder.step
-    monkeypatch.setattr(decoder.Decoder, "step", lambda self: used.append(1) or real(self))
+    monkeypatch.setattr(decoder.Decoder, "step", lambda self: steps.append(1) or real(self))
     ids = generate(model, prompts, NEW, temperature=0.0)
     if model.activation_dtype == torch.float32:
-        assert not used
+        assert not steps
         assert ids == generate(model, prompts, NEW, temperature=0.0, use_cache=False)
         return
-    assert len(used) >= CONTEXT - max(map(len, prompts)) - 1
+    assert len(steps) >= CONTEXT - max(map(len, prompts)) - 1
     without = generate(model, prompts, NEW, temperature=0.0, use_cache=False)
     agreeing = [
         next((i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), NEW)
         for pair in zip(ids, without, strict=True)
     ]
     print("ids until the first difference", agreeing)
-    # Where two scores are as close as rounding, either may win, and all that follows differs: so each id is judged by
-    # the scores that a full pass over what stands before it gives.
+    # If two scores differ by rounding only, either may win, and all later ids differ. So compare the score of each id
+    # with the largest score of a full forward pass over the ids before it.
     ulp = 2.0**-8 if model.activation_dtype == torch.bfloat16 else 2.0**-11
     for prompt, new in zip(prompts, ids, strict=True):
         assert len(new) == NEW
         assert len(set(new)) > 5
-        row = torch.tensor([prompt + new], device="cuda")
-        for place in range(len(prompt), row.shape[1]):
-            if place >= CONTEXT and place % 16:
-                continue  # behind the context it is one and the same pass; some places do
+        ids = torch.tensor([prompt + new], device="cuda")
+        for position in range(len(prompt), ids.shape[1]):
+            if position >= CONTEXT and position % 16:
+                continue  # beyond the context no kernel decodes; some positions are enough
             with torch.no_grad():
-                scores = model(row[:, max(0, place - CONTEXT) : place])[0, -1].float()
-            assert scores.max() - scores[row[0, place]] <= 8 * ulp * scores.abs().max()
+                scores = model(ids[:, max(0, position - CONTEXT) : position])[0, -1].float()
+            assert scores.max() - scores[ids[0, position]] <= 8 * ulp * scores.abs().max()
 
 
 def test_draws_with_and_without_the_kernels(model):
-    """The same seed, and scores that differ by rounding: almost all rows draw the same first ids."""
+    """The same seed, and scores that differ by rounding: almost all sequences draw the same first ids."""
     prompts = [[i % 50, 1, 2] for i in range(48)]
     settings: dict[str, Any] = {"temperature": 0.7, "top_k": 20, "seed": 5}
     with_kernels = generate(model, prompts, 3, **settings)
@@ -77,7 +77,7 @@ def test_draws_with_and_without_the_kernels(model):
     assert sum(a == b for a, b in zip(with_kernels, without, strict=True)) >= 40
 
 
-def test_rows_end_at_their_end_id(model):
+def test_sequences_end_at_their_end_id(model):
     free = generate(model, PROMPTS, 60, temperature=0.0)
     end = free[0][5]
     expected = [ids[: ids.index(end)] if end in ids else ids for ids in free]
@@ -85,7 +85,7 @@ def test_rows_end_at_their_end_id(model):
 
 
 def test_heads_that_share_keys_give_the_same_ids_with_and_without_a_cache():
-    """The kernels for single steps do not take them; the plain operations do, in float32 without ties."""
+    """The decoding kernels do not support them; the plain operations do, in float32 without ties."""
     torch.manual_seed(1)
     config = ModelConfig(vocab_size=501, context_length=CONTEXT, d_model=256, num_layers=3, num_heads=8, num_kv_heads=2)
     model = TransformerLM(config).cuda().eval()
@@ -94,6 +94,6 @@ def test_heads_that_share_keys_give_the_same_ids_with_and_without_a_cache():
     assert ids == generate(model, PROMPTS, NEW, temperature=0.0, use_cache=False)
 
 
-def test_more_rows_than_the_kernels_take(model):
-    ids = generate(model, [[1, 2]] * (dispatch._MOST_ROWS_DECODED + 1), 5, temperature=0.0)
+def test_more_sequences_than_the_kernels_support(model):
+    ids = generate(model, [[1, 2]] * (dispatch.MAX_DECODED_SEQUENCES + 1), 5, temperature=0.0)
     assert len({tuple(row) for row in ids}) == 1

@@ -43,7 +43,7 @@ def test_swiglu(shape, dtype):
     kernel_checks.check_swiglu(shape, dtype, "cuda")
 
 
-# Of a mean over 1001 rows, float16 cannot hold the gradients of a large vocabulary: they are below its least number.
+# In float16 the gradients of a mean over 1001 rows underflow with a large vocabulary.
 @pytest.mark.parametrize(
     ("vocab_size", "dtype"), [(257, FLOAT16), *((size, BFLOAT16) for size in (257, 10_000, 32_768, 50_257))]
 )

@@ -1,11 +1,15 @@
-"""Every kernel against its oracle in float64: called on small shapes by the interpreter's tests, on large ones by the
-GPU's. Output buffers hold NaN before a kernel writes them."""
+"""Every kernel against its oracle in float64.
+
+The interpreter's tests call these checks with small shapes, the GPU's tests with large ones. Output buffers are filled
+with NaN before a kernel writes them.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +21,13 @@ from basic.transformer.kernels import flash_attention, operators, rope
 from basic.transformer.kernels.adamw import step_parameters
 from basic.transformer.kernels.interpreter import INTERPRETED
 
-# The interpreter cuts bfloat16 off where a GPU rounds it: twice the error.
+# The interpreter truncates to bfloat16 where a GPU rounds: twice the error.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2 if INTERPRETED else 1e-2}
 
 
 @contextmanager
 def poisoned() -> Generator[None]:
-    """Fill all memory that is handed out without contents with NaN."""
+    """Fill all uninitialised tensors with NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -38,45 +42,45 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert actual.shape == expected.shape
     error = relative_error(actual, expected)
-    assert error < TOLERANCES[dtype], f"relative error {error}"  # NaN is not below anything
+    assert error < TOLERANCES[dtype], f"relative error {error}"  # false for NaN
 
 
 def check_attention(
     seq: int, head_size: int, dtype: torch.dtype, device: str, *, batch: int = 2, heads: int = 2
 ) -> None:
-    """RoPE and attention, output and gradients, with strided gradients coming in; the weight changes nothing."""
+    """RoPE and attention, output and gradients, with a strided output gradient and an identity projection."""
     torch.manual_seed(seq + head_size)
     qkv = torch.randn(batch, seq, 3, heads, head_size, device=device).to(dtype).requires_grad_()
-    coming = torch.randn(batch, heads, seq, head_size, device=device).to(dtype).transpose(1, 2)
+    d_output = torch.randn(batch, heads, seq, head_size, device=device).to(dtype).transpose(1, 2)
     cos, sin = functional.rope_tables(1e4, head_size, seq + 3, dtype=torch.float32, device=device)
     weight = torch.eye(3 * heads * head_size, device=device, dtype=dtype).requires_grad_()
     with poisoned():
         output = operators.rotary_attention(qkv.flatten(2), weight, cos, sin, heads)[0]
-        output.backward(coming)
+        output.backward(d_output)
     wide = qkv.detach().double().requires_grad_()
     q, k, v = wide.permute(2, 0, 3, 1, 4)
-    q, k = (functional.rotate_pairs(part, cos[:seq].double(), sin[:seq].double()) for part in (q, k))
+    q, k = (functional.rotate_pairs(x, cos[:seq].double(), sin[:seq].double()) for x in (q, k))
     mask = functional.causal_mask(seq, seq, device=device)
     expected = functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
-    expected.backward(coming.double())
+    expected.backward(d_output.double())
     assert qkv.grad is not None
     assert wide.grad is not None
     assert_close(output, expected, dtype)
     if seq == 1:
-        # One weight, always one: nothing comes back to queries and keys, and rounding stays.
+        # The only attention weight is 1: the gradients of queries and keys are zero up to rounding.
         assert qkv.grad[:, :, :2].abs().max() < 0.05
         assert_close(qkv.grad[:, :, 2], wide.grad[:, :, 2], dtype)
         return
-    for part in range(3):
-        assert_close(qkv.grad[:, :, part], wide.grad[:, :, part], dtype)
+    for i in range(3):
+        assert_close(qkv.grad[:, :, i], wide.grad[:, :, i], dtype)
     assert weight.grad is not None
     assert_close(weight.grad, wide.grad.flatten(2).flatten(0, 1).T @ wide.detach().flatten(2).flatten(0, 1), dtype)
 
 
 def check_attention_finds_nan(dtype: torch.dtype, device: str) -> None:
-    for part in range(3):
+    for i in range(3):
         qkv = torch.randn(1, 40, 3, 1, 16, device=device).to(dtype)
-        qkv[0, 20, part, 0, 3] = math.nan
+        qkv[0, 20, i, 0, 3] = math.nan
         output, _ = flash_attention.forward(*qkv.unbind(2))
         assert output[0, 20].isnan().any()
 
@@ -98,13 +102,13 @@ def check_swiglu(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Non
     weight = torch.randn(24, shape[-1] // 2, device=device).to(dtype).requires_grad_()
     with poisoned():
         output = operators.swiglu_linear(x, weight)
-        coming = torch.randn(output.shape, device=device).to(dtype)
-        output.backward(coming)
+        d_output = torch.randn(output.shape, device=device).to(dtype)
+        output.backward(d_output)
     wide = x.detach().double().requires_grad_()
     wide_weight = weight.detach().double().requires_grad_()
     gate, value = wide.chunk(2, -1)
     expected = functional.linear(functional.silu(gate) * value, wide_weight)
-    expected.backward(coming.double())
+    expected.backward(d_output.double())
     assert x.grad is not None
     assert wide.grad is not None
     assert weight.grad is not None
@@ -117,7 +121,7 @@ def check_swiglu(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Non
 
 
 def check_cross_entropy(rows: int, vocab_size: int, chunk_rows: int, dtype: torch.dtype, device: str) -> None:
-    """The oracle's logits are rounded as the kernel's are; the rest of it is exact."""
+    """The oracle's logits are rounded like the kernel's; everything else is in float64."""
     torch.manual_seed(rows)
     x = torch.randn(rows, 32, device=device).to(dtype).requires_grad_()
     weight = (torch.randn(vocab_size, 32, device=device) / 3).to(dtype).requires_grad_()
@@ -143,9 +147,9 @@ def check_cross_entropy(rows: int, vocab_size: int, chunk_rows: int, dtype: torc
 
 
 def check_adamw(sizes: Sequence[int], dtype: torch.dtype, device: str) -> None:
-    """Against PyTorch's, over some steps with a clipping factor; a factor that is NaN changes nothing.
+    """Against PyTorch's AdamW, over some steps with a clipping factor; a NaN factor changes nothing.
 
-    Gradients in half precision are those of copies in it, which follow.
+    Gradients in half precision are those of half-precision copies, which the kernel updates too.
     """
     torch.manual_seed(0)
     parameters = [torch.randn(size, device=device) for size in sizes]
@@ -166,7 +170,7 @@ def check_adamw(sizes: Sequence[int], dtype: torch.dtype, device: str) -> None:
             assert_close(half, parameter, dtype)
             assert INTERPRETED or torch.equal(half, parameter.to(dtype))
         for ours, parameter in zip(parameters, theirs, strict=True):
-            # A few roundings of numbers up to 5.
+            # A few rounding errors of numbers up to 5.
             assert (ours - parameter).abs().max() < 3e-6
     everything = (*parameters, *firsts, *seconds, *copies)
     before = [tensor.clone() for tensor in everything]
@@ -176,7 +180,7 @@ def check_adamw(sizes: Sequence[int], dtype: torch.dtype, device: str) -> None:
 
 
 def check_registrations(dtype: torch.dtype, device: str) -> None:
-    """Fake twins, autograd and schemas, as torch.compile relies on them."""
+    """Fake versions, autograd and schemas, which torch.compile relies on."""
     cos, sin = functional.rope_tables(1e4, 16, 20, dtype=torch.float32, device=device)
     features = torch.randn(2, 17, 24, device=device).to(dtype).requires_grad_()
     weight_qkv = torch.randn(96, 24, device=device).to(dtype).requires_grad_()
@@ -185,7 +189,7 @@ def check_registrations(dtype: torch.dtype, device: str) -> None:
     weight2 = torch.randn(11, 16, device=device).to(dtype).requires_grad_()
     targets = torch.randint(11, (6,), device=device)
     attention = features, weight_qkv, cos, sin, 2
-    output, log_sums, qkv = (part.detach() for part in operators.rotary_attention(*attention))
+    output, log_sums, qkv = (tensor.detach() for tensor in operators.rotary_attention(*attention))
     saved = features.detach(), weight_qkv.detach(), qkv, cos, sin, output, log_sums
     cases = [
         (operators.rotary_attention, attention),
@@ -199,30 +203,31 @@ def check_registrations(dtype: torch.dtype, device: str) -> None:
 
 
 @torch.no_grad()
-def check_decoder(config: ModelConfig, prompt_lengths: list[int], steps: int, dtype: torch.dtype, device: str) -> None:
-    """The scores of every step beside those of a full forward pass; what it chooses, and prompts of unequal length."""
+def check_decoder(
+    config: ModelConfig, prompt_lengths: list[int], steps: int, dtype: torch.dtype, device: str, **options: Any
+) -> None:
+    """The logits of every step against those of a full forward pass, and the chosen ids; prompts differ in length."""
     torch.manual_seed(0)
     model = TransformerLM(config).to(device)
     model.activation_dtype = dtype
-    rows, shortest, longest = len(prompt_lengths), min(prompt_lengths), max(prompt_lengths)
-    tokens = torch.randint(config.vocab_size, (rows, longest), device=device)
-    cache = KVCache(config, rows, dtype=dtype, device=device)
+    batch_size, shortest, longest = len(prompt_lengths), min(prompt_lengths), max(prompt_lengths)
+    tokens = torch.randint(config.vocab_size, (batch_size, longest), device=device)
+    cache = KVCache(config, batch_size, dtype=dtype, device=device)
     cache.keys.fill_(math.nan)
     cache.values.fill_(math.nan)
     if shortest > 1:
         model(tokens[:, : shortest - 1], cache)
         cache.advance(shortest - 1)
-    choices = config.vocab_size - 5
-    decoder = Decoder(model, cache, torch.tensor(prompt_lengths, device=device), choices)
+    num_choices = config.vocab_size - 5
+    decoder = Decoder(model, cache, torch.tensor(prompt_lengths, device=device), num_choices, **options)
     decoder.start(tokens)
     for length in range(shortest, shortest + steps):
         decoder.step()
-        seen = decoder.tokens[:, :length]
-        expected = model(seen)[:, -1]
+        expected = model(decoder.tokens[:, :length])[:, -1]
         error = relative_error(decoder.logits, expected)
         assert error < 2 * TOLERANCES[dtype], f"relative error {error} after {length} tokens"
         for row, prompt_length in enumerate(prompt_lengths):
-            wanted = tokens[row, length] if length < prompt_length else decoder.logits[row, :choices].argmax()
-            assert decoder.tokens[row, length] == wanted
+            chosen = decoder.logits[row, :num_choices].argmax()
+            assert decoder.tokens[row, length] == (tokens[row, length] if length < prompt_length else chosen)
     assert cache.length == shortest - 1 + steps
-    assert (decoder.arrivals == 0).all()
+    assert (decoder.num_finished == 0).all()

@@ -1,4 +1,4 @@
-"""The kernels without a GPU: run by tests/interpreted/test_kernels.py in a process where Triton is an interpreter."""
+"""Every kernel on the CPU. test_kernels.py runs this file in a process where Triton interprets its kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 
-from basic.generation import decoder
 from basic.model import ModelConfig, TransformerLM
 from basic.training.loop import make_optimizer
 from basic.training.settings import TrainConfig
@@ -64,16 +63,15 @@ def test_registrations():
 
 
 @pytest.mark.parametrize(("prompt_lengths", "dtype"), [([1], FLOAT32), ([1], FLOAT16), ([3, 1, 5], FLOAT32)])
-def test_decoder(prompt_lengths, dtype, monkeypatch):
-    # Few programs with much work each: the interpreter runs one after the other.
-    monkeypatch.setattr(decoder, "_tiles", lambda n, k, rows: (32, 64 if rows == 1 else 32, 1))
-    monkeypatch.setattr(decoder, "_splits", lambda rows: 2)
+def test_decoder(prompt_lengths, dtype):
+    # Few programs with much work each, because the interpreter runs one after the other.
+    options = {"tiles": lambda n, k, batch: (32, 64 if batch == 1 else 32, 1), "splits": 2}
     config = ModelConfig(vocab_size=37, context_length=12, d_model=48, num_layers=1, num_heads=3, d_ff=60)
-    kernel_checks.check_decoder(config, prompt_lengths, 5, dtype, "cpu")
+    kernel_checks.check_decoder(config, prompt_lengths, 5, dtype, "cpu", **options)
 
 
-def test_a_training_step(monkeypatch):
-    """All kernels in one step, with half-precision copies of the matrices, beside the step without kernels."""
+def test_a_training_step():
+    """All kernels in three steps, with half-precision copies of the matrices, against the steps without kernels."""
     config = ModelConfig(vocab_size=37, context_length=12, d_model=32, num_layers=2, num_heads=2, d_ff=48)
     torch.manual_seed(0)
     models = [TransformerLM(config)]
@@ -82,24 +80,22 @@ def test_a_training_step(monkeypatch):
     settings = TrainConfig(steps=1, batch_size=2, cuda_graph=False, max_gradient_norm=0.5)
     ids = torch.randint(37, (3, 2, 13))
     results = []
-    attend = flash_attention.backward
-    for model, with_kernels in zip(models, (True, False), strict=True):
-        if with_kernels:
-            monkeypatch.setattr(dispatch, "triton_ops", operators)
-            monkeypatch.setattr(dispatch, "available_on", lambda device: True)
-        else:
-            monkeypatch.undo()
+    attention_backward = flash_attention.backward
+    for model, kernels in zip(models, (operators, None), strict=True):
         model.activation_dtype = FLOAT16
-        step = TrainStep(model, make_optimizer(model, settings), settings, torch.device("cpu"))
-        assert len(step.weight_copies) == 2 * 7 + 1
-        order: list[str] = []
+        calls: list[str] = []
         with (
             pytest.MonkeyPatch.context() as patch,
-            dispatch.before_attention_gradients(lambda o=order: o.append("act")),
+            dispatch.use_operators(kernels),
+            dispatch.before_attention_gradients(lambda c=calls: c.append("callback")),
         ):
-            patch.setattr(flash_attention, "backward", lambda *a, o=order: (o.append("kernels"), attend(*a)))
-            results.append([step((rows[:, :-1], rows[:, 1:]), 1e-2) for rows in ids])
-        assert order == (3 * 2 * ["act", "kernels"] if with_kernels else [])
+            patch.setattr(
+                flash_attention, "backward", lambda *a, c=calls: (c.append("kernels"), attention_backward(*a))
+            )
+            step = TrainStep(model, make_optimizer(model, settings), settings, torch.device("cpu"))
+            results.append([step((sequences[:, :-1], sequences[:, 1:]), 1e-2) for sequences in ids])
+        assert len(step.weight_copies) == 2 * 7 + 1
+        assert calls == (3 * 2 * ["callback", "kernels"] if kernels else [])
         for parameter, half in step.weight_copies.items():
             torch.testing.assert_close(half, parameter.half(), rtol=1e-3, atol=1e-6)
         steps = {int(state["step"]) for state in step.optimizer.state.values()}
@@ -107,5 +103,5 @@ def test_a_training_step(monkeypatch):
     torch.testing.assert_close(results[0], results[1], rtol=2e-3, atol=1e-4)
     ours, plain = (torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models)
     error = ((ours - plain).norm() / (plain - before).norm()).item()
-    print("of the way that the weights went, relative error", error)
-    assert error < 0.1  # AdamW makes steps of equal size of gradients that are all rounding, too
+    print("relative error of the weights' change", error)
+    assert error < 0.1  # AdamW's steps are as large for gradients that consist of rounding errors

@@ -11,13 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import basic.model
-import basic.transformer.functional
-import basic.transformer.kernels.dispatch
 from basic import assignment_question
 from basic.analysis import accounting
 from basic.model import AdamW, Linear, ModelConfig, RMSNorm, TransformerLM
 from basic.train_bpe import train_bpe
+from basic.transformer import functional
 from basic.transformer.functional import cross_entropy, linear
 
 # All sizes differ, so that a formula with the wrong letter gives another number.
@@ -61,7 +59,7 @@ def test_parameters_are_those_of_the_model():
         else:
             names = {"token_embeddings": "token embeddings", "ln_final": "final norm", "lm_head": "output embedding"}
             counted[names[name.split(".")[0]]] += parameter.numel()
-    assert accounting.amounts(accounting.PARAMETERS, SMALL) == counted
+    assert accounting.evaluate_formulas(accounting.PARAMETERS, SMALL) == counted
     assert accounting.num_parameters(SMALL) == sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -102,10 +100,10 @@ def test_each_product_is_one_of_the_operations():
     with Products(), torch.no_grad():
         model(token_ids)
     expected = Counter()
-    for product in accounting.PRODUCTS.values():
-        height, inner, width = (accounting.amount(s, SMALL) for s in (product.rows, product.inner, product.columns))
-        times = accounting.amount(product.times, SMALL)
-        heads = SMALL.num_heads if "h" in product.times else 1
+    for product in accounting.MATRIX_MULTIPLICATIONS.values():
+        height, inner, width = (accounting.evaluate_formula(s, SMALL) for s in (product.rows, product.inner, product.columns))
+        times = accounting.evaluate_formula(product.count, SMALL)
+        heads = SMALL.num_heads if "h" in product.count else 1
         expected[BATCH_SIZE * heads * height, inner, width] += times // heads
     assert seen == expected
 
@@ -121,15 +119,6 @@ def test_activations_are_those_of_the_modules(monkeypatch):
     linears = {"q_proj": "Q, K, V projections", "k_proj": "Q, K, V projections", "v_proj": "Q, K, V projections"}
     linears |= {"output_proj": "output projection", "w1": "W1", "w2": "W2", "w3": "W3", "lm_head": "output embedding"}
 
-    def count_packed(x, *weights):
-        result = linear(x, *weights)
-        if len(weights) == 3:
-            counted["Q, K, V projections"] += result.numel()
-        elif len(weights) == 2:
-            counted.update({"W1": result.numel() // 2, "W3": result.numel() // 2})
-        return result
-
-    monkeypatch.setattr(basic.model, "linear", count_packed)
     for name, module in model.named_modules():
         if isinstance(module, RMSNorm):
             module.register_forward_hook(count("final norm" if name == "ln_final" else "norms of the blocks"))
@@ -144,23 +133,24 @@ def test_activations_are_those_of_the_modules(monkeypatch):
 
         return counted_function
 
-    def count_w2(product, weight):
-        result = linear(product, weight)
-        counted.update({"product of the two": product.numel(), "W2": result.numel()})
+    def count_linear(x, *weights):
+        """Inside `causal_self_attention` and `swiglu`; the modules call the `linear` that `basic.model` imported."""
+        result = linear(x, *weights)
+        if len(weights) == 3:
+            counted["Q, K, V projections"] += result.numel()
+        elif len(weights) == 2:
+            counted.update({"W1": result.numel() // 2, "W3": result.numel() // 2})
+        else:
+            counted.update({"elementwise product": x.numel(), "W2": result.numel()})
         return result
 
-    monkeypatch.setattr(basic.transformer.kernels.dispatch, "linear", count_w2)
-    monkeypatch.setattr(
-        basic.transformer.kernels.dispatch, "silu", counting(basic.transformer.functional.silu, lambda args: "SiLU")
-    )
-    monkeypatch.setattr(
-        basic.transformer.functional, "softmax", counting(basic.transformer.functional.softmax, lambda args: "softmax")
-    )
+    monkeypatch.setattr(functional, "linear", count_linear)
+    monkeypatch.setattr(functional, "silu", counting(functional.silu, lambda args: "SiLU"))
+    monkeypatch.setattr(functional, "softmax", counting(functional.softmax, lambda args: "softmax"))
     contraction = counting(
-        basic.transformer.functional.einsum,
-        lambda args: "Q K^T" if args[-1].endswith("queries keys") else "weighted sum of V",
+        functional.einsum, lambda args: "Q K^T" if args[-1].endswith("queries keys") else "weighted sum of V"
     )
-    monkeypatch.setattr(basic.transformer.functional, "einsum", contraction)
+    monkeypatch.setattr(functional, "einsum", contraction)
     logits = model(token_ids)
 
     # The cross-entropy keeps at least a tensor as large as the logits for its gradient.
@@ -168,7 +158,7 @@ def test_activations_are_those_of_the_modules(monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x):
         cross_entropy(logits, token_ids)
     counted["cross-entropy"] = max(kept)
-    assert accounting.amounts(accounting.ACTIVATIONS, SMALL, BATCH_SIZE) == counted
+    assert accounting.evaluate_formulas(accounting.ACTIVATIONS, SMALL, BATCH_SIZE) == counted
 
 
 def test_training_memory_is_that_of_parameters_gradients_and_optimizer():
@@ -185,7 +175,7 @@ def test_training_memory_is_that_of_parameters_gradients_and_optimizer():
     assert memory["parameters"] == size_bytes(model.parameters())
     assert memory["gradients"] == size_bytes(parameter.grad for parameter in model.parameters())
     assert memory["optimizer state"] == size_bytes(states)
-    assert memory["activations"] == 4 * sum(accounting.amounts(accounting.ACTIVATIONS, SMALL, BATCH_SIZE).values())
+    assert memory["activations"] == 4 * sum(accounting.evaluate_formulas(accounting.ACTIVATIONS, SMALL, BATCH_SIZE).values())
 
 
 def test_adamw_flops_are_those_of_the_operations():

@@ -1,6 +1,8 @@
-"""Operations that exist twice: as Triton kernels where there is a GPU, else as the plain functions of `functional`.
+"""The choice between Triton kernels and plain functions; no other module makes it.
 
-Each looks at its arguments and takes the kernel if that covers them; the results are the same within rounding.
+`causal_self_attention`, `swiglu` and `linear_cross_entropy` have the names and arguments of the plain functions in
+`functional`. They call kernels if those support the inputs, else the plain function. The results are the same within
+rounding.
 """
 
 from __future__ import annotations
@@ -9,40 +11,82 @@ import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from functools import cache
+from typing import Any
 
 import torch
+from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from basic.transformer.functional import at_least_float32, cross_entropy, linear, silu
+from basic.transformer import functional
 
-# More logits than this are never in memory at a time: 2**30 of them are 2 GB in half precision.
-_LOGITS_AT_A_TIME = 2**30
-_MOST_ROWS_DECODED = 64
+MAX_DECODED_SEQUENCES = 64
+"""Largest batch that the decoding kernels support."""
+_MAX_LOGITS = 2**30  # in memory at a time: 2 GB in half precision
 _HEAD_SIZES = range(16, 129, 16)
+_DECODED_HEAD_SIZES = (16, 32, 64, 128)
 
-triton_ops = None
+_operators: Any = None
+_device_types: tuple[str, ...] = ("cuda",)
 if torch.cuda.is_available():
-    with suppress(ImportError):  # torch for this GPU may come without Triton
-        from basic.transformer.kernels import operators as triton_ops
+    with suppress(ImportError):  # some builds of torch have no Triton
+        from basic.transformer.kernels import operators as _operators
+
+
+@contextmanager
+def use_operators(operators: Any) -> Generator[None]:
+    """Replace the operators inside a `with` block, to compare or to test.
+
+    Args:
+        operators: the module `operators`, or an object like it, used on the CPU too (for Triton's interpreter); None
+            for plain functions on every device.
+    """
+    global _operators, _device_types
+    previous = _operators, _device_types
+    _operators, _device_types = operators, ("cuda", "cpu")
+    try:
+        yield
+    finally:
+        _operators, _device_types = previous
 
 
 def available_on(device: torch.device) -> bool:
-    """Whether kernels can run there."""
-    return triton_ops is not None and device.type == "cuda"
+    """Whether kernels can run on this device."""
+    return _operators is not None and device.type in _device_types
 
 
-def warn_of_plain_attention(head_size: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Say once that a GPU is there but its attention kernel cannot be used, and why."""
+def operators_for(x: Tensor) -> Any:
+    """The module of Triton operators if they support the device and dtype of x, else None."""
+    return _operators if available_on(x.device) and x.dtype in (torch.bfloat16, torch.float16) else None
+
+
+def supports_decoding(keys: Float[Tensor, " batch head context d"]) -> bool:
+    """Whether the decoding kernels support a cache with such keys."""
+    batch_size, d_head = keys.shape[0], keys.shape[-1]
+    return operators_for(keys) is not None and batch_size <= MAX_DECODED_SEQUENCES and d_head in _DECODED_HEAD_SIZES
+
+
+def supports_adamw(parameter: Tensor, gradient: Tensor) -> bool:
+    """Whether the AdamW kernel supports this parameter and its gradient."""
+    return (
+        available_on(parameter.device)
+        and parameter.dtype == torch.float32
+        and parameter.is_contiguous()
+        and gradient.is_contiguous()
+    )
+
+
+def warn_about_plain_attention(d_head: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Warn once, with the reason, if attention on a GPU cannot use its kernel."""
     if device.type != "cuda":
         return
-    if triton_ops is None:
+    if _operators is None:
         _warn_once("Triton is not installed: the plain operations are used on the GPU, which is several times slower")
     elif dtype not in (torch.bfloat16, torch.float16):
-        return  # full precision is a choice
-    elif head_size not in _HEAD_SIZES:
+        return  # the user has chosen full precision
+    elif d_head not in _HEAD_SIZES:
         _warn_once(
-            f"the attention kernels take head sizes that are multiples of 16 up to 128, got {head_size}: the plain "
+            f"the attention kernels support head sizes that are multiples of 16 up to 128, got {d_head}: the plain "
             "operations are used, which are several times slower"
         )
 
@@ -52,74 +96,70 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def _covered(x: Tensor) -> bool:
-    return available_on(x.device) and x.dtype in (torch.bfloat16, torch.float16)
-
-
-def cover_attention(x: Tensor, head_size: int) -> bool:
-    """Whether the attention kernels take these features (batch, seq, d_model) with such heads."""
-    return _covered(x) and x.ndim == 3 and head_size in _HEAD_SIZES
-
-
-def cover_decoding(keys: Tensor) -> bool:
-    """Whether the decoding kernels take such a cache (batch, heads, context, head size)."""
-    return _covered(keys) and keys.shape[0] <= _MOST_ROWS_DECODED and keys.shape[-1] in (16, 32, 64, 128)
-
-
-def rotary_attention(
-    x: Float[Tensor, " batch seq d_model"],
-    weights: tuple[Tensor, Tensor, Tensor],
+def causal_self_attention(
+    x: Float[Tensor, " ... seq d_model"],
+    w_q: Float[Tensor, " q_features d_model"],
+    w_k: Float[Tensor, " kv_features d_model"],
+    w_v: Float[Tensor, " kv_features d_model"],
     num_heads: int,
-    tables: tuple[Tensor, Tensor] | None,
-) -> Float[Tensor, " batch seq head d"]:
-    """Causal attention from the features, only where `cover_attention`.
+    rope: tuple[Float[Tensor, "... seq half"], Float[Tensor, "... seq half"]] | None = None,
+    extend_cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> Float[Tensor, " ... seq q_features"]:
+    """See `functional.causal_self_attention`.
 
-    Args:
-        weights: of the queries, keys and values of all heads, each (head d, d_model).
-        tables: RoPE's cosines and sines of the positions 0, 1, ..., (positions, d / 2); None for no rotation.
+    The kernels compute complete sequences, with the same positions in all sequences of a batch.
     """
-    seq = x.shape[1]
-    if tables is None:
-        # No rotation is one by no angle: attention without positions is an experiment, not worth a kernel.
-        angles = torch.zeros(seq, weights[0].shape[0] // num_heads // 2, device=x.device)
-        tables = angles + 1, angles
-    if seq > tables[0].shape[0]:
-        raise ValueError(f"{seq} tokens do not fit into max_seq_len={tables[0].shape[0]}")
-    assert triton_ops is not None
-    return triton_ops.rotary_attention(x, torch.cat(weights).to(x.dtype), *tables, num_heads)[0]
+    operators, d_head = operators_for(x), w_q.shape[0] // num_heads
+    same_positions = rope is None or rope[0].ndim == 2
+    if operators is None or extend_cache is not None or x.ndim != 3 or d_head not in _HEAD_SIZES or not same_positions:
+        return functional.causal_self_attention(x, w_q, w_k, w_v, num_heads, rope, extend_cache)
+    if rope is None:
+        # Rotate by zero: attention without positions is for experiments, which need no kernel of their own.
+        angles = torch.zeros(x.shape[1], d_head // 2, device=x.device)
+        rope = angles + 1, angles
+    if len(w_k) < len(w_q):  # the kernels need as many heads of keys and values as of queries: repeat the weights
+        copies = len(w_q) // len(w_k)
+        w_k, w_v = (repeat(w, "(head d) d_in -> (head copies d) d_in", d=d_head, copies=copies) for w in (w_k, w_v))
+    weight = torch.cat((w_q, w_k, w_v)).to(x.dtype)
+    return operators.rotary_attention(x, weight, *rope, num_heads)[0].flatten(-2)
 
 
 @contextmanager
-def before_attention_gradients(act: Callable[[], None]) -> Generator[None]:
-    """While the block runs, have `act` called each time before kernels compute the gradient of an attention."""
-    if triton_ops is None:
+def before_attention_gradients(callback: Callable[[], None]) -> Generator[None]:
+    """Inside a `with` block, call `callback` each time before kernels compute the gradient of an attention."""
+    if _operators is None:
         yield
         return
-    triton_ops.before_attention_gradients.append(act)
+    callbacks = _operators.before_attention_gradients
+    callbacks.append(callback)
     try:
         yield
     finally:
-        triton_ops.before_attention_gradients.remove(act)
+        callbacks.remove(callback)
 
 
-def swiglu_linear(x: Float[Tensor, " ... both"], weight: Float[Tensor, " d_out d_ff"]) -> Float[Tensor, " ... d_out"]:
-    """SiLU of the first half of the features times the second half, times the weight."""
-    if triton_ops is not None and _covered(x):
-        return triton_ops.swiglu_linear(x, weight.to(x.dtype))
-    gate, value = x.chunk(2, -1)
-    return linear(silu(gate) * value, weight)
+def swiglu(
+    x: Float[Tensor, " ... d_model"],
+    w1: Float[Tensor, " d_ff d_model"],
+    w2: Float[Tensor, " d_model d_ff"],
+    w3: Float[Tensor, " d_ff d_model"],
+) -> Float[Tensor, " ... d_model"]:
+    """See `functional.swiglu`."""
+    if (operators := operators_for(x)) is None:
+        return functional.swiglu(x, w1, w2, w3)
+    return operators.swiglu_linear(functional.linear(x, w1, w3), w2.to(x.dtype))
 
 
 def linear_cross_entropy(
     x: Float[Tensor, " ... d_model"], weight: Float[Tensor, " vocab_size d_model"], targets: Int[Tensor, " ..."]
 ) -> Float[Tensor, ""]:
-    """The mean cross-entropy of the logits x W^T, in float32."""
-    if triton_ops is None or not _covered(x):
-        return cross_entropy(at_least_float32(linear(x, weight)), targets)
+    """See `functional.linear_cross_entropy`. With kernels, the logits of a chunk of rows exist at a time."""
+    if (operators := operators_for(x)) is None:
+        return functional.linear_cross_entropy(x, weight, targets)
     rows = targets.numel()
-    chunks = -(-rows * weight.shape[0] // _LOGITS_AT_A_TIME)
-    chunk_rows = -(-rows // chunks)
-    loss, _, _ = triton_ops.linear_cross_entropy(
+    num_chunks = -(-rows * weight.shape[0] // _MAX_LOGITS)
+    chunk_rows = -(-rows // num_chunks)
+    loss, _, _ = operators.linear_cross_entropy(
         x.reshape(rows, -1), weight.to(x.dtype), targets.reshape(rows), chunk_rows, torch.is_grad_enabled()
     )
     return loss

@@ -1,16 +1,16 @@
 """Causal attention in Triton that never writes the scores to memory, forward and backward.
 
-One program takes a tile of queries and walks over the keys before it, a tile at a time. The softmax is rescaled as
-larger scores turn up, so what is kept is the running maximum, the running sum and the weighted values of the tile.
-For the backward pass only the logarithm of each query's sum (`log_sums`) is saved; the weights are computed anew.
-Queries and keys come rotated by RoPE; their gradients are rotated back in registers before they are written, which
-saves a pass over them.
+A program of the forward kernel takes a tile of queries and loops over the keys before them, a tile at a time (online
+softmax): it keeps the running maximum, sum and weighted values, and rescales them when a larger score appears. For the
+backward pass only the logarithm of each query's sum of exponentials (`log_sums`) is saved; the weights are computed
+again. Queries and keys come rotated by RoPE; their gradients are rotated back in registers before they are written,
+which saves a pass over them.
 
-Causality does the masking at the end of the sequence, too: a key past the end is past every real query. Loads are
-checked (CHECK) only where the sequence is no multiple of the tiles.
+The causal mask also masks the end of the sequence, since a key beyond the end is after every real query. Loads are
+masked (CHECK) only if the sequence length is no multiple of the tile sizes.
 
-Legend: B batch, T sequence, H heads, D head size; M tile of queries, N tile of keys. The layout is (B, T, H, D) with
-any strides but the last, so that queries, keys and values can be slices of one packed product.
+Legend: B batch, T sequence, H heads, D head size; M queries per tile, N keys per tile. The layout is (B, T, H, D) with
+any strides except that the last is 1, so that queries, keys and values can be slices of one packed tensor.
 
 Source: Dao 2023, "FlashAttention-2", algorithms 1 and 2; Milakov and Gimelshein 2018 (online softmax).
 """
@@ -24,12 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from basic.transformer.kernels.interpreter import dot
+from basic.transformer.kernels.interpreter import LOG2_E, dot
 
-LOG2_E = math.log2(math.e)
-
-# (queries a tile, keys a tile, warps, stages, registers a thread where the compiler's choice was not the best), found
-# by trying them on an H200, by padded head size.
+# By padded head size: queries per tile, keys per tile, warps, pipeline stages, and registers per thread (None for the
+# compiler's choice). Tuned on an H200.
 _FORWARD_TILES = {
     16: (64, 32, 4, 3, None), 32: (64, 64, 4, 3, 80), 64: (64, 64, 4, 3, None), 128: (64, 64, 4, 3, None)}  # fmt: skip
 
@@ -42,8 +40,8 @@ _QUERY_GRADIENT_TILES = {
 
 
 @triton.jit
-def _tile(pointer, rows, stride, columns, T, D: tl.constexpr, WIDTH: tl.constexpr, CHECK_ROWS: tl.constexpr):
-    """Load rows of D features, padded with zeros to WIDTH, a power of two."""
+def _load_tile(pointer, rows, stride, columns, T, D: tl.constexpr, WIDTH: tl.constexpr, CHECK_ROWS: tl.constexpr):
+    """Load rows of D features, padded with zeros to WIDTH (a power of two)."""
     pointers = pointer + rows[:, None] * stride + columns[None, :]
     if CHECK_ROWS:
         if D == WIDTH:
@@ -55,14 +53,14 @@ def _tile(pointer, rows, stride, columns, T, D: tl.constexpr, WIDTH: tl.constexp
 
 
 @triton.jit
-def _store(pointer, value, rows, stride, columns, T, D: tl.constexpr):
+def _store_tile(pointer, value, rows, stride, columns, T, D: tl.constexpr):
     mask = (rows[:, None] < T) & (columns[None, :] < D)
     tl.store(pointer + rows[:, None] * stride + columns[None, :], value.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _numbers(pointer, rows, T, CHECK: tl.constexpr):
-    """Load one number a row."""
+def _load_vector(pointer, rows, T, CHECK: tl.constexpr):
+    """Load one number per row."""
     if CHECK:
         return tl.load(pointer + rows, mask=rows < T, other=0.0)
     return tl.load(pointer + rows)
@@ -73,7 +71,7 @@ def _forward(Q, K, V, OUT, LOG_SUMS,
              q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head, o_batch, o_stride, o_head,
              H, T, scale, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
              CHECK: tl.constexpr):  # fmt: skip
-    # The last tiles have the most keys to look at: they start first, so that none is left alone at the end.
+    # The last tiles have the most keys. They start first, so that none of them runs alone at the end.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     Q += batch * q_batch + head * q_head
@@ -81,30 +79,30 @@ def _forward(Q, K, V, OUT, LOG_SUMS,
     V += batch * v_batch + head * v_head
     OUT += batch * o_batch + head * o_head
     rows, columns = tile * M + tl.arange(0, M), tl.arange(0, WIDTH)
-    q = _tile(Q, rows, q_stride, columns, T, D, WIDTH, CHECK)
+    q = _load_tile(Q, rows, q_stride, columns, T, D, WIDTH, CHECK)
     maximum = tl.full([M], -float("inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     weighted = tl.zeros([M, WIDTH], tl.float32)
     for start in range(0, tl.minimum((tile + 1) * M, T), N):
         keys = start + tl.arange(0, N)
-        k = _tile(K, keys, k_stride, columns, T, D, WIDTH, CHECK)
+        k = _load_tile(K, keys, k_stride, columns, T, D, WIDTH, CHECK)
         scores = dot(q, tl.trans(k))
-        if start + N > tile * M:  # on the diagonal each query looks up to its own place
+        if start + N > tile * M:  # on the diagonal, mask the keys after each query
             scores = tl.where(rows[:, None] >= keys[None, :], scores, -1e30)
         new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale)
-        weights = tl.exp2(scores * scale - new_maximum[:, None])  # one multiply-add a score
+        weights = tl.exp2(scores * scale - new_maximum[:, None])  # one multiply-add per score
         rescale = tl.exp2(maximum - new_maximum)
         total = total * rescale + tl.sum(weights, 1)
-        v = _tile(V, keys, v_stride, columns, T, D, WIDTH, CHECK)
+        v = _load_tile(V, keys, v_stride, columns, T, D, WIDTH, CHECK)
         weighted = dot(weights.to(v.dtype), v, weighted * rescale[:, None])
         maximum = new_maximum
-    _store(OUT, weighted / total[:, None], rows, o_stride, columns, T, D)
+    _store_tile(OUT, weighted / total[:, None], rows, o_stride, columns, T, D)
     tl.store(LOG_SUMS + tl.program_id(1).to(tl.int64) * T + rows, maximum + tl.log2(total), mask=rows < T)
 
 
 @triton.jit
 def _rotate_back(x, rows, COS, SIN, T, D: tl.constexpr, WIDTH: tl.constexpr):
-    """The gradient before RoPE of a tile of rows, from the one behind it."""
+    """The gradient of a tile before RoPE, from its gradient after RoPE."""
     pairs = tl.arange(0, WIDTH // 2)
     mask = (rows[:, None] < T) & (pairs[None, :] < D // 2)
     cos = tl.load(COS + rows[:, None] * (D // 2) + pairs[None, :], mask=mask, other=0.0)
@@ -114,7 +112,7 @@ def _rotate_back(x, rows, COS, SIN, T, D: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _key_gradients(Q, K, V, DO, DK, DV, LOG_SUMS, OVERLAPS, COS, SIN,
+def _key_gradients(Q, K, V, DO, DK, DV, LOG_SUMS, DELTAS, COS, SIN,
                    q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
                    do_batch, do_stride, do_head, dk_batch, dk_stride, dk_head, dv_batch, dv_stride, dv_head,
                    H, T, scale, out_scale, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -127,36 +125,36 @@ def _key_gradients(Q, K, V, DO, DK, DV, LOG_SUMS, OVERLAPS, COS, SIN,
     DK += batch * dk_batch + head * dk_head
     DV += batch * dv_batch + head * dv_head
     LOG_SUMS += tl.program_id(1).to(tl.int64) * T
-    OVERLAPS += tl.program_id(1).to(tl.int64) * T
+    DELTAS += tl.program_id(1).to(tl.int64) * T
     tile = tl.program_id(0)
     keys, columns = tile * N + tl.arange(0, N), tl.arange(0, WIDTH)
-    k = _tile(K, keys, k_stride, columns, T, D, WIDTH, CHECK)
-    v = _tile(V, keys, v_stride, columns, T, D, WIDTH, CHECK)
+    k = _load_tile(K, keys, k_stride, columns, T, D, WIDTH, CHECK)
+    v = _load_tile(V, keys, v_stride, columns, T, D, WIDTH, CHECK)
     dk = tl.zeros([N, WIDTH], tl.float32)
     dv = tl.zeros([N, WIDTH], tl.float32)
-    # One loop with a mask that only the diagonal needs: with two loops over two sums the assembler lets no matrix
-    # product begin before the last has ended (its note C7515), and the kernel takes a sixth to a third longer.
+    # One loop, with a mask that only the diagonal needs. With two loops over both sums, the assembler lets no matrix
+    # multiplication begin before the last one has ended (its note C7515), and the kernel takes 1/6 to 1/3 longer.
     for start in range(tile * N // M * M, T, M):
         rows = start + tl.arange(0, M)
-        # Queries past the end are zeros, and so is what they add.
-        q = _tile(Q, rows, q_stride, columns, T, D, WIDTH, CHECK)
-        do = _tile(DO, rows, do_stride, columns, T, D, WIDTH, CHECK)
-        log_sums = _numbers(LOG_SUMS, rows, T, CHECK)
-        overlaps = _numbers(OVERLAPS, rows, T, CHECK)
-        # Transposed, (N, M): then no tile but q and do need to be turned.
+        # Queries beyond the end are loaded as zeros, and add zeros.
+        q = _load_tile(Q, rows, q_stride, columns, T, D, WIDTH, CHECK)
+        do = _load_tile(DO, rows, do_stride, columns, T, D, WIDTH, CHECK)
+        log_sums = _load_vector(LOG_SUMS, rows, T, CHECK)
+        deltas = _load_vector(DELTAS, rows, T, CHECK)
+        # Transposed, (N, M), so that only q and do need to be transposed.
         scores = dot(k, tl.trans(q))
         dweights = dot(v, tl.trans(do))
         weights = tl.exp2(scores * scale - log_sums[None, :])
         weights = tl.where(rows[None, :] >= keys[:, None], weights, 0.0)
-        dscores = weights * (dweights - overlaps[None, :])
+        dscores = weights * (dweights - deltas[None, :])
         dv = dot(weights.to(do.dtype), do, dv)
         dk = dot(dscores.to(q.dtype), q, dk)
-    _store(DK, _rotate_back(dk * out_scale, keys, COS, SIN, T, D, WIDTH), keys, dk_stride, columns, T, D)
-    _store(DV, dv, keys, dv_stride, columns, T, D)
+    _store_tile(DK, _rotate_back(dk * out_scale, keys, COS, SIN, T, D, WIDTH), keys, dk_stride, columns, T, D)
+    _store_tile(DV, dv, keys, dv_stride, columns, T, D)
 
 
 @triton.jit
-def _query_gradients(Q, K, V, OUT, DO, DQ, LOG_SUMS, OVERLAPS, COS, SIN,
+def _query_gradients(Q, K, V, OUT, DO, DQ, LOG_SUMS, DELTAS, COS, SIN,
                      q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
                      o_batch, o_stride, o_head, do_batch, do_stride, do_head, dq_batch, dq_stride, dq_head,
                      H, T, scale, out_scale, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -170,44 +168,44 @@ def _query_gradients(Q, K, V, OUT, DO, DQ, LOG_SUMS, OVERLAPS, COS, SIN,
     DO += batch * do_batch + head * do_head
     DQ += batch * dq_batch + head * dq_head
     LOG_SUMS += tl.program_id(1).to(tl.int64) * T
-    OVERLAPS += tl.program_id(1).to(tl.int64) * T
+    DELTAS += tl.program_id(1).to(tl.int64) * T
     rows, columns = tile * M + tl.arange(0, M), tl.arange(0, WIDTH)
-    q = _tile(Q, rows, q_stride, columns, T, D, WIDTH, CHECK)
-    do = _tile(DO, rows, do_stride, columns, T, D, WIDTH, CHECK)
-    log_sums = _numbers(LOG_SUMS, rows, T, CHECK)
-    # sum(o * do) of each query is what the softmax's gradient takes from every score of the row; the keys need it too.
-    o = _tile(OUT, rows, o_stride, columns, T, D, WIDTH, CHECK)
-    overlaps = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(OVERLAPS + rows, overlaps, mask=rows < T)
+    q = _load_tile(Q, rows, q_stride, columns, T, D, WIDTH, CHECK)
+    do = _load_tile(DO, rows, do_stride, columns, T, D, WIDTH, CHECK)
+    log_sums = _load_vector(LOG_SUMS, rows, T, CHECK)
+    # The gradient of the softmax subtracts sum(o * do) of its query from every score; the keys' kernel needs it too.
+    o = _load_tile(OUT, rows, o_stride, columns, T, D, WIDTH, CHECK)
+    deltas = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(DELTAS + rows, deltas, mask=rows < T)
     dq = tl.zeros([M, WIDTH], tl.float32)
     for start in range(0, tl.minimum((tile + 1) * M, T), N):
         keys = start + tl.arange(0, N)
-        k = _tile(K, keys, k_stride, columns, T, D, WIDTH, CHECK)
-        v = _tile(V, keys, v_stride, columns, T, D, WIDTH, CHECK)
+        k = _load_tile(K, keys, k_stride, columns, T, D, WIDTH, CHECK)
+        v = _load_tile(V, keys, v_stride, columns, T, D, WIDTH, CHECK)
         weights = tl.exp2(dot(q, tl.trans(k)) * scale - log_sums[:, None])
         if start + N > tile * M:
             weights = tl.where(rows[:, None] >= keys[None, :], weights, 0.0)
-        dscores = weights * (dot(do, tl.trans(v)) - overlaps[:, None])
+        dscores = weights * (dot(do, tl.trans(v)) - deltas[:, None])
         dq = dot(dscores.to(k.dtype), k, dq)
-    _store(DQ, _rotate_back(dq * out_scale, rows, COS, SIN, T, D, WIDTH), rows, dq_stride, columns, T, D)
+    _store_tile(DQ, _rotate_back(dq * out_scale, rows, COS, SIN, T, D, WIDTH), rows, dq_stride, columns, T, D)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attend.
+    """Causal attention.
 
     Args:
         q, k, v: (B, T, H, D), the last dimension contiguous.
 
     Returns:
-        The output (B, T, H, D), contiguous, and `log_sums` (B, H, T), the base-2 logarithm of the sum of each
-        query's exponentials, in float32.
+        The output (B, T, H, D), contiguous, and `log_sums` (B, H, T): the base-2 logarithm of each query's sum of
+        exponentials, float32.
     """
     B, T, H, D = q.shape
     width = triton.next_power_of_2(D)
     M, N, warps, stages, registers = _FORWARD_TILES[width]
     o = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     log_sums = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
-    scale = LOG2_E / math.sqrt(D)  # exp2 is the hardware's own exponential
+    scale = LOG2_E / math.sqrt(D)  # the kernels use exp2
     _forward[triton.cdiv(T, M), B * H](
         q, k, v, o, log_sums, *_strides(q, k, v, o), H, T, scale,
         D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0,
@@ -219,30 +217,30 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sums: Tensor, do: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
     cos: Tensor, sin: Tensor,
 ) -> None:  # fmt: skip
-    """Write the gradients of queries and keys before their rotation, and of values, into dq, dk and dv.
+    """Compute the gradients of queries and keys before their rotation, and of values.
 
     Args:
         q, k, v, o, log_sums: inputs and outputs of `forward`.
         do: gradient of the output.
-        dq, dk, dv: (B, T, H, D) to be overwritten, the last dimension contiguous.
-        cos, sin: what queries and keys were rotated by, float32 (at least T, D / 2), contiguous.
+        dq, dk, dv: outputs, (B, T, H, D), the last dimension contiguous.
+        cos, sin: that queries and keys were rotated by, float32 (at least T, D / 2), contiguous.
     """
     B, T, H, D = q.shape
     width = triton.next_power_of_2(D)
     scale, out_scale = LOG2_E / math.sqrt(D), 1 / math.sqrt(D)
-    overlaps = torch.empty_like(log_sums)
+    deltas = torch.empty_like(log_sums)
     M, N, warps, stages, registers = _QUERY_GRADIENT_TILES[width]
     _query_gradients[triton.cdiv(T, M), B * H](
-        q, k, v, o, do, dq, log_sums, overlaps, cos, sin, *_strides(q, k, v, o, do, dq), H, T, scale, out_scale,
+        q, k, v, o, do, dq, log_sums, deltas, cos, sin, *_strides(q, k, v, o, do, dq), H, T, scale, out_scale,
         D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0,
         num_warps=warps, num_stages=stages, maxnreg=registers)  # fmt: skip
     M, N, warps, stages, registers = _KEY_GRADIENT_TILES[width]
     _key_gradients[triton.cdiv(T, N), B * H](
-        q, k, v, do, dk, dv, log_sums, overlaps, cos, sin, *_strides(q, k, v, do, dk, dv), H, T, scale, out_scale,
+        q, k, v, do, dk, dv, log_sums, deltas, cos, sin, *_strides(q, k, v, do, dk, dv), H, T, scale, out_scale,
         D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0,
         num_warps=warps, num_stages=stages, maxnreg=registers)  # fmt: skip
 
 
 def _strides(*tensors: Tensor) -> list[int]:
-    """Strides of batch, sequence and head of each."""
+    """The strides of batch, sequence and head of each tensor."""
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]

@@ -1,6 +1,6 @@
-"""The Triton kernels as operators that autograd and torch.compile know, with plain tensors in their signatures.
+"""The Triton kernels as PyTorch operators, which autograd and torch.compile support.
 
-Each has a fake twin, which says shapes and types without computing, and a backward operator of its own.
+Each operator has a fake version, which returns empty tensors of the right shapes and dtypes, and a backward operator.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from torch import Tensor
 from basic.transformer.kernels import cross_entropy, flash_attention, rope, swiglu
 
 before_attention_gradients: list[Callable[[], None]] = []
-"""Called when the gradient of an attention begins, also by compiled code and while a step is recorded; a replay repeats
-only what they did on the device."""
+"""Called when the backward pass of an attention begins, also in compiled code and while a CUDA graph is recorded. A
+replay of the graph repeats only what they did on the device."""
 
 
 @torch.library.custom_op("basic::rotary_attention", mutates_args=())
 def rotary_attention(
     x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of x (B, T, d_model) as one product, rotated in place, and causal attention.
+    """Project x (B, T, d_model) to queries, keys and values, rotate them by RoPE, and compute causal attention.
 
-    The product is part of the operator because nobody but the attention needs it as it was before the rotation.
+    The projection is in the operator because only attention uses it, so that it can be rotated in place.
 
     Returns:
-        The output (B, T, H, D); for the backward pass, the logarithms of the softmax's sums and the rotated product
-        (B, T, 3, H, D).
+        The output (B, T, H, D); and for the backward pass, the logarithms of the softmax's sums and the rotated queries
+        and keys with the values, (B, T, 3, H, D).
     """
     qkv = (x @ weight.T).view(*x.shape[:2], 3, num_heads, -1)
     rope.rotate_packed(qkv[:, :, :2].flatten(2, 3), cos, sin)
@@ -50,9 +50,9 @@ def _(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> tu
 def rotary_attention_backward(
     x: Tensor, weight: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, o: Tensor, log_sums: Tensor, do: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x and of the weight. The kernels write each part of that of the product where it belongs."""
-    for act in before_attention_gradients:
-        act()
+    """The gradients of x and of the weight."""
+    for callback in before_attention_gradients:
+        callback()
     do = do if do.stride(-1) == 1 else do.contiguous()
     dqkv = torch.empty_like(qkv)
     flash_attention.backward(*qkv.unbind(2), o, log_sums, do, *dqkv.unbind(2), cos, sin)
@@ -87,7 +87,7 @@ def _linear_backward(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Ten
 
 @torch.library.custom_op("basic::swiglu_linear", mutates_args=())
 def swiglu_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """(silu(x1) * x3) W^T of x = (x1, x3), side by side (..., 2 width), and W (d_out, width)."""
+    """(silu(x1) * x3) W^T, with x1 and x3 side by side in x (..., 2 width), and W (d_out, width)."""
     gated = swiglu.forward(x.reshape(-1, x.shape[-1]))
     return (gated @ weight.T).view(*x.shape[:-1], -1)
 
@@ -101,7 +101,7 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 def swiglu_linear_backward(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of `swiglu_linear` for x and W."""
     dy = dy.reshape(-1, dy.shape[-1])
-    gated = dy @ weight  # first the gradient of what was gated, then, after the kernel, that itself
+    gated = dy @ weight  # the gradient of the gate's output; the kernel overwrites it with that output
     dx = swiglu.backward(x.reshape(-1, x.shape[-1]), gated)
     return dx.view(x.shape), dy.T @ gated
 
@@ -121,39 +121,39 @@ swiglu_linear.register_autograd(
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean cross-entropy of x W^T, and its gradients for x and W.
+    """The mean cross-entropy of the logits x W^T, and its gradients for x and W.
 
     Args:
         x: (rows, d_model).
-        weight: (vocab_size, d_model), of the same precision.
+        weight: (vocab_size, d_model), of the same dtype.
         targets: int64 (rows,).
-        chunk_rows: rows whose logits exist at a time.
-        with_gradient: without it the two gradients are empty.
+        chunk_rows: number of rows whose logits exist at a time.
+        with_gradient: if False, both gradients are empty.
 
     Returns:
-        The loss, float32 (); the gradients (rows, d_model) and (vocab_size, d_model).
+        The loss, float32 (), and the gradients (rows, d_model) and (vocab_size, d_model).
     """
     rows = x.shape[0]
     losses = torch.empty(rows, dtype=torch.float32, device=x.device)
     dx = torch.empty_like(x) if with_gradient else x.new_empty(0)
     dweight = weight.new_empty(0)
     for start in range(0, rows, chunk_rows):
-        part = slice(start, min(start + chunk_rows, rows))
-        logits = x[part] @ weight.T
-        cross_entropy.overwrite_with_gradient(logits, targets[part], losses[part], rows)
+        chunk = slice(start, min(start + chunk_rows, rows))
+        logits = x[chunk] @ weight.T
+        cross_entropy.overwrite_with_gradient(logits, targets[chunk], losses[chunk], rows)
         if with_gradient:
-            torch.mm(logits, weight, out=dx[part])
+            torch.mm(logits, weight, out=dx[chunk])
             if chunk_rows >= rows:
                 dweight = logits.T @ x
             elif start == 0:
-                dweight = _product(logits.T, x[part])
+                dweight = _matmul_float32(logits.T, x[chunk])
             else:
-                dweight += _product(logits.T, x[part])
+                dweight += _matmul_float32(logits.T, x[chunk])
     return losses.mean(), dx, dweight.to(weight.dtype)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with a float32 result: sums over chunks would lose bits otherwise."""
+def _matmul_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with a float32 result, because chunks are added up."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
 
 

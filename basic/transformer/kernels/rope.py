@@ -1,7 +1,7 @@
-"""RoPE in Triton on the packed product of queries, keys and values: rotate in one pass, in place.
+"""RoPE in Triton on packed queries, keys and values, in place and in one pass over memory.
 
-Plain tensor operations read the even and odd features apart and stack them again, several passes over memory. Here a
-program loads neighbouring pairs as they lie, splits them in registers, and writes them back as they lay.
+Plain tensor operations read the even and odd features separately and stack them again, in several passes. A program
+here loads neighbouring pairs together, splits them in registers, and writes them back.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 @triton.jit
 def _rotate(X, COS, SIN, stride, num_rows, num_pairs, T, half, ROWS: tl.constexpr, PAIRS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    # A row of the matrix is a token: the features of all its queries and keys, head after head.
+    # A row has the features of all queries and keys of a token, head after head.
     pairs = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
     features = tl.program_id(1) * 2 * PAIRS + tl.arange(0, 2 * PAIRS)
     mask = (rows[:, None] < num_rows) & (features[None, :] < 2 * num_pairs)
@@ -29,11 +29,11 @@ def _rotate(X, COS, SIN, stride, num_rows, num_pairs, T, half, ROWS: tl.constexp
 
 
 def rotate_packed(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate the heads of x by their tokens' angles, in place.
+    """Rotate the heads of x by the angles of their tokens, in place.
 
     Args:
-        x: (B, T, heads, D) with everything but B and T contiguous; B and T as if they were one dimension.
-        cos, sin: float32 (at least T, D / 2), of the positions 0, 1, ...
+        x: (B, T, heads, D); heads and D contiguous, B and T with strides as of one dimension.
+        cos, sin: of the tokens' angles, float32 (at least T, D / 2).
     """
     B, T, heads, D = x.shape
     num_pairs = heads * D // 2

@@ -1,7 +1,7 @@
-"""SwiGLU in Triton on the packed product of W1 and W3: SiLU of the one half times the other, each number read once.
+"""SwiGLU's gate in Triton: SiLU(W1 x) * W3 x, from both packed side by side, with one read of each number.
 
-What comes out is needed again for the gradient of W2, but it is not kept until then: the backward kernel, which reads
-both halves anyway, makes it anew. That is a seventh of all activations, for one more writing.
+The gradient of W2 needs the output again. The backward kernel, which reads both inputs anyway, computes it again
+instead of keeping it: this saves 1/7 of all activations, for one more write.
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ def _backward(X, DY, DX, num_rows, width, x_stride, dy_stride, ROWS: tl.constexp
 
 
 def forward(x: Tensor) -> Tensor:
-    """silu(x[:, :width]) * x[:, width:] of x (rows, 2 width), whose last dimension is contiguous."""
+    """silu(x[:, :width]) * x[:, width:] of x (rows, 2 width), with a contiguous last dimension."""
     y = torch.empty((x.shape[0], x.shape[1] // 2), dtype=x.dtype, device=x.device)
-    grid, tile = _grid(*y.shape)
+    grid, tile = _launch_shape(*y.shape)
     _forward[grid](x, y, *y.shape, x.stride(0), **tile)
     return y
 
 
 def backward(x: Tensor, dy: Tensor) -> Tensor:
-    """The gradient of `forward` for its input, (rows, 2 width); dy is overwritten with what `forward` returned."""
+    """The gradient of x, (rows, 2 width); dy is overwritten with the output of `forward`."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    grid, tile = _grid(*dy.shape)
+    grid, tile = _launch_shape(*dy.shape)
     _backward[grid](x, dy, dx, *dy.shape, x.stride(0), dy.stride(0), **tile)
     return dx
 
 
-def _grid(rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
+def _launch_shape(rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
     columns = min(triton.next_power_of_2(width), 512)
     if width % columns and width % 64 == 0:
-        columns = max(c for c in (64, 128, 256, 512) if width % c == 0)  # no lanes without work
-    a_tile = max(1, 2048 // columns)
-    return (triton.cdiv(rows, a_tile), triton.cdiv(width, columns)), {
-        "ROWS": a_tile,
+        columns = max(c for c in (64, 128, 256, 512) if width % c == 0)  # so that no lane is idle
+    tile_rows = max(1, 2048 // columns)
+    return (triton.cdiv(rows, tile_rows), triton.cdiv(width, columns)), {
+        "ROWS": tile_rows,
         "COLUMNS": columns,
         "num_warps": 4,
     }
