@@ -1,4 +1,4 @@
-"""The tokenizer: against tiktoken, the `tokenizers` package and itself, in memory that is really measured."""
+"""The tokenizer: against tiktoken, the `tokenizers` package and itself; the memory is that of a real process."""
 
 import itertools
 import json
@@ -15,9 +15,9 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from basic.bpe import plain
-from basic.bpe.plain import merge_long_word, merge_short_word
+from basic.bpe.plain import MergeRules, PretokenCache, merge_long, merge_short
 from basic.bytes_utils import load_merges, load_vocab, to_printable
+from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.corpus.sources import TextSource
 from basic.encoding import encode_file
 from basic.Tokenizer import Tokenizer
@@ -103,7 +103,7 @@ def test_snapshot():
 def test_gpt2_equals_tiktoken(gpt2, name):
     text = shared_data(name).read_bytes().decode()[:400_000]
     if name.endswith(".json"):
-        text += "".join(json.loads(text))  # the file has escapes, the strings themselves are worse
+        text += "".join(json.loads(text))  # the file has escape sequences; the strings have the characters
     ids = gpt2.encode(text)
     assert ids == tiktoken_of(gpt2).encode(text, allowed_special="all")
     assert gpt2.decode(ids) == text
@@ -156,15 +156,15 @@ def test_round_trip(text):
 
 
 @given(
-    parts=st.lists(st.sampled_from([END, END[:5], END[5:], "<| a break |>", "it's", "'", "ll", "  ", "\n", "row"])),
-    cuts=st.lists(st.integers(0, 200)),
+    strings=st.lists(st.sampled_from([END, END[:5], END[5:], "<| a break |>", "it's", "'", "ll", "  ", "\n", "row"])),
+    positions=st.lists(st.integers(0, 200)),
 )
-def test_encode_iterable_equals_encode_wherever_it_is_cut(ours, parts, cuts):
-    text = "".join(parts)
-    cuts = sorted(cut % (len(text) + 1) for cut in cuts)
-    pieces = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
+def test_encode_iterable_equals_encode_wherever_the_text_is_divided(ours, strings, positions):
+    text = "".join(strings)
+    ends = sorted(position % (len(text) + 1) for position in positions)
+    texts = [text[a:b] for a, b in itertools.pairwise([0, *ends, len(text)])]
     ids = ours.encode(text)
-    assert list(ours.encode_iterable(pieces)) == ids
+    assert list(ours.encode_iterable(texts)) == ids
     assert list(ours.encode_iterable(text)) == ids
     assert ours.decode(ids) == text
 
@@ -178,53 +178,52 @@ def test_encode_iterable_of_lines_and_letters(gpt2):
 
 
 def test_encode_iterable_is_lazy(ours):
-    asked = itertools.count()
-    ids = ours.encode_iterable(f"line {number} of an endless text\n" for number in asked)
+    num_read = itertools.count()
+    ids = ours.encode_iterable(f"line {number} of an endless text\n" for number in num_read)
     assert len(list(itertools.islice(ids, 100))) == 100
-    assert next(asked) < 50
+    assert next(num_read) < 50
 
 
 @given(
-    word=st.lists(st.integers(0, 2), min_size=10, max_size=80),
+    ids=st.lists(st.integers(0, 2), min_size=10, max_size=80),
     pairs=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), unique=True, max_size=15),
 )
-@example(word=[1, 1, 0, 1, 0, 1], pairs=[(0, 1), (1, 1), (2, 2)])
-def test_long_words_are_merged_like_short_ones(word, pairs):
-    """Random merges in any order, so that a merge can make what an earlier one needs, and several the same."""
+@example(ids=[1, 1, 0, 1, 0, 1], pairs=[(0, 1), (1, 1), (2, 2)])
+def test_long_pretokens_are_merged_like_short_ones(ids, pairs):
+    """Random merges in any order: a merge may produce what an earlier one needs, and several may produce the same."""
     ranks = {pair: rank for rank, pair in enumerate(pairs)}
     results = [max(pair) + 1 for pair in pairs]
-    assert merge_long_word(list(word), ranks, results) == merge_short_word(list(word), ranks, results)
+    assert merge_long(list(ids), ranks, results) == merge_short(list(ids), ranks, results)
 
 
-def test_long_words_equal_tiktoken(gpt2):
+def test_long_pretokens_equal_tiktoken(gpt2):
     generator = random.Random(0)
     for letters in ("ab", "etaoinshrdl", "=-"):
-        word = "".join(generator.choices(letters, k=3000))
-        assert gpt2.encode(word) == tiktoken_of(gpt2).encode(word)
+        text = "".join(generator.choices(letters, k=3000))
+        assert gpt2.encode(text) == tiktoken_of(gpt2).encode(text)
 
 
 def test_a_million_identical_letters(gpt2):
-    """Were it quadratic, this would take days."""
+    """In quadratic time this would take days."""
     ids = gpt2.encode("a" * 1_000_000)
     assert ids == gpt2.encode("a" * 1_000) * 1_000
     assert gpt2.encode("a" * 1_000) == tiktoken_of(gpt2).encode("a" * 1_000)
 
 
-def test_only_short_words_are_kept_and_not_too_many(monkeypatch):
-    monkeypatch.setattr(plain, "_CACHE_WORDS", 5)
-    tokenizer = get_tokenizer(BYTES, [])
-    text = " ".join(map(str, range(100, 150))) + " " + "x" * 1000
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.encode(text) == list(text.encode())
-    assert len(tokenizer._words) <= 5
-    assert max(map(len, tokenizer._words)) < 100
+def test_the_cache_holds_a_limited_number_of_short_pretokens():
+    cache = PretokenCache(MergeRules({byte: byte for byte in range(256)}, {}, []), max_pretokens=5)
+    pretokens = [*map(str, range(100, 150)), "x" * 1000]
+    for pretoken in pretokens * 2:
+        assert cache[pretoken] == tuple(pretoken.encode())
+        assert len(cache) <= 5
+    assert max(map(len, cache)) < 100
 
 
-# The vocabulary is anything
+# Any vocabulary
 
 
 @given(seed=st.integers(0, 1000), text=st.text(st.sampled_from("lower thn's"), max_size=40))
-def test_ids_mean_nothing_but_what_the_vocabulary_says(ours, seed, text):
+def test_the_vocabulary_alone_determines_the_ids(ours, seed, text):
     new_ids = random.Random(seed).sample(range(10**6), len(ours.vocab))
     translate = dict(zip(ours.vocab, new_ids, strict=True))
     vocab = {translate[i]: token for i, token in ours.vocab.items()}
@@ -254,7 +253,7 @@ def test_bytes_with_two_ids_are_encoded_as_the_smaller():
     assert tokenizer.decode([9, 3]) == "aab"
 
 
-def test_of_equal_merges_the_first_counts():
+def test_the_first_of_equal_merges_counts():
     merges = [(b"a", b"b"), (b"b", b"c"), (b"a", b"b")]
     vocab = dict(enumerate([b"a", b"b", b"c", b"ab", b"bc"]))
     assert get_tokenizer(vocab, merges).encode("abc") == [3, 2]
@@ -264,7 +263,9 @@ def test_a_missing_byte():
     tokenizer = get_tokenizer({0: b"a", 1: b" "}, [], [END])
     assert tokenizer.encode(f"a a{END}") == [0, 1, 0, 2]
     for text in ("ab", "é"):
-        with pytest.raises(ValueError, match=f"no token for the byte 0x{text.encode().removeprefix(b'a')[0]:02x}"):
+        with pytest.raises(
+            InvalidInputError, match=f"no token for the byte 0x{text.encode().removeprefix(b'a')[0]:02x}"
+        ):
             tokenizer.encode(text)
     assert tokenizer.encode("a") == [0]
 
@@ -291,19 +292,19 @@ def test_malformed_utf8_becomes_replacement_characters():
 @pytest.mark.parametrize(("ids", "wrong"), [([1, 500], "id 500 at position 1"), ([-1], "id -1"), (["a"], "id 'a'")])
 def test_decode_names_an_id_out_of_range(ours, ids, wrong):
     assert ours.vocab_size == 500
-    with pytest.raises(ValueError, match=f"{wrong}.* whose largest id is 499"):
+    with pytest.raises(InvalidInputError, match=f"{wrong}.* whose largest id is 499"):
         ours.decode(ids)
 
 
 def test_decode_names_an_id_of_an_array_out_of_range(ours):
-    with pytest.raises(ValueError, match="id 65535 at position 2"):
+    with pytest.raises(InvalidInputError, match="id 65535 at position 2"):
         ours.decode(np.array([0, 1, 65535], np.uint16))
 
 
 # Files
 
 
-def test_from_files_reads_what_gpt2_has():
+def test_from_files_reads_the_files_of_gpt2():
     vocab, merges = shared_data("gpt2_vocab.json"), shared_data("gpt2_merges.txt")
     tokenizer = Tokenizer.from_files(vocab, str(merges), special_tokens=[END])
     assert tokenizer.special_token_ids == {END: 50256}
@@ -343,7 +344,7 @@ def test_any_special_tokens_and_merges_survive_saving(tmp_path_factory, special_
     assert loaded.fingerprint == tokenizer.fingerprint
 
 
-def test_fingerprint_tells_tokenizers_apart():
+def test_fingerprints_differ_if_tokenizers_differ():
     vocab = BYTES | {256: b"ab", 257: b"bc"}
     merges = [(b"a", b"b"), (b"b", b"c")]
     tokenizer = get_tokenizer(vocab, merges, ["<x>", "<y>"])
@@ -360,16 +361,29 @@ def test_fingerprint_tells_tokenizers_apart():
     assert re.fullmatch("[0-9a-f]{64}", tokenizer.fingerprint)
 
 
-def test_loading_says_what_is_missing_or_wrong(tmp_path, ours):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("special_tokens.json", '{"<x>": 1}', "must hold a JSON list"),
+        ("special_tokens.json", "[", "is not JSON"),
+        ("special_tokens.json", '["a", 1]', "special token 1 must be a string"),
+        ("special_tokens.json", '["a", "a"]', "'a' is given twice"),
+        ("merges.txt", "q z\n", r"merge 0.*needs the token b'qz'"),
+        ("vocab.json", "[]", "must hold one JSON object"),
+        ("pattern.json", '"("', "not in the syntax of the regex package"),
+        ("pattern.json", "1", "pattern must be a string"),
+    ],
+)
+def test_the_error_names_the_damaged_file_or_folder(tmp_path, ours, name, content, message):
+    ours.save(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DamagedFileError, match=message) as error:
+        Tokenizer.load(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_folder_without_a_tokenizer_is_not_found(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not the folder of a saved tokenizer"):
-        Tokenizer.load(tmp_path)
-    ours.save(tmp_path)
-    (tmp_path / "special_tokens.json").write_text('{"<x>": 1}')
-    with pytest.raises(ValueError, match="must hold a JSON list"):
-        Tokenizer.load(tmp_path)
-    ours.save(tmp_path)
-    (tmp_path / "merges.txt").write_text("q z\n")
-    with pytest.raises(ValueError, match=r"merge 0.*needs the token b'qz'"):
         Tokenizer.load(tmp_path)
 
 
@@ -383,17 +397,17 @@ def test_encode_file(tmp_path, ours, block_bytes):
     assert (info.vocab_size, info.tokenizer_fingerprint) == (500, ours.fingerprint)
 
 
-def test_encode_file_leaves_nothing_half_written(tmp_path, ours):
+def test_encode_file_leaves_no_incomplete_file(tmp_path, ours):
     text, output = tmp_path / "text.txt", tmp_path / "tokens.bin"
     text.write_bytes(b"good " * 100_000 + b"\xff")
-    with pytest.raises(ValueError, match=r"text\.txt' is not valid UTF-8 at byte offset 500000 "):
+    with pytest.raises(InvalidInputError, match=r"text\.txt' is not valid UTF-8 at byte offset 500000 "):
         encode_file(ours, text, output)
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
     with pytest.raises(FileNotFoundError, match="there is no file"):
         encode_file(ours, tmp_path / "nowhere.txt", output)
     with pytest.raises(IsADirectoryError, match="is a folder"):
         encode_file(ours, tmp_path, output)
-    with pytest.raises(ValueError, match="is the text itself"):
+    with pytest.raises(InvalidInputError, match="is the text itself"):
         encode_file(ours, text, text)
     assert text.stat().st_size == 500_001
 
@@ -404,17 +418,17 @@ def test_encode_file_leaves_nothing_half_written(tmp_path, ours):
 @pytest.mark.parametrize(
     ("vocab", "merges", "special_tokens", "error", "message"),
     [
-        (BYTES, [(b"a", b"b")], None, ValueError, r"merge 0, \(b'a', b'b'\), needs the token b'ab'"),
-        (BYTES | {256: b"ab"}, [(b"a", b"b"), (b"ab", b"cd")], None, ValueError, "merge 1, .*the token b'cd'"),
-        ({0: b"b", 1: b"ab"}, [(b"a", b"b")], None, ValueError, "needs the token b'a'"),
+        (BYTES, [(b"a", b"b")], None, InvalidInputError, r"merge 0, \(b'a', b'b'\), needs the token b'ab'"),
+        (BYTES | {256: b"ab"}, [(b"a", b"b"), (b"ab", b"cd")], None, InvalidInputError, "merge 1, .*the token b'cd'"),
+        ({0: b"b", 1: b"ab"}, [(b"a", b"b")], None, InvalidInputError, "needs the token b'a'"),
         (BYTES, [("a", "b")], None, TypeError, "merge 0 must be a pair of bytes, got"),
         (BYTES, [(b"a",)], None, TypeError, "merge 0 must be a pair of bytes, got"),
         (BYTES, [b"ab"], None, TypeError, "merge 0 must be a pair of bytes, got b'ab'"),
         ({0: "a"}, [], None, TypeError, "vocab must map ints to bytes, but has 0: 'a'"),
         ({"a": 0}, [], None, TypeError, "vocab must map ints to bytes, but has 'a': 0"),
-        ({-1: b"a"}, [], None, ValueError, "the id -1"),
-        (BYTES, [], [""], ValueError, "special token 0 is empty"),
-        (BYTES, [], ["a", "a"], ValueError, "'a' is given twice"),
+        ({-1: b"a"}, [], None, InvalidInputError, "the id -1"),
+        (BYTES, [], [""], InvalidInputError, "special token 0 is empty"),
+        (BYTES, [], ["a", "a"], InvalidInputError, "'a' is given twice"),
         (BYTES, [], [b"a"], TypeError, "must be a string, got b'a'"),
         (BYTES, [], "a", TypeError, "must be a list of strings"),
     ],
@@ -438,7 +452,7 @@ def test_repr(ours):
     assert repr(many).endswith(r"pattern='\\w+|\\W', special_tokens=['a', 'b', 'c', 'd'] and 4 more)")
 
 
-# Memory, of a process of its own
+# Memory, in a separate process
 
 linux_only = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc/self/status")
 
@@ -459,14 +473,14 @@ def limit(allowance_bytes):
 def peak_bytes():
     return memory_bytes("VmHWM")
 
-def pieces(size_bytes, start=0):
-    # A long word of one token is quick; one in each piece is new, so that a cache without a bound would show.
+def lines(size_bytes, start=0):
+    # A long pre-token of one token is fast; each line has a new pre-token, so an unbounded cache would be visible.
     for number in itertools.count(start):
-        piece = " lighthousekeeper" * 40 + " the" + "".join(chr(97 + int(digit)) for digit in str(number)) + "\\n"
-        size_bytes -= len(piece)
+        line = " lighthousekeeper" * 40 + " the" + "".join(chr(97 + int(digit)) for digit in str(number)) + "\\n"
+        size_bytes -= len(line)
         if size_bytes < 0:
             return
-        yield piece
+        yield line
 
 def consume(ids):
     collections.deque(ids, maxlen=0)
@@ -482,23 +496,23 @@ def measured(tmp_path, tokenizer: Tokenizer, code: str) -> str:
 
 @linux_only
 def test_encode_iterable_memory_does_not_grow_with_the_stream(tmp_path):
-    word = b" lighthousekeeper"
-    merges = [(word[:i], word[i : i + 1]) for i in range(1, len(word))]
+    pretoken = b" lighthousekeeper"
+    merges = [(pretoken[:i], pretoken[i : i + 1]) for i in range(1, len(pretoken))]
     vocab = BYTES | {256 + i: left + right for i, (left, right) in enumerate(merges)}
     code = """
-consume(tokenizer.encode_iterable(pieces(2_000_000)))
+consume(tokenizer.encode_iterable(lines(2_000_000)))
 before = peak_bytes()
-consume(tokenizer.encode_iterable(pieces(5_000_000, 10_000)))
+consume(tokenizer.encode_iterable(lines(5_000_000, 10_000)))
 after_5 = peak_bytes()
-consume(tokenizer.encode_iterable(pieces(50_000_000, 100_000)))
+consume(tokenizer.encode_iterable(lines(50_000_000, 100_000)))
 after_50 = peak_bytes()
-kept = list(tokenizer.encode_iterable(pieces(30_000_000)))
+ids = list(tokenizer.encode_iterable(lines(30_000_000)))
 print(after_5 - before, after_50 - after_5, peak_bytes() - after_50)
 """
     growth_5, growth_45_more, control = map(int, measured(tmp_path, get_tokenizer(vocab, merges, [END]), code).split())
     assert growth_5 <= 1_000_000
     assert growth_45_more <= 1_000_000
-    assert control > 2_000_000, "a list of ids is seen, so what is measured is real"
+    assert control > 2_000_000, "the measurement sees the memory of a list of ids"
 
 
 @linux_only
@@ -506,13 +520,13 @@ def test_encode_iterable_fits_a_megabyte_and_encode_ends_in_memory_error(tmp_pat
     path = shared_data("tinystories_shuffled_words_5M.txt")
     code = f"""
 text = open({str(path)!r}, encoding="utf-8", newline="")
-whole = text.read()
+complete = text.read()
 text.seek(0)
-long_word, surrogates = "a" * 5_000_000, "a\\ud800" * 2_000_000
+long_pretoken, surrogates = "a" * 5_000_000, "a\\ud800" * 2_000_000
 consume(tokenizer.encode_iterable(["a warm-up"]))
 limit(1_000_000)
 consume(tokenizer.encode_iterable(text))
-for too_large in (whole, long_word, surrogates):
+for too_large in (complete, long_pretoken, surrogates):
     try:
         tokenizer.encode(too_large)
     except MemoryError:

@@ -1,4 +1,4 @@
-"""BPE training: against naive counting, the `tokenizers` package, the worked example, and itself cut differently."""
+"""BPE training: against naive counting, the `tokenizers` package, and the worked example; for any number of workers."""
 
 import json
 import re
@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from basic.common.errors import InvalidInputError
 from basic.train_bpe import merges_from_counts
 
 from .adapters import run_train_bpe
@@ -23,7 +24,7 @@ from .fixtures.make_tokenizer_fixtures import (
 
 pytestmark = pytest.mark.usefixtures("plain_path")
 
-# Few letters make many ties, overlaps ("aaa") and tokens that several merges make.
+# Few letters give many ties, overlaps ("aaa") and tokens that several merges produce.
 ties = st.text(st.sampled_from("aab b"), max_size=40)
 
 
@@ -73,7 +74,7 @@ def test_merges_from_counts_equals_naive_counting(counts):
     assert merges_from_counts(counts, 40) == naive_merges(counts, 40)
 
 
-def test_counts_of_zero_and_the_order_of_words_mean_nothing():
+def test_zero_counts_and_the_order_of_pretokens_do_not_matter():
     counts = {b"abab": 2, b"cdcd": 2, b"aaaa": 1, b"x": 9, b"": 4}
     merges = merges_from_counts(counts, 10)
     assert merges == merges_from_counts(dict(reversed(counts.items())) | {b"zzz": 0}, 10)
@@ -129,14 +130,14 @@ def test_nothing_is_merged_across_special_tokens(tmp_path):
     assert merges == [(b"a", b"b")]
 
 
-def test_the_longest_special_token_is_the_one_that_is_there(tmp_path):
+def test_the_longest_special_token_is_used(tmp_path):
     path = tmp_path / "corpus.txt"
     path.write_text("xy<s><s>xy")
     assert run_train_bpe(path, 400, ["<s>", "<s><s>"])[1] == [(b"x", b"y")]
 
 
 @pytest.mark.parametrize("text", ["", "a", "a b c", "<|endoftext|>"])
-def test_training_ends_early_without_pairs(tmp_path, text):
+def test_training_stops_early_without_pairs(tmp_path, text):
     path = tmp_path / "corpus.txt"
     path.write_text(text)
     vocab, merges = run_train_bpe(path, 1000, ["<|endoftext|>"])
@@ -163,12 +164,13 @@ def test_progress_bars_change_nothing(tmp_path, capsys):
 
 def test_vocab_size_too_small(tmp_path):
     run_train_bpe(SAMPLE, 258, ["a", "b"])
-    with pytest.raises(ValueError, match=r"vocab_size=257 is too small: .* 2 special tokens need at least 258"):
+    with pytest.raises(InvalidInputError, match=r"vocab_size=257 is too small: .* 2 special tokens need at least 258"):
         run_train_bpe(SAMPLE, 257, ["a", "b"])
 
 
 @pytest.mark.parametrize(
-    ("special_tokens", "error"), [([""], ValueError), (["a", "a"], ValueError), ([1], TypeError), ("a", TypeError)]
+    ("special_tokens", "error"),
+    [([""], InvalidInputError), (["a", "a"], InvalidInputError), ([1], TypeError), ("a", TypeError)],
 )
 def test_bad_special_tokens(special_tokens, error):
     with pytest.raises(error, match="special"):
@@ -182,15 +184,15 @@ def test_missing_corpus(tmp_path):
         run_train_bpe(tmp_path, 300, [])
 
 
-def test_invalid_utf8_is_named_by_its_offset(tmp_path):
+def test_the_error_names_the_offset_of_invalid_utf8(tmp_path):
     path = tmp_path / "corpus.txt"
     path.write_bytes(b"good \xc3\xa9 \xc3( bad")
-    with pytest.raises(ValueError, match=r"corpus\.txt' is not valid UTF-8 at byte offset 8 "):
+    with pytest.raises(InvalidInputError, match=r"corpus\.txt' is not valid UTF-8 at byte offset 8 "):
         run_train_bpe(path, 300, [])
     path = shared_data("utf8tests.bin")
     with pytest.raises(UnicodeDecodeError) as expected:
         path.read_bytes().decode()
-    with pytest.raises(ValueError, match=f"at byte offset {expected.value.start} "):
+    with pytest.raises(InvalidInputError, match=f"at byte offset {expected.value.start} "):
         run_train_bpe(path, 300, [])
 
 
@@ -199,10 +201,10 @@ def test_invalid_utf8_is_named_by_its_offset(tmp_path):
     [({b"ab": 1}, -1, "num_merges=-1"), ({b"ab": -2}, 1, "count of b'ab' is -2")],
 )
 def test_bad_counts(counts, num_merges, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         merges_from_counts(counts, num_merges)
 
 
-def test_words_must_be_bytes():
-    with pytest.raises(TypeError, match="words must be bytes, got 'ab'"):
+def test_pretokens_must_be_bytes():
+    with pytest.raises(TypeError, match="pre-tokens must be bytes, got 'ab'"):
         merges_from_counts({"ab": 1}, 1)  # ty: ignore[invalid-argument-type]

@@ -1,4 +1,4 @@
-"""The kernels against their readable twins, tiktoken, the `regex` package and naive merging."""
+"""The kernels against the plain path, tiktoken, the `regex` package and naive merging."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ import pytest
 import regex
 
 from basic.bpe import loading
+from basic.bpe.arrays import bytes_array, special_token_arrays
 from basic.bytes_utils import load_merges, load_vocab
+from basic.common.errors import InvalidInputError
 from basic.corpus.counting import count_pretokens
 from basic.encoding import encode_file
 from basic.pretokenization import SpecialTokens
@@ -32,9 +34,9 @@ END = "<|endoftext|>"
 OVERLAPPING = [END, "<|end", "|>", " the", "é\u3000"]
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-# What the pattern tells apart, and what is taken for it: letters, digits, contractions, all kinds of white space,
-# control characters that str.isspace and the pattern see differently, marks, emoji, the neighbours of the surrogates.
-NASTY = [
+# Each class of the pattern and its special cases: letters, digits, contractions, all kinds of white space, control
+# characters that are white space for str.isspace only, marks, emoji, the code points next to the surrogates.
+DIFFICULT = [
     *(
         "a",
         "Z",
@@ -75,9 +77,9 @@ NASTY = [
 ]
 
 
-def nasty_text(rng: random.Random, max_length: int) -> str:
-    # Long runs of one kind too: words of more than 15 bytes go another way through the tables.
-    return "".join(rng.choice(NASTY) * rng.choice((1, 1, 1, 2, 9)) for _ in range(rng.randint(0, max_length)))
+def difficult_text(rng: random.Random, max_length: int) -> str:
+    # Also long runs of one character: the hash table stores pre-tokens of more than 15 bytes differently.
+    return "".join(rng.choice(DIFFICULT) * rng.choice((1, 1, 1, 2, 9)) for _ in range(rng.randint(0, max_length)))
 
 
 def write(folder: Path, text: str | bytes, name: str = "text.txt") -> Path:
@@ -93,7 +95,11 @@ def counts_of_kernels(
 
 
 def counts_of_regex(text: str) -> Counter[bytes]:
-    return Counter({word.encode(): count for word, count in Counter(regex.findall(PATTERN, text)).items()})
+    return encoded(Counter(regex.findall(PATTERN, text)))
+
+
+def encoded(counts: Counter[str]) -> Counter[bytes]:
+    return Counter({pretoken.encode(): count for pretoken, count in counts.items()})
 
 
 @pytest.fixture(scope="module")
@@ -109,52 +115,52 @@ def trained() -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
 
 @pytest.fixture(scope="module")
 def pair(trained) -> tuple[Tokenizer, Tokenizer]:
-    """One tokenizer with kernels and its twin without."""
+    """The same tokenizer with and without kernels."""
     return Tokenizer(*trained, OVERLAPPING, kernels=True), Tokenizer(*trained, OVERLAPPING, kernels=False)
 
 
 # ---- the scanner
 
 
-def test_every_code_point_is_classed_as_the_regex_package_does(tmp_path):
-    """Each after a letter and a space, before a digit and a sign: every class makes other words."""
+def test_every_code_point_has_the_class_that_the_regex_package_gives(tmp_path):
+    """Each after a letter and a space, before a digit and a sign: every class gives other pre-tokens."""
     for plane in range(0, 0x110000, 0x10000):
         characters = (chr(code) for code in range(plane, plane + 0x10000) if not 0xD800 <= code < 0xE000)
         text = "".join(f"a{c}1 {c}." for c in characters)
         assert counts_of_kernels(write(tmp_path, text), num_workers=1) == counts_of_regex(text)
 
 
-def test_random_nasty_strings(tmp_path):
+def test_random_difficult_strings(tmp_path):
     rng = random.Random(0)
-    texts = [nasty_text(rng, 12) for _ in range(100_000)]
+    texts = [difficult_text(rng, 12) for _ in range(100_000)]
     expected: Counter[str] = Counter()
     for text in texts:
         expected.update(regex.findall(PATTERN, text))
     separator = "\U000e0001"  # not in the alphabet
     counts = counts_of_kernels(write(tmp_path, separator.join(texts)), [separator])
-    assert counts == Counter({word.encode(): count for word, count in expected.items()})
+    assert counts == encoded(expected)
 
 
 @pytest.mark.parametrize("name", [path.name for path in sorted(SHARED_DATA.glob("*.txt"))] or ["novels_valid.txt"])
-def test_words_of_real_text(tmp_path, name):
+def test_pretokens_of_real_text(tmp_path, name):
     text = shared_data(name).read_bytes()[: 3 << 20].decode(errors="ignore")
     expected: Counter[str] = Counter()
     for document in text.split(END):
         expected.update(regex.findall(PATTERN, document))
     counts = counts_of_kernels(write(tmp_path, text), [END])
-    assert counts == Counter({word.encode(): count for word, count in expected.items()})
+    assert counts == encoded(expected)
 
 
 # ---- counting
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_any_cutting_gives_the_same_counts(tmp_path, seed):
+def test_the_counts_do_not_depend_on_the_chunks(tmp_path, seed):
     rng = random.Random(seed)
     chunk_bytes = rng.choice([1, 50, 1000])
     special_tokens = rng.sample(OVERLAPPING, rng.randint(0, len(OVERLAPPING)))
-    pieces = [nasty_text(rng, 30) + rng.choice([*OVERLAPPING, "<|endoftext", "<|end|>", " th"]) for _ in range(400)]
-    path = write(tmp_path, "".join(pieces))
+    texts = [difficult_text(rng, 30) + rng.choice([*OVERLAPPING, "<|endoftext", "<|end|>", " th"]) for _ in range(400)]
+    path = write(tmp_path, "".join(texts))
     expected = count_pretokens(path, SpecialTokens(special_tokens), num_workers=1, kernels=False)
     for _ in range(4):
         options: dict[str, Any] = {"num_workers": rng.randint(1, 8), "shard_bytes": rng.choice([300, 1000, 5000])}
@@ -186,7 +192,7 @@ def test_odd_files(tmp_path, text, pair):
     assert fast.encode(text) == slow.encode(text)
 
 
-def test_several_files_are_counted_apart(tmp_path):
+def test_no_pretoken_crosses_the_end_of_a_file(tmp_path):
     paths = [write(tmp_path, text, name) for text, name in (("ab a", "1"), ("b ab", "2"), ("", "3"))]
     assert counts_of_kernels(paths) == {b"ab": 1, b" a": 1, b"b": 1, b" ab": 1}
     assert count_pretokens(paths, SpecialTokens(()), kernels=False) == counts_of_kernels(paths)
@@ -197,41 +203,41 @@ def test_several_files_are_counted_apart(tmp_path):
 def test_counts_have_64_bits():
     counts = {b"abc": 1 << 61, b"bcd": (1 << 61) + 1}
     assert merges_from_counts(counts, 5, kernels=True) == merges_from_counts(counts, 5, kernels=False)
-    larger = {word: count << 8 for word, count in counts.items()}  # for the plain path alone
+    larger = {pretoken: count << 8 for pretoken, count in counts.items()}  # for the plain path only
     assert merges_from_counts(larger, 5, kernels=True) == merges_from_counts(counts, 5, kernels=False)
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
-def test_invalid_utf8_is_named_by_its_offset(tmp_path, num_workers):
+def test_the_error_names_the_offset_of_invalid_utf8(tmp_path, num_workers):
     rng = random.Random(num_workers)
     for _ in range(300):
-        good = nasty_text(rng, 300).encode()
-        place = rng.randint(0, len(good))
+        good = difficult_text(rng, 300).encode()
+        position = rng.randint(0, len(good))
         bad = rng.choice(
             [b"\xff", b"\xc0\xaf", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xe2\x82", b"\x80", b"\xf0\x9f"]
         )
-        data = good[:place] + bad + good[place:]
+        data = good[:position] + bad + good[position:]
         try:
             data.decode()
             continue  # a character may have been completed
         except UnicodeDecodeError as error:
             offset = error.start
         path = write(tmp_path, data)
-        with pytest.raises(ValueError, match=f"not valid UTF-8 at byte offset {offset} "):
+        with pytest.raises(InvalidInputError, match=f"not valid UTF-8 at byte offset {offset} "):
             counts_of_kernels(path, num_workers=num_workers, shard_bytes=400)
 
 
 # ---- merges
 
 
-def test_merges_equal_naive_merging_on_corpora_full_of_ties():
+def test_merges_equal_naive_merging_on_corpora_with_many_ties():
     rng = random.Random(0)
     for number in range(1000):
         alphabet = (b"a", b"ab", b"abc", b"ab")[number % 4]
-        words = (bytes(rng.choices(alphabet, k=rng.randint(1, 14))) for _ in range(rng.randint(0, 12)))
-        counts = {word: rng.randint(0, 3) for word in words}
+        pretokens = (bytes(rng.choices(alphabet, k=rng.randint(1, 14))) for _ in range(rng.randint(0, 12)))
+        counts = {pretoken: rng.randint(0, 3) for pretoken in pretokens}
         num_merges = rng.randint(0, 40)
-        expected = naive_merges({word: count for word, count in counts.items() if count}, num_merges)
+        expected = naive_merges({pretoken: count for pretoken, count in counts.items() if count}, num_merges)
         assert merges_from_counts(counts, num_merges, kernels=True) == expected
 
 
@@ -258,17 +264,17 @@ def test_ids_equal_those_of_tiktoken(gpt2, name):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_any_cutting_gives_the_same_ids(tmp_path, monkeypatch, pair, seed):
+def test_the_ids_do_not_depend_on_the_chunks(tmp_path, monkeypatch, pair, seed):
     fast, slow = pair
     rng = random.Random(seed)
     text = "".join(
-        nasty_text(rng, 30) + rng.choice([*OVERLAPPING, "<|endoftext", "<|end|>", " th"]) for _ in range(300)
+        difficult_text(rng, 30) + rng.choice([*OVERLAPPING, "<|endoftext", "<|end|>", " th"]) for _ in range(300)
     )
     as_text = seed % 3 == 0
     expected = slow.encode(text, specials_as_text=as_text)
     assert fast.encode(text, specials_as_text=as_text) == expected
-    pieces = (text[start : start + 7] for start in range(0, len(text), 7))
-    assert list(fast.encode_iterable(pieces, specials_as_text=as_text)) == expected
+    texts = (text[start : start + 7] for start in range(0, len(text), 7))
+    assert list(fast.encode_iterable(texts, specials_as_text=as_text)) == expected
     for data in (text, text.encode(), memoryview(text.encode()), np.frombuffer(text.encode(), np.uint8)):
         ids = fast.encode_array(data, num_threads=rng.randint(1, 8), specials_as_text=as_text)
         assert ids.tolist() == expected
@@ -287,22 +293,26 @@ def test_any_cutting_gives_the_same_ids(tmp_path, monkeypatch, pair, seed):
         assert batch == [slow.encode(line, specials_as_text=as_text) for line in lines]
 
 
-def test_the_cache_is_emptied_when_it_is_full(monkeypatch, pair):
-    from basic.bpe.kernels import encode
+def test_a_full_cache_is_emptied(pair):
+    from basic.bpe.kernels.apply_merges import merges_as_arrays
+    from basic.bpe.kernels.encode import PretokenEncoder
+    from basic.bpe.kernels.scan import code_classes
 
-    fast, slow = pair
-    monkeypatch.setattr(encode, "_MAX_ROWS", 1 << 16)
-    monkeypatch.setattr(encode, "_MAX_POOL", 1 << 14)
+    slow = pair[1]
+    merges, no_specials = merges_as_arrays(slow._rules), (*special_token_arrays([]), np.zeros(0, np.int64))
+    encoder = PretokenEncoder(code_classes(), merges, np.dtype(np.uint16), max_slots=1 << 16, max_pool=1 << 14)
     rng = random.Random(0)
-    words = [f" {rng.getrandbits(80):x}"[: rng.randint(2, 20)] for _ in range(60_000)]
-    text = "".join(rng.choices(words, k=100_000))
-    assert Tokenizer(fast.vocab, fast.merges, kernels=True).encode(text) == slow.encode(text, specials_as_text=True)
+    pretokens = [f" {rng.getrandbits(80):x}"[: rng.randint(2, 20)] for _ in range(60_000)]
+    text = "".join(rng.choices(pretokens, k=100_000))
+    ids = encoder.encode(bytes_array(text.encode()), 0, len(text), no_specials)
+    assert ids.tolist() == slow.encode(text, specials_as_text=True)
+    assert (len(encoder._table), len(encoder._pool)) == (4 << 17, 1 << 14), "the sizes of the start"
 
 
-def test_ids_mean_nothing_but_what_the_vocabulary_says(trained):
+def test_the_vocabulary_alone_determines_the_ids(trained):
     vocab, merges = trained
     rng = random.Random(0)
-    text = SAMPLE.read_bytes().decode() + nasty_text(rng, 500)
+    text = SAMPLE.read_bytes().decode() + difficult_text(rng, 500)
     for largest in (len(vocab) - 1, 65_535, 65_536, 1_000_000, 3_000_000):
         ids = [*rng.sample(range(largest), len(vocab) - 1), largest]
         rng.shuffle(ids)
@@ -316,7 +326,7 @@ def test_ids_mean_nothing_but_what_the_vocabulary_says(trained):
 
 
 def test_merges_in_any_order():
-    """A merge may come before those that make its parts: all places of the earliest are merged first."""
+    """A merge may come before those that produce its two tokens."""
     rng = random.Random(0)
     for _ in range(150):
         vocab, merges = {i: bytes([i]) for i in range(256)}, []
@@ -341,37 +351,37 @@ def test_a_missing_byte(tmp_path, trained):
     assert fast.decode(fast.encode("fine")) == "fine"
     path = write(tmp_path, "fine " + "x" * 3000 + " q")
     for text in ("not quite", "x" * 3000 + "q"):
-        with pytest.raises(ValueError, match="no token for the byte 0x71"):
+        with pytest.raises(InvalidInputError, match="no token for the byte 0x71"):
             fast.encode(text)
-        with pytest.raises(ValueError, match="no token for the byte 0x71"):
+        with pytest.raises(InvalidInputError, match="no token for the byte 0x71"):
             fast.encode_array(text)
-    with pytest.raises(ValueError, match=r"no token for the byte 0x71, at byte offset 3006 of .*text\.txt"):
+    with pytest.raises(InvalidInputError, match=r"no token for the byte 0x71, at byte offset 3006 of .*text\.txt"):
         encode_file(fast, path, tmp_path / "ids.bin")
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_missing_byte_among_new_words_is_the_first_and_leaves_nothing_behind(trained):
+def test_after_a_missing_byte_the_cache_is_still_correct(trained):
     vocab = {i: token for i, token in trained[0].items() if token != b"q"}
     merges = [merge for merge in trained[1] if b"q" not in merge[0] + merge[1]]
     fast, slow = Tokenizer(vocab, merges, kernels=True), Tokenizer(vocab, merges, kernels=False)
     for text in ("new words and a queen", "new words, " + "y" * 300 + "q and a queen"):
-        with pytest.raises(ValueError, match=rf"0x71, at byte offset {text.index('q')} of 'text'"):
+        with pytest.raises(InvalidInputError, match=rf"0x71, at byte offset {text.index('q')} of 'text'"):
             fast.encode(text)
-        # The words before it had rows already.
+        # The pre-tokens before it had slots already.
         assert fast.encode("new words and a new word") == slow.encode("new words and a new word")
 
 
-def test_words_that_are_not_kept_stand_between_new_ones(pair):
+def test_pretokens_too_long_for_the_cache_between_new_ones(pair):
     fast, slow = pair
     rng = random.Random(5)
     for _ in range(50):
-        words = ["".join(rng.choices("abcdeé", k=rng.choice([1, 3, 9, 17, 255, 256, 300, 700]))) for _ in range(9)]
-        text = " ".join(words)
+        letters = ["".join(rng.choices("abcdeé", k=rng.choice([1, 3, 9, 17, 255, 256, 300, 700]))) for _ in range(9)]
+        text = " ".join(letters)
         assert fast.encode(text) == slow.encode(text)
 
 
-def test_a_word_by_itself_is_that_word():
-    # The plain path takes the ids of a short text from its words, if it is one of them.
+def test_a_text_that_is_a_pretoken_has_its_ids():
+    # The plain path takes the ids of a short text from the cache, if it is one of the pre-tokens there.
     rng = random.Random(6)
     merges = [(b" ", b" "), (b"'", b"s"), (b"\n", b"\n"), (b" ", b"a"), (b"a", b"a")]
     vocab = {i: bytes([i]) for i in range(256)} | {256 + i: left + right for i, (left, right) in enumerate(merges)}
@@ -397,7 +407,7 @@ def test_surrogates(pair):
 def test_bytes_that_are_not_utf8(tmp_path, monkeypatch, trained, kernels):
     tokenizer = Tokenizer(*trained, OVERLAPPING, kernels=kernels)
     rng = random.Random(0)
-    garbage = b" ".join(nasty_text(rng, 20).encode()[rng.randint(0, 3) :] for _ in range(200))
+    garbage = b" ".join(difficult_text(rng, 20).encode()[rng.randint(0, 3) :] for _ in range(200))
     cases = [garbage, b"\xff", b"abc \xe2\x82", b"a" * 3000 + b"\x80", b"good \xed\xa0\x80 bad"]
     if (SHARED_DATA / "utf8tests.bin").is_file():
         cases.append((SHARED_DATA / "utf8tests.bin").read_bytes())
@@ -407,9 +417,9 @@ def test_bytes_that_are_not_utf8(tmp_path, monkeypatch, trained, kernels):
         with pytest.raises(UnicodeDecodeError) as error:
             data.decode()
         message = f"not valid UTF-8 at byte offset {error.value.start} "
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(InvalidInputError, match=message):
             tokenizer.encode_array(data)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(InvalidInputError, match=message):
             encode_file(tokenizer, path, tmp_path / "ids.bin", chunk_bytes=500)
         assert list(tmp_path.iterdir()) == [path]
         assert tokenizer.encode_array(data, errors="replace", num_threads=2).tolist() == expected
@@ -447,11 +457,11 @@ def test_arrays_are_decoded(gpt2, dtype):
     assert gpt2.decode(ids[:0]) == ""
 
 
-def test_ids_that_are_no_tokens():
+def test_unknown_ids():
     tokenizer = Tokenizer({i + i // 100: bytes([i]) for i in range(256)}, [], kernels=True)
     assert tokenizer.decode(np.array([65, 66])) == "AB"
     for wrong in (-1, 100, 258, 1 << 40):
-        with pytest.raises(ValueError, match=f"id {wrong} at position 1 is not in the vocabulary"):
+        with pytest.raises(InvalidInputError, match=f"id {wrong} at position 1 is not in the vocabulary"):
             tokenizer.decode(np.array([65, wrong, 66]))
 
 
@@ -460,16 +470,16 @@ def test_ids_that_are_no_tokens():
 
 @pytest.mark.parametrize("pattern", [r"\w+|\s", r"(?<=a)b+|(c)(d)", r"\p{Lu}?\p{Ll}+(?= )", r"\n"])
 def test_another_pattern(tmp_path, pattern):
-    """Its own oracle: what it finds and what it leaves out, between special tokens."""
+    """The oracle: its matches and the text between them, between special tokens."""
     text = (SAMPLE.read_bytes().decode()[:3000] + END + "abb cd Ab ab") * 3
-    words = []
+    pretokens = []
     for document in regex.split(regex.escape(END), text):
         position = 0
         for match in regex.finditer(pattern, document):
-            words += [document[position : match.start()], match.group()]
+            pretokens += [document[position : match.start()], match.group()]
             position = match.end()
-        words.append(document[position:])
-    expected = Counter(word.encode() for word in words if word)
+        pretokens.append(document[position:])
+    expected = Counter(pretoken.encode() for pretoken in pretokens if pretoken)
     path = write(tmp_path, text)
     special_tokens = SpecialTokens([END])
     for shard_bytes in (100, 4000, 1 << 20):
@@ -505,9 +515,9 @@ def test_tiktokens_newer_pattern_gives_tiktokens_ids(gpt2):
 def test_bad_arguments(tmp_path, pair):
     fast = pair[0]
     path = write(tmp_path, "text")
-    with pytest.raises(ValueError, match="num_threads=0 must be at least 1"):
+    with pytest.raises(InvalidInputError, match="num_threads=0 must be at least 1"):
         fast.encode_array("a", num_threads=0)
-    with pytest.raises(ValueError, match="errors='ignore' must be 'strict' or 'replace'"):
+    with pytest.raises(InvalidInputError, match="errors='ignore' must be 'strict' or 'replace'"):
         encode_file(fast, path, tmp_path / "ids.bin", errors="ignore")
     with pytest.raises(TypeError, match="must be a string, bytes or a uint8 array, got list"):
         fast.encode_array([1, 2])
@@ -515,13 +525,13 @@ def test_bad_arguments(tmp_path, pair):
         fast.encode_array(np.arange(3))
     with pytest.raises(TypeError, match="text must be a string, got bytes"):
         fast.encode(b"bytes")
-    with pytest.raises(ValueError, match=r"pattern '\(' is not in the syntax of the regex package"):
+    with pytest.raises(InvalidInputError, match=r"pattern '\(' is not in the syntax of the regex package"):
         Tokenizer({}, [], pattern="(")
     with pytest.raises(TypeError, match="pattern must be a string"):
         Tokenizer({}, [], pattern=PATTERN.encode())  # ty: ignore[invalid-argument-type]
 
 
-# ---- starting them
+# ---- loading
 
 
 def run_python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
@@ -534,7 +544,7 @@ def run_python(code: str, *arguments: object, **environment: str) -> subprocess.
     )
 
 
-def test_small_texts_start_nothing(tmp_path):
+def test_small_texts_do_not_load_numba(tmp_path):
     path = write(tmp_path, SAMPLE.read_bytes() * 3)
     code = """if True:
         import sys
@@ -550,7 +560,7 @@ def test_small_texts_start_nothing(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-def test_large_texts_go_to_the_kernels_by_themselves(tmp_path, trained):
+def test_large_texts_use_the_kernels(tmp_path, trained):
     text = SAMPLE.read_bytes().decode() * (loading.MIN_BYTES_FOR_KERNELS // SAMPLE.stat().st_size + 1)
     tokenizer = Tokenizer(*trained, OVERLAPPING)
     assert tokenizer.encode(text[:5000]) == Tokenizer(*trained, OVERLAPPING, kernels=False).encode(text[:5000])
@@ -558,8 +568,8 @@ def test_large_texts_go_to_the_kernels_by_themselves(tmp_path, trained):
     assert tokenizer._kernel_encoder is not None
 
 
-def test_little_address_space_leaves_the_kernels_alone(tmp_path):
-    """LLVM would end the process: the plain path encodes, or there is a MemoryError, and then all goes on."""
+def test_the_kernels_are_not_used_with_little_address_space(tmp_path):
+    """LLVM would end the process. The plain path encodes, or raises MemoryError and then still works."""
     pytest.importorskip("resource")
     if not Path("/proc/self/statm").exists():
         pytest.skip("needs /proc to know how much address space is in use")
@@ -581,47 +591,29 @@ def test_little_address_space_leaves_the_kernels_alone(tmp_path):
         assert (result.returncode, result.stdout.strip()) == (0, expected), result.stderr
 
 
-def test_without_a_folder_for_the_cache_they_are_compiled_anyway(monkeypatch, capsys):
-    from basic.bpe.kernels import instructions
+def test_kernels_are_compiled_without_a_cache_folder():
+    from basic.bpe.kernels.instructions import compile_function
 
-    def refuse(*arguments, **options):
-        raise OSError("read-only")
-
-    instructions.cache_folder.cache_clear()
-    monkeypatch.setattr(instructions.tempfile, "TemporaryFile", refuse)
-    monkeypatch.setenv("XDG_CACHE_HOME", "")
-    try:
-        assert instructions.kernel(lambda x: x + 1)(1) == 2
-        assert instructions.cache_folder() is None
-        assert "no folder for compiled kernels is writable (set NUMBA_CACHE_DIR)" in capsys.readouterr().err
-    finally:
-        instructions.cache_folder.cache_clear()
+    assert compile_function(lambda x: x + 1, None)(1) == 2
 
 
-def test_an_empty_or_relative_cache_folder_is_none(monkeypatch, tmp_path):
-    from basic.bpe.kernels import instructions
+def test_the_cache_folder_is_the_first_that_is_absolute_and_writable(capsys, tmp_path):
+    from basic.bpe.kernels.instructions import first_writable_folder
 
-    for home in ("", "relative"):
-        instructions.cache_folder.cache_clear()
-        monkeypatch.setenv("XDG_CACHE_HOME", home)
-        monkeypatch.setattr(instructions, "__file__", str(tmp_path / "none" / "file" / "x.py"))
-        (tmp_path / "none").touch()
-        monkeypatch.setenv("HOME", str(tmp_path))
-        folder = instructions.cache_folder()
-        assert folder is not None
-        assert folder.is_relative_to(tmp_path / ".cache")
-    instructions.cache_folder.cache_clear()
+    (tmp_path / "file").touch()
+    unusable = [None, "", "relative", tmp_path / "file" / "x"]
+    folder = first_writable_folder([*unusable, tmp_path / "first", tmp_path / "second"])
+    assert folder is not None
+    assert folder.is_relative_to(tmp_path / "first")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "first"]
+    assert first_writable_folder(unusable) is None
+    assert "no folder for compiled kernels is writable (set NUMBA_CACHE_DIR)" in capsys.readouterr().err
 
 
-def test_loading_says_that_it_compiles(monkeypatch, capsys, tmp_path):
-    from basic.bpe.kernels import instructions
-
-    monkeypatch.setattr(loading, "_loaded", set())
-    monkeypatch.setattr(instructions, "cache_folder", lambda: tmp_path)
-    loading.load_kernels("training")
+def test_a_message_says_that_kernels_are_compiled(capsys, tmp_path):
+    loading.warm_up("training", tmp_path)
     assert "compiling the kernels for training, once on this machine (ahead" in capsys.readouterr().err
-    loading._loaded.clear()
-    loading.load_kernels("training")
+    loading.warm_up("training", tmp_path)
     assert capsys.readouterr().err == ""
 
 
