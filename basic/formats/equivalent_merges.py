@@ -12,9 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from basic.bpe.plain import merge_long_word, merge_short_word
-
-_LONG_TOKEN_BYTES = 64  # from here on merge_long_word is the faster one
+from basic.bpe.plain import apply_merges
 
 # Bytes that UTF-8 has; the others need no token.
 _TEXT_BYTES = [*range(0xC0), *range(0xC2, 0xF5)]
@@ -31,8 +29,7 @@ class _Merging:
 
     def parts(self, token: bytes) -> list[bytes]:
         """What the merges so far make of the bytes of a token."""
-        merge_word = merge_short_word if len(token) <= _LONG_TOKEN_BYTES else merge_long_word
-        return [self._tokens[number] for number in merge_word(list(token), self._ranks, self._results)]
+        return [self._tokens[number] for number in apply_merges(list(token), self._ranks, self._results)]
 
     def add(self, left: bytes, right: bytes) -> None:
         self._ranks[self._numbers[left], self._numbers[right]] = len(self._results)
