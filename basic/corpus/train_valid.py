@@ -1,12 +1,15 @@
-"""Text to learn from, as two files: `train.txt` and, of what is never learned from, `valid.txt`."""
+"""Make `train.txt` and `valid.txt`, the training and validation text, from the embedded stories or from a text."""
 
 from __future__ import annotations
 
 import mmap
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
+from basic.common.errors import InvalidInputError
 from basic.corpus.sources import as_plain_file
 from basic.corpus.stories.grammar import Story, stories
 
@@ -19,26 +22,30 @@ def write_stories(
     seed: int = 0,
     separator: str = "<|endoftext|>",
     progress: bool = False,
+    sample: Callable[[int, int | None], Iterator[Story]] = stories,
 ) -> list[Story]:
-    """Write the embedded stories, each followed by the separator.
+    """Write embedded stories, each followed by the separator.
 
     Args:
-        folder: where train.txt and valid.txt shall stand.
-        train_count, valid_count: stories in each.
+        folder: folder of train.txt and valid.txt; it must exist.
+        train_count: number of stories in train.txt.
+        valid_count: number of stories in valid.txt.
         seed: other seeds give other stories.
+        progress: whether to show a progress bar.
+        sample: samples stories for a seed and a count, None for an endless stream.
 
     Returns:
-        The stories of valid.txt, none of which stands in train.txt.
+        The stories of valid.txt, none of which is in train.txt.
     """
     from tqdm import tqdm
 
-    drawn = stories(2 * seed, train_count)
-    learned = list(tqdm(drawn, "drawing stories", train_count, unit=" stories", disable=not progress))
-    known = {story.text for story in learned}
-    unseen = (story for story in stories(2 * seed + 1) if story.text not in known)
+    sampled = sample(2 * seed, train_count)
+    train = list(tqdm(sampled, "drawing stories", train_count, unit=" stories", disable=not progress))
+    train_texts = {story.text for story in train}
+    unseen = (story for story in sample(2 * seed + 1, None) if story.text not in train_texts)
     valid = [next(unseen) for _ in range(valid_count)]
-    for name, part in (("train.txt", learned), ("valid.txt", valid)):
-        (Path(folder) / name).write_bytes("".join(story.text + separator for story in part).encode())
+    for name, split in (("train.txt", train), ("valid.txt", valid)):
+        (Path(folder) / name).write_bytes("".join(story.text + separator for story in split).encode())
     return valid
 
 
@@ -49,47 +56,50 @@ def split_text(
     valid_fraction: float = 0.1,
     separator: str = "<|endoftext|>",
 ) -> None:
-    """Copy the beginning of a text to train.txt and its end to valid.txt, a file of any size.
+    """Copy the beginning of a text of any size to train.txt and its end to valid.txt.
 
-    It is cut behind the first separator in its last part, or else behind the first line or word there; but never
-    so late that less than half of that part is left.
+    The text is split after the first separator in its last `valid_fraction`, else after the first line, else after the
+    first word there. Only the first half of that range is searched, so that valid.txt does not become too short.
 
     Args:
-        source: UTF-8 text, plain or of those of `basic.corpus.sources`.
-        folder: where train.txt and valid.txt shall stand.
-        valid_fraction: share of the bytes in the last part, between 0 and 1.
+        source: UTF-8 text, in any form of `basic.corpus.sources`.
+        folder: folder of train.txt and valid.txt; it must exist.
+        valid_fraction: fraction of the bytes for valid.txt, between 0 and 1.
 
     Raises:
-        FileNotFoundError: no such text.
-        ValueError: the text is empty or not what its name says, or `valid_fraction` out of its range.
+        FileNotFoundError: there is no such text.
+        InvalidInputError: the text is empty or not valid, or `valid_fraction` is out of range.
+        DamagedFileError: the compressed file is incomplete or damaged.
     """
     if not 0 < valid_fraction < 1:
-        raise ValueError(f"valid_fraction must be between 0 and 1, got {valid_fraction}")
+        raise InvalidInputError(f"valid_fraction must be between 0 and 1, got {valid_fraction}")
     with as_plain_file(source, folder) as plain:
         if os.path.getsize(plain) == 0:
-            raise ValueError(f"{os.fspath(source)} is empty; give a text of at least some ten thousand characters")
+            raise InvalidInputError(
+                f"{os.fspath(source)} is empty; give a text of at least some ten thousand characters"
+            )
         with open(plain, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
             start = int(len(text) * (1 - valid_fraction))
-            cut = _cut(text, start, (start + len(text)) // 2, separator.encode())
+            offset = _split_offset(text, start, (start + len(text)) // 2, separator.encode())
             with open(Path(folder) / "train.txt", "wb") as train:
-                _copy(file, train, cut)
+                _copy(file, train, offset)
             with open(Path(folder) / "valid.txt", "wb") as valid:
                 shutil.copyfileobj(file, valid)
 
 
-def _cut(text: mmap.mmap, start: int, end: int, separator: bytes) -> int:
-    """The first good place to cut from `start` to `end`, or else the first between two characters."""
-    for edge in (separator, b"\n", b" "):
-        found = text.find(edge, start, end)
-        if found >= 0:
-            return found + len(edge)
+def _split_offset(text: mmap.mmap, start: int, stop: int, separator: bytes) -> int:
+    """The offset after the first separator, newline or space from `start` to `stop`; else after a whole character."""
+    for delimiter in (separator, b"\n", b" "):
+        offset = text.find(delimiter, start, stop)
+        if offset >= 0:
+            return offset + len(delimiter)
     while start < len(text) and text[start] & 0xC0 == 0x80:  # inside a character of several bytes
         start += 1
     return start
 
 
-def _copy(source, target, num_bytes: int) -> None:
+def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:
     while num_bytes > 0:
-        piece = source.read(min(num_bytes, 1 << 20))
-        target.write(piece)
-        num_bytes -= len(piece)
+        block = source.read(min(num_bytes, 1 << 20))
+        target.write(block)
+        num_bytes -= len(block)

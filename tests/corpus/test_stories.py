@@ -1,4 +1,4 @@
-"""The embedded corpus: its streams, its exact information, and the claim that no story has two derivations."""
+"""The embedded corpus: its streams, its exact information, and the proof that no story has two derivations."""
 
 import math
 import random
@@ -8,19 +8,19 @@ from itertools import combinations, islice
 
 import pytest
 
+from basic.common.errors import InvalidInputError
 from basic.corpus.stories.grammar import (
+    ConditionalRule,
     Grammar,
-    Mention,
-    Switch,
+    VariableReference,
     entropy_nats,
-    num_stories,
     stories,
     story_grammar,
     story_nats,
 )
 from basic.corpus.stories.words import BOYS, GIRLS, RULES, WORDS
 
-# Small enough to be counted by hand: 3/4 * (2 cats or 1 dog) + 1/4, as a remembered word decides what it says.
+# Small enough to be counted by hand: 3/4 * (2 cats or 1 dog) + 1/4, where the variable's word selects a rule.
 TOY = Grammar(
     {
         "story": ["3*{pet.A} came. <said {pet.kind}> Good {pet}!", "The end."],
@@ -46,13 +46,13 @@ TOY_STORIES = {
 }
 
 
-def test_a_small_grammar_draws_parses_and_counts_as_by_hand():
+def test_a_small_grammar_agrees_with_counting_by_hand():
     uniform = random.Random(0).random
-    drawn = dict(TOY.draw(uniform) for _ in range(500))
-    assert drawn.keys() == TOY_STORIES.keys()
+    sampled = dict(TOY.sample(uniform) for _ in range(500))
+    assert sampled.keys() == TOY_STORIES.keys()
     for text, probability in TOY_STORIES.items():
-        assert drawn[text] == pytest.approx(-math.log(probability), abs=1e-12)
-        assert TOY.parse(text) == ([pytest.approx(drawn[text], abs=1e-12)], len(text))
+        assert sampled[text] == pytest.approx(-math.log(probability), abs=1e-12)
+        assert TOY.parse(text) == ([pytest.approx(sampled[text], abs=1e-12)], len(text))
     assert TOY.parse("A tom came. It purred. Good tabby!")[0] == []
     entropy = -sum(p * math.log(p) for p in TOY_STORIES.values())
     assert TOY.count() == (6, pytest.approx(entropy, abs=1e-12))
@@ -64,21 +64,21 @@ def test_a_seed_fixes_the_stories():
 
 
 @pytest.mark.parametrize("count", [0, 1, 10])
-def test_fewer_stories_are_the_beginning_of_more(count):
+def test_a_smaller_count_gives_the_first_stories(count):
     assert list(stories(3, count)) == list(stories(3, 20))[:count] == list(islice(stories(3), count))
 
 
-def test_every_story_has_one_derivation_with_the_information_it_was_drawn_with():
+def test_every_story_has_one_derivation_with_the_information_it_was_sampled_with():
     for story in stories(1, 1000):
-        derivations, followed = story_grammar().parse(story.text)
+        derivations, prefix_length = story_grammar().parse(story.text)
         assert len(derivations) == 1, story.text
         assert derivations[0] == pytest.approx(story.nats, abs=1e-9)
-        assert followed == len(story.text)
+        assert prefix_length == len(story.text)
     assert story_nats(story.text) == derivations[0]
 
 
 def test_there_are_more_stories_than_anyone_can_read():
-    assert num_stories() >= 10**12
+    assert story_grammar().count()[0] >= 10**12
 
 
 def test_the_exact_entropy_is_the_mean_information_of_a_sample():
@@ -87,52 +87,55 @@ def test_the_exact_entropy_is_the_mean_information_of_a_sample():
     assert abs(statistics.mean(nats) - entropy_nats()) < 4 * standard_error
 
 
-# --- Unambiguity, proven rather than sampled
+# --- A proof that the grammar is unambiguous
 
 
-def heads(chain, bound, known):
-    """All ways to go on: (text, rest, words remembered). What was remembered before the rivals parted, `known`, may
-    be any word: that allows more than the grammar does, so that two rivals that never meet here never meet there."""
-    if chain is None:
-        yield "", None, bound
+def first_texts(stack, bindings, known):
+    """All ways to continue a derivation: (first text, rest of the stack, bindings).
+
+    A variable in `known` was bound before the two derivations differ, and may have any word. That allows more than the
+    grammar does, so derivations that never meet here never meet in the grammar.
+    """
+    if stack is None:
+        yield "", None, bindings
         return
-    part, rest = chain
-    variable = getattr(part, "variable", None)
-    choices = [part]
-    if isinstance(part, str):
-        yield from [(part, rest, bound)] if part else heads(rest, bound, known)
+    symbol, rest = stack
+    variable = getattr(symbol, "variable", None)
+    rules = [symbol]
+    if isinstance(symbol, str):
+        yield from [(symbol, rest, bindings)] if symbol else first_texts(rest, bindings, known)
         return
-    if isinstance(part, Mention):
-        if variable in bound:
-            yield bound[variable][part.form], rest, bound
+    if isinstance(symbol, VariableReference):
+        if variable in bindings:
+            yield bindings[variable][symbol.form], rest, bindings
             return
-        source = part.source
-        choices = [source] if not isinstance(source, Switch) else cases(source, bound)
-        words = [word for choice in choices for word in choice.options]
+        source = symbol.source
+        rules = [source] if not isinstance(source, ConditionalRule) else cases(source, bindings)
+        words = [word for rule in rules for word in rule.alternatives]
         if variable in known:
-            yield from ((text, rest, bound) for text in {word[part.form] for word in words})
+            yield from ((text, rest, bindings) for text in {word[symbol.form] for word in words})
         else:
-            yield from ((word[part.form], rest, {**bound, variable: word}) for word in words)
+            yield from ((word[symbol.form], rest, {**bindings, variable: word}) for word in words)
         return
-    for choice in cases(part, bound) if isinstance(part, Switch) else choices:
-        for option in choice.options:
-            yield from heads(chained(option, rest), bound, known)
+    for rule in cases(symbol, bindings) if isinstance(symbol, ConditionalRule) else rules:
+        for alternative in rule.alternatives:
+            yield from first_texts(pushed(alternative, rest), bindings, known)
 
 
-def cases(switch, bound):
-    if switch.variable in bound:
-        return [switch.cases[bound[switch.variable][switch.form]]]
-    return list(switch.cases.values())
+def cases(rule, bindings):
+    if rule.variable in bindings:
+        return [rule.cases[bindings[rule.variable][rule.form]]]
+    return list(rule.cases.values())
 
 
-def chained(parts, rest):
-    for part in reversed(parts):
-        rest = (part, rest)
-    return rest
+def pushed(symbols, stack):
+    for symbol in reversed(symbols):
+        stack = (symbol, stack)
+    return stack
 
 
 def can_meet(lefts, rights, known):
-    """Whether one of the left ways to go on, each (text, rest, words remembered), can write what a right one can."""
+    """Whether a left derivation, (first text, rest of the stack, bindings), can produce the text of a right one."""
     pairs = [(left, right) for left in lefts for right in rights if left[0][:1] == right[0][:1]]
     while pairs:
         left, right = pairs.pop()
@@ -142,46 +145,49 @@ def can_meet(lefts, rights, known):
         left, right = ((text[length:], *others) for text, *others in (left, right))
         if left[0] == right[0] == "" and left[1] is right[1] is None:
             return True
-        lefts, rights = ([way] if way[0] else list(heads(*way[1:], known)) for way in (left, right))
+        lefts, rights = ([way] if way[0] else list(first_texts(*way[1:], known)) for way in (left, right))
         pairs += [(a, b) for a in lefts for b in rights if a[0][:1] == b[0][:1]]
     return False
 
 
-def rivals(grammar):
-    """Every place where a derivation has a choice: for each option all (text, rest, words) that it begins with, and
-    the words known before."""
+def choices(grammar):
+    """Every choice in a derivation: for each alternative all (first text, rest of the stack, bindings), and the
+    variables that are bound before."""
     waiting: list = [((grammar.start, None), frozenset())]
     seen = set()
-    links = {}  # equal chains are one object, so that a place reached in many ways is looked at once
+    stacks = {}  # equal stacks are one object, so that a choice that is reached in several ways is visited once
     while waiting:
-        chain, known = waiting.pop()
-        if chain is None or (id(chain), known) in seen:
+        stack, known = waiting.pop()
+        if stack is None or (id(stack), known) in seen:
             continue
-        seen.add((id(chain), known))
-        part, rest = chain
-        if isinstance(part, str) or (isinstance(part, Mention) and part.variable in known):
+        seen.add((id(stack), known))
+        symbol, rest = stack
+        if isinstance(symbol, str) or (isinstance(symbol, VariableReference) and symbol.variable in known):
             waiting.append((rest, known))
             continue
-        source = part.source if isinstance(part, Mention) else part
-        for choice in source.cases.values() if isinstance(source, Switch) else [source]:
-            if isinstance(part, Mention):
-                yield [[(word[part.form], rest, {part.variable: word})] for word in choice.options], known
-                waiting.append((rest, known | {part.variable}))
+        source = symbol.source if isinstance(symbol, VariableReference) else symbol
+        for rule in source.cases.values() if isinstance(source, ConditionalRule) else [source]:
+            if isinstance(symbol, VariableReference):
+                yield [[(word[symbol.form], rest, {symbol.variable: word})] for word in rule.alternatives], known
+                waiting.append((rest, known | {symbol.variable}))
             else:
-                after = [links.setdefault((id(option), id(rest)), chained(option, rest)) for option in choice.options]
-                yield [list(heads(way, {}, known)) for way in after], known
+                after = [
+                    stacks.setdefault((id(alternative), id(rest)), pushed(alternative, rest))
+                    for alternative in rule.alternatives
+                ]
+                yield [list(first_texts(way, {}, known)) for way in after], known
                 waiting += [(way, known) for way in after]
 
 
 def first_ambiguity(grammar):
-    for options, known in rivals(grammar):
-        for left, right in combinations(options, 2):
+    for alternatives, known in choices(grammar):
+        for left, right in combinations(alternatives, 2):
             if can_meet(left, right, known):
                 return left, right
     return None
 
 
-def test_no_two_derivations_can_write_the_same_story():
+def test_no_story_has_two_derivations():
     assert first_ambiguity(TOY) is None
     assert first_ambiguity(story_grammar()) is None
 
@@ -199,7 +205,7 @@ def test_the_proof_finds_an_ambiguity(rules):
     assert first_ambiguity(grammar) is not None
 
 
-# --- Stories that can be read aloud
+# --- Correct English
 
 
 def test_pronouns_agree_with_the_hero():
@@ -244,19 +250,21 @@ def test_every_story_is_short():
 # --- Bad input
 
 
-@pytest.mark.parametrize(("text", "followed"), [("", 0), ("Once upon a crime", 12), ("There once was a cat", 15)])
-def test_a_text_that_is_no_story_is_refused_where_it_stops_being_one(text, followed):
-    with pytest.raises(ValueError, match=f"{followed} of its {len(text)} characters"):
+@pytest.mark.parametrize(("text", "prefix_length"), [("", 0), ("Once upon a crime", 12), ("There once was a cat", 15)])
+def test_a_text_that_is_not_a_story_is_refused(text, prefix_length):
+    with pytest.raises(InvalidInputError, match=f"begin with {prefix_length} of the {len(text)} characters"):
         story_nats(text)
 
 
-def test_a_story_that_goes_on_is_refused_at_its_end():
+def test_a_text_after_a_story_is_refused():
     text = next(stories(5)).text
-    with pytest.raises(ValueError, match=f"{len(text)} of its {len(text) + 1} characters"):
+    with pytest.raises(InvalidInputError, match=f"begin with {len(text)} of the {len(text) + 1} characters"):
         story_nats(text + "!")
 
 
-@pytest.mark.parametrize(("arguments", "error"), [((-1,), ValueError), ((1, -1), ValueError), ((1.5,), TypeError)])
+@pytest.mark.parametrize(
+    ("arguments", "error"), [((-1,), InvalidInputError), ((1, -1), InvalidInputError), ((1.5,), TypeError)]
+)
 def test_bad_arguments_are_refused_at_once(arguments, error):
     with pytest.raises(error):
         stories(*arguments)

@@ -1,7 +1,8 @@
-"""The two texts to learn from: nothing is lost, and nothing stands in both."""
+"""The training and the validation text: nothing is lost, and nothing is in both."""
 
 import pytest
 
+from basic.common.errors import InvalidInputError
 from basic.corpus.stories.grammar import stories, story_nats
 from basic.corpus.train_valid import split_text, write_stories
 
@@ -9,33 +10,32 @@ END = "<|endoftext|>"
 
 
 def split(tmp_path, text: str | bytes, **settings) -> tuple[bytes, bytes]:
-    """What `split_text` makes of a text; together it must be the text."""
-    whole = text.encode() if isinstance(text, str) else text
-    (tmp_path / "source.txt").write_bytes(whole)
+    """Split a text; check that the two files together are the text."""
+    data = text.encode() if isinstance(text, str) else text
+    (tmp_path / "source.txt").write_bytes(data)
     split_text(tmp_path / "source.txt", tmp_path, **settings)
     train, valid = (tmp_path / "train.txt").read_bytes(), (tmp_path / "valid.txt").read_bytes()
-    assert train + valid == whole
+    assert train + valid == data
     return train, valid
 
 
 # --- Stories --------------------------------------------------------------------------------------------------
 
 
-def test_stories_are_written_with_separators_and_the_valid_ones_are_unseen(tmp_path):
+def test_stories_are_written_with_separators_and_the_validation_stories_are_unseen(tmp_path):
     returned = write_stories(tmp_path, 50, 20, seed=3, separator="<END>")
-    learned, unseen = ((tmp_path / name).read_text().split("<END>") for name in ("train.txt", "valid.txt"))
-    assert learned == [*(story.text for story in stories(6, 50)), ""]
-    assert unseen == [*(story.text for story in returned), ""]
+    train, valid = ((tmp_path / name).read_text().split("<END>") for name in ("train.txt", "valid.txt"))
+    assert train == [*(story.text for story in stories(6, 50)), ""]
+    assert valid == [*(story.text for story in returned), ""]
     assert len(returned) == 20
-    assert not set(learned) & {story.text for story in returned}
+    assert not set(train) & {story.text for story in returned}
     assert all(story.nats == pytest.approx(story_nats(story.text)) for story in returned)
 
 
-def test_a_story_that_is_in_the_training_text_is_passed_over(tmp_path, monkeypatch):
-    drawn = list(stories(0, 4))
-    pools = {0: drawn[:2], 1: [drawn[1], drawn[2], drawn[0], drawn[3]]}
-    monkeypatch.setattr("basic.corpus.train_valid.stories", lambda seed, count=None: iter(pools[seed]))
-    assert write_stories(tmp_path, 2, 2) == drawn[2:]
+def test_a_story_of_the_training_text_is_not_used_for_validation(tmp_path):
+    first, second, third, fourth = stories(0, 4)
+    samples = {0: [first, second], 1: [second, third, first, fourth]}
+    assert write_stories(tmp_path, 2, 2, sample=lambda seed, count: iter(samples[seed])) == [third, fourth]
 
 
 def test_seeds_decide_the_stories(tmp_path):
@@ -45,38 +45,38 @@ def test_seeds_decide_the_stories(tmp_path):
 
     zero, one = texts(0), texts(1)
     assert texts(0) == zero != one
-    # No seed learns from what another one is measured on.
+    # No seed trains on the validation stories of another.
     assert not set(zero.split(END)[:-1]) & set(one.split(END)[:-1])
 
 
 # --- Texts ----------------------------------------------------------------------------------------------------
 
 
-def test_a_text_is_cut_behind_a_separator_in_its_last_part(tmp_path):
+def test_a_text_is_split_after_a_separator(tmp_path):
     documents = [f"Document {number}\nof two lines.{END}" for number in range(100)]
     train, valid = split(tmp_path, "".join(documents))
-    assert train.decode() == "".join(documents[:91])  # the first to end beyond nine tenths of the bytes
+    assert train.decode() == "".join(documents[:91])  # the first 91 end after nine tenths of the bytes
     assert valid.decode() == "".join(documents[91:])
     train, valid = split(tmp_path, "".join(documents).replace(END, "==="), valid_fraction=0.5, separator="===")
     assert valid.startswith(b"Document 51\n")
 
 
 @pytest.mark.parametrize(("edge", "name"), [("\n", "line"), (" ", "word")])
-def test_a_text_without_separators_is_cut_behind_a_line_or_a_word(tmp_path, edge, name):
+def test_a_text_without_separators_is_split_after_a_line_or_a_word(tmp_path, edge, name):
     train, valid = split(tmp_path, "".join(f"{name}{number:03}{edge}" for number in range(200)))
     assert train.decode().endswith(f"{name}180{edge}")
     assert valid.decode().startswith(f"{name}181{edge}")
 
 
 @pytest.mark.parametrize("tail", [END, f"{END}\n", f"{END} the end"])
-def test_a_separator_near_the_end_leaves_no_empty_second_part(tmp_path, tail):
+def test_a_separator_near_the_end_is_ignored(tmp_path, tail):
     train, valid = split(tmp_path, "One long document, line by line.\n" * 500 + tail)
     assert train.endswith(b"line.\n")
     assert len(valid) > 0.09 * len(train + valid)
 
 
 @pytest.mark.parametrize("length", range(30, 40))
-def test_a_character_of_several_bytes_is_not_cut(tmp_path, length):
+def test_a_character_of_several_bytes_is_not_split(tmp_path, length):
     train, valid = split(tmp_path, ("x" * (length % 4) + "日😀é" * length))
     assert train.decode() + valid.decode()  # both are UTF-8
     assert len(train) > len(valid) > 0
@@ -90,7 +90,7 @@ def test_bytes_are_copied_as_they_are(tmp_path):
 
 def test_an_empty_or_missing_text_is_an_error(tmp_path):
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(ValueError, match=r"empty\.txt is empty"):
+    with pytest.raises(InvalidInputError, match=r"empty\.txt is empty"):
         split_text(tmp_path / "empty.txt", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"missing\.txt"):
         split_text(tmp_path / "missing.txt", tmp_path)
@@ -98,7 +98,7 @@ def test_an_empty_or_missing_text_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("valid_fraction", [0.0, 1.0, -0.5, 10])
-def test_a_share_that_is_none_is_an_error(tmp_path, valid_fraction):
+def test_a_fraction_out_of_range_is_an_error(tmp_path, valid_fraction):
     (tmp_path / "text.txt").write_text("some text")
-    with pytest.raises(ValueError, match="valid_fraction must be between 0 and 1"):
+    with pytest.raises(InvalidInputError, match="valid_fraction must be between 0 and 1"):
         split_text(tmp_path / "text.txt", tmp_path, valid_fraction=valid_fraction)

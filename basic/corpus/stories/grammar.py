@@ -1,14 +1,13 @@
-"""The embedded corpus: little stories drawn from a grammar, any number of them, each with its exact information.
+"""The embedded corpus: short stories sampled from a probabilistic grammar, each with its exact information in nats.
 
-`story_words.py` holds the sentences and words; here is what can be done with them. One compiled grammar is read in
-three ways:
+`words.py` holds the rules and the words. `Grammar` compiles them once and uses them in three ways:
 
-    drawing    every choice has a known probability; a story's information is the sum of -log p over its choices;
-    parsing    finds every derivation of a given text, and so recovers the same number from the text alone;
-    counting   how many stories there are, and their mean information, exactly and without drawing any.
+    sample   every choice has a known probability; a story's information is the sum of -log p over its choices
+    parse    finds all derivations of a text, and so computes the same number from the text alone
+    count    computes the number of stories and their mean information exactly, without sampling
 
-No story has two derivations. Therefore its information is exactly -log of its probability, and the mean over all
-stories, the entropy of the source, is a floor that no model's mean loss can get under.
+The grammar is unambiguous: no story has two derivations. So the information of a story is exactly -log of its
+probability. The mean over all stories is the entropy of the source, and no model can have a smaller expected loss.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from itertools import accumulate, islice
 from operator import index
 from typing import Any, NamedTuple
 
+from basic.common.errors import InvalidInputError
 from basic.corpus.stories.words import DRAWN_FROM, RULES, WORDS, Word
 
 
@@ -36,173 +36,169 @@ class Story(NamedTuple):
 
 
 def stories(seed: int, count: int | None = None) -> Iterator[Story]:
-    """Draw stories, one at a time; the same seed gives the same stories, and fewer are the beginning of more.
+    """Sample stories. The same seed gives the same stories; a smaller count gives the first of them.
 
     Args:
-        seed: not negative (Python's generator would take -1 for 1).
-        count: how many stories; None for a stream without end.
+        seed: at least 0 (Python's generator treats -1 like 1).
+        count: the number of stories; None for an endless stream.
 
     Returns:
         A lazy iterator.
 
     Raises:
         TypeError: seed or count is not an integer.
-        ValueError: seed or count is negative.
+        InvalidInputError: seed or count is negative.
     """
     for name, value in (("seed", seed), ("count", 0 if count is None else count)):
         if index(value) < 0:
-            raise ValueError(f"{name}={value} must not be negative")
-    # Of Python's generator only random() is used: choice() and sample() changed between versions.
+            raise InvalidInputError(f"{name}={value} must not be negative")
+    # Of Python's generator only random() is used: choice() and sample() have changed between versions.
     uniform = random.Random(index(seed)).random
-    return islice(iter(lambda: story_grammar().draw(uniform), None), count)
+    return islice(iter(lambda: story_grammar().sample(uniform), None), count)
 
 
 def story_nats(text: str) -> float:
-    """The information of a story in nats, -log of the probability of drawing just this text.
+    """Return the information of a story in nats: -log of the probability that this text is sampled.
 
     Raises:
-        ValueError: the text is not a story of the grammar; the message says how far it could be followed.
+        InvalidInputError: the text is not a story of the grammar; the message says where it stops being one.
     """
-    derivations, followed = story_grammar().parse(text)
+    derivations, prefix_length = story_grammar().parse(text)
     if not derivations:
-        raise ValueError(
-            f"not a story of the grammar: {followed} of its {len(text)} characters could be followed, up to "
-            f"{text[max(0, followed - 20) : followed]!r}, but not {text[followed : followed + 20]!r} after it"
+        raise InvalidInputError(
+            f"not a story of the grammar: it can begin with {prefix_length} of the {len(text)} characters, up to "
+            f"{text[max(0, prefix_length - 20) : prefix_length]!r}, but {text[prefix_length : prefix_length + 20]!r} "
+            "cannot follow"
         )
     assert len(derivations) == 1, f"{len(derivations)} derivations of {text!r}: the grammar is ambiguous"
     return derivations[0]
 
 
-def num_stories() -> int:
-    """The number of distinct stories, exactly."""
-    return _count_of_stories()[0]
-
-
-def entropy_nats() -> float:
-    """The mean information of a story in nats, exactly: the floor of any model's mean loss per story."""
-    return _count_of_stories()[1]
-
-
 @cache
-def _count_of_stories() -> tuple[int, float]:
-    return story_grammar().count()
+def entropy_nats() -> float:
+    """Return the mean information of a story in nats, exactly: a lower bound of a model's mean loss a story."""
+    return story_grammar().count()[1]
 
 
 @cache
 def story_grammar() -> Grammar:
-    """The grammar of `story_words.py`, compiled at the first call."""
+    """Return the grammar of `words.py`, compiled at the first call."""
     return Grammar(RULES, WORDS, DRAWN_FROM)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Choice:
-    """A choice between options, which are words or sequences of parts.
+class Rule:
+    """Alternatives with probabilities. An alternative is a sequence of symbols, or a word of a word list.
 
-    Option i is taken when a uniform number from [0, 1) falls between cuts[i - 1] and cuts[i].
+    Alternative i is chosen if a uniform number from [0, 1) is from thresholds[i - 1] to thresholds[i].
     """
 
-    options: tuple
+    alternatives: tuple
     probabilities: tuple[float, ...]
-    cuts: tuple[float, ...]
+    thresholds: tuple[float, ...]
     nats: tuple[float, ...]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Switch:
-    """A choice that depends on a form of a remembered word: one case for each text that the form can have."""
+class ConditionalRule:
+    """A rule that depends on a form of a variable's word: one rule for each text that the form can have."""
 
     variable: str
     form: str
-    cases: dict[str, Choice]
+    cases: dict[str, Rule]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Mention:
-    """A form of a remembered word, which is drawn from the source when it is mentioned first."""
+class VariableReference:
+    """A form of a variable's word. The first reference in a story binds the variable to a word of the source."""
 
     variable: str
     form: str
-    source: Choice | Switch
+    source: Rule | ConditionalRule
 
 
-Part = str | Mention | Choice | Switch
-Bound = Mapping[str, Word]
-Chain = tuple[Part, Any] | None
-Known = frozenset[tuple[str, frozenset[tuple[str, str]]]]
+Symbol = str | VariableReference | Rule | ConditionalRule  # a string is a terminal
+Bindings = Mapping[str, Word]  # of the variables that are bound so far
+Stack = tuple[Symbol, Any] | None  # the symbols that are still to be derived, as a linked list
+State = frozenset[tuple[str, frozenset[tuple[str, str]]]]  # the bindings, reduced to the forms that rules depend on
 
 _TOKEN = re.compile(r"{(?P<variable>\w+)\.?(?P<form>\w*)}|<(?P<rule>[^>]+)>|(?P<mark>[\[|\]])|(?P<text>[^{<\[|\]]+)")
 
 
 class Grammar:
-    """A probabilistic grammar without recursion, whose stories remember words.
+    """A probabilistic context-free grammar without recursion, extended by variables that are bound to words.
 
     Args:
-        rules: alternatives of each rule, in the notation that `story_words.py` explains; "story" is the start.
-        words: the lists that remembered words are drawn from.
-        drawn_from: for a remembered word that is not drawn from the list of its own name, the name of the list; it
-            may contain a form of another word, as in "{hero.opposite}".
+        rules: the alternatives of each rule, in the notation of `words.py`; the start rule is "story".
+        words: the word lists that variables are bound from.
+        drawn_from: the name of a variable's word list, if it is not the variable's own name; it may contain a form of
+            another variable, as in "{hero.opposite}".
 
     Raises:
-        KeyError: a template names a rule, list or form that is not there.
+        KeyError: a template refers to a rule, word list or form that does not exist.
     """
 
     def __init__(
         self, rules: Mapping[str, Sequence[str]], words: Mapping[str, Sequence[Word]], drawn_from: Mapping[str, str]
     ):
         self._rules, self._words, self._drawn_from = rules, words, drawn_from
-        self._compiled: dict[tuple[str, str], Choice | Switch] = {}
-        # For each variable, the forms that some switch looks at: all that the rest of a story can depend on.
-        self._decisive: dict[str, set[str]] = defaultdict(set)
+        self._compiled: dict[tuple[str, str], Rule | ConditionalRule] = {}
+        # For each variable the forms that conditional rules depend on: nothing else decides how a story continues.
+        self._decisive_forms: dict[str, set[str]] = defaultdict(set)
         self.start = self._rule("story")
 
-    # --- compiling
+    # --- compile
 
-    def _rule(self, name: str) -> Choice | Switch:
-        """A rule's choice between its alternatives."""
+    def _rule(self, name: str) -> Rule | ConditionalRule:
         if "{" in name:
-            return self._switch(name, self._rule)
-        return self._once("rule", name, lambda: self._alternatives(_TOKEN.finditer("|".join(self._rules[name]))))
+            return self._conditional_rule(name, self._rule)
 
-    def _source(self, variable: str) -> Choice | Switch:
-        """What a variable is drawn from."""
+        def compile_rule() -> Rule:
+            return self._alternatives(_TOKEN.finditer("|".join(self._rules[name])))
+
+        return self._compile_once("rule", name, compile_rule)
+
+    def _source(self, variable: str) -> Rule | ConditionalRule:
+        """The word list of a variable."""
         name = self._drawn_from.get(variable, variable)
-        return self._switch(name, self._word_list) if "{" in name else self._word_list(name)
+        return self._conditional_rule(name, self._word_list) if "{" in name else self._word_list(name)
 
-    def _word_list(self, name: str) -> Choice | Switch:
-        """A list of words, where each form has a twin with a capital letter under a capital name."""
+    def _word_list(self, name: str) -> Rule | ConditionalRule:
+        """A word list as a rule. For each form there is one more under a capitalised name, with a capital letter."""
 
         def with_capitals(word: Word) -> Word:
             return word | {form.capitalize(): text[:1].upper() + text[1:] for form, text in word.items() if form}
 
-        def make() -> Choice:
-            words = self._words[name]
-            return _choice([with_capitals(word) for word in words], [int(word.get("weight", 1)) for word in words])
+        def compile_list() -> Rule:
+            weights = [int(word.get("weight", 1)) for word in self._words[name]]
+            return _weighted_rule(list(map(with_capitals, self._words[name])), weights)
 
-        return self._once("words", name, make)
+        return self._compile_once("words", name, compile_list)
 
-    def _once(self, kind: str, name: str, make: Callable[[], Choice]) -> Choice | Switch:
+    def _compile_once(self, kind: str, name: str, compile_rule: Callable[[], Rule]) -> Rule | ConditionalRule:
         if (kind, name) not in self._compiled:
-            self._compiled[kind, name] = make()
+            self._compiled[kind, name] = compile_rule()
         return self._compiled[kind, name]
 
-    def _switch(self, name: str, case: Callable[[str], Any]) -> Switch:
-        """A name with a form in it, such as `spot {place.kind}`: one case for each text of the form."""
-        slot = _TOKEN.search(name, name.index("{"))
-        assert slot is not None
-        variable, form = slot["variable"], slot["form"]
-        self._decisive[variable].add(form)
+    def _conditional_rule(self, name: str, case: Callable[[str], Any]) -> ConditionalRule:
+        """A name that contains a form, such as `spot {place.kind}`: one case for each text of the form."""
+        placeholder = _TOKEN.search(name, name.index("{"))
+        assert placeholder is not None
+        variable, form = placeholder["variable"], placeholder["form"]
+        self._decisive_forms[variable].add(form)
         source = self._source(variable)
-        lists = source.cases.values() if isinstance(source, Switch) else [source]
-        texts = {word[form] for choice in lists for word in choice.options}
-        return Switch(variable, form, {text: case(name.replace(slot[0], text)) for text in sorted(texts)})
+        lists = source.cases.values() if isinstance(source, ConditionalRule) else [source]
+        texts = {word[form] for rule in lists for word in rule.alternatives}
+        cases = {text: case(name.replace(placeholder[0], text)) for text in sorted(texts)}
+        return ConditionalRule(variable, form, cases)
 
-    def _alternatives(self, tokens: Iterator[re.Match]) -> Choice:
-        """The choice that is written up to the next closing bracket, or to the end."""
-        alternatives: list[list[Part]] = [[]]
+    def _alternatives(self, tokens: Iterator[re.Match]) -> Rule:
+        """Parse alternatives up to the next closing bracket, or to the end."""
+        alternatives: list[list[Symbol]] = [[]]
         for token in tokens:
             if token["variable"]:
                 source = self._source(token["variable"])
-                alternatives[-1].append(Mention(token["variable"], token["form"], source))
+                alternatives[-1].append(VariableReference(token["variable"], token["form"], source))
             elif token["rule"]:
                 alternatives[-1].append(self._rule(token["rule"]))
             elif token["text"]:
@@ -213,156 +209,162 @@ class Grammar:
                 alternatives.append([])
             else:
                 break
-        weights = [_take_weight(parts) for parts in alternatives]
-        return _choice([tuple(parts) for parts in alternatives], weights)
+        weights = [_pop_weight(symbols) for symbols in alternatives]
+        return _weighted_rule([tuple(symbols) for symbols in alternatives], weights)
 
-    # --- drawing
+    # --- sample
 
-    def draw(self, uniform: Callable[[], float]) -> Story:
-        """Draw a story.
+    def sample(self, uniform: Callable[[], float]) -> Story:
+        """Sample a story.
 
         Args:
             uniform: returns the next random number from [0, 1).
         """
         text: list[str] = []
-        nats = _write(self.start, {}, text, uniform)
+        nats = _derive(self.start, {}, text, uniform)
         return Story("".join(text), nats)
 
-    # --- parsing
+    # --- parse
 
     def parse(self, text: str) -> tuple[list[float], int]:
-        """Search for all derivations of a text.
+        """Find all derivations of a text.
 
         Returns:
-            The information of each derivation in nats, and how many characters of the text could be followed.
+            The information of each derivation in nats, and the length of the longest prefix of the text with which a
+            derivation can begin.
         """
         derivations = []
-        followed = 0
-        # Each attempt: how far it is, what is still to come, the words it remembers, its information.
-        attempts: list[tuple[int, Chain, Bound, float]] = [(0, (self.start, None), {}, 0.0)]
-        while attempts:
-            position, chain, bound, nats = attempts.pop()
-            followed = max(followed, position)
-            if chain is None:
+        prefix_length = 0
+        # Each configuration: position in the text, symbols still to be derived, bindings, information so far.
+        configurations: list[tuple[int, Stack, Bindings, float]] = [(0, (self.start, None), {}, 0.0)]
+        while configurations:
+            position, stack, bindings, nats = configurations.pop()
+            prefix_length = max(prefix_length, position)
+            if stack is None:
                 if position == len(text):
                     derivations.append(nats)
                 continue
-            part, rest = chain
-            if isinstance(part, Mention) and part.variable in bound:
-                part = bound[part.variable][part.form]
-            if isinstance(part, str):
-                if text.startswith(part, position):
-                    attempts.append((position + len(part), rest, bound, nats))
+            symbol, rest = stack
+            if isinstance(symbol, VariableReference) and symbol.variable in bindings:
+                symbol = bindings[symbol.variable][symbol.form]
+            if isinstance(symbol, str):
+                if text.startswith(symbol, position):
+                    configurations.append((position + len(symbol), rest, bindings, nats))
                 else:
-                    followed = max(followed, position + _common_length(part, text[position : position + len(part)]))
+                    common_length = _common_prefix_length(symbol, text[position : position + len(symbol)])
+                    prefix_length = max(prefix_length, position + common_length)
                 continue
-            choice = _resolve(part.source if isinstance(part, Mention) else part, bound)
-            for option, cost in zip(choice.options, choice.nats, strict=True):
-                if not isinstance(part, Mention):
-                    attempts.append((position, _chain(option, rest), bound, nats + cost))
-                elif text.startswith(option[part.form], position):
-                    now = position + len(option[part.form])
-                    attempts.append((now, rest, {**bound, part.variable: option}, nats + cost))
-        return derivations, followed
+            rule = _resolve(symbol.source if isinstance(symbol, VariableReference) else symbol, bindings)
+            for alternative, cost in zip(rule.alternatives, rule.nats, strict=True):
+                if not isinstance(symbol, VariableReference):
+                    configurations.append((position, _push(alternative, rest), bindings, nats + cost))
+                elif text.startswith(alternative[symbol.form], position):
+                    end = position + len(alternative[symbol.form])
+                    configurations.append((end, rest, {**bindings, symbol.variable: alternative}, nats + cost))
+        return derivations, prefix_length
 
-    # --- counting
+    # --- count
 
     def count(self) -> tuple[int, float]:
-        """The number of derivations, and their mean information in nats.
+        """Return the number of derivations and their mean information in nats.
 
-        The grammar is walked once, by all derivations at the same time. Those whose remembered words agree in all
-        that decides the rest go on as one group, of which the number, probability and information are kept.
+        All derivations advance through the grammar together. Those in the same state continue in the same ways, so they
+        are one group, of which only the number, the probability and the information are needed.
         """
-        groups = self._walk((self.start,), {frozenset(): _Group(1, 1.0, 0.0)}).values()
+        groups = self._advance((self.start,), {frozenset(): _Group(1, 1.0, 0.0)}).values()
         return sum(group.number for group in groups), sum(group.nats for group in groups)
 
-    def _walk(self, parts: Sequence[Part], groups: dict[Known, _Group]) -> dict[Known, _Group]:
-        for part in parts:
-            if isinstance(part, str):
+    def _advance(self, symbols: Sequence[Symbol], groups: dict[State, _Group]) -> dict[State, _Group]:
+        """The groups after some symbols."""
+        for symbol in symbols:
+            if isinstance(symbol, str):
                 continue
-            after: dict[Known, _Group] = defaultdict(lambda: _Group(0, 0.0, 0.0))
-            for known, group in groups.items():
-                for state, more in self._step(part, known, group):
-                    after[state] = after[state].joined_by(more)
+            after: dict[State, _Group] = defaultdict(lambda: _Group(0, 0.0, 0.0))
+            for state, group in groups.items():
+                for new_state, part in self._split(symbol, state, group):
+                    after[new_state] = after[new_state].merged_with(part)
             groups = after
         return groups
 
-    def _step(self, part: Mention | Choice | Switch, known: Known, group: _Group) -> Iterator[tuple[Known, _Group]]:
-        """The groups that one group splits into at a part."""
-        bound = {variable: dict(forms) for variable, forms in known}
-        if isinstance(part, Mention) and part.variable in bound:
-            yield known, group
+    def _split(
+        self, symbol: VariableReference | Rule | ConditionalRule, state: State, group: _Group
+    ) -> Iterator[tuple[State, _Group]]:
+        """The groups that one group splits into at a symbol."""
+        bindings = {variable: dict(forms) for variable, forms in state}
+        if isinstance(symbol, VariableReference) and symbol.variable in bindings:
+            yield state, group
             return
-        choice = _resolve(part.source if isinstance(part, Mention) else part, bound)
-        for option, probability, cost in zip(choice.options, choice.probabilities, choice.nats, strict=True):
-            reached = group.probability * probability
-            taken = _Group(group.number, reached, group.nats * probability + reached * cost)
-            if isinstance(part, Mention):
-                forms = frozenset((form, option[form]) for form in self._decisive[part.variable])
-                yield known | {(part.variable, forms)}, taken
+        rule = _resolve(symbol.source if isinstance(symbol, VariableReference) else symbol, bindings)
+        for alternative, probability, cost in zip(rule.alternatives, rule.probabilities, rule.nats, strict=True):
+            joint_probability = group.probability * probability
+            chosen = _Group(group.number, joint_probability, group.nats * probability + joint_probability * cost)
+            if isinstance(symbol, VariableReference):
+                forms = frozenset((form, alternative[form]) for form in self._decisive_forms[symbol.variable])
+                yield state | {(symbol.variable, forms)}, chosen
             else:
-                yield from self._walk(option, {known: taken}).items()
+                yield from self._advance(alternative, {state: chosen}).items()
 
 
 class _Group(NamedTuple):
-    """Unfinished derivations: how many, their total probability, and their information weighted by it."""
+    """Unfinished derivations: their number, their total probability, and their information weighted by probability."""
 
     number: int
     probability: float
     nats: float
 
-    def joined_by(self, more: _Group) -> _Group:
-        return _Group(self.number + more.number, self.probability + more.probability, self.nats + more.nats)
+    def merged_with(self, other: _Group) -> _Group:
+        return _Group(self.number + other.number, self.probability + other.probability, self.nats + other.nats)
 
 
-def _choice(options: list, weights: list[int]) -> Choice:
+def _weighted_rule(alternatives: list, weights: list[int]) -> Rule:
     total = sum(weights)
     probabilities = tuple(weight / total for weight in weights)
-    cuts = tuple(weight / total for weight in accumulate(weights))[:-1]
-    return Choice(tuple(options), probabilities, cuts, tuple(-math.log(p) for p in probabilities))
+    thresholds = tuple(weight / total for weight in accumulate(weights))[:-1]
+    return Rule(tuple(alternatives), probabilities, thresholds, tuple(-math.log(p) for p in probabilities))
 
 
-def _take_weight(parts: list[Part]) -> int:
-    """Remove the `3*` that an alternative may start with, and return its number."""
-    first = parts[0] if parts else None
+def _pop_weight(symbols: list[Symbol]) -> int:
+    """Remove the `3*` with which an alternative may begin, and return its number."""
+    first = symbols[0] if symbols else None
     weight = re.match(r"(\d+)\*", first) if isinstance(first, str) else None
     if not weight:
         return 1
-    parts[0] = weight.string[weight.end() :]
+    symbols[0] = weight.string[weight.end() :]
     return int(weight[1])
 
 
-def _write(choice: Choice | Switch, bound: dict[str, Word], text: list[str], uniform: Callable[[], float]) -> float:
-    """Take a choice and write what follows from it; remember words in `bound`; return the information."""
-    choice = _resolve(choice, bound)
-    taken = bisect(choice.cuts, uniform())
-    nats = choice.nats[taken]
-    for part in choice.options[taken]:
-        if isinstance(part, str):
-            text.append(part)
-        elif isinstance(part, Mention):
-            if part.variable not in bound:
-                source = _resolve(part.source, bound)
-                drawn = bisect(source.cuts, uniform())
-                nats += source.nats[drawn]
-                bound[part.variable] = source.options[drawn]
-            text.append(bound[part.variable][part.form])
+def _derive(
+    rule: Rule | ConditionalRule, bindings: dict[str, Word], text: list[str], uniform: Callable[[], float]
+) -> float:
+    """Choose an alternative and append its derivation to `text`; add to `bindings`; return the information."""
+    rule = _resolve(rule, bindings)
+    chosen = bisect(rule.thresholds, uniform())
+    nats = rule.nats[chosen]
+    for symbol in rule.alternatives[chosen]:
+        if isinstance(symbol, str):
+            text.append(symbol)
+        elif isinstance(symbol, VariableReference):
+            if symbol.variable not in bindings:
+                source = _resolve(symbol.source, bindings)
+                word = bisect(source.thresholds, uniform())
+                nats += source.nats[word]
+                bindings[symbol.variable] = source.alternatives[word]
+            text.append(bindings[symbol.variable][symbol.form])
         else:
-            nats += _write(part, bound, text, uniform)
+            nats += _derive(symbol, bindings, text, uniform)
     return nats
 
 
-def _resolve(choice: Choice | Switch, bound: Bound) -> Choice:
-    return choice.cases[bound[choice.variable][choice.form]] if isinstance(choice, Switch) else choice
+def _resolve(rule: Rule | ConditionalRule, bindings: Bindings) -> Rule:
+    return rule.cases[bindings[rule.variable][rule.form]] if isinstance(rule, ConditionalRule) else rule
 
 
-def _chain(parts: Sequence[Part], rest: Chain) -> Chain:
-    """The parts as a linked list in front of the rest, which many attempts can share."""
-    for part in reversed(parts):
-        rest = (part, rest)
-    return rest
+def _push(symbols: Sequence[Symbol], stack: Stack) -> Stack:
+    """Push symbols, the first on top; the rest of the stack is shared, not copied."""
+    for symbol in reversed(symbols):
+        stack = (symbol, stack)
+    return stack
 
 
-def _common_length(left: str, right: str) -> int:
-    """How many characters two texts have in common at their start."""
+def _common_prefix_length(left: str, right: str) -> int:
     return next((i for i, pair in enumerate(zip(left, right, strict=False)) if pair[0] != pair[1]), len(right))

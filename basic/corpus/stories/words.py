@@ -1,18 +1,18 @@
-"""The words and sentences of the embedded corpus: what `stories.py` draws from, and nothing that draws.
+"""The rules and the words of the embedded corpus, as data; `grammar.py` samples from them.
 
-A sentence is a template with four kinds of brackets:
+An alternative of a rule is a template with four kinds of brackets:
 
-    {thing}      a remembered word: drawn when the story first mentions it, and the same ever after;
-    {hero.his}   another form of it (written {hero.His}, the form with a capital letter);
-    <spot>       a rule, chosen anew each time; in <spot {place.kind}> a remembered word says which rule;
-    [one|other]  a choice on the spot.
+    {thing}      a variable: bound to a word at its first reference in the story, the same word ever after;
+    {hero.his}   another form of its word ({hero.His} is the form with a capital letter);
+    <spot>       a rule, applied anew each time; in <spot {place.kind}> a form of a variable selects the rule;
+    [one|other]  alternatives in place.
 
 An alternative that starts with `3*` is three times as likely as one without a number.
 
-Three habits make the stories a fair test of memory, one that a small model can learn to pass. What is new comes
-with "a" and what is known with "the", and friends are called by name where the hero may be "the girl": so one can tell
-when to remember, and whom. What is mentioned comes back soon, and often. And no word from a list opens a story or a
-quotation, where a tokenizer would see it without its space, as a second, different word.
+Three conventions make the stories a fair test of memory that a small model can learn to pass. New things come with "a",
+known ones with "the", and friends have names where the hero may be "the girl": so a reader knows when to remember, and
+whom. What a story introduces comes back soon and often. No word of a list begins a story or a quotation, because there
+a tokenizer would see it without its space, as a different token.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Word = dict[str, str]
 
 
 def _list(text: str) -> list[str]:
-    """The items of a comma-separated list that may run over several lines."""
+    """Split a comma-separated list, which may have several lines."""
     return [" ".join(item.split()) for item in text.split(",")]
 
 
 def _words(text: str, **forms: str) -> list[Word]:
-    """Words with their indefinite article (`a`) and the forms that all of them share."""
+    """Make words with their indefinite article (form `a`) and the forms that all of them share."""
     return [{"": word, "a": f"{'an' if word[0] in 'aeiou' else 'a'} {word}", **forms} for word in _list(text)]
 
 
@@ -41,9 +41,9 @@ BOYS = _words(
     **{"he": "he", "him": "him", "his": "his", "child": "boy", "opposite": "girl"},
 )
 
-# What remembered words are drawn from: the list of the word's own name, unless DRAWN_FROM says otherwise. A word
-# with a `weight` is that much likelier than the others of its list. A word stands in one list only, so that
-# a reader can tell from the word what part it plays.
+# The word lists: a variable is bound to a word of the list of its own name, or of the list that DRAWN_FROM names. A
+# word with a `weight` is that much likelier than the others of its list. A word is in one list only, so that a reader
+# can infer its role in the story from the word.
 WORDS: dict[str, list[Word]] = {
     "girl": GIRLS,
     "boy": BOYS,
