@@ -24,7 +24,7 @@ class Options:
 
 def main(options: Options) -> None:
     from basic.training.checkpoints.file import write_checkpoint
-    from basic.training.checkpoints.sharded import read_parts
+    from basic.training.checkpoints.sharded import read_sharded_checkpoint
     from basic.training.run_folder import checkpoint_paths
 
     is_run = (options.source / "config.toml").is_file()
@@ -32,7 +32,7 @@ def main(options: Options) -> None:
     if not folders:
         raise FileNotFoundError(f"{options.source / 'checkpoints'} has no sharded checkpoint (a folder step_*)")
     output = options.output or folders[-1].with_name(folders[-1].name + ".safetensors")
-    write_checkpoint(read_parts(folders[-1]), output)
+    write_checkpoint(read_sharded_checkpoint(folders[-1]), output)
     print(f"wrote {output} ({output.stat().st_size / 1e6:,.1f} MB) from {folders[-1]}")
 
 
