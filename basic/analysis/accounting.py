@@ -177,7 +177,7 @@ def training_flops(config: ModelConfig, batch_size: int) -> int:
     return 3 * sum(forward_flops(config, batch_size).values()) + adamw_flops(num_parameters(config))
 
 
-# --- Tables for GPT-2 ----------------------------------------------------------------------------------------
+# --- Tables for GPT-2 -----------------------------------------------------------------------------------------
 
 
 def formula_rows(formulas: Mapping[str, str], config: ModelConfig) -> TableRows:

@@ -89,7 +89,7 @@ def report_page(run_dir: str | os.PathLike, *, floor_nats: float | None = None) 
     )
 
 
-# --- Key figures and curves -------------------------------------------------------------------------------------
+# --- Key figures and curves -----------------------------------------------------------------------------------
 
 
 def _summary(config: RunConfig, training: Sequence[Record]) -> str:
@@ -151,10 +151,7 @@ def _curves_section(training: Sequence[Record], skipped: Sequence[int], floor_na
         notes.append(f"Dashed line: the entropy of the source, {floor_nats:.3f} nats per token.")
     if skipped:
         steps = _abbreviate(f"{step:,}" for step in skipped)
-        notes.append(
-            f"{len(skipped)} step{'s' * (len(skipped) > 1)} with a loss or gradient that was not finite did not change "
-            f"the weights: {steps}."
-        )
+        notes.append(f"Steps without an update, because the loss or the gradient was not finite: {steps}.")
     return (
         f'<fieldset class="axis-choice"><legend>x-axis</legend>\n{axes}\n</fieldset>\n'
         f'<noscript><p class="warning">The curves need JavaScript, which is disabled.</p></noscript>\n'

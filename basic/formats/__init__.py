@@ -1,4 +1,4 @@
-"""Models and tokenizers in other programs' formats, written and read."""
+"""Models and tokenizers in the formats of other programs."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Import a function when it is first used: tokenizers do without torch, which models need."""
+    """Import a function when it is first used, so that the functions for tokenizers do not import torch."""
     if name == "export_hf":
         from basic.formats import export_llama as module
     elif name in ("import_hf", "import_pt"):

@@ -1,4 +1,4 @@
-"""Models for other people's programs: a folder that transformers opens as a Llama, with its tokenizer."""
+"""Export a model in Hugging Face format: a folder that transformers opens as a Llama, with its tokenizer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import safetensors.torch
 
 from basic.common.files import atomic_folder
-from basic.formats.llama_names import hf_config, hf_name, to_hf_rows
+from basic.formats.llama_names import hf_config, hf_name, to_hf_row_order
 from basic.formats.tokenizer_json import save_tokenizer_json
 from basic.model import TransformerLM
 from basic.Tokenizer import Tokenizer
@@ -26,19 +26,20 @@ def export_hf(
 ) -> None:
     """Write a folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
 
-    It holds config.json, generation_config.json and model.safetensors; with a tokenizer tokenizer.json and
-    tokenizer_config.json too. It appears when it is whole.
+    It contains config.json, generation_config.json and model.safetensors, and with a tokenizer tokenizer.json and
+    tokenizer_config.json. The folder appears when it is complete; after an error nothing is left.
 
     Args:
-        model: pre-norm, RoPE and SwiGLU; its weights are written in the precision they have.
-        directory: must not exist yet, but the folder around it.
-        tokenizer: whose ids the model knows.
-        end_of_text: the special token between documents, which there begins and ends a text.
+        model: pre-norm, RoPE and SwiGLU; the weights keep their dtype.
+        directory: must not exist; its parent folder must.
+        tokenizer: the tokenizer that the model was trained with.
+        end_of_text: the special token between documents; it becomes the BOS and EOS token.
 
     Raises:
-        ValueError: a Llama of transformers cannot be this model, or tokenizer.json this tokenizer; what is in the way
-            is named, and nothing is written.
-        FileExistsError: the folder is there already.
+        InvalidInputError: a Llama cannot represent the model, or tokenizer.json the tokenizer; the message names the
+            setting.
+        WrongTokenizerError: the tokenizer has more ids than the model.
+        FileExistsError: the folder exists.
     """
     config = hf_config(model.config)
     end_id = None
@@ -48,18 +49,18 @@ def export_hf(
         end_id = tokenizer.special_token_ids.get(end_of_text)
     ids = {"bos_token_id": end_id, "eos_token_id": end_id}
     weights = {
-        hf_name(name): to_hf_rows(name, weight, model.config.d_head).cpu()
+        hf_name(name): to_hf_row_order(name, weight, model.config.d_head).cpu()
         for name, weight in model.state_dict().items()
         if not (name == "lm_head.weight" and model.config.tied_embeddings)
     }
     dtype = str(model.token_embeddings.weight.dtype).removeprefix("torch.")
     with atomic_folder(directory) as folder:
         _write_json(folder / "config.json", {**config, **ids, "dtype": dtype})
-        # Padding is masked, so that any id serves, and without one transformers warns at every generation. In the
-        # model's own configuration it would keep that id's embedding from being trained.
+        # Padding is masked, so any id serves; without one, transformers warns at every generation. The id is not in
+        # config.json, because there it would exclude this id's embedding from training.
         _write_json(folder / "generation_config.json", {**ids, "pad_token_id": end_id})
         (folder / "model.safetensors").touch()
-        mode = (folder / "model.safetensors").stat().st_mode  # safetensors would leave a file for its owner alone
+        mode = (folder / "model.safetensors").stat().st_mode  # safetensors creates files that only the owner can read
         safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
         (folder / "model.safetensors").chmod(mode)
         if tokenizer is not None:

@@ -1,8 +1,8 @@
-"""Llama as transformers writes it: what the fields of config.json and the tensors are called there, and mean here.
+"""Llama in Hugging Face format: the names of its config.json fields and tensors, and their meaning in our model.
 
-Besides the names, two things differ. transformers rotates feature i of a query or key together with feature
-i + d_head / 2, we rotate neighbours; so the rows of each head stand in another order. And a tied output matrix is not
-written a second time.
+Two things differ besides the names. RoPE in transformers rotates feature i of a head together with feature
+i + d_head / 2, while ours rotates adjacent features, so the rows of the query and key projections are in another order.
+And a tied output matrix is stored only once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from basic.common.config_files import from_table
+from basic.common.errors import InvalidConfigError, InvalidInputError
 from basic.model import ModelConfig
 
 _FIELDS = {
@@ -31,7 +32,7 @@ _TENSORS = {
     "lm_head": "lm_head",
 }
 
-_TENSORS_OF_A_LAYER = {
+_LAYER_TENSORS = {
     "ln1": "input_layernorm",
     "attn.q_proj": "self_attn.q_proj",
     "attn.k_proj": "self_attn.k_proj",
@@ -43,8 +44,8 @@ _TENSORS_OF_A_LAYER = {
     "ffn.w3": "mlp.up_proj",
 }
 
-# What a field must say, should it be there: all else would need something that our model lacks.
-_REQUIRED = {
+# The only supported value of fields that may be present; other values need features that our model does not have.
+_SUPPORTED_VALUES = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
@@ -55,26 +56,27 @@ _REQUIRED = {
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """The fields of config.json for a model of this shape.
+    """Return the fields of config.json for a model.
 
     Raises:
-        ValueError: it is not a Llama; all settings that are in the way are named.
+        InvalidInputError: the model is not a Llama; the message names all settings that differ.
     """
     llama = {"norm": "pre", "positions": "rope", "ffn": "swiglu"}
-    other = [f"{name}={getattr(config, name)!r}" for name, wanted in llama.items() if getattr(config, name) != wanted]
-    if other:
-        raise ValueError(
-            f"a Llama of transformers cannot express {' and '.join(other)}; only models with "
-            f"{', '.join(f'{name}={wanted!r}' for name, wanted in llama.items())} can be exported"
+    settings = {name: getattr(config, name) for name in llama}
+    unsupported = [f"{name}={value!r}" for name, value in settings.items() if value != llama[name]]
+    if unsupported:
+        raise InvalidInputError(
+            f"a Llama of transformers cannot express {' and '.join(unsupported)}; only models with "
+            f"{', '.join(f'{name}={value!r}' for name, value in llama.items())} can be exported"
         )
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        **{theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()},
+        **{hf_field: getattr(config, field) for field, hf_field in _FIELDS.items()},
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.d_head,
         "tie_word_embeddings": config.tied_embeddings,
-        # Version 5 of transformers reads the second, everything older the first.
+        # transformers 5 reads rope_parameters, older versions read rope_theta.
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "rope_scaling": None,
@@ -86,22 +88,23 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def model_config(fields: dict[str, Any]) -> ModelConfig:
-    """The shape of the model that a config.json describes.
+    """Return the configuration of our model for the fields of a config.json.
 
-    Fields that transformers' Llama does not read, or that matter for training or for text only, are passed over.
+    Fields that do not affect the forward pass of a Llama are ignored.
 
     Raises:
-        ValueError: it is not a Llama, or one that needs what our model lacks; the field is named, and its value.
+        InvalidInputError: the model is not a Llama, or needs a feature that our model does not have; the message names
+            the field and its value.
     """
     if fields.get("model_type") != "llama":
-        raise ValueError(f"model_type is {fields.get('model_type')!r}; only 'llama' can be read")
-    for name, wanted in _REQUIRED.items():
-        if fields.get(name) not in (None, wanted):
-            raise ValueError(f"{name} is {fields[name]!r}; only {wanted!r} can be read")
+        raise InvalidInputError(f"model_type is {fields.get('model_type')!r}; only 'llama' can be read")
+    for name, supported in _SUPPORTED_VALUES.items():
+        if fields.get(name) not in (None, supported):
+            raise InvalidInputError(f"{name} is {fields[name]!r}; only {supported!r} can be read")
     for name in _FIELDS.values():
         if name not in fields:
-            raise ValueError(f"the field {name!r} is missing")
-    values = {ours: fields[theirs] for ours, theirs in _FIELDS.items()}
+            raise InvalidInputError(f"the field {name!r} is missing")
+    values = {field: fields[hf_field] for field, hf_field in _FIELDS.items()}
     num_kv_heads = fields.get("num_key_value_heads")
     if num_kv_heads not in (None, values["num_heads"]):
         values["num_kv_heads"] = num_kv_heads
@@ -109,46 +112,48 @@ def model_config(fields: dict[str, Any]) -> ModelConfig:
     values["tied_embeddings"] = fields.get("tie_word_embeddings", False)
     try:
         config = from_table(ModelConfig, values)
-    except ValueError as error:
-        names = ", ".join(f"{theirs} is our {ours}" for ours, theirs in _FIELDS.items() if ours != theirs)
-        raise ValueError(f"{error} ({names}, num_key_value_heads our num_kv_heads)") from error
+    except InvalidConfigError as error:
+        names = ", ".join(f"{hf_field} is our {field}" for field, hf_field in _FIELDS.items() if field != hf_field)
+        raise InvalidInputError(f"{error} ({names}, num_key_value_heads our num_kv_heads)") from error
     if fields.get("head_dim") not in (None, config.d_head):
-        raise ValueError(
+        raise InvalidInputError(
             f"head_dim is {fields['head_dim']}; only hidden_size / num_attention_heads = {config.d_head} can be read"
         )
     return config
 
 
 def _rope_theta(fields: dict[str, Any]) -> float:
-    """The base of RoPE's wavelengths: old files have it as a field, new ones among the parameters of RoPE."""
+    """Return the base of RoPE: a field of its own in old files, one of the RoPE parameters in new files."""
     theta = fields.get("rope_theta", 10_000.0)
-    for name in ("rope_parameters", "rope_scaling"):  # transformers too lets the last one win
+    for name in ("rope_parameters", "rope_scaling"):  # the last one wins, as in transformers
         parameters = fields.get(name) or {}
-        known = isinstance(parameters, dict) and parameters.keys() <= {"rope_type", "type", "rope_theta"}
-        if not known or parameters.get("rope_type", parameters.get("type", "default")) != "default":
-            raise ValueError(f"{name} is {parameters!r}; only the default type, with a rope_theta alone, can be read")
+        is_supported = isinstance(parameters, dict) and parameters.keys() <= {"rope_type", "type", "rope_theta"}
+        if not is_supported or parameters.get("rope_type", parameters.get("type", "default")) != "default":
+            raise InvalidInputError(
+                f"{name} is {parameters!r}; only the default type with only a rope_theta can be read"
+            )
         theta = parameters.get("rope_theta", theta)
     return theta
 
 
 def hf_name(name: str) -> str:
-    """Llama's name of a tensor of ours: `layers.3.ffn.w1.weight` is `model.layers.3.mlp.gate_proj.weight`."""
+    """Translate a parameter name: `layers.3.ffn.w1.weight` becomes `model.layers.3.mlp.gate_proj.weight`."""
     module = name.removesuffix(".weight")
     if not module.startswith("layers."):
         return f"{_TENSORS[module]}.weight"
-    _, layer, part = module.split(".", 2)
-    return f"model.layers.{layer}.{_TENSORS_OF_A_LAYER[part]}.weight"
+    _, layer, submodule = module.split(".", 2)
+    return f"model.layers.{layer}.{_LAYER_TENSORS[submodule]}.weight"
 
 
-def to_hf_rows(name: str, weight: Tensor, d_head: int) -> Tensor:
-    """The tensor of this name (ours) with its rows in Llama's order, contiguous."""
+def to_hf_row_order(name: str, weight: Tensor, d_head: int) -> Tensor:
+    """Reorder the rows of a weight (by our name) for transformers; the result is contiguous."""
     if name.endswith(("q_proj.weight", "k_proj.weight")):
         weight = rearrange(weight, "(head pair two) d_model -> (head two pair) d_model", two=2, pair=d_head // 2)
     return weight.contiguous()
 
 
-def from_hf_rows(name: str, weight: Tensor, d_head: int) -> Tensor:
-    """The inverse of `to_hf_rows`."""
+def from_hf_row_order(name: str, weight: Tensor, d_head: int) -> Tensor:
+    """The inverse of `to_hf_row_order`."""
     if name.endswith(("q_proj.weight", "k_proj.weight")):
         weight = rearrange(weight, "(head two pair) d_model -> (head pair two) d_model", two=2, pair=d_head // 2)
     return weight

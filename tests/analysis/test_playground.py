@@ -60,7 +60,7 @@ def client(playground) -> TestClient:
     return TestClient(create_app(playground), base_url="http://127.0.0.1:8000")
 
 
-# --- Answers ----------------------------------------------------------------------------------------------------
+# --- Answers --------------------------------------------------------------------------------------------------
 
 
 def test_tokenizers_and_newest_run_are_found(tmp_path):
@@ -168,7 +168,7 @@ def test_without_a_run_there_is_no_model(tmp_path):
     assert (answer.status_code, "start the playground with a run" in answer.json()["error"]) == (400, True)
 
 
-# --- The server -------------------------------------------------------------------------------------------------
+# --- The server -----------------------------------------------------------------------------------------------
 
 SETTINGS = {"prompt": "the", "max_new_tokens": 6, "temperature": 1.0, "top_p": 0.9, "seed": 3}
 
@@ -352,7 +352,7 @@ def test_page_is_self_contained_and_has_a_strict_policy(client):
         assert word not in page, word
 
 
-# --- The script -------------------------------------------------------------------------------------------------
+# --- The script -----------------------------------------------------------------------------------------------
 
 
 def run_script(monkeypatch, *arguments: object) -> None:

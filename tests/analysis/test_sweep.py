@@ -33,7 +33,7 @@ def read_runs(folder: Path, text: str, **options: Any) -> dict[str, RunConfig]:
     return {run.name: run.config for run in read_sweep(folder / "sweep.toml", **options)}
 
 
-# --- Sweep files ------------------------------------------------------------------------------------------
+# --- Sweep files ----------------------------------------------------------------------------------------------
 
 
 def test_grid_gives_every_combination(tmp_path):

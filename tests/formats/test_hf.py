@@ -1,4 +1,4 @@
-"""Models in the format of transformers, both ways; transformers itself says what is right."""
+"""Models in Hugging Face format, exported and imported, compared with transformers itself."""
 
 import dataclasses
 import json
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+from basic.common.errors import DamagedFileError, InvalidInputError, WrongTokenizerError
 from basic.formats import export_llama
 from basic.formats.export_llama import export_hf
 from basic.formats.import_model import import_hf, import_pt, load_hf
@@ -33,14 +34,14 @@ logging.disable_progress_bar()
 END, OTHER = "<|endoftext|>", "<|endoftext|><|end|>"
 CONTEXT = 16
 SIZES: dict[str, Any] = {"context_length": CONTEXT, "d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 24}
-UNLIKE: dict[str, Any] = {"num_kv_heads": 2, "tied_embeddings": True, "rope_theta": 5e5, "norm_eps": 1e-2}
-every_kind = pytest.mark.parametrize(
-    "changes", [{}, UNLIKE, {"num_kv_heads": 1}], ids=["usual", "unlike", "one for all"]
+NOT_DEFAULT: dict[str, Any] = {"num_kv_heads": 2, "tied_embeddings": True, "rope_theta": 5e5, "norm_eps": 1e-2}
+all_kinds = pytest.mark.parametrize(
+    "changes", [{}, NOT_DEFAULT, {"num_kv_heads": 1}], ids=["defaults", "not defaults", "one KV head"]
 )
 
 
 def random_model(changes: dict[str, Any], vocab_size: int = 50) -> TransformerLM:
-    """A model with weights large enough for every part of it to matter."""
+    """A model with weights large enough for every layer to affect the output."""
     torch.manual_seed(0)
     model = TransformerLM(ModelConfig(vocab_size=vocab_size, **SIZES, **changes)).eval()
     for parameter in model.parameters():
@@ -49,7 +50,7 @@ def random_model(changes: dict[str, Any], vocab_size: int = 50) -> TransformerLM
 
 
 def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    """Whether two state dicts agree in every bit, and in dtypes."""
+    """Whether two state dicts are equal bit for bit, dtypes included."""
     a, b = one.state_dict(), other.state_dict()
     return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 
@@ -58,7 +59,7 @@ def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 def assert_same_behaviour(ours: TransformerLM, theirs: Any) -> None:
     ids = torch.randint(ours.config.vocab_size, (3, CONTEXT))
     logits = theirs(ids).logits
-    assert logits.std() > 0.5  # else anything would be close
+    assert logits.std() > 0.5  # otherwise all logits would be close
     assert (ours(ids) - logits).abs().max() < 1e-4
     prompt, count = ids[:1, :4], CONTEXT - 4
     settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -68,27 +69,27 @@ def assert_same_behaviour(ours: TransformerLM, theirs: Any) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
-    """The longer special token begins with the shorter; the shorter has the id 0."""
+    """One special token is a prefix of the other, and has the id 0."""
     path = tmp_path_factory.mktemp("bpe") / "text.txt"
     path.write_text("the cat sees the dog. the dog sees a café, 12 cats and nobody's hat.\n\n" * 5)
     vocab, merges = train_bpe(path, 300, [END, OTHER])
     return Tokenizer(vocab, merges, [END, OTHER])
 
 
-def export_by_hand(folder: Path, model: TransformerLM, changes: dict[str, Any] | None = None) -> dict[str, Tensor]:
-    """Export, then change fields of config.json (None removes one); returns the weights, for more changes."""
+def export_with_changes(folder: Path, model: TransformerLM, changes: dict[str, Any] | None = None) -> dict[str, Tensor]:
+    """Export a model, change fields of config.json, and return the weights for further changes."""
     export_hf(model, folder)
     fields = json.loads((folder / "config.json").read_text()) | (changes or {})
     (folder / "config.json").write_text(json.dumps(fields))
     return safetensors.torch.load_file(folder / "model.safetensors")
 
 
-# --- Theirs to ours -------------------------------------------------------------------------------------------
+# --- Import from transformers ---------------------------------------------------------------------------------
 
 
-@every_kind
+@all_kinds
 @pytest.mark.parametrize("max_shard_size", ["1GB", "10KB"])
-def test_a_llama_of_transformers_loads(changes, max_shard_size, tmp_path):
+def test_llama_of_transformers_loads(changes, max_shard_size, tmp_path):
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=50, **SIZES, **changes)
     theirs = LlamaForCausalLM(
@@ -115,16 +116,16 @@ def test_a_llama_of_transformers_loads(changes, max_shard_size, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precisions_are_widened_exactly(dtype, tmp_path):
+def test_half_precision_is_converted_exactly(dtype, tmp_path):
     model = random_model({}).to(dtype)
     export_hf(model, tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
     assert same_weights(load_hf(tmp_path / "hf"), model.float())
 
 
-def test_old_configurations_and_a_shorter_context(tmp_path):
+def test_old_config_json_and_shorter_context(tmp_path):
     model = random_model({"rope_theta": 777.0})
-    weights = export_by_hand(tmp_path / "hf", model)
+    weights = export_with_changes(tmp_path / "hf", model)
     path = tmp_path / "hf" / "config.json"
     fields = json.loads(path.read_text())
     for name in ("rope_parameters", "head_dim", "num_key_value_heads", "tie_word_embeddings", "dtype", "mlp_bias"):
@@ -142,42 +143,42 @@ def test_old_configurations_and_a_shorter_context(tmp_path):
     short = load_hf(tmp_path / "hf", context_length=5)
     assert short.config == dataclasses.replace(model.config, context_length=5)
     assert torch.equal(short(torch.tensor([[1, 2, 3]])), model(torch.tensor([[1, 2, 3]])))
-    with pytest.raises(ValueError, match="context_length must be 1 to 16 for this model, got 17"):
+    with pytest.raises(InvalidInputError, match="context_length must be 1 to 16 for this model, got 17"):
         load_hf(tmp_path / "hf", context_length=17)
 
 
-# --- Ours to theirs, and back ---------------------------------------------------------------------------------
+# --- Export and import ----------------------------------------------------------------------------------------
 
 
-@every_kind
-def test_an_exported_model_opens_in_transformers_and_comes_back_bit_for_bit(changes, tokenizer, tmp_path):
+@all_kinds
+def test_exported_model_opens_in_transformers_and_round_trips_bit_for_bit(changes, tokenizer, tmp_path):
     ours = random_model(changes, tokenizer.vocab_size + 3)
     export_hf(ours, tmp_path / "hf", tokenizer)
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     theirs, report = loaded
-    assert not any(report.values())  # no tensor missing, left over or of another shape
+    assert not any(report.values())  # no missing, unexpected or mismatched tensors
     assert isinstance(theirs, LlamaForCausalLM)
-    assert theirs.get_input_embeddings().padding_idx is None  # that id would not be trained any more
+    assert theirs.get_input_embeddings().padding_idx is None  # that embedding would not be trained
     assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == tokenizer.special_token_ids[END] == 0
     assert_same_behaviour(ours, theirs)
 
-    back = load_hf(tmp_path / "hf")
-    assert back.config == ours.config
-    assert same_weights(back, ours)
+    loaded_back = load_hf(tmp_path / "hf")
+    assert loaded_back.config == ours.config
+    assert same_weights(loaded_back, ours)
 
     theirs.save_pretrained(tmp_path / "theirs")
     assert same_weights(load_hf(tmp_path / "theirs"), ours)
 
 
-def strings() -> list[str]:
-    """The beginning of every text of the shared data, and the strings that break programs."""
+def real_and_naughty_texts() -> list[str]:
+    """The start of every text of the shared data, and a list of strings that often cause bugs."""
     shared_data("naughty_strings.json")
     texts = [path.read_bytes()[:20_000] for path in sorted(SHARED_DATA.glob("*")) if path.suffix != ".json"]
     naughty = json.loads((SHARED_DATA / "naughty_strings.json").read_text())
     return [text.decode(errors="replace") for text in texts] + naughty
 
 
-def test_an_exported_tokenizer_gives_our_ids(tokenizer, tmp_path):
+def test_exported_tokenizer_gives_our_ids(tokenizer, tmp_path):
     export_hf(random_model({}, tokenizer.vocab_size), tmp_path / "hf", tokenizer)
     theirs: Any = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert (
@@ -191,8 +192,8 @@ def test_an_exported_tokenizer_gives_our_ids(tokenizer, tmp_path):
         assert theirs.decode(ids) == text
 
 
-def test_an_exported_tokenizer_gives_our_ids_on_real_and_on_naughty_text(tokenizer, tmp_path):
-    texts = strings()
+def test_exported_tokenizer_gives_our_ids_on_real_and_naughty_texts(tokenizer, tmp_path):
+    texts = real_and_naughty_texts()
     assert len(texts) > 500
     export_hf(random_model({}, tokenizer.vocab_size), tmp_path / "hf", tokenizer)
     theirs: Any = AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -202,7 +203,7 @@ def test_an_exported_tokenizer_gives_our_ids_on_real_and_on_naughty_text(tokeniz
     assert theirs(with_specials)["input_ids"] == list(map(tokenizer.encode, with_specials))
 
 
-def test_an_export_is_there_whole_or_not_at_all(tokenizer, tmp_path, monkeypatch):
+def test_export_leaves_nothing_after_an_error_and_does_not_overwrite(tokenizer, tmp_path, monkeypatch):
     model = random_model({}, tokenizer.vocab_size)
 
     def fail(*_):
@@ -217,7 +218,7 @@ def test_an_export_is_there_whole_or_not_at_all(tokenizer, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == [tmp_path / "hf"]
     modes = {path.name: path.stat().st_mode for path in (tmp_path / "hf").iterdir()}
     assert len(modes) == 5
-    assert len(set(modes.values())) == 1  # also the weights may be read by whom the rest may
+    assert len(set(modes.values())) == 1  # the weights have the same permissions as the other files
     with pytest.raises(FileExistsError, match="already exists; choose another name"):
         export_hf(model, tmp_path / "hf", tokenizer)
 
@@ -230,22 +231,22 @@ def test_an_export_is_there_whole_or_not_at_all(tokenizer, tmp_path, monkeypatch
         ({"positions": "none"}, "positions='none'"),
     ],
 )
-def test_models_that_are_no_llama_say_why(changes, named, tmp_path):
-    with pytest.raises(ValueError, match=f"cannot express {named}; only models with norm='pre'"):
+def test_model_that_is_not_a_llama_is_an_error(changes, named, tmp_path):
+    with pytest.raises(InvalidInputError, match=f"cannot express {named}; only models with norm='pre'"):
         export_hf(random_model(changes), tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tokenizer, tmp_path):
+def test_tokenizer_with_more_ids_than_the_model_is_an_error(tokenizer, tmp_path):
     size = tokenizer.vocab_size
     message = f"the tokenizer's {size} ids do not fit into the model's vocab_size={size - 1}"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(WrongTokenizerError, match=message):
         export_hf(random_model({}, size - 1), tmp_path / "hf", tokenizer)
     assert list(tmp_path.iterdir()) == []
     export_hf(random_model({}, size), tmp_path / "hf", tokenizer)
     export_hf(random_model({}, size - 1), tmp_path / "small")
     shutil.copy(tmp_path / "hf" / "tokenizer.json", tmp_path / "small")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(WrongTokenizerError, match=message):
         import_hf(tmp_path / "small", tmp_path / "run")
     (tmp_path / "small" / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json; import the model without a tokenizer"):
@@ -254,7 +255,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tokenizer, tmp_path
     assert load_run(tmp_path / "run", device="cpu").tokenizer_path is None
 
 
-# --- What we do not have --------------------------------------------------------------------------------------
+# --- Unsupported and damaged files ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -280,20 +281,20 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tokenizer, tmp_path
         ("tie_word_embeddings", 1, "tied_embeddings must be true or false, got 1"),
     ],
 )
-def test_a_field_that_we_cannot_follow_is_named(name, value, message, tmp_path):
-    export_by_hand(tmp_path / "hf", random_model({}), {name: value})
-    with pytest.raises(ValueError, match=r"config\.json: " + message):
+def test_unsupported_field_is_an_error_that_names_it(name, value, message, tmp_path):
+    export_with_changes(tmp_path / "hf", random_model({}), {name: value})
+    with pytest.raises(InvalidInputError, match=r"config\.json: " + message):
         load_hf(tmp_path / "hf")
 
 
-def test_missing_fields_and_damaged_configurations(tmp_path):
-    with pytest.raises(ValueError, match="the field 'hidden_size' is missing"):
+def test_missing_field_and_damaged_config_json(tmp_path):
+    with pytest.raises(InvalidInputError, match="the field 'hidden_size' is missing"):
         model_config({"model_type": "llama", "vocab_size": 3, "max_position_embeddings": 3})
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         load_hf(tmp_path)
     for content, message in (("{", "is not JSON"), ("[]", "must hold a JSON object, got list")):
         (tmp_path / "config.json").write_text(content)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(DamagedFileError, match=message):
             load_hf(tmp_path)
 
 
@@ -305,67 +306,67 @@ Q = "model.layers.0.self_attn.q_proj"
     [
         (
             lambda w: {**w, f"{Q}.bias": torch.ones(32)},
-            f"has '{Q}.bias', of shape .32,., which this model has no place",
+            f"has '{Q}.bias', of shape .32,., which is not a weight",
         ),
         (lambda w: {**w, "score.weight": torch.ones(2, 32)}, "has 'score.weight'"),
-        (lambda w: w.pop("model.norm.weight") is None or w, "there is no 'model.norm.weight' among the weights"),
+        (lambda w: w.pop("model.norm.weight") is None or w, "the weights lack 'model.norm.weight'"),
         (lambda w: {**w, f"{Q}.weight": torch.ones(16, 32)}, r"of shape \(16, 32\); this model takes \(32, 32\)"),
         (lambda w: {**w, f"{Q}.weight": torch.ones(32, 32).to(torch.int8)}, f"'{Q}.weight' as torch.int8"),
         (lambda w: {**w, f"{Q}.weight": torch.ones(32, 32).double()}, f"'{Q}.weight' as torch.float64"),
     ],
     ids=["bias", "another head", "missing", "shape", "int8", "float64"],
 )
-def test_weights_that_do_not_fit_are_named(change, message, tmp_path):
-    weights = export_by_hand(tmp_path / "hf", random_model({}))
+def test_weight_that_does_not_match_is_an_error_that_names_it(change, message, tmp_path):
+    weights = export_with_changes(tmp_path / "hf", random_model({}))
     safetensors.torch.save_file(change(weights), tmp_path / "hf" / "model.safetensors")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         load_hf(tmp_path / "hf")
 
 
-def test_a_second_output_matrix_of_a_tied_model_must_be_the_first(tmp_path):
-    model = random_model(UNLIKE)
-    weights = export_by_hand(tmp_path / "hf", model)
+def test_output_matrix_of_a_tied_model_must_equal_the_embedding(tmp_path):
+    model = random_model(NOT_DEFAULT)
+    weights = export_with_changes(tmp_path / "hf", model)
     assert "lm_head.weight" not in weights
     for change in (0.0, 1e-6):
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + change
         safetensors.torch.save_file(weights, tmp_path / "hf" / "model.safetensors")
         if change == 0:
             assert same_weights(load_hf(tmp_path / "hf"), model)
-    with pytest.raises(ValueError, match=r"tied by the configuration, but differ from lm_head\.weight"):
+    with pytest.raises(InvalidInputError, match=r"tied by the configuration, but differ from lm_head\.weight"):
         load_hf(tmp_path / "hf")
 
 
-def test_damaged_and_missing_files_are_named(tmp_path):
+def test_damaged_and_missing_files_are_errors(tmp_path):
     hf, model = tmp_path / "hf", random_model({})
-    weights = export_by_hand(hf, model)
-    whole = (hf / "model.safetensors").read_bytes()
-    (hf / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
+    weights = export_with_changes(hf, model)
+    content = (hf / "model.safetensors").read_bytes()
+    (hf / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DamagedFileError, match=r"model\.safetensors is not a complete safetensors file"):
         load_hf(hf)
     (hf / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json$"):
         load_hf(hf)
     index = hf / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "part.safetensors")}))
-    with pytest.raises(FileNotFoundError, match=r"no .*part\.safetensors, which the index names"):
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "shard.safetensors")}))
+    with pytest.raises(FileNotFoundError, match=r"no .*shard\.safetensors, which the index names"):
         load_hf(hf)
-    (hf / "part.safetensors").write_bytes(whole)
+    (hf / "shard.safetensors").write_bytes(content)
     assert same_weights(load_hf(hf), model)
     index.write_text(json.dumps({"weight_map": {name: f"{i % 2}.safetensors" for i, name in enumerate(weights)}}))
-    for part in ("0.safetensors", "1.safetensors"):
-        (hf / part).write_bytes(whole)
-    with pytest.raises(ValueError, match=r"1\.safetensors has '.*', of shape .*, a second time"):
+    for shard in ("0.safetensors", "1.safetensors"):
+        (hf / shard).write_bytes(content)
+    with pytest.raises(InvalidInputError, match=r"1\.safetensors has '.*', of shape .*, a second time"):
         load_hf(hf)
-    (tmp_path / "outside.safetensors").write_bytes(whole)
+    (tmp_path / "outside.safetensors").write_bytes(content)
     index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "../outside.safetensors")}))
-    with pytest.raises(ValueError, match=r"names '\.\./outside\.safetensors', which is not a file beside it"):
+    with pytest.raises(InvalidInputError, match=r"names '\.\./outside\.safetensors', which is not a file beside it"):
         load_hf(hf)
 
 
 # --- Runs -----------------------------------------------------------------------------------------------------
 
 
-def test_an_imported_model_is_a_run(tokenizer, tmp_path):
+def test_imported_model_is_a_run(tokenizer, tmp_path):
     model = random_model({"num_kv_heads": 2}, tokenizer.vocab_size)
     export_hf(model, tmp_path / "hf", tokenizer, end_of_text=OTHER)
     import_hf(tmp_path / "hf", tmp_path / "run")
@@ -381,7 +382,7 @@ def test_an_imported_model_is_a_run(tokenizer, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
 
 
-def test_without_a_special_token_that_ends_texts_the_usual_one_is_assumed(tokenizer, tmp_path):
+def test_end_of_text_has_its_default_without_an_eos_token(tokenizer, tmp_path):
     plain = Tokenizer(tokenizer.vocab, tokenizer.merges)
     export_hf(random_model({}, 300), tmp_path / "hf", plain)
     import_hf(tmp_path / "hf", tmp_path / "run")
@@ -392,7 +393,7 @@ def test_without_a_special_token_that_ends_texts_the_usual_one_is_assumed(tokeni
 
 
 class Bomb:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -401,9 +402,9 @@ class Bomb:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_pickle_is_read_only_on_demand_and_never_runs_code(tmp_path):
+def test_pickle_is_read_only_on_request_and_never_runs_code(tmp_path):
     hf, model = tmp_path / "hf", random_model({})
-    weights = export_by_hand(hf, model)
+    weights = export_with_changes(hf, model)
     (hf / "model.safetensors").unlink()
     torch.save(weights, hf / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match=r"it has weights as a pickle .* only when unpickle is asked for"):
@@ -411,19 +412,19 @@ def test_a_pickle_is_read_only_on_demand_and_never_runs_code(tmp_path):
     assert same_weights(load_hf(hf, unpickle=True), model)
 
     torch.save({**weights, "bomb": Bomb(tmp_path / "crater")}, hf / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged, or holds more than tensors"):
+    with pytest.raises(DamagedFileError, match=r"pytorch_model\.bin is damaged, or holds more than tensors"):
         load_hf(hf, unpickle=True)
     (hf / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "crater"), protocol=2))
-    with pytest.raises(ValueError, match="holds more than tensors"):
+    with pytest.raises(DamagedFileError, match="holds more than tensors"):
         load_hf(hf, unpickle=True)
     assert not (tmp_path / "crater").exists()
     torch.save([1, 2], hf / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="must hold a dictionary from names to tensors"):
+    with pytest.raises(DamagedFileError, match="must hold a dictionary from names to tensors"):
         load_hf(hf, unpickle=True)
 
 
-@pytest.mark.parametrize("wrapped", ["alone", "part of a checkpoint", "compiled"])
-def test_a_state_dict_of_our_names_becomes_a_run(wrapped, tokenizer, tmp_path):
+@pytest.mark.parametrize("wrapped", ["alone", "in a checkpoint", "compiled"])
+def test_state_dict_with_our_names_becomes_a_run(wrapped, tokenizer, tmp_path):
     model = random_model({"norm": "post", "tied_embeddings": True}, 300)
     state: dict[str, Any] = dict(model.state_dict())
     if wrapped == "compiled":
@@ -440,9 +441,9 @@ def test_a_state_dict_of_our_names_becomes_a_run(wrapped, tokenizer, tmp_path):
     assert run.tokenizer_path is not None
 
     other = dataclasses.replace(config, model=dataclasses.replace(model.config, num_layers=1))
-    with pytest.raises(ValueError, match=r"'layers\.1\.ln1\.weight', of shape .*, which this model has no place for"):
+    with pytest.raises(InvalidInputError, match=r"'layers\.1\.ln1\.weight', of shape .*, which is not a weight"):
         import_pt(tmp_path / "model.pt", tmp_path / "other", other)
     torch.save({"weights": [1, 2]}, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"holds no state dict with a token_embeddings\.weight"):
+    with pytest.raises(InvalidInputError, match=r"holds no state dict with a token_embeddings\.weight"):
         import_pt(tmp_path / "model.pt", tmp_path / "other", config)
     assert not (tmp_path / "other").exists()

@@ -1,4 +1,4 @@
-"""The written questions: every formula against a count of the real modules, every other answer against the thing."""
+"""The written questions: formulas against counts in the real modules, other answers against direct computations."""
 
 import math
 import subprocess
@@ -13,19 +13,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from basic import assignment_question
 from basic.analysis import accounting
+from basic.common.errors import InvalidInputError
 from basic.model import AdamW, Linear, ModelConfig, RMSNorm, TransformerLM
 from basic.train_bpe import train_bpe
 from basic.transformer import functional
 from basic.transformer.functional import cross_entropy, linear
 
-# All sizes differ, so that a formula with the wrong letter gives another number.
+# All sizes differ, so that a formula with a wrong letter gives a wrong number.
 SMALL = ModelConfig(vocab_size=67, context_length=11, d_model=24, num_layers=3, num_heads=4, d_ff=40)
 BATCH_SIZE = 5
 
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory):
-    """Two little corpora about different things."""
+    """Two small corpora with different words."""
     folder = tmp_path_factory.mktemp("corpora")
     (folder / "first.txt").write_text(
         "".join(f"The cat number {i} sat on the grandmotherly mat.<|endoftext|>" for i in range(40))
@@ -43,10 +44,10 @@ def small_model():
     return TransformerLM(SMALL), torch.randint(SMALL.vocab_size, (BATCH_SIZE, SMALL.context_length))
 
 
-# --- Formulas against the real modules -----------------------------------------------------------------------
+# --- Formulas against the modules -----------------------------------------------------------------------------
 
 
-def test_parameters_are_those_of_the_model():
+def test_parameters_match_the_model():
     model, _ = small_model()
     counted = Counter()
     for name, parameter in model.named_parameters():
@@ -64,14 +65,14 @@ def test_parameters_are_those_of_the_model():
 
 
 @pytest.mark.parametrize("size", accounting.GPT2_SIZES)
-def test_parameters_of_gpt2_are_those_of_the_model(size):
+def test_parameters_of_gpt2_match_the_model(size):
     config = accounting.gpt2_config(size)
     with torch.device("meta"):
         model = TransformerLM(config)
     assert accounting.num_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_forward_flops_are_those_of_the_operations():
+def test_forward_flops_match_the_operations():
     model, token_ids = small_model()
     with FlopCounterMode(display=False) as counter:
         model(token_ids)
@@ -80,36 +81,34 @@ def test_forward_flops_are_those_of_the_operations():
     assert sum(formula.values()) == model.matmul_flops_per_token() * token_ids.numel()
 
 
-def test_each_product_is_one_of_the_operations():
-    """The shapes and their number, not only the sum."""
+def test_each_matrix_multiplication_matches_an_operation():
+    """Compare shapes and counts, not only the sum."""
     model, token_ids = small_model()
-    seen = Counter()
+    actual = Counter()
 
-    class Products(TorchDispatchMode):
+    class MatrixMultiplications(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args: Any = (), kwargs=None):
             name = func.overloadpacket.__name__
             if name in {"mm", "bmm"}:
                 (*_, rows, inner), columns = args[0].shape, args[1].shape[-1]
-                # A batch of products with one matrix is one product over all their rows.
-                times = args[0].shape[0] if name == "bmm" else 1
-                # Queries, keys and values come from one product of packed weights, as W1 and W3 do.
-                parts = {3 * SMALL.d_model: 3, 2 * (SMALL.d_ff or 0): 2}.get(columns, 1)
-                seen[times * rows, inner, columns // parts] += parts
+                batch = args[0].shape[0] if name == "bmm" else 1
+                # Q, K and V are one multiplication with packed weights, and so are W1 and W3.
+                num_packed = {3 * SMALL.d_model: 3, 2 * (SMALL.d_ff or 0): 2}.get(columns, 1)
+                actual[batch * rows, inner, columns // num_packed] += num_packed
             return func(*args, **(kwargs or {}))
 
-    with Products(), torch.no_grad():
+    with MatrixMultiplications(), torch.no_grad():
         model(token_ids)
     expected = Counter()
-    for product in accounting.MATRIX_MULTIPLICATIONS.values():
-        height, inner, width = (accounting.evaluate_formula(s, SMALL) for s in (product.rows, product.inner, product.columns))
-        times = accounting.evaluate_formula(product.count, SMALL)
-        heads = SMALL.num_heads if "h" in product.count else 1
-        expected[BATCH_SIZE * heads * height, inner, width] += times // heads
-    assert seen == expected
+    for multiplication in accounting.MATRIX_MULTIPLICATIONS.values():
+        count, rows, inner, columns = (accounting.evaluate_formula(size, SMALL) for size in multiplication)
+        heads = SMALL.num_heads if "h" in multiplication.count else 1
+        expected[BATCH_SIZE * heads * rows, inner, columns] += count // heads
+    assert actual == expected
 
 
-def test_activations_are_those_of_the_modules(monkeypatch):
-    """Each listed tensor, as large as the one that the real operation makes."""
+def test_activations_match_the_modules(monkeypatch):
+    """Compare each formula with the size of the output of its operation."""
     model, token_ids = small_model()
     counted = Counter()
 
@@ -153,15 +152,15 @@ def test_activations_are_those_of_the_modules(monkeypatch):
     monkeypatch.setattr(functional, "einsum", contraction)
     logits = model(token_ids)
 
-    # The cross-entropy keeps at least a tensor as large as the logits for its gradient.
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x):
+    # The cross-entropy saves at least a tensor of the size of the logits for its gradient.
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda x: x):
         cross_entropy(logits, token_ids)
-    counted["cross-entropy"] = max(kept)
+    counted["cross-entropy"] = max(saved)
     assert accounting.evaluate_formulas(accounting.ACTIVATIONS, SMALL, BATCH_SIZE) == counted
 
 
-def test_training_memory_is_that_of_parameters_gradients_and_optimizer():
+def test_training_memory_matches_parameters_gradients_and_optimizer():
     model, token_ids = small_model()
     optimizer = AdamW(model.parameters())
     cross_entropy(model(token_ids), token_ids).backward()
@@ -175,11 +174,13 @@ def test_training_memory_is_that_of_parameters_gradients_and_optimizer():
     assert memory["parameters"] == size_bytes(model.parameters())
     assert memory["gradients"] == size_bytes(parameter.grad for parameter in model.parameters())
     assert memory["optimizer state"] == size_bytes(states)
-    assert memory["activations"] == 4 * sum(accounting.evaluate_formulas(accounting.ACTIVATIONS, SMALL, BATCH_SIZE).values())
+    assert memory["activations"] == 4 * sum(
+        accounting.evaluate_formulas(accounting.ACTIVATIONS, SMALL, BATCH_SIZE).values()
+    )
 
 
-def test_adamw_flops_are_those_of_the_operations():
-    """One operation a number for each of +, *, /, sqrt inside the tensor operations of a real step."""
+def test_adamw_flops_match_the_operations():
+    """Count +, *, / and sqrt per element in the tensor operations of a step."""
     per_number = {"mul_": 1, "add_": 1, "addcmul_": 3, "sqrt": 1, "div_": 1, "addcdiv_": 3}
     flops = 0
 
@@ -187,7 +188,7 @@ def test_adamw_flops_are_those_of_the_operations():
         def __torch_dispatch__(self, func, types, args: Any = (), kwargs=None):
             nonlocal flops
             name = func.overloadpacket.__name__
-            if not name.startswith("_record_function"):  # a mark for the profiler
+            if not name.startswith("_record_function"):  # only for the profiler
                 is_scaled = (kwargs or {}).get("alpha", 1) != 1
                 flops += (per_number[name] + is_scaled) * args[0].numel()
             return func(*args, **(kwargs or {}))
@@ -195,13 +196,13 @@ def test_adamw_flops_are_those_of_the_operations():
     parameter = torch.nn.Parameter(torch.randn(7, 9))
     optimizer = AdamW([parameter], lr=1e-3, weight_decay=0.1)
     parameter.grad = torch.randn(7, 9)
-    optimizer.step()  # makes the state
+    optimizer.step()  # creates the state
     with Elementwise():
         optimizer.step()
     assert accounting.adamw_flops(parameter.numel()) == flops
 
 
-def test_training_flops_are_three_forward_passes_and_the_optimizer():
+def test_training_flops_are_forward_backward_and_optimizer():
     model, token_ids = small_model()
     with FlopCounterMode(display=False) as counter:
         cross_entropy(model(token_ids), token_ids).backward()
@@ -209,31 +210,31 @@ def test_training_flops_are_three_forward_passes_and_the_optimizer():
     assert accounting.training_flops(SMALL, BATCH_SIZE) == counter.get_total_flops() + optimizer
 
 
-def test_formulas_refuse_another_architecture():
-    with pytest.raises(ValueError, match="tied_embeddings=False, got True"):
+def test_formulas_reject_another_architecture():
+    with pytest.raises(InvalidInputError, match="tied_embeddings=False, got True"):
         accounting.num_parameters(
             ModelConfig(vocab_size=9, context_length=4, d_model=8, num_layers=1, num_heads=2, tied_embeddings=True)
         )
 
 
-# --- The answers ---------------------------------------------------------------------------------------------
+# --- Answers --------------------------------------------------------------------------------------------------
 
 
 def test_unicode1():
     values = assignment_question.unicode1().values
     assert values["name"] == "NULL"
     alone, in_text = values["chr(0)"]
-    assert (alone["repr"], alone["bytes that print writes"]) == (r"'\x00'", b"\x00")
+    assert (alone["repr"], alone["printed bytes"]) == (r"'\x00'", b"\x00")
     assert alone["visible characters"] == 0
     assert in_text["characters"] == in_text["visible characters"] + 1
-    assert "\0" not in str(assignment_question.unicode1())  # some terminals and tools stumble over it
+    assert "\0" not in str(assignment_question.unicode1())  # some terminals and tools cannot handle it
 
 
 def test_unicode2():
     values = assignment_question.unicode2().values
     with pytest.raises(UnicodeDecodeError):
-        values["two bytes that are no text"].decode()
-    assert len(values["two bytes that are no text"]) == 2
+        values["two bytes that are not UTF-8"].decode()
+    assert len(values["two bytes that are not UTF-8"]) == 2
     # Two ASCII characters, or one of U+0080 to U+07FF.
     assert values["such pairs, of all 65,536"] == 65_536 - 128**2 - (0x800 - 0x80)
     assert "can't decode byte 0xc3" in values["the error"]
@@ -249,17 +250,17 @@ def test_train_bpe_tinystories(corpora):
     assert row["vocabulary"] == 300
     assert len(row["longest token"]) == max(len(token) for i, token in corpora.first().training().vocab.items() if i)
     assert 0 < row["of it counting, s"] < row["time, s"]
-    assert values["what takes the most time"] in {"counting", "merging"}
-    assert 50 <= values["its share, %"] <= 100
+    assert values["slower stage"] in {"counting", "merging"}
+    assert 50 <= values["its share of the time, %"] <= 100
 
 
-def test_training_for_the_questions_is_train_bpe(corpora):
+def test_measured_training_equals_train_bpe(corpora):
     training = corpora.first().training()
     assert (training.vocab, training.merges) == train_bpe(corpora.corpus, 300, [assignment_question.SEPARATOR])
 
 
-def test_peak_memory_is_that_of_a_process_without_torch(corpora):
-    pytest.importorskip("resource", reason="peak memory is measured where the resource module is")
+def test_peak_memory_is_measured_in_a_process_without_torch(corpora):
+    pytest.importorskip("resource", reason="peak memory needs the resource module")
     here_bytes = assignment_question._peak_memory_bytes()  # with torch, hundreds of MB
     assert 5e6 < corpora.first().training().peak_memory_bytes < here_bytes / 2
 
@@ -274,13 +275,15 @@ def test_train_bpe_expts_owt(corpora):
 
 def test_tokenizer_experiments(corpora):
     values = assignment_question.tokenizer_experiments(corpora).values
-    on_first, on_other = values["bytes a token"]
+    on_first, on_other = values["bytes per token"]
     assert on_first["documents"] == "10 of first.txt"
     assert on_first["tokenizer of the first"] > on_first["tokenizer of the other"] >= 1
     assert on_other["tokenizer of the other"] > on_other["tokenizer of the first"] >= 1
-    for row, largest_id in zip(values["throughput of one process, the Pile, and the ids"], (299, 309), strict=True):
+    for row, largest_id in zip(
+        values["throughput of one process, time for the Pile, and ids"], (299, 309), strict=True
+    ):
         assert row["825 GB, hours"] == pytest.approx(825e9 / (row["MB/s"] * 1e6) / 3600)
-        assert (row["largest id"], row["ids as"]) == (largest_id, "uint16")
+        assert (row["largest id"], row["dtype"]) == (largest_id, "uint16")
 
 
 def test_bytes_per_token_counts_bytes_not_characters(corpora):
@@ -288,17 +291,17 @@ def test_bytes_per_token_counts_bytes_not_characters(corpora):
     assert assignment_question.bytes_per_token(tokenizer, ["é", "日本"]) == 1
 
 
-def test_documents_are_whole(tmp_path):
+def test_documents_are_complete(tmp_path):
     path = tmp_path / "three.txt"
     path.write_text("one<|endoftext|>two<|endoftext|>three")
     corpus = assignment_question.Corpus("three", path, 300)
     assert corpus.documents() == ["one", "two", "three"]
     assert corpus.documents(size_bytes=35) == ["one", "two"]
-    with pytest.raises(ValueError, match=r"no whole document within its first 2 bytes; put <\|endoftext\|>"):
+    with pytest.raises(InvalidInputError, match=r"no complete document in its first 2 bytes; put <\|endoftext\|>"):
         corpus.documents(size_bytes=2)
 
 
-def test_embedded_corpus_is_the_default():
+def test_embedded_stories_are_the_default():
     corpora = assignment_question.Corpora(seed=3)
     assert (corpora.first().label, corpora.first().vocab_size) == ("stories, seed 3", 1_000)
     assert (corpora.other().label, corpora.other().vocab_size) == ("stories, seed 4", 2_000)
@@ -306,7 +309,7 @@ def test_embedded_corpus_is_the_default():
     assert corpora.first().path.stat().st_size > 2_000_000
 
 
-def test_a_file_gets_the_vocabulary_of_the_assignment(tmp_path):
+def test_default_vocabulary_sizes_for_files_are_those_of_the_assignment(tmp_path):
     corpora = assignment_question.Corpora(corpus=tmp_path / "a.txt", other_corpus=tmp_path / "b.txt")
     assert (corpora.first().vocab_size, corpora.other().vocab_size) == (10_000, 32_000)
 
@@ -316,14 +319,14 @@ def test_transformer_accounting():
     # By hand: 2 * 50,257 * 1,600 + 48 * (4 * 1,600^2 + 3 * 1,600 * 4,288 + 2 * 1,600) + 1,600
     assert values["parameters of XL"] == 1_640_452_800
     assert values["in fp32, GB"] == pytest.approx(6.5618112)
-    assert sum(row["numbers"] for row in values["parameters of XL by part"]) == values["parameters of XL"]
-    products = values["matrix products of XL, context 1,024"]
-    assert sum(row["FLOPs"] for row in products) == values["FLOPs of a forward pass of XL"]
-    assert products[0]["matrices"] == "(1024 x 1600) (1600 x 1600)"
+    assert sum(row["numbers"] for row in values["parameters of XL by layer type"]) == values["parameters of XL"]
+    multiplications = values["matrix multiplications of XL, context 1,024"]
+    assert sum(row["FLOPs"] for row in multiplications) == values["FLOPs of a forward pass of XL"]
+    assert multiplications[0]["matrices"] == "(1024 x 1600) (1600 x 1600)"
     assert [row["d_ff"] for row in values["models"]] == [2048, 2752, 3392, 4288, 4288]
     for model in ("small", "medium", "large", "XL", "XL, 16,384"):
-        assert sum(row[model] for row in values["share of each product, %"]) == pytest.approx(100)
-    assert values["context 16,384: times as many"] == pytest.approx(37.98, abs=0.01)
+        assert sum(row[model] for row in values["share of the FLOPs, %"]) == pytest.approx(100)
+    assert values["ratio of FLOPs, context 16,384 to 1,024"] == pytest.approx(37.98, abs=0.01)
 
 
 def test_learning_rate_tuning():
@@ -338,7 +341,7 @@ def test_toy_losses_follow_the_closed_form(lr):
     factors = [1 - lr / (50 * math.sqrt(t + 1)) for t in range(10)]
     expected = [losses[0] * math.prod(factors[:t]) ** 2 for t in range(11)]
     assert losses == pytest.approx(expected, rel=1e-4)
-    assert 10 < losses[0] < 50  # the mean square of 5 times standard normal is near 25
+    assert 10 < losses[0] < 50  # near 25, the mean square of 5 times a standard normal
 
 
 def test_adamw_accounting():
@@ -353,10 +356,10 @@ def test_adamw_accounting():
     assert values["400,000 steps of 1,024, hours"] == pytest.approx(flops / 247.5e12 / 3600, rel=1e-5)
 
 
-# --- Printing and the command line ---------------------------------------------------------------------------
+# --- Printing and command line --------------------------------------------------------------------------------
 
 
-def test_answer_prints_values_then_tables_then_the_explanation():
+def test_answer_is_printed_as_values_tables_and_explanation():
     answer = assignment_question.Answer(
         "name", {"a count": 1234, "ab": [{"text": "x", "n": 10}, {"text": "long", "n": 2.5}], "b": b"\xff"}, "So it is."
     )
@@ -382,8 +385,8 @@ def test_all_prints_every_answer_in_order(corpora, capsys):
     assignment_question.main("all", corpora)
     page = capsys.readouterr().out
     titles = [f"{name}\n{'=' * len(name)}\n" for name in assignment_question.questions()]
-    places = [page.index(title) for title in titles]
-    assert places == sorted(places)
+    positions = [page.index(title) for title in titles]
+    assert positions == sorted(positions)
 
 
 def test_module_prints_one_answer_without_torch():
@@ -396,7 +399,7 @@ def test_module_prints_one_answer_without_torch():
     assert "torch" not in imported
 
 
-def test_unknown_question_is_named_with_the_valid_ones():
+def test_unknown_question_is_an_error_that_lists_the_questions():
     with pytest.raises(SystemExit, match=r"there is no question 'unicode3'.*unicode2.*adamw_accounting"):
         assignment_question.main("unicode3")
 
@@ -408,7 +411,7 @@ def test_unknown_question_is_named_with_the_valid_ones():
         ({"vocab_size": 256}, "at least 257, got 256"),
     ],
 )
-def test_bad_corpora_end_with_a_message(settings, message, corpora, tmp_path):
+def test_invalid_corpora_exit_with_a_message(settings, message, corpora, tmp_path):
     path = tmp_path / settings["corpus"] if "corpus" in settings else corpora.corpus
     wrong = assignment_question.Corpora(corpus=path, vocab_size=settings.get("vocab_size", 300))
     with pytest.raises(SystemExit, match=message):
