@@ -132,9 +132,12 @@ def corpus(tmp_path) -> Path:
         (["import", "missing", "--output", "run"], "there is no file or folder 'missing'"),
         (
             ["import", "foreign", "--output", "run"],
-            "foreign is no folder of a model that transformers saved: it has no config",
+            "foreign is not a model folder of transformers: it has no config.json",
         ),
-        (["import", "corpus.txt", "--output", "run"], "corpus.txt is a file; if torch.save wrote it, add --unpickle"),
+        (
+            ["import", "corpus.txt", "--output", "run"],
+            "corpus.txt is a file; if it is a state dict written by torch.save, add --unpickle",
+        ),
         (
             ["import", "corpus.txt", "--output", "run", "--unpickle", "--config", "run.toml"],
             "corpus.txt is damaged, or holds more than tensors and plain containers",
