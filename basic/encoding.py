@@ -28,7 +28,7 @@ from basic.corpus.shards import (
     ShardChunks,
     entire_source,
     inputs_fingerprint,
-    read_range,
+    read_segment,
     split_into_shards,
     total_text_bytes,
 )
@@ -176,11 +176,11 @@ def encode_files(
         raise InvalidInputError(
             f"{output} names one token file, but a dataset is a folder: give its name, or use encode_file"
         )
-    ranges = _entire_sources(expand_inputs(inputs), _special_tokens(tokenizer, specials_as_text))
-    shards = split_into_shards(ranges, shard_bytes)
+    segments = _entire_sources(expand_inputs(inputs), _special_tokens(tokenizer, specials_as_text))
+    shards = split_into_shards(segments, shard_bytes)
     work = {
         "kind": "tokens",
-        **inputs_fingerprint(ranges),
+        **inputs_fingerprint(segments),
         "tokenizer": tokenizer.fingerprint,
         "errors": errors,
         "specials_as_text": specials_as_text,
@@ -191,10 +191,10 @@ def encode_files(
         errors=errors,
         specials_as_text=specials_as_text,
     )
-    kernels = tokenizer.kernel_encoder(sum(part.num_bytes for part in ranges)) is not None
+    kernels = tokenizer.kernel_encoder(sum(segment.num_bytes for segment in segments)) is not None
     with (
         WorkFolder(output, work, start_over=start_over) as folder,
-        progress_bar(progress, desc="encoding", total=total_text_bytes(ranges), unit="B", unit_scale=True) as advance,
+        progress_bar(progress, desc="encoding", total=total_text_bytes(segments), unit="B", unit_scale=True) as advance,
     ):
         if executor is None and kernels:
             encoding = replace(encoding, advance=folder.cancellable(advance))
@@ -252,8 +252,8 @@ def _write_token_file(
     path: str | os.PathLike,
     advance: Callable[[int], object],
 ) -> TokenFileInfo:
-    num_bytes = sum(part.num_bytes for part in shard)
-    num_mapped_bytes = sum(part.num_bytes for part in shard if part.is_mapped)
+    num_bytes = sum(segment.num_bytes for segment in shard)
+    num_mapped_bytes = sum(segment.num_bytes for segment in shard if segment.is_mapped)
     special_tokens = tokenizer.active_special_tokens(encoding.specials_as_text)
     errors, specials_as_text = encoding.errors, encoding.specials_as_text
     with TokenFileWriter(path, tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint) as writer:
@@ -274,8 +274,8 @@ def _write_token_file(
             except InvalidByteError as error:
                 raise chunks.describe_error(error) from None
         else:
-            for part in shard:
-                text = read_range(part, special_tokens, tokenizer.compiled_pattern, errors=errors, on_read=on_read)
+            for segment in shard:
+                text = read_segment(segment, special_tokens, tokenizer.compiled_pattern, errors=errors, on_read=on_read)
                 for ids in tokenizer.encode_stream(text, specials_as_text=specials_as_text):
                     writer.write(ids)
     return writer.info

@@ -38,12 +38,12 @@ from basic.corpus.count_tables import (
 from basic.corpus.shards import (
     KERNEL_CHUNK_BYTES,
     SHARD_BYTES,
+    Segment,
     Shard,
     ShardChunks,
-    SourceRange,
     entire_source,
     inputs_fingerprint,
-    read_range,
+    read_segment,
     split_into_shards,
     total_text_bytes,
 )
@@ -152,23 +152,23 @@ def build_count_table(
     for source in sources:
         check_separator(source, special_tokens.tokens)
     compiled_pattern = compile_pattern(pattern)
-    ranges = [entire_source(source) for source in sources]
+    segments = [entire_source(source) for source in sources]
     num_workers = options.num_workers or default_num_workers()
-    kernels = _use_kernels(ranges, compiled_pattern, options.kernels)
-    shard_bytes = options.shard_bytes or _default_shard_bytes(ranges, num_workers, kernels, options)
+    kernels = _use_kernels(segments, compiled_pattern, options.kernels)
+    shard_bytes = options.shard_bytes or _default_shard_bytes(segments, num_workers, kernels, options)
     work = {
         "kind": "counts of words",
-        **inputs_fingerprint(ranges),
+        **inputs_fingerprint(segments),
         "special tokens": special_tokens.tokens,
         "pattern": compiled_pattern.pattern,
         "shard_bytes": shard_bytes,
     }
-    shards = split_into_shards(ranges, shard_bytes)
+    shards = split_into_shards(segments, shard_bytes)
     with (
         TemporaryDirectory(prefix="basic-") as temporary,
         WorkFolder(options.work_folder or temporary, work, start_over=options.start_over) as folder,
         progress_bar(
-            options.progress, desc="counting", total=total_text_bytes(ranges), unit="B", unit_scale=True
+            options.progress, desc="counting", total=total_text_bytes(segments), unit="B", unit_scale=True
         ) as advance,
     ):
         # Threads of this process report progress chunk by chunk, other workers shard by shard.
@@ -190,20 +190,18 @@ def build_count_table(
         return drop_rare(table, options.min_count)
 
 
-def _use_kernels(ranges: Sequence[SourceRange], pattern: re.Pattern[str], kernels: bool | None) -> bool:
+def _use_kernels(segments: Sequence[Segment], pattern: re.Pattern[str], kernels: bool | None) -> bool:
     if pattern is not GPT2_PATTERN or kernels is False:
         return False
-    num_bytes = sum(part.num_bytes for part in ranges)
-    mapped_bytes = sum(part.num_bytes for part in ranges if part.is_mapped)
+    num_bytes = sum(segment.num_bytes for segment in segments)
+    mapped_bytes = sum(segment.num_bytes for segment in segments if segment.is_mapped)
     return bool(kernels) or loading.kernels_pay_off("training", num_bytes, num_mapped_bytes=mapped_bytes)
 
 
-def _default_shard_bytes(
-    ranges: Sequence[SourceRange], num_workers: int, kernels: bool, options: CountingOptions
-) -> int:
+def _default_shard_bytes(segments: Sequence[Segment], num_workers: int, kernels: bool, options: CountingOptions) -> int:
     if options.executor is not None or options.work_folder is not None:
         return SHARD_BYTES  # another machine must find the same shards in the folder
-    num_bytes = sum(part.num_bytes for part in ranges)
+    num_bytes = sum(segment.num_bytes for segment in segments)
     # Enough shards that no worker waits long for the last one, but large ones: each repeats the frequent pre-tokens.
     if not kernels:
         return min(max(num_bytes // (4 * num_workers), _MIN_PLAIN_BYTES), _MAX_PLAIN_BYTES)
@@ -333,8 +331,8 @@ def _count_plain(
     def table() -> PretokenCounts:
         return sorted_table(Counter({pretoken.encode(): count for pretoken, count in counts.items()}))
 
-    for part in shard:
-        text = read_range(part, special_tokens, pattern, on_read=advance)
+    for segment in shard:
+        text = read_segment(segment, special_tokens, pattern, on_read=advance)
         for pretokens, _ in pretokenize_stream(text, special_tokens, pattern):
             counts.update(pretokens)
             if len(counts) > limit:

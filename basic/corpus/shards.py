@@ -1,10 +1,10 @@
 """A corpus in shards of bounded size, each of which any worker can process on its own.
 
-    inputs --expand_inputs--> sources --entire_source--> ranges --split_into_shards--> shards
-    shard --read_range, ShardChunks--> text
+    inputs --expand_inputs--> sources --entire_source--> segments --split_into_shards--> shards
+    shard --read_segment, ShardChunks--> text
 
-A plain file is split into ranges of bytes. Each worker finds the exact ends: a range begins at the first safe position
-at or after its start (`basic.pretokenization.find_safe_position`) and ends where the next range begins. So splitting
+A plain file is split into byte ranges. Each worker finds the exact ends: a segment begins at the first safe position
+at or after its start (`basic.pretokenization.find_safe_position`) and ends where the next segment begins. So splitting
 does not read the corpus, and a task for a worker is only a file name and two numbers. A compressed file, or one of JSON
 lines, can only be read from its beginning: it is always one shard, streamed in bounded memory. Many compressed files of
 some hundred megabytes are therefore better than one of a hundred gigabytes. Small inputs share a shard.
@@ -40,15 +40,15 @@ KERNEL_CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
-class SourceRange:
-    """A range of bytes of a plain file, or any other source as a whole.
+class Segment:
+    """A byte range of a plain file, or an entire source of another kind.
 
     Attributes:
         source: the input.
         size: size of the file in bytes; None if the server does not report it.
         version: changes when the content of the file changes.
         start, stop: byte offsets in a plain file; the range is from the first safe position at or after `start` to that
-            at or after `stop`. `stop` is None for a source that can only be streamed as a whole.
+            at or after `stop`. `stop` is None for a source that can only be streamed.
     """
 
     source: TextSource
@@ -59,7 +59,7 @@ class SourceRange:
 
     @property
     def num_bytes(self) -> int:
-        """The approximate number of bytes to read."""
+        """The approximate number of bytes to read; for a compressed file its size."""
         return (self.size or 0) if self.stop is None else self.stop - self.start
 
     @property
@@ -68,11 +68,11 @@ class SourceRange:
         return self.stop is not None and not self.source.is_remote
 
 
-Shard = tuple[SourceRange, ...]
+Shard = tuple[Segment, ...]
 
 
-def entire_source(source: TextSource) -> SourceRange:
-    """Return the range that covers all of a source.
+def entire_source(source: TextSource) -> Segment:
+    """Return the segment that covers all of a source.
 
     Raises:
         OSError: the source is not a readable file.
@@ -81,53 +81,55 @@ def entire_source(source: TextSource) -> SourceRange:
     if not source.is_remote:
         # A worker may have another current folder.
         source = replace(source, path=os.path.abspath(source.path))
-    return SourceRange(source, size, version, 0, size if source.is_plain and source.supports_ranges() else None)
+    return Segment(source, size, version, 0, size if source.is_plain and source.supports_ranges() else None)
 
 
-def total_text_bytes(ranges: Sequence[SourceRange]) -> int | None:
+def total_text_bytes(segments: Sequence[Segment]) -> int | None:
     """Return the size of the text for a progress bar, or None if a source must be decompressed or parsed to know it."""
-    return sum(part.num_bytes for part in ranges) if all(part.source.is_plain for part in ranges) else None
+    if not all(segment.source.is_plain for segment in segments):
+        return None
+    return sum(segment.num_bytes for segment in segments)
 
 
-def inputs_fingerprint(ranges: Sequence[SourceRange]) -> dict[str, Any]:
+def inputs_fingerprint(segments: Sequence[Segment]) -> dict[str, Any]:
     """Return what identifies entire inputs in a work folder: names, sizes, versions, and how JSON lines are read."""
     digest = hashlib.sha256()
-    for part in ranges:
-        source = part.source
-        state = [os.fspath(source), part.size, part.version, source.field, source.end_of_text]
+    for segment in segments:
+        source = segment.source
+        state = [os.fspath(source), segment.size, segment.version, source.field, source.end_of_text]
         digest.update(json.dumps(state).encode())
-    num_bytes = sum(part.size or 0 for part in ranges)
-    return {"inputs": len(ranges), "input_bytes": num_bytes, "input_sha256": digest.hexdigest()}
+    num_bytes = sum(segment.size or 0 for segment in segments)
+    return {"inputs": len(segments), "input_bytes": num_bytes, "input_sha256": digest.hexdigest()}
 
 
-def split_into_shards(ranges: Iterable[SourceRange], shard_bytes: int) -> list[Shard]:
+def split_into_shards(segments: Iterable[Segment], shard_bytes: int) -> list[Shard]:
     """Split inputs into shards of about `shard_bytes`, in order; a source that is streamed may make a larger one."""
     shards: list[Shard] = []
-    shard: list[SourceRange] = []
-    for source_range in ranges:
-        start, stop = source_range.start, source_range.stop
-        if stop is None or source_range.num_bytes <= shard_bytes:
-            parts = [source_range]
+    shard: list[Segment] = []
+    for entire in segments:
+        start, stop = entire.start, entire.stop
+        if stop is None or entire.num_bytes <= shard_bytes:
+            split = [entire]
         else:
             ends = pairwise([*range(start, stop, shard_bytes), stop])
-            parts = [replace(source_range, start=start, stop=stop) for start, stop in ends]
-        for part in parts:
-            if shard and part.num_bytes + sum(each.num_bytes for each in shard) > shard_bytes:
+            split = [replace(entire, start=start, stop=stop) for start, stop in ends]
+        for segment in split:
+            if shard and segment.num_bytes + sum(each.num_bytes for each in shard) > shard_bytes:
                 shards.append(tuple(shard))
                 shard = []
-            shard.append(part)
+            shard.append(segment)
     return [*shards, tuple(shard)] if shard else shards
 
 
-def read_range(
-    source_range: SourceRange,
+def read_segment(
+    segment: Segment,
     special_tokens: SpecialTokens,
     pattern: re.Pattern[str] = GPT2_PATTERN,
     *,
     errors: str = "strict",
     on_read: Callable[[int], object] = lambda num_bytes: None,
 ) -> Iterator[str]:
-    """Stream the text of a range; the strings may end anywhere. See `basic.corpus.sources.read_text`.
+    """Stream the text of a segment; the strings may end anywhere. See `basic.corpus.sources.read_text`.
 
     Args:
         special_tokens, pattern: decide which positions are safe.
@@ -139,20 +141,19 @@ def read_range(
             on_read(num_bytes(block))
             yield block
 
-    source = source_range.source
-    if source_range.stop is None:
+    source = segment.source
+    if segment.stop is None:
         return counted(read_text(source, errors=errors), lambda text: len(text.encode()))
-    start, stop = _safe_range(source_range, special_tokens, pattern)
+    start, stop = _safe_range(segment, special_tokens, pattern)
     return decode_blocks(counted(source.blocks(start, stop), len), source, start, errors=errors)
 
 
 def _safe_range(
-    source_range: SourceRange, special_tokens: SpecialTokens, pattern: re.Pattern[str] = GPT2_PATTERN
+    segment: Segment, special_tokens: SpecialTokens, pattern: re.Pattern[str] = GPT2_PATTERN
 ) -> tuple[int, int]:
-    read, size = source_range.source.read, source_range.size or 0
+    read, size = segment.source.read, segment.size or 0
     start, stop = (
-        find_safe_position(read, offset, size, special_tokens, pattern)
-        for offset in (source_range.start, source_range.stop or 0)
+        find_safe_position(read, offset, size, special_tokens, pattern) for offset in (segment.start, segment.stop or 0)
     )
     return start, stop
 
@@ -169,7 +170,7 @@ class ShardChunks:
 
     def __init__(
         self,
-        shard: Sequence[SourceRange],
+        shard: Sequence[Segment],
         special_tokens: SpecialTokens,
         *,
         errors: str = "strict",
@@ -181,9 +182,9 @@ class ShardChunks:
         self._unfinished: deque[tuple[TextSource, np.ndarray, int]] = deque()
 
     def __iter__(self) -> Iterator[Chunk]:
-        for part in self._shard:
-            for offset, chunk in self._mapped(part) if part.is_mapped else self._streamed(part):
-                self._unfinished.append((part.source, chunk[0], offset))
+        for segment in self._shard:
+            for offset, chunk in self._mapped(segment) if segment.is_mapped else self._streamed(segment):
+                self._unfinished.append((segment.source, chunk[0], offset))
                 yield chunk
 
     def mark_done(self) -> None:
@@ -195,22 +196,22 @@ class ShardChunks:
         source, data, offset = self._unfinished[0]
         return invalid_byte_error(source, data, error.offset, offset + error.offset, lacks_token=error.lacks_token)
 
-    def _mapped(self, part: SourceRange) -> Iterator[tuple[int, Chunk]]:
+    def _mapped(self, segment: Segment) -> Iterator[tuple[int, Chunk]]:
         """Chunks, each with the offset of its array in the source."""
-        data = map_bytes(part.source)
-        if len(data) != part.size:
+        data = map_bytes(segment.source)
+        if len(data) != segment.size:
             raise InvalidInputError(
-                f"{os.fspath(part.source)!r} has {len(data)} bytes, but had {part.size} when the work began: a file "
-                "must not change while it is read; run again"
+                f"{os.fspath(segment.source)!r} has {len(data)} bytes, but had {segment.size} when the work began: "
+                "a file must not change while it is read; run again"
             )
-        start, stop = _safe_range(part, self._special_tokens)
+        start, stop = _safe_range(segment, self._special_tokens)
         for chunk in chunks_of_array(data, self._special_tokens, self._chunk_bytes, start, stop):
             yield 0, chunk
 
-    def _streamed(self, part: SourceRange) -> Iterator[tuple[int, Chunk]]:
+    def _streamed(self, segment: Segment) -> Iterator[tuple[int, Chunk]]:
         special_tokens = self._special_tokens
-        offset = 0 if part.stop is None else _safe_range(part, special_tokens)[0]
-        text = read_range(part, special_tokens, errors=self._errors)
+        offset = 0 if segment.stop is None else _safe_range(segment, special_tokens)[0]
+        text = read_segment(segment, special_tokens, errors=self._errors)
         for data, start, stop in chunks_of_stream(text, special_tokens, self._chunk_bytes):
             yield offset - start, (data, start, stop)
             offset += stop - start

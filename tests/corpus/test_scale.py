@@ -490,7 +490,7 @@ def test_shards_are_bounded_and_small_inputs_share_one(tmp_path):
         (tmp_path / name).write_bytes(b"x" * size)
     sources = expand_inputs([tmp_path / name for name in ("a", "b", "c", "d", "e.gz", "a")])
     shards = split_into_shards(map(entire_source, sources), 10)
-    sizes = [[part.num_bytes for part in shard] for shard in shards]
+    sizes = [[segment.num_bytes for segment in shard] for shard in shards]
     assert sizes == [[10], [10], [10], [5, 3], [4], [90], [10]]
 
 
