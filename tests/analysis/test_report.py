@@ -18,6 +18,7 @@ from basic.Tokenizer import Tokenizer
 from basic.tokens.flat_file import TokenFileWriter
 from basic.training.records.metrics import read_metrics
 from basic.training.settings import DataConfig, RunConfig, TrainConfig
+from tests.analysis.test_plotting import svg_texts
 
 HOSTILE = "</script><script>alert('1')</script><img src=x onerror=\"alert(2)\"><!-- & &amp; </blockquote> $title"
 VOID = {"meta", "input", "br"}
@@ -259,16 +260,15 @@ def test_script_writes_the_page_to_the_run_or_to_output(run_dir, tmp_path, monke
         run_script(monkeypatch, "report", tmp_path / "nowhere")
 
 
-def test_plotting_script_labels_runs_and_skips_duplicates(run_dir, monkeypatch):
+def test_plotting_script_labels_runs_and_skips_duplicates(run_dir, tmp_path, monkeypatch):
     other = run_dir.parent / "other"
     shutil.copytree(run_dir, other)
     text = (other / "config.toml").read_text()
     (other / "config.toml").write_text(text.replace("max_learning_rate = 0.003", "max_learning_rate = 0.05"))
-    plotted = {}
-    monkeypatch.setattr("basic.analysis.plotting.plot_losses", lambda runs, path, floor_nats: plotted.update(runs))
-    run_script(monkeypatch, "plot", run_dir, other, run_dir)
-    assert list(plotted) == ["max_learning_rate=0.003", "max_learning_rate=0.05"]
-    assert plotted["max_learning_rate=0.05"] == read_metrics(other / "metrics.jsonl")
+    write_log(other, [record(1, valid_loss=2.5)])
+    run_script(monkeypatch, "plot", run_dir, other, run_dir, "--output", tmp_path / "loss.svg")
+    labels = [text for text in svg_texts(tmp_path / "loss.svg") if "max_learning_rate" in text]
+    assert labels == ["max_learning_rate=0.003: validation loss 0.450", "max_learning_rate=0.05: validation loss 2.500"]
 
 
 def test_folder_that_is_not_a_run(tmp_path):
