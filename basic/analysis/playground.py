@@ -123,7 +123,7 @@ class Playground:
         The text follows an end-of-text token, as documents do in training, so that its first token has a loss too.
 
         Args:
-            keep_end: of a text longer than the context, evaluate the end instead of the start.
+            keep_end: evaluate the end of the text instead of its start, if it is longer than the context.
 
         Returns:
             `tokens`: number of tokens of the text. `first`: index of the first evaluated token. `nats`: loss of each
@@ -163,14 +163,12 @@ class Playground:
             "bits_per_byte": sum(nats) / math.log(2) / num_bytes if num_bytes else None,
         }
 
-    def generate(
-        self, prompt: str, max_new_tokens: int, *, temperature: float, top_p: float, seed: int | None
-    ) -> Iterator[dict[str, Any]]:
+    def generate(self, prompt: str, max_new_tokens: int, **sampling: Any) -> Iterator[dict[str, Any]]:
         """Generate a continuation: first the length of the prompt, then text as it is generated.
 
         Args:
-            prompt: empty: start a new document; of a prompt longer than the context, the last tokens are used.
-            max_new_tokens, temperature, top_p, seed: as for `basic.generation.sampling.generate`.
+            prompt: empty for a new document; if it is longer than the context, its last tokens are used.
+            max_new_tokens, sampling: as for `basic.generation.sampling.generate`.
 
         Yields:
             {"tokens": prompt tokens, "seen": prompt tokens that the model uses}, then {"text": new text} repeatedly.
@@ -188,11 +186,8 @@ class Playground:
             tokenizer,
             run.with_document_start(prompt or end_of_text),
             max_new_tokens,
-            temperature=temperature,
-            top_k=None,
-            top_p=top_p,
-            seed=seed,
             end_of_text=end_of_text,
+            **sampling,
         )
         for text in texts:
             yield {"text": text}

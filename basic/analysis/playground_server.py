@@ -48,42 +48,53 @@ def create_app(
         max_text_characters: longest text of a request.
     """
     html = read_page()
-    # One request of each kind runs at a time; more would only slow down each other.
-    tokenizing, evaluating, generating = (anyio.Semaphore(1) for _ in range(3))
+    handlers = Handlers(playground, html, max_text_characters)
+    return Starlette(
+        routes=[
+            Route("/", handlers.page),
+            Route("/api/about", handlers.about),
+            Route("/api/tokenize", handlers.tokenize, methods=["POST"]),
+            Route("/api/score", handlers.score, methods=["POST"]),
+            Route("/api/generate", handlers.generate, methods=["POST"]),
+        ],
+        middleware=[Middleware(SameOriginMiddleware, host=host, content_security_policy=content_security_policy(html))],
+        exception_handlers=dict.fromkeys((HTTPException, BasicError, OSError, ClientDisconnect), client_error)
+        | {Exception: server_error},
+    )
 
-    async def read_body(request: Request) -> RequestBody:
-        return await RequestBody.read(request, max_text_characters)
 
-    async def answer(request: Request, semaphore: anyio.Semaphore, compute: Callable[[], dict]) -> Response:
-        async with semaphore:
-            if await request.is_disconnected():
-                raise ClientDisconnect
-            return JSONResponse(await run_in_threadpool(compute))
+class Handlers:
+    """The request handlers of the routes."""
 
-    async def page(request: Request) -> Response:
-        return HTMLResponse(html)
+    def __init__(self, playground: Playground, html: str, max_text_characters: int) -> None:
+        self._playground, self._html, self._max_text_characters = playground, html, max_text_characters
+        # One request of each kind runs at a time; concurrent ones would only slow each other down.
+        self._tokenizing, self._scoring, self._generating = (anyio.Semaphore(1) for _ in range(3))
 
-    async def about(request: Request) -> Response:
-        limits = {"characters": max_text_characters, "new_tokens": MAX_NEW_TOKENS}
-        return JSONResponse(await run_in_threadpool(playground.about) | {"limits": limits})
+    async def page(self, request: Request) -> Response:
+        return HTMLResponse(self._html)
 
-    async def tokenize(request: Request) -> Response:
-        body = await read_body(request)
+    async def about(self, request: Request) -> Response:
+        limits = {"characters": self._max_text_characters, "new_tokens": MAX_NEW_TOKENS}
+        return JSONResponse(await run_in_threadpool(self._playground.about) | {"limits": limits})
+
+    async def tokenize(self, request: Request) -> Response:
+        body = await self._read_body(request)
         name, text = body.text("tokenizer"), body.text("text")
         try:
-            return await answer(request, tokenizing, partial(playground.tokenize, name, text))
+            return await self._answer(request, self._tokenizing, partial(self._playground.tokenize, name, text))
         except KeyError:
             message = f"there is no tokenizer {name[:80]!r}; reload the page for the current list"
             raise HTTPException(404, message) from None
 
-    async def score(request: Request) -> Response:
-        body = await read_body(request)
+    async def score(self, request: Request) -> Response:
+        body = await self._read_body(request)
         text, keep_end = body.text("text"), body.flag("keep_end")
-        return await answer(request, evaluating, partial(playground.evaluate, text, keep_end=keep_end))
+        return await self._answer(request, self._scoring, partial(self._playground.evaluate, text, keep_end=keep_end))
 
-    async def generate(request: Request) -> Response:
-        body = await read_body(request)
-        updates = playground.generate(
+    async def generate(self, request: Request) -> Response:
+        body = await self._read_body(request)
+        updates = self._playground.generate(
             body.text("prompt"),
             body.integer("max_new_tokens", 1, MAX_NEW_TOKENS),
             temperature=body.number("temperature", 0, 10),
@@ -100,18 +111,16 @@ def create_app(
             else:
                 yield json.dumps({"done": True}) + "\n"
 
-        return QueuedStreamingResponse(generating, lines())
+        return QueuedStreamingResponse(self._generating, lines())
 
-    return Starlette(
-        routes=[
-            Route("/", page),
-            Route("/api/about", about),
-            *(Route(f"/api/{handler.__name__}", handler, methods=["POST"]) for handler in (tokenize, score, generate)),
-        ],
-        middleware=[Middleware(SameOriginMiddleware, host=host, content_security_policy=content_security_policy(html))],
-        exception_handlers=dict.fromkeys((HTTPException, BasicError, OSError, ClientDisconnect), client_error)
-        | {Exception: server_error},
-    )
+    async def _read_body(self, request: Request) -> RequestBody:
+        return await RequestBody.read(request, self._max_text_characters)
+
+    async def _answer(self, request: Request, semaphore: anyio.Semaphore, compute: Callable[[], dict]) -> Response:
+        async with semaphore:
+            if await request.is_disconnected():
+                raise ClientDisconnect
+            return JSONResponse(await run_in_threadpool(compute))
 
 
 def read_page() -> str:
