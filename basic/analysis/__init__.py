@@ -1,1 +1,1 @@
-"""What a model knows, and how it is shown."""
+"""Evaluate models, count FLOPs and memory, plot and compare runs, write reports, serve the playground."""

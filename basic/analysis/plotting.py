@@ -51,7 +51,7 @@ def plot_losses(runs: Mapping[str, Records], path: str | os.PathLike, *, floor_n
         _plot_line(speed, records, "step", "tokens_per_s", color=color, linewidth=1)
     for axes in losses:
         if floor_nats is not None:
-            text = f"entropy of the source, whole documents: {floor_nats:.3f}"
+            text = f"entropy of the source: {floor_nats:.3f}"
             axes.axhline(floor_nats, color="black", linestyle="--", linewidth=1, label=text)
         # On a logarithmic axis small differences late in training remain visible.
         _set_log_scale(axes)
