@@ -1,4 +1,4 @@
-"""The modules of the Transformer against torch.nn.functional, and the whole of it against transformers' Llama."""
+"""The modules of the Transformer against torch.nn.functional, and the model against transformers' Llama."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
+from basic.common.errors import InvalidConfigError, InvalidInputError
 from basic.model import (
     Embedding,
     KVCache,
@@ -53,13 +54,13 @@ every_leading = pytest.mark.parametrize("leading", [(), (3,), (2, 1, 3)], ids=st
 
 
 @pytest.fixture(autouse=True)
-def _same_numbers_every_time() -> None:
+def _seed() -> None:
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Generator[None]:
-    """Threads that wait for one another cost more than they bring to matrices as small as these."""
+    """With matrices as small as these, more threads are slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -67,19 +68,19 @@ def _one_thread() -> Generator[None]:
 
 
 def assert_same(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """Equal in shape, of this dtype, and within its tolerance of float64's numbers."""
+    """Equal in shape, of this dtype, and within its tolerance of the float64 result."""
     assert actual.dtype == dtype
     assert_close(actual.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 def float64(dtype: torch.dtype, *shapes: tuple[int, ...], scale: float = 1.0) -> list[tuple[Tensor, Tensor]]:
-    """For each shape normal numbers of this dtype, and the same ones in float64."""
+    """For each shape, normally distributed numbers of this dtype, and the same numbers in float64."""
     tensors = [(scale * torch.randn(shape)).to(dtype) for shape in shapes]
     return [(tensor, tensor.double()) for tensor in tensors]
 
 
 def tiny(**changes: Any) -> ModelConfig:
-    """The smallest model in which every part has something to do."""
+    """A small model; keyword arguments change its configuration."""
     sizes: dict[str, Any] = dict(vocab_size=11, context_length=10, d_model=16, num_layers=2, num_heads=2, d_ff=24)
     return ModelConfig(**{**sizes, **changes})
 
@@ -131,7 +132,7 @@ def test_silu_of_large_numbers() -> None:
 
 @every_dtype
 @every_leading
-def test_swiglu_is_made_of_torchs_pieces(dtype: torch.dtype, leading: tuple[int, ...]) -> None:
+def test_swiglu_is_torchs(dtype: torch.dtype, leading: tuple[int, ...]) -> None:
     tensors = float64(dtype, (*leading, 6), (8, 6), (6, 8), (8, 6), scale=0.5)
     (x, w1, w2, w3), (x64, w1_64, w2_64, w3_64) = zip(*tensors, strict=True)
     expected = F.linear(F.silu(F.linear(x64, w1_64)) * F.linear(x64, w3_64), w2_64)
@@ -146,7 +147,7 @@ def test_rmsnorm_is_torchs(dtype: torch.dtype, leading: tuple[int, ...], scale: 
     [(gains, gains64)] = float64(dtype, (9,))
     actual = run_rmsnorm(9, 1e-5, gains, x)
     expected = F.rms_norm(x64, (9,), gains64, eps=1e-5)
-    tolerance = min(TOLERANCE[dtype], 2**-8)  # in bfloat16 the result is rounded once, and nothing before it
+    tolerance = min(TOLERANCE[dtype], 2**-8)  # in bfloat16 only the result is rounded
     assert actual.dtype == dtype
     assert_close(actual.double(), expected, rtol=tolerance, atol=0)
 
@@ -170,7 +171,7 @@ def test_rmsnorm_of_a_zero_vector_is_zero_with_a_gradient() -> None:
     ],
     ids=["silu", "rmsnorm", "rope", "attention", "masked attention"],
 )
-def test_gradients_are_the_functions_slopes(function: Any) -> None:
+def test_gradients_are_those_of_finite_differences(function: Any) -> None:
     assert torch.autograd.gradcheck(function, torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True))
 
 
@@ -178,7 +179,7 @@ def test_gradients_are_the_functions_slopes(function: Any) -> None:
 
 
 def rotated(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """RoPE as the multiplication of complex numbers, in float64."""
+    """RoPE as multiplication by complex numbers, in float64."""
     frequencies = theta ** (-torch.arange(0, x.shape[-1], 2).double() / x.shape[-1])
     angles = positions[..., None].double() * frequencies
     pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
@@ -191,12 +192,12 @@ def rotated(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     [((), (5,)), ((), (1, 5)), ((3,), (5,)), ((3,), (1, 5)), ((3,), (3, 5)), ((3, 2), (3, 5)), ((3, 2), (3, 2, 5))],
     ids=str,
 )
-def test_rope_turns_complex_numbers(
+def test_rope_is_multiplication_by_complex_numbers(
     dtype: torch.dtype, leading: tuple[int, ...], positions_shape: tuple[int, ...]
 ) -> None:
     [(x, x64)] = float64(dtype, (*leading, 5, 6))
     positions = torch.randint(40, positions_shape)
-    # (3, 5) positions for features of (3, 2, 5) stand for all of the second axis; everything else broadcasts.
+    # (3, 5) positions for features of (3, 2, 5) align with the first axis; everything else broadcasts.
     aligned = positions.unsqueeze(1) if (leading, positions_shape) == ((3, 2), (3, 5)) else positions
     expected = rotated(x64, aligned, 1e4).reshape(x.shape)
     assert_same(run_rope(6, 1e4, 40, x, positions), expected, dtype)
@@ -223,7 +224,7 @@ def test_casting_a_model_leaves_the_rope_tables_exact() -> None:
     assert_close(rope.double().sin, sin, rtol=0, atol=0)
 
 
-def test_a_model_made_without_memory_gets_its_tables_on_arrival() -> None:
+def test_to_empty_computes_the_rope_tables_of_a_meta_model() -> None:
     with torch.device("meta"):
         rope = RotaryPositionalEmbedding(1e4, 6, 30)
     assert rope.cos.is_meta
@@ -237,12 +238,12 @@ def test_positions_outside_the_tables_are_named(position: int) -> None:
 
 
 def test_more_tokens_than_positions_is_an_error() -> None:
-    with pytest.raises(ValueError, match="5 tokens do not fit into max_seq_len=1"):
+    with pytest.raises(InvalidInputError, match="5 tokens do not fit into max_seq_len=1"):
         RotaryPositionalEmbedding(1e4, 4, 1)(torch.randn(5, 4))
 
 
 def test_rope_needs_an_even_size() -> None:
-    with pytest.raises(ValueError, match="even, got 5"):
+    with pytest.raises(InvalidInputError, match="even, got 5"):
         run_rope(5, 1e4, 8, torch.randn(2, 5), torch.arange(2))
 
 
@@ -260,13 +261,13 @@ def test_attention_is_torchs(dtype: torch.dtype, leading: tuple[int, ...], mask_
     (q, q64), (k, k64), (v, v64) = float64(dtype, (*leading, 4, 8), (*leading, 5, 8), (*leading, 5, 3))
     mask = None if mask_shape is None else torch.rand(mask_shape) < 0.6
     expected = F.scaled_dot_product_attention(q64, k64, v64, mask)
-    if mask is not None:  # by contract, where a query may look at nothing
+    if mask is not None:  # by contract, for a query that may attend to no key
         expected = expected.where(mask.any(-1, keepdim=True), 0.0)
     assert_same(run_scaled_dot_product_attention(q, k, v, mask), expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_query_that_sees_nothing_gets_zeros_and_finite_gradients(dtype: torch.dtype) -> None:
+def test_a_query_without_keys_gets_zeros_and_finite_gradients(dtype: torch.dtype) -> None:
     q, k, v = (torch.randn(2, 4, 6).to(dtype).requires_grad_() for _ in range(3))
     mask = torch.ones(4, 4, dtype=torch.bool).tril()
     mask[2] = False
@@ -286,21 +287,19 @@ def test_attention_survives_large_scores() -> None:
     assert_close(run_scaled_dot_product_attention(q, k, v, mask).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def self_attention(x: Tensor, projections: list[Tensor], num_heads: int, turn: Any = lambda q: q) -> Tensor:
-    """Causal self-attention out of torch's pieces; `turn` rotates queries and keys (..., head, seq, d)."""
+def self_attention(x: Tensor, projections: list[Tensor], num_heads: int, rotate: Any = lambda q: q) -> Tensor:
+    """Causal self-attention of torch's functions; `rotate` is applied to queries and keys (..., head, seq, d)."""
     q, k, v = (F.linear(x, w).unflatten(-1, (num_heads, -1)).transpose(-2, -3) for w in projections[:3])
-    out = F.scaled_dot_product_attention(turn(q), turn(k), v, is_causal=True)
+    out = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
     return F.linear(out.transpose(-2, -3).flatten(-2), projections[3])
 
 
 @every_dtype
 @every_leading
 @pytest.mark.parametrize("positions_shape", ["no rope", None, (5,), (1, 5), "as x", "last axis"], ids=str)
-def test_multihead_attention_is_made_of_torchs_pieces(
-    dtype: torch.dtype, leading: tuple[int, ...], positions_shape: Any
-) -> None:
+def test_multihead_attention_is_torchs(dtype: torch.dtype, leading: tuple[int, ...], positions_shape: Any) -> None:
     if positions_shape == "last axis":
-        leading = (2, 2)  # two equal axes: positions of (2, 5) belong to the second
+        leading = (2, 2)  # two equal axes: positions of (2, 5) align with the second
     (x, x64), *weights = float64(dtype, (*leading, 5, 12), *[(12, 12)] * 4, scale=0.6)
     weights, weights64 = map(list, zip(*weights, strict=True))
     if positions_shape == "no rope":
@@ -311,15 +310,15 @@ def test_multihead_attention_is_made_of_torchs_pieces(
     positions = None if shape is None else torch.randint(9, shape)
     actual = run_multihead_self_attention_with_rope(12, 3, 9, 1e3, *weights, x, positions)
     own = torch.arange(5) if positions is None else positions
-    turn = lambda q: rotated(q, own.expand(*leading, 5).unsqueeze(-2) if leading else own.reshape(5), 1e3)  # noqa: E731
-    assert_same(actual, self_attention(x64, weights64, 3, turn), dtype)
+    rotate = lambda q: rotated(q, own.expand(*leading, 5).unsqueeze(-2) if leading else own.reshape(5), 1e3)  # noqa: E731
+    assert_same(actual, self_attention(x64, weights64, 3, rotate), dtype)
 
 
 @every_dtype
 @every_leading
 @pytest.mark.parametrize("num_kv_heads", [1, 2])
-def test_shared_keys_and_values_are_repeated_ones(dtype: torch.dtype, leading: Any, num_kv_heads: int) -> None:
-    """Grouped-query attention equals full attention whose groups of heads have equal rows."""
+def test_shared_keys_and_values_are_repeated(dtype: torch.dtype, leading: Any, num_kv_heads: int) -> None:
+    """Grouped-query attention equals multi-head attention whose groups of heads have equal weights."""
     attention = MultiHeadSelfAttention(12, 4, num_kv_heads=num_kv_heads).to(dtype)
     assert attention.k_proj.weight.shape == attention.v_proj.weight.shape == (3 * num_kv_heads, 12)
     [(x, x64)] = float64(dtype, (*leading, 5, 12))
@@ -361,7 +360,7 @@ def test_gradients_of_shared_keys_and_values_are_those_of_finite_differences() -
 
 
 def test_heads_must_divide_the_features() -> None:
-    with pytest.raises(ValueError, match=r"d_model=10 .* num_heads=3"):
+    with pytest.raises(InvalidConfigError, match=r"d_model=10 .* num_heads=3"):
         run_multihead_self_attention(10, 3, *[torch.randn(10, 10)] * 4, torch.randn(2, 10))
 
 
@@ -369,7 +368,7 @@ def test_heads_must_divide_the_features() -> None:
 
 
 def reference_block(x: Tensor, weights: dict[str, Tensor], config: ModelConfig) -> Tensor:
-    """One block, in all its ablations, out of torch's pieces."""
+    """One block of torch's functions, with all ablations."""
 
     def norm(x: Tensor, name: str) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], weights[f"{name}.weight"], config.norm_eps)
@@ -378,8 +377,8 @@ def reference_block(x: Tensor, weights: dict[str, Tensor], config: ModelConfig) 
         projections = [weights[f"attn.{name}_proj.weight"] for name in ("q", "k", "v", "output")]
         if config.positions == "none":
             return self_attention(x, projections, config.num_heads)
-        turn = lambda q: rotated(q, torch.arange(q.shape[-2]), config.rope_theta)  # noqa: E731
-        return self_attention(x, projections, config.num_heads, turn)
+        rotate = lambda q: rotated(q, torch.arange(q.shape[-2]), config.rope_theta)  # noqa: E731
+        return self_attention(x, projections, config.num_heads, rotate)
 
     def feed_forward(x: Tensor) -> Tensor:
         hidden = F.silu(x @ weights["ffn.w1.weight"].T)
@@ -409,7 +408,7 @@ def reference_logits(ids: Tensor, weights: dict[str, Tensor], config: ModelConfi
 
 
 @every_dtype
-def test_block_is_made_of_torchs_pieces(dtype: torch.dtype) -> None:
+def test_block_is_torchs(dtype: torch.dtype) -> None:
     weights = {
         name.removeprefix("layers.1."): w.to(dtype)
         for name, w in random_weights(SHAPE, seed=2).items()
@@ -420,7 +419,7 @@ def test_block_is_made_of_torchs_pieces(dtype: torch.dtype) -> None:
     actual = run_transformer_block(**sizes, max_seq_len=9, theta=100.0, weights=weights, in_features=x)
     config = tiny(**sizes, rope_theta=100.0)
     expected = reference_block(x64, {name: w.double() for name, w in weights.items()}, config)
-    # Six roundings to bfloat16 follow one another, and the numbers reach 5.
+    # Six roundings to bfloat16 one after the other, of numbers up to 5.
     assert_close(actual.double(), expected, rtol=2 * TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
     assert actual.dtype == dtype
 
@@ -451,11 +450,11 @@ def test_language_model_learns_as_transformers_llama_does() -> None:
 
 
 @every_dtype
-def test_language_model_says_what_llama_said(dtype: torch.dtype) -> None:
+def test_language_model_gives_the_logits_of_llama_on_disk(dtype: torch.dtype) -> None:
     snapshot = json.loads(SNAPSHOT.read_text(encoding="utf-8"))
     weights = {name: w.to(dtype) for name, w in random_weights(snapshot["shape"], snapshot["seed"]).items()}
     actual = run_transformer_lm(**snapshot["shape"], weights=weights, in_indices=torch.tensor(snapshot["token_ids"]))
-    tolerance = 0.15 if dtype == torch.bfloat16 else 1e-5  # in bfloat16 the weights are other ones, too
+    tolerance = 0.15 if dtype == torch.bfloat16 else 1e-5  # in bfloat16 the weights are rounded too
     assert actual.dtype == dtype
     assert_close(actual.float(), torch.tensor(snapshot["logits"]), rtol=0, atol=tolerance)
 
@@ -464,7 +463,7 @@ def test_language_model_says_what_llama_said(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("positions", ["rope", "none"])
 @pytest.mark.parametrize("ffn", ["swiglu", "silu"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_ablations_are_made_of_torchs_pieces(norm: Any, positions: Any, ffn: Any, tied: bool) -> None:
+def test_ablations_are_torchs(norm: Any, positions: Any, ffn: Any, tied: bool) -> None:
     config = tiny(norm=norm, positions=positions, ffn=ffn, tied_embeddings=tied)
     model = TransformerLM(config).double()
     state = model.state_dict()
@@ -485,7 +484,7 @@ def test_ablations_are_made_of_torchs_pieces(norm: Any, positions: Any, ffn: Any
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("positions", ["rope", "none"])
-def test_later_tokens_change_nothing_before_them(norm: Any, positions: Any) -> None:
+def test_later_tokens_do_not_change_earlier_outputs(norm: Any, positions: Any) -> None:
     model = TransformerLM(tiny(norm=norm, positions=positions)).double()
     ids = torch.randint(11, (2, 10))
     others = ids.clone()
@@ -497,19 +496,19 @@ def test_later_tokens_change_nothing_before_them(norm: Any, positions: Any) -> N
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("positions", ["rope", "none"])
-@pytest.mark.parametrize("pieces", [(10,), (4, 1, 1, 3, 1), (1,) * 10], ids=str)
+@pytest.mark.parametrize("lengths", [(10,), (4, 1, 1, 3, 1), (1,) * 10], ids=str)
 @torch.no_grad()
-def test_cache_changes_nothing(norm: Any, positions: Any, pieces: tuple[int, ...]) -> None:
+def test_cache_changes_nothing(norm: Any, positions: Any, lengths: tuple[int, ...]) -> None:
     config = tiny(norm=norm, positions=positions)
     model, cache = TransformerLM(config).double(), KVCache(config, batch_size=2, dtype=torch.float64)
     ids, logits = torch.randint(11, (2, 10)), []
-    for piece in ids.split(pieces, dim=1):
-        logits.append(model(piece, cache))
-        cache.advance(piece.shape[1])
+    for chunk in ids.split(lengths, dim=1):
+        logits.append(model(chunk, cache))
+        cache.advance(chunk.shape[1])
     assert_close(torch.cat(logits, dim=1), model(ids), rtol=1e-10, atol=1e-10)
 
 
-def test_a_cache_that_was_not_advanced_is_written_over() -> None:
+def test_a_cache_that_was_not_advanced_is_overwritten() -> None:
     config = tiny()
     model, cache = TransformerLM(config), KVCache(config, batch_size=1)
     with torch.no_grad():
@@ -520,10 +519,10 @@ def test_a_cache_that_was_not_advanced_is_written_over() -> None:
 def test_more_tokens_than_the_context_is_an_error() -> None:
     config = tiny()
     model, cache = TransformerLM(config), KVCache(config, batch_size=1)
-    with pytest.raises(ValueError, match="11 tokens do not fit into context_length=10"):
+    with pytest.raises(InvalidInputError, match="11 tokens do not fit into context_length=10"):
         model(torch.zeros(1, 11, dtype=torch.int64))
     cache.advance(8)
-    with pytest.raises(ValueError, match="11 tokens do not fit into context_length=10"):
+    with pytest.raises(InvalidInputError, match="11 tokens do not fit into context_length=10"):
         model(torch.zeros(1, 3, dtype=torch.int64), cache)
 
 
@@ -549,7 +548,7 @@ def test_weights_that_do_not_fit_are_refused(change: str) -> None:
         run_transformer_lm(**SHAPE, weights=weights, in_indices=torch.tensor([[0]]))
 
 
-# ---- sizes, counts and the first weights
+# ---- sizes, counts and initial weights
 
 
 @pytest.mark.parametrize(
@@ -584,7 +583,7 @@ def test_default_feed_forward_size(d_model: int, ffn: Any, d_ff: int) -> None:
     ids=str,
 )
 def test_impossible_shapes_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InvalidConfigError, match=message):
         tiny(**changes)
 
 
@@ -597,8 +596,8 @@ def test_impossible_shapes_are_refused(changes: dict[str, Any], message: str) ->
     ],
 )
 def test_unknown_choices_are_refused(changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for everyone who is not a test
-    with pytest.raises(ValueError, match=message):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # type checks would fail first
+    with pytest.raises(InvalidConfigError, match=message):
         tiny(**changes)
 
 
@@ -661,7 +660,7 @@ def test_the_summary_accounts_for_every_parameter_and_operation(config: ModelCon
     assert any(re.search(rf"k_proj.weight +{rows} x {columns} +{config.num_layers} ", line) for line in lines)
 
 
-def test_models_show_themselves_in_a_line() -> None:
+def test_the_repr_of_a_model_is_one_line() -> None:
     config = tiny(num_kv_heads=1)
     sizes = "vocab_size=11, context_length=10, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, d_ff=24"
     assert repr(config) == f"ModelConfig({sizes})"
@@ -670,36 +669,36 @@ def test_models_show_themselves_in_a_line() -> None:
     assert repr(model) == f"TransformerLM({config}: {model.num_parameters:,} parameters, bfloat16 on cpu)"
 
 
-def is_normal_cut_at_three(weight: Tensor, std: float) -> bool:
-    """Whether these look like at least 100,000 draws from a normal distribution without its tails."""
+def is_truncated_normal(weight: Tensor, std: float) -> bool:
+    """Whether at least 100,000 numbers are from a normal distribution truncated at 3 standard deviations."""
     sigmas = weight.detach().numpy() / std
-    cut_std = 0.98658  # of a standard normal that keeps within -3 .. 3
+    truncated_std = 0.98658  # of a standard normal distribution truncated to -3 .. 3
     tails = (abs(sigmas) > 2).mean()
     return bool(
         abs(sigmas.mean()) < 0.02
-        and abs(sigmas.std() / cut_std - 1) < 0.01
+        and abs(sigmas.std() / truncated_std - 1) < 0.01
         and 2.9 < abs(sigmas).max() <= 3.0001
-        and abs(tails - 0.0429) < 0.004  # a uniform distribution of this deviation has none there
+        and abs(tails - 0.0429) < 0.004  # a uniform distribution of this standard deviation has no tails
     )
 
 
 @pytest.mark.parametrize("shape", [(500, 250), (200, 600)])
-def test_first_linear_weights(shape: tuple[int, int]) -> None:
+def test_initial_linear_weights(shape: tuple[int, int]) -> None:
     d_in, d_out = shape
-    assert is_normal_cut_at_three(Linear(d_in, d_out).weight, (2 / (d_in + d_out)) ** 0.5)
+    assert is_truncated_normal(Linear(d_in, d_out).weight, (2 / (d_in + d_out)) ** 0.5)
 
 
 @pytest.mark.parametrize(("tied", "std"), [(False, 1.0), (True, 1 / 16)])
-def test_first_weights_of_the_language_model(tied: bool, std: float) -> None:
+def test_initial_weights_of_the_language_model(tied: bool, std: float) -> None:
     model = TransformerLM(tiny(vocab_size=500, d_model=256, num_layers=1, d_ff=500, tied_embeddings=tied))
-    assert is_normal_cut_at_three(model.token_embeddings.weight, std)
-    assert is_normal_cut_at_three(model.get_parameter("layers.0.ffn.w2.weight"), (2 / 756) ** 0.5)
-    assert is_normal_cut_at_three(model.lm_head.weight, 1 / 16 if tied else (2 / 756) ** 0.5)
+    assert is_truncated_normal(model.token_embeddings.weight, std)
+    assert is_truncated_normal(model.get_parameter("layers.0.ffn.w2.weight"), (2 / 756) ** 0.5)
+    assert is_truncated_normal(model.lm_head.weight, 1 / 16 if tied else (2 / 756) ** 0.5)
     norms = [parameter for name, parameter in model.named_parameters() if "ln" in name]
     assert len(norms) == 3
     assert all((norm == 1).all() for norm in norms)
 
 
-def test_attention_takes_part_in_no_state_but_its_weights() -> None:
+def test_attention_has_no_state_but_its_weights() -> None:
     attention = MultiHeadSelfAttention(8, 2, RotaryPositionalEmbedding(1e4, 4, 6))
     assert set(attention.state_dict()) == {f"{name}_proj.weight" for name in ("q", "k", "v", "output")}

@@ -15,14 +15,14 @@ from basic.transformer.optimizer import clip_gradients
 
 from .adapters import run_cross_entropy, run_gradient_clipping, run_softmax
 
-# Every result is compared with the same computation in float64 on the same inputs; bfloat16 is rounded at the end only.
+# Every result is compared with float64 on the same inputs; in bfloat16 only the result is rounded.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2**-8}
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
 scales = pytest.mark.parametrize("scale", [1.0, 1000.0, 1e30])
 
 
 @pytest.fixture(autouse=True)
-def _same_numbers_every_time() -> None:
+def _seed() -> None:
     torch.manual_seed(0)
 
 
@@ -49,10 +49,10 @@ def test_softmax_of_minus_infinity_is_zero() -> None:
     assert_close(run_softmax(x, 0), torch.tensor([0.25, 0.0, 0.75]))
 
 
-def test_softmax_has_the_right_slope() -> None:
+def test_softmax_has_the_gradient_of_finite_differences() -> None:
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: run_softmax(x, 0), x)
-    equal = torch.zeros(2, 4, dtype=torch.float64, requires_grad=True)  # the maximum is not one place
+    equal = torch.zeros(2, 4, dtype=torch.float64, requires_grad=True)  # the maximum is not unique
     assert torch.autograd.gradcheck(lambda x: run_softmax(x, 1), equal)
 
 
@@ -74,7 +74,7 @@ def test_cross_entropy_is_torchs(dtype: torch.dtype, scale: float, leading: tupl
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
 def test_cross_entropy_has_torchs_gradient(scale: float) -> None:
     logits, targets = scale * torch.randn(4, 7), torch.randint(7, (4,))
-    logits[0] = 0  # the maximum is not one place
+    logits[0] = 0  # the maximum is not unique
     gradients = []
     for loss in (run_cross_entropy, F.cross_entropy):
         leaf = logits.clone().requires_grad_()
@@ -90,12 +90,12 @@ def test_cross_entropy_of_a_certain_and_of_an_impossible_target() -> None:
 
 
 @every_dtype
-def test_token_nats_are_torchs_for_each_position(dtype: torch.dtype) -> None:
+def test_token_losses_are_torchs(dtype: torch.dtype) -> None:
     logits, targets = torch.randn(2, 3, 7).to(dtype), torch.randint(7, (2, 3))
     expected = F.cross_entropy(logits.double().flatten(0, 1), targets.flatten(), reduction="none").view(2, 3)
-    nats = token_losses(logits, targets)
-    assert nats.dtype == torch.promote_types(dtype, torch.float32)  # a bfloat16 would count in eighths
-    assert_close(nats.double(), expected, rtol=1e-6, atol=1e-6)
+    losses = token_losses(logits, targets)
+    assert losses.dtype == torch.promote_types(dtype, torch.float32)  # bfloat16 would round to eighths
+    assert_close(losses.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad_target", [-100, -1, 7])
@@ -114,7 +114,7 @@ def test_each_row_of_logits_needs_its_target(shape: tuple[int, ...]) -> None:
 
 
 def parameters_with_gradients(*dtypes: torch.dtype | None, scale: float = 1.0) -> list[Parameter]:
-    """Parameters of different shapes; None stands for one without a gradient."""
+    """Parameters of different shapes, for None without a gradient."""
     parameters = []
     for index, dtype in enumerate(dtypes):
         parameter = Parameter(torch.randn(index + 2, 3).to(dtype or torch.float32))
@@ -173,20 +173,20 @@ def test_clipping_changes_the_gradient_in_place() -> None:
     assert joint_norm([parameter]) == pytest.approx(0.01, rel=1e-4)
 
 
-def test_clipping_survives_squares_that_float16_cannot_hold() -> None:
+def test_clipping_does_not_overflow_in_float16() -> None:
     parameter = Parameter(torch.zeros(4, dtype=torch.float16))
     parameter.grad = torch.full((4,), 1000.0, dtype=torch.float16)
     assert clip_gradients([parameter], 1.0) == 2000
     assert_close(parameter.grad, torch.full((4,), 0.5, dtype=torch.float16))
 
 
-def test_clipping_nothing_is_no_error() -> None:
+def test_clipping_no_gradients_is_no_error() -> None:
     assert clip_gradients([], 1.0) == 0
     assert clip_gradients(parameters_with_gradients(None), 1.0) == 0
 
 
 @pytest.mark.parametrize("max_l2_norm", [-1.0, math.nan])
-def test_clipping_refuses_what_is_no_norm(max_l2_norm: float) -> None:
+def test_clipping_refuses_an_invalid_norm(max_l2_norm: float) -> None:
     [parameter] = parameters_with_gradients(torch.float32)
     with pytest.raises(ValueError, match=f"max_l2_norm must be a number >= 0, got {max_l2_norm}"):
         run_gradient_clipping([parameter], max_l2_norm)

@@ -18,7 +18,7 @@ SETTINGS: dict[str, Any] = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-6, "weig
 
 
 @pytest.fixture(autouse=True)
-def _same_numbers_every_time() -> None:
+def _seed() -> None:
     torch.manual_seed(0)
 
 
@@ -26,13 +26,13 @@ def parameters(dtype: torch.dtype = torch.float64) -> list[Parameter]:
     return [Parameter(torch.randn(3, 4, dtype=dtype)), Parameter(torch.randn(5, dtype=dtype))]
 
 
-def twins(dtype: torch.dtype = torch.float64) -> tuple[list[Parameter], list[Parameter]]:
+def copies(dtype: torch.dtype = torch.float64) -> tuple[list[Parameter], list[Parameter]]:
     ours = parameters(dtype)
     return ours, [Parameter(parameter.detach().clone()) for parameter in ours]
 
 
-def give_gradients(*lists: list[Parameter], scale: float = 1.0) -> None:
-    """The same random gradients to the parameters of each list."""
+def set_gradients(*lists: list[Parameter], scale: float = 1.0) -> None:
+    """Set the same random gradients in each list of parameters."""
     for same in zip(*lists, strict=True):
         gradient = scale * torch.randn_like(same[0])
         for parameter in same:
@@ -48,11 +48,11 @@ def give_gradients(*lists: list[Parameter], scale: float = 1.0) -> None:
     ids=str,
 )
 def test_adamw_is_torchs(dtype: torch.dtype, tolerance: float, changes: dict[str, Any]) -> None:
-    ours, theirs = twins(dtype)
+    ours, theirs = copies(dtype)
     settings = SETTINGS | changes
     optimizers = AdamW(ours, **settings), torch.optim.AdamW(theirs, **settings)
     for step in range(50):
-        give_gradients(ours, theirs, scale=10.0 ** (step % 5 - 3))
+        set_gradients(ours, theirs, scale=10.0 ** (step % 5 - 3))
         for optimizer in optimizers:
             optimizer.step()
         assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
@@ -64,25 +64,25 @@ def test_defaults_are_torchs() -> None:
 
 
 def test_adamw_of_several_groups_with_changing_rates_is_torchs() -> None:
-    ours, theirs = twins()
+    ours, theirs = copies()
     optimizers = [
         cls([{"params": [p[0]], "weight_decay": 0.0}, {"params": [p[1]], "lr": 0.2, "betas": (0.5, 0.6)}], **SETTINGS)
         for cls, p in ((AdamW, ours), (torch.optim.AdamW, theirs))
     ]
     for step in range(20):
-        give_gradients(ours, theirs)
+        set_gradients(ours, theirs)
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
             optimizer.step()
         assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_parameters_without_a_gradient_are_left_alone() -> None:
-    """They neither decay nor count the step, as in torch: gradients here come in turns."""
-    ours, theirs = twins()
+def test_parameters_without_a_gradient_do_not_change() -> None:
+    """They do not decay, and their step does not count, as in torch. Each parameter lacks a gradient in turn."""
+    ours, theirs = copies()
     optimizers = AdamW(ours, **SETTINGS), torch.optim.AdamW(theirs, **SETTINGS)
     for step in range(9):
-        give_gradients(ours, theirs)
+        set_gradients(ours, theirs)
         for same in (ours, theirs):
             same[step % 2].grad = None
         before = ours[step % 2].detach().clone()
@@ -93,7 +93,7 @@ def test_parameters_without_a_gradient_are_left_alone() -> None:
 
 
 def test_step_returns_what_its_closure_computed_with_gradients() -> None:
-    ours, theirs = twins()
+    ours, theirs = copies()
     optimizers: list[Any] = [AdamW(ours, **SETTINGS), torch.optim.AdamW(theirs, **SETTINGS)]
     assert optimizers[0].step() is None
     for _ in range(5):
@@ -111,18 +111,18 @@ def test_step_returns_what_its_closure_computed_with_gradients() -> None:
         assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_a_saved_state_goes_on_as_if_nothing_had_happened() -> None:
+def test_a_loaded_state_continues_exactly() -> None:
     ours = parameters()
     optimizer = AdamW(ours, **SETTINGS)
     for _ in range(3):
-        give_gradients(ours)
+        set_gradients(ours)
         optimizer.step()
     state = copy.deepcopy(optimizer.state_dict())
     again = [Parameter(parameter.detach().clone()) for parameter in ours]
     resumed = AdamW(again, lr=123.0)
     resumed.load_state_dict(state)
     for _ in range(3):
-        give_gradients(ours, again)
+        set_gradients(ours, again)
         optimizer.step()
         resumed.step()
     assert_close(again, ours, rtol=0, atol=0)
@@ -152,7 +152,7 @@ def test_impossible_settings_are_refused_also_in_a_group(changes: dict[str, Any]
     assert len(optimizer.param_groups) == 1
 
 
-# ---- the schedule
+# ---- the learning-rate schedule
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_schedule_at_its_corners(warmup: int, cycle: int, expected: dict[int, fl
 
 
 def test_schedule_follows_torchs() -> None:
-    """torch's annealing is recursive and without a warm-up, which is put before it by hand."""
+    """torch's annealing has no warm-up, so the test adds it."""
     parameter = Parameter(torch.zeros(()))
     optimizer = torch.optim.SGD([parameter], lr=0.3)
     annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20, eta_min=0.02)

@@ -1,10 +1,9 @@
-"""Make llama_logits.json: what transformers' Llama says to a few token ids, with weights that anyone can make again.
+"""Make llama_logits.json: the logits of transformers' Llama for a few token ids, with reproducible weights.
 
     uv run python -m tests._snapshots.make_model_snapshots
 
-The independent program is `LlamaForCausalLM` of the transformers package (eager attention, float32); the file names
-the versions it came from. The weights are drawn from numpy's `RandomState`, whose numbers are frozen for good,
-so that the file can hold logits alone.
+The independent program is `LlamaForCausalLM` of the transformers package (eager attention, float32); the file has the
+versions. The weights are drawn from numpy's `RandomState`, whose numbers never change, so the file has only logits.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ SHAPE: dict[str, Any] = {
 
 
 def random_weights(shape: dict[str, Any], seed: int) -> dict[str, Tensor]:
-    """Weights of a language model, under the names of the contract, of about the size that training gives them."""
+    """Random weights of a language model, by their names in its state dict, of about the size of trained ones."""
     generator = np.random.RandomState(seed)
     d_model, d_ff, vocab_size = shape["d_model"], shape["d_ff"], shape["vocab_size"]
 
@@ -76,7 +75,7 @@ def llama(shape: dict[str, Any], weights: dict[str, Tensor]) -> torch.nn.Module:
 
 
 def llama_name(name: str) -> str:
-    """Llama's name of a weight of ours."""
+    """Llama's name for one of our weights."""
     if name == "lm_head.weight":
         return name
     for ours, theirs in (
@@ -96,7 +95,7 @@ def llama_name(name: str) -> str:
 
 
 def llama_rows(name: str, weight: Tensor, shape: dict[str, Any]) -> Tensor:
-    """The weight with its rows in Llama's order: it rotates feature i with feature i + half, we rotate neighbours."""
+    """The weight with its rows in Llama's order: Llama rotates features i and i + half together, we 2i and 2i + 1."""
     if not name.endswith(("q_proj.weight", "k_proj.weight")):
         return weight
     heads = weight.unflatten(0, (shape["num_heads"], -1))
