@@ -227,7 +227,7 @@ class Tokenizer:
     def encode_iterable(self, iterable: Iterable[str], *, specials_as_text: bool = False) -> Iterator[int]:
         """Encode a stream of strings (the lines of an open file, for example) lazily.
 
-        The ids are those of the joined text, wherever it is divided. Memory is bounded by the longest string, the
+        The ids are those of the joined text. Memory is bounded by the longest string, the
         longest pre-token and a cache of fixed size.
 
         Raises:

@@ -54,7 +54,7 @@ def invalid_byte_error(
 def decode_blocks(
     blocks: Iterable[bytes], name: str | os.PathLike, start: int = 0, *, errors: str = "strict"
 ) -> Iterator[str]:
-    """Decode consecutive blocks of UTF-8, wherever they are divided; newlines are not translated.
+    """Decode consecutive blocks of UTF-8, which may end inside a character; newlines are not translated.
 
     Args:
         blocks: the bytes, in order.

@@ -150,12 +150,12 @@ def replace_surrogates(text: str) -> str:
 
 
 def replace_surrogates_in_stream(texts: Iterable[str]) -> Iterator[str]:
-    """The same for consecutive parts of a text, where a pair of surrogates may be in two of them.
+    """The same for a text that arrives as a stream of strings, where a string may end inside a pair of surrogates.
 
     Raises:
-        TypeError: a part is not a string.
+        TypeError: an item is not a string.
     """
-    first_half = ""  # a high surrogate at the end of a part, the first half of a possible pair
+    first_half = ""  # a high surrogate at the end of a string, the first half of a possible pair
     for text in texts:
         if not isinstance(text, str):
             raise TypeError(f"text must be a string, got {type(text).__name__}: {text!r:.80}")
@@ -183,14 +183,14 @@ def pretokenize(
 def pretokenize_stream(
     texts: Iterable[str], special_tokens: SpecialTokens, pattern: re.Pattern[str] = GPT2_PATTERN
 ) -> Iterator[tuple[list[str], str | None]]:
-    """Split a text that arrives as a stream of strings, wherever it is divided.
+    """Split a text that arrives as a stream of strings of any lengths.
 
     The end of what has arrived is held back as long as it can change: a special token may start in the last
     `max_length - 1` characters, and the two pre-tokens before them may still change (the last one grows; "'" and "l"
     become "'ll").
 
     Args:
-        texts: consecutive parts of the text, without surrogates.
+        texts: the strings, in order, without surrogates.
         special_tokens: no pre-token crosses them.
         pattern: another pattern may look ahead without limit. So the text between two special tokens is then held in
             memory until it is complete. What such a pattern does not match becomes pre-tokens too.
@@ -353,8 +353,8 @@ def find_safe_position(
     begin = max(0, position - max([4, *map(len, special_tokens.longest_first_bytes)]))
     length = position - begin + search_bytes
     while True:
-        # Each invalid byte (also of a character that the window cuts) becomes one surrogate, so that byte offsets can
-        # be computed exactly.
+        # Each invalid byte (also of an incomplete character at either end) becomes one surrogate, so that byte offsets
+        # can be computed exactly.
         text = read(begin, length).decode(errors="surrogateescape")
         at_end = begin + length >= size
         offset, previous = begin, 0

@@ -106,8 +106,8 @@ def test_result_is_the_same_for_any_number_of_workers(tmp_path, special_tokens):
     vocab, merges = run_train_bpe(path, 600, special_tokens, num_workers=1)
     assert merges == naive_merges(naive_pretoken_counts(path.read_bytes().decode(), special_tokens), len(merges))
     for num_workers in (2, 4, None):
-        options: dict[str, Any] = {"num_workers": num_workers, "shard_bytes": 1 << 12}
-        assert run_train_bpe(path, 600, special_tokens, **options) == (vocab, merges)
+        result = run_train_bpe(path, 600, special_tokens, num_workers=num_workers, shard_bytes=1 << 12)
+        assert result == (vocab, merges)
 
 
 def test_ids_are_special_tokens_then_bytes_then_merges(tmp_path):
