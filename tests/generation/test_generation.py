@@ -126,8 +126,8 @@ def test_a_decoder_whose_ids_are_read_every_few_steps_gives_the_same_ids(model, 
     expected = [generate(model, prompts, 20, temperature=0.0, end_id=end_id, vocab_size=19) for end_id in ends]
 
     def decode(sampling, end_id=None, vocab_size=None):
-        options: dict[str, Any] = {"end_id": end_id, "vocab_size": vocab_size, "make_decoder": PlainDecoder, "steps_per_read": steps}
-        chunks = list(continue_ids(model, prompts, 20, sampling, **options))
+        options: dict[str, Any] = {"make_decoder": PlainDecoder, "steps_per_read": steps}
+        chunks = list(continue_ids(model, prompts, 20, sampling, end_id=end_id, vocab_size=vocab_size, **options))
         return [[i for ids in sequence for i in ids] for sequence in zip(*chunks, strict=True)]
 
     for end_id, ids in zip(ends, expected, strict=True):
