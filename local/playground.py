@@ -15,6 +15,7 @@ from pathlib import Path
 import tyro
 
 from basic.common import command_line
+from basic.common.errors import InvalidInputError
 
 GPT2 = Path(__file__).parents[2] / "shared" / "data"
 
@@ -44,6 +45,8 @@ def main(options: Options) -> None:
     from basic.analysis.playground_server import create_app
     from basic.training.run_folder import load_run
 
+    if not 0 <= options.port < 2**16:
+        raise InvalidInputError(f"--port must be from 0 to 65535, got {options.port}")
     folder = options.run or newest_run(options.runs)
     run = None if folder is None else load_run(folder, device=options.device)
     name = "" if folder is None else folder.resolve().name

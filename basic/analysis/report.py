@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from basic.common.config_files import flatten_settings
+from basic.common.errors import InvalidInputError
 from basic.common.files import load_json
 from basic.model import TransformerLM
 from basic.Tokenizer import Tokenizer
@@ -55,11 +56,14 @@ def report_page(run_dir: str | os.PathLike, *, floor_nats: float | None = None) 
         floor_nats: lowest possible loss in nats per token, drawn as a dashed line.
 
     Raises:
+        InvalidInputError: `floor_nats` is not finite.
         NotARunError: the folder is not a run.
         FileNotFoundError: the run has no metrics yet, or a file of its tokenizer is missing.
         InvalidConfigError: the configuration is not valid.
         DamagedFileError: a file of the tokenizer, or environment.json, cannot be read.
     """
+    if floor_nats is not None and not math.isfinite(floor_nats):
+        raise InvalidInputError(f"the entropy must be a finite number, got {floor_nats}")
     run_dir = Path(run_dir)
     config = load_run_config(run_dir)
     records = read_all_records(run_dir / "metrics.jsonl")

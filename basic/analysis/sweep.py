@@ -86,6 +86,8 @@ def read_sweep(path: str | os.PathLike, *, small: bool = False) -> list[SweepRun
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
         small_table = table.pop("small", {})
+        if not isinstance(small_table, dict):
+            raise InvalidConfigError(f"small must be a table, got {small_table!r}")
         if small and not small_table:
             raise InvalidConfigError("there is no [small] table; omit --small")
         for key in (*table, *small_table):
@@ -93,8 +95,8 @@ def read_sweep(path: str | os.PathLike, *, small: bool = False) -> list[SweepRun
                 raise InvalidConfigError(f"unknown key {key!r}; the keys here are {', '.join(_KEYS)}, small")
         if small:
             table |= small_table
-        if "config" not in table:
-            raise InvalidConfigError("the key 'config' is missing: the path of the base configuration of all runs")
+        if not isinstance(table.get("config"), str):
+            raise InvalidConfigError("the key 'config' is missing or no string: the path of the base configuration")
         base = tomllib.loads((path.parent / table["config"]).read_text(encoding="utf-8"))
         settings = flatten_settings(base) | flatten_settings(table.get("settings", {}))
         return _expand(settings, flatten_settings(table.get("grid", {})), table.get("variants", [{}]))

@@ -52,7 +52,13 @@ def to_table(config: Any) -> dict[str, Any]:
 
 
 def flatten_settings(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested tables into one, with dotted keys: {"train": {"lr": 1}} becomes {"train.lr": 1}."""
+    """Flatten nested tables into one, with dotted keys: {"train": {"lr": 1}} becomes {"train.lr": 1}.
+
+    Raises:
+        InvalidConfigError: `table` is not a table.
+    """
+    if not isinstance(table, Mapping):
+        raise InvalidConfigError(f"a table of settings is needed, got {table!r}")
     settings: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, Mapping):

@@ -70,7 +70,7 @@ def dask_executor(scheduler: str | None) -> Generator[Executor | None]:
         scheduler: the address of the scheduler, such as tcp://10.0.0.1:8786.
 
     Raises:
-        InvalidInputError: Dask is not installed.
+        InvalidInputError: Dask is not installed, or the address is invalid.
         OSError: the scheduler does not answer.
     """
     if scheduler is None:
@@ -80,7 +80,11 @@ def dask_executor(scheduler: str | None) -> Generator[Executor | None]:
         from distributed import Client
     except ImportError:
         raise InvalidInputError("a cluster needs Dask: install the extra 'dist' (uv run --extra dist ...)") from None
-    with Client(scheduler, set_as_default=False) as client:
+    try:
+        client = Client(scheduler, set_as_default=False)
+    except ValueError as error:
+        raise InvalidInputError(f"{scheduler!r} is not an address such as tcp://10.0.0.1:8786: {error}") from error
+    with client:
         yield client.get_executor(pure=False)
 
 

@@ -56,6 +56,8 @@ class Sampling:
             raise InvalidInputError(f"top_k must be at least 1 (None for all tokens), got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InvalidInputError(f"top_p must be above 0 and at most 1 (None for all tokens), got {self.top_p}")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:  # what torch's generators accept
+            raise InvalidInputError(f"seed must have at most 64 bits, got {self.seed}")
 
     def probabilities(self, logits: Float[Tensor, " ... vocab_size"]) -> Float[Tensor, " ... vocab_size"]:
         """The distribution that the next token is drawn from, in at least float32."""

@@ -96,6 +96,7 @@ def info_from_json(content: dict[str, Any]) -> TokenFileInfo:
     """Convert from the JSON object of a sidecar or an index; ValueError, KeyError or TypeError if it is invalid."""
     values = {field.name: content[field.name] for field in fields(TokenFileInfo)}
     values["dtype"] = _DTYPES[values["dtype"]]
-    if not isinstance(values["count"], int):
-        raise TypeError(f"count is {values['count']!r}")
+    for name in ("count", "vocab_size"):
+        if not isinstance(values[name], int):
+            raise TypeError(f"{name} is {values[name]!r}")
     return TokenFileInfo(**values)

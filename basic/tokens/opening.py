@@ -51,7 +51,10 @@ def open_tokens(
             raise WrongTokenizerError(
                 f"{path} was made by another tokenizer than the one that is used with it; encode the text again with it"
             )
-    dtype = None if dtype is None else np.dtype(dtype)
+    try:
+        dtype = None if dtype is None else np.dtype(dtype)
+    except TypeError:
+        raise InvalidInputError(f"dtype={dtype!r} is not a type; give an integer type, such as uint16") from None
     if dtype is not None and dtype.kind not in "iu":
         raise InvalidInputError(f"dtype={dtype} cannot hold token ids; give an integer type, such as uint16")
     if index is not None:

@@ -106,6 +106,8 @@ class TrainConfig:
         for name in ("warmup_steps", "seed", "max_nonfinite_steps", *numbers, *intervals):
             if not getattr(self, name) >= 0:
                 raise InvalidConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.seed >= 2**64:  # what torch's generators accept
+            raise InvalidConfigError(f"seed must be below 2**64, got {self.seed}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InvalidConfigError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")

@@ -147,7 +147,15 @@ def corpus(tmp_path) -> Path:
         (["train_bpe", "corpus.txt", "--special-tokens", ""], "special token"),
         (["train_bpe", "corpus.txt", "--special-tokens", "<s>", "<s>"], "<s>"),
         (["train_bpe", "invalid.txt"], "at byte offset 36 "),
+        (["train_bpe", "corpus.txt", "--scheduler", "nonsense"], "'nonsense' is not an address such as tcp://"),
         (["encode", "corpus.txt", "out.bin", "--tokenizer", "foreign"], "foreign"),
+        (["sweep", "list.toml"], "list.toml: a table of settings is needed, got [1]"),
+        (["sweep", "unknown.toml"], "unknown.toml: unknown key 'modle'"),
+        (["sweep", "run.toml"], "run.toml: unknown key 'model'"),
+        (["sweep", "number.toml"], "number.toml: the key 'config' is missing or no string: the path of"),
+        (["sweep", "number.toml", "--small"], "number.toml: there is no [small] table"),
+        (["playground", "--port", "70000"], "--port must be from 0 to 65535, got 70000"),
+        (["consolidate", "foreign"], "foreign"),
     ],
 )
 def test_an_error_is_one_line_and_changes_no_file(arguments, message, tmp_path, corpus, monkeypatch):
@@ -158,6 +166,8 @@ def test_an_error_is_one_line_and_changes_no_file(arguments, message, tmp_path, 
     Path("foreign").mkdir()
     Path("foreign/letter.txt").write_text("mine")
     Path("unknown.toml").write_text("[modle]\n")
+    Path("number.toml").write_text("config = 1\n")
+    Path("list.toml").write_text('config = "run.toml"\nsettings = [1]\n')
     model = ModelConfig(vocab_size=300, context_length=8, d_model=16, num_layers=1, num_heads=2)
     save_config(RunConfig(model=model, train=TrainConfig(steps=1), data=DataConfig(train_tokens="x.bin")), "run.toml")
     before = files(tmp_path)

@@ -81,6 +81,7 @@ CONFIGURATIONS = {
         lambda good: good.replace("steps = 2", 'steps = 2\nrows = "documents"'),
         "needs a tokenizer",
     ),
+    "a seed of 65 bits": (lambda good: good.replace("steps = 2", f"steps = 2\nseed = {2**64}"), r"below 2\*\*64"),
     "no data": (lambda good: good.replace('"train.bin"', '""'), r"train_tokens is not set; .*encode\.py"),
 }
 
@@ -133,6 +134,19 @@ def test_token_files_without_a_sidecar_need_a_dtype(monkeypatch):
     monkeypatch.setattr(sys, "argv", arguments)
     runpy.run_path(str(REPOSITORY / "local" / "train.py"), run_name="__main__")
     assert list(Path("run/checkpoints").glob("*.safetensors"))
+
+
+def test_a_wrong_dtype_and_a_damaged_environment_are_one_line(monkeypatch):
+    Path("run.toml").write_text(GOOD)
+    assert "dtype='int7' is not a type" in error_of(monkeypatch, "--dtype", "int7")
+    path = str(REPOSITORY / "local" / "train.py")
+    monkeypatch.setattr(sys, "argv", [path, "--config", "run.toml", "--output", "run"])
+    runpy.run_path(path, run_name="__main__")
+    for content, message in (("{", "is not JSON"), ("[]", "no list of starts")):
+        Path("run/environment.json").write_text(content)
+        monkeypatch.setattr(sys, "argv", [path, "--resume", "run", "--steps", "3"])
+        with pytest.raises(SystemExit, match=f"error: .*environment.json.* {message}"):
+            runpy.run_path(path, run_name="__main__")
 
 
 def test_verify_finds_a_changed_byte(monkeypatch):

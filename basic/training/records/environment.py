@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from basic.common.errors import InvalidInputError, WrongTokenizerError
-from basic.common.files import atomic_write
+from basic.common.errors import DamagedFileError, InvalidInputError, WrongTokenizerError
+from basic.common.files import atomic_write, load_json
 from basic.tokens.index import Tokens
 from basic.tokens.opening import mapped_file
 
@@ -61,9 +61,16 @@ def describe_environment(
 
 
 def read_environments(run_dir: Path) -> list[dict[str, Any]]:
-    """Read the environments of all starts of a run, oldest first; empty if the run has no such file."""
+    """Read the environments of all starts of a run, oldest first; empty if the run has no such file.
+
+    Raises:
+        DamagedFileError: the file cannot be read.
+    """
     path = run_dir / _FILE_NAME
-    return json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() else []
+    content = load_json(path) if path.is_file() else {"starts": []}
+    if not isinstance(content, dict) or "starts" not in content:
+        raise DamagedFileError(f"{path} has no list of starts; remove it")
+    return content["starts"]
 
 
 def append_environment(run_dir: Path, environment: dict[str, Any], step: int) -> None:
