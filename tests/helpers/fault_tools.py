@@ -103,7 +103,7 @@ def _train_silently(config: RunConfig, run_dir: Path, resume: bool) -> None:
 
 
 def poisoned_step(poisoned: Collection[int], value: float) -> Any:
-    """A subclass of `TrainStep` whose loss is multiplied by `value` (NaN, infinity) in some of its steps, counted from 1.
+    """A subclass of `TrainStep` whose loss is multiplied by `value` (NaN, infinity) in some steps, counted from 1.
 
     The attribute `count` of the class is the number of steps taken.
     """
