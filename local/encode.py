@@ -46,7 +46,7 @@ def main(options: Options) -> None:
     if len(options.paths) < 2:
         raise InvalidInputError("at least two paths are needed: INPUT [INPUT ...] OUTPUT")
     inputs, output = options.paths[:-1], Path(options.paths[-1])
-    tokenizer = Tokenizer.load(options.tokenizer)
+    tokenizer = Tokenizer.load(command_line.tokenizer_folder(options.tokenizer))
     output.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     sources = [TextSource(path, options.field, options.end_of_text) for path in inputs]
@@ -74,4 +74,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(lambda: main(tyro.cli(Options, description=__doc__)))
+    command_line.run(lambda: main(command_line.parse(Options, __doc__)))

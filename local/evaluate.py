@@ -85,4 +85,4 @@ def read_tokens(path: Path, tokenizer, dtype: str):
 
 
 if __name__ == "__main__":
-    command_line.run(lambda: main(tyro.cli(Options, description=__doc__)))
+    command_line.run(lambda: main(command_line.parse(Options, __doc__)))

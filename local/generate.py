@@ -92,4 +92,4 @@ def read_prompts(options: Options, end_of_text: str) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    command_line.run(lambda: main(tyro.cli(Options, description=__doc__)))
+    command_line.run(lambda: main(command_line.parse(Options, __doc__)))

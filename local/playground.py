@@ -69,7 +69,7 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     try:
-        command_line.run(lambda: main(tyro.cli(Options, description=__doc__)))
+        command_line.run(lambda: main(command_line.parse(Options, __doc__)))
     except ModuleNotFoundError as error:
         if error.name not in ("starlette", "uvicorn", "anyio"):
             raise

@@ -11,8 +11,6 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import tyro
-
 from basic.common import command_line
 
 END, TRAIN_STORIES, VALID_STORIES = "<|endoftext|>", 40_000, 1_000
@@ -97,4 +95,4 @@ def configure(options: Options, vocab_size: int):
 
 
 if __name__ == "__main__":
-    command_line.run(lambda: main(tyro.cli(Options, description=__doc__)))
+    command_line.run(lambda: main(command_line.parse(Options, __doc__)))

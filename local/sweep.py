@@ -52,7 +52,7 @@ def open_data(data):
     folder = Path(data.train_tokens).parent
     if folder.name == "small_stories" and not (folder / "valid.bin").is_file():
         make_stories(folder)
-    tokenizer = Tokenizer.load(data.tokenizer) if data.tokenizer else None
+    tokenizer = Tokenizer.load(command_line.tokenizer_folder(Path(data.tokenizer))) if data.tokenizer else None
     made_by = None if tokenizer is None else tokenizer.fingerprint
     paths = data.train_tokens, data.valid_tokens
     return SweepData(*(open_tokens(path, dtype=data.dtype or None, made_by=made_by) for path in paths), tokenizer)
@@ -76,4 +76,4 @@ def make_stories(folder: Path, *, num_train: int = 20_000, num_valid: int = 400,
 
 
 if __name__ == "__main__":
-    command_line.run(lambda: main(tyro.cli(Options, description=__doc__)))
+    command_line.run(lambda: main(command_line.parse(Options, __doc__)))

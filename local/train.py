@@ -47,17 +47,19 @@ def parse(arguments: list[str]) -> Options:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
     first.add_argument("--resume", type=Path, nargs="?")
-    given = first.parse_known_args(arguments)[0]
+    given, others = first.parse_known_args(arguments)
     if given.config is not None and given.resume is not None:
         raise InvalidInputError("--resume takes the settings from the run itself; leave --config out")
     if given.resume is not None:
         default = Options(run=load_run_config(given.resume), output=given.resume)
     elif given.config is not None:
-        output = Path("runs") / given.config.stem
-        default = Options(run=load_config(given.config, RunConfig), config=given.config, output=output)
+        config = load_config(given.config, RunConfig)
+        default = Options(run=config, config=given.config, output=Path("runs") / given.config.stem)
+    elif any(other.partition("=")[0] in ("-h", "--help", "--vocab-size") for other in others):
+        return command_line.parse(Options, __doc__, args=arguments)
     else:
-        return tyro.cli(Options, args=arguments, description=__doc__)
-    return tyro.cli(Options, args=arguments, default=default, description=__doc__)
+        raise InvalidInputError(f"give --config FILE or --resume FOLDER; got {' '.join(others) or 'neither'}")
+    return command_line.parse(Options, __doc__, args=arguments, default=default)
 
 
 def main() -> None:
@@ -82,7 +84,7 @@ def start(options: Options, world: World) -> None:
     # A run folder has a copy of its tokenizer.
     own = output / "tokenizer" if options.resume else Path()
     folder = own if options.resume and own.is_dir() else data.tokenizer
-    tokenizer = Tokenizer.load(folder) if folder else None
+    tokenizer = Tokenizer.load(command_line.tokenizer_folder(Path(folder))) if folder else None
     made_by = None if tokenizer is None else tokenizer.fingerprint
     tokens = [
         open_tokens(path, dtype=data.dtype or None, verify=options.verify, made_by=made_by)

@@ -1,33 +1,133 @@
-"""How a script ends: an error of the user is one line, and Ctrl-C is not an error."""
+"""How a script reads its options, prints text, and ends: an error of the user is one line, Ctrl-C is not an error."""
 
 from __future__ import annotations
 
+import io
+import os
+import re
+import select
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO, TypeVar
 
 from basic.common.errors import BasicError
 
+Options = TypeVar("Options")
+
 TRACEBACK_OPTION = "--traceback"
+# All control characters but newline and tab. A terminal obeys them: they can move the cursor or set the clipboard.
+_CONTROL_CHARACTER = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")
+
+# What Python writes before a message of the system: "[Errno 2] No such file or directory".
+_ERROR_NUMBER = re.compile(r"^\[(Errno|WinError) -?\d+\] ")
 
 
 def run(script: Callable[[], object]) -> None:
     """Call a script's main function, and exit if it fails.
 
-    An error that the user can correct is printed as one line (status 1), and Ctrl-C ends the script with status 130.
-    If `--traceback` is among the arguments, it is removed from them, and errors show their traceback.
+    An error that the user can correct is printed as one line (status 1), and Ctrl-C ends the script with status 130. If
+    the reader of the output ends first (`| head`), the script ends silently with status 141, like other programs. If
+    `--traceback` is among the arguments, it is removed from them, and errors show their traceback.
     """
     with_traceback = TRACEBACK_OPTION in sys.argv
     if with_traceback:
         sys.argv.remove(TRACEBACK_OPTION)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # not every console has all characters of Unicode
     try:
         script()
     except KeyboardInterrupt as interrupt:
         if with_traceback:
             raise
         # The terminal shows ^C, so the message starts on a new line.
-        print("\n" * sys.stderr.isatty() + (str(interrupt) or "interrupted"), file=sys.stderr)
+        print("\n" * sys.stderr.isatty() + escape(str(interrupt) or "interrupted"), file=sys.stderr)
         sys.exit(130)
     except (BasicError, OSError, FloatingPointError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError) and (_reader_has_ended(sys.stdout) or _reader_has_ended(sys.stderr)):
+            sys.exit(128 + 13)  # SIGPIPE, which Windows does not have
         if with_traceback:
             raise
-        sys.exit("error: " + " ".join(str(error).splitlines()))
+        sys.exit("error: " + escape(" ".join(_ERROR_NUMBER.sub("", str(error)).splitlines())))
+    finally:
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except BrokenPipeError:  # without this, Python would find the closed pipe at exit and print a warning
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def parse(options: type[Options], description: str | None, **settings: object) -> Options:
+    """Read a script's options from the command line; an error or --help ends the process.
+
+    Args:
+        options: a dataclass; its docstrings are the help texts.
+        settings: further arguments of `tyro.cli`, such as `args` and `default`.
+    """
+    import tyro  # imported late: the library itself does not need it
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def integers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        if info.type is not int:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="INT",
+            instance_from_str=lambda texts: parse_integer(texts[0]),
+            is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return tyro.cli(options, description=description, registry=registry, **settings)  # ty: ignore[no-matching-overload]
+
+
+def parse_integer(text: str) -> int:
+    """Convert a text to an integer, also a whole number with an exponent: "1e5" is 100000.
+
+    Raises:
+        ValueError: the text is not a whole number.
+    """
+    with suppress(ValueError):
+        return int(text)
+    with suppress(ValueError):
+        number = float(text)
+        if number.is_integer() and abs(number) < 2**53:  # up to here a float is exact
+            return int(number)
+    raise ValueError(f"{text!r} is not a whole number")
+
+
+def escape(text: str) -> str:
+    """Replace control characters, except newline and tab, by their escapes: ESC becomes \\x1b."""
+    return _CONTROL_CHARACTER.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
+
+
+def print_text(text: str, end: str = "\n", file: TextIO | None = None) -> None:
+    """Print text of a model, a tokenizer or a file at once; if it goes to a terminal, control characters are escaped.
+
+    Args:
+        file: None for stdout.
+    """
+    file = file or sys.stdout
+    print(escape(text) if file.isatty() else text, end=end, file=file, flush=True)
+
+
+def tokenizer_folder(path: Path) -> Path:
+    """Return the folder of a tokenizer; for a run, it is the run's own tokenizer, which is said on stderr."""
+    own = path / "tokenizer"
+    if (path / "special_tokens.json").exists() or not (path / "config.toml").is_file() or not own.is_dir():
+        return path
+    print(f"{path} is a run; using its tokenizer, {own}", file=sys.stderr)
+    return own
+
+
+def _reader_has_ended(stream: TextIO | None) -> bool:
+    """Whether a stream is a pipe that nobody reads any more."""
+    if stream is None or not hasattr(select, "poll"):  # Windows
+        return stream is not None
+    poll = select.poll()
+    with suppress(OSError):  # not a real file, in tests
+        poll.register(stream.fileno(), 0)  # errors are always reported
+    return any(event & select.POLLERR for _, event in poll.poll(0))

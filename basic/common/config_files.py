@@ -29,6 +29,10 @@ def load_config(path: str | os.PathLike, cls: type[T]) -> T:
         with open(path, "rb") as file:
             table = tomllib.load(file)
         return from_table(cls, table)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"there is no configuration {str(path)!r}; give a TOML file, such as local/configs/small.toml"
+        ) from error
     except ValueError as error:  # also tomllib's errors
         raise InvalidConfigError(f"{path}: {error}") from error
 

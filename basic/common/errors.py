@@ -4,6 +4,11 @@ A script prints such an error as one line. Any other ValueError is a bug of this
 type is also a built-in error, so `except ValueError` and `except OSError` still catch it.
 """
 
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
 
 class BasicError(Exception):
     """Base class. The message says what was wrong, what was got, what is allowed, and what to do."""
@@ -27,3 +32,31 @@ class WrongTokenizerError(BasicError, ValueError):
 
 class NotARunError(BasicError, FileNotFoundError):
     """A folder without a run, or without a checkpoint."""
+
+
+class DependencyError(BasicError, RuntimeError):
+    """A program or a package of others failed or is not installed: a compiler, a tracker, a cluster."""
+
+
+@contextmanager
+def failures_of(program: str, remedy: str) -> Generator[None]:
+    """Turn any failure of other people's code in this block into one line with a remedy.
+
+    Raises:
+        DependencyError: the block raised an exception that is none of ours.
+    """
+    try:
+        yield
+    except (BasicError, MemoryError):
+        raise
+    except Exception as error:  # other people's code may raise anything
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise DependencyError(f"{program} failed ({reason}); {remedy}") from error
+
+
+def how_to_install(extra: str, packages: str) -> str:
+    """Say how to install the packages of an extra, with uv's own environment and without."""
+    return (
+        f"use `uv run --extra {extra} ...`; in an environment that was installed by hand (--no-sync): "
+        f"`uv pip install {packages}`"
+    )

@@ -117,7 +117,9 @@ def corpus(tmp_path) -> Path:
         (["quickstart", "--input", "short.txt"], "training tokens: the dataset has 3 tokens"),
         (["quickstart", "--vocab-size", "256", "--input", "corpus.txt"], "256"),
         (["quickstart", "--output", "foreign"], "foreign exists and is not a run; choose another --output"),
-        (["train", "--config", "missing.toml"], "No such file or directory: 'missing.toml'"),
+        (["train", "--config", "missing.toml"], "there is no configuration 'missing.toml'; give a TOML file"),
+        (["train"], "give --config FILE or --resume FOLDER; got neither"),
+        (["train", "--confg", "run.toml"], "give --config FILE or --resume FOLDER; got --confg run.toml"),
         (
             ["train", "--config", "unknown.toml"],
             "unknown.toml: unknown key 'modle'; the keys here are model, train, data",
