@@ -1,12 +1,25 @@
-"""How scripts end: with one line for errors of the user, and with a traceback for bugs."""
+"""How scripts end: with one line for errors of the user, and with a traceback for bugs; what they read and print."""
 
+import io
+import os
 import subprocess
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from basic.common import command_line
-from basic.common.errors import BasicError, DamagedFileError, InvalidConfigError, NotARunError, WrongTokenizerError
+from basic.common.errors import (
+    BasicError,
+    DamagedFileError,
+    DependencyError,
+    InvalidConfigError,
+    NotARunError,
+    WrongTokenizerError,
+    failures_of,
+    how_to_install,
+)
 
 
 def run_and_raise(error: BaseException) -> None:
@@ -64,3 +77,133 @@ def test_what_a_process_prints(error, status, printed):
     assert done.stderr.startswith(start)
     assert done.stderr.endswith(end)
     assert end or done.stderr == start
+
+
+def start(program: str, **options) -> subprocess.Popen:
+    """Start a process whose main function is `program`, one statement a line."""
+    lines = "".join(f"    {line}\n" for line in program.splitlines())
+    code = f"from basic.common import command_line\ndef f():\n{lines}command_line.run(f)"
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, **options)
+
+
+def test_a_console_without_unicode_gets_replacement_characters():
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    process = start(r"print('a\ufffd\u4e00\xe9', flush=True)", stdout=subprocess.PIPE, env=environment)
+    assert process.communicate(timeout=60) == (b"a??\xe9" + os.linesep.encode(), b"")
+    assert process.returncode == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows reports a closed pipe in another way")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("program", "status"),
+    [
+        ("while True: print('x' * 1000)", 141),
+        ("while True: print('x', flush=True)", 141),
+        ("raise OSError('no good')", 1),
+        ("import tyro\nwhile True: tyro.cli(int, args=['--help'])", None),
+    ],
+)
+def test_a_script_whose_output_is_no_longer_read_ends_silently(program, status, unbuffered):
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    read, write = os.pipe()
+    os.close(read)
+    process = start(program, stdout=write, env=environment)
+    os.close(write)
+    _, errors = process.communicate(timeout=60)
+    assert errors.decode() == ("error: no good\n" if status == 1 else "")
+    assert process.returncode == status if status else process.returncode in (0, 141)
+
+
+def test_a_broken_pipe_of_something_else_is_an_error(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit) as caught:
+        run_and_raise(BrokenPipeError(32, "a worker has ended"))
+    assert caught.value.code == "error: a worker has ended"
+
+
+def test_control_characters_in_an_error_are_escaped(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit) as caught:
+        run_and_raise(BasicError("the token \x1b]52;c;\x07 of tokenizer.json"))
+    assert caught.value.code == "error: the token \\x1b]52;c;\\x07 of tokenizer.json"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_text_of_others_is_escaped_in_a_terminal_only(is_terminal):
+    stream = io.StringIO()
+    stream.isatty = lambda: is_terminal
+    text = "".join(map(chr, range(0xA1))) + "\u4e00\U0001f600"
+    command_line.print_text(text, end="", file=stream)
+    shown = stream.getvalue()
+    if not is_terminal:
+        assert shown == text
+        return
+    assert [character for character in shown if ord(character) < 32 or 126 < ord(character) < 160] == ["\t", "\n"]
+    assert shown.startswith("\\x00\\x01")
+    assert shown.endswith(
+        "~\\x7f\\x80" + "".join(f"\\x{code:02x}" for code in range(0x81, 0xA0)) + "\xa0\u4e00\U0001f600"
+    )
+
+
+# --- Options --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Numbers:
+    steps: int
+    top_k: int | None = None
+    sizes: tuple[int, ...] = ()
+
+
+@pytest.mark.parametrize("text", ["100000", "1e5", "1E5", "1.0e5", "100_000", "100000.0"])
+def test_a_whole_number_with_an_exponent_is_an_integer(text):
+    arguments = ["--steps", text, "--top-k", text, "--sizes", text, "3"]
+    options = command_line.parse(Numbers, None, args=arguments)
+    assert options == Numbers(100_000, 100_000, (100_000, 3))
+    assert type(options.steps) is int
+
+
+@pytest.mark.parametrize("text", ["1.5", "1e-1", "1e400", "1e30", "nan", "inf", "x", "", "true"])
+def test_other_numbers_are_not_integers(text, capsys):
+    with pytest.raises(SystemExit) as caught:
+        command_line.parse(Numbers, None, args=["--steps", text])
+    assert caught.value.code == 2
+    assert "is not a whole number" in capsys.readouterr().err
+
+
+def test_the_tokenizer_of_a_run_is_used_and_named(tmp_path, capsys):
+    run = tmp_path / "run"
+    (run / "tokenizer").mkdir(parents=True)
+    assert command_line.tokenizer_folder(run) == run  # not a run yet
+    (run / "config.toml").touch()
+    assert command_line.tokenizer_folder(run) == run / "tokenizer"
+    assert capsys.readouterr().err == f"{run} is a run; using its tokenizer, {run / 'tokenizer'}\n"
+    (run / "special_tokens.json").touch()
+    assert command_line.tokenizer_folder(run) == run
+    assert command_line.tokenizer_folder(Path("missing")) == Path("missing")
+    assert capsys.readouterr().err == ""
+
+
+# --- Programs and packages of others --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no key\nconfigured"), KeyError("no key"), Exception()])
+def test_a_failure_of_others_is_one_line_with_a_remedy(error):
+    reason = {RuntimeError: "no key", KeyError: "'no key'", Exception: "Exception"}[type(error)]
+    with pytest.raises(DependencyError) as caught, failures_of("the tracker", "log in"):
+        raise error
+    assert str(caught.value) == f"the tracker failed ({reason}); log in"
+
+
+@pytest.mark.parametrize("error", [InvalidConfigError("ours"), MemoryError("full"), KeyboardInterrupt()])
+def test_errors_of_our_own_are_not_failures_of_others(error):
+    with pytest.raises(type(error)), failures_of("the tracker", "log in"):
+        raise error
+
+
+def test_how_to_install_names_a_way_with_and_without_uvs_environment():
+    assert how_to_install("dist", "distributed fsspec") == (
+        "use `uv run --extra dist ...`; in an environment that was installed by hand (--no-sync): "
+        "`uv pip install distributed fsspec`"
+    )
