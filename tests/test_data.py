@@ -243,7 +243,10 @@ def test_document_starts_are_separators(chunk_tokens, dtype, context_length, exp
 @pytest.mark.parametrize(("separator_id", "context_length"), [(8, 2), (9, 9), (9, 100), (70_000, 2), (-1, 2)])
 def test_no_document_start(chunk_tokens, separator_id, context_length):
     tokens = np.array([9, 1, 2, 9, 9, 3, 4, 9, 5], np.uint16)
-    message = rf"token {separator_id} does not occur in the 9 tokens with {context_length}"
+    message = (
+        rf"token {separator_id}, the separator, is not in the first {max(9 - context_length, 0)} of 9 tokens "
+        rf"\(a sequence needs {context_length} more\); .*rows = windows"
+    )
     with pytest.raises(InvalidInputError, match=message):
         document_starts(tokens, separator_id, context_length, chunk_tokens=chunk_tokens)
 

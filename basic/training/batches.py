@@ -217,8 +217,8 @@ def document_starts(
     starts = np.concatenate([np.empty(0, np.int64), *chunks])
     if len(starts) == 0:
         raise InvalidInputError(
-            f"token {separator_id} does not occur in the {len(tokens)} tokens with {context_length} more after it; "
-            "check the separator, shorten the context, or use random windows"
+            f"token {separator_id}, the separator, is not in the first {num_starts} of {len(tokens)} tokens (a "
+            f"sequence needs {context_length} more); check end_of_text, lower context_length, or set rows = windows"
         )
     return starts
 

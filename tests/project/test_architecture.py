@@ -268,7 +268,8 @@ def test_an_eleventh_entry_is_found(planted: Path) -> None:
 def test_text_to_tokens_never_imports_torch(module: str) -> None:
     for reached, chain in TREE.paths_from({module}).items():
         assert not any(is_within(imported, "torch") for imported in imports(TREE.modules[reached])), (
-            f"text to tokens must not import torch, but {' -> '.join(chain)} does"
+            f"text to tokens must not import torch, but {' -> '.join(chain)} does: move what needs torch to a package "
+            "that reads token files, such as basic/training"
         )
 
 
@@ -277,7 +278,8 @@ def test_training_never_imports_the_tokenizer() -> None:
         {module for module in TREE.modules if is_within(module, "basic.training")}
     ).items():
         assert not is_within(reached, *TOKENIZERS), (
-            f"training takes token ids and a tokenizer as arguments, but {' -> '.join(chain)} imports one"
+            f"training must not import a tokenizer, but {' -> '.join(chain)} does: take token ids or a tokenizer as "
+            "arguments, or move the code to a script"
         )
 
 

@@ -406,7 +406,7 @@ def test_a_far_too_high_learning_rate_raises_floating_point_error(tmp_path):
                 "valid_tokens": VALID[VALID != END],
             },
             InvalidInputError,
-            "validation tokens: token 0 does not occur",
+            "validation tokens: token 0, the separator, is not in the first",
         ),
         *(
             (
