@@ -1,25 +1,38 @@
-"""Atomic writing: a file or a folder appears under its name only when it is complete."""
+"""Atomic writing: a file or a folder appears under its name only when it is complete. And reading of small files.
+
+A temporary file or folder is named `.NAME.MACHINE-PROCESS-RANDOM.tmp`, beside its target. A process that is killed
+leaves it there; the next one that writes the same target removes it.
+"""
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
+import platform
+import re
 import secrets
 import shutil
+import stat
+import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from basic.common.errors import DamagedFileError
+
+_REMAINS_S = 24 * 3600.0
+"""Temporary files of other machines are removed when they have not changed for so long."""
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Generator[BinaryIO]:
     """Open a file for writing that replaces `path` when the block ends without an error.
 
-    If the block raises, `path` is unchanged and no temporary file remains.
+    If the block raises, `path` is unchanged and no temporary file remains. A symbolic link is written through.
 
     Args:
         path: the file to create or replace; its folder must exist.
@@ -29,6 +42,7 @@ def atomic_write(path: str | os.PathLike) -> Generator[BinaryIO]:
 
     Raises:
         FileNotFoundError: the folder does not exist.
+        OSError: `path` is a folder, or not a regular file.
     """
     with atomic_paths(path) as (temporary,), open(temporary, "xb") as file:
         yield file
@@ -47,6 +61,8 @@ def atomic_paths(*paths: str | os.PathLike) -> Generator[tuple[Path, ...]]:
     that dies between them leaves data without a description, which readers detect, and never data with the
     description of other data.
 
+    Symbolic links are written through: their targets are replaced, also those that do not exist yet.
+
     Args:
         paths: the files to create or replace; their folders must exist.
 
@@ -55,11 +71,15 @@ def atomic_paths(*paths: str | os.PathLike) -> Generator[tuple[Path, ...]]:
 
     Raises:
         FileNotFoundError: a folder does not exist.
+        OSError: one of `paths` is a folder, or not a regular file.
     """
-    targets = [Path(path) for path in paths]
+    targets = [_resolve(path) for path in paths]
     folders = {target.parent for target in targets}
+    for path, target in zip(paths, targets, strict=True):
+        _require_folder(target.parent)
+        check_file_target(path)
     for folder in folders:
-        _require_folder(folder)
+        remove_remains(folder, [target.name for target in targets if target.parent == folder])
     temporaries = tuple(_temporary_path(target) for target in targets)
     try:
         yield temporaries
@@ -85,16 +105,18 @@ def atomic_folder(path: str | os.PathLike) -> Generator[Path]:
     If the block raises, no folder remains.
 
     Args:
-        path: the folder to create; it must not exist, and its parent must.
+        path: the folder to create; it must not exist, and its parent must. A symbolic link to a folder that does not
+            exist is written through.
 
     Raises:
         FileExistsError: `path` exists.
         FileNotFoundError: its parent does not exist.
     """
-    target = Path(path)
+    target = _resolve(path)
     if target.exists():
-        raise FileExistsError(f"{str(target)!r} already exists; choose another name, or remove it first")
+        raise FileExistsError(f"{os.fspath(path)!r} already exists; choose another name, or remove it first")
     _require_folder(target.parent)
+    remove_remains(target.parent, [target.name])
     temporary = _temporary_path(target)
     temporary.mkdir()
     try:
@@ -109,13 +131,66 @@ def atomic_folder(path: str | os.PathLike) -> Generator[Path]:
     sync_folder(target.parent)
 
 
+def check_file_target(path: str | os.PathLike) -> None:
+    """Raise an OSError if something other than a regular file exists at `path`, as renaming would replace a device."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder, but a file is to be written; give a file's name")
+    if not stat.S_ISREG(mode):
+        raise FileExistsError(f"{os.fspath(path)!r} is not a regular file (a device or a pipe?); give another name")
+
+
+def remove_remains(folder: Path, names: list[str]) -> None:
+    """Remove the temporary files and folders that dead processes have left for targets with these names."""
+    targets = "|".join(map(re.escape, names))
+    pattern = re.compile(rf"\.({targets})\.(?:(\w+)-(\d+)-)?[0-9a-f]{{8}}\.tmp")
+    for entry in os.scandir(folder):
+        if (match := pattern.fullmatch(entry.name)) is not None and _is_dead(entry, match[2], match[3]):
+            with suppress(OSError):  # another process may remove it at the same time
+                os.unlink(entry.path) if not entry.is_dir(follow_symlinks=False) else shutil.rmtree(entry.path)
+
+
+def _is_dead(entry: os.DirEntry, machine: str | None, process_id: str | None) -> bool:
+    """Whether the process that made a temporary file has ended, as far as one can know."""
+    if machine == _machine() and process_id is not None:
+        try:
+            os.kill(int(process_id), 0)
+        except ProcessLookupError:
+            return True
+        except (OSError, OverflowError):  # of another user, and so alive
+            pass
+        return False
+    try:
+        return time.time() - entry.stat(follow_symlinks=False).st_mtime > _REMAINS_S
+    except OSError:
+        return False
+
+
+@cache
+def _machine() -> str:
+    """Identify what process ids belong to: the machine, and on Linux the container."""
+    if os.name == "nt":  # os.kill would end the process
+        return "windows"
+    container = ""
+    with suppress(OSError):
+        container = os.readlink("/proc/self/ns/pid")
+    return hashlib.sha256(f"{platform.node()} {container}".encode()).hexdigest()[:6]
+
+
+def _resolve(path: str | os.PathLike) -> Path:
+    return Path(os.path.realpath(path))
+
+
 def _require_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"the folder {str(folder)!r} does not exist; create it first")
 
 
 def _temporary_path(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    return target.with_name(f".{target.name}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def sync_folder(folder: Path) -> None:
@@ -133,20 +208,49 @@ def sync_file(path: Path, flags: int = os.O_RDWR) -> None:
         os.close(descriptor)
 
 
-def load_json(path: str | os.PathLike, **options: Any) -> Any:
+def read_text_file(path: str | os.PathLike) -> str:
+    """Read a small text file in UTF-8, without the byte order mark that some editors write at its beginning.
+
+    Newlines are not translated. (Text to train on or to encode is read by `basic.corpus.sources`.)
+
+    Raises:
+        DamagedFileError: the file is not UTF-8; the message names the file and the byte offset.
+    """
+    content = Path(path).read_bytes()
+    try:
+        return decode_utf8(content)
+    except UnicodeDecodeError as error:
+        raise DamagedFileError(f"{os.fspath(path)!r} is not valid UTF-8 at byte offset {error.start}") from None
+
+
+def decode_utf8(content: bytes) -> str:
+    """Decode UTF-8 without the byte order mark at its beginning, if there is one."""
+    return content.removeprefix(codecs.BOM_UTF8).decode()
+
+
+def load_json(path: str | os.PathLike, content: bytes | None = None, **options: Any) -> Any:
     """Read a JSON file.
 
     Args:
-        options: the keyword arguments of `json.load`.
+        content: the file's content, if it has been read already.
+        options: the keyword arguments of `json.loads`.
 
     Raises:
         DamagedFileError: the file is not JSON; the message names the file and the line.
     """
-    with open(path, "rb") as file:
-        try:
-            return json.load(file, **options)
-        except ValueError as error:  # a JSONDecodeError, which names the line, or a UnicodeDecodeError
-            raise DamagedFileError(f"{os.fspath(path)!r} is not JSON: {error}") from None
+    try:
+        # Of bytes, json.loads skips a byte order mark itself.
+        return json.loads(Path(path).read_bytes() if content is None else content, **options)
+    except ValueError as error:  # a JSONDecodeError, which names the line, or a UnicodeDecodeError
+        raise DamagedFileError(f"{os.fspath(path)!r} is not JSON: {error}") from None
+    except RecursionError:
+        raise DamagedFileError(f"{os.fspath(path)!r} is not JSON of ours: it is nested too deeply") from None
+
+
+def write_json(path: str | os.PathLike, content: Any, *, indent: int | None = None) -> None:
+    """Write a JSON file and a newline at its end, atomically."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=indent).encode() + b"\n")
 
 
 def sha256_of_file(path: str | os.PathLike) -> str:

@@ -24,7 +24,7 @@ from concurrent.futures import (
     ProcessPoolExecutor,
     ThreadPoolExecutor,
 )
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -32,11 +32,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from basic.common.errors import InvalidInputError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from basic.common.folder_lock import FolderLock
 
 _MANIFEST = "manifest.jsonl"
 _VERSION = 1  # of the files that tasks write; another version is other work
@@ -44,7 +40,6 @@ _MIN_TASKS_FOR_PROCESSES = 4
 _MAX_SUBMITTED_TASKS = 1000  # at a time: enough for any cluster
 _DASK_LOST_WORKER = ("KilledWorker", "NoValidWorkerError", "FutureCancelledError")
 _MAX_BROKEN_POOLS = 3  # in a row, without a finished task
-_held_locks: set[int] = set()  # file descriptors
 
 Record = dict[str, Any]
 Task = tuple[str, tuple]  # the name of its file, and the arguments of the function
@@ -101,7 +96,7 @@ class WorkFolder:
 
     Raises:
         InvalidInputError: the folder holds other work.
-        BlockingIOError: another run uses the folder.
+        BlockingIOError: another process uses the folder.
     """
 
     def __init__(self, path: str | os.PathLike, work: dict[str, Any], *, start_over: bool = False) -> None:
@@ -109,7 +104,8 @@ class WorkFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._manifest = self.path / _MANIFEST
         self._cancelled = threading.Event()
-        self._lock = _lock_folder(self.path)
+        # A second run would remove the temporary files of the first.
+        self._lock = FolderLock(self.path)
         try:
             self._records = self._open(work, start_over)
         except BaseException:
@@ -124,9 +120,7 @@ class WorkFolder:
 
     def close(self) -> None:
         """Release the lock."""
-        if self._lock in _held_locks:
-            _unlock_folder(self._lock)
-        self._lock = None
+        self._lock.close()
 
     def _open(self, work: dict[str, Any], start_over: bool) -> dict[str, Record]:
         """Check or create the manifest; return the records of finished tasks, by file name."""
@@ -295,40 +289,3 @@ class WorkFolder:
                 for path in self.path.glob(f"{Path(line['file']).stem}.*"):  # also the sidecar of a token file
                     path.unlink()
         self._manifest.unlink(missing_ok=True)
-
-
-def _lock_folder(folder: Path) -> int | None:
-    """Lock a folder, as a second run would remove the temporary files of the first; None if locks are not supported."""
-    if fcntl is None:
-        return None
-    lock = os.open(folder, os.O_RDONLY)
-    _held_locks.add(lock)  # before it is locked, as another thread may fork at any time
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        _unlock_folder(lock)
-        if isinstance(error, BlockingIOError):
-            raise BlockingIOError(
-                f"another run is at work in {folder}: wait until it has ended, or give another folder"
-            ) from None
-        return None  # some network file systems have no locks
-    return lock
-
-
-def _unlock_folder(lock: int) -> None:
-    assert fcntl is not None
-    _held_locks.remove(lock)
-    with suppress(OSError):
-        fcntl.flock(lock, fcntl.LOCK_UN)  # also for a child process that was forked meanwhile
-    os.close(lock)
-
-
-def _close_inherited_locks() -> None:
-    """In a forked worker: do not hold the lock of the parent, which may die before the worker."""
-    for lock in _held_locks:
-        os.close(lock)
-    _held_locks.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_inherited_locks)

@@ -1,11 +1,22 @@
 """A file or a folder appears complete or not at all, whatever fails."""
 
 import os
+import subprocess
+import sys
+import time
 
 import pytest
 
 from basic.common.errors import DamagedFileError
-from basic.common.files import atomic_folder, atomic_paths, atomic_write, load_json
+from basic.common.files import (
+    atomic_folder,
+    atomic_paths,
+    atomic_write,
+    load_json,
+    read_text_file,
+    remove_remains,
+    write_json,
+)
 
 
 def contents(folder):
@@ -137,6 +148,77 @@ def test_a_folder_replaces_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
+# --- Links, other kinds of files, and what killed processes leave --------------------------------------------------
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_is_written_through(tmp_path, exists):
+    (tmp_path / "there").mkdir()
+    if exists:
+        (tmp_path / "there" / "a.bin").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("there/a.bin")
+    with atomic_write(tmp_path / "link") as file:
+        file.write(b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert contents(tmp_path / "there") == {"a.bin": b"new"}
+
+
+def test_a_link_to_a_new_folder_is_written_through(tmp_path):
+    (tmp_path / "link").symlink_to("new")
+    with atomic_folder(tmp_path / "link") as folder:
+        (folder / "a").write_bytes(b"a")
+    assert (tmp_path / "link").is_symlink()
+    assert contents(tmp_path / "new") == {"a": b"a"}
+
+
+def test_a_folder_or_a_device_is_refused_before_the_work(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(os.devnull)
+    with pytest.raises(IsADirectoryError, match="folder' is a folder, but a file is to be written"):
+        atomic_write(tmp_path / "folder").__enter__()
+    with pytest.raises(FileExistsError, match="link' is not a regular file"):
+        atomic_write(tmp_path / "link").__enter__()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot ask whether a process lives")
+def test_the_remains_of_killed_processes_are_removed_by_the_next(tmp_path):
+    program = (
+        "import os, sys; from basic.common.files import atomic_folder, atomic_write\n"
+        "with atomic_write(sys.argv[1] + '/a.bin') as file, atomic_folder(sys.argv[1] + '/b') as folder:\n"
+        "    file.write(b'half'); (folder / 'c').touch(); print(flush=True); sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    remains = {path.name for path in tmp_path.iterdir()}
+    assert len(remains) == 2
+    (tmp_path / ".a.bin.notes.tmp").touch()  # somebody's
+    write_json(tmp_path / "a.bin", 1)
+    remove_remains(tmp_path, ["b"])
+    assert {path.name for path in tmp_path.iterdir()} == remains | {"a.bin", ".a.bin.notes.tmp"}, "the process lives"
+    process.kill()
+    process.wait()
+    write_json(tmp_path / "other", 1)
+    assert remains < {path.name for path in tmp_path.iterdir()}, "other targets"
+    write_json(tmp_path / "a.bin", 1)
+    with atomic_folder(tmp_path / "b"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"a.bin", "other", "b", ".a.bin.notes.tmp"}
+
+
+@pytest.mark.parametrize("name", [".a.bin.0a1b2c3d.tmp", ".a.bin.fedcba-1-0a1b2c3d.tmp"])
+def test_the_remains_of_other_machines_are_removed_when_they_are_old(tmp_path, name):
+    (tmp_path / name).touch()
+    write_json(tmp_path / "a.bin", 1)
+    assert (tmp_path / name).exists()
+    yesterday = time.time() - 25 * 3600
+    os.utime(tmp_path / name, (yesterday, yesterday))
+    write_json(tmp_path / "a.bin", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+
+
 # --- JSON -----------------------------------------------------------------------------------------------------
 
 
@@ -145,3 +227,18 @@ def test_a_file_that_is_not_json_is_named(tmp_path, content, message):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(DamagedFileError, match=rf"a\.json' is not JSON: .*{message}"):
         load_json(tmp_path / "a.json")
+
+
+def test_json_that_is_nested_too_deeply_is_an_error(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"[" * 100_000 + b"]" * 100_000)
+    with pytest.raises(DamagedFileError, match=r"a\.json' .*nested too deeply"):
+        load_json(tmp_path / "a.json")
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbf[1]\r\n")
+    assert load_json(tmp_path / "a") == [1]
+    assert read_text_file(tmp_path / "a") == "[1]\r\n"
+    (tmp_path / "a").write_bytes(b"ab\xff")
+    with pytest.raises(DamagedFileError, match=r"a' is not valid UTF-8 at byte offset 2"):
+        read_text_file(tmp_path / "a")

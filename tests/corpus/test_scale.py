@@ -271,7 +271,7 @@ def test_closing_a_folder_twice_does_not_unlock_another(tmp_path):
 def test_two_runs_cannot_use_one_folder(tmp_path, corpus, tokenizer):
     with WorkFolder(tmp_path / "many", {"kind": "any"}):
         for start_over in (False, True):
-            with pytest.raises(BlockingIOError, match=r"another run is at work in .*many: wait until it has ended"):
+            with pytest.raises(BlockingIOError, match=r"many is being written by process \d+ on .*: wait until it has ended"):
                 encode_files(tokenizer, corpus, tmp_path / "many", start_over=start_over)
     for _ in range(2):  # an error unlocks it too
         with pytest.raises(InvalidInputError, match="holds other work"):

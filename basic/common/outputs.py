@@ -1,0 +1,96 @@
+"""What a command will write is checked before any work starts.
+
+Each output is new, or was written by this library and is to be replaced on request, or the command is refused. Whether
+this library wrote it is recognised by its content, not by its name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from basic.common.errors import InvalidInputError
+from basic.common.files import check_file_target
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file or a folder that a command will write.
+
+    Attributes:
+        path: a symbolic link stands for its target.
+        what: its name in messages, with the article: "a token file".
+        is_ours: whether the existing file or folder is what this library writes, by its content. None: it is never
+            replaced.
+        is_folder: whether it is a folder. Other files in it may stay, so an empty folder counts as new; list the files
+            that the command writes into it as outputs of their own, if they may exist without the folder being ours.
+    """
+
+    path: str | os.PathLike
+    what: str
+    is_ours: Callable[[Path], bool] | None = None
+    is_folder: bool = False
+
+
+def check_outputs(
+    outputs: Iterable[Output],
+    *,
+    inputs: Iterable[str | os.PathLike] = (),
+    overwrite: bool = False,
+    remedy: str = "replace it with --overwrite",
+) -> None:
+    """Check everything that a command will write; nothing is changed.
+
+    Args:
+        inputs: files and folders that the command reads; those that do not exist, such as URLs, are skipped.
+        overwrite: whether outputs that exist and are ours may be replaced.
+        remedy: how to ask for that, in messages.
+
+    Raises:
+        InvalidInputError: an output is also an input.
+        FileExistsError: an output exists, and is not ours or not to be replaced.
+        OSError: a folder exists where a file is to be written, or the reverse.
+    """
+    read = {identity: path for path in inputs if (identity := _identity(path)) is not None}
+    for output in outputs:
+        path = os.fspath(output.path)
+        _check_parents(Path(os.path.realpath(path)))
+        if (identity := _identity(path)) is None:
+            continue
+        if output.is_folder and not os.path.isdir(path):
+            raise NotADirectoryError(f"{path!r} is a file, but a folder is to be written; give another name")
+        if not output.is_folder:
+            check_file_target(path)
+        if identity in read:
+            raise InvalidInputError(
+                f"{path!r}, {output.what} to be written, is also an input ({os.fspath(read[identity])!r}); give "
+                "another output"
+            )
+        if output.is_folder and not any(os.scandir(path)):
+            continue
+        if output.is_ours is None or not output.is_ours(Path(path)):
+            raise FileExistsError(
+                f"{path!r} exists and is not {output.what} that this library wrote, so it is not replaced; give "
+                "another name, or move it away"
+            )
+        if not overwrite:
+            raise FileExistsError(f"{path!r} already exists; give another name, or {remedy}")
+
+
+def _identity(path: str | os.PathLike) -> tuple[int, int] | None:
+    """Device and inode, equal for two names of one file; None if nothing exists there."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # not there, or a URL that is not even a path
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _check_parents(path: Path) -> None:
+    for parent in path.parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise NotADirectoryError(f"{str(parent)!r} is a file, so nothing can be written below it")
+            return

@@ -1,0 +1,70 @@
+"""What a command will write is new, or ours and to be replaced; anything else is refused before work starts."""
+
+import os
+import re
+
+import pytest
+
+from basic.common.errors import InvalidInputError
+from basic.common.outputs import Output, check_outputs
+
+
+def is_ours(path):
+    return path.read_bytes() == b"ours"
+
+
+def target(path, **options):
+    return Output(path, "a token file", is_ours, **options)
+
+
+def test_new_outputs_are_accepted(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "absent")
+    check_outputs([target(tmp_path / "new"), target(tmp_path / "a" / "b" / "new"), target(tmp_path / "link")])
+    check_outputs([Output(tmp_path / "empty", "a folder", is_folder=True)], inputs=["https://x/\0", tmp_path / "none"])
+
+
+def test_ours_is_replaced_only_on_request(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"ours")
+    check_outputs([target(tmp_path / "a.bin")], overwrite=True)
+    with pytest.raises(FileExistsError, match=r"a\.bin' already exists; give another name, or replace it with --over"):
+        check_outputs([target(tmp_path / "a.bin")])
+
+
+def test_what_is_not_ours_is_never_replaced(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"theirs")
+    (tmp_path / "link.bin").symlink_to("a.bin")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").touch()
+    for output in (
+        target(tmp_path / "a.bin"),
+        target(tmp_path / "link.bin"),
+        Output(tmp_path / "a.bin", "a token file"),
+        Output(tmp_path / "folder", "a token file", lambda path: False, is_folder=True),
+    ):
+        message = f"{re.escape(str(output.path))}' exists and is not a token file that this library wrote"
+        with pytest.raises(FileExistsError, match=message):
+            check_outputs([output], overwrite=True)
+
+
+def test_an_input_is_never_an_output(tmp_path):
+    text = tmp_path / "text"
+    text.write_bytes(b"ours")
+    (tmp_path / "link").symlink_to("text")
+    os.link(text, tmp_path / "same")
+    for name in ("text", "link", "same"):
+        with pytest.raises(InvalidInputError, match=rf"{name}', a token file to be written, is also an input"):
+            check_outputs([target(tmp_path / "new"), target(tmp_path / name)], inputs=[text], overwrite=True)
+
+
+def test_another_kind_of_file_is_refused(tmp_path):
+    (tmp_path / "file").write_bytes(b"ours")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError, match="folder' is a folder, but a file is to be written"):
+        check_outputs([target(tmp_path / "folder")])
+    with pytest.raises(NotADirectoryError, match="file' is a file, but a folder is to be written"):
+        check_outputs([target(tmp_path / "file", is_folder=True)])
+    with pytest.raises(NotADirectoryError, match="file' is a file, so nothing can be written below it"):
+        check_outputs([target(tmp_path / "file" / "inner" / "a.bin")])
+    with pytest.raises(FileExistsError, match="is not a regular file"):
+        check_outputs([target(os.devnull)], overwrite=True)
