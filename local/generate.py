@@ -66,10 +66,10 @@ def main(options: Options) -> None:
                 seed=None if options.seed is None else options.seed + sample,
                 end_of_text=end_of_text,
             )
-            print(prompt.removeprefix(end_of_text), end="", flush=True)
+            command_line.print_text(prompt.removeprefix(end_of_text), end="")
             for text in texts:
-                print(text, end="", flush=True)
-            print("\n", flush=True)
+                command_line.print_text(text, end="")
+            command_line.print_text("\n")
 
 
 def read_prompts(options: Options, end_of_text: str) -> Iterator[str]:

@@ -57,7 +57,7 @@ def main(options: Options) -> None:
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     listener = socket.create_server((options.host, options.port), family=family)
     host = f"[{options.host}]" if family == socket.AF_INET6 else options.host
-    print(f"tokenizers  {', '.join(tokenizers)}")
+    command_line.print_text(f"tokenizers  {', '.join(tokenizers)}")  # names of folders
     print(
         f"model       {'none yet; local/quickstart.py trains one' if run is None else f'{folder}, step {run.step:,}'}"
     )

@@ -1,18 +1,18 @@
 """Train a tokenizer and a small Transformer in a few minutes, and write samples: `uv run local/quickstart.py`.
 
 Without --input, the text is short stories from a probabilistic grammar. Their exact information content is known: no
-model can reach a lower loss. All files are in one folder, which replaces that of an earlier quickstart.
+model can reach a lower loss. All files are in one folder. They replace those of an earlier quickstart there.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from basic.common import command_line
 
+MANIFEST = "quickstart.json"  # the names and checksums of the files that belong to the quickstart
 END, TRAIN_STORIES, VALID_STORIES = "<|endoftext|>", 40_000, 1_000
 
 
@@ -35,6 +35,16 @@ class Options:
 
 
 def main(options: Options) -> None:
+    from basic.common.file_sets import replaced_files
+
+    output, inputs = options.output, [] if options.input is None else [options.input]
+    with replaced_files(output, MANIFEST, last="config.toml", inputs=inputs) as folder:
+        make(options, folder)
+    print(f"\nwrote {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
+
+
+def make(options: Options, folder: Path) -> None:
+    """Make all files in a new folder, and print the results."""
     from basic.analysis.evaluation import compare_with_entropy
     from basic.analysis.plotting import plot_losses
     from basic.corpus.sources import TextSource
@@ -47,12 +57,6 @@ def main(options: Options) -> None:
     from basic.training.loop import train
     from basic.training.records.metrics import read_metrics
 
-    if options.output.exists() and not (options.output / "config.toml").is_file():
-        raise FileExistsError(f"{options.output} exists and is not a run; choose another --output")
-    # A temporary folder, which replaces the earlier one when it is complete.
-    folder = options.output.with_name(options.output.name + ".partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     stories = []
     if options.input is None:
         stories = write_stories(folder, TRAIN_STORIES, VALID_STORIES, seed=options.seed, separator=END, progress=True)
@@ -68,7 +72,7 @@ def main(options: Options) -> None:
     records, info = read_metrics(folder / "metrics.jsonl"), read_info(folder / "valid.bin")
     loss, exact = records[-1]["valid_loss"], [story.nats for story in stories]
     bits_per_byte = loss / math.log(2) * info.count / info.source_bytes
-    print(f"\nvalidation loss {loss:.3f} nats a token, {bits_per_byte:.3f} bits per byte")
+    print(f"\nvalidation loss {loss:.3f} nats a token, {bits_per_byte:.3f} bits per byte, of sampled sequences")
     if stories:
         documents = [tokenizer.encode(story.text) for story in stories]
         print(compare_with_entropy(model, documents, exact, tokens[0], tokenizer.special_token_ids[END]))
@@ -76,10 +80,8 @@ def main(options: Options) -> None:
     start = END if tokenizer.special_token_ids[END] in tokens[0] else "\n"
     samples = complete(model, tokenizer, [start] * 8, 256, temperature=0.7, top_p=0.95, seed=options.seed)
     (folder / "samples.txt").write_text("\n\n".join(map(str.strip, samples)) + "\n", encoding="utf-8")
-    shutil.rmtree(options.output, ignore_errors=True)
-    folder.rename(options.output)
-    print(*(f"\nsample {number}: {sample.strip()}" for number, sample in enumerate(samples[:2], 1)), sep="\n")
-    print(f"\nwrote {options.output}: {', '.join(sorted(path.name for path in options.output.iterdir()))}")
+    for number, sample in enumerate(samples[:2], 1):
+        command_line.print_text(f"\nsample {number}: {sample.strip()}")
 
 
 def configure(options: Options, vocab_size: int):

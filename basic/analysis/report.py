@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from basic.common.config_files import flatten_settings
-from basic.common.errors import InvalidInputError
+from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.common.files import load_json
 from basic.model import TransformerLM
 from basic.Tokenizer import Tokenizer
@@ -67,7 +67,8 @@ def report_page(run_dir: str | os.PathLike, *, floor_nats: float | None = None) 
     run_dir = Path(run_dir)
     config = load_run_config(run_dir)
     records = read_all_records(run_dir / "metrics.jsonl")
-    training = [record for record in records if "kind" not in record]
+    # A damaged record may have lost a key; without its position it cannot be shown.
+    training = [record for record in records if "kind" not in record and None not in map(record.get, X_AXES)]
     files = {
         "training": _token_file_info(config.data.train_tokens, run_dir),
         "validation": _token_file_info(config.data.valid_tokens, run_dir),
@@ -212,7 +213,7 @@ def _samples_section(samples: Sequence[tuple[int | None, str]], training: Sequen
     items = []
     for step, text in samples:
         when = "End of training" if step is None else f"Step {step:,}"
-        losses = [record["train_loss"] for record in training if step is not None and record["step"] <= step]
+        losses = [record.get("train_loss") for record in training if step is not None and record["step"] <= step]
         loss = f"<small>loss {losses[-1]:.3f}</small>" if losses and losses[-1] is not None else ""
         items.append(f"<li><div>{when}{loss}</div><blockquote>{escape(text.strip())}</blockquote></li>")
     if not items:
@@ -302,12 +303,15 @@ def _environment_section(path: Path) -> str:
     if not path.is_file():
         return ""
     content = load_json(path)
+    starts = content.get("starts", [content]) if isinstance(content, dict) else None
+    if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+        raise DamagedFileError(f"{path} is damaged: it does not describe the starts of a run; remove it")
     tables, previous = [], {}
-    for start in content.get("starts", [content]):
+    for start in starts:
         values = flatten_settings(start)
         step = values.pop("step", 0)
         changed = {name: _format_value(value) for name, value in values.items() if previous.get(name) != value}
-        title = f"<h3>Resumed after step {step:,}</h3>\n" if tables else ""
+        title = f"<h3>Resumed after step {escape(_format_setting(step))}</h3>\n" if tables else ""
         tables.append(f"<div>\n{title}{_table(changed)}\n</div>")
         previous = values
     return f'<div class="starts">\n{_lines(tables)}\n</div>'

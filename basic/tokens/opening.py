@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from pathlib import Path
 from typing import cast
@@ -40,7 +41,8 @@ def open_tokens(
         FileNotFoundError: there is no such file, or a flat file has neither a sidecar nor a `dtype`.
         DamagedFileError: the data contradicts its sidecar, its index or `dtype`, or a sidecar or index is invalid.
         WrongTokenizerError: another tokenizer made the ids.
-        InvalidInputError: `dtype` contradicts the file, the array does not hold token ids, or there is no checksum.
+        InvalidInputError: `dtype` contradicts the file, the file is a text, the array does not hold token ids, or there
+            is no checksum.
     """
     path, index = Path(path), _find_index(path)
     if not path.exists():
@@ -66,6 +68,8 @@ def open_tokens(
         if verify:
             raise InvalidInputError(f"{path}: an .npy file has no checksum to verify; open it without verify=True")
         return open_npy(path, dtype)
+    if dtype is None and not sidecar_path(path).exists() and _starts_with_text(path):
+        raise InvalidInputError(f"{path} is a text, not token ids; local/encode.py makes a token file from it")
     return open_flat_file(path, dtype, verify=verify)
 
 
@@ -100,6 +104,13 @@ def mapped_file(tokens: Tokens) -> tuple[Path | None, TokenFileInfo | None]:
         return path, None
     info = read_info(path)
     return path, info if info.count == len(tokens) else None
+
+
+def _starts_with_text(path: Path) -> bool:
+    """Whether a file starts with UTF-8 text without control characters, other than white space."""
+    with open(path, "rb") as file:
+        text = codecs.getincrementaldecoder("utf-8")("replace").decode(file.read(4096))
+    return bool(text) and all(character.isprintable() or character in "\n\r\t\f\ufeff" for character in text)
 
 
 def _find_index(path: str | os.PathLike) -> Path | None:

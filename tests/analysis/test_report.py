@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from basic.analysis.report import report_page
+from basic.analysis.report import _script_json, report_page
 from basic.common.config_files import save_config
 from basic.common.errors import DamagedFileError, NotARunError
 from basic.model import ModelConfig
@@ -137,9 +137,9 @@ def test_html_in_texts_is_escaped(run_dir):
     assert f"{HOSTILE} 20" in page.texts["blockquote"]
 
 
-def test_html_in_the_data_of_the_curves_is_escaped(run_dir):
-    write_log(run_dir, [record(1) | {"learning_rate": HOSTILE}])
-    assert page_of(run_dir).curves["columns"]["learning_rate"] == [HOSTILE]
+def test_html_in_the_data_of_the_curves_is_escaped():
+    assert not set("<>&").intersection(_script_json([HOSTILE]))
+    assert json.loads(_script_json([HOSTILE])) == [HOSTILE]
 
 
 def test_page_is_self_contained(run_dir):
@@ -207,7 +207,7 @@ def test_tokenizer_section(run_dir):
 @pytest.mark.parametrize("name", ["vocab.json", "special_tokens.json"])
 def test_damaged_tokenizer_is_an_error_that_names_the_file(run_dir, name):
     (run_dir / "tokenizer" / name).write_text("{")
-    with pytest.raises(DamagedFileError, match=rf"{name}' is not JSON"):
+    with pytest.raises(DamagedFileError, match=rf"{name} has changed since"):
         report_page(run_dir)
 
 
@@ -231,6 +231,33 @@ def test_environment_of_a_resumed_run_shows_the_changes(run_dir):
     assert "Resumed after step 12" in page.texts["h3"]
     (run_dir / "environment.json").write_text('{"torch": "2.15"}')
     assert page_of(run_dir).rows()[-1] == "torch2.15"
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"starts": 1}', '{"starts": [1]}', '{"starts": [[]]}', "1"])
+def test_an_environment_of_a_wrong_shape_is_an_error_that_names_the_file(run_dir, content):
+    (run_dir / "environment.json").write_text(content)
+    with pytest.raises(DamagedFileError, match=r"environment\.json is damaged: it does not describe the starts"):
+        report_page(run_dir)
+
+
+DAMAGED_RECORDS = [
+    *([1], None, {}, {"step": None}, {"step": "5"}, {"step": 5}, {"kind": "sample", "step": 5, "text": 3}),
+    *({"kind": "sample", "text": "x"}, {"kind": "nonfinite"}, {"kind": 5, "step": 5}, record(5, tokens="x")),
+    *(record(5, wall_s=[1]), record(5, train_loss="x"), record(5, valid_loss={}), record(5, tokens_per_s="x")),
+    {key.replace("s", "r"): value for key, value in record(5).items()},
+    {key.replace("t", "u"): value for key, value in record(5).items()},
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*lines that are incomplete or damaged are left out")
+@pytest.mark.parametrize("damaged", DAMAGED_RECORDS, ids=repr)
+def test_a_record_of_a_wrong_shape_is_left_out(run_dir, damaged):
+    sample = {"kind": "sample", "step": 5, "text": "a text"}
+    whole = [record(1), record(2, valid_loss=1.5), sample, record(6)]
+    write_log(run_dir, whole)
+    expected = report_page(run_dir)
+    write_log(run_dir, [*whole[:3], damaged, whole[3]])
+    assert report_page(run_dir) == expected
 
 
 def test_run_without_metrics_yet(tmp_path):

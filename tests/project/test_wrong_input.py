@@ -7,9 +7,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pytest
 
+from basic.Tokenizer import Tokenizer
 from basic.tokens.flat_file import TokenFileWriter
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -45,12 +47,16 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_tokens(name, np.arange(400) % 40)
 
 
+def run_script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
+    path = str(REPOSITORY / "local" / f"{name}.py")
+    monkeypatch.setattr(sys, "argv", [path, *arguments])
+    runpy.run_path(path, run_name="__main__")
+
+
 def error_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
     """Return the error of training; it must be one line, and the run folder must not exist."""
-    path = str(REPOSITORY / "local" / "train.py")
-    monkeypatch.setattr(sys, "argv", [path, "--config", "run.toml", "--output", "run", *arguments])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(path, run_name="__main__")
+        run_script(monkeypatch, "train", "--config", "run.toml", "--output", "run", *arguments)
     message = ended.value.code
     assert isinstance(message, str)
     assert "\n" not in message
@@ -71,6 +77,7 @@ CONFIGURATIONS = {
     "heads that do not divide": (lambda good: good.replace("num_heads = 2", "num_heads = 3"), "num_heads=3"),
     "an unknown choice": (lambda good: good.replace("steps = 2", 'steps = 2\non_nonfinite = "ignore"'), "stop.*skip"),
     "an unknown device": (lambda good: good.replace('"cpu"', '"abacus"'), "abacus.*use cpu or auto"),
+    "a device without numbers": (lambda good: good.replace('"cpu"', '"meta"'), "meta.*use cpu or auto"),
     "an unknown tracker": (lambda good: good.replace("steps = 2", 'steps = 2\ntrackers = ["x"]'), "wandb"),
     "no checkpoint kept": (lambda good: good.replace("steps = 2", "steps = 2\ncheckpoints_kept = 0"), "at least 1"),
     "micro-batches that do not divide": (
@@ -113,7 +120,7 @@ DATA: dict[str, tuple[Callable[[], object], str]] = {
     "too short for a sequence": (lambda: write_tokens("train.bin", np.arange(5)), "context_length"),
     "empty": (lambda: write_tokens("train.bin", np.arange(0)), "0"),
     "a folder": (lambda: (Path("train.bin").unlink(), Path("train.bin").mkdir()), r"train\.bin"),
-    "a text": (lambda: (shutil.copy("run.toml", "train.bin"), Path("train.json").unlink()), "dtype"),
+    "a text": (lambda: (shutil.copy("run.toml", "train.bin"), Path("train.json").unlink()), "is a text.*encode"),
 }
 
 
@@ -142,7 +149,7 @@ def test_a_wrong_dtype_and_a_damaged_environment_are_one_line(monkeypatch):
     path = str(REPOSITORY / "local" / "train.py")
     monkeypatch.setattr(sys, "argv", [path, "--config", "run.toml", "--output", "run"])
     runpy.run_path(path, run_name="__main__")
-    for content, message in (("{", "is not JSON"), ("[]", "no list of starts")):
+    for content, message in (("{", "is not JSON"), ("[]", "does not describe the starts")):
         Path("run/environment.json").write_text(content)
         monkeypatch.setattr(sys, "argv", [path, "--resume", "run", "--steps", "3"])
         with pytest.raises(SystemExit, match=f"error: .*environment.json.* {message}"):
@@ -153,3 +160,38 @@ def test_verify_finds_a_changed_byte(monkeypatch):
     Path("run.toml").write_text(GOOD)
     overwrite(0, b"\1")
     assert "the data has changed since it was written; make the token file again" in error_of(monkeypatch, "--verify")
+
+
+def test_compiling_without_a_compiler_is_one_line_and_the_folder_can_be_used(monkeypatch):
+    from torch._inductor import config, cpp_builder
+
+    Path("run.toml").write_text(GOOD)
+    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(Path("cache").resolve()))
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # its checks cannot be compiled
+    cpp_builder.cpp_compiler_search.cache_clear()
+    arguments = ["--config", "run.toml", "--output", "run"]
+    with pytest.raises(SystemExit) as ended:
+        run_script(monkeypatch, "train", *arguments, "--compile")
+    assert re.fullmatch(
+        r"error: compiling failed \(.*No working C\+\+ compiler.*\); install gcc and g\+\+, or train on the CPU .*",
+        str(ended.value.code),
+    )
+    run_script(monkeypatch, "train", *arguments)
+    assert [path.name for path in Path("run/checkpoints").glob("step_*")] == ["step_00000002.safetensors"]
+
+
+def test_a_tokenizer_of_a_run_and_a_folder_inside_of_a_run(monkeypatch, capsys):
+    Path("run.toml").write_text(GOOD)
+    Tokenizer({i: bytes([i]) for i in range(39)}, [], ["<|endoftext|>"]).save("tok")
+    arguments = ["--config", "run.toml", "--output", "first", "--tokenizer"]
+    run_script(monkeypatch, "train", *arguments, "tok")
+    run_script(monkeypatch, "train", *arguments[:3], "second", "--tokenizer", "first")
+    assert "first is a run; using its tokenizer, first/tokenizer" in capsys.readouterr().err
+    assert Tokenizer.load("second/tokenizer").fingerprint == Tokenizer.load("tok").fingerprint
+    for script in ("evaluate", "generate", "report", "plot"):
+        with pytest.raises(SystemExit) as ended:
+            run_script(monkeypatch, script, "first/checkpoints")
+        message = str(ended.value.code)
+        assert message.startswith("error: first/checkpoints is not a run: it has no config.toml; did you mean the run")
+        assert message.endswith("/first?")

@@ -12,9 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from basic.common.errors import InvalidConfigError
+from basic.common.errors import InvalidConfigError, failures_of, how_to_install
 
 NAMES = ("wandb", "tensorboard")
+_REMEDIES = {
+    "wandb": "log in (`wandb login`), work without a network (WANDB_MODE=offline), or leave the tracker out",
+    "tensorboard": "leave the tracker out",
+}
 
 
 class Tracker(Protocol):
@@ -39,10 +43,15 @@ def open_trackers(
 
     Raises:
         InvalidConfigError: a name is unknown, or its package is not installed.
+        DependencyError: a tracker cannot be opened, for example without a key or a network.
     """
     check_trackers(names)
     makers = {"wandb": _Wandb, "tensorboard": _TensorBoard}
-    return [makers[name](run_dir, first_step, dict(config_table or {})) for name in dict.fromkeys(names)]
+    trackers = []
+    for name in dict.fromkeys(names):
+        with failures_of(f"the tracker {name}", _REMEDIES[name]):
+            trackers.append(makers[name](run_dir, first_step, dict(config_table or {})))
+    return trackers
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -59,10 +68,10 @@ def check_trackers(names: Sequence[str]) -> None:
                 import wandb  # noqa: F401
             else:
                 from torch.utils.tensorboard import SummaryWriter  # noqa: F401
-        except ImportError as error:
+        except Exception as error:  # a package of the wrong version may raise anything
             raise InvalidConfigError(
                 f"the tracker {name} needs the package of that name, which cannot be imported ({error}); "
-                f"start with `uv run --extra {name} local/train.py ...`, or leave the tracker out"
+                f"{how_to_install(name, name)}; or leave the tracker out"
             ) from error
 
 
