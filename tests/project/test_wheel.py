@@ -1,10 +1,11 @@
-"""The package as a wheel, installed in its own environment."""
+"""The package as an sdist and as a wheel, and the wheel installed in its own environment."""
 
 import importlib.metadata
 import os
 import shutil
 import subprocess
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -37,7 +38,30 @@ def run(*command: str | Path, cwd: Path) -> str:
     return process.stdout
 
 
-@pytest.mark.skipif(shutil.which("uv") is None, reason="needs uv to build a wheel")
+needs_uv = pytest.mark.skipif(shutil.which("uv") is None, reason="needs uv to build a package")
+
+
+@needs_uv
+def test_only_the_package_is_packed_from_a_folder_with_texts_and_models(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(REPOSITORY / "basic", source / "basic", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    packed = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
+    for name in ("my.txt", "my_llama/model.safetensors", "basic/my.txt", "basic/analysis/my_llama/config.json"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("mine")
+    run("uv", "build", "--sdist", "--out-dir", tmp_path, source, cwd=tmp_path)
+    run("uv", "build", "--wheel", "--out-dir", tmp_path, source, cwd=tmp_path)
+    (sdist,), (wheel,) = tmp_path.glob("*.tar.gz"), tmp_path.glob("*.whl")
+    with tarfile.open(sdist) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    assert names - {"PKG-INFO", ".gitignore"} == packed
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert names == {name for name in packed if name.startswith("basic/")}
+
+
+@needs_uv
 def test_a_wheel_works_in_its_own_environment(tmp_path):
     run("uv", "build", "--wheel", "--out-dir", tmp_path, REPOSITORY, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")

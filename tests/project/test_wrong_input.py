@@ -4,6 +4,7 @@ import re
 import runpy
 import shutil
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -176,6 +177,25 @@ def test_compiling_without_a_compiler_is_one_line_and_the_folder_can_be_used(mon
     assert re.fullmatch(
         r"error: compiling failed \(.*No working C\+\+ compiler.*\); install gcc and g\+\+, or train on the CPU .*",
         str(ended.value.code),
+    )
+    run_script(monkeypatch, "train", *arguments)
+    assert [path.name for path in Path("run/checkpoints").glob("step_*")] == ["step_00000002.safetensors"]
+
+
+def test_a_tracker_without_a_key_is_one_line_and_the_folder_can_be_used(monkeypatch):
+    def init(**settings: object) -> None:
+        raise RuntimeError("api_key not configured (no-tty).\nCall wandb.login")
+
+    wandb = types.ModuleType("wandb")
+    wandb.__dict__.update(init=init, Html=str)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    Path("run.toml").write_text(GOOD)
+    arguments = ["--config", "run.toml", "--output", "run"]
+    with pytest.raises(SystemExit) as ended:
+        run_script(monkeypatch, "train", *arguments, "--trackers", "wandb")
+    assert ended.value.code == (
+        "error: the tracker wandb failed (api_key not configured (no-tty).); log in (`wandb login`), work without a "
+        "network (WANDB_MODE=offline), or leave the tracker out"
     )
     run_script(monkeypatch, "train", *arguments)
     assert [path.name for path in Path("run/checkpoints").glob("step_*")] == ["step_00000002.safetensors"]
