@@ -25,7 +25,9 @@ from basic.bpe.compiled import KernelEncoder
 from basic.bpe.plain import PretokenCache, merge_rules
 from basic.bytes_utils import decode_blocks, invalid_byte_error, load_merges, load_vocab, save_merges, save_vocab
 from basic.common.errors import DamagedFileError, InvalidInputError
-from basic.common.files import atomic_paths, atomic_write, load_json
+from basic.common.file_sets import CHECKSUMS_NAME, atomic_set, read_set
+from basic.common.files import load_json
+from basic.common.outputs import Output, check_outputs
 from basic.common.progress import default_num_workers
 from basic.pretokenization import (
     GPT2_PATTERN,
@@ -40,9 +42,10 @@ from basic.pretokenization import (
 )
 from basic.tokens.info import token_dtype
 
-_FILES = ("vocab.json", "merges.txt", "special_tokens.json")
+_VOCAB_FILE, _MERGES_FILE, _SPECIAL_TOKENS_FILE = "vocab.json", "merges.txt", "special_tokens.json"
 _PATTERN_FILE = "pattern.json"
 _NO_SPECIALS = SpecialTokens(())
+_FILES = (_VOCAB_FILE, _MERGES_FILE, _SPECIAL_TOKENS_FILE, _PATTERN_FILE)
 
 # A kernel call takes two microseconds; up to this length the plain path is faster.
 _MIN_KERNEL_CHARACTERS = 7
@@ -352,39 +355,45 @@ class Tokenizer:
         """Write the tokenizer to a folder, which is created if needed.
 
         The files are `vocab.json`, `merges.txt`, `special_tokens.json` and, if the pattern is not GPT-2's,
-        `pattern.json`.
+        `pattern.json`. Their SHA-256 is in `checksums.json`. They replace those of another saved tokenizer, all at
+        once: after an error the old tokenizer is there, whole. Other files in the folder stay.
+
+        Raises:
+            FileExistsError: the folder has files of these names that are not a saved tokenizer.
+            OSError: a file cannot be written.
         """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / _PATTERN_FILE).unlink(missing_ok=True)
-        if self.pattern is not None:
-            with atomic_write(directory / _PATTERN_FILE) as file:
-                file.write(json.dumps(self.pattern).encode() + b"\n")
-        with atomic_paths(*(directory / name for name in _FILES)) as (vocab, merges, special_tokens):
-            save_vocab(self.vocab, vocab)
-            save_merges(self.merges, merges)
-            special_tokens.write_text(json.dumps(list(self.special_token_ids)) + "\n", encoding="utf-8")
+        check_outputs(tokenizer_outputs(directory), overwrite=True)
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with atomic_set(directory, _FILES) as paths:
+            save_vocab(self.vocab, paths[_VOCAB_FILE])
+            save_merges(self.merges, paths[_MERGES_FILE])
+            special_tokens = json.dumps(list(self.special_token_ids)) + "\n"
+            paths[_SPECIAL_TOKENS_FILE].write_text(special_tokens, encoding="utf-8")
+            if self.pattern is not None:
+                paths[_PATTERN_FILE].write_text(json.dumps(self.pattern) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> Tokenizer:
         """Read a tokenizer that `save` wrote to a folder.
 
         Raises:
-            DamagedFileError: a file is damaged, or the files do not belong together.
+            DamagedFileError: a file is damaged or was changed (the message says how to accept it), or the files do not
+                belong together.
             OSError: a file is missing or cannot be read.
         """
-        vocab_path, merges_path, special_tokens_path = (Path(directory) / name for name in _FILES)
-        if not special_tokens_path.exists():
+        folder = Path(directory)
+        files = read_set(folder, _FILES) if folder.is_dir() else {}
+        if _SPECIAL_TOKENS_FILE not in files:
             raise FileNotFoundError(
-                f"{os.fspath(directory)!r} is not the folder of a saved tokenizer: it has no {_FILES[2]}; save a "
-                "tokenizer there (local/train_bpe.py does), or read GPT-2's two files with from_files"
+                f"{os.fspath(directory)!r} is not the folder of a saved tokenizer: it has no {_SPECIAL_TOKENS_FILE}; "
+                "save a tokenizer there (local/train_bpe.py does), or read GPT-2's two files with from_files"
             )
-        special_tokens = load_json(special_tokens_path)
+        special_tokens = load_json(folder / _SPECIAL_TOKENS_FILE, files[_SPECIAL_TOKENS_FILE])
         if not isinstance(special_tokens, list):
-            raise DamagedFileError(f"{str(special_tokens_path)!r} must hold a JSON list of strings")
-        pattern_path = Path(directory) / _PATTERN_FILE
-        pattern = load_json(pattern_path) if pattern_path.exists() else None
-        vocab, merges = load_vocab(vocab_path), load_merges(merges_path)
+            raise DamagedFileError(f"{str(folder / _SPECIAL_TOKENS_FILE)!r} must hold a JSON list of strings")
+        pattern = load_json(folder / _PATTERN_FILE, files[_PATTERN_FILE]) if _PATTERN_FILE in files else None
+        vocab = load_vocab(folder / _VOCAB_FILE, files.get(_VOCAB_FILE))
+        merges = load_merges(folder / _MERGES_FILE, files.get(_MERGES_FILE))
         try:
             return cls(vocab, merges, special_tokens, pattern=pattern)
         except (InvalidInputError, TypeError) as error:
@@ -409,6 +418,28 @@ def resolve_num_threads(num_threads: int | None) -> int:
 
 def check_errors_option(errors: str) -> None:
     """Raise InvalidInputError unless the option is "strict" or "replace"."""
+def tokenizer_outputs(directory: str | os.PathLike) -> list[Output]:
+    """The files that `Tokenizer.save` may write into a folder, for `check_outputs`."""
+
+    def is_ours(path: Path) -> bool:
+        return _is_saved_tokenizer(path.parent)
+
+    return [Output(Path(directory) / name, f"the {name} of a tokenizer", is_ours) for name in (*_FILES, CHECKSUMS_NAME)]
+
+
+def _is_saved_tokenizer(folder: Path) -> bool:
+    """Whether `save` wrote the files of a folder; some may be damaged."""
+    try:
+        special_tokens = load_json(folder / _SPECIAL_TOKENS_FILE)
+        return isinstance(special_tokens, list) and all(isinstance(token, str) for token in special_tokens)
+    except (DamagedFileError, OSError):
+        pass
+    try:
+        return load_json(folder / CHECKSUMS_NAME)["sha256"].keys() <= set(_FILES)
+    except (DamagedFileError, OSError, LookupError, TypeError, AttributeError):
+        return False
+
+
     if errors not in ("strict", "replace"):
         raise InvalidInputError(f"errors={errors!r} must be 'strict' or 'replace'")
 

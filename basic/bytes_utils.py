@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from basic.common.errors import DamagedFileError, InvalidInputError
-from basic.common.files import atomic_write, load_json
+from basic.common.files import atomic_write, load_json, read_text_file
 
 _MERGES_HEADER = "#version: 0.2"
 
@@ -130,18 +130,21 @@ def save_vocab(vocab: dict[int, bytes], path: str | os.PathLike) -> None:
         file.write(("{" + ", ".join(entries) + "}").encode())
 
 
-def load_vocab(path: str | os.PathLike) -> dict[int, bytes]:
+def load_vocab(path: str | os.PathLike, content: bytes | None = None) -> dict[int, bytes]:
     """Read GPT-2's `vocab.json`, the inverse of `save_vocab`.
 
     A token with a character that stands for no byte (a space, for example) is a special token that another program
     wrote as plain text; it is read as that text.
+
+    Args:
+        content: the file's content, if it has been read already.
 
     Raises:
         DamagedFileError: the file is not such a vocabulary.
         OSError: the file cannot be read.
     """
     name = os.fspath(path)
-    entries = load_json(path, object_pairs_hook=tuple)
+    entries = load_json(path, content, object_pairs_hook=tuple)
     if not isinstance(entries, tuple):
         raise DamagedFileError(f"{name!r} must hold one JSON object of tokens and ids")
     vocab: dict[int, bytes] = {}
@@ -167,21 +170,20 @@ def save_merges(merges: Iterable[tuple[bytes, bytes]], path: str | os.PathLike) 
         file.write("\n".join([_MERGES_HEADER, *lines, ""]).encode())
 
 
-def load_merges(path: str | os.PathLike) -> list[tuple[bytes, bytes]]:
+def load_merges(path: str | os.PathLike, content: bytes | None = None) -> list[tuple[bytes, bytes]]:
     """Read GPT-2's `merges.txt`, the inverse of `save_merges`.
 
     Only a first line that starts with "#version" is skipped; "# #" is a merge like any other.
+
+    Args:
+        content: the file's content, if it has been read already.
 
     Raises:
         DamagedFileError: a line is not two printable tokens with one space between them; the message has its number.
         OSError: the file cannot be read.
     """
     name = os.fspath(path)
-    with open(path, "rb") as file:
-        try:
-            lines = file.read().decode().rstrip("\r\n").split("\n")
-        except UnicodeDecodeError as error:
-            raise DamagedFileError(f"{name!r} is not valid UTF-8 at byte offset {error.start}") from None
+    lines = read_text_file(path, content).rstrip("\r\n").split("\n")
     merges = []
     for number, line in enumerate(lines, start=1):
         if number == 1 and (line.startswith("#version") or lines == [""]):

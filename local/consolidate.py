@@ -6,6 +6,7 @@ folders. Other programs need one file (step_00001000.safetensors).
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +21,13 @@ class Options:
     """Run folder, or the folder of one checkpoint."""
     output: tyro.conf.Positional[Path | None] = None
     """File to write; None: the checkpoint folder's path with .safetensors at its end."""
+    overwrite: bool = False
+    """Replace the checkpoint file that exists."""
 
 
 def main(options: Options) -> None:
+    from basic.common.folder_lock import FolderLock
+    from basic.common.outputs import Output, check_outputs
     from basic.training.checkpoints.file import write_checkpoint
     from basic.training.checkpoints.sharded import read_sharded_checkpoint
     from basic.training.run_folder import checkpoint_paths
@@ -32,8 +37,23 @@ def main(options: Options) -> None:
     if not folders:
         raise FileNotFoundError(f"{options.source / 'checkpoints'} has no sharded checkpoint (a folder step_*)")
     output = options.output or folders[-1].with_name(folders[-1].name + ".safetensors")
-    write_checkpoint(read_sharded_checkpoint(folders[-1]), output)
+    check_outputs([Output(output, "a checkpoint", is_checkpoint)], overwrite=options.overwrite)
+    run_dir = output.parent.parent
+    # In a run folder, the file is a checkpoint, so a process that trains this run must not be removing old ones.
+    with FolderLock(run_dir) if (run_dir / "config.toml").is_file() else nullcontext():
+        write_checkpoint(read_sharded_checkpoint(folders[-1]), output)
     print(f"wrote {output} ({output.stat().st_size / 1e6:,.1f} MB) from {folders[-1]}")
+
+
+def is_checkpoint(path: Path) -> bool:
+    from basic.common.errors import DamagedFileError
+    from basic.training.checkpoints.file import read_checkpoint
+
+    try:
+        read_checkpoint(path)
+    except DamagedFileError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

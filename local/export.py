@@ -21,18 +21,20 @@ class Options:
     run: tyro.conf.Positional[Path]
     """Run folder, such as runs/quickstart."""
     output: tyro.conf.Positional[Path]
-    """hf: the folder to create, which must not exist; tiktoken: the file to write."""
+    """hf: the folder to create; tiktoken: the file to write. It must not exist."""
     to: Literal["hf", "tiktoken"] = "hf"
     """Format of the export."""
 
 
 def main(options: Options) -> None:
+    from basic.common.outputs import Output, check_outputs
     from basic.formats.export_llama import export_hf
     from basic.formats.tiktoken_ranks import save_tiktoken
     from basic.pretokenization import PATTERNS
     from basic.Tokenizer import Tokenizer
     from basic.training.run_folder import load_run
 
+    check_outputs([Output(options.output, "an export", is_folder=options.to == "hf")])
     run = load_run(options.run, device="cpu")
     tokenizer = None if run.tokenizer_path is None else Tokenizer.load(run.tokenizer_path)
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,8 @@ class Options:
     """Run folder of local/quickstart.py, trained on the embedded stories."""
     output: Path = Path("picture.svg")
     """Image file to write."""
+    overwrite: bool = False
+    """Replace the picture that exists."""
 
 
 def main(options: Options) -> None:
@@ -29,12 +31,15 @@ def main(options: Options) -> None:
     from matplotlib.figure import Figure
 
     from basic.analysis.evaluation import compare_with_entropy
+    from basic.analysis.plotting import picture_output, save_figure
+    from basic.common.outputs import check_outputs
     from basic.corpus.stories.grammar import story_nats
     from basic.Tokenizer import Tokenizer
     from basic.tokens.opening import open_tokens, read_info
     from basic.training.records.metrics import read_metrics
     from basic.training.run_folder import load_run
 
+    check_outputs([picture_output(options.output)], overwrite=options.overwrite)
     run = load_run(options.run, device="cpu")
     tokenizer = Tokenizer.load(options.run / "tokenizer")
     stories = (options.run / "valid.txt").read_text(encoding="utf-8").split(END)
@@ -84,7 +89,7 @@ def main(options: Options) -> None:
     sample = (options.run / "samples.txt").read_text(encoding="utf-8").split("\n\n")[0].strip()
     figure.text(left, 0.165, "it writes", **heading)
     figure.text(left, 0.13, textwrap.fill(sample, 128), va="top", family="serif", fontsize=11.5)
-    figure.savefig(options.output, metadata={"Date": None})
+    save_figure(figure, options.output)
     print(f"wrote {options.output}")
 
 

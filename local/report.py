@@ -19,16 +19,20 @@ class Options:
     """Run folder, such as runs/quickstart."""
     output: Path | None = None
     """HTML file to write; None: report.html in the run folder."""
+    overwrite: bool = False
+    """Replace the report that exists."""
     entropy: float | None = None
     """Entropy of the data in nats per token, if it is known; drawn as a line."""
 
 
 def main(options: Options) -> None:
-    from basic.analysis.report import report_page
+    from basic.analysis.report import report_output, report_page
     from basic.common.files import atomic_write
+    from basic.common.outputs import check_outputs
 
-    page = report_page(options.run, floor_nats=options.entropy).encode()
     output = options.output or options.run / "report.html"
+    check_outputs([report_output(output)], overwrite=options.overwrite)
+    page = report_page(options.run, floor_nats=options.entropy).encode()
     with atomic_write(output) as file:
         file.write(page)
     print(f"wrote {output} ({len(page) / 1e3:,.0f} kB); open it in any browser")

@@ -28,6 +28,8 @@ class Options:
     """JSON lines: the special token inserted between documents."""
     output: Path = Path("runs/tokenizer")
     """Folder for vocab.json, merges.txt and special_tokens.json."""
+    overwrite: bool = False
+    """Replace the tokenizer that --output holds. Token files made with it need it; encode them again."""
     num_workers: int | None = None
     """Threads that count; None: one for each processor. Does not change the result."""
     min_count: int = 1
@@ -42,16 +44,19 @@ class Options:
 
 
 def main(options: Options) -> None:
-    from basic.corpus.sources import TextSource
+    from basic.common.outputs import check_outputs
+    from basic.corpus.sources import TextSource, expand_inputs
     from basic.corpus.work_folder import dask_executor
-    from basic.Tokenizer import Tokenizer
+    from basic.Tokenizer import Tokenizer, tokenizer_outputs
     from basic.train_bpe import train_bpe
 
+    sources = expand_inputs([TextSource(path, options.field, options.end_of_text) for path in options.inputs])
+    check_outputs(tokenizer_outputs(options.output), inputs=sources, overwrite=options.overwrite)
     start = time.perf_counter()
     work = options.work or (options.output.with_name(options.output.name + ".work") if options.scheduler else None)
     with dask_executor(options.scheduler) as executor:
         vocab, merges = train_bpe(
-            [TextSource(path, options.field, options.end_of_text) for path in options.inputs],
+            sources,
             options.vocab_size,
             options.special_tokens,
             executor=executor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -14,8 +15,15 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethod
 
 from basic.common.config_files import flatten_settings
 from basic.common.errors import InvalidInputError
+from basic.common.files import atomic_write
+from basic.common.outputs import Output
 
 Records = Sequence[Mapping[str, Any]]
+
+_TITLE = "Drawn by basic, a language model library"
+_MAX_PICTURE_BYTES = 1 << 26
+
+VALIDATION_NOTE = "validation loss: of sampled sequences (evaluate.py and sweeps score every token)"
 
 MAX_SETTINGS_IN_LABEL = 3
 """Runs that differ in more settings are labelled by their names."""
@@ -27,10 +35,12 @@ def plot_losses(runs: Mapping[str, Records], path: str | os.PathLike, *, floor_n
     Args:
         runs: label to records, as `basic.training.records.metrics.read_metrics` returns them.
         path: output file; its suffix selects the format (png, svg, pdf).
-        floor_nats: lowest possible loss in nats per token, drawn as a dashed line.
+        floor_nats: lowest possible loss over whole documents, in nats per token, drawn as a dashed line. Losses during
+            training are of sampled sequences, which need not be whole documents.
 
     Raises:
         InvalidInputError: a run has no records, or the format is unknown.
+        OSError: the file cannot be written.
     """
     for label, records in runs.items():
         if not records:
@@ -51,12 +61,13 @@ def plot_losses(runs: Mapping[str, Records], path: str | os.PathLike, *, floor_n
         _plot_line(speed, records, "step", "tokens_per_s", color=color, linewidth=1)
     for axes in losses:
         if floor_nats is not None:
-            text = f"entropy of the source: {floor_nats:.3f}"
+            text = f"entropy of the source, per token of whole documents: {floor_nats:.3f}"
             axes.axhline(floor_nats, color="black", linestyle="--", linewidth=1, label=text)
         # On a logarithmic axis small differences late in training remain visible.
         _set_log_scale(axes)
         axes.sharey(losses[0])
     losses[0].plot([], [], color="gray", alpha=0.5, linewidth=1, label="thin lines: training loss")
+    losses[0].plot([], [], color="none", label=VALIDATION_NOTE)
     # Outside the panels the legend covers no curve.
     figure.legend(*losses[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False)
     _set_log_scale(norm)
@@ -74,10 +85,34 @@ def plot_losses(runs: Mapping[str, Records], path: str | os.PathLike, *, floor_n
         axes.spines[["top", "right"]].set_visible(False)
     for axes in (rate, speed):
         axes.set_ylim(bottom=0)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: str | os.PathLike) -> None:
+    """Write a picture atomically, in the format of its suffix, with a title by which `picture_output` recognises it.
+
+    Raises:
+        InvalidInputError: the format is unknown.
+        OSError: the file cannot be written.
+    """
+    image_format = Path(path).suffix.removeprefix(".").lower() or "png"
+    metadata: dict[str, Any] = {"Title": _TITLE} if image_format in ("png", "svg", "pdf") else {}
+    if image_format == "svg":
+        metadata["Date"] = None  # the same figure gives the same file
     try:
-        figure.savefig(path, dpi=120)
+        with atomic_write(path) as file:
+            figure.savefig(file, format=image_format, dpi=120, metadata=metadata or None)
     except ValueError as error:  # matplotlib does not know the format
         raise InvalidInputError(f"{os.fspath(path)}: {error}") from error
+
+
+def picture_output(path: str | os.PathLike) -> Output:
+    """A picture that `save_figure` will write, for `check_outputs`."""
+
+    def is_ours(existing: Path) -> bool:
+        return existing.stat().st_size < _MAX_PICTURE_BYTES and _TITLE.encode() in existing.read_bytes()
+
+    return Output(path, "a picture", is_ours)
 
 
 def run_labels(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -113,7 +148,7 @@ def _format_value(value: Any) -> str:
 
 def _plot_line(axes: Axes, records: Records, x: str, y: str, **style) -> None:
     # The log has null for values that were not finite.
-    points = [(record[x], record[y]) for record in records if record.get(y) is not None]
+    points = [(record[x], record[y]) for record in records if record.get(x) is not None and record.get(y) is not None]
     if len(points) == 1:  # a line through one point is invisible
         style["marker"] = "."
     axes.plot([point[0] for point in points], [point[1] for point in points], **style)

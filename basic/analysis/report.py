@@ -24,6 +24,7 @@ import torch
 from basic.common.config_files import flatten_settings
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.common.files import load_json
+from basic.common.outputs import Output
 from basic.model import TransformerLM
 from basic.Tokenizer import Tokenizer
 from basic.tokens.info import TokenFileInfo
@@ -45,6 +46,17 @@ CHARTS = (
 NUM_SHOWN_SAMPLES = 6
 """Samples that are visible at first; a click shows all."""
 NUM_LONGEST_TOKENS = 40
+_GENERATOR = b'<meta name="generator" content="basic: report of a training run">'
+
+
+def report_output(path: str | os.PathLike) -> Output:
+    """A file with the page of `report_page`, for `check_outputs`."""
+
+    def is_ours(existing: Path) -> bool:
+        with open(existing, "rb") as file:
+            return _GENERATOR in file.read(4096)
+
+    return Output(path, "a report", is_ours)
 
 
 def report_page(run_dir: str | os.PathLike, *, floor_nats: float | None = None) -> str:

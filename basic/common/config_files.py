@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from basic.common.errors import InvalidConfigError
-from basic.common.files import atomic_write
+from basic.common.files import atomic_write, decode_utf8
 
 T = TypeVar("T")
 
@@ -26,9 +26,7 @@ def load_config(path: str | os.PathLike, cls: type[T]) -> T:
     """
     path = Path(path)
     try:
-        with open(path, "rb") as file:
-            table = tomllib.load(file)
-        return from_table(cls, table)
+        return from_table(cls, tomllib.loads(decode_utf8(path.read_bytes())))
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"there is no configuration {str(path)!r}; give a TOML file, such as local/configs/small.toml"

@@ -16,7 +16,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -208,17 +208,19 @@ def sync_file(path: Path, flags: int = os.O_RDWR) -> None:
         os.close(descriptor)
 
 
-def read_text_file(path: str | os.PathLike) -> str:
+def read_text_file(path: str | os.PathLike, content: bytes | None = None) -> str:
     """Read a small text file in UTF-8, without the byte order mark that some editors write at its beginning.
 
     Newlines are not translated. (Text to train on or to encode is read by `basic.corpus.sources`.)
 
+    Args:
+        content: the file's content, if it has been read already.
+
     Raises:
         DamagedFileError: the file is not UTF-8; the message names the file and the byte offset.
     """
-    content = Path(path).read_bytes()
     try:
-        return decode_utf8(content)
+        return decode_utf8(Path(path).read_bytes() if content is None else content)
     except UnicodeDecodeError as error:
         raise DamagedFileError(f"{os.fspath(path)!r} is not valid UTF-8 at byte offset {error.start}") from None
 
@@ -245,6 +247,65 @@ def load_json(path: str | os.PathLike, content: bytes | None = None, **options: 
         raise DamagedFileError(f"{os.fspath(path)!r} is not JSON: {error}") from None
     except RecursionError:
         raise DamagedFileError(f"{os.fspath(path)!r} is not JSON of ours: it is nested too deeply") from None
+
+
+Types = Mapping[str, type | tuple[type, ...]]
+
+
+def load_object(path: str | os.PathLike, types: Types, content: bytes | None = None) -> dict[str, Any]:
+    """Read a JSON file that holds one object with at least these keys.
+
+    If the object has a checksum (`with_checksum`), it is compared with the other keys. Without one it is accepted: by
+    removing it, a person accepts a file that was edited by hand.
+
+    Args:
+        types: the type of each key's value, or several; `type(None)` allows null.
+        content: the file's content, if it has been read already.
+
+    Raises:
+        DamagedFileError: the file is not such an object, or its checksum is another.
+    """
+    value, name = load_json(path, content), os.fspath(path)
+    if (problem := difference_from_object(value, types)) is not None:
+        raise DamagedFileError(f"{name!r} {problem}")
+    if _CHECKSUM in value and value != with_checksum(value):
+        raise DamagedFileError(
+            f"{name!r} has changed since it was written: its checksum is that of other values; restore it, or remove "
+            f"the line {_CHECKSUM!r} if the change is meant"
+        )
+    return value
+
+
+def difference_from_object(value: Any, types: Types) -> str | None:
+    """Say how a JSON value differs from an object with at least these keys, or None if it does not."""
+    if not isinstance(value, dict):
+        return f"is not a JSON object, but {value!r:.40}"
+    for key, allowed in types.items():
+        if key not in value:
+            return f"has no {key!r}"
+        allowed = allowed if isinstance(allowed, tuple) else (allowed,)
+        if type(value[key]) not in allowed:  # not isinstance, because True is an instance of int
+            names = " or ".join(_JSON_NAMES[kind] for kind in allowed)
+            return f"has {value[key]!r:.40} as {key!r}, which must be {names}"
+    return None
+
+
+_JSON_NAMES = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
+_CHECKSUM = "checksum"
+
+
+def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with the SHA-256 of its other keys and values as its last key."""
+    others = {key: value for key, value in content.items() if key != _CHECKSUM}
+    return {**others, _CHECKSUM: hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()}
 
 
 def write_json(path: str | os.PathLike, content: Any, *, indent: int | None = None) -> None:

@@ -22,10 +22,10 @@ class Output:
     Attributes:
         path: a symbolic link stands for its target.
         what: its name in messages, with the article: "a token file".
-        is_ours: whether the existing file or folder is what this library writes, by its content. None: it is never
-            replaced.
-        is_folder: whether it is a folder. Other files in it may stay, so an empty folder counts as new; list the files
-            that the command writes into it as outputs of their own, if they may exist without the folder being ours.
+        is_ours: whether the existing file or folder is what this library writes, by its content. None: nothing that
+            exists is replaced.
+        is_folder: whether it is a folder, which counts as new if it is empty (unless `is_ours` is None). To write into
+            a folder beside other files, list the files instead.
     """
 
     path: str | os.PathLike
@@ -53,7 +53,7 @@ def check_outputs(
         FileExistsError: an output exists, and is not ours or not to be replaced.
         OSError: a folder exists where a file is to be written, or the reverse.
     """
-    read = {identity: path for path in inputs if (identity := _identity(path)) is not None}
+    read = {_identity(path) for path in inputs} - {None}
     for output in outputs:
         path = os.fspath(output.path)
         _check_parents(Path(os.path.realpath(path)))
@@ -64,13 +64,12 @@ def check_outputs(
         if not output.is_folder:
             check_file_target(path)
         if identity in read:
-            raise InvalidInputError(
-                f"{path!r}, {output.what} to be written, is also an input ({os.fspath(read[identity])!r}); give "
-                "another output"
-            )
+            raise InvalidInputError(f"{path!r}, {output.what} to be written, is also an input; give another output")
+        if output.is_ours is None:
+            raise FileExistsError(f"{path!r} already exists; give another name, or remove it first")
         if output.is_folder and not any(os.scandir(path)):
             continue
-        if output.is_ours is None or not output.is_ours(Path(path)):
+        if not output.is_ours(Path(path)):
             raise FileExistsError(
                 f"{path!r} exists and is not {output.what} that this library wrote, so it is not replaced; give "
                 "another name, or move it away"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -31,11 +32,15 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from basic.common.errors import InvalidInputError
+from basic.common.errors import InvalidInputError, how_to_install
+from basic.common.files import difference_from_object, sha256_of_file, write_json
 from basic.common.folder_lock import FolderLock
 
-_MANIFEST = "manifest.jsonl"
+MANIFEST_NAME = "manifest.jsonl"
+# Of atomic_write, of count tables, and of the folders in which tables are made.
+_TEMPORARY_NAME = re.compile(r".*\.(\w+-\d+-)?[0-9a-f]{8}\.tmp|tmp\w{8}\.tmp")
 _VERSION = 1  # of the files that tasks write; another version is other work
+_MAX_LINE_BYTES = 1 << 20
 _MIN_TASKS_FOR_PROCESSES = 4
 _MAX_SUBMITTED_TASKS = 1000  # at a time: enough for any cluster
 _DASK_LOST_WORKER = ("KilledWorker", "NoValidWorkerError", "FutureCancelledError")
@@ -74,13 +79,29 @@ def dask_executor(scheduler: str | None) -> Generator[Executor | None]:
     try:
         from distributed import Client
     except ImportError:
-        raise InvalidInputError("a cluster needs Dask: install the extra 'dist' (uv run --extra dist ...)") from None
+        install = how_to_install("dist", "distributed fsspec aiohttp")
+        raise InvalidInputError(f"a cluster needs Dask, which is not installed; {install}") from None
     try:
         client = Client(scheduler, set_as_default=False)
     except ValueError as error:
         raise InvalidInputError(f"{scheduler!r} is not an address such as tcp://10.0.0.1:8786: {error}") from error
     with client:
         yield client.get_executor(pure=False)
+
+
+def is_work_folder(folder: str | os.PathLike) -> bool:
+    """Whether a folder has the manifest of a work folder, which may be empty."""
+    try:
+        with open(Path(folder) / MANIFEST_NAME, "rb") as file:
+            line = file.readline(_MAX_LINE_BYTES)
+        return not line or isinstance(json.loads(line)["work"], dict)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
+def _is_record(line: Any) -> bool:
+    types = {"file": str, "bytes": int, "file_bytes": int, "sha256": str}
+    return difference_from_object(line, types) is None and Path(line["file"]).name == line["file"]
 
 
 class WorkFolder:
@@ -96,14 +117,16 @@ class WorkFolder:
 
     Raises:
         InvalidInputError: the folder holds other work.
+        FileExistsError: the folder has a manifest.jsonl that is not of a work folder.
         BlockingIOError: another process uses the folder.
     """
 
     def __init__(self, path: str | os.PathLike, work: dict[str, Any], *, start_over: bool = False) -> None:
         self.path = Path(path).resolve()
         self.path.mkdir(parents=True, exist_ok=True)
-        self._manifest = self.path / _MANIFEST
+        self._manifest = self.path / MANIFEST_NAME
         self._cancelled = threading.Event()
+        self._verified: set[str] = set()  # names of files that are as their records say
         # A second run would remove the temporary files of the first.
         self._lock = FolderLock(self.path)
         try:
@@ -125,11 +148,15 @@ class WorkFolder:
     def _open(self, work: dict[str, Any], start_over: bool) -> dict[str, Record]:
         """Check or create the manifest; return the records of finished tasks, by file name."""
         work = json.loads(json.dumps({"version": _VERSION, **work}))
+        if self._manifest.exists() and not is_work_folder(self.path):
+            raise FileExistsError(
+                f"{str(self._manifest)!r} exists and is not the manifest of a work folder; give another folder"
+            )
         if start_over:
             self._delete_results()
         lines = self._read_manifest()
         if not lines:
-            self._manifest.write_text(json.dumps({"work": work}) + "\n", encoding="utf-8")
+            write_json(self._manifest, {"work": work})
         elif (existing := lines[0].get("work")) != work:
             existing = existing if isinstance(existing, dict) else {}
             differing = [key for key in work if existing.get(key) != work[key]] or sorted(set(existing) - set(work))
@@ -137,19 +164,32 @@ class WorkFolder:
                 f"{self.path} holds other work, with other {', '.join(differing)}; give another folder, or delete what "
                 "it holds with start_over=True (--start-over)"
             )
-        return {line["file"]: line for line in lines[1:] if "file" in line}
+        return {line["file"]: line for line in lines[1:] if _is_record(line)}
 
     def finished_record(self, name: str) -> Record | None:
-        """Return the record of a finished task, or None if its file is missing or has another size."""
+        """Return the record of a finished task, or None if its file is missing or is no longer as it was written.
+
+        Other files are made from this one, and get new checksums. So a file of an earlier process is compared with its
+        own checksum first, once.
+        """
         record = self._records.get(name)
         path = self.path / name
         if record is None or not path.is_file() or path.stat().st_size != record["file_bytes"]:
             return None
+        if name not in self._verified:
+            if sha256_of_file(path) != record["sha256"]:
+                self.discard(name)
+                return None
+            self._verified.add(name)
         return record
+
+    def discard(self, name: str) -> None:
+        """Forget that a task is finished, so that it runs again."""
+        self._records.pop(name, None)
 
     def bytes_done(self, names: Iterable[str]) -> int:
         """Return how many bytes of text the finished tasks among these names have processed."""
-        return sum(self._records[name]["bytes"] for name in names if name in self._records)
+        return sum(record["bytes"] for record in map(self.finished_record, names) if record is not None)
 
     def run(
         self,
@@ -200,6 +240,8 @@ class WorkFolder:
     def remove_temporary_files(self) -> None:
         """Remove the files that dead workers have left."""
         for path in self.path.glob("*.tmp"):
+            if _TEMPORARY_NAME.fullmatch(path.name) is None:  # somebody's
+                continue
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     def _run(
@@ -260,6 +302,7 @@ class WorkFolder:
                 "system that all workers share"
             )
         self._records[name] = record = {"file": name, **record}
+        self._verified.add(name)
         with open(self._manifest, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         return record
@@ -279,13 +322,15 @@ class WorkFolder:
         for line in content.splitlines():
             try:
                 lines.append(json.loads(line))
-            except ValueError:
+            except (ValueError, RecursionError):
                 lines.append({})
         return lines
 
     def _delete_results(self) -> None:
         for line in self._read_manifest():
-            if "file" in line:
-                for path in self.path.glob(f"{Path(line['file']).stem}.*"):  # also the sidecar of a token file
-                    path.unlink()
+            if _is_record(line):
+                path = self.path / Path(line["file"]).name
+                path.unlink(missing_ok=True)
+                if path.suffix == ".bin":
+                    path.with_suffix(".json").unlink(missing_ok=True)  # the sidecar of a token file
         self._manifest.unlink(missing_ok=True)

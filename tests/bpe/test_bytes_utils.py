@@ -146,3 +146,10 @@ def test_files_are_read_without_newline_translation(tmp_path):
     assert "".join(decode_blocks(read_blocks(path, block_bytes=4), path)) == "\ufeffa\r\nb\rc\n\x1a"
     assert b"".join(read_blocks(path, 3, 9, block_bytes=4)) == b"a\r\nb\rc"
     assert b"".join(read_blocks(path, 5, 5, block_bytes=4)) == b""
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    (tmp_path / "merges.txt").write_bytes(b"\xef\xbb\xbf#version: 0.2\na b\n")
+    (tmp_path / "vocab.json").write_bytes(b'\xef\xbb\xbf{"a": 0}')
+    assert load_merges(tmp_path / "merges.txt") == [(b"a", b"b")]
+    assert load_vocab(tmp_path / "vocab.json") == {0: b"a"}

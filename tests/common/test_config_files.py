@@ -99,6 +99,10 @@ def test_a_wrong_file_is_an_error_that_names_the_file_and_the_key(tmp_path, text
         load(tmp_path, text)
 
 
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    assert load(tmp_path, b"\xef\xbb\xbfcount = 1\r\n").count == 1
+
+
 def test_a_wrong_table_without_a_file_is_an_error_too():
     for table in ({"name": 1}, {"name": "x", "ratio": -1.0}, {"nam": "x"}, {}):
         with pytest.raises(InvalidConfigError):

@@ -21,7 +21,7 @@ def test_new_outputs_are_accepted(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "absent")
     check_outputs([target(tmp_path / "new"), target(tmp_path / "a" / "b" / "new"), target(tmp_path / "link")])
-    check_outputs([Output(tmp_path / "empty", "a folder", is_folder=True)], inputs=["https://x/\0", tmp_path / "none"])
+    check_outputs([target(tmp_path / "empty", is_folder=True)], inputs=["https://x/\0", tmp_path / "none"])
 
 
 def test_ours_is_replaced_only_on_request(tmp_path):
@@ -39,12 +39,19 @@ def test_what_is_not_ours_is_never_replaced(tmp_path):
     for output in (
         target(tmp_path / "a.bin"),
         target(tmp_path / "link.bin"),
-        Output(tmp_path / "a.bin", "a token file"),
         Output(tmp_path / "folder", "a token file", lambda path: False, is_folder=True),
     ):
         message = f"{re.escape(str(output.path))}' exists and is not a token file that this library wrote"
         with pytest.raises(FileExistsError, match=message):
             check_outputs([output], overwrite=True)
+
+
+def test_without_a_way_to_recognise_it_nothing_is_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for name, is_folder in (("folder", True), ("file", False)):
+        with pytest.raises(FileExistsError, match=rf"{name}' already exists; give another name, or remove it first"):
+            check_outputs([Output(tmp_path / name, "an export", is_folder=is_folder)], overwrite=True)
 
 
 def test_an_input_is_never_an_output(tmp_path):

@@ -13,7 +13,7 @@ def die_once(flag: str, function, *arguments):
     """
     if not os.path.exists(flag):
         Path(flag).touch()
-        Path(arguments[-1] + ".half.tmp").write_bytes(b"half")
+        Path(arguments[-1] + ".0a1b2c3d.tmp").write_bytes(b"half")
         os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))  # on Windows, SIGTERM kills
     return function(*arguments)
 

@@ -81,7 +81,7 @@ def test_a_tokenizer_gives_the_same_ids(name):
 def test_a_tokenizer_is_saved_as_it_was(tmp_path):
     for name in ("tokenizer", "tokenizer_cl100k"):
         Tokenizer.load(WRITTEN / name).save(tmp_path / name)
-        saved = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        saved = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.name != "checksums.json"}
         assert saved == {path.name: path.read_bytes() for path in (WRITTEN / name).iterdir()}
 
 
