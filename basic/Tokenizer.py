@@ -44,8 +44,8 @@ from basic.tokens.info import token_dtype
 
 _VOCAB_FILE, _MERGES_FILE, _SPECIAL_TOKENS_FILE = "vocab.json", "merges.txt", "special_tokens.json"
 _PATTERN_FILE = "pattern.json"
-_NO_SPECIALS = SpecialTokens(())
 _FILES = (_VOCAB_FILE, _MERGES_FILE, _SPECIAL_TOKENS_FILE, _PATTERN_FILE)
+_NO_SPECIALS = SpecialTokens(())
 
 # A kernel call takes two microseconds; up to this length the plain path is faster.
 _MIN_KERNEL_CHARACTERS = 7
@@ -403,21 +403,6 @@ class Tokenizer:
             ) from error
 
 
-def resolve_num_threads(num_threads: int | None) -> int:
-    """The number of threads, by default one for each processor that this process may use.
-
-    Raises:
-        InvalidInputError: the number is less than 1.
-    """
-    if num_threads is None:
-        return default_num_workers()
-    if num_threads < 1:
-        raise InvalidInputError(f"num_threads={num_threads} must be at least 1")
-    return num_threads
-
-
-def check_errors_option(errors: str) -> None:
-    """Raise InvalidInputError unless the option is "strict" or "replace"."""
 def tokenizer_outputs(directory: str | os.PathLike) -> list[Output]:
     """The files that `Tokenizer.save` may write into a folder, for `check_outputs`."""
 
@@ -440,6 +425,21 @@ def _is_saved_tokenizer(folder: Path) -> bool:
         return False
 
 
+def resolve_num_threads(num_threads: int | None) -> int:
+    """The number of threads, by default one for each processor that this process may use.
+
+    Raises:
+        InvalidInputError: the number is less than 1.
+    """
+    if num_threads is None:
+        return default_num_workers()
+    if num_threads < 1:
+        raise InvalidInputError(f"num_threads={num_threads} must be at least 1")
+    return num_threads
+
+
+def check_errors_option(errors: str) -> None:
+    """Raise InvalidInputError unless the option is "strict" or "replace"."""
     if errors not in ("strict", "replace"):
         raise InvalidInputError(f"errors={errors!r} must be 'strict' or 'replace'")
 
