@@ -11,6 +11,7 @@ folder also holds the tokenizer, which each worker process loads from there.
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Callable, Collection
 from concurrent.futures import Executor
@@ -19,7 +20,8 @@ from functools import partial
 from pathlib import Path
 
 from basic.bpe.arrays import InvalidByteError
-from basic.common.errors import InvalidInputError, WrongTokenizerError
+from basic.common.errors import DamagedFileError, InvalidInputError, WrongTokenizerError
+from basic.common.outputs import Output, check_outputs
 from basic.common.progress import default_num_workers, progress_bar
 from basic.corpus.shards import (
     KERNEL_CHUNK_BYTES,
@@ -33,11 +35,11 @@ from basic.corpus.shards import (
     total_text_bytes,
 )
 from basic.corpus.sources import Inputs, TextSource, check_separator, expand_inputs
-from basic.corpus.work_folder import Record, WorkFolder, local_executor
-from basic.Tokenizer import Tokenizer, check_errors_option, resolve_num_threads
+from basic.corpus.work_folder import MANIFEST_NAME, Record, WorkFolder, is_work_folder, local_executor
+from basic.Tokenizer import Tokenizer, check_errors_option, resolve_num_threads, tokenizer_outputs
 from basic.tokens.flat_file import TokenFileWriter
-from basic.tokens.index import INDEX_NAME, write_index
-from basic.tokens.info import TokenFileInfo
+from basic.tokens.index import INDEX_NAME, read_index, write_index
+from basic.tokens.info import TokenFileInfo, read_sidecar, sidecar_path
 
 _TOKENIZER = "tokenizer"
 
@@ -93,6 +95,7 @@ def encode_file(
     specials_as_text: bool = False,
     progress: bool = False,
     chunk_bytes: int = KERNEL_CHUNK_BYTES,
+    overwrite: bool = True,
 ) -> TokenFileInfo:
     """Encode text of any size into one token file, in bounded memory.
 
@@ -105,13 +108,15 @@ def encode_file(
         specials_as_text: whether special tokens in the text are encoded like any other text.
         progress: whether to show a progress bar.
         chunk_bytes: the approximate amount of text for one call of a kernel; the result is the same.
+        overwrite: replace the token file and the sidecar that exist; other files are never replaced.
 
     Returns:
         The contents of the sidecar; `source_bytes` is the size of the text.
 
     Raises:
         InvalidInputError: the text is not UTF-8 (the message names the byte offset) or has a byte without a token, or
-            an input and the output are the same file.
+            an input is also the output or its sidecar.
+        FileExistsError: the output or its sidecar exists, and is not a token file or not to be overwritten.
         DamagedFileError: a compressed input is damaged.
         OSError: a file cannot be read or written.
     """
@@ -122,9 +127,7 @@ def encode_file(
         chunk_bytes=chunk_bytes,
     )
     sources = expand_inputs(inputs)
-    for source in sources:
-        if os.path.exists(output_path) and not source.is_remote and os.path.samefile(source, output_path):
-            raise InvalidInputError(f"{os.fspath(output_path)!r} is the text itself; give another output_path")
+    check_outputs(_token_file_outputs(output_path), inputs=sources, overwrite=overwrite)
     shard = _entire_sources(sources, _special_tokens(tokenizer, specials_as_text))
     with progress_bar(progress, desc="encoding", total=total_text_bytes(shard), unit="B", unit_scale=True) as advance:
         return _write_token_file(tokenizer, encoding, shard, output_path, advance)
@@ -163,7 +166,9 @@ def encode_files(
         The contents of the index about all files together.
 
     Raises:
-        InvalidInputError: the text is not UTF-8 or has a byte without a token, or the folder holds other work.
+        InvalidInputError: the text is not UTF-8 or has a byte without a token, the folder holds other work, or an input
+            is also an output.
+        FileExistsError: the folder holds files with the names of outputs that are not of a dataset.
         DamagedFileError: a compressed input is damaged.
         OSError: a file cannot be read or written, or workers died (ChildProcessError).
     """
@@ -176,8 +181,11 @@ def encode_files(
         raise InvalidInputError(
             f"{output} names one token file, but a dataset is a folder: give its name, or use encode_file"
         )
-    segments = _entire_sources(expand_inputs(inputs), _special_tokens(tokenizer, specials_as_text))
+    sources = expand_inputs(inputs)
+    check_outputs(_dataset_outputs(output, 0), inputs=sources, overwrite=True)
+    segments = _entire_sources(sources, _special_tokens(tokenizer, specials_as_text))
     shards = split_into_shards(segments, shard_bytes)
+    check_outputs(_dataset_outputs(output, len(shards)), inputs=sources, overwrite=True)
     work = {
         "kind": "tokens",
         **inputs_fingerprint(segments),
@@ -208,7 +216,7 @@ def encode_files(
         )
         tokenizer.save(saved.folder)
         _tokenizers[saved.fingerprint] = tokenizer
-        tasks = [(f"{index:06}.bin", (shard,)) for index, shard in enumerate(shards)]
+        tasks = [(_shard_name(index), (shard,)) for index, shard in enumerate(shards)]
         names = [name for name, _ in tasks]
         if not all(map(folder.finished_record, names)):
             (folder.path / INDEX_NAME).unlink(missing_ok=True)
@@ -221,6 +229,43 @@ def encode_files(
         )
         folder.remove_temporary_files()
         return write_index(folder.path / INDEX_NAME, names)
+
+
+def _token_file_outputs(path: str | os.PathLike) -> list[Output]:
+    sidecar = sidecar_path(path)
+
+    def is_ours(existing: Path) -> bool:
+        try:
+            read_sidecar(path)
+        except DamagedFileError:
+            return False
+        except FileNotFoundError:  # a process that was killed between the file and its sidecar leaves the latter here
+            return any(sidecar.parent.glob(f".{glob.escape(sidecar.name)}.*.tmp"))
+        return True
+
+    return [Output(path, "a token file", is_ours), Output(sidecar, "the sidecar of a token file", is_ours)]
+
+
+def _dataset_outputs(folder: Path, num_shards: int) -> list[Output]:
+    def is_ours(existing: Path) -> bool:
+        if is_work_folder(folder):
+            return True
+        try:
+            read_index(folder / INDEX_NAME)
+        except (DamagedFileError, OSError):
+            return False
+        return True
+
+    shards = [_shard_name(index) for index in range(num_shards)]
+    names = [MANIFEST_NAME, INDEX_NAME, *shards, *(Path(shard).with_suffix(".json").name for shard in shards)]
+    return [
+        *(Output(folder / name, "a file of a token dataset", is_ours) for name in names),
+        *tokenizer_outputs(folder / _TOKENIZER),
+    ]
+
+
+def _shard_name(index: int) -> str:
+    return f"{index:06}.bin"
 
 
 def _special_tokens(tokenizer: Tokenizer, specials_as_text: bool) -> Collection[str]:

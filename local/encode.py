@@ -29,6 +29,8 @@ class Options:
     """JSON lines: the field that holds the text of the document."""
     end_of_text: str = "<|endoftext|>"
     """JSON lines: the special token written between documents."""
+    overwrite: bool = False
+    """Token file: replace the one that exists. (A folder is resumed; see --start-over.)"""
     shard_bytes: int = 1 << 27
     """Output folder: approximate size of the text in one token file, in bytes."""
     start_over: bool = False
@@ -51,7 +53,7 @@ def main(options: Options) -> None:
     start = time.perf_counter()
     sources = [TextSource(path, options.field, options.end_of_text) for path in inputs]
     if output.suffix == ".bin" and options.scheduler is None:
-        info = encode_file(tokenizer, sources, output, progress=True)
+        info = encode_file(tokenizer, sources, output, overwrite=options.overwrite, progress=True)
     else:
         with dask_executor(options.scheduler) as executor:
             info = encode_files(
