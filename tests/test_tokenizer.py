@@ -320,6 +320,7 @@ def test_save_and_load(tmp_path, ours):
     text = SAMPLE.read_bytes().decode()
     assert loaded.encode(text) == ours.encode(text)
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
+        "checksums.json",
         "merges.txt",
         "special_tokens.json",
         "vocab.json",
@@ -377,9 +378,64 @@ def test_fingerprints_differ_if_tokenizers_differ():
 def test_the_error_names_the_damaged_file_or_folder(tmp_path, ours, name, content, message):
     ours.save(tmp_path)
     (tmp_path / name).write_text(content)
+    with pytest.raises(DamagedFileError, match=rf"{name} has (changed|been added) since .*delete .*checksums\.json"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "checksums.json").unlink()
     with pytest.raises(DamagedFileError, match=message) as error:
         Tokenizer.load(tmp_path)
     assert str(tmp_path) in str(error.value)
+
+
+def test_an_edited_tokenizer_is_accepted_on_request(tmp_path, ours):
+    ours.save(tmp_path)
+    (tmp_path / "special_tokens.json").write_text('["<|endoftext|>", "<new>"]')
+    with pytest.raises(DamagedFileError, match="if you have edited it on purpose, delete"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "checksums.json").unlink()
+    assert "<new>" in Tokenizer.load(tmp_path).special_token_ids
+
+
+def test_a_flipped_bit_or_a_cut_is_found(tmp_path, gpt2):
+    gpt2.save(tmp_path)
+    merges = tmp_path / "merges.txt"
+    content = merges.read_bytes()
+    for damaged in (content[:2000], content[:-9], content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]):
+        merges.write_bytes(damaged)
+        with pytest.raises(DamagedFileError, match=r"merges\.txt has changed"):
+            Tokenizer.load(tmp_path)
+
+
+def test_saving_replaces_a_saved_tokenizer_and_nothing_else(tmp_path, ours, gpt2):
+    ours.save(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    Tokenizer(BYTES, [], pattern="[a-z]+|.").save(tmp_path)
+    assert Tokenizer.load(tmp_path).pattern == "[a-z]+|."
+    ours.save(tmp_path)
+    assert Tokenizer.load(tmp_path).fingerprint == ours.fingerprint
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    for name in ("vocab.json", "merges.txt", "pattern.json", "special_tokens.json", "checksums.json"):
+        folder = tmp_path / "theirs" / name
+        folder.mkdir(parents=True)
+        (folder / name).write_text('{"mine": 1}')
+        with pytest.raises(FileExistsError, match=rf"{name}' exists and is not .* that this library wrote"):
+            ours.save(folder)
+        assert [path.name for path in folder.iterdir()] == [name]
+
+
+def test_a_full_disk_leaves_the_saved_tokenizer_whole(tmp_path, ours):
+    resource = pytest.importorskip("resource", reason="Windows has no limit for the size of files")
+    old = Tokenizer(BYTES, [], ["<x>"], pattern="cl100k")
+    old.save(tmp_path)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            ours.save(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+    assert Tokenizer.load(tmp_path).fingerprint == old.fingerprint
 
 
 def test_a_folder_without_a_tokenizer_is_not_found(tmp_path):
@@ -407,7 +463,7 @@ def test_encode_file_leaves_no_incomplete_file(tmp_path, ours):
         encode_file(ours, tmp_path / "nowhere.txt", output)
     with pytest.raises(IsADirectoryError, match="is a folder"):
         encode_file(ours, tmp_path, output)
-    with pytest.raises(InvalidInputError, match="is the text itself"):
+    with pytest.raises(InvalidInputError, match=r"text\.txt', a token file to be written, is also an input"):
         encode_file(ours, text, text)
     assert text.stat().st_size == 500_001
 
