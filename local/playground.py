@@ -6,7 +6,6 @@ tokenizers side by side, generates text, and shows the loss and the most likely 
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import sys
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 import tyro
 
 from basic.common import command_line
-from basic.common.errors import InvalidInputError
+from basic.common.errors import InvalidInputError, how_to_install
 
 GPT2 = Path(__file__).parents[2] / "shared" / "data"
 
@@ -39,10 +38,9 @@ class Options:
 
 
 def main(options: Options) -> None:
-    import uvicorn
-
     from basic.analysis.playground import Playground, newest_run
-    from basic.analysis.playground_server import create_app
+    from basic.analysis.playground_server import create_app, serve
+    from basic.bpe.loading import load_kernels
     from basic.training.run_folder import load_run
 
     if not 0 <= options.port < 2**16:
@@ -55,22 +53,25 @@ def main(options: Options) -> None:
     if not tokenizers:
         raise FileNotFoundError(f"{options.runs} has no tokenizer yet; local/quickstart.py trains one in a few minutes")
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    listener = socket.create_server((options.host, options.port), family=family)
+    try:
+        listener = socket.create_server((options.host, options.port), family=family)
+    except OSError as error:
+        remedy = "choose another --host or --port (0: any free port)"
+        raise OSError(f"cannot listen on {options.host}, port {options.port} ({error.strerror}); {remedy}") from error
+    load_kernels("encoding")  # not during the first request for a long text, which would wait
     host = f"[{options.host}]" if family == socket.AF_INET6 else options.host
     command_line.print_text(f"tokenizers  {', '.join(tokenizers)}")  # names of folders
     print(
         f"model       {'none yet; local/quickstart.py trains one' if run is None else f'{folder}, step {run.step:,}'}"
     )
     print(f"open        http://{host}:{listener.getsockname()[1]}/  (Ctrl-C to stop)", flush=True)
-    config = uvicorn.Config(create_app(playground, host=options.host), log_level="warning", timeout_graceful_shutdown=2)
-    with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listener])
+    serve(create_app(playground, host=options.host), listener)
 
 
 if __name__ == "__main__":
     try:
         command_line.run(lambda: main(command_line.parse(Options, __doc__)))
     except ModuleNotFoundError as error:
-        if error.name not in ("starlette", "uvicorn", "anyio"):
+        if error.name not in ("starlette", "uvicorn", "anyio", "h11"):
             raise
-        sys.exit(f"error: {error.name} is not installed; use `uv run --extra playground local/playground.py`")
+        sys.exit(f"error: {error.name} is not installed; {how_to_install('playground', 'starlette anyio uvicorn')}")

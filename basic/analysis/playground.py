@@ -7,12 +7,15 @@ the page and these answers.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
+import re
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,6 +33,8 @@ MAX_SCORED_TOKENS = 1024
 """Tokens of a text that the model scores, if its context is longer."""
 NUM_CANDIDATES = 10
 """Most probable tokens that are listed for each position."""
+MAX_PATTERN_S = 5.0
+"""Time in which a tokenizer's own pattern must split a text; some patterns need exponential time."""
 
 
 def find_tokenizers(runs: str | os.PathLike) -> dict[str, Path]:
@@ -77,7 +82,7 @@ class Playground:
     ) -> None:
         self._runs, self._run, self._name, self._gpt2 = runs, run, name, gpt2
         self._loaded: dict[str, tuple[Any, Tokenizer]] = {}
-        self._lock = threading.Lock()  # for the tokenizers
+        self._lock = threading.Lock()  # for _loaded; encoding needs no lock
         if run is not None:
             if run.tokenizer_path is None:
                 raise InvalidInputError(f"the run {name} has no tokenizer/ folder; choose a run that has one")
@@ -105,10 +110,11 @@ class Playground:
         Raises:
             KeyError: the name is unknown.
             OSError, DamagedFileError: the tokenizer's files are missing or damaged.
+            InvalidInputError: the text cannot be encoded, or not within MAX_PATTERN_S.
         """
         with self._lock:
             tokenizer = self._load_tokenizer(tokenizer_id)
-            ids = tokenizer.encode_array(text)
+        ids = _with_deadline(tokenizer).encode_array(text)
         return {
             "tokens": len(ids),
             "distinct": len(np.unique(ids)),
@@ -135,8 +141,7 @@ class Playground:
             InvalidInputError: there is no model, or the text cannot be encoded.
         """
         run, tokenizer = self._require_model()
-        with self._lock:
-            ids = tokenizer.encode_array(text)
+        ids = tokenizer.encode_array(text)
         max_inputs = min(run.config.model.context_length, MAX_SCORED_TOKENS)
         end_id = tokenizer.special_token_ids.get(run.config.train.end_of_text)
         prefix = [] if end_id is None else [end_id]
@@ -177,8 +182,7 @@ class Playground:
             InvalidInputError: there is no model, or an argument is out of its range.
         """
         run, tokenizer = self._require_model()
-        with self._lock:
-            num_tokens = len(tokenizer.encode_array(prompt))
+        num_tokens = len(tokenizer.encode_array(prompt))
         yield {"tokens": num_tokens, "seen": min(num_tokens, run.config.model.context_length)}
         end_of_text = run.config.train.end_of_text
         texts = stream(
@@ -195,7 +199,7 @@ class Playground:
     def _require_model(self) -> tuple[Run, Tokenizer]:
         if self._run is None:
             raise InvalidInputError("there is no model; start the playground with a run: local/playground.py runs/NAME")
-        return self._run, self._model_tokenizer
+        return self._run, _with_deadline(self._model_tokenizer)
 
     def _tokenizer_sources(self) -> dict[str, Path | tuple[Path, Path]]:
         """Map the name of each tokenizer to its folder, or to its vocabulary and merges files."""
@@ -219,6 +223,33 @@ class Playground:
                 tokenizer = Tokenizer.load(source)
             self._loaded[tokenizer_id] = (version, tokenizer)
         return self._loaded[tokenizer_id][1]
+
+
+class _PatternWithDeadline:
+    """A pattern of the `regex` package that finds pre-tokens until a time, and then raises InvalidInputError."""
+
+    def __init__(self, pattern: re.Pattern[str], deadline_s: float) -> None:
+        self.pattern, self._compiled, self._deadline_s = pattern.pattern, pattern, deadline_s
+
+    def finditer(self, text: str) -> Iterator[re.Match[str]]:
+        try:
+            left_s = max(self._deadline_s - time.monotonic(), 1e-3)
+            yield from self._compiled.finditer(text, timeout=left_s)
+        except TimeoutError:
+            raise InvalidInputError(
+                f"the tokenizer's pattern {self.pattern[:80]!r} needs more than {MAX_PATTERN_S:g} s for this text; "
+                "use a shorter text or another tokenizer"
+            ) from None
+
+
+def _with_deadline(tokenizer: Tokenizer) -> Tokenizer:
+    """Return a tokenizer that works until MAX_PATTERN_S from now; GPT-2's pattern needs linear time and no deadline."""
+    if tokenizer.pattern is None:
+        return tokenizer
+    limited = copy.copy(tokenizer)
+    deadline_s = time.monotonic() + MAX_PATTERN_S
+    limited.compiled_pattern = cast("re.Pattern[str]", _PatternWithDeadline(tokenizer.compiled_pattern, deadline_s))
+    return limited
 
 
 @torch.inference_mode()

@@ -3,6 +3,9 @@
 Pages from other sites must not read what the user types, nor use the processor. So the Host header must name this
 machine (which blocks DNS rebinding), POST requests must come from our own page (same origin), and the page's content
 security policy allows connections only to this server.
+
+The page serves one person, but a slow or large request must not stop the others: a connection that waits for its
+client is closed after a time, and large texts have their own queue, so that one at a time is in memory.
 """
 
 from __future__ import annotations
@@ -11,7 +14,10 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import AsyncIterator, Callable
+import socket
+from asyncio import TimerHandle, Transport
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
@@ -20,6 +26,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import anyio
+import h11
+import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
@@ -29,12 +37,18 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from basic.analysis.playground import Playground
 from basic.common.errors import BasicError, InvalidInputError
 
 MAX_TEXT_CHARACTERS = 8 << 20
 MAX_NEW_TOKENS = 1000
+MAX_SHORT_BYTES = 256 << 10
+"""Size of a request up to which it does not wait for the large ones."""
+MAX_CONNECTIONS = 256
+CLIENT_TIMEOUT_S = 30.0
+"""Time in which a client must send its request, or read what was sent to it."""
 
 
 def create_app(
@@ -49,14 +63,13 @@ def create_app(
     """
     html = read_page()
     handlers = Handlers(playground, html, max_text_characters)
+    large = anyio.Semaphore(1)
+    queued = [
+        Route(f"/api/{handler.__name__}", QueuedEndpoint(handler, large, max_text_characters), methods=["POST"])
+        for handler in (handlers.tokenize, handlers.score, handlers.generate)
+    ]
     return Starlette(
-        routes=[
-            Route("/", handlers.page),
-            Route("/api/about", handlers.about),
-            Route("/api/tokenize", handlers.tokenize, methods=["POST"]),
-            Route("/api/score", handlers.score, methods=["POST"]),
-            Route("/api/generate", handlers.generate, methods=["POST"]),
-        ],
+        routes=[Route("/", handlers.page), Route("/api/about", handlers.about), *queued],
         middleware=[Middleware(SameOriginMiddleware, host=host, content_security_policy=content_security_policy(html))],
         exception_handlers=dict.fromkeys((HTTPException, BasicError, OSError, ClientDisconnect), client_error)
         | {Exception: server_error},
@@ -68,8 +81,6 @@ class Handlers:
 
     def __init__(self, playground: Playground, html: str, max_text_characters: int) -> None:
         self._playground, self._html, self._max_text_characters = playground, html, max_text_characters
-        # One request of each kind runs at a time; concurrent ones would only slow each other down.
-        self._tokenizing, self._scoring, self._generating = (anyio.Semaphore(1) for _ in range(3))
 
     async def page(self, request: Request) -> Response:
         return HTMLResponse(self._html)
@@ -78,22 +89,19 @@ class Handlers:
         limits = {"characters": self._max_text_characters, "new_tokens": MAX_NEW_TOKENS}
         return JSONResponse(await run_in_threadpool(self._playground.about) | {"limits": limits})
 
-    async def tokenize(self, request: Request) -> Response:
-        body = await self._read_body(request)
+    async def tokenize(self, body: RequestBody) -> Response:
         name, text = body.text("tokenizer"), body.text("text")
         try:
-            return await self._answer(request, self._tokenizing, partial(self._playground.tokenize, name, text))
+            return JSONResponse(await run_in_threadpool(self._playground.tokenize, name, text))
         except KeyError:
             message = f"there is no tokenizer {name[:80]!r}; reload the page for the current list"
             raise HTTPException(404, message) from None
 
-    async def score(self, request: Request) -> Response:
-        body = await self._read_body(request)
+    async def score(self, body: RequestBody) -> Response:
         text, keep_end = body.text("text"), body.flag("keep_end")
-        return await self._answer(request, self._scoring, partial(self._playground.evaluate, text, keep_end=keep_end))
+        return JSONResponse(await run_in_threadpool(partial(self._playground.evaluate, text, keep_end=keep_end)))
 
-    async def generate(self, request: Request) -> Response:
-        body = await self._read_body(request)
+    async def generate(self, body: RequestBody) -> Response:
         updates = self._playground.generate(
             body.text("prompt"),
             body.integer("max_new_tokens", 1, MAX_NEW_TOKENS),
@@ -111,16 +119,47 @@ class Handlers:
             else:
                 yield json.dumps({"done": True}) + "\n"
 
-        return QueuedStreamingResponse(self._generating, lines())
+        return StreamingResponse(lines(), media_type="application/x-ndjson")
 
-    async def _read_body(self, request: Request) -> RequestBody:
-        return await RequestBody.read(request, self._max_text_characters)
 
-    async def _answer(self, request: Request, semaphore: anyio.Semaphore, compute: Callable[[], dict]) -> Response:
-        async with semaphore:
-            if await request.is_disconnected():
-                raise ClientDisconnect
-            return JSONResponse(await run_in_threadpool(compute))
+class QueuedEndpoint:
+    """An ASGI application that answers one request at a time, beside the large requests of all endpoints.
+
+    Args:
+        handler: computes the response from the request's body.
+        large: a semaphore that is shared by all endpoints.
+        max_text_characters: longest text of a request.
+    """
+
+    def __init__(
+        self, handler: Callable[[RequestBody], Awaitable[Response]], large: anyio.Semaphore, max_text_characters: int
+    ) -> None:
+        self.handler, self.large, self.max_text_characters = handler, large, max_text_characters
+        self.short = anyio.Semaphore(1)  # concurrent requests would only slow each other down
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        max_bytes = 6 * self.max_text_characters + 4096  # a character is at most six bytes in JSON
+        length = request.headers.get("content-length", "")
+        if not length.isdecimal():
+            raise HTTPException(411, "the request must have a Content-Length header")
+        if len(length) > 15 or int(length) > max_bytes:
+            message = f"the text is too long; at most {self.max_text_characters:,} characters are allowed"
+            raise HTTPException(413, message)
+        if int(length) > MAX_SHORT_BYTES:
+            async with self.large:  # also while it is read, because of the memory
+                body = await RequestBody.read(request, self.max_text_characters)
+                await self._answer(request, body, send)
+        else:  # read first: a slow client does not delay others
+            body = await RequestBody.read(request, self.max_text_characters)
+            async with self.short:
+                await self._answer(request, body, send)
+
+    async def _answer(self, request: Request, body: RequestBody, send: Send) -> None:
+        if await request.is_disconnected():
+            raise ClientDisconnect
+        response = await self.handler(body)
+        await response(request.scope, request.receive, send)
 
 
 def read_page() -> str:
@@ -142,21 +181,6 @@ async def client_error(request: Request, error: Exception) -> Response:
 async def server_error(request: Request, error: Exception) -> Response:
     """Answer a request that failed because of a bug."""
     return JSONResponse({"error": f"{type(error).__name__}: {error}; see the terminal for details"}, 500)
-
-
-class QueuedStreamingResponse(StreamingResponse):
-    """A stream of JSON lines that starts when the semaphore is free, and stops when the client disconnects."""
-
-    media_type = "application/x-ndjson"
-
-    def __init__(self, semaphore: anyio.Semaphore, lines: AsyncIterator[str]) -> None:
-        super().__init__(lines)
-        self.semaphore = semaphore
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Acquired here and not in the iterator, which is not closed when sending is cancelled.
-        async with self.semaphore:
-            await super().__call__(scope, receive, send)
 
 
 class SameOriginMiddleware:
@@ -214,6 +238,67 @@ class SameOriginMiddleware:
         return True
 
 
+class TimedProtocol(H11Protocol):
+    """An HTTP connection that is closed if its client does not send a request, or does not read the answer, in time."""
+
+    timeout_s = CLIENT_TIMEOUT_S
+    _request_timer: TimerHandle | None = None
+    _answer_timer: TimerHandle | None = None
+
+    def connection_made(self, transport: Transport) -> None:
+        super().connection_made(transport)
+        self._start_request_timer()
+
+    def on_response_complete(self) -> None:
+        self._start_request_timer()
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._answer_timer = self.loop.call_later(self.timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        _cancel(self._answer_timer)
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        _cancel(self._request_timer)
+        _cancel(self._answer_timer)
+        super().connection_lost(exc)
+
+    def _start_request_timer(self) -> None:
+        _cancel(self._request_timer)
+        self._request_timer = self.loop.call_later(self.timeout_s, self._check_request)
+
+    def _check_request(self) -> None:
+        """Close the connection if the request is not complete, unless it is the server that does not read it yet."""
+        if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
+            if self.flow.read_paused:
+                self._start_request_timer()
+            else:
+                self.transport.abort()
+
+
+def _cancel(timer: TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
+
+
+def serve(app: Starlette, listener: socket.socket) -> None:
+    """Serve an application on a listening socket until Ctrl-C."""
+    config = uvicorn.Config(
+        app,
+        http=TimedProtocol,
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=2,
+    )
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listener])
+
+
 def content_security_policy(html: str) -> str:
     """Build the policy: only the page's own inline script and style run, and it connects only to this server."""
     hashes = {}
@@ -235,18 +320,13 @@ class RequestBody:
 
     @classmethod
     async def read(cls, request: Request, max_text_characters: int) -> RequestBody:
-        """Read the body of a request, up to a size limit."""
+        """Read the body of a request, whose size the server has checked."""
         # Pages of other origins cannot send this content type without a preflight request, which we reject.
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             raise HTTPException(415, "the request must be JSON (Content-Type: application/json)")
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > 6 * max_text_characters + 4096:  # a character is at most six bytes in JSON
-                message = f"the text is too long; at most {max_text_characters:,} characters are allowed"
-                raise HTTPException(413, message)
+        body = await request.body()
         try:
-            fields = await run_in_threadpool(json.loads, bytes(body))
+            fields = await run_in_threadpool(json.loads, body)
         except (ValueError, RecursionError):
             raise InvalidInputError("the request is not JSON") from None
         if not isinstance(fields, dict):

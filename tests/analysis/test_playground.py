@@ -7,15 +7,22 @@ import math
 import os
 import re
 import runpy
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import anyio
+import httpx2 as httpx
 import pytest
 import torch
+import uvicorn
 from starlette.testclient import TestClient
 
 from basic.analysis.playground import MAX_SHOWN_TOKENS, NUM_CANDIDATES, Playground, find_tokenizers, newest_run
-from basic.analysis.playground_server import MAX_TEXT_CHARACTERS, create_app
+from basic.analysis.playground_server import MAX_SHORT_BYTES, MAX_TEXT_CHARACTERS, TimedProtocol, create_app
+from basic.bpe import loading
 from basic.generation.text import complete
 from basic.model import ModelConfig, TransformerLM
 from basic.Tokenizer import Tokenizer
@@ -200,7 +207,10 @@ def test_generation_stops_when_the_client_disconnects_and_the_next_request_start
         **{"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1"},
         **{"method": "POST", "scheme": "http", "path": "/api/generate", "raw_path": b"/api/generate", "root_path": ""},
         **{"query_string": b"", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 8000)},
-        "headers": [(b"host", b"127.0.0.1:8000"), (b"content-type", b"application/json")],
+        "headers": [
+            *[(b"host", b"127.0.0.1:8000"), (b"content-type", b"application/json")],
+            (b"content-length", str(len(json.dumps(SETTINGS))).encode()),
+        ],
     }
 
     async def listen(num_lines: int) -> None:
@@ -321,6 +331,126 @@ def test_too_long_text_is_rejected(playground):
     assert MAX_TEXT_CHARACTERS >= 5_000_000
 
 
+def test_a_text_that_a_pattern_splits_too_slowly_is_an_error(tmp_path, monkeypatch):
+    make_playground(tmp_path)
+    slow = Tokenizer({i: bytes([i]) for i in range(256)}, [], pattern="(?:a|aa)+b|.")
+    slow.save(tmp_path / "slow")
+    client = TestClient(create_app(Playground(tmp_path)), base_url="http://localhost:1")
+    text = "the b aab"
+    answer = client.post("/api/tokenize", json={"tokenizer": "slow", "text": text})
+    assert answer.json()["ids"] == slow.encode(text)
+    monkeypatch.setattr("basic.analysis.playground.MAX_PATTERN_S", 0.1)
+    answer = client.post("/api/tokenize", json={"tokenizer": "slow", "text": "a" * 2000})
+    assert answer.status_code == 400
+    assert answer.json()["error"] == (
+        "the tokenizer's pattern '(?:a|aa)+b|.' needs more than 0.1 s for this text; use a shorter text or another "
+        "tokenizer"
+    )
+
+
+def test_a_request_needs_a_length(client):
+    answer = client.post("/api/score", content=iter([b'{"text": "a"}']), headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]) == (411, "the request must have a Content-Length header")
+
+
+# --- Connections ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def served(playground: Playground) -> Iterator[int]:
+    """Serve a playground, whose clients have little time, from a thread; yields the port."""
+
+    class Impatient(TimedProtocol):
+        timeout_s = 0.3
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(create_app(playground), http=Impatient, log_level="critical", lifespan="off")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        listener.close()
+
+
+def head(path: str, length: int) -> bytes:
+    lines = [f"POST /api/{path} HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+    return "\r\n".join([*lines, f"Content-Length: {length}", "", ""]).encode()
+
+
+@pytest.mark.parametrize(
+    "start",
+    [b"", b"POST /api/score HTTP/1.1\r\nHost: loc", head("score", 30) + b'{"te', head("score", 1 << 20) + b'{"'],
+)
+def test_a_client_that_does_not_send_its_request_is_disconnected(playground, start):
+    with served(playground) as port, socket.create_connection(("127.0.0.1", port), timeout=60) as slow:
+        slow.sendall(start)
+        try:
+            answer = slow.recv(100)
+        except ConnectionResetError:
+            answer = b""
+        assert answer == b""
+
+
+def test_a_client_that_does_not_read_the_answer_does_not_stop_the_next_one(tmp_path):
+    has_started = threading.Event()
+
+    class FirstIsEndless(Playground):
+        def generate(self, *arguments, **options):
+            while not has_started.is_set() or options["seed"] == 3:
+                has_started.set()
+                yield {"text": "x" * 100_000}
+            yield {"text": "x"}
+
+    body = json.dumps(SETTINGS).encode()
+    playground = make_playground(tmp_path, playground_class=FirstIsEndless)
+    with served(playground) as port, socket.create_connection(("127.0.0.1", port), timeout=60) as slow:
+        slow.sendall(head("generate", len(body)) + body)
+        assert has_started.wait(60)
+        answer = httpx.post(f"http://localhost:{port}/api/generate", json=SETTINGS | {"seed": 4}, timeout=60)
+        assert [*map(json.loads, answer.text.splitlines())] == [{"text": "x"}, {"done": True}]
+
+
+def test_short_requests_do_not_wait_for_large_ones(tmp_path):
+    may_end, has_started = threading.Event(), threading.Event()
+    num_large = 0
+
+    class Slow(Playground):
+        def tokenize(self, tokenizer_id, text):
+            nonlocal num_large
+            if len(text) > 3:
+                num_large += 1
+                has_started.set()
+                assert may_end.wait(60)
+                num_large -= 1
+            return {"tokens": num_large}
+
+    async def requests() -> list[dict]:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
+            async with anyio.create_task_group() as tasks:
+                answers = []
+
+                async def post(text: str) -> None:
+                    answers.append(
+                        (await client.post("/api/tokenize", json={"tokenizer": "tiny", "text": text})).json()
+                    )
+
+                for _ in range(2):
+                    tasks.start_soon(post, "a" * (MAX_SHORT_BYTES + 1))
+                await anyio.to_thread.run_sync(has_started.wait, 60)
+                await post("the")
+                may_end.set()
+            return answers
+
+    app = create_app(make_playground(tmp_path, playground_class=Slow))
+    # The short one is answered while one large one is computed; the other large one waits.
+    assert anyio.run(requests) == [{"tokens": 1}, {"tokens": 0}, {"tokens": 0}]
+
+
 def test_unknown_paths_and_methods_are_json_errors(client):
     for path in ("/api/nothing", "/playground.py", "/..%2fREADME.md"):
         assert (client.get(path).status_code, client.get(path).json()) == (404, {"error": "Not Found"})
@@ -370,11 +500,21 @@ def test_script_listens_on_localhost_by_default(folder, monkeypatch, capsys):
     host, port = listener.getsockname()
     listener.close()
     assert host == "127.0.0.1"
+    assert "encoding" in loading._loaded, "kernels are compiled before the first request"
     output = capsys.readouterr().out
     assert f"open        http://127.0.0.1:{port}/" in output
     assert "tokenizers  bytes, tiny\nmodel       none yet" in output
     client = TestClient(app, base_url=f"http://127.0.0.1:{port}")
     assert client.get("/api/about").json()["tokenizers"] == ["bytes", "tiny"]
+
+
+def test_script_says_which_port_is_taken(folder, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(SystemExit) as caught:
+            run_script(monkeypatch, "--runs", folder, "--port", port)
+    message = f"error: cannot listen on 127.0.0.1, port {port} \\(.*\\); choose another --host or --port \\(0: any free"
+    assert re.match(message, str(caught.value.code))
 
 
 @pytest.mark.parametrize(
