@@ -56,8 +56,8 @@ def main(options: Options) -> None:
     try:
         listener = socket.create_server((options.host, options.port), family=family)
     except OSError as error:
-        remedy = "choose another --host or --port (0: any free port)"
-        raise OSError(f"cannot listen on {options.host}, port {options.port} ({error.strerror}); {remedy}") from error
+        reason, remedy = str(error.strerror).partition(" (")[0], "choose another --host or --port (0: any free port)"
+        raise OSError(f"cannot listen on {options.host}, port {options.port} ({reason}); {remedy}") from error
     load_kernels("encoding")  # not during the first request for a long text, which would wait
     host = f"[{options.host}]" if family == socket.AF_INET6 else options.host
     command_line.print_text(f"tokenizers  {', '.join(tokenizers)}")  # names of folders
@@ -72,6 +72,6 @@ if __name__ == "__main__":
     try:
         command_line.run(lambda: main(command_line.parse(Options, __doc__)))
     except ModuleNotFoundError as error:
-        if error.name not in ("starlette", "uvicorn", "anyio", "h11"):
+        if str(error.name).partition(".")[0] not in ("starlette", "uvicorn", "anyio", "h11"):
             raise
         sys.exit(f"error: {error.name} is not installed; {how_to_install('playground', 'starlette anyio uvicorn')}")

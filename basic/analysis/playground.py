@@ -234,7 +234,7 @@ class _PatternWithDeadline:
     def finditer(self, text: str) -> Iterator[re.Match[str]]:
         try:
             left_s = max(self._deadline_s - time.monotonic(), 1e-3)
-            yield from self._compiled.finditer(text, timeout=left_s)
+            yield from self._compiled.finditer(text, timeout=left_s)  # ty: ignore[no-matching-overload]
         except TimeoutError:
             raise InvalidInputError(
                 f"the tokenizer's pattern {self.pattern[:80]!r} needs more than {MAX_PATTERN_S:g} s for this text; "

@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -491,7 +492,7 @@ def run_script(monkeypatch, *arguments: object) -> None:
     runpy.run_path(str(path), run_name="__main__")
 
 
-def test_script_listens_on_localhost_by_default(folder, monkeypatch, capsys):
+def test_script_listens_on_localhost_by_default(playground, folder, monkeypatch, capsys):
     served = []
     monkeypatch.setattr("uvicorn.Server.run", lambda server, sockets: served.append((server.config.app, sockets[0])))
     missing = ("--gpt2-vocab", folder / "none.json")
@@ -508,7 +509,21 @@ def test_script_listens_on_localhost_by_default(folder, monkeypatch, capsys):
     assert client.get("/api/about").json()["tokenizers"] == ["bytes", "tiny"]
 
 
-def test_script_says_which_port_is_taken(folder, monkeypatch):
+@pytest.mark.parametrize("name", ["uvicorn", "starlette"])
+def test_script_says_how_to_install_what_is_missing(folder, monkeypatch, name):
+    monkeypatch.delitem(sys.modules, "basic.analysis.playground_server")
+    for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit) as caught:
+        run_script(monkeypatch, "--runs", folder, "--port", 0)
+    assert re.fullmatch(
+        rf"error: {name}[\w.]* is not installed; use `uv run --extra playground \.\.\.`; in an environment that was "
+        r"installed by hand \(--no-sync\): `uv pip install starlette anyio uvicorn`",
+        str(caught.value.code),
+    )
+
+
+def test_script_says_which_port_is_taken(playground, folder, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(SystemExit) as caught:
