@@ -34,14 +34,12 @@ class Options:
 
 def main(options: Options) -> None:
     from basic.common.config_files import load_config
-    from basic.common.outputs import Output, check_outputs
     from basic.formats.import_model import import_hf, import_pt
     from basic.training.run_folder import load_run
     from basic.training.settings import RunConfig
 
     if not options.source.exists():
         raise FileNotFoundError(f"there is no file or folder {str(options.source)!r}")
-    check_outputs([Output(options.output, "a run", is_folder=True)], inputs=[options.source])
     options.output.parent.mkdir(parents=True, exist_ok=True)
     if options.source.is_dir():
         import_hf(

@@ -60,13 +60,13 @@ def check_outputs(
         if (identity := _identity(path)) is None:
             continue
         if output.is_folder and not os.path.isdir(path):
-            raise NotADirectoryError(f"{path!r} is a file, but a folder is to be written; give another name")
+            raise NotADirectoryError(f"{path!r} is a file, but a folder is to be written; choose another name")
         if not output.is_folder:
             check_file_target(path)
         if identity in read:
             raise InvalidInputError(f"{path!r}, {output.what} to be written, is also an input; give another output")
         if output.is_ours is None:
-            raise FileExistsError(f"{path!r} already exists; give another name, or remove it first")
+            raise FileExistsError(f"{path!r} already exists; choose another name, or remove it first")
         if output.is_folder and not any(os.scandir(path)):
             continue
         if not output.is_ours(Path(path)):
@@ -75,7 +75,7 @@ def check_outputs(
                 "another name, or move it away"
             )
         if not overwrite:
-            raise FileExistsError(f"{path!r} already exists; give another name, or {remedy}")
+            raise FileExistsError(f"{path!r} already exists; choose another name, or {remedy}")
 
 
 def _identity(path: str | os.PathLike) -> tuple[int, int] | None:

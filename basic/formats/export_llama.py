@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 
-from basic.common.files import atomic_folder
+from basic.common.files import atomic_folder, write_json
+from basic.common.outputs import Output, check_outputs
 from basic.formats.llama_names import hf_config, hf_name, to_hf_row_order
 from basic.formats.tokenizer_json import save_tokenizer_json
 from basic.model import TransformerLM
@@ -41,6 +40,7 @@ def export_hf(
         WrongTokenizerError: the tokenizer has more ids than the model.
         FileExistsError: the folder exists.
     """
+    check_outputs([Output(directory, "an export", is_folder=True)])
     config = hf_config(model.config)
     end_id = None
     if tokenizer is not None:
@@ -55,19 +55,18 @@ def export_hf(
     }
     dtype = str(model.token_embeddings.weight.dtype).removeprefix("torch.")
     with atomic_folder(directory) as folder:
-        _write_json(folder / "config.json", {**config, **ids, "dtype": dtype})
+        write_json(folder / "config.json", {**config, **ids, "dtype": dtype}, indent=2)
         # Padding is masked, so any id serves; without one, transformers warns at every generation. The id is not in
         # config.json, because there it would exclude this id's embedding from training.
-        _write_json(folder / "generation_config.json", {**ids, "pad_token_id": end_id})
+        write_json(folder / "generation_config.json", {**ids, "pad_token_id": end_id}, indent=2)
         (folder / "model.safetensors").touch()
         mode = (folder / "model.safetensors").stat().st_mode  # safetensors creates files that only the owner can read
         safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
         (folder / "model.safetensors").chmod(mode)
         if tokenizer is not None:
             save_tokenizer_json(tokenizer, folder / "tokenizer.json")
-            _write_json(
-                folder / "tokenizer_config.json", _tokenizer_config(model, None if end_id is None else end_of_text)
-            )
+            settings = _tokenizer_config(model, None if end_id is None else end_of_text)
+            write_json(folder / "tokenizer_config.json", settings, indent=2)
 
 
 def _tokenizer_config(model: TransformerLM, end_of_text: str | None) -> dict[str, Any]:
@@ -78,7 +77,3 @@ def _tokenizer_config(model: TransformerLM, end_of_text: str | None) -> dict[str
         "eos_token": end_of_text,
         "clean_up_tokenization_spaces": False,
     }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

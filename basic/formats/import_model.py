@@ -19,6 +19,7 @@ from torch import Tensor
 
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.common.files import atomic_folder, load_json
+from basic.common.outputs import Output, check_outputs
 from basic.formats.llama_names import from_hf_row_order, hf_name, model_config
 from basic.formats.tokenizer_json import load_tokenizer_json
 from basic.model import ModelConfig, TransformerLM
@@ -54,6 +55,7 @@ def import_hf(
         WrongTokenizerError: the tokenizer has more ids than the model.
         FileExistsError: the run folder exists.
     """
+    check_outputs([Output(run_dir, "a run", is_folder=True)], inputs=[directory])
     directory = Path(directory)
     model = load_hf(directory, context_length=context_length, unpickle=unpickle)
     if with_tokenizer and not (directory / "tokenizer.json").is_file():
@@ -80,6 +82,7 @@ def import_pt(path: str | os.PathLike, run_dir: str | os.PathLike, config: RunCo
         WrongTokenizerError: the tokenizer has more ids than the model.
         FileExistsError: the run folder exists.
     """
+    check_outputs([Output(run_dir, "a run", is_folder=True)], inputs=[path])
     tokenizer = Tokenizer.load(config.data.tokenizer) if config.data.tokenizer else None
     model = _meta_model(config.model)
     names = {name: name for name in model.state_dict()}

@@ -27,7 +27,7 @@ def test_new_outputs_are_accepted(tmp_path):
 def test_ours_is_replaced_only_on_request(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"ours")
     check_outputs([target(tmp_path / "a.bin")], overwrite=True)
-    with pytest.raises(FileExistsError, match=r"a\.bin' already exists; give another name, or replace it with --over"):
+    with pytest.raises(FileExistsError, match=r"a\.bin' already exists; choose another name, or replace it with --over"):
         check_outputs([target(tmp_path / "a.bin")])
 
 
@@ -50,7 +50,7 @@ def test_without_a_way_to_recognise_it_nothing_is_replaced(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     for name, is_folder in (("folder", True), ("file", False)):
-        with pytest.raises(FileExistsError, match=rf"{name}' already exists; give another name, or remove it first"):
+        with pytest.raises(FileExistsError, match=rf"{name}' already exists; choose another name, or remove it first"):
             check_outputs([Output(tmp_path / name, "an export", is_folder=is_folder)], overwrite=True)
 
 

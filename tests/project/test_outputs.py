@@ -145,8 +145,8 @@ def test_tokenizers_and_token_files_are_replaced_on_request(monkeypatch):
     encode = ("encode", "a.txt", "a.bin", "--tokenizer", "tok")
     run_script(monkeypatch, *encode)
     train = ("train_bpe", "a.txt", "--vocab-size", "260", "--output", "tok")
-    refused(monkeypatch, r"'tok/vocab\.json' already exists; give another name, or replace it with --overwrite", *train)
-    refused(monkeypatch, r"'a\.bin' already exists; give another name, or replace it with --overwrite", *encode)
+    refused(monkeypatch, r"'tok/vocab\.json' already exists; choose another name, or replace it with --overwrite", *train)
+    refused(monkeypatch, r"'a\.bin' already exists; choose another name, or replace it with --overwrite", *encode)
     run_script(monkeypatch, *train, "--overwrite")
     assert Tokenizer.load("tok").vocab_size == 260
     run_script(monkeypatch, *encode, "--overwrite")
@@ -176,7 +176,7 @@ def test_pictures_and_reports_are_replaced_on_request(monkeypatch):
     for script, name in (("plot", "loss.png"), ("report", "report.html")):
         run_script(monkeypatch, script, "a")
         refused(
-            monkeypatch, rf"'a/{name}' already exists; give another name, or replace it with --overwrite", script, "a"
+            monkeypatch, rf"'a/{name}' already exists; choose another name, or replace it with --overwrite", script, "a"
         )
         run_script(monkeypatch, script, "a", "--overwrite")
         Path("a", name).write_bytes(THEIRS)
