@@ -1,7 +1,8 @@
 """Evaluate a trained model on a complete file: `uv run local/evaluate.py runs/quickstart`.
 
 The file is a token file (written by local/encode.py) or a text, and each of its tokens is scored once. Loss and
-perplexity are per token, so they compare only models with the same tokenizer. Bits per byte compare all models.
+perplexity are per token, so they compare only models with the same tokenizer. Bits per byte compare all models. The
+validation loss in metrics.jsonl and in loss.png is another number: the mean over a few sampled sequences.
 """
 
 from __future__ import annotations
@@ -38,14 +39,16 @@ def main(options: Options) -> None:
     from basic.analysis.evaluation import evaluate_tokens
     from basic.Tokenizer import Tokenizer
     from basic.training.devices import activation_dtype, choose_device
+    from basic.training.records.environment import check_run_tokenizer
     from basic.training.run_folder import load_run
 
     run = load_run(options.run, device=options.device)
     precision = replace(run.config.train, precision=options.precision)
     run.model.activation_dtype = activation_dtype(precision, choose_device(options.device))
     tokenizer = None if run.tokenizer_path is None else Tokenizer.load(run.tokenizer_path)
+    check_run_tokenizer(options.run, None if tokenizer is None else tokenizer.fingerprint)
     path = options.file or Path(run.config.data.valid_tokens)
-    if not path.exists():
+    if not (path.is_file() or path.is_dir()):  # a run of somebody else may name a device
         raise FileNotFoundError(f"there is no file {str(path)!r}; give a token file or a text after the run")
     tokens, num_bytes = read_tokens(path, tokenizer, run.config.data.dtype)
     # Every document follows an end-of-text token, and so does the first one.

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import tomllib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,16 +31,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from basic.analysis.evaluation import evaluate_tokens
-from basic.common.config_files import flatten_settings, from_table, load_config, to_table
-from basic.common.errors import InvalidConfigError
-from basic.common.files import atomic_write
+from basic.common.config_files import flatten_settings, from_table, to_table
+from basic.common.errors import DamagedFileError, InvalidConfigError
+from basic.common.files import atomic_write, load_json
+from basic.common.folder_lock import FolderLock
+from basic.common.outputs import Output, check_outputs
 from basic.generation.text import SavableTokenizer
 from basic.training.loop import train
 from basic.training.records.metrics import read_metrics
-from basic.training.run_folder import Run, checkpoint_paths
+from basic.training.run_folder import Run, checkpoint_paths, load_run, load_run_config, newest_checkpoint
 from basic.training.settings import DataConfig, RunConfig
 
 _KEYS = ("config", "settings", "grid", "variants")
+_TABLE_HEADER = "| run | loss on all validation tokens (nats per token) |"
+_TABLE_START = "| run | "  # version 0.1.0 had another name for the loss
 
 
 class SweepRun(NamedTuple):
@@ -126,12 +131,30 @@ def run_sweep(
 
     Raises:
         InvalidConfigError: a run's folder holds a run with another configuration; or as for `train`.
+        DamagedFileError: an outcome.json is damaged.
+        FileExistsError: table.md is not one of a sweep.
+        BlockingIOError: another process trains this sweep.
         KeyboardInterrupt: a signal arrived; the current run has been saved.
     """
-    folder, results = Path(folder), []
+    folder = Path(folder)
+    table = Output(folder / "table.md", "the table of a sweep", _is_table)
+    check_outputs([table], overwrite=True)
     folder.mkdir(parents=True, exist_ok=True)
+    with FolderLock(folder):
+        return _run_sweep(runs, folder, open_data, report, progress, train)
+
+
+def _run_sweep(
+    runs: Sequence[SweepRun],
+    folder: Path,
+    open_data: Callable[[DataConfig], SweepData],
+    report: Callable[[str], None],
+    progress: bool,
+    train: Callable[..., Run],
+) -> list[RunResult]:
     for run in runs:
         _check_same_config(folder / run.name, run.config)
+    results: list[RunResult] = []
     opened: tuple[DataConfig, SweepData] | None = None
     for number, run in enumerate(runs, 1):
         result, note = _read_result(folder / run.name), " (finished earlier)"
@@ -150,7 +173,7 @@ def run_sweep(
 def result_table(results: Sequence[RunResult]) -> str:
     """Format results as a Markdown table, with the lowest loss in bold."""
     best = min((result.loss for result in results if result.loss is not None), default=None)
-    lines = ["| run | loss (nats per token) | perplexity | tokens | wall time | remark |", "|---|--:|--:|--:|--:|---|"]
+    lines = [f"{_TABLE_HEADER} perplexity | tokens | wall time | remark |", "|---|--:|--:|--:|--:|---|"]
     for result in results:
         loss = perplexity = "–"
         if result.loss is not None:
@@ -202,19 +225,9 @@ def _train_and_evaluate(
     run: SweepRun, run_dir: Path, data: SweepData, train: Callable[..., Run], progress: bool
 ) -> RunResult:
     """Train a run, evaluate it on all validation tokens and write its result to outcome.json."""
-    resume = bool(checkpoint_paths(run_dir))
     loss, remark = None, ""
     try:
-        model = train(
-            run.config,
-            data.train_tokens,
-            data.valid_tokens,
-            run_dir,
-            tokenizer=data.tokenizer,
-            resume=resume,
-            overwrite=not resume,
-            progress=progress,
-        ).model
+        model = _trained_run(run, run_dir, data, train, progress).model
         special_ids = {} if data.tokenizer is None else data.tokenizer.special_token_ids
         end_id = special_ids.get(run.config.train.end_of_text)
         loss = evaluate_tokens(model, data.valid_tokens, prefix_token_id=end_id).loss
@@ -226,16 +239,41 @@ def _train_and_evaluate(
         kind = "out of memory" if isinstance(error, MemoryError) else "diverged"
         loss, remark = None, f"{kind}: {str(error).splitlines()[0].split(';')[0]}"
     last = (_read_records(run_dir) or [{"tokens": 0, "wall_s": 0.0}])[-1]
-    result = RunResult(name=run.name, loss=loss, tokens=last["tokens"], wall_s=last["wall_s"], remark=remark)
+    tokens, wall_s = last.get("tokens", 0), last.get("wall_s") or 0.0
+    result = RunResult(name=run.name, loss=loss, tokens=tokens, wall_s=wall_s, remark=remark)
     run_dir.mkdir(parents=True, exist_ok=True)  # missing if memory ran out before training started
     with atomic_write(run_dir / "outcome.json") as file:
         file.write(json.dumps(asdict(result), indent=2).encode() + b"\n")
     return result
 
 
+def _trained_run(run: SweepRun, run_dir: Path, data: SweepData, train: Callable[..., Run], progress: bool) -> Run:
+    """Train a run, from its newest checkpoint if it has one; one that was trained to its end is only loaded."""
+    resume = (run_dir / "config.toml").is_file() and bool(checkpoint_paths(run_dir))
+    if resume and newest_checkpoint(run_dir, warnings.warn).entry("iteration") >= run.config.train.steps:
+        return load_run(run_dir, device=run.config.train.device)
+    tokens, options = (data.train_tokens, data.valid_tokens), {"tokenizer": data.tokenizer, "progress": progress}
+    return train(run.config, *tokens, run_dir, resume=resume, overwrite=not resume, **options)
+
+
 def _read_result(run_dir: Path) -> RunResult | None:
     path = run_dir / "outcome.json"
-    return RunResult(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    if not path.is_file():
+        return None
+    content = load_json(path)
+    try:
+        result = RunResult(**content)
+        texts, numbers = (result.name, result.remark), (result.tokens, result.wall_s, result.loss or 0.0)
+        if all(isinstance(text, str) for text in texts) and all(type(number) in (int, float) for number in numbers):
+            return result
+    except TypeError:  # not a table, or other keys
+        pass
+    raise DamagedFileError(f"{path} is not the result of a run; remove it, and the run is evaluated again")
+
+
+def _is_table(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(_TABLE_START)) == _TABLE_START.encode()
 
 
 def _read_records(run_dir: Path) -> list[dict[str, Any]]:
@@ -245,10 +283,9 @@ def _read_records(run_dir: Path) -> list[dict[str, Any]]:
 
 def _check_same_config(run_dir: Path, config: RunConfig) -> None:
     """Raise InvalidConfigError if the folder holds a run with another configuration."""
-    path = run_dir / "config.toml"
-    if not path.is_file():
+    if not (run_dir / "config.toml").is_file():
         return
-    saved, new = (flatten_settings(to_table(each)) for each in (load_config(path, RunConfig), config))
+    saved, new = (flatten_settings(to_table(each)) for each in (load_run_config(run_dir), config))
     for key in {**saved, **new}:
         if saved.get(key) != new.get(key):
             raise InvalidConfigError(

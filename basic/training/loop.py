@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from basic.common.errors import BasicError, InvalidConfigError, InvalidInputError
+from basic.common.arguments import id_array
+from basic.common.command_line import print_text
+from basic.common.errors import BasicError, InvalidConfigError, InvalidInputError, failures_of
+from basic.common.folder_lock import FolderLock
 from basic.common.stop_signals import StopSignals
 from basic.generation.text import SavableTokenizer, TextTokenizer, complete
 from basic.model import RotaryPositionalEmbedding, TransformerLM
@@ -31,8 +34,8 @@ from basic.training.records.environment import append_environment, check_environ
 from basic.training.records.log import NullLog, RunLog
 from basic.training.records.meter import Meter, StepMetrics
 from basic.training.records.trackers import check_trackers
-from basic.training.run_folder import Run, create_run_folder
-from basic.training.saving import CheckpointManager, RunProgress, resume_run
+from basic.training.run_folder import Run, create_run_folder, load_run_config
+from basic.training.saving import CheckpointManager, RunProgress, find_checkpoint, format_sample, resume_run
 from basic.training.settings import RunConfig, TrainConfig
 from basic.training.step import TrainStep, mean_loss
 from basic.transformer.optimizer import AdamW, cosine_schedule
@@ -55,7 +58,7 @@ def train(
 
     Args:
         config: saved with the run.
-        train_tokens, valid_tokens: token ids, integers (tokens,); may be memory maps.
+        train_tokens, valid_tokens: token ids, integers (tokens,), as arrays (may be memory maps), tensors or lists.
         run_dir: folder of the run; must not contain a run, unless it is resumed or overwritten.
         tokenizer: for samples and for rows = "documents"; a copy is saved with the run.
         resume: continue from the newest complete checkpoint in `run_dir`.
@@ -67,67 +70,91 @@ def train(
 
     Raises:
         FileExistsError: `run_dir` contains a run, and neither `resume` nor `overwrite` is given.
+        BlockingIOError: another process writes `run_dir`.
         NotARunError: `run_dir` contains no run to resume.
-        InvalidInputError: data, tokenizer and configuration do not fit together, or do not fit the resumed run.
+        InvalidInputError: data, tokenizer and configuration do not fit together, or do not fit the resumed run, or it
+            is finished.
         WrongTokenizerError: tokens or tokenizer have ids that the model does not have, or are not those of the
             resumed run.
-        DamagedFileError: no checkpoint of the resumed run is complete.
+        DamagedFileError: no checkpoint of the resumed run is complete, or its config.toml is damaged.
+        DependencyError: a tracker cannot be opened, or torch.compile fails.
         FloatingPointError: a loss or gradient is not finite. Neither the weights nor the checkpoints contain that step.
         MemoryError: out of memory; the message says which setting to lower.
         OSError: the last checkpoint could not be written.
         KeyboardInterrupt: SIGINT or SIGTERM was received. The run is saved; the message says how to resume it.
     """
+    train_tokens, valid_tokens = id_array("train_tokens", train_tokens), id_array("valid_tokens", valid_tokens)
     if resume and overwrite:
         raise InvalidInputError("a run cannot be both resumed and overwritten; choose one")
     run_dir, settings = Path(run_dir), config.train
+    warn = partial(print_text, file=sys.stderr) if world.is_rank_0 else lambda message: None
     device = choose_device(world.device_name(settings.device))
     check_trackers(settings.trackers)
     train_sampler, valid_sampler = _make_samplers(config, train_tokens, valid_tokens, tokenizer, world)
-    if not resume:
-        world.on_rank_0(lambda: create_run_folder(run_dir, config, tokenizer, overwrite=overwrite))
-    torch.manual_seed(settings.seed)
-    model = TransformerLM(config.model)
-    flops_per_token = training_flops_per_token(model)
-    model.activation_dtype = activation_dtype(settings, device)
-    if settings.parallel == "sharded" and world.size > 1:
-        world.shard(model, device, model.activation_dtype, reduce_dtype(settings))
-    model.to(device)
-    optimizer = make_optimizer(model, settings)
-    environment, start = describe_environment(train_tokens, valid_tokens, tokenizer, device, world.size), RunProgress()
-    if resume:
-        warn = partial(print, file=sys.stderr) if world.is_rank_0 else lambda message: None
-        check_environment(run_dir, environment, warn)
-        start = resume_run(run_dir, config, model, optimizer, warn, world)
-    world.on_rank_0(lambda: append_environment(run_dir, environment, start.step))
-    log = NullLog()
-    if world.is_rank_0:
-        log = RunLog(
-            run_dir,
-            config,
-            first_step=start.step,
-            flops_per_token=flops_per_token,
-            device_name=device_name(device),
-            num_processes=world.size,
-            progress=progress,
+    environment = describe_environment(train_tokens, valid_tokens, tokenizer, device, world.size)
+    with ExitStack() as stack:
+        checkpoint = None
+        if resume:
+            load_run_config(run_dir)  # only a run can be locked
+        world.on_rank_0(lambda: _lock_run_folder(run_dir, stack))
+        if resume:
+            check_environment(run_dir, environment, warn)
+            checkpoint = find_checkpoint(run_dir, config, warn, world)
+        else:
+            world.on_rank_0(lambda: create_run_folder(run_dir, config, tokenizer, overwrite=overwrite))
+        if settings.fitted_warmup_steps != settings.warmup_steps:
+            warn(
+                f"warning: warmup_steps = {settings.warmup_steps} is not below steps = {settings.steps}; the warm-up "
+                f"takes {settings.fitted_warmup_steps} steps, so that the learning rate reaches its maximum"
+            )
+        torch.manual_seed(settings.seed)
+        model = TransformerLM(config.model)
+        flops_per_token = training_flops_per_token(model)
+        model.activation_dtype = activation_dtype(settings, device)
+        if settings.parallel == "sharded" and world.size > 1:
+            world.shard(model, device, model.activation_dtype, reduce_dtype(settings))
+        model.to(device)
+        optimizer = make_optimizer(model, settings)
+        start = RunProgress()
+        if resume:
+            start = resume_run(run_dir, config, checkpoint, model, optimizer, world)
+            train_sampler.sequence_offset = start.sequences - start.step * settings.batch_size
+        world.on_rank_0(lambda: append_environment(run_dir, environment, start.step))
+        log = NullLog()
+        if world.is_rank_0:
+            log = RunLog(
+                run_dir,
+                config,
+                first_step=start.step,
+                flops_per_token=flops_per_token,
+                device_name=device_name(device),
+                num_processes=world.size,
+                progress=progress,
+            )
+        checkpoints = CheckpointManager(run_dir, settings, log, world)
+        loop = _TrainingLoop(
+            config=config,
+            model=model,
+            optimizer=optimizer,
+            train_sampler=train_sampler,
+            valid_sampler=valid_sampler,
+            tokenizer=tokenizer,
+            log=log,
+            checkpoints=checkpoints,
+            world=world,
+            device=device,
+            make_step=make_step,
         )
-    checkpoints = CheckpointManager(run_dir, settings, log, world)
-    loop = _TrainingLoop(
-        config=config,
-        model=model,
-        optimizer=optimizer,
-        train_sampler=train_sampler,
-        valid_sampler=valid_sampler,
-        tokenizer=tokenizer,
-        log=log,
-        checkpoints=checkpoints,
-        world=world,
-        device=device,
-        make_step=make_step,
-    )
-    with _deterministic_on_cpu(device), _advice_when_out_of_memory(config), log, checkpoints, world.detect_hangs():
-        loop.run(start)
+        with _deterministic_on_cpu(device), _advice_on_failures(config), log, checkpoints, world.detect_hangs():
+            loop.run(start)
     tokenizer_path = run_dir / "tokenizer" if tokenizer is not None else None
-    return Run(model.eval(), config, tokenizer_path, max(start.step, settings.steps))
+    return Run(model.eval(), config, tokenizer_path, settings.steps)
+
+
+def _lock_run_folder(run_dir: Path, stack: ExitStack) -> None:
+    """Take the lock of a run's folder until the stack is closed; the folder is created if it does not exist."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(FolderLock(run_dir))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +178,8 @@ class _TrainingLoop:
         settings = self.config.train
         take_step = self.make_step(self.model, self.optimizer, settings, self.device, self.world)
         tokens_per_step = settings.batch_size * self.config.model.context_length
-        meter = Meter(start.step, start.wall_s, tokens_per_step, self.device)
+        tokens_before = start.sequences * self.config.model.context_length
+        meter = Meter(start.step, tokens_before, start.wall_s, tokens_per_step, self.device)
         nonfinite = _NonfiniteSteps(settings, self.train_sampler, start.nonfinite_steps, self.log)
         steps = range(start.step, settings.steps)
         with StopSignals() as stop, prefetch(self.train_sampler, steps, self.device) as batches:
@@ -179,7 +207,8 @@ class _TrainingLoop:
                 is_last = step == settings.steps or signal_number > 0
                 if is_due or is_last:
                     nonfinite.handle(meter.synchronize())  # before saving, so that a failed run leaves good checkpoints
-                    progress = RunProgress(step, meter.wall_s(), nonfinite.count)
+                    sequences = start.sequences + (step - start.step) * settings.batch_size
+                    progress = RunProgress(step, meter.wall_s(), nonfinite.count, sequences)
                     self.checkpoints.save(self.model, self.optimizer, progress, valid_loss=valid_loss, is_last=is_last)
                 if signal_number and step < settings.steps:
                     raise KeyboardInterrupt(
@@ -205,10 +234,11 @@ class _TrainingLoop:
         settings, path = self.config.train, self.checkpoints.run_dir / "samples.txt"
         end, seed = settings.end_of_text, settings.seed
         (text,) = complete(model, tokenizer, [end], settings.sample_tokens, top_p=0.95, seed=seed, end_of_text=end)
-        self.log.write({"kind": "sample", "step": step, "text": text.strip()})
+        record = {"kind": "sample", "step": step, "text": text.strip()}
+        self.log.write(record)
         try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(f"--- step {step} ---\n{text.strip()}\n\n")
+            with open(path, "ab") as file:
+                file.write(format_sample(record).encode())
         except OSError as error:  # the disk is full; the log keeps lines that it cannot write
             self.log.print_message(f"warning: {path} cannot be written ({error})")
 
@@ -275,11 +305,15 @@ def _deterministic_on_cpu(device: torch.device) -> Generator[None]:
 
 
 @contextmanager
-def _advice_when_out_of_memory(config: RunConfig) -> Generator[None]:
-    """Turn an out-of-memory error into a MemoryError that says which setting to lower."""
+def _advice_on_failures(config: RunConfig) -> Generator[None]:
+    """Turn an out-of-memory error into a MemoryError, and one of torch.compile into a DependencyError, with advice."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # on a CPU, torch raises a plain RuntimeError
+        of_compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+        if of_compiler or "Failed to find C compiler" in str(error):  # the second is Triton's
+            with failures_of("compiling", "install gcc and g++, or train on the CPU without --compile"):
+                raise
         on_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
         if not (on_cpu or isinstance(error, torch.OutOfMemoryError)):
             raise
@@ -299,7 +333,8 @@ def _is_due(step: int, interval: int, config: TrainConfig) -> bool:
 
 def _learning_rate(config: TrainConfig, step: int) -> float:
     """Return the learning rate of a step, counted from 1, so that the first one is above 0 and the last the minimum."""
-    return cosine_schedule(step, config.max_learning_rate, config.min_learning_rate, config.warmup_steps, config.steps)
+    warmup_steps = config.fitted_warmup_steps
+    return cosine_schedule(step, config.max_learning_rate, config.min_learning_rate, warmup_steps, config.steps)
 
 
 def _make_samplers(

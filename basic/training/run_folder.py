@@ -1,32 +1,49 @@
 """The folder of a training run.
 
 runs/NAME/config.toml                        the complete configuration, defaults included
+          checksums.json                     the checksum of config.toml; delete it to accept an edited config.toml
           environment.json                   code, machine and data of every start
           metrics.jsonl                      one record a line: losses, speed, evaluations, samples, checkpoints
           samples.txt                        texts generated during training
           tokenizer/                         vocabulary, merges and special tokens, if a tokenizer was given
           checkpoints/step_00001000.safetensors    or a folder step_00001000/ for a sharded model
+
+The process that writes a run folder holds its lock (`basic.common.folder_lock`).
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from basic.common.config_files import load_config, save_config
-from basic.common.errors import DamagedFileError, NotARunError
+import torch
+
+from basic.common.config_files import from_table, load_config, save_config
+from basic.common.errors import DamagedFileError, InvalidConfigError, NotARunError
+from basic.common.file_sets import CHECKSUMS_NAME, check_checksums, write_checksums
 from basic.generation.text import SavableTokenizer
-from basic.model import TransformerLM
-from basic.training.checkpoints.file import Checkpoint, load_state, read_checkpoint
-from basic.training.checkpoints.sharded import read_sharded_checkpoint
+from basic.model import ModelConfig, TransformerLM
+from basic.training.checkpoints.file import Checkpoint, load_state, read_checkpoint, read_document
+from basic.training.checkpoints.sharded import (
+    read_sharded_checkpoint,
+    read_sharded_document,
+    remove_checkpoint,
+    without_values,
+)
+from basic.training.checkpoints.state import check_shapes, rename_wrapped_keys, without_wrappers
 from basic.training.devices import activation_dtype, choose_device
+from basic.training.records.metrics import read_metrics
 from basic.training.settings import RunConfig
 
+_RECORDS = ("environment.json", "metrics.jsonl", "samples.txt", "outcome.json")
+"""Files to which another run must not append; outcome.json is that of a sweep."""
 _CHECKPOINT_NAME = re.compile(r"step_\d+(\.safetensors)?")
 
 
@@ -51,11 +68,24 @@ def load_run_config(run_dir: Path) -> RunConfig:
 
     Raises:
         NotARunError: the folder is not a run.
+        DamagedFileError: config.toml is not the one that was written; the message says how to accept it.
         InvalidConfigError: the configuration is not valid.
     """
-    if not (run_dir / "config.toml").is_file():
-        raise NotARunError(f"{run_dir} is not a run: it has no config.toml; start one with local/train.py")
-    return load_config(run_dir / "config.toml", RunConfig)
+    path = run_dir / "config.toml"
+    if not path.is_file():
+        run = next((folder for folder in run_dir.absolute().parents[:2] if (folder / "config.toml").is_file()), None)
+        remedy = "start one with local/train.py" if run is None else f"did you mean the run that it is in, {run}?"
+        raise NotARunError(f"{run_dir} is not a run: it has no config.toml; {remedy}")
+    check_checksums(run_dir, {path.name: path.read_bytes()})
+    return load_config(path, RunConfig)
+
+
+def save_run_config(run_dir: Path, config: RunConfig) -> None:
+    """Save the configuration of a run, with its checksum."""
+    # Removed first: a process that is killed between the two files leaves a configuration without a checksum.
+    (run_dir / CHECKSUMS_NAME).unlink(missing_ok=True)
+    save_config(config, run_dir / "config.toml")
+    write_checksums(run_dir, ["config.toml"])
 
 
 def load_run(path: str | os.PathLike, *, device: str = "auto") -> Run:
@@ -70,12 +100,17 @@ def load_run(path: str | os.PathLike, *, device: str = "auto") -> Run:
         NotARunError: the folder is not a run, or has no checkpoint yet.
         InvalidInputError: the configuration or the device is not valid, or the checkpoint does not fit the
             configuration.
-        DamagedFileError: no checkpoint is complete.
+        DamagedFileError: no checkpoint is complete, or config.toml is damaged.
     """
     run_dir = Path(path)
     config = load_run_config(run_dir)
-    model = TransformerLM(config.model)
-    step = load_state(newest_checkpoint(run_dir, warnings.warn), model)
+    checkpoint = newest_checkpoint(run_dir, warnings.warn)
+    check_model_config(config.model, checkpoint, run_dir)
+    try:
+        model = TransformerLM(config.model)
+    except (MemoryError, RuntimeError) as error:
+        raise InvalidConfigError(f"the model of {run_dir / 'config.toml'} does not fit into memory: {error}") from error
+    step = load_state(checkpoint, model)
     chosen = choose_device(device)
     model.to(chosen).eval()
     model.activation_dtype = activation_dtype(config.train, chosen)
@@ -88,6 +123,9 @@ def create_run_folder(
 ) -> None:
     """Create a run's folder with its configuration and a copy of its tokenizer.
 
+    A run without a step, such as one whose tracker failed at the start, is replaced without being asked. What is left
+    of a run that has lost its config.toml is set aside.
+
     Args:
         overwrite: first remove the run that the folder contains; other files stay.
 
@@ -95,19 +133,79 @@ def create_run_folder(
         FileExistsError: the folder contains a run, and `overwrite` is False.
     """
     if (run_dir / "config.toml").exists():
-        if not overwrite:
+        if not overwrite and _has_steps(run_dir):
             raise FileExistsError(
                 f"{run_dir} already contains a run; choose another folder, resume the run (--resume {run_dir}), or "
                 "remove it (--overwrite)"
             )
-        for name in ("config.toml", "environment.json", "metrics.jsonl", "samples.txt"):
+        # The configuration goes last: if the process is killed meanwhile, this is still a run to overwrite.
+        for path in checkpoint_paths(run_dir):
+            remove_checkpoint(path)
+        shutil.rmtree(run_dir / "tokenizer", ignore_errors=True)
+        for name in (*_RECORDS, CHECKSUMS_NAME, "config.toml"):
             (run_dir / name).unlink(missing_ok=True)
-        for name in ("checkpoints", "tokenizer"):
-            shutil.rmtree(run_dir / name, ignore_errors=True)
+    else:
+        for path in [*checkpoint_paths(run_dir), *(run_dir / name for name in _RECORDS)]:
+            if path.exists():
+                warnings.warn(f"{path} belongs to no run; it is now {set_aside(path).name}", stacklevel=2)
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save(run_dir / "tokenizer")
-    save_config(config, run_dir / "config.toml")
+    save_run_config(run_dir, config)
+
+
+def _has_steps(run_dir: Path) -> bool:
+    """Whether a run has saved or logged a step."""
+    metrics = run_dir / "metrics.jsonl"
+    return bool(checkpoint_paths(run_dir)) or (metrics.is_file() and bool(read_metrics(metrics)))
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file or folder of a run so that it does not count any more, and return its new path."""
+    names = (f"set_aside_{number}_{path.name}" if number else f"set_aside_{path.name}" for number in itertools.count())
+    target = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    os.rename(path, target)
+    return target
+
+
+def check_model_config(config: ModelConfig, checkpoint: Checkpoint, run_dir: Path) -> None:
+    """Check that a checkpoint is one of the model of a run's config.toml, before memory is allocated for the model.
+
+    Raises:
+        InvalidInputError: it is not; the message names the setting or the weight.
+    """
+    path, extra = run_dir / "config.toml", checkpoint.document.get("extra")
+    if isinstance(extra, dict) and isinstance(extra.get("model"), dict):
+        check_same_model(from_table(ModelConfig, extra["model"]), config, f"{checkpoint.src} was saved", f"{path} has")
+        return
+    # The checkpoint of an earlier version. One block more than it has is enough to name the first missing weight.
+    saved_state = dict(without_values(checkpoint).entry("model"))
+    names = [without_wrappers(name).split(".") for name in saved_state]
+    num_blocks = len({name[1] for name in names if name[0] == "layers"})
+    try:
+        with torch.device("meta"):
+            model = TransformerLM(replace(config, num_layers=min(config.num_layers, num_blocks + 1), context_length=1))
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise InvalidConfigError(f"{path} has sizes that no model can have: {str(error).splitlines()[0]}") from error
+    rename_wrapped_keys(model, saved_state)
+    check_shapes(model.state_dict(), saved_state)
+
+
+def check_same_model(saved: ModelConfig, given: ModelConfig, before: str, now: str) -> None:
+    """Check that two model configurations are equal.
+
+    Args:
+        before, now: what has them, for the message: "runs/a was started", "config.toml has".
+
+    Raises:
+        InvalidConfigError: they differ; the message names the first setting that does.
+    """
+    for name in (field.name for field in fields(ModelConfig)):
+        if getattr(saved, name) != getattr(given, name):
+            raise InvalidConfigError(
+                f"{before} with model.{name} = {getattr(saved, name)}, but {now} {getattr(given, name)}; give it the "
+                "model that it was trained with, or train this one in another folder"
+            )
 
 
 def checkpoint_paths(run_dir: Path) -> list[Path]:
@@ -128,6 +226,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
         DamagedFileError: the checkpoint is not complete.
     """
     return read_sharded_checkpoint(path) if path.is_dir() else read_checkpoint(path)
+
+
+def read_checkpoint_document(path: Path) -> dict[str, Any]:
+    """Read the JSON document of a checkpoint, which is a file or a folder, without verifying it.
+
+    Raises:
+        DamagedFileError: it has no document.
+    """
+    return read_sharded_document(path) if path.is_dir() else read_document(path)
 
 
 def newest_checkpoint(run_dir: Path, report: Callable[[str], None]) -> Checkpoint:

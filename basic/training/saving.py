@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from basic.common.config_files import save_config
-from basic.common.errors import InvalidConfigError
+from basic.common.config_files import flatten_settings, to_table
+from basic.common.errors import DamagedFileError, InvalidConfigError, InvalidInputError
 from basic.common.files import atomic_write
-from basic.model import ModelConfig, TransformerLM
+from basic.model import TransformerLM
 from basic.training.checkpoints.background import BackgroundSaver
 from basic.training.checkpoints.file import Checkpoint, load_state
 from basic.training.checkpoints.sharded import load_sharded_state, remove_checkpoint
 from basic.training.parallel.world import SINGLE_PROCESS, World, is_sharded
 from basic.training.records.log import NullLog, RunLog
-from basic.training.records.metrics import read_all_records, read_metrics
+from basic.training.records.metrics import encode_record, read_all_records, read_metrics
 from basic.training.run_folder import (
+    check_model_config,
+    check_same_model,
     checkpoint_paths,
     checkpoint_step,
     load_run_config,
     newest_checkpoint,
     open_checkpoint,
+    read_checkpoint_document,
+    save_run_config,
+    set_aside,
 )
 from basic.training.settings import RunConfig, TrainConfig
 
@@ -45,6 +48,8 @@ class RunProgress(NamedTuple):
     wall_s: float = 0.0
     nonfinite_steps: int = 0
     """Steps that were skipped because their loss or gradient was not finite."""
+    sequences: int = 0
+    """Sequences that the model has seen."""
 
 
 class CheckpointManager:
@@ -76,13 +81,7 @@ class CheckpointManager:
         self._last_save_s = time.monotonic()
         self._retry_at_s = math.inf
         self._step = 0
-        steps = {checkpoint_step(path) for path in checkpoint_paths(run_dir)}
-        metrics = run_dir / "metrics.jsonl"
-        self._valid_losses = {
-            record["step"]: record["valid_loss"]
-            for record in (read_metrics(metrics) if metrics.exists() else [])
-            if record.get("valid_loss") is not None and record["step"] in steps
-        }
+        self._valid_losses = _valid_losses(run_dir)
         if world.is_rank_0:
             for leftover in (run_dir / "checkpoints").glob(".step_*.tmp"):  # of a killed process
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -160,7 +159,14 @@ class CheckpointManager:
     ) -> None:
         name = f"step_{progress.step:08d}" + ("" if is_sharded(model) else ".safetensors")
         path = self.run_dir / "checkpoints" / name
-        extra = {**progress._asdict(), "random_state": _get_random_state()}
+        settings = {"model": to_table(model.config), "valid_loss": valid_loss}
+        extra = {**progress._asdict(), "random_state": _get_random_state(), **settings}
+        if self.world.is_rank_0 and not path.parent.is_dir():
+            path.parent.mkdir(parents=True)
+            self.log.print_message(
+                f"warning: {self.run_dir} was moved or removed; checkpoints are now written to a new folder, "
+                f"{path.parent.absolute()}: move them to the run's own checkpoints/ before you resume it"
+            )
         self._last_save_s, self._retry_at_s, self._step = time.monotonic(), math.inf, progress.step
 
         def on_saved() -> None:
@@ -168,11 +174,13 @@ class CheckpointManager:
                 return
             if valid_loss is not None:
                 self._valid_losses[progress.step] = valid_loss
-            self._remove_old()
+            self._remove_old(progress.step)
             save_s = round(time.monotonic() - self._last_save_s, 3)
             self.log.write({"kind": "checkpoint", "step": progress.step, "save_s": save_s})
 
-        self.saver.start(model, optimizer, progress.step, path, extra=extra, on_saved=on_saved)
+        # The log first: a checkpoint that is on the disk has all its records.
+        save = partial(self.saver.start, model, optimizer, progress.step, path, extra=extra)
+        save(before_write=self.log.sync, on_saved=on_saved)
 
     def _finish_save(self, *, wait: bool) -> bool:
         """Whether the save that has finished, if any, succeeded; errors other than an OSError are raised."""
@@ -198,8 +206,9 @@ class CheckpointManager:
             and valid_loss < min(self._valid_losses.values(), default=math.inf)
         )
 
-    def _remove_old(self) -> None:
-        paths = checkpoint_paths(self.run_dir)
+    def _remove_old(self, saved_step: int) -> None:
+        """Remove checkpoints before the one just saved; those of later steps are not of this run."""
+        paths = [path for path in checkpoint_paths(self.run_dir) if checkpoint_step(path) <= saved_step]
         steps = sorted({checkpoint_step(path) for path in paths})
         kept = set(steps[-self.config.checkpoints_kept :])
         if self.config.keep_best and self._valid_losses:
@@ -212,36 +221,47 @@ class CheckpointManager:
                 self._valid_losses.pop(checkpoint_step(path), None)
 
 
-def resume_run(
-    run_dir: Path,
-    config: RunConfig,
-    model: TransformerLM,
-    optimizer: torch.optim.Optimizer,
-    report: Callable[[str], None],
-    world: World = SINGLE_PROCESS,
-) -> RunProgress:
-    """Load the newest complete checkpoint into a model and its optimizer; without any, the run starts again at step 0.
+def _valid_losses(run_dir: Path) -> dict[int, float]:
+    """Return the validation loss of each checkpoint for which it was measured, by step.
 
-    Metrics of later steps are removed, because these steps are done again. The configuration is saved again, because a
-    resumed run may have more steps.
+    A checkpoint contains its own loss. Those of version 0.1.0 do not, so the log is asked for them.
+    """
+    metrics = run_dir / "metrics.jsonl"
+    records = read_metrics(metrics) if metrics.exists() else []
+    logged = {record["step"]: record.get("valid_loss") for record in records}
+    losses = {}
+    for path in checkpoint_paths(run_dir):
+        try:
+            extra = read_checkpoint_document(path).get("extra")
+        except DamagedFileError:
+            continue
+        loss = (extra if isinstance(extra, dict) else {}).get("valid_loss", logged.get(checkpoint_step(path)))
+        if isinstance(loss, float):  # none was measured, or it is not finite and so no number in JSON
+            losses[checkpoint_step(path)] = loss
+    return losses
+
+
+def find_checkpoint(
+    run_dir: Path, config: RunConfig, report: Callable[[str], None], world: World = SINGLE_PROCESS
+) -> Checkpoint | None:
+    """Open the checkpoint from which a run is resumed, and check that it can be; nothing is changed.
 
     Args:
+        config: with which the run is to be resumed.
         report: called with each message for the user.
-        world: the ranks that resume; rank 0 changes the folder.
+        world: the ranks that resume.
+
+    Returns:
+        The newest complete checkpoint, or None if the run has none: then it starts again at its first step.
 
     Raises:
         NotARunError: the folder holds no run.
-        InvalidConfigError: the run was started with another model.
+        InvalidConfigError: the run was started with another model, or has done more steps than it is to have.
+        InvalidInputError: the run is finished.
         DamagedFileError: no checkpoint is complete.
     """
-    saved_config = load_run_config(run_dir).model
-    for name in (field.name for field in fields(ModelConfig)):
-        saved, value = getattr(saved_config, name), getattr(config.model, name)
-        if saved != value:
-            raise InvalidConfigError(
-                f"{run_dir} was started with model.{name} = {saved}, but is to be resumed with {value}; "
-                "resume it with the model it has, or train this one in another folder"
-            )
+    saved = load_run_config(run_dir)
+    check_same_model(saved.model, config.model, f"{run_dir} was started", "is to be resumed with")
     newest: list[Checkpoint] = []
 
     def find_newest() -> str | None:
@@ -252,28 +272,97 @@ def resume_run(
     path = world.on_rank_0(find_newest)
     if path is None:
         report(f"{run_dir} has no checkpoint yet; it starts again at its first step")
-        progress = RunProgress()
-    else:
-        checkpoint = newest[0] if newest else open_checkpoint(Path(path))
+        return None
+    checkpoint = newest[0] if newest else open_checkpoint(Path(path))
+    check_model_config(config.model, checkpoint, run_dir)
+    step, steps = checkpoint.entry("iteration"), config.train.steps
+    if step == steps:
+        raise InvalidInputError(
+            f"{run_dir} is finished: it has done its {steps:,} steps; to train it longer, give more "
+            f"(--resume {run_dir} --steps {2 * steps})"
+        )
+    if step > steps:
+        raise InvalidConfigError(
+            f"{run_dir} has done {step:,} steps, so it cannot be resumed with steps = {steps:,}; give more than it has "
+            "done, or train in another folder"
+        )
+    changed = _changed_settings(saved, config)
+    if changed:
+        report(f"{run_dir} is resumed with other settings than before: {', '.join(changed)}")
+    return checkpoint
+
+
+def resume_run(
+    run_dir: Path,
+    config: RunConfig,
+    checkpoint: Checkpoint | None,
+    model: TransformerLM,
+    optimizer: torch.optim.Optimizer,
+    world: World = SINGLE_PROCESS,
+) -> RunProgress:
+    """Load the checkpoint of `find_checkpoint` into a model and its optimizer, and rewind the folder to its step.
+
+    Records of later steps are removed, because these steps are done again, and later checkpoints, which are damaged,
+    are set aside. The configuration is saved again, because a resumed run may have more steps.
+
+    Args:
+        checkpoint: None to start again at step 0.
+        world: the ranks that resume; rank 0 changes the folder.
+
+    Raises:
+        DamagedFileError: the checkpoint was not saved by a run.
+        InvalidInputError: the checkpoint does not fit the model or the optimizer.
+    """
+    progress = RunProgress()
+    if checkpoint is not None:
+        extra = checkpoint.entry("extra")
+        if not isinstance(extra, dict) or not {"wall_s", "nonfinite_steps", "random_state"} <= extra.keys():
+            raise DamagedFileError(f"{checkpoint.src} has no state of a training run; it was imported, or is damaged")
         if is_sharded(model):
             step = load_sharded_state(checkpoint, model, optimizer, world)
         else:
             step = load_state(checkpoint, model, optimizer)
-        extra = checkpoint.entry("extra")
-        progress = RunProgress(step, extra["wall_s"], extra["nonfinite_steps"])
+        # Version 0.1.0 did not save the number of sequences.
+        sequences = extra.get("sequences", step * load_run_config(run_dir).train.batch_size)
+        progress = RunProgress(step, extra["wall_s"], extra["nonfinite_steps"], sequences)
         _set_random_state(extra["random_state"])
     world.on_rank_0(lambda: _rewind_folder(run_dir, config, progress.step))
     return progress
 
 
+def _changed_settings(saved: RunConfig, config: RunConfig) -> list[str]:
+    """Describe the settings of a resumed run that differ from those before."""
+    before, after = (flatten_settings(to_table(each)) for each in (saved, config))
+    return [
+        f"{key} = {after.get(key)!r} instead of {before.get(key)!r}"
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key) != after.get(key)
+    ]
+
+
 def _rewind_folder(run_dir: Path, config: RunConfig, step: int) -> None:
-    """Remove the metrics of steps after `step`, and save the configuration."""
-    metrics = run_dir / "metrics.jsonl"
+    """Make a folder that of a run which has done `step` steps: its log, samples, checkpoints and configuration."""
+    metrics, samples = run_dir / "metrics.jsonl", run_dir / "samples.txt"
     if metrics.exists():
-        records = [record for record in read_all_records(metrics) if record.get("step", 0) <= step]
+        records = read_all_records(metrics)
         with atomic_write(metrics) as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records).encode())
-    save_config(config, run_dir / "config.toml")
+            file.writelines(encode_record(record) for record in records if record["step"] <= step)
+        later = [record for record in records if record["step"] > step and record.get("kind") == "sample"]
+        if later and samples.exists():
+            content = samples.read_bytes()
+            for record in reversed(later):
+                content = content.removesuffix(format_sample(record).encode())
+            with atomic_write(samples) as file:
+                file.write(content)
+    for path in checkpoint_paths(run_dir):
+        if checkpoint_step(path) > step:
+            set_aside(path)
+    save_run_config(run_dir, config)
+
+
+def format_sample(record: dict[str, Any]) -> str:
+    """The entry in samples.txt of a sample's record in the log."""
+    return f"--- step {record['step']} ---\n{record.get('text', '')}\n\n"
 
 
 def _get_random_state() -> dict[str, str]:

@@ -34,7 +34,8 @@ class TrainConfig:
     embedding_rate_factor: float = 1.0
     """Factor for the learning rate of the token embedding and the output matrix, whose rows are updated rarely."""
     warmup_steps: int = 100
-    """Steps in which the learning rate grows linearly from 0 to its maximum."""
+    """Steps in which the learning rate grows linearly from 0 to its maximum; a tenth of the steps, with a warning, if
+    the run is not longer than its warm-up."""
     beta1: float = 0.9
     """AdamW: decay rate of the running mean of the gradient."""
     beta2: float = 0.95
@@ -95,6 +96,14 @@ class TrainConfig:
     reduce_precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type in which gradients are summed over GPUs. auto is the data type of each gradient, or float32 with
     gradient accumulation. bfloat16 halves the amount of data to send."""
+
+    @property
+    def fitted_warmup_steps(self) -> int:
+        """`warmup_steps`, or a tenth of the steps if the run is not longer than its warm-up.
+
+        So the learning rate reaches its maximum, and ends at its minimum, in a run of any length.
+        """
+        return self.warmup_steps if self.warmup_steps < self.steps else self.steps // 10
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "gradient_accumulation", "eval_batches", "sample_tokens", "checkpoints_kept")

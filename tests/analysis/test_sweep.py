@@ -14,7 +14,7 @@ from basic.common.config_files import load_config, save_config
 from basic.common.errors import InvalidConfigError
 from basic.model import ModelConfig
 from basic.training.loop import train
-from basic.training.run_folder import load_run
+from basic.training.run_folder import load_run, save_run_config
 from basic.training.settings import DataConfig, RunConfig, TrainConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -194,7 +194,7 @@ def test_interrupted_sweep_resumes_the_run_and_continues(tmp_path):
             from dataclasses import replace
 
             train(replace(config, train=replace(config.train, steps=2)), *arguments, **settings)
-            save_config(config, arguments[2] / "config.toml")
+            save_run_config(arguments[2], config)
             raise KeyboardInterrupt
         return train(config, *arguments, **settings)
 

@@ -1,5 +1,6 @@
 """The scripts that use a trained model: generate.py, evaluate.py and sweep.py."""
 
+import dataclasses
 import io
 import os
 import re
@@ -18,7 +19,7 @@ from basic.generation.text import complete
 from basic.model import ModelConfig
 from basic.Tokenizer import Tokenizer
 from basic.training.loop import train
-from basic.training.run_folder import load_run
+from basic.training.run_folder import load_run, load_run_config, save_run_config
 from basic.training.settings import DataConfig, RunConfig, TrainConfig
 from tests.project.test_scripts import REPOSITORY, run_script, script
 
@@ -109,8 +110,10 @@ def test_in_a_terminal_the_script_asks_for_prompts_until_ctrl_d(folder, capsys, 
 
 
 def test_a_prompt_starts_a_document_if_training_sequences_do(folder, capsys, monkeypatch):
-    config = (folder / "run" / "config.toml").read_text()
-    (folder / "run" / "config.toml").write_text(config.replace('rows = "windows"', 'rows = "documents"'))
+    config = load_run_config(folder / "run")
+    save_run_config(
+        folder / "run", dataclasses.replace(config, train=dataclasses.replace(config.train, rows="documents"))
+    )
     try:
         run = load_run(folder / "run", device="cpu")
         assert run.config.train.rows == "documents"
@@ -119,7 +122,7 @@ def test_a_prompt_starts_a_document_if_training_sequences_do(folder, capsys, mon
             out = generate_output(capsys, monkeypatch, folder, "--temperature", "0", "--prompt", prompt)
             assert out == f"the cat{continued}\n\n"
     finally:
-        (folder / "run" / "config.toml").write_text(config)
+        save_run_config(folder / "run", config)
 
 
 def test_ctrl_c_ends_without_a_traceback(folder):

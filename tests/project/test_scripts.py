@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from basic.common.config_files import load_config, save_config
+from basic.common.errors import InvalidInputError
 from basic.corpus.stories.grammar import stories
 from basic.model import ModelConfig
 from basic.Tokenizer import Tokenizer
@@ -111,12 +112,15 @@ def corpus(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["quickstart", "--input", "missing.txt"], "No such file or directory: 'missing.txt'"),
+        (["quickstart", "--input", "missing.txt"], "there is no file 'missing.txt'"),
         (["quickstart", "--input", "empty.txt"], "empty.txt is empty"),
         (["quickstart", "--input", "invalid.txt", "--output", "run"], "at byte offset 36 "),
         (["quickstart", "--input", "short.txt"], "training tokens: the dataset has 3 tokens"),
         (["quickstart", "--vocab-size", "256", "--input", "corpus.txt"], "256"),
-        (["quickstart", "--output", "foreign"], "foreign exists and is not a run; choose another --output"),
+        (
+            ["quickstart", "--output", "foreign"],
+            "foreign exists and has no valid quickstart.json, so it is not replaced",
+        ),
         (["train", "--config", "missing.toml"], "there is no configuration 'missing.toml'; give a TOML file"),
         (["train"], "give --config FILE or --resume FOLDER; got neither"),
         (["train", "--confg", "run.toml"], "give --config FILE or --resume FOLDER; got --confg run.toml"),
@@ -216,6 +220,7 @@ QUICKSTART_FILES = {
     *("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/special_tokens.json"),
     *("train.txt", "train.bin", "train.json", "valid.txt", "valid.bin", "valid.json"),
     *("config.toml", "environment.json", "metrics.jsonl", "loss.png", "samples.txt"),
+    *("checksums.json", "tokenizer/checksums.json", "quickstart.json"),
 }
 
 
@@ -242,10 +247,29 @@ def test_quickstart_on_a_text_writes_all_files_and_replaces_an_earlier_result(qu
     assert f"wrote {output}: " in printed
     assert "nats a document" not in printed  # the information content of this text is unknown
 
-    (output / "notes.txt").touch()  # is replaced with the earlier result
+    (output / "notes.txt").write_text("mine")
     quickstart.main(dataclasses.replace(options, steps=3))
-    assert files(output).keys() == QUICKSTART_FILES | {"checkpoints/step_00000003.safetensors"}
+    assert files(output).keys() == QUICKSTART_FILES | {"checkpoints/step_00000003.safetensors", "notes.txt"}
+    assert (output / "notes.txt").read_text() == "mine"
     assert [path.name for path in output.parent.iterdir()] == ["quick"]
+
+
+def test_quickstart_replaces_only_what_quickstart_has_written(quickstart, tmp_path, monkeypatch):
+    """Neither a run of train.py, nor its own run that was trained further, nor a folder with its input."""
+    source, output = tmp_path / "source.txt", tmp_path / "quick"
+    source.write_text(text(60))
+    options = quickstart.Options(input=source, output=output, vocab_size=300, steps=2, device="cpu")
+    quickstart.main(options)
+    run_script(monkeypatch, "train", "--resume", output, "--steps", "3")
+    precious = tmp_path / "precious"
+    run_script(monkeypatch, "train", "--config", output / "config.toml", "--output", precious)
+    before = files(tmp_path)
+    for folder in (output, precious):
+        with pytest.raises(FileExistsError, match=r"so it is not replaced|is not replaced, because"):
+            quickstart.main(dataclasses.replace(options, output=folder))
+    with pytest.raises(InvalidInputError, match=r"train\.txt is in .*quick, whose files are replaced"):
+        quickstart.main(dataclasses.replace(options, input=output / "train.txt"))
+    assert files(tmp_path) == before
 
 
 def test_quickstart_on_a_text_without_documents_does_not_prompt_with_an_end_of_text(quickstart, tmp_path, monkeypatch):
@@ -324,7 +348,8 @@ def test_all_scripts_from_text_to_generated_text(tmp_path, monkeypatch, capsys):
 
     with pytest.raises(SystemExit, match="error: runs/small already contains a run"):
         run_script(monkeypatch, "train", "--config=small.toml")
-    run_script(monkeypatch, "train", "--resume", "runs/small")
+    with pytest.raises(SystemExit, match="error: runs/small is finished: it has done its 3 steps; to train it longer"):
+        run_script(monkeypatch, "train", "--resume", "runs/small")
     run_script(monkeypatch, "train", "--resume", "runs/small", "--steps", "5")
     assert [record["step"] for record in read_metrics("runs/small/metrics.jsonl")] == [1, 2, 3, 4, 5]
     run_script(monkeypatch, "train", "--config", "small.toml", "--overwrite", "--tokenizer", "")

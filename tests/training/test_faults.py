@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ from basic.common.files import sha256_of_file
 from basic.model import TransformerLM
 from basic.tokens.flat_file import TokenFileWriter
 from basic.tokens.opening import open_tokens
-from basic.training.checkpoints.file import load_checkpoint, read_checkpoint, save_checkpoint
+from basic.training.checkpoints.file import load_checkpoint, read_checkpoint, save_checkpoint, write_checkpoint
 from basic.training.loop import make_optimizer, train
 from basic.training.records.log import NullLog
-from basic.training.records.metrics import read_metrics, read_records
-from basic.training.run_folder import checkpoint_paths, load_run
+from basic.training.records.metrics import read_all_records, read_metrics, read_records
+from basic.training.run_folder import checkpoint_paths, load_run, load_run_config
 from basic.training.saving import RETRY_S, CheckpointManager, RunProgress
 from basic.training.step import TrainStep
 from tests.helpers.fault_tools import TRAIN, VALID, configuration, poisoned_step
@@ -143,6 +144,149 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_previous_one_is_used(tm
         load_run(tmp_path / "run")
 
 
+def test_a_run_is_written_by_one_process(tmp_path):
+    """While a run trains, it can neither be resumed, nor overwritten, nor be started a second time."""
+    config = configuration(steps=2, eval_interval=0)
+    refused = []
+
+    class Step(TrainStep):
+        def __call__(self, batch, learning_rate):
+            if not refused:
+                before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+                for options in ({"resume": True}, {"overwrite": True}, {}):
+                    with pytest.raises(BlockingIOError, match=rf"run is being written by process {os.getpid()} on "):
+                        train(config, TRAIN, VALID, tmp_path / "run", **options)
+                    refused.append(options)
+                assert {path: path.read_bytes() for path in before} == before
+            return super().__call__(batch, learning_rate)
+
+    train(config, TRAIN, VALID, tmp_path / "run", make_step=Step)
+    assert len(refused) == 3
+    train(replace(config, train=replace(config.train, steps=3)), TRAIN, VALID, tmp_path / "run", resume=True)
+    assert not (tmp_path / "run" / ".basic.lock").exists()
+
+
+def test_changed_settings_of_a_resumed_run_are_reported(tmp_path, capsys):
+    train(configuration(steps=2), TRAIN, VALID, tmp_path / "run")
+    train(configuration(steps=4, seed=7), TRAIN, VALID, tmp_path / "run", resume=True)
+    message = "is resumed with other settings than before: train.steps = 4 instead of 2, train.seed = 7 instead of 0\n"
+    assert message in capsys.readouterr().err
+
+
+def test_resuming_rewinds_the_samples_as_it_rewinds_the_metrics(tmp_path):
+    """Samples at steps 2, 4, 6, a checkpoint at 3: the samples after it are written once."""
+
+    class Tokenizer:
+        vocab_size, special_token_ids = 40, {"<|endoftext|>": 0}
+
+        def encode(self, text):
+            return [0]
+
+        def decode(self, ids):
+            return " ".join(map(str, ids))
+
+        def decode_bytes(self, ids):
+            return self.decode(ids).encode()
+
+        def save(self, directory):
+            Path(directory).mkdir()
+
+    settings = {
+        "sample_interval": 2,
+        "sample_tokens": 3,
+        "checkpoint_interval": 3,
+        "eval_interval": 0,
+        "keep_best": False,
+    }
+    config, tokenizer = configuration(steps=8, **settings), Tokenizer()
+    train(config, TRAIN, VALID, tmp_path / "uninterrupted", tokenizer=tokenizer)
+    expected = (tmp_path / "uninterrupted" / "samples.txt").read_text()
+    assert re.findall(r"--- step (\d+) ---", expected) == ["2", "4", "6", "8"]
+    with pytest.raises(FloatingPointError):
+        train(config, TRAIN, VALID, tmp_path / "run", tokenizer=tokenizer, make_step=poisoned_step({7}, math.nan))
+    for path in checkpoint_paths(tmp_path / "run"):
+        if path.name != "step_00000003.safetensors":
+            path.unlink()
+    assert "--- step 6 ---" in (tmp_path / "run" / "samples.txt").read_text()
+    train(config, TRAIN, VALID, tmp_path / "run", tokenizer=tokenizer, resume=True)
+    assert (tmp_path / "run" / "samples.txt").read_text() == expected
+    # The text of somebody else, such as that of the quickstart, stays.
+    (tmp_path / "run" / "samples.txt").write_text("mine\n")
+    longer = replace(config, train=replace(config.train, steps=9, sample_interval=0))
+    train(longer, TRAIN, VALID, tmp_path / "run", tokenizer=tokenizer, resume=True)
+    assert (tmp_path / "run" / "samples.txt").read_text().startswith("mine\n--- step 9 ---")
+
+
+# --- Starting again -------------------------------------------------------------------------------------------
+
+
+def test_a_run_without_a_step_may_be_started_again(tmp_path):
+    class FailingStep(TrainStep):
+        def __call__(self, batch, learning_rate):
+            raise OSError("there is no compiler")
+
+    config = configuration(steps=3)
+    with pytest.raises(OSError, match="there is no compiler"):
+        train(config, TRAIN, VALID, tmp_path / "run", make_step=FailingStep)
+    train(config, TRAIN, VALID, tmp_path / "run")
+    assert load_run(tmp_path / "run").step == 3
+    assert len(json.loads((tmp_path / "run" / "environment.json").read_text())["starts"]) == 1
+    with pytest.raises(FileExistsError, match="already contains a run"):
+        train(config, TRAIN, VALID, tmp_path / "run")
+
+
+@pytest.mark.parametrize("removed", range(1, 8))
+def test_a_process_killed_while_it_overwrites_a_run_leaves_a_run_to_overwrite(tmp_path, monkeypatch, removed):
+    train(configuration(steps=8, checkpoint_interval=4), TRAIN, VALID, tmp_path / "run")
+    original, calls = Path.unlink, []
+
+    def unlink(path, *arguments, **options):
+        calls.append(path)
+        if len(calls) == removed:
+            raise KeyboardInterrupt
+        original(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with pytest.raises(KeyboardInterrupt):
+        train(configuration(steps=2), TRAIN, VALID, tmp_path / "run", overwrite=True)
+    monkeypatch.undo()
+    new = train(configuration(steps=2, seed=3), TRAIN, VALID, tmp_path / "run", overwrite=True).model.state_dict()
+    loaded = load_run(tmp_path / "run", device="cpu")
+    assert loaded.step == 2
+    assert all(torch.equal(new[name], weight) for name, weight in loaded.model.state_dict().items())
+    assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+
+
+def test_checkpoints_and_records_without_a_configuration_are_set_aside_by_a_new_run(tmp_path):
+    train(configuration(steps=8), TRAIN, VALID, tmp_path / "run")
+    (tmp_path / "run" / "config.toml").unlink()
+    with pytest.warns(UserWarning, match="belongs to no run; it is now set_aside_"):
+        train(configuration(steps=2), TRAIN, VALID, tmp_path / "run")
+    assert load_run(tmp_path / "run").step == 2
+    assert checkpoint_names(tmp_path / "run") == ["step_00000002.safetensors"]
+    assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+    aside = {path.name for path in (tmp_path / "run").rglob("set_aside_*")}
+    assert aside == {f"set_aside_{name}" for name in ("step_00000008.safetensors", "metrics.jsonl", "environment.json")}
+
+
+def test_the_folder_of_a_run_is_moved_while_it_trains(tmp_path, capsys):
+    class Step(TrainStep):
+        count = 0
+
+        def __call__(self, batch, learning_rate):
+            Step.count += 1
+            if Step.count == 2:
+                (tmp_path / "run").rename(tmp_path / "moved")
+            return super().__call__(batch, learning_rate)
+
+    model = train(configuration(steps=3, eval_interval=0), TRAIN, VALID, tmp_path / "run", make_step=Step).model
+    folder = tmp_path / "run" / "checkpoints"
+    assert f"was moved or removed; checkpoints are now written to a new folder, {folder}: " in capsys.readouterr().err
+    (folder / "step_00000003.safetensors").rename(tmp_path / "moved" / "checkpoints" / "step_00000003.safetensors")
+    loaded = load_run(tmp_path / "moved", device="cpu").model.state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in model.state_dict().items())
+
+
 # --- Signals --------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +371,55 @@ def test_the_newest_the_best_and_milestones_are_kept(tmp_path):
     assert [int(name[5:13]) for name in checkpoint_names(tmp_path / "run")] == [6, 8, 12, 18, 20]
     saved = [record["step"] for record in log.records if record["kind"] == "checkpoint"]
     assert saved == [3, 4, 6, 8, 9, 12, 15, 18, 20]
+
+
+def test_a_damaged_newest_checkpoint_does_not_cost_the_new_ones(tmp_path):
+    config = configuration(steps=8, checkpoint_interval=2, checkpoints_kept=1, eval_interval=0, keep_best=False)
+    with pytest.raises(FloatingPointError):
+        train(config, TRAIN, VALID, tmp_path / "run", make_step=poisoned_step({3}, math.nan))
+    (tmp_path / "run" / "checkpoints" / "step_00000009.safetensors").write_bytes(b"damaged")
+    one_more = replace(config, train=replace(config.train, steps=4))
+    model = train(one_more, TRAIN, VALID, tmp_path / "run", resume=True).model.state_dict()
+    assert checkpoint_names(tmp_path / "run") == ["step_00000004.safetensors"]
+    loaded = load_run(tmp_path / "run", device="cpu").model.state_dict()
+    assert all(torch.equal(model[name], weight) for name, weight in loaded.items())
+    aside = tmp_path / "run" / "checkpoints" / "set_aside_step_00000009.safetensors"
+    assert aside.read_bytes() == b"damaged"
+
+
+def test_the_best_checkpoint_is_known_without_the_log(tmp_path):
+    """A power cut may take the log; the loss of each checkpoint is in the checkpoint."""
+    losses = {2: 1.0, 4: 2.0}
+    save_checkpoints(tmp_path / "run", losses, steps=4, checkpoint_interval=0, checkpoints_kept=1)
+    assert checkpoint_names(tmp_path / "run") == ["step_00000002.safetensors", "step_00000004.safetensors"]
+    config = configuration(checkpoint_interval=0, checkpoints_kept=1)
+    model = TransformerLM(config.model)
+    with CheckpointManager(tmp_path / "run", config.train, NullLog()) as checkpoints:
+        assert not checkpoints.is_due(6, 1.5)
+        checkpoints.save(model, make_optimizer(model, config.train), RunProgress(6), valid_loss=3.0, is_last=True)
+    assert checkpoint_names(tmp_path / "run") == ["step_00000002.safetensors", "step_00000006.safetensors"]
+
+
+def test_the_log_is_on_the_disk_before_a_checkpoint_is(tmp_path, monkeypatch):
+    """A power cut keeps what was synchronized: at each checkpoint's rename, that includes all records before it."""
+    log, synchronized, at_checkpoint = tmp_path / "run" / "metrics.jsonl", [0], []
+    fsync, replace_file = os.fsync, os.replace
+
+    def record_fsync(descriptor):
+        fsync(descriptor)
+        if log.exists() and os.path.samestat(os.fstat(descriptor), os.stat(log)):
+            synchronized[0] = log.read_text().count('"train_loss"')
+
+    def record_replace(source, target):
+        if "step_" in os.path.basename(target):
+            at_checkpoint.append((int(Path(target).stem[5:]), synchronized[0]))
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    train(configuration(steps=6, checkpoint_interval=3, eval_interval=0), TRAIN, VALID, tmp_path / "run")
+    assert [step for step, _ in at_checkpoint] == [3, 6]
+    assert all(count >= step for step, count in at_checkpoint)
 
 
 def test_wall_time_makes_a_checkpoint_due(tmp_path):
@@ -435,6 +628,88 @@ def test_damage_to_a_token_file_is_always_found(tmp_path):
         (tmp_path / "t.bin").write_bytes(content)
         with pytest.raises(ValueError, match=r"t\.bin has"):
             open_tokens(tmp_path / "t.bin", verify=True)
+
+
+def test_damage_to_a_configuration_is_always_found(tmp_path):
+    """A byte of it decides what the model is; an edited configuration is accepted when its checksum is deleted."""
+    train(configuration(steps=2), TRAIN, VALID, tmp_path / "run")
+    path = tmp_path / "run" / "config.toml"
+    content = path.read_bytes()
+    for damaged in damaged_copies(content, int(os.environ.get("FLIPS", "100"))):
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedFileError, match=r"config\.toml has changed .* delete .*checksums\.json"):
+            load_run_config(tmp_path / "run")
+    path.write_bytes(content.replace(b"seed = 0", b"seed = 5"))
+    with pytest.raises(DamagedFileError, match=r"config\.toml has changed"):
+        load_run(tmp_path / "run")
+    (tmp_path / "run" / "checksums.json").unlink()
+    assert load_run(tmp_path / "run").config.train.seed == 5
+
+
+def test_damage_to_the_metrics_is_always_found(tmp_path):
+    train(configuration(steps=6, eval_interval=3), TRAIN, VALID, tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    content, records = path.read_bytes(), read_all_records(path)
+    for damaged in damaged_copies(content, int(os.environ.get("FLIPS", "100"))):
+        path.write_bytes(damaged)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = read_all_records(path)
+        assert all(record in records for record in found)
+        # Cut at the end of a line, a file is that of a process that was killed there.
+        assert len(found) == len(records) or caught or content.startswith(damaged)
+    path.write_bytes(content)
+    assert read_all_records(path) == records
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *('{"step": "one"}', '{"step": -1}', '{"step": true}', '{"step": 1.5}', "{}", "[]", "7", "[" * 100_000),
+        *('{"step": 1, "wall_s": "x"}', '{"step": 1, "kind": 3}', '{"step": 1, "tokens": []}', "\xff\xfe"),
+    ],
+)
+def test_lines_of_a_wrong_shape_in_the_metrics_are_left_out_with_a_warning(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line.encode("latin-1") + b'\n{"step": 2}\n')
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl: lines .* are left out: 2 \(1 of 3\)"):
+        assert read_all_records(path) == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("[]", "{}", '{"starts": 1}', '{"starts": [1]}', '{"starts": [{}]}', "[" * 100_000),
+        *('{"starts": [{"train_tokens": {}, "valid_tokens": {}, "tokenizer_fingerprint": null}]}', "{"),
+    ],
+)
+def test_an_environment_of_a_wrong_shape_is_an_error_that_names_the_file(tmp_path, content):
+    train(configuration(steps=2), TRAIN, VALID, tmp_path / "run")
+    (tmp_path / "run" / "environment.json").write_text(content)
+    with pytest.raises(DamagedFileError, match=r"environment\.json"):
+        train(configuration(steps=4), TRAIN, VALID, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("version", ["this", "0.1.0"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_layers", 10**9), ("context_length", 10**15), ("vocab_size", 10**12), ("d_model", 2**40), ("d_ff", 10**30)],
+)
+def test_sizes_are_compared_with_the_checkpoint_before_a_model_is_built(tmp_path, key, value, version):
+    train(configuration(steps=2), TRAIN, VALID, tmp_path / "run")
+    (tmp_path / "run" / "checksums.json").unlink()
+    config_path, checkpoint_path = tmp_path / "run" / "config.toml", checkpoint_paths(tmp_path / "run")[0]
+    text = config_path.read_text()
+    config_path.write_text(re.sub(rf"^{key} = \d+$", f"{key} = {value}", text, flags=re.MULTILINE))
+    assert config_path.read_text() != text
+    if version == "0.1.0":
+        checkpoint = read_checkpoint(checkpoint_path)
+        del checkpoint.document["extra"]["model"]
+        write_checkpoint(checkpoint, checkpoint_path)
+    with pytest.raises(InvalidInputError) as caught:
+        load_run(tmp_path / "run")
+    if version == "this":
+        assert f"was saved with model.{key} = " in str(caught.value)
 
 
 def with_checksum(header: object, data: bytes = b"") -> bytes:

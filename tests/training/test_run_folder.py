@@ -132,7 +132,10 @@ def test_prompts_start_with_the_separator_only_if_all_training_sequences_did(run
 def test_incomplete_lines_of_the_metrics_are_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "train_loss": 2.5}\n{"step": 2, "train_loss": 2.25}\n{"step": 3, "tra')
-    assert read_metrics(path) == [{"step": 1, "train_loss": 2.5}, {"step": 2, "train_loss": 2.25}]
+    with pytest.warns(
+        UserWarning, match=r"metrics\.jsonl: lines that are incomplete or damaged are left out: 3 \(1 of 3"
+    ):
+        assert read_metrics(path) == [{"step": 1, "train_loss": 2.5}, {"step": 2, "train_loss": 2.25}]
     path.write_text("")
     assert read_metrics(path) == []
     with pytest.raises(FileNotFoundError):

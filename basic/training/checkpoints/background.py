@@ -54,12 +54,14 @@ class BackgroundSaver:
         path: str | os.PathLike,
         *,
         extra: dict,
+        before_write: Callable[[], None],
         on_saved: Callable[[], None],
     ) -> None:
         """Copy the state and start to write it; afterwards the model may change.
 
         Args:
             model, optimizer, iteration, path, extra: as for `save_checkpoint`; for a sharded model, `path` is a folder.
+            before_write: called by the thread first.
             on_saved: called by the thread when the checkpoint is on the disk.
         """
         assert not self.is_busy, "a checkpoint is still being written"
@@ -84,7 +86,7 @@ class BackgroundSaver:
         copied = torch.cuda.Event() if device.type == "cuda" else None
         if copied is not None:
             copied.record()
-        self._writing = self._thread.submit(_write, write, copied, on_saved)
+        self._writing = self._thread.submit(_write, copied, before_write, write, on_saved)
 
     def finish(self, *, wait: bool) -> None:
         """Raise the error of the thread, if it has failed and the error was not raised before.
@@ -97,8 +99,8 @@ class BackgroundSaver:
             writing.result()
 
 
-def _write(write: Callable[[], None], copied: torch.cuda.Event | None, on_saved: Callable[[], None]) -> None:
+def _write(copied: torch.cuda.Event | None, *calls: Callable[[], None]) -> None:
     if copied is not None:
         copied.synchronize()  # waits for the copies only, not for steps that were enqueued after them
-    write()
-    on_saved()
+    for call in calls:
+        call()

@@ -37,6 +37,7 @@ from basic.training.checkpoints.state import (
     collect_state,
     load_model_state,
     load_optimizer_state,
+    rename_wrapped_keys,
 )
 from basic.training.checkpoints.tensor_tree import flatten_tree, type_name, unflatten_tree
 
@@ -175,7 +176,7 @@ def load_checkpoint(src: PathOrFile, model: Module, optimizer: Optimizer | None 
 
     Args:
         src: path, or binary file object, which is read from its position to the end of the checkpoint.
-        model: built like the saved one; changed in place.
+        model: built like the saved one, compiled or not; changed in place.
         optimizer: likewise; None ignores the saved optimizer.
 
     Returns:
@@ -195,6 +196,7 @@ def load_state(checkpoint: Checkpoint, model: Module, optimizer: Optimizer | Non
     model_state = OrderedDict(checkpoint.entry("model"))
     # The format versions of the modules: without them, a module may convert its state as if from an old version.
     model_state._metadata = checkpoint.entry("model_metadata")  # ty: ignore[missing-attribute]
+    rename_wrapped_keys(model, model_state)
     check_model_state(model, model_state)
     if optimizer is not None:
         optimizer_state = checkpoint.entry("optimizer")
@@ -241,6 +243,19 @@ def read_checkpoint(src: PathOrFile) -> Checkpoint:
     except (SafetensorError, *_PARSE_ERRORS) as error:
         raise _damaged(src, error) from error
     return Checkpoint(src, document, tensors)
+
+
+def read_document(path: str | os.PathLike) -> dict[str, Any]:
+    """Read the JSON document of a checkpoint file from its header, without verifying the checksum.
+
+    Raises:
+        DamagedFileError: the file has no such header.
+    """
+    try:
+        with open(path, "rb") as file:
+            return dict(json.loads(_read_header(file)[1]["__metadata__"]["checkpoint"]))
+    except _PARSE_ERRORS as error:
+        raise _damaged(path, error) from error
 
 
 def _damaged(src: PathOrFile, error: Exception) -> DamagedFileError:

@@ -27,7 +27,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from basic.common.errors import DamagedFileError
-from basic.common.files import sha256_of_file, sync_file, sync_folder
+from basic.common.files import load_json, sha256_of_file, sync_file, sync_folder
 from basic.training.checkpoints.file import Checkpoint
 from basic.training.checkpoints.state import (
     check_model_state,
@@ -229,6 +229,18 @@ def read_sharded_checkpoint(path: str | os.PathLike) -> Checkpoint:
     return Checkpoint(folder, document, _FullTensors(folder))
 
 
+def read_sharded_document(folder: Path) -> dict[str, Any]:
+    """Read the JSON document of a checkpoint folder, without verifying checksums.
+
+    Raises:
+        DamagedFileError: the folder has no such document.
+    """
+    try:
+        return dict(json.loads(load_json(folder / METADATA_NAME)["checkpoint"]))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise DamagedFileError(f"{folder} is not a complete checkpoint ({type(error).__name__}: {error})") from error
+
+
 class _FullTensors(Mapping[str, Tensor]):
     """The complete tensors of a checkpoint folder, on the CPU; all are read when the first one is requested."""
 
@@ -261,13 +273,8 @@ def load_sharded_state(checkpoint: Checkpoint, model: Module, optimizer: Optimiz
         InvalidInputError: the checkpoint does not fit; the message names the first difference, and nothing has changed.
     """
     document, folder = checkpoint.document, Path(str(checkpoint.src))
-    if folder.is_dir():
-        shapes = _read_shapes(folder)
-    else:
-        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in checkpoint.tensors.items()}
-    # Shapes and dtypes are enough for the check.
-    meta_tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
-    description = checkpoint._replace(tensors=meta_tensors)
+    description = without_values(checkpoint)
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in description.tensors.items()}
     check_model_state(model, description.entry("model"))
     check_optimizer_state(optimizer, description.entry("optimizer"))
     own_state, targets = model.state_dict(), {}
@@ -289,6 +296,17 @@ def load_sharded_state(checkpoint: Checkpoint, model: Module, optimizer: Optimiz
             _copy_local_shard(checkpoint.tensors[name], target, world)
     load_optimizer_state(optimizer, checkpoint._replace(tensors=targets).entry("optimizer"))
     return document["iteration"]
+
+
+def without_values(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint of either form whose tensors are on the meta device: shapes and dtypes, which are soon read."""
+    folder = Path(str(checkpoint.src))
+    if folder.is_dir():
+        shapes = _read_shapes(folder)
+    else:
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in checkpoint.tensors.items()}
+    tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
+    return checkpoint._replace(tensors=tensors)
 
 
 @torch.no_grad()

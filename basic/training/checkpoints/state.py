@@ -30,7 +30,34 @@ def collect_state(model: Module, optimizer: Optimizer | None, iteration: int, ex
     }
 
 
+# torch.compile and DistributedDataParallel put the names of the parameters behind these.
+_WRAPPERS = ("_orig_mod", "module")
+
+
+def without_wrappers(key: str) -> str:
+    """The key of a state dict without what torch.compile and DistributedDataParallel add to it."""
+    return ".".join(name for name in key.split(".") if name not in _WRAPPERS)
+
+
 # --- Model -------------------------------------------------------------------------------------------------------
+
+
+def rename_wrapped_keys(model: Module, saved: dict[str, Any]) -> None:
+    """Rename the keys of a saved state dict to those of a model, in place, where only wrappers differ.
+
+    So a checkpoint of a compiled or distributed model fits the plain model, and the reverse.
+    """
+    own: Any = model.state_dict()
+    own_keys = {without_wrappers(key): key for key in own}
+    renamed = {own_keys.get(without_wrappers(key), key): value for key, value in saved.items()}
+    if saved.keys() == renamed.keys() or len(renamed) < len(saved):
+        return
+    saved.clear()
+    saved.update(renamed)
+    if metadata := getattr(saved, "_metadata", None):  # the format version of each module; wrappers come before it
+        versions = {without_wrappers(key): version for key, version in metadata.items()}
+        own_modules = {key: versions.get(without_wrappers(key)) for key in own._metadata}
+        saved._metadata = {key: version for key, version in own_modules.items() if version is not None}  # ty: ignore
 
 
 def check_model_state(model: Module, saved: dict[str, Any]) -> None:
@@ -40,6 +67,14 @@ def check_model_state(model: Module, saved: dict[str, Any]) -> None:
         InvalidInputError: a key, shape or dtype differs; the message names the first one that does.
     """
     own = model.state_dict()
+    check_shapes(own, saved)
+    for key, value in own.items():
+        if isinstance(value, Tensor) and value.is_meta:
+            raise InvalidInputError(f"{key!r} of the model is on the meta device and has no memory; use to_empty first")
+
+
+def check_shapes(own: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Check that a saved state dict has the keys, shapes and dtypes of a module's own, as `check_model_state` does."""
     for key, value in own.items():
         if key not in saved:
             raise InvalidInputError(
@@ -54,8 +89,6 @@ def check_model_state(model: Module, saved: dict[str, Any]) -> None:
                 f"the checkpoint does not fit the model: {key!r} is {_describe(saved_value)} in the checkpoint, but "
                 f"{_describe(value)} in the model; build the model as it was saved, in its dtype"
             )
-        if value.is_meta:
-            raise InvalidInputError(f"{key!r} of the model is on the meta device and has no memory; use to_empty first")
     for key in saved:
         if key not in own:
             raise InvalidInputError(

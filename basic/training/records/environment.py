@@ -68,9 +68,21 @@ def read_environments(run_dir: Path) -> list[dict[str, Any]]:
     """
     path = run_dir / _FILE_NAME
     content = load_json(path) if path.is_file() else {"starts": []}
-    if not isinstance(content, dict) or "starts" not in content:
-        raise DamagedFileError(f"{path} has no list of starts; remove it")
-    return content["starts"]
+    starts = content.get("starts") if isinstance(content, dict) else None
+    if not isinstance(starts, list) or not all(map(_is_environment, starts)):
+        raise DamagedFileError(
+            f"{path} is damaged: it does not describe the starts of a run; restore it from a copy, or remove it to "
+            "resume without a comparison of the data"
+        )
+    return starts
+
+
+def _is_environment(start: Any) -> bool:
+    """Whether a value has what `check_environment` compares."""
+    if not isinstance(start, dict) or "tokenizer_fingerprint" not in start:
+        return False
+    tokens = (start.get("train_tokens"), start.get("valid_tokens"))
+    return all(isinstance(each, dict) and type(each.get("count")) is int and "fingerprint" in each for each in tokens)
 
 
 def append_environment(run_dir: Path, environment: dict[str, Any], step: int) -> None:
@@ -97,14 +109,9 @@ def check_environment(run_dir: Path, environment: dict[str, Any], warn: Callable
                 f"{run_dir} was started with other {name} ({_summary(first[name])}) than these "
                 f"({_summary(environment[name])}); resume it with its own tokens, or train on these in another folder"
             )
-    fingerprints = first["tokenizer_fingerprint"], environment["tokenizer_fingerprint"]
-    if None not in fingerprints and fingerprints[0] != fingerprints[1]:
-        raise WrongTokenizerError(
-            f"{run_dir} was started with another tokenizer (fingerprint {fingerprints[0]}) than this one "
-            f"({fingerprints[1]}); resume it with its own, in {run_dir / 'tokenizer'}"
-        )
+    check_run_tokenizer(run_dir, environment["tokenizer_fingerprint"])
     for name, consequence in (
-        ("threads", f"set OMP_NUM_THREADS={first['threads']} for bitwise equal results"),
+        ("threads", f"set OMP_NUM_THREADS={first.get('threads')} for bitwise equal results"),
         ("processes", "the results will differ in their last bits from those of an uninterrupted run"),
         ("device", "the results will differ slightly from those of an uninterrupted run"),
         ("torch", "the results may differ slightly from those of an uninterrupted run"),
@@ -114,6 +121,24 @@ def check_environment(run_dir: Path, environment: dict[str, Any], warn: Callable
             warn(
                 f"warning: {run_dir} was started with {name} {before} and is resumed with {environment[name]}; "
                 f"{consequence}"
+            )
+
+
+def check_run_tokenizer(run_dir: Path, fingerprint: str | None) -> None:
+    """Check that a tokenizer is the one with which a run was started.
+
+    Args:
+        fingerprint: of the tokenizer; None for no check, as for a run that does not know its own.
+
+    Raises:
+        WrongTokenizerError: it is another one, or its files were changed.
+    """
+    for start in read_environments(run_dir)[:1]:
+        expected = start["tokenizer_fingerprint"]
+        if None not in (expected, fingerprint) and expected != fingerprint:
+            raise WrongTokenizerError(
+                f"{run_dir} was started with another tokenizer (fingerprint {expected}) than this one ({fingerprint}); "
+                f"use its own, in {run_dir / 'tokenizer'}, or restore that from a copy"
             )
 
 
@@ -134,7 +159,7 @@ def _describe_tokens(tokens: Tokens) -> dict[str, Any]:
 
 
 def _summary(tokens: dict[str, Any]) -> str:
-    return f"{tokens['count']:,} tokens of {tokens['path'] or 'an array'}"
+    return f"{tokens['count']:,} tokens of {tokens.get('path') or 'an array'}"
 
 
 def _code_version() -> dict[str, Any]:

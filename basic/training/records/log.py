@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -16,8 +15,11 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from basic.common.command_line import escape
 from basic.common.config_files import to_table
+from basic.common.files import sync_folder
 from basic.training.devices import PEAK_BF16_FLOPS
+from basic.training.records.metrics import encode_record
 from basic.training.records.trackers import Tracker, open_trackers
 from basic.training.settings import RunConfig
 
@@ -76,6 +78,7 @@ class RunLog:
         )
         # Unbuffered: a buffer would keep the bytes of a failed write and write them again later.
         self._file = open(self._path, "ab", buffering=0)
+        sync_folder(run_dir)
         self._started_s = self._clock()
         self._last_line_s = -math.inf
         self._bar = tqdm(
@@ -113,17 +116,24 @@ class RunLog:
         """
         record = {key: None if _is_nonfinite(value) else value for key, value in record.items()}
         with self._lock:
-            self._unwritten.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            self._unwritten.append(encode_record(record))
             self._write_lines()
             for tracker in list(self._trackers):
                 self._call(tracker, tracker.log, record)
         if self._progress and "kind" not in record:
             self._show(record)
 
+    def sync(self) -> None:
+        """Write all records to the disk itself, so that a power failure does not remove them."""
+        with self._lock:
+            self._write_lines()
+            with suppress(OSError):  # a failing disk is reported when the checkpoint is written
+                os.fsync(self._file.fileno())
+
     def print_message(self, text: str) -> None:
         """Print a line to stderr, above the live line if there is one."""
         with suppress(OSError):  # stderr may be a file on the full disk
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(escape(text), file=sys.stderr)  # it may quote another program's error
 
     def update_progress(self, steps_done: int) -> None:
         """Set the number of steps in the live line; this is cheap and does not wait for the device."""
@@ -200,6 +210,9 @@ class NullLog:
         pass
 
     def write(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
         pass
 
     def update_progress(self, steps_done: int) -> None:

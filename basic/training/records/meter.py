@@ -31,13 +31,14 @@ class Meter:
 
     Args:
         step: number of steps done before.
+        tokens_before: number of tokens in these steps.
         wall_before_s: seconds that these steps took.
         tokens_per_step: of all ranks together.
         device: that the losses and norms are on.
     """
 
-    def __init__(self, step: int, wall_before_s: float, tokens_per_step: int, device: torch.device):
-        self.step, self.tokens_per_step, self.device = step, tokens_per_step, device
+    def __init__(self, step: int, tokens_before: int, wall_before_s: float, tokens_per_step: int, device: torch.device):
+        self.step, self.tokens, self.tokens_per_step, self.device = step, tokens_before, tokens_per_step, device
         self.started_s = time.perf_counter() - wall_before_s
         self._pending: list[tuple[int, float, Tensor]] = []
         self._in_flight: tuple[list[tuple[int, float, Tensor]], Tensor, torch.cuda.Event | None] | None = None
@@ -47,6 +48,7 @@ class Meter:
     def add(self, loss: Tensor, gradient_norm: Tensor, learning_rate: float) -> list[StepMetrics]:
         """Add a step; return the non-finite steps that are known by now and were not returned before."""
         self.step += 1
+        self.tokens += self.tokens_per_step
         self.interval_steps += 1
         self._pending.append((self.step, learning_rate, torch.stack((loss, gradient_norm))))
         if len(self._pending) < _STEPS_PER_COPY:
@@ -105,7 +107,7 @@ class Meter:
         interval_s = time.perf_counter() - self.interval_started_s
         return {
             "step": self.step,
-            "tokens": self.step * self.tokens_per_step,
+            "tokens": self.tokens,
             "wall_s": round(self.wall_s(), 3),
             "train_loss": sum(self.losses) / len(self.losses) if self.losses else math.nan,
             "learning_rate": self.latest.learning_rate,

@@ -1,11 +1,31 @@
-"""Reading the records of a run's metrics.jsonl."""
+"""The lines of a run's metrics.jsonl: one record each, as JSON, with a checksum as its last key.
+
+    {"step": 50, "tokens": 819200, ..., "crc32": "5f3a0c71"}
+
+The checksum is the CRC-32 of the line without that key, in hexadecimal. A file in which no line has one, such as one
+of version 0.1.0, is accepted.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
+import re
+import warnings
+import zlib
+from collections.abc import Mapping
 from typing import Any
+
+_CHECKSUM = re.compile(rb', "crc32": "([0-9a-f]{8})"\}$')
+_INTEGERS = ("step", "tokens")
+_NUMBERS = ("wall_s", "train_loss", "valid_loss", "learning_rate", "gradient_norm", "tokens_per_s", "save_s")
+_MAX_SHOWN_LINES = 5
+
+
+def encode_record(record: Mapping[str, Any]) -> bytes:
+    """Return the line of a record, with its newline; the record has at least one key."""
+    line = json.dumps(record, ensure_ascii=False).encode()
+    return line[:-1] + f', "crc32": "{zlib.crc32(line):08x}"}}\n'.encode()
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -23,10 +43,46 @@ def read_records(path: str | os.PathLike, kind: str | None) -> list[dict[str, An
 
 
 def read_all_records(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Read all records, oldest first, without lines that a crash or a full disk left incomplete."""
-    records = []
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict)]
+    """Read all records, oldest first.
+
+    Lines that a crash or a full disk left incomplete, and damaged ones, are left out, and a warning names them.
+    """
+    with open(path, "rb") as file:
+        lines = [(number, line.strip()) for number, line in enumerate(file, 1) if line.strip()]
+    has_checksums = any(_CHECKSUM.search(line) for _, line in lines)
+    records, damaged = [], []
+    for number, line in lines:
+        record = _decode_record(line, has_checksums)
+        damaged.append(number) if record is None else records.append(record)
+    if damaged:
+        shown = ", ".join(map(str, damaged[:_MAX_SHOWN_LINES])) + ", ..." * (len(damaged) > _MAX_SHOWN_LINES)
+        warnings.warn(
+            f"{os.fspath(path)}: lines that are incomplete or damaged are left out: {shown} "
+            f"({len(damaged)} of {len(damaged) + len(records)})",
+            stacklevel=2,
+        )
+    return records
+
+
+def _decode_record(line: bytes, has_checksum: bool) -> dict[str, Any] | None:
+    """Return the record of a line, without its checksum; None if the line is damaged."""
+    if has_checksum:
+        if (match := _CHECKSUM.search(line)) is None:
+            return None
+        line = line[: match.start()] + b"}"
+        if zlib.crc32(line) != int(match[1], 16):
+            return None
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and _has_expected_types(record) else None
+
+
+def _has_expected_types(record: dict[str, Any]) -> bool:
+    """Whether the values that this library computes with are what they should be; all but the step may be missing."""
+    integers = all(type(record[key]) is int and record[key] >= 0 for key in _INTEGERS if key in record)
+    # A record of a step that is not finite has its numbers as text, "nan".
+    allowed = (int, float, str) if record.get("kind") == "nonfinite" else (int, float, type(None))
+    numbers = all(type(record[key]) in allowed for key in _NUMBERS if key in record)
+    return "step" in record and integers and numbers and isinstance(record.get("kind", ""), str)
