@@ -29,7 +29,8 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from basic.common.errors import BasicError, InvalidInputError
+from basic.common import command_line
+from basic.common.errors import InvalidInputError
 from basic.corpus.counting import count_pretokens
 from basic.corpus.stories.grammar import stories
 from basic.pretokenization import SpecialTokens
@@ -488,12 +489,10 @@ def main(name: tyro.conf.Positional[str] = "all", corpora: tyro.conf.OmitArgPref
     answers = questions(corpora)
     if name not in {"all", *answers}:
         raise SystemExit(f"there is no question {name!r}; the questions are: all, {', '.join(answers)}")
-    try:
-        for answer in answers.values() if name == "all" else [answers[name]]:
-            print(answer(), end="\n\n\n", flush=True)
-    except (BasicError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    for answer in answers.values() if name == "all" else [answers[name]]:
+        print(answer(), end="\n\n\n", flush=True)
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=f"Answer the assignment's written questions: all, or one of {', '.join(questions())}.")
+    description = f"Answer the assignment's written questions: all, or one of {', '.join(questions())}."
+    command_line.run(lambda: tyro.cli(main, description=description))

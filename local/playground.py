@@ -72,6 +72,6 @@ if __name__ == "__main__":
     try:
         command_line.run(lambda: main(command_line.parse(Options, __doc__)))
     except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] not in ("starlette", "uvicorn", "anyio", "h11"):
+        if str(error.name).partition(".")[0] not in ("starlette", "uvicorn", "anyio"):
             raise
         sys.exit(f"error: {error.name} is not installed; {how_to_install('playground', 'starlette anyio uvicorn')}")

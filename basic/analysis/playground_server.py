@@ -26,7 +26,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import anyio
-import h11
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -272,11 +271,10 @@ class TimedProtocol(H11Protocol):
 
     def _check_request(self) -> None:
         """Close the connection if the request is not complete, unless it is the server that does not read it yet."""
-        if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
-            if self.flow.read_paused:
-                self._start_request_timer()
-            else:
-                self.transport.abort()
+        if self.flow.read_paused:
+            self._start_request_timer()
+        elif self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
+            self.transport.abort()
 
 
 def _cancel(timer: TimerHandle | None) -> None:

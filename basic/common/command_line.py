@@ -7,6 +7,7 @@ import os
 import re
 import select
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -36,6 +37,8 @@ def run(script: Callable[[], object]) -> None:
         sys.argv.remove(TRACEBACK_OPTION)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # not every console has all characters of Unicode
+    if not with_traceback:
+        warnings.formatwarning = _format_warning
     try:
         script()
     except KeyboardInterrupt as interrupt:
@@ -121,6 +124,12 @@ def tokenizer_folder(path: Path) -> Path:
         return path
     print(f"{path} is a run; using its tokenizer, {own}", file=sys.stderr)
     return own
+
+
+def _format_warning(message: Warning | str, *where: object, **line: object) -> str:
+    """Format a warning as one line, without the place in the code."""
+    text = escape(" ".join(str(message).splitlines()))
+    return f"warning: {text.removeprefix('warning: ')}\n"
 
 
 def _reader_has_ended(stream: TextIO | None) -> bool:

@@ -31,7 +31,7 @@ def load_config(path: str | os.PathLike, cls: type[T]) -> T:
         raise FileNotFoundError(
             f"there is no configuration {str(path)!r}; give a TOML file, such as local/configs/small.toml"
         ) from error
-    except ValueError as error:  # also tomllib's errors
+    except (ValueError, RecursionError) as error:  # also tomllib's errors, and tables that are nested too deeply
         raise InvalidConfigError(f"{path}: {error}") from error
 
 

@@ -129,6 +129,12 @@ def test_control_characters_in_an_error_are_escaped(monkeypatch):
     assert caught.value.code == "error: the token \\x1b]52;c;\\x07 of tokenizer.json"
 
 
+@pytest.mark.parametrize("prefix", ["", "warning: "])
+def test_a_warning_is_one_line_without_control_characters(prefix):
+    process = start(f"import warnings; warnings.warn('{prefix}step_5 is\\n damaged: \\x1b]52;')")
+    assert process.communicate(timeout=60)[1].decode() == "warning: step_5 is  damaged: \\x1b]52;" + os.linesep
+
+
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_text_of_others_is_escaped_in_a_terminal_only(is_terminal):
     stream = io.StringIO()

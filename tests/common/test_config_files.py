@@ -80,6 +80,7 @@ def test_an_integer_is_accepted_for_a_float(tmp_path):
         ("on = true", "the key 'count' is missing, and it has no default"),
         ("count = 1\n[inner]\nratio = 1.0", "the key 'inner.name' is missing"),
         ("count = 1.0", "count must be an integer, got 1.0"),
+        ("count = " + "[" * 100_000, "maximum recursion depth exceeded"),
         ("count = true", "count must be an integer, got True"),
         ("count = '1'", "count must be an integer, got '1'"),
         ("count = 1\nlimit = 'none'", "limit must be an integer, got 'none'"),

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from basic import assignment_question
 from basic.analysis import accounting
-from basic.common.errors import InvalidInputError
+from basic.common.errors import BasicError, InvalidInputError
 from basic.model import AdamW, Linear, ModelConfig, RMSNorm, TransformerLM
 from basic.train_bpe import train_bpe
 from basic.transformer import functional
@@ -411,8 +411,8 @@ def test_unknown_question_is_an_error_that_lists_the_questions():
         ({"vocab_size": 256}, "at least 257, got 256"),
     ],
 )
-def test_invalid_corpora_exit_with_a_message(settings, message, corpora, tmp_path):
+def test_invalid_corpora_are_errors_of_the_user(settings, message, corpora, tmp_path):
     path = tmp_path / settings["corpus"] if "corpus" in settings else corpora.corpus
     wrong = assignment_question.Corpora(corpus=path, vocab_size=settings.get("vocab_size", 300))
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises((BasicError, OSError), match=message):
         assignment_question.main("train_bpe_tinystories", wrong)
