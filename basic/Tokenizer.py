@@ -245,6 +245,15 @@ class Tokenizer:
         batches = pretokenize_stream(replace_surrogates_in_stream(texts), special, self.compiled_pattern)
         return self._encode_batches(batches)
 
+    def encode_documents(self, texts: Iterable[str], separator: str) -> Iterator[list[int]]:
+        """As `encode_stream`, for documents with the mark of a separator between them (`SpecialTokens.document_mark`).
+
+        Special tokens inside the documents are text.
+        """
+        mark = SpecialTokens.document_mark(separator)
+        batches = pretokenize_stream(texts, mark, self.compiled_pattern)
+        return self._encode_batches((pretokens, special and separator) for pretokens, special in batches)
+
     def _encode_complete(self, text: str, specials_as_text: bool) -> list[int]:
         """Encode a short text without surrogates in the plain path."""
         special = self.active_special_tokens(specials_as_text)

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from basic.bpe.arrays import InvalidByteError
+from basic.bpe.compiled import KernelEncoder
+from basic.bpe.loading import MIN_BYTES_FOR_KERNELS
 from basic.common.errors import DamagedFileError, InvalidInputError, WrongTokenizerError
 from basic.common.outputs import Output, check_outputs
 from basic.common.progress import default_num_workers, progress_bar
@@ -29,6 +31,8 @@ from basic.corpus.shards import (
     Shard,
     ShardChunks,
     entire_source,
+    exceeds,
+    group_by_special_tokens,
     inputs_fingerprint,
     read_segment,
     split_into_shards,
@@ -128,7 +132,7 @@ def encode_file(
     )
     sources = expand_inputs(inputs)
     check_outputs(_token_file_outputs(output_path), inputs=sources, overwrite=overwrite)
-    shard = _entire_sources(sources, _special_tokens(tokenizer, specials_as_text))
+    shard = _entire_sources(sources, tokenizer)
     with progress_bar(progress, desc="encoding", total=total_text_bytes(shard), unit="B", unit_scale=True) as advance:
         return _write_token_file(tokenizer, encoding, shard, output_path, advance)
 
@@ -183,7 +187,7 @@ def encode_files(
         )
     sources = expand_inputs(inputs)
     check_outputs(_dataset_outputs(output, 0), inputs=sources, overwrite=True)
-    segments = _entire_sources(sources, _special_tokens(tokenizer, specials_as_text))
+    segments = _entire_sources(sources, tokenizer)
     shards = split_into_shards(segments, shard_bytes)
     check_outputs(_dataset_outputs(output, len(shards)), inputs=sources, overwrite=True)
     work = {
@@ -199,7 +203,7 @@ def encode_files(
         errors=errors,
         specials_as_text=specials_as_text,
     )
-    kernels = tokenizer.kernel_encoder(sum(segment.num_bytes for segment in segments)) is not None
+    kernels = _kernel_encoder(tokenizer, segments) is not None
     with (
         WorkFolder(output, work, start_over=start_over) as folder,
         progress_bar(progress, desc="encoding", total=total_text_bytes(segments), unit="B", unit_scale=True) as advance,
@@ -218,6 +222,9 @@ def encode_files(
         _tokenizers[saved.fingerprint] = tokenizer
         tasks = [(_shard_name(index), (shard,)) for index, shard in enumerate(shards)]
         names = [name for name, _ in tasks]
+        for name in names:
+            if not _has_its_sidecar(folder, name):
+                folder.discard(name)
         if not all(map(folder.finished_record, names)):
             (folder.path / INDEX_NAME).unlink(missing_ok=True)
         advance(folder.bytes_done(names))
@@ -264,18 +271,32 @@ def _dataset_outputs(folder: Path, num_shards: int) -> list[Output]:
     ]
 
 
+def _has_its_sidecar(folder: WorkFolder, name: str) -> bool:
+    """Whether the sidecar of a finished token file says what the record of its task says; the index is made of both."""
+    record = folder.finished_record(name)
+    try:
+        info = read_sidecar(folder.path / name)
+    except (DamagedFileError, FileNotFoundError):
+        return False
+    return record is not None and (info.sha256, info.count) == (record["sha256"], record.get("count"))
+
+
 def _shard_name(index: int) -> str:
     return f"{index:06}.bin"
 
 
-def _special_tokens(tokenizer: Tokenizer, specials_as_text: bool) -> Collection[str]:
-    return () if specials_as_text else tokenizer.special_token_ids
-
-
-def _entire_sources(sources: list[TextSource], special_tokens: Collection[str]) -> Shard:
+def _entire_sources(sources: list[TextSource], tokenizer: Tokenizer) -> Shard:
     for source in sources:
-        check_separator(source, special_tokens)
+        check_separator(source, tokenizer.special_token_ids)
     return tuple(map(entire_source, sources))
+
+
+def _kernel_encoder(tokenizer: Tokenizer, segments: Shard) -> KernelEncoder | None:
+    num_mapped_bytes = sum(segment.num_bytes for segment in segments if segment.is_mapped)
+    encoder = tokenizer.kernel_encoder(sum(segment.num_bytes for segment in segments), num_mapped_bytes)
+    if encoder is None and tokenizer.kernels is None and exceeds(segments, MIN_BYTES_FOR_KERNELS):
+        return tokenizer.kernel_encoder(MIN_BYTES_FOR_KERNELS, num_mapped_bytes)
+    return encoder
 
 
 def encode_shard(tokenizer: SavedTokenizer, encoding: ShardEncoding, shard: Shard, path: str) -> Record:
@@ -297,30 +318,37 @@ def _write_token_file(
     path: str | os.PathLike,
     advance: Callable[[int], object],
 ) -> TokenFileInfo:
-    num_bytes = sum(segment.num_bytes for segment in shard)
-    num_mapped_bytes = sum(segment.num_bytes for segment in shard if segment.is_mapped)
-    special_tokens = tokenizer.active_special_tokens(encoding.specials_as_text)
+    encoder = _kernel_encoder(tokenizer, shard)
     errors, specials_as_text = encoding.errors, encoding.specials_as_text
+    groups = group_by_special_tokens(shard, tokenizer.active_special_tokens(specials_as_text))
     with TokenFileWriter(path, tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint) as writer:
 
         def on_read(num_bytes: int) -> None:
             writer.write((), source_bytes=num_bytes)
             advance(num_bytes)
 
-        if (encoder := tokenizer.kernel_encoder(num_bytes, num_mapped_bytes)) is not None:
-            chunks = ShardChunks(shard, special_tokens, errors=errors, chunk_bytes=encoding.chunk_bytes)
-            try:
-                for ids, chunk_bytes in encoder.encode_chunks(
-                    chunks, specials_as_text, encoding.num_threads, errors=errors
-                ):
-                    chunks.mark_done()
-                    writer.write(ids)
-                    on_read(chunk_bytes)
-            except InvalidByteError as error:
-                raise chunks.describe_error(error) from None
-        else:
-            for segment in shard:
+        for segments, separator, special_tokens in groups:
+            if encoder is not None:
+                mark = None
+                if separator is not None:
+                    mark = special_tokens.longest_first_bytes[0], tokenizer.special_token_ids[separator]
+                chunks = ShardChunks(segments, special_tokens, errors=errors, chunk_bytes=encoding.chunk_bytes)
+                try:
+                    for ids, chunk_bytes in encoder.encode_chunks(
+                        chunks, specials_as_text, encoding.num_threads, errors=errors, document_mark=mark
+                    ):
+                        chunks.mark_done()
+                        writer.write(ids)
+                        on_read(chunk_bytes)
+                except InvalidByteError as error:
+                    raise chunks.describe_error(error) from None
+                continue
+            for segment in segments:
                 text = read_segment(segment, special_tokens, tokenizer.compiled_pattern, errors=errors, on_read=on_read)
-                for ids in tokenizer.encode_stream(text, specials_as_text=specials_as_text):
+                if separator is None:
+                    batches = tokenizer.encode_stream(text, specials_as_text=specials_as_text)
+                else:
+                    batches = tokenizer.encode_documents(text, separator)
+                for ids in batches:
                     writer.write(ids)
     return writer.info

@@ -121,9 +121,9 @@ class SpecialTokens:
     def __init__(self, tokens: Iterable[str] | None):
         if isinstance(tokens, str | bytes):
             raise TypeError(f"special_tokens must be a list of strings, got {tokens!r}; write [{tokens!r}]")
-        self.tokens = tuple(tokens or ())
+        tokens = tuple(tokens or ())
         seen = set()
-        for i, token in enumerate(self.tokens):
+        for i, token in enumerate(tokens):
             if not isinstance(token, str):
                 raise TypeError(f"special token {i} must be a string, got {token!r}")
             if not token:
@@ -133,10 +133,26 @@ class SpecialTokens:
             if _SURROGATE.search(token):
                 raise InvalidInputError(f"special token {token!r} has a lone surrogate, which has no UTF-8 form")
             seen.add(token)
-        longest_first = sorted(self.tokens, key=len, reverse=True)
+        self._prepare(tokens)
+
+    @classmethod
+    def document_mark(cls, separator: str) -> SpecialTokens:
+        """The mark between the documents of JSON lines, as the only special token.
+
+        What looks like a special token inside such a document is text. So a mark that no text contains stands for the
+        separator: surrogates, which are the bytes 0xff 0xfe 0xfe ... with errors="surrogateescape". It has as many
+        bytes as the separator, so sizes and offsets are those of the text.
+        """
+        special = cls(())
+        special._prepare(("\udcff" + "\udcfe" * (len(separator.encode()) - 1),))
+        return special
+
+    def _prepare(self, tokens: tuple[str, ...]) -> None:
+        self.tokens = tokens
+        longest_first = sorted(tokens, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self.longest_first_bytes = [token.encode() for token in longest_first]
-        self.max_length = max(map(len, self.tokens), default=1)
+        self.longest_first_bytes = [token.encode(errors="surrogateescape") for token in longest_first]
+        self.max_length = max(map(len, tokens), default=1)
 
 
 # Surrogates
@@ -190,7 +206,7 @@ def pretokenize_stream(
     become "'ll").
 
     Args:
-        texts: the strings, in order, without surrogates.
+        texts: the strings, in order, without surrogates (other than a mark between documents).
         special_tokens: no pre-token crosses them.
         pattern: another pattern may look ahead without limit. So the text between two special tokens is then held in
             memory until it is complete. What such a pattern does not match becomes pre-tokens too.
@@ -272,7 +288,7 @@ def chunks_of_stream(
     chunk_bytes: int,
     pattern: re.Pattern[str] = GPT2_PATTERN,
 ) -> Iterator[Chunk]:
-    """Divide a stream of strings into chunks of UTF-8 bytes.
+    """Divide a stream of strings into chunks of UTF-8 bytes; marks between documents become bytes that are not UTF-8.
 
     In memory are about two chunks, or the text up to the first safe position if that is more.
     """
@@ -282,7 +298,7 @@ def chunks_of_stream(
     held, size, enough = [], 0, 2 * chunk_bytes
     for text in chain(texts, [None]):
         if text is not None:
-            held.append(text.encode())
+            held.append(text.encode(errors="surrogateescape"))
             size += len(held[-1])
             if size < enough:
                 continue

@@ -190,12 +190,19 @@ class KernelEncoder:
         return ids
 
     def encode_chunks(
-        self, chunks: Iterable[Chunk], specials_as_text: bool, num_threads: int, *, errors: str = "strict"
+        self,
+        chunks: Iterable[Chunk],
+        specials_as_text: bool,
+        num_threads: int,
+        *,
+        errors: str = "strict",
+        document_mark: tuple[bytes, int] | None = None,
     ) -> Iterator[tuple[np.ndarray, int]]:
         """Encode chunks, which must start and end at safe positions.
 
         Args:
             errors: "strict" raises; "replace" encodes bytes that are not UTF-8 as U+FFFD.
+            document_mark: the mark between documents and its id; it is the only special token then.
 
         Yields:
             The ids of each chunk and its size in bytes, in order.
@@ -206,6 +213,8 @@ class KernelEncoder:
         from basic.bpe.kernels.encode import SMALL_BYTES
 
         specials = self._no_specials if specials_as_text else self._specials
+        if document_mark is not None:
+            specials = (*special_token_arrays(document_mark[:1]), np.array(document_mark[1:], np.int64))
 
         def encode(chunk: Chunk) -> tuple[np.ndarray, int]:
             encoder = self._take_encoder()

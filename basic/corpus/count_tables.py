@@ -66,7 +66,7 @@ def read_table(path: str | os.PathLike, *, sha256: str | None = None) -> Iterato
         DamagedFileError: the file does not have the given SHA-256.
     """
     if sha256 is not None and sha256_of_file(path) != sha256:
-        raise DamagedFileError(f"{os.fspath(path)!r} has changed since it was written; remove it, and run again")
+        raise DamagedFileError(f"{os.fspath(path)!r} has changed since it was written; run again, which makes it again")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         while file.tell() < size:

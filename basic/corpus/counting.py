@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -42,6 +43,8 @@ from basic.corpus.shards import (
     Shard,
     ShardChunks,
     entire_source,
+    exceeds,
+    group_by_special_tokens,
     inputs_fingerprint,
     read_segment,
     split_into_shards,
@@ -157,7 +160,7 @@ def build_count_table(
     kernels = _use_kernels(segments, compiled_pattern, options.kernels)
     shard_bytes = options.shard_bytes or _default_shard_bytes(segments, num_workers, kernels, options)
     work = {
-        "kind": "counts of words",
+        "kind": "counts of words",  # as written by earlier versions, whose work folders must open
         **inputs_fingerprint(segments),
         "special tokens": special_tokens.tokens,
         "pattern": compiled_pattern.pattern,
@@ -195,7 +198,11 @@ def _use_kernels(segments: Sequence[Segment], pattern: re.Pattern[str], kernels:
         return False
     num_bytes = sum(segment.num_bytes for segment in segments)
     mapped_bytes = sum(segment.num_bytes for segment in segments if segment.is_mapped)
-    return bool(kernels) or loading.kernels_pay_off("training", num_bytes, num_mapped_bytes=mapped_bytes)
+    if kernels or loading.kernels_pay_off("training", num_bytes, num_mapped_bytes=mapped_bytes):
+        return True
+    if not exceeds(segments, loading.MIN_BYTES_FOR_KERNELS):
+        return False
+    return loading.kernels_pay_off("training", loading.MIN_BYTES_FOR_KERNELS, num_mapped_bytes=mapped_bytes)
 
 
 def _default_shard_bytes(segments: Sequence[Segment], num_workers: int, kernels: bool, options: CountingOptions) -> int:
@@ -281,7 +288,10 @@ def count_shard(counting: ShardCounting, shard: Shard, path: str) -> Record:
     count = _count_with_kernels if counting.kernels else _count_plain
     with TemporaryDirectory(suffix=".tmp", dir=Path(path).parent) as folder:
         tables: list[Any] = []
-        for index, table in enumerate(count(counting, shard, special_tokens, advance)):
+        # The order of the segments does not change the counts: a group for each kind of special tokens is enough.
+        groups = group_by_special_tokens(sorted(shard, key=lambda segment: segment.separator or ""), special_tokens)
+        counted = (count(counting, segments, special, advance) for segments, _, special in groups)
+        for index, table in enumerate(chain.from_iterable(counted)):
             if index < _TABLES_IN_MEMORY:
                 tables.append([table])
                 continue

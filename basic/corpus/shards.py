@@ -19,15 +19,13 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import compress, groupby, pairwise
 from typing import Any, TypeVar
-
-import numpy as np
 
 from basic.bpe.arrays import Chunk, InvalidByteError
 from basic.bytes_utils import decode_blocks, invalid_byte_error
 from basic.common.errors import InvalidInputError
-from basic.corpus.sources import TextSource, map_bytes, read_text
+from basic.corpus.sources import TextSource, map_bytes, read_text_with_marks, release_pages, size_of_bom
 from basic.pretokenization import GPT2_PATTERN, SpecialTokens, chunks_of_array, chunks_of_stream, find_safe_position
 
 T = TypeVar("T")
@@ -49,6 +47,7 @@ class Segment:
         version: changes when the content of the file changes.
         start, stop: byte offsets in a plain file; the range is from the first safe position at or after `start` to that
             at or after `stop`. `stop` is None for a source that can only be streamed.
+        text_start: the byte offset of the text in a plain file: 3 after a byte order mark, otherwise 0.
     """
 
     source: TextSource
@@ -56,6 +55,12 @@ class Segment:
     version: str
     start: int = 0
     stop: int | None = None
+    text_start: int = 0
+
+    @property
+    def separator(self) -> str | None:
+        """The special token between the documents of JSON lines; None for text whose special tokens are in the text."""
+        return self.source.end_of_text if self.source.is_json_lines else None
 
     @property
     def num_bytes(self) -> int:
@@ -75,13 +80,33 @@ def entire_source(source: TextSource) -> Segment:
     """Return the segment that covers all of a source.
 
     Raises:
+        InvalidInputError: the content is not text, as its first bytes show.
         OSError: the source is not a readable file.
     """
     size, version = source.size_and_version()
     if not source.is_remote:
         # A worker may have another current folder.
         source = replace(source, path=os.path.abspath(source.path))
-    return Segment(source, size, version, 0, size if source.is_plain and source.supports_ranges() else None)
+    if not source.is_plain or size is None or not source.supports_ranges():
+        return Segment(source, size, version)
+    text_start = min(size, size_of_bom(source))
+    return Segment(source, size, version, text_start, size, text_start)
+
+
+def exceeds(segments: Sequence[Segment], num_bytes: int) -> bool:
+    """Whether the text of segments has at least this many bytes; what is compressed is read until this is known."""
+    unknown = [segment.source.compression is not None or segment.size is None for segment in segments]
+    remaining = num_bytes
+    for segment, is_unknown in zip(segments, unknown, strict=True):
+        remaining -= 0 if is_unknown else segment.num_bytes
+    if remaining <= 0:
+        return True
+    for segment in compress(segments, unknown):
+        for text in read_text_with_marks(segment.source, errors="replace"):
+            remaining -= len(text)
+            if remaining <= 0:
+                return True
+    return False
 
 
 def total_text_bytes(segments: Sequence[Segment]) -> int | None:
@@ -92,11 +117,16 @@ def total_text_bytes(segments: Sequence[Segment]) -> int | None:
 
 
 def inputs_fingerprint(segments: Sequence[Segment]) -> dict[str, Any]:
-    """Return what identifies entire inputs in a work folder: names, sizes, versions, and how JSON lines are read."""
+    """Return what identifies entire inputs in a work folder: names, sizes, versions, and how JSON lines are read.
+
+    Version 0.1.0 found special tokens inside JSON documents too, so its unfinished work on JSON lines is other work.
+    """
     digest = hashlib.sha256()
     for segment in segments:
         source = segment.source
         state = [os.fspath(source), segment.size, segment.version, source.field, source.end_of_text]
+        if source.is_json_lines:
+            state.append("special tokens in documents are text")
         digest.update(json.dumps(state).encode())
     num_bytes = sum(segment.size or 0 for segment in segments)
     return {"inputs": len(segments), "input_bytes": num_bytes, "input_sha256": digest.hexdigest()}
@@ -121,6 +151,21 @@ def split_into_shards(segments: Iterable[Segment], shard_bytes: int) -> list[Sha
     return [*shards, tuple(shard)] if shard else shards
 
 
+def group_by_special_tokens(
+    segments: Iterable[Segment], special_tokens: SpecialTokens
+) -> Iterator[tuple[tuple[Segment, ...], str | None, SpecialTokens]]:
+    """Group consecutive segments that have the same special tokens.
+
+    Args:
+        special_tokens: those of plain text. Between the documents of JSON lines there is only a mark.
+
+    Yields:
+        The segments of a group, their `separator`, and their special tokens.
+    """
+    for separator, group in groupby(segments, lambda segment: segment.separator):
+        yield tuple(group), separator, special_tokens if separator is None else SpecialTokens.document_mark(separator)
+
+
 def read_segment(
     segment: Segment,
     special_tokens: SpecialTokens,
@@ -129,7 +174,7 @@ def read_segment(
     errors: str = "strict",
     on_read: Callable[[int], object] = lambda num_bytes: None,
 ) -> Iterator[str]:
-    """Stream the text of a segment; the strings may end anywhere. See `basic.corpus.sources.read_text`.
+    """Stream the text of a segment; the strings may end anywhere. See `basic.corpus.sources.read_text_with_marks`.
 
     Args:
         special_tokens, pattern: decide which positions are safe.
@@ -143,7 +188,9 @@ def read_segment(
 
     source = segment.source
     if segment.stop is None:
-        return counted(read_text(source, errors=errors), lambda text: len(text.encode()))
+        return counted(
+            read_text_with_marks(source, errors=errors), lambda text: len(text.encode(errors="surrogateescape"))
+        )
     start, stop = _safe_range(segment, special_tokens, pattern)
     return decode_blocks(counted(source.blocks(start, stop), len), source, start, errors=errors)
 
@@ -151,17 +198,18 @@ def read_segment(
 def _safe_range(
     segment: Segment, special_tokens: SpecialTokens, pattern: re.Pattern[str] = GPT2_PATTERN
 ) -> tuple[int, int]:
-    read, size = segment.source.read, segment.size or 0
-    start, stop = (
-        find_safe_position(read, offset, size, special_tokens, pattern) for offset in (segment.start, segment.stop or 0)
-    )
-    return start, stop
+    def safe_position(offset: int) -> int:
+        if offset <= segment.text_start:
+            return segment.text_start
+        return find_safe_position(segment.source.read, offset, segment.size or 0, special_tokens, pattern)
+
+    return safe_position(segment.start), safe_position(segment.stop or 0)
 
 
 class ShardChunks:
     """The text of a shard in chunks for the kernels; a chunk begins and ends at safe positions.
 
-    It keeps the origin of each chunk until `mark_done` is called, for error messages.
+    It keeps the origin of each chunk until `mark_done` is called, for error messages, and the mapped bytes in memory.
 
     Args:
         errors: for bytes that are not UTF-8 in a stream: "strict" or "replace". Mapped bytes are not decoded here.
@@ -178,23 +226,27 @@ class ShardChunks:
     ) -> None:
         self._shard, self._special_tokens = shard, special_tokens
         self._errors, self._chunk_bytes = errors, chunk_bytes
-        # Of each chunk: its source, its array, and the array's offset in the source.
-        self._unfinished: deque[tuple[TextSource, np.ndarray, int]] = deque()
+        # Of each chunk: its segment, and the offset of its array in the source.
+        self._unfinished: deque[tuple[Segment, Chunk, int]] = deque()
 
     def __iter__(self) -> Iterator[Chunk]:
         for segment in self._shard:
             for offset, chunk in self._mapped(segment) if segment.is_mapped else self._streamed(segment):
-                self._unfinished.append((segment.source, chunk[0], offset))
+                self._unfinished.append((segment, chunk, offset))
                 yield chunk
 
     def mark_done(self) -> None:
-        """Forget the origin of the first unfinished chunk."""
-        self._unfinished.popleft()
+        """Forget the first unfinished chunk."""
+        segment, chunk, _ = self._unfinished.popleft()
+        if segment.is_mapped:
+            release_pages(*chunk)
 
     def describe_error(self, error: InvalidByteError) -> ValueError:
         """Return the error to raise for a wrong byte in the first unfinished chunk: it names the input and offset."""
-        source, data, offset = self._unfinished[0]
-        return invalid_byte_error(source, data, error.offset, offset + error.offset, lacks_token=error.lacks_token)
+        segment, (data, _, _), offset = self._unfinished[0]
+        return invalid_byte_error(
+            segment.source, data, error.offset, offset + error.offset, lacks_token=error.lacks_token
+        )
 
     def _mapped(self, segment: Segment) -> Iterator[tuple[int, Chunk]]:
         """Chunks, each with the offset of its array in the source."""

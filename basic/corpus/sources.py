@@ -1,38 +1,41 @@
-"""Text sources: plain text, and text from .gz, .zst and .jsonl files, also .jsonl.gz and .jsonl.zst.
+"""Text sources: plain text, JSON lines, and both of them compressed.
 
-Plain text can be read from any offset, and is memory-mapped if it is local. Any other source is a stream of text, read
-from front to back. Memory holds one block of the stream, or the longest line of JSON lines.
+The name of a file says what it holds (`basic.corpus.text_formats`); what is plainly no text is refused. Plain text can
+be read from any offset, and is memory-mapped if it is local. Any other source is a stream of text, read from front to
+back. Memory holds one block of the stream, or the longest line of JSON lines. A byte order mark is no part of a text.
 
 Inputs are files, globs, and URLs (s3://, https://, ...), which need the package `fsspec`.
 """
 
 from __future__ import annotations
 
+import codecs
 import glob
-import gzip
 import io
 import json
 import mmap
 import os
-import sys
-import zlib
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from basic.bytes_utils import decode_blocks, utf8_error
-from basic.common.errors import DamagedFileError, InvalidInputError
-from basic.pretokenization import replace_surrogates
+from basic.common.errors import DamagedFileError, InvalidInputError, how_to_install
+from basic.corpus.text_formats import COMPRESSIONS, HEAD_BYTES, JSON_LINES, check_head, check_name
+from basic.pretokenization import SpecialTokens, replace_surrogates
 
 T = TypeVar("T")
 
 BLOCK_BYTES = 1 << 16
 REMOTE_BLOCK_BYTES = 1 << 23  # a round trip costs as much time as a megabyte or more
-_COMPRESSIONS = (".gz", ".zst")
+MAX_LINE_BYTES = 1 << 28  # of JSON lines; a line needs several times its size in memory
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,9 @@ class TextSource:
     """A file of text, with how to read JSON lines. It can stand for its path wherever a corpus is read."""
 
     path: str | os.PathLike
-    """Text in UTF-8: a local file or a URL. A name that ends in .gz or .zst means that the file is compressed. A name
-    that ends in .jsonl (before .gz or .zst) means that each line is a JSON object with one document."""
+    """Text in UTF-8: a local file or a URL. A name that ends in .gz, .zst, .xz or .bz2 means that the file is
+    compressed. A name that ends in .jsonl, .ndjson or .json (before the ending of a compressed file) means that each
+    line is a JSON object with one document. Any other name means plain text."""
     field: str = "text"
     """The key of the document in a JSON object."""
     end_of_text: str = "<|endoftext|>"
@@ -56,13 +60,24 @@ class TextSource:
 
     @property
     def compression(self) -> str | None:
-        """ ".gz", ".zst" or None."""
-        suffix = Path(self.path).suffix.lower()
-        return suffix if suffix in _COMPRESSIONS else None
+        """A key of `COMPRESSIONS`, or None."""
+        suffix = Path(self._name).suffix
+        return suffix if suffix in COMPRESSIONS else None
+
+    @property
+    def content_suffix(self) -> str:
+        """The end of the name that says what the file holds when it is decompressed, in small letters: ".jsonl"."""
+        return Path(self._name.removesuffix(self.compression or "")).suffix
 
     @property
     def is_json_lines(self) -> bool:
-        return os.fspath(self).lower().removesuffix(self.compression or "").endswith(".jsonl")
+        return self.content_suffix in JSON_LINES.suffixes
+
+    @property
+    def _name(self) -> str:
+        """The name in small letters; of a web address without its query."""
+        name = os.fspath(self).lower()
+        return urlsplit(name).path if name.startswith(("http://", "https://")) else name
 
     @property
     def is_plain(self) -> bool:
@@ -138,7 +153,7 @@ def expand_inputs(inputs: Inputs) -> list[TextSource]:
     A source of JSON lines after another source begins with the separator of its documents.
 
     Raises:
-        InvalidInputError: no input is given.
+        InvalidInputError: no input is given, or the name of one says that it holds no text.
         FileNotFoundError: no file matches a glob.
     """
     sources = []
@@ -158,6 +173,8 @@ def expand_inputs(inputs: Inputs) -> list[TextSource]:
         sources += [replace(source, path=match) for match in sorted(matches)]
     if not sources:
         raise InvalidInputError("there is no input; give at least one file, glob or URL")
+    for source in sources:
+        check_name(source, source.content_suffix)
     return sources[:1] + [replace(source, begins_with_separator=source.is_json_lines) for source in sources[1:]]
 
 
@@ -179,41 +196,87 @@ def check_separator(source: TextSource, special_tokens: Collection[str]) -> None
         )
 
 
-def read_text(path: str | os.PathLike, *, errors: str = "strict") -> Iterator[str]:
+def read_text_with_marks(path: str | os.PathLike, *, errors: str = "strict") -> Iterator[str]:
     """Stream the text of a source, in strings that may end anywhere; newlines are not translated.
+
+    JSON lines: each string is a document; before it comes the mark of its separator (`SpecialTokens.document_mark`),
+    except before the first document of the source.
 
     Args:
         path: a path, a URL or a `TextSource`.
         errors: for bytes that are not UTF-8: "strict" raises, "replace" reads U+FFFD.
 
     Raises:
-        InvalidInputError: the text is not UTF-8 (the message names the byte offset), or a line is not a JSON object
-            with a string under the key (the message names the line). Offsets are those of the decompressed content.
+        InvalidInputError: the file holds no text, the text is not UTF-8 (the message names the byte offset), or a line
+            is too long or not a JSON object with a string under the key (the message names the line). Offsets are
+            those of the decompressed content.
         DamagedFileError: the compressed file is incomplete or damaged.
         OSError: the file cannot be read.
     """
     source = as_source(path)
+    check_name(source, source.content_suffix)
     with source.open() as stored, _decompress(stored, source) as file:
         if source.is_json_lines:
             yield from _read_documents(_read_lines(file, source), source, errors)
-        else:
-            yield from decode_blocks(_read_file_blocks(file, source), source, errors=errors)
+            return
+        first = _read_checked(file.read, max(source.block_bytes or BLOCK_BYTES, HEAD_BYTES), source, 0)
+        check_head(source, first, source.content_suffix)
+        start = len(codecs.BOM_UTF8) if first.startswith(codecs.BOM_UTF8) else 0
+        blocks = chain([first[start:]], _read_file_blocks(file, source, len(first)))
+        yield from decode_blocks(blocks, source, start, errors=errors)
+
+
+def read_text(path: str | os.PathLike, *, errors: str = "strict") -> Iterator[str]:
+    """The same with the separators themselves instead of their marks."""
+    source = as_source(path)
+    mark = SpecialTokens.document_mark(source.end_of_text).tokens[0]
+    for text in read_text_with_marks(source, errors=errors):
+        yield text.replace(mark, source.end_of_text)
 
 
 @contextmanager
 def as_plain_file(path: str | os.PathLike, folder: str | os.PathLike) -> Generator[Path]:
-    """Yield the path of a local file with the plain text of a source: its own, or a temporary one in this folder."""
+    """Yield the path of a local file with the plain text of a source: its own, or a temporary one in this folder.
+
+    Raises:
+        InvalidInputError: a document of JSON lines has the separator in its text, or see `read_text_with_marks`.
+    """
     source = as_source(path)
     if source.is_plain and not source.is_remote:
+        check_name(source, source.content_suffix)
+        file_size_bytes(source)  # raises for a file that cannot be read
+        size_of_bom(source)
         yield Path(source)
         return
-    plain = Path(folder) / f".{Path(source).name}.txt"
-    try:
+    with TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp") as temporary:
+        plain = Path(temporary) / "text.txt"
         with open(plain, "xb") as file:
-            file.writelines(text.encode() for text in read_text(source))
+            file.writelines(_separated_in_text(source))
         yield plain
-    finally:
-        plain.unlink(missing_ok=True)
+
+
+def _separated_in_text(source: TextSource) -> Iterator[bytes]:
+    """The bytes of a text, where a separator can only be a separator."""
+    mark = SpecialTokens.document_mark(source.end_of_text).tokens[0]
+    for text in read_text_with_marks(source):
+        if source.is_json_lines and source.end_of_text in text:
+            raise InvalidInputError(
+                f"a document of {os.fspath(source)!r} contains {source.end_of_text!r}, which also separates the "
+                f"documents in plain text: {text.removeprefix(mark)!r:.60}; choose another separator, or use the "
+                "file as it is, since in JSON lines the two are not mixed up"
+            )
+        yield text.replace(mark, source.end_of_text).encode()
+
+
+def size_of_bom(source: TextSource) -> int:
+    """Return the size of the byte order mark of a plain file, 0 or 3 bytes.
+
+    Raises:
+        InvalidInputError: the file holds no text, as its first bytes show.
+    """
+    head = source.read(0, HEAD_BYTES)
+    check_head(source, head, source.content_suffix)
+    return len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
 
 
 # --- Local files
@@ -255,6 +318,14 @@ def map_bytes(path: str | os.PathLike) -> np.ndarray:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 
+def release_pages(data: np.ndarray, start: int, stop: int) -> None:
+    """Let the system forget data[start:stop] of `map_bytes`; when it is used again, it is read again."""
+    memory = data.base.obj if isinstance(data.base, memoryview) else data.base
+    start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    if isinstance(memory, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") and start < stop:
+        memory.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+
 # --- Remote files
 
 
@@ -263,7 +334,8 @@ def _file_system(url: str) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs
     except ImportError:
-        raise InvalidInputError(f"{url!r} is a URL: to open it, install fsspec (the extra 'dist' has it)") from None
+        install = how_to_install("dist", "fsspec aiohttp")
+        raise InvalidInputError(f"{url!r} is a URL, which needs fsspec, which is not installed; {install}") from None
     options = {}
     try:
         if url.startswith(("http://", "https://")):
@@ -325,75 +397,84 @@ class _RemoteFile(io.RawIOBase):
 def _decompress(file: io.BufferedIOBase, source: TextSource) -> Any:
     if source.compression is None:
         return file
-    return gzip.open(file) if source.compression == ".gz" else _zstd().open(file)
+    if not file.peek(1):  # ty: ignore[unresolved-attribute]
+        raise _incomplete(source, 0)  # for most decompressors this is an empty text
+    return COMPRESSIONS[source.compression].open(file)
 
 
-def _zstd() -> Any:
-    """The module for .zst files, imported only if needed; before Python 3.14 it is a package of its own."""
-    if sys.version_info >= (3, 14):
-        from compression import zstd
-    else:
-        from backports import zstd
-    return zstd
-
-
-def _read_file_blocks(file: io.BufferedIOBase, source: TextSource) -> Iterator[bytes]:
-    """The blocks of an open file."""
-    offset = 0
+def _read_file_blocks(file: io.BufferedIOBase, source: TextSource, offset: int) -> Iterator[bytes]:
+    """The blocks of an open file, from an offset on."""
     while block := _read_checked(file.read, source.block_bytes or BLOCK_BYTES, source, offset):
         offset += len(block)
         yield block
 
 
-def _read_lines(file: io.BufferedIOBase, source: TextSource) -> Iterator[tuple[int, bytes]]:
-    """The lines of an open file, each with its byte offset."""
-    offset = 0
-    while line := _read_checked(file.readline, -1, source, offset):
-        yield offset, line
-        offset += len(line)
+def _read_lines(file: io.BufferedIOBase, source: TextSource) -> Iterator[tuple[int, int, bytes]]:
+    """The lines of an open file, each with its number and its byte offset; without a byte order mark."""
+    offset = number = 0
+    while line := _read_checked(file.readline, MAX_LINE_BYTES + 1, source, offset):
+        size, number = len(line), number + 1
+        if size > MAX_LINE_BYTES:
+            raise InvalidInputError(
+                f"{os.fspath(source)!r}, line {number} (from byte offset {offset} on) is longer than "
+                f"{MAX_LINE_BYTES} bytes, the limit for one document; divide the document into several"
+            )
+        start = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
+        if number == 1:
+            check_head(source, line, source.content_suffix)
+        yield number, offset + start, line[start:] if start else line
+        offset += size
 
 
 def _read_checked(read: Callable[[int], bytes], size: int, source: TextSource, offset: int) -> bytes:
     """Read from a file; the errors of the decompressors name the file and the offset."""
+    if source.compression is None:
+        return read(size)
+    compression = COMPRESSIONS[source.compression]
     try:
         return read(size)
     except EOFError:
-        raise DamagedFileError(
-            f"{os.fspath(source)!r} is incomplete: it ends soon after byte offset {offset} of its decompressed "
-            "content; copy it again"
-        ) from None
-    except _damage_errors(source) as error:
+        raise _incomplete(source, offset) from None
+    except compression.errors() as error:
+        if type(error) is OSError and str(error) not in compression.messages:
+            raise  # of the disk or the network
         raise DamagedFileError(
             f"{os.fspath(source)!r} is damaged, or not compressed as its name says, soon after byte offset {offset} of "
             f"its decompressed content ({error})"
         ) from None
 
 
-def _damage_errors(source: TextSource) -> tuple[type[Exception], ...]:
-    return (_zstd().ZstdError,) if source.compression == ".zst" else (gzip.BadGzipFile, zlib.error)
+def _incomplete(source: TextSource, offset: int) -> DamagedFileError:
+    return DamagedFileError(
+        f"{os.fspath(source)!r} is incomplete: it ends soon after byte offset {offset} of its decompressed content; "
+        "copy it again"
+    )
 
 
-def _read_documents(lines: Iterator[tuple[int, bytes]], source: TextSource, errors: str) -> Iterator[str]:
-    """The documents of JSON lines, each after the first with the separator before it."""
+def _read_documents(lines: Iterator[tuple[int, int, bytes]], source: TextSource, errors: str) -> Iterator[str]:
+    """The documents of JSON lines, each after the first with the mark of the separator before it."""
+    mark = SpecialTokens.document_mark(source.end_of_text).tokens[0]
     needs_separator = source.begins_with_separator
-    for number, (offset, line) in enumerate(lines, start=1):
+    for number, offset, line in lines:
         if not line.strip():
             continue
         document = _parse_document(line, source, f"{os.fspath(source)}, line {number}", offset, errors)
-        yield source.end_of_text + document if needs_separator else document
+        yield mark + document if needs_separator else document
         needs_separator = True
 
 
 def _parse_document(line: bytes, source: TextSource, name: str, offset: int, errors: str) -> str:
-    position = f"{name!r} (from byte offset {offset} on)"
+    position, remedy = f"{name!r} (from byte offset {offset} on)", ""
+    if source.content_suffix == ".json":
+        remedy = "; a .json file must have one object a line (`jq -c` writes such lines); plain text is named .txt"
     try:
         record = json.loads(line.decode(errors=errors))
     except UnicodeDecodeError as error:
         raise utf8_error(name, offset + error.start, line[error.start], error.reason) from None
     except (ValueError, RecursionError) as error:
-        raise InvalidInputError(f"{position} is not JSON: {error}") from None
+        raise InvalidInputError(f"{position} is not JSON: {error}{remedy}") from None
     if not isinstance(record, dict):
-        raise InvalidInputError(f"{position} is no JSON object, but {record!r:.40}")
+        raise InvalidInputError(f"{position} is no JSON object, but {record!r:.40}{remedy}")
     text = record.get(source.field)
     if not isinstance(text, str):
         has = f"has {text!r:.40} as {source.field!r}" if source.field in record else f"has no field {source.field!r}"

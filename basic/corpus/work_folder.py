@@ -100,8 +100,10 @@ def is_work_folder(folder: str | os.PathLike) -> bool:
 
 
 def _is_record(line: Any) -> bool:
-    types = {"file": str, "bytes": int, "file_bytes": int, "sha256": str}
-    return difference_from_object(line, types) is None and Path(line["file"]).name == line["file"]
+    types = {"file": str, "file_bytes": int, "sha256": str}
+    if difference_from_object(line, types) is not None or Path(line["file"]).name != line["file"]:
+        return False
+    return isinstance(line.get("bytes", 0), int)  # merged tables have none
 
 
 class WorkFolder:
@@ -189,7 +191,7 @@ class WorkFolder:
 
     def bytes_done(self, names: Iterable[str]) -> int:
         """Return how many bytes of text the finished tasks among these names have processed."""
-        return sum(record["bytes"] for record in map(self.finished_record, names) if record is not None)
+        return sum(record.get("bytes", 0) for record in map(self.finished_record, names) if record is not None)
 
     def run(
         self,

@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from basic.common.errors import DamagedFileError, InvalidInputError
-from basic.common.files import atomic_paths, sha256_of_file
+from basic.common.files import atomic_paths, sha256_of_file, with_checksum
+from basic.tokens.foreign_files import check_header, check_ids
 from basic.tokens.info import TokenFileInfo, info_to_json, read_sidecar, sidecar_path, token_dtype
 
 # Ids that are converted, hashed and written at a time.
@@ -93,7 +94,8 @@ class TokenFileWriter:
                 tokenizer_fingerprint=self.tokenizer_fingerprint,
                 sha256=self._sha256.hexdigest(),
             )
-            sidecar.write_text(json.dumps(info_to_json(self.info), indent=2) + "\n", encoding="utf-8")
+            content = with_checksum(info_to_json(self.info))
+            sidecar.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def write(self, ids: npt.ArrayLike | Sequence[int], source_bytes: int | np.integer = 0) -> None:
         """Append ids. If they are invalid, none of them is written.
@@ -138,15 +140,19 @@ def open_flat_file(path: Path, dtype: np.dtype | None = None, *, verify: bool = 
 
     Raises:
         FileNotFoundError: there is neither a sidecar nor a `dtype`.
-        InvalidInputError: `dtype` contradicts the sidecar, or there is no checksum to verify.
+        InvalidInputError: `dtype` contradicts the sidecar or, without a sidecar, the content, or there is no checksum
+            to verify.
         DamagedFileError: the data contradicts its sidecar or `dtype`.
     """
-    if sidecar_path(path).exists() or dtype is None:
+    has_sidecar = sidecar_path(path).exists()
+    if has_sidecar or dtype is None:
         info = read_sidecar(path)
         _check_against_sidecar(path, info, dtype, verify)
         dtype = info.dtype
     elif verify:
         raise InvalidInputError(f"{path} has no sidecar and so no checksum to verify; open it without verify=True")
+    if not has_sidecar:
+        check_header(path, dtype)
     size_bytes = path.stat().st_size
     if size_bytes % dtype.itemsize:
         raise DamagedFileError(
@@ -155,7 +161,10 @@ def open_flat_file(path: Path, dtype: np.dtype | None = None, *, verify: bool = 
         )
     if size_bytes == 0:
         return np.frombuffer(b"", dtype)
-    return np.memmap(path, dtype=dtype, mode="r")
+    ids = np.memmap(path, dtype=dtype, mode="r")
+    if not has_sidecar:
+        check_ids(path, ids)
+    return ids
 
 
 def _check_against_sidecar(path: Path, info: TokenFileInfo, dtype: np.dtype | None, verify: bool) -> None:

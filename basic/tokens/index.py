@@ -8,7 +8,6 @@ in the next.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -19,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from basic.common.errors import DamagedFileError, WrongTokenizerError
-from basic.common.files import atomic_write, sha256_of_file
+from basic.common.files import difference_from_object, load_object, sha256_of_file, with_checksum, write_json
 from basic.tokens.flat_file import open_flat_file
-from basic.tokens.info import TokenFileInfo, info_from_json, info_to_json, read_sidecar
+from basic.tokens.info import INFO_TYPES, TokenFileInfo, info_from_json, info_to_json, read_sidecar
 
 INDEX_NAME = "index.json"
 _MAX_MAPPED_FILES = 1 << 12  # systems limit the maps of a process to some ten thousand
@@ -51,8 +50,7 @@ def write_index(path: str | os.PathLike, names: Sequence[str]) -> TokenFileInfo:
     shards = [
         {"file": name, "count": info.count, "sha256": info.sha256} for name, info in zip(names, infos, strict=True)
     ]
-    with atomic_write(path) as file:
-        file.write(json.dumps({**info_to_json(total), "shards": shards}, indent=1).encode() + b"\n")
+    write_json(path, with_checksum({**info_to_json(total), "shards": shards}), indent=1)
     return total
 
 
@@ -63,14 +61,18 @@ def read_index(path: str | os.PathLike) -> tuple[TokenFileInfo, list[dict[str, A
         DamagedFileError: the file is not a valid index.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = load_object(path, {**INFO_TYPES, "shards": list})
         info, shards = info_from_json(content), content["shards"]
-        if sum(shard["count"] for shard in shards) != info.count or not all(shard["file"] for shard in shards):
-            raise ValueError("the counts of the files do not add up")
-    except (ValueError, KeyError, TypeError) as error:
+        for shard in shards:
+            if (problem := difference_from_object(shard, {"file": str, "count": int, "sha256": str})) is not None:
+                raise DamagedFileError(f"one of its shards {problem}")
+        counts = [shard["count"] for shard in shards]
+        if sum(counts) != info.count or min(counts, default=0) < 0 or not all(shard["file"] for shard in shards):
+            raise DamagedFileError("the counts of the files do not add up")
+    except DamagedFileError as error:
         raise DamagedFileError(
-            f"{path} is not the index of a token dataset, or is damaged ({type(error).__name__}: {error}). For a "
-            "single token file give the .bin; to repair an index, encode again, which keeps the finished files"
+            f"{path} is not the index of a token dataset, or is damaged ({error}). For a single token file give the "
+            ".bin; to repair an index, encode again, which keeps the finished files"
         ) from None
     return info, shards
 
@@ -117,7 +119,7 @@ class ShardedTokens:
         if verify and (sha256 := sha256_of_file(file)) != shard["sha256"]:
             raise DamagedFileError(
                 f"{file} has the SHA-256 {sha256}, but {self.path} says {shard['sha256']}: the data has changed since "
-                "it was written; remove it and encode again, which makes the missing files"
+                "it was written; encode again, which makes it again"
             )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from basic.common.errors import DamagedFileError, InvalidInputError
+from basic.common.files import load_object
 
 UINT16, UINT32 = np.dtype("<u2"), np.dtype("<u4")
 _DTYPES = {"uint16": UINT16, "uint32": UINT32}
@@ -37,6 +37,18 @@ class TokenFileInfo:
     vocab_size: int
     tokenizer_fingerprint: str | None
     sha256: str
+
+
+INFO_TYPES = {
+    "dtype": str,
+    "count": int,
+    "source_bytes": int,
+    "largest_id": (int, type(None)),
+    "vocab_size": int,
+    "tokenizer_fingerprint": (str, type(None)),
+    "sha256": str,
+}
+"""The types of the fields in JSON."""
 
 
 def token_dtype(vocab_size: int | np.integer) -> np.dtype:
@@ -74,29 +86,34 @@ def read_sidecar(path: str | os.PathLike) -> TokenFileInfo:
     """
     sidecar = sidecar_path(path)
     try:
-        return info_from_json(json.loads(sidecar.read_text(encoding="utf-8")))
+        return info_from_json(load_object(sidecar, INFO_TYPES))
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{sidecar}, the sidecar that says how to read {path}, is missing: make the token file again, or "
             "open it with dtype=... if you know it (usually uint16 for vocabularies up to 65536)"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except DamagedFileError as error:
         raise DamagedFileError(
-            f"{sidecar} is not the sidecar of a token file, or is damaged ({type(error).__name__}: {error}): "
-            f"make {path} again, or move the sidecar away and open the data with dtype=..."
-        ) from error
+            f"{sidecar} is not the sidecar of a token file, or is damaged ({error}): make {path} again, or move the "
+            "sidecar away and open the data with dtype=..."
+        ) from None
 
 
 def info_to_json(info: TokenFileInfo) -> dict[str, Any]:
-    """Convert to the JSON object of a sidecar or an index."""
+    """Convert to the JSON object of a sidecar or an index, without its checksum."""
     return {**asdict(info), "dtype": info.dtype.name}
 
 
 def info_from_json(content: dict[str, Any]) -> TokenFileInfo:
-    """Convert from the JSON object of a sidecar or an index; ValueError, KeyError or TypeError if it is invalid."""
-    values = {field.name: content[field.name] for field in fields(TokenFileInfo)}
+    """Convert from the JSON object of a sidecar or an index, whose types are `INFO_TYPES`.
+
+    Raises:
+        DamagedFileError: a value is none that a token file can have.
+    """
+    values = {name: content[name] for name in INFO_TYPES}
+    if values["dtype"] not in _DTYPES:
+        raise DamagedFileError(f"dtype is {values['dtype']!r:.40}, which must be one of {', '.join(_DTYPES)}")
     values["dtype"] = _DTYPES[values["dtype"]]
-    for name in ("count", "vocab_size"):
-        if not isinstance(values[name], int):
-            raise TypeError(f"{name} is {values[name]!r}")
+    if not (values["count"] >= 0 and values["source_bytes"] >= 0 and 1 <= values["vocab_size"] <= 2**32):
+        raise DamagedFileError("a number is out of its range")
     return TokenFileInfo(**values)

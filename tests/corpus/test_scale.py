@@ -116,8 +116,10 @@ def names_in(folder: Path) -> set[str]:
 @pytest.mark.parametrize("kind", ["threads", "processes", "cluster"])
 def test_every_executor_gives_the_result_of_one_process(kind, request, tmp_path, corpus, tokenizer):
     expected = Counter()
-    for text in (TEXT * 3, TEXT[::-1], TEXT.replace("\n", END), TEXT * 3):
+    for text in (TEXT * 3, TEXT[::-1], TEXT * 3):
         expected.update(naive_pretoken_counts(text, [END]))
+    for document in TEXT.split("\n"):  # of JSON lines: special tokens in it are text
+        expected.update(naive_pretoken_counts(document, []))
     alone = encode_file(tokenizer, corpus, tmp_path / "alone.bin")
     merges = train_bpe(corpus, 400, [END], kernels=False)
     with (
@@ -271,7 +273,9 @@ def test_closing_a_folder_twice_does_not_unlock_another(tmp_path):
 def test_two_runs_cannot_use_one_folder(tmp_path, corpus, tokenizer):
     with WorkFolder(tmp_path / "many", {"kind": "any"}):
         for start_over in (False, True):
-            with pytest.raises(BlockingIOError, match=r"many is being written by process \d+ on .*: wait until it has ended"):
+            with pytest.raises(
+                BlockingIOError, match=r"many is being written by process \d+ on .*: wait until it has ended"
+            ):
                 encode_files(tokenizer, corpus, tmp_path / "many", start_over=start_over)
     for _ in range(2):  # an error unlocks it too
         with pytest.raises(InvalidInputError, match="holds other work"):
@@ -314,17 +318,77 @@ def test_other_work_is_refused_and_can_be_started_over(tmp_path, corpus):
     assert count_pretokens(corpus, SPECIAL, work_folder=folder, start_over=True, kernels=False) == first
 
 
-def test_a_changed_table_is_refused(tmp_path, corpus):
-    options: dict[str, Any] = {"work_folder": tmp_path / "work", "kernels": False}
+def flip_a_bit(path: Path, offset: int = -1) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_changed_table_is_made_again(tmp_path, corpus):
+    options: dict[str, Any] = {"work_folder": tmp_path / "work", "kernels": False, "shard_bytes": 1000}
     expected = count_pretokens(corpus, SPECIAL, **options)
     (table,) = (tmp_path / "work").glob("*.words")
-    content = bytearray(table.read_bytes())
-    content[-1] ^= 1
-    table.write_bytes(content)
-    with pytest.raises(DamagedFileError, match="has changed since it was written; remove it"):
-        count_pretokens(corpus, SPECIAL, **options)
-    table.unlink()
+    flip_a_bit(table)
     assert count_pretokens(corpus, SPECIAL, **options) == expected
+    with pytest.raises(KeyboardInterrupt):
+        count_pretokens(corpus, SPECIAL, **{**options, "start_over": True}, executor=Inline(5))
+    flip_a_bit(tmp_path / "work" / "counts-0-000002.words")
+    executor = Inline()
+    assert count_pretokens(corpus, SPECIAL, **options, executor=executor) == expected
+    assert executor.names[0] == "counts-0-000002.words"
+    flip_a_bit(table)
+    with pytest.raises(DamagedFileError, match="has changed since it was written; run again"):
+        list(read_table(table, sha256="0"))
+
+
+@pytest.mark.parametrize("damaged", ["000001.bin", "000001.json", "no sidecar"])
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_changed_token_file_is_made_again_before_an_index_is_written(tmp_path, corpus, tokenizer, damaged, complete):
+    many = partial(encode_files, tokenizer, corpus, tmp_path / "many", shard_bytes=1000)
+    if complete:
+        many()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            many(executor=Inline(4))
+    if damaged == "no sidecar":
+        (tmp_path / "many" / "000001.json").unlink()
+    else:
+        flip_a_bit(tmp_path / "many" / damaged, 40)
+    executor = Inline()
+    many(executor=executor)
+    assert executor.names[0] == "000001.bin"
+    assert len(executor.names) == 1 or not complete
+    tokens = open_tokens(tmp_path / "many", verify=True)
+    assert np.array_equal(tokens, encoded(tokenizer, corpus, tmp_path))
+
+
+MANIFEST_DAMAGE = {
+    "a number": b"5",
+    "deep": b"[" * 100_000,
+    "another file": b'{"file": "../precious.bin", "bytes": 1, "file_bytes": 1, "sha256": ""}',
+    "all files": b'{"file": "*.bin", "bytes": 1, "file_bytes": 1, "sha256": ""}',
+    "a file that is no name": b'{"file": 5, "bytes": 1, "file_bytes": 1, "sha256": ""}',
+    "no size": b'{"file": "000001.bin"}',
+    "a size of another kind": b'{"file": "000001.bin", "bytes": "1", "file_bytes": [], "sha256": ""}',
+    "a checksum of another kind": b'{"file": "000001.bin", "bytes": 1, "file_bytes": 1, "sha256": 1}',
+}
+
+
+@pytest.mark.parametrize("line", MANIFEST_DAMAGE.values(), ids=MANIFEST_DAMAGE)
+@pytest.mark.parametrize("start_over", [False, True])
+def test_a_line_of_a_manifest_that_is_no_record_is_ignored(tmp_path, corpus, tokenizer, line, start_over):
+    folder = tmp_path / "many"
+    many = partial(encode_files, tokenizer, corpus, folder, shard_bytes=1000)
+    many()
+    for precious in (tmp_path / "precious.bin", folder / "precious.bin"):
+        precious.write_bytes(b"my only copy")
+    lines = (folder / "manifest.jsonl").read_bytes().splitlines()
+    (folder / "manifest.jsonl").write_bytes(b"\n".join([lines[0], line, *lines[3:]]))
+    executor = Inline()
+    many(executor=executor, start_over=start_over)
+    assert start_over or executor.names == ["000000.bin", "000001.bin"]
+    assert np.array_equal(open_tokens(folder, verify=True), encoded(tokenizer, corpus, tmp_path))
+    assert (tmp_path / "precious.bin").read_bytes() == (folder / "precious.bin").read_bytes() == b"my only copy"
 
 
 @pytest.mark.parametrize("executor", [None, Inline])
@@ -360,7 +424,6 @@ def test_incomplete_and_changed_files_are_detected(dataset, tokenizer, corpus):
     assert len(open_tokens(folder)) == len(tokens)
     with pytest.raises(DamagedFileError, match=r"000003.bin has the SHA-256 "):
         open_tokens(folder, verify=True)
-    path.unlink()
     encode_files(tokenizer, corpus, folder, shard_bytes=700)
     assert np.array_equal(open_tokens(folder / "index.json", verify=True), tokens)
 
@@ -373,6 +436,35 @@ def test_files_that_are_not_an_index(tmp_path, dataset):
         open_tokens(folder, dtype=np.uint32)
     with pytest.raises(FileNotFoundError, match="the folder is not a token dataset"):
         open_tokens(tmp_path)
+
+
+INDEX_DAMAGE = {
+    "deep": lambda index: b'{"shards":' * 100_000,
+    "a list": lambda index: [index],
+    "no shards": lambda index: {**index, "shards": 5},
+    "a shard that is no object": lambda index: {**index, "shards": [5]},
+    "a shard without a file": lambda index: {**index, "shards": [{**index["shards"][0], "file": None}]},
+    "a shard with a count of another kind": lambda index: {**index, "shards": [{**index["shards"][0], "count": True}]},
+    "a negative count": lambda index: {
+        **index,
+        "count": 0,
+        "shards": [{"file": "a", "count": 1, "sha256": ""}, {"file": "a", "count": -1, "sha256": ""}],
+    },
+    "another fingerprint": lambda index: {**index, "tokenizer_fingerprint": "0" * 64},
+    "another order": lambda index: {**index, "shards": index["shards"][::-1]},
+}
+
+
+@pytest.mark.parametrize("damage", INDEX_DAMAGE.values(), ids=INDEX_DAMAGE)
+def test_a_damaged_index_is_refused_in_one_line(dataset, tokenizer, corpus, damage):
+    folder, tokens = dataset
+    index = json.loads((folder / "index.json").read_bytes())
+    content = damage(index)
+    (folder / "index.json").write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    with pytest.raises(DamagedFileError, match=r"index\.json is not the index of a token dataset, or is damaged"):
+        open_tokens(folder)
+    encode_files(tokenizer, corpus, folder, shard_bytes=700)
+    assert np.array_equal(open_tokens(folder, verify=True), tokens)
 
 
 def test_several_files_are_read_like_one_array(dataset):
@@ -545,7 +637,7 @@ def test_urls_are_read_like_files(tmp_path, monkeypatch, corpus, tokenizer):
         count_pretokens("memory://corpus/wrong.txt", SPECIAL, shard_bytes=300, kernels=False)
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
     monkeypatch.setitem(sys.modules, "fsspec", None)
-    with pytest.raises(InvalidInputError, match="install fsspec"):
+    with pytest.raises(InvalidInputError, match="needs fsspec, which is not installed; use `uv run --extra dist "):
         count_pretokens("memory://corpus/plain.txt", SPECIAL)
 
 

@@ -63,8 +63,11 @@ def test_the_bytes_on_the_disk(path, vocab_size, raw):
     info = write(path, [2, 299], vocab_size, tokenizer_fingerprint="abc")
     assert path.read_bytes() == raw
     text = sidecar_path(path).read_text()
-    assert text.count("\n") == 9
-    assert json.loads(text) == {
+    assert text.count("\n") == 10
+    content = json.loads(text)
+    checksum = content.pop("checksum")
+    assert checksum == hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    assert content == {
         "dtype": info.dtype.name,
         "count": 2,
         "source_bytes": 7,
@@ -241,7 +244,17 @@ SIDECAR_DAMAGE = {
     "unknown dtype": lambda text: text.replace("uint16", "float16"),
     "dtype of another kind": lambda text: text.replace('"uint16"', "[16]"),
     "count of another kind": lambda text: text.replace('"count": 2', '"count": "2"'),
+    "a truth value as count": lambda text: text.replace('"count": 2', '"count": true'),
+    "vocabulary of another kind": lambda text: text.replace("300", "null"),
+    "vocabulary out of range": lambda text: without_checksum(text).replace("300", "0"),
+    "negative count": lambda text: without_checksum(text).replace('"count": 2', '"count": -2'),
+    "deep": lambda text: "[" * 100_000,
 }
+
+
+def without_checksum(text: str) -> str:
+    """As in a sidecar of version 0.1.0, or after a person has accepted a change."""
+    return json.dumps({key: value for key, value in json.loads(text).items() if key != "checksum"})
 
 
 @pytest.mark.parametrize("damage", SIDECAR_DAMAGE.values(), ids=SIDECAR_DAMAGE.keys())
@@ -251,6 +264,27 @@ def test_a_damaged_sidecar(path, damage):
     sidecar.write_text(damage(sidecar.read_text()))
     with pytest.raises(DamagedFileError, match=r"is not the sidecar of a token file, or is damaged .* dtype=\.\.\."):
         open_tokens(path)
+
+
+def test_a_flipped_bit_in_a_sidecar_is_found(path):
+    """Or it changes nothing that the sidecar says."""
+    info = write(path, [1, 2], tokenizer_fingerprint="abc")
+    sidecar = sidecar_path(path)
+    content = sidecar.read_bytes()
+    num_found = 0
+    for offset in range(len(content)):
+        for bit in range(8):
+            sidecar.write_bytes(content[:offset] + bytes([content[offset] ^ 1 << bit]) + content[offset + 1 :])
+            try:
+                assert read_info(path) == info
+            except DamagedFileError:
+                num_found += 1
+    assert num_found > 0.8 * 8 * len(content)
+    sidecar.write_bytes(content.replace(b"abc", b"abd"))
+    with pytest.raises(DamagedFileError, match=r"its checksum is that of other values; .* remove the line 'checksum'"):
+        read_info(path)
+    sidecar.write_text(without_checksum(sidecar.read_text()))
+    assert read_info(path) == replace(info, tokenizer_fingerprint="abd")
 
 
 def test_a_sidecar_of_random_bytes(path):
@@ -321,3 +355,72 @@ def test_a_map_survives_the_replacement_of_its_file(path):
     write(path, [3, 4])
     assert tokens.tolist() == [1, 2]
     assert open_tokens(path).tolist() == [3, 4]
+
+
+# ---- files of other programs
+
+
+def text_ids(dtype, vocab_size=50_257, count=20_000):
+    """Ids as frequent as tokens of text: small ids are more frequent than large ones."""
+    return (vocab_size ** np.random.default_rng(0).random(count)).astype(dtype)
+
+
+WIDER_AND_NARROWER = [
+    (np.uint32, np.uint16, 50_257),
+    (np.uint32, np.uint16, 256),
+    (np.uint32, np.uint16, 262_144),
+    (np.int32, np.uint16, 50_257),
+    (np.int64, np.uint16, 50_257),
+    (np.int64, np.uint32, 50_257),
+    (np.uint16, np.uint32, 50_257),
+    (np.uint16, np.int32, 300),
+    (np.uint16, np.int64, 50_257),
+    (np.uint32, np.int64, 128_256),
+]
+
+
+@pytest.mark.parametrize(("written", "read", "vocab_size"), WIDER_AND_NARROWER)
+def test_ids_that_are_read_with_another_dtype_are_refused(path, written, read, vocab_size):
+    ids = text_ids(written, vocab_size)
+    ids.tofile(path)
+    right = np.dtype(f"u{np.dtype(written).itemsize}").name
+    with pytest.raises(
+        InvalidInputError, match=rf"dtype={np.dtype(read).name}, but it holds ids of {right}, .* dtype="
+    ):
+        open_tokens(path, dtype=read)
+    np.testing.assert_array_equal(open_tokens(path, dtype=written), ids)
+
+
+@pytest.mark.parametrize("vocab_size", [2, 10, 65, 256, 300, 5_000, 50_257, 65_536])
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.uint32, np.int64])
+def test_ids_that_are_read_with_their_dtype_are_accepted(path, vocab_size, dtype):
+    for ids in (text_ids(dtype, vocab_size), np.arange(20_000) % vocab_size, np.zeros(20_000), np.arange(3)):
+        ids.astype(dtype).tofile(path)
+        np.testing.assert_array_equal(open_tokens(path, dtype=dtype), ids.astype(dtype))
+
+
+@pytest.mark.parametrize(("magic", "version", "written"), [(20240520, 1, np.uint16), (20240801, 7, np.uint32)])
+@pytest.mark.parametrize("read", [np.uint16, np.uint32])
+@pytest.mark.parametrize("count", [3, 2000])
+def test_the_header_of_llm_c_is_named(path, monkeypatch, magic, version, written, read, count):
+    header = np.zeros(256, np.int32)
+    header[:3] = magic, version, count
+    ids = text_ids(written, 50_257, count)
+    path.write_bytes(header.tobytes() + ids.tobytes())
+    name = np.dtype(written).name
+    with pytest.raises(
+        InvalidInputError, match=rf"llm.c: 1024 bytes of header, then ids of {name}; .*dtype='{name}'"
+    ) as error:
+        open_tokens(path, dtype=read)
+    monkeypatch.chdir(path.parent)
+    exec(str(error.value).split("without it: ")[1].split(", and open")[0], {"np": np})  # the remedy works
+    np.testing.assert_array_equal(open_tokens("ids.bin", dtype=written), ids)
+
+
+def test_the_dtype_of_a_megatron_dataset_is_read_from_its_index(path):
+    ids = text_ids(np.int32)[:100]
+    ids.tofile(path)
+    path.with_suffix(".idx").write_bytes(b"MMIDIDX\0\0" + (1).to_bytes(8, "little") + b"\4")
+    with pytest.raises(InvalidInputError, match="dtype=uint16, but it holds ids of int32"):
+        open_tokens(path, dtype=np.uint16)
+    np.testing.assert_array_equal(open_tokens(path, dtype=np.int32), ids)
