@@ -24,6 +24,7 @@ from basic.bpe.arrays import MAX_VOCAB_SIZE, InvalidByteError
 from basic.bpe.compiled import KernelEncoder
 from basic.bpe.plain import PretokenCache, merge_rules
 from basic.bytes_utils import decode_blocks, invalid_byte_error, load_merges, load_vocab, save_merges, save_vocab
+from basic.common.arguments import check_integer, check_text_list, id_list
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.common.file_sets import CHECKSUMS_NAME, atomic_set, read_set
 from basic.common.files import load_json
@@ -66,8 +67,9 @@ class Tokenizer:
         special_tokens: strings that become one token each and are never split; if several start at the same position,
             the longest is used. One whose bytes are in the vocabulary has that id; the others get the ids after the
             largest, in the order given.
-        pattern: finds the pre-tokens: "gpt2", "cl100k", "o200k", or a regular expression of the `regex` package. The
-            default is GPT-2's; only this pattern has kernels.
+        pattern: finds the pre-tokens: "gpt2", "cl100k", "o200k" (also under the names of tiktoken's encodings, such as
+            "cl100k_base"), or a regular expression of the `regex` package. The default is GPT-2's; only this pattern
+            has kernels.
         kernels: True uses the kernels for every text, False never. By default large texts use them, and once they are
             loaded, all texts. The ids are the same.
 
@@ -215,8 +217,13 @@ class Tokenizer:
     def encode_batch(
         self, texts: Iterable[str], *, num_threads: int | None = None, specials_as_text: bool = False
     ) -> list[list[int]]:
-        """Encode each of several texts as `encode` does; with kernels, in threads."""
-        texts, num_threads = list(texts), resolve_num_threads(num_threads)
+        """Encode each of several texts as `encode` does; with kernels, in threads.
+
+        Raises:
+            TypeError: `texts` is a single text, or one of them is not a string.
+            InvalidInputError: a byte of a text has no token.
+        """
+        texts, num_threads = check_text_list("texts", texts), resolve_num_threads(num_threads)
         encode = partial(self.encode, specials_as_text=specials_as_text)
         num_characters = sum(map(len, texts))
         if self.kernel_encoder(num_characters) is None or num_threads == 1 or len(texts) < 2:
@@ -310,10 +317,11 @@ class Tokenizer:
         """Decode ids to text; bytes that are not UTF-8 become U+FFFD.
 
         Args:
-            ids: a list, an array, or any iterable.
+            ids: a list, a one-dimensional array or tensor, or any iterable of integers.
 
         Raises:
-            InvalidInputError: an id is not in the vocabulary.
+            TypeError: `ids` are not integers.
+            InvalidInputError: an id is not in the vocabulary, or an array has another shape or dtype.
         """
         return self.decode_bytes(ids).decode(errors="replace")
 
@@ -321,20 +329,18 @@ class Tokenizer:
         """Decode ids to bytes, which may start or end inside a character.
 
         Raises:
-            InvalidInputError: an id is not in the vocabulary.
+            TypeError, InvalidInputError: as for `decode`.
         """
         if isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu":
             encoder = self.kernel_encoder(4 * len(ids))  # a token has about four bytes
             # The kernel returns None for an unknown id; the plain path then raises the error.
             if encoder is not None and (decoded := encoder.decode(ids)) is not None:
                 return decoded
-        ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+        ids = id_list("ids", ids)
         try:
             return b"".join([self.vocab[token_id] for token_id in ids])
-        except (KeyError, TypeError):
-            position, unknown = next(
-                (i, x) for i, x in enumerate(ids) if not isinstance(x, int | np.integer) or x not in self.vocab
-            )
+        except KeyError:
+            position, unknown = next((i, token_id) for i, token_id in enumerate(ids) if token_id not in self.vocab)
             raise InvalidInputError(
                 f"id {unknown!r} at position {position} is not in the vocabulary, whose largest id is "
                 f"{self.vocab_size - 1}; are these the ids of another tokenizer?"
@@ -442,7 +448,7 @@ def resolve_num_threads(num_threads: int | None) -> int:
     """
     if num_threads is None:
         return default_num_workers()
-    if num_threads < 1:
+    if check_integer("num_threads", num_threads) < 1:
         raise InvalidInputError(f"num_threads={num_threads} must be at least 1")
     return num_threads
 

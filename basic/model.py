@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 from torch.nn.init import trunc_normal_
 
+from basic.common.arguments import check_integer
 from basic.common.config_files import check_choices
 from basic.common.errors import InvalidConfigError, InvalidInputError
+from basic.transformer.functional import check_ids, linear, rms_norm, rope_tables, rotate_pairs, silu, take_rows
 from basic.transformer.functional import cross_entropy as cross_entropy
-from basic.transformer.functional import linear, rms_norm, rope_tables, rotate_pairs, silu
 from basic.transformer.functional import softmax as softmax
 from basic.transformer.kernels import dispatch
 from basic.transformer.optimizer import AdamW as AdamW
@@ -69,11 +70,15 @@ class ModelConfig:
     """Whether the output layer uses the embedding's matrix."""
 
     def __post_init__(self) -> None:
+        sizes = ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "d_ff")
+        for name in (*sizes, "num_kv_heads"):
+            if (size := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_integer(name, size))
         if self.d_ff is None:
             # Three matrices of 8/3 d_model features have as many parameters as two of 4 d_model.
             d_ff = 4 * self.d_model if self.ffn == "silu" else max(64, round(self.d_model * 8 / 3 / 64) * 64)
             object.__setattr__(self, "d_ff", d_ff)
-        for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "d_ff"):
+        for name in sizes:
             if not getattr(self, name) >= 1:
                 raise InvalidConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         _check_heads(self.d_model, self.num_heads, self.kv_heads)
@@ -124,6 +129,8 @@ class Linear(Module):
 class Embedding(Module):
     """A vector of features for each token id.
 
+    An id outside the vocabulary is an IndexError on the CPU. On a GPU, and in compiled code, its features are NaN.
+
     Args:
         vocab_size: number of ids.
         d_model: features of a token.
@@ -136,8 +143,8 @@ class Embedding(Module):
         trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
 
     def forward(self, token_ids: Int[Tensor, " ..."]) -> Float[Tensor, " ... d_model"]:
-        _check_range(token_ids, self.weight.shape[0], "token id", "vocab_size")
-        return self.weight[token_ids]
+        (features,) = take_rows(token_ids, self.weight, name="token id", limit_name="vocab_size")
+        return features
 
 
 class RMSNorm(Module):
@@ -195,26 +202,36 @@ class RotaryPositionalEmbedding(Module):
         return self
 
     def tables(
-        self, x: Float[Tensor, " ... seq features"], token_positions: Int[Tensor, "... seq"] | None = None
+        self,
+        x: Float[Tensor, " ... seq features"],
+        token_positions: Int[Tensor, "... seq"] | None = None,
+        *,
+        first_position: int = 0,
     ) -> tuple[Float[Tensor, "... seq half"], Float[Tensor, "... seq half"]]:
         """Cosines and sines of the angles of each token of x.
 
         Args:
             x: features.
-            token_positions: by default 0 .. seq - 1; they broadcast against the leading dimensions of x.
+            token_positions: by default counted from `first_position`; they broadcast against the leading dimensions
+                of x.
+            first_position: position of the first token of x if `token_positions` is None.
+
+        Returns:
+            The two tables; on a GPU, and in compiled code, NaN for a position outside 0 .. max_seq_len - 1.
 
         Raises:
             InvalidInputError: x is longer than max_seq_len and `token_positions` is None.
-            IndexError: a position is outside 0 .. max_seq_len - 1 (on the CPU; a GPU stops with its own assertion).
+            IndexError: a position is outside 0 .. max_seq_len - 1 (on the CPU).
         """
         if token_positions is None:
-            if x.shape[-2] > self.max_seq_len:
-                raise InvalidInputError(f"{x.shape[-2]} tokens do not fit into max_seq_len={self.max_seq_len}")
-            return self.cos[: x.shape[-2]], self.sin[: x.shape[-2]]
-        _check_range(token_positions, self.max_seq_len, "position", "max_seq_len")
+            end = first_position + x.shape[-2]
+            if end > self.max_seq_len:
+                raise InvalidInputError(f"{end} tokens do not fit into max_seq_len={self.max_seq_len}")
+            return self.cos[first_position:end], self.sin[first_position:end]
         while token_positions.ndim >= x.ndim and token_positions.shape[0] == 1:
             token_positions = token_positions.squeeze(0)  # else the result would have one dimension more than x
-        return self.cos[token_positions], self.sin[token_positions]
+        cos, sin = take_rows(token_positions, self.cos, self.sin, name="position", limit_name="max_seq_len")
+        return cos, sin
 
     def forward(
         self, x: Float[Tensor, " ... seq d_k"], token_positions: Int[Tensor, "... seq"] | None = None
@@ -323,9 +340,7 @@ class MultiHeadSelfAttention(Module):
         """
         rope = None
         if self.rope is not None:
-            if token_positions is None and cache is not None:
-                token_positions = torch.arange(cache.length, cache.length + x.shape[-2], device=x.device)
-            rope = self.rope.tables(x, token_positions)
+            rope = self.rope.tables(x, token_positions, first_position=0 if cache is None else cache.length)
         extend_cache = None if cache is None else partial(cache.extend, layer)
         w_q, w_k, w_v = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
         attended = dispatch.causal_self_attention(x, w_q, w_k, w_v, self.num_heads, rope, extend_cache)
@@ -436,9 +451,16 @@ class TransformerLM(Module):
             cache: keys and values of earlier tokens; this pass writes to it, and the caller advances it.
 
         Raises:
+            TypeError: `token_ids` is not a tensor of integers, or `cache` is not a KVCache.
             InvalidInputError: there are more tokens than context_length.
-            IndexError: an id is outside the vocabulary (on the CPU; a GPU stops with its own assertion).
+            IndexError: an id is outside the vocabulary (on the CPU; on a GPU, the logits become NaN).
         """
+        check_ids(token_ids, "token_ids")
+        if cache is not None and not isinstance(cache, KVCache):
+            raise TypeError(
+                f"cache must be a KVCache, got {type(cache).__name__}; for the loss of targets call "
+                "model.loss(token_ids, targets)"
+            )
         length = token_ids.shape[-1] + (0 if cache is None else cache.length)
         if length > self.config.context_length:
             raise InvalidInputError(
@@ -456,7 +478,19 @@ class TransformerLM(Module):
         return self.ln_final(x)
 
     def loss(self, token_ids: Int[Tensor, " batch seq"], targets: Int[Tensor, " batch seq"]) -> Float[Tensor, ""]:
-        """The mean cross-entropy of the targets in nats per token, in at least float32."""
+        """The mean cross-entropy of the targets in nats per token, in at least float32.
+
+        Args:
+            token_ids: at most context_length in a row.
+            targets: the token after each one, or -100 for a position that takes no part in the mean.
+
+        Returns:
+            The mean. On a GPU, and in compiled code, NaN if an id or a target is outside the vocabulary.
+
+        Raises:
+            TypeError: an argument is not a tensor of integers.
+            IndexError: an id or a target is outside the vocabulary (on the CPU).
+        """
         return dispatch.linear_cross_entropy(self.features(token_ids), self.lm_head.weight, targets)
 
     @property
@@ -500,19 +534,6 @@ def _check_heads(d_model: int, num_heads: int, num_kv_heads: int) -> None:
             f"num_kv_heads={num_kv_heads} must be at least 1 and divide num_heads={num_heads}; change one of them, or "
             "leave num_kv_heads out for as many"
         )
-
-
-def _check_range(ids: Tensor, limit: int, name: str, limit_name: str) -> None:
-    """Raise IndexError for an index outside 0 .. limit - 1 (PyTorch would count a negative one from the end).
-
-    On a GPU this would wait for the device, and a compiled graph cannot branch on values: neither is checked.
-    """
-    if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
-        return
-    lowest, highest = ids.min().item(), ids.max().item()
-    if lowest < 0 or highest >= limit:
-        wrong = lowest if lowest < 0 else highest
-        raise IndexError(f"{name} {wrong} is outside 0 .. {limit - 1} ({limit_name}={limit})")
 
 
 def _align_leading(positions: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -16,6 +16,7 @@ token. With another pattern only the starts of special tokens are known to be sa
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from itertools import chain
@@ -55,6 +56,16 @@ _EQUIVALENT_PATTERNS = {
     ): "cl100k",
 }
 
+# The names under which these patterns are published: those of tiktoken's encodings, and a spelling of GPT-2.
+_PUBLISHED_NAMES = {
+    **dict.fromkeys(("gpt-2", "r50k_base", "p50k_base", "p50k_edit"), "gpt2"),
+    "cl100k_base": "cl100k",
+    **dict.fromkeys(("o200k_base", "o200k_harmony"), "o200k"),
+}
+
+# What a regular expression for pre-tokens has and a name has not. Not the dot and the hyphen: "gpt-3.5" is a name.
+_REGULAR_EXPRESSION = re.compile(r"[\\^$*+?|()\[\]{}]|\A\.\Z")
+
 GPT2_PATTERN = regex.compile(PATTERNS["gpt2"])
 
 # A pre-token always ends here, because none has white space after another character. And the pattern has no
@@ -67,9 +78,29 @@ _STREAM_CHARACTERS = 1 << 13  # pre-tokenized at a time; the list of pre-tokens 
 _SEARCH_BYTES = 1 << 12  # read at first in the search for a safe position
 
 
+def is_regular_expression(pattern: str) -> bool:
+    """Whether a pattern has at least one of the signs of a regular expression, so that it cannot be a name."""
+    return _REGULAR_EXPRESSION.search(pattern) is not None
+
+
 def pattern_text(pattern: str) -> str:
-    """The regular expression for a name (a key of `PATTERNS`) or for an equivalent pattern; any other one unchanged."""
-    return PATTERNS.get(_EQUIVALENT_PATTERNS.get(pattern, pattern), pattern)
+    """The regular expression for a name or for an equivalent pattern; any other regular expression unchanged.
+
+    Raises:
+        InvalidInputError: the pattern is neither a known name nor a regular expression.
+    """
+    if known := _EQUIVALENT_PATTERNS.get(pattern):
+        return PATTERNS[known]
+    if is_regular_expression(pattern):
+        return pattern
+    name = pattern.lower()
+    try:
+        return PATTERNS[_PUBLISHED_NAMES.get(name, name)]
+    except KeyError:
+        raise InvalidInputError(
+            f"pattern {pattern!r} is neither a known name ({', '.join([*PATTERNS, *_PUBLISHED_NAMES])}) nor a regular "
+            "expression, which has at least one of \\ [ ( | * + ? { ^ $; give one of them"
+        ) from None
 
 
 def pattern_name(pattern: str) -> str | None:
@@ -81,11 +112,12 @@ def compile_pattern(pattern: str | None) -> re.Pattern[str]:
     """Compile the pattern that finds pre-tokens.
 
     Args:
-        pattern: a name (a key of `PATTERNS`), or a regular expression of the `regex` package; None means GPT-2's.
+        pattern: a name (a key of `PATTERNS`, or the name of a tiktoken encoding with this pattern), or a regular
+            expression of the `regex` package; None means GPT-2's.
 
     Raises:
         TypeError: the pattern is not a string.
-        InvalidInputError: the pattern is not a regular expression of the `regex` package.
+        InvalidInputError: the pattern is neither a known name nor a regular expression of the `regex` package.
     """
     if pattern is None:
         return GPT2_PATTERN
@@ -98,6 +130,63 @@ def compile_pattern(pattern: str | None) -> re.Pattern[str]:
         return regex.compile(pattern)
     except regex.error as error:
         raise InvalidInputError(f"pattern {pattern!r} is not in the syntax of the regex package: {error}") from None
+
+
+def covers_all_text(pattern: str) -> bool:
+    """Whether a pattern certainly leaves out no character of any text.
+
+    This is so for the known patterns. Of another pattern, every alternative must match at least one character, and at
+    every character an alternative must match whatever the text around is: one that matches the character alone, and has
+    no assertion. The test knows only simple regular expressions, so False does not mean that text is left out.
+    """
+    if pattern_name(pattern) is not None:
+        return True
+    certain = []
+    for alternative in _alternatives(pattern):
+        consuming = _ASSERTION_AT_END.sub("", alternative)
+        try:
+            if not _is_simple(consuming) or regex.fullmatch(consuming, ""):
+                return False
+        except regex.error:  # such as a reference to a group of another alternative
+            return False
+        if consuming == alternative:
+            certain.append(f"(?:{alternative})")
+    matches_alone = regex.compile("|".join(certain) or "(?!)").fullmatch
+    return all(map(matches_alone, map(chr, chain(range(0xD800), range(0xE000, sys.maxunicode + 1)))))
+
+
+_ASSERTION_AT_END = re.compile(r"(?<!\\)\(\?[=!][^()]*\)\Z")
+_ESCAPE_OR_CLASS = re.compile(
+    r"\\(?:[pP]\{\^?\w+\}|[pPsSdDwWnrtf]|[^\w\s])"
+    r"|\[\^?(?:\\.|[^\[\]\\&~-]|-(?!-)|&(?!&)|~(?!~))+\]"
+)
+
+
+def _is_simple(pattern: str) -> bool:
+    """Whether a regular expression has only classes, groups, alternatives and quantifiers.
+
+    What it matches then depends on the matched text alone. Classes inside classes are not simple, because programs
+    understand them differently.
+    """
+    rest = _ESCAPE_OR_CLASS.sub("x", pattern)
+    return not re.search(r"[\\\[\]^$]|\(\?(?!i?:)|\(\*|[*+?}]\+", rest)
+
+
+def _alternatives(pattern: str) -> list[str]:
+    """The alternatives of a regular expression outside of all groups."""
+    starts, depth, in_class = [0], 0, False
+    for match in re.finditer(r"\\.|[\[\]()|]", pattern, re.DOTALL):
+        character = match.group()
+        if in_class:
+            in_class = character != "]"
+        elif character == "[":
+            in_class = True
+        elif character in "()":
+            depth += 1 if character == "(" else -1
+        elif character == "|" and depth == 0:
+            starts.append(match.end())
+    ends = [start - 1 for start in starts[1:]] + [len(pattern)]
+    return [pattern[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
 class SpecialTokens:

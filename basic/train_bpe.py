@@ -15,6 +15,7 @@ from typing import Any
 
 from basic.bpe import compiled, loading
 from basic.bpe.arrays import MAX_SYMBOLS, PretokenCounts
+from basic.common.arguments import check_integer
 from basic.common.errors import InvalidInputError
 from basic.common.progress import progress_bar
 from basic.corpus.counting import CountingOptions, build_count_table
@@ -59,11 +60,12 @@ def train_bpe(
     Raises:
         InvalidInputError: `vocab_size` or another number is too small, a special token is empty or given twice, or the
             text is not UTF-8.
-        TypeError: a special token is not a string.
+        TypeError: `vocab_size` is not an integer, or a special token is not a string.
         OSError: a file cannot be read.
 
     Source: Sennrich et al. 2016, over bytes with the pre-tokens of Radford et al. 2019; handout, BPE training.
     """
+    vocab_size = check_integer("vocab_size", vocab_size)
     special = SpecialTokens(special_tokens)
     first_tokens = [token.encode() for token in special.tokens] + [bytes([byte]) for byte in range(256)]
     if vocab_size < len(first_tokens):
@@ -103,6 +105,7 @@ def merges_from_counts(
         >>> merges_from_counts({b"low": 5, b"lower": 2, b"widest": 3, b"newest": 6}, 3)
         [(b's', b't'), (b'e', b'st'), (b'o', b'w')]
     """
+    num_merges = check_integer("num_merges", num_merges)
     if num_merges < 0:
         raise InvalidInputError(f"num_merges={num_merges} must be at least 0")
     for pretoken, count in counts.items():

@@ -1,5 +1,6 @@
 """Batches: the right tokens, all starts equally likely, and the same batch for the same seed and step."""
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from basic.common.errors import InvalidConfigError, InvalidInputError, WrongTokenizerError
-from basic.training.batches import BatchSampler, check_token_ids, document_starts, to_device
+from basic.training.batches import BatchSampler, check_token_ids, document_starts, get_batch, to_device
 
 from .adapters import run_get_batch
 
@@ -92,8 +93,34 @@ def test_a_dataset_shorter_than_the_context(length):
 
 @pytest.mark.parametrize("tokens", [np.zeros((9, 9), int), np.zeros(9), np.zeros(9, bool), np.int64(3)])
 def test_tokens_must_be_one_dimensional_integers(tokens):
-    with pytest.raises(InvalidInputError, match="tokens must be a one-dimensional array of integers"):
+    with pytest.raises(InvalidInputError, match="dataset must be a one-dimensional array of integers"):
         run_get_batch(np.asarray(tokens), 3, 5, "cpu")
+
+
+@pytest.mark.parametrize("convert", [torch.from_numpy, np.ndarray.tolist, lambda array: torch.from_numpy(array).int()])
+def test_a_dataset_as_a_tensor_or_a_list(convert):
+    inputs = []
+    for dataset in (np.arange(100), convert(np.arange(100))):
+        torch.manual_seed(1)
+        inputs.append(get_batch(dataset, 2, 8, "cpu")[0])
+    assert torch.equal(*inputs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.ones(9), 3, 5), InvalidInputError, "dataset must be .* of integers, got torch.float32"),
+        ((["a"], 3, 5), TypeError, r"dataset\[0\] must be an integer, got str: 'a'"),
+        (("tokens.bin", 3, 5), TypeError, "dataset must be an array of token ids, got str: 'tokens.bin'"),
+        ((None, 3, 5), TypeError, "dataset must be an array of token ids, got NoneType"),
+        ((np.arange(9), "3", 5), TypeError, "batch_size must be an integer, got str: '3'"),
+        ((np.arange(9), 3, 5.5), TypeError, "context_length must be an integer, got float: 5.5"),
+    ],
+)
+def test_the_wrong_argument_is_named(monkeypatch, arguments, error, message):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # type checks would fail first
+    with pytest.raises(error, match=message):
+        get_batch(*arguments, "cpu")
 
 
 @pytest.mark.parametrize(("batch_size", "context_length"), [(0, 5), (5, 0), (-1, 5)])

@@ -114,8 +114,38 @@ def test_repeated_ids_add_their_gradients() -> None:
 
 @pytest.mark.parametrize("bad_id", [-1, 7])
 def test_ids_outside_the_vocabulary_are_named(bad_id: int) -> None:
-    with pytest.raises(IndexError, match=rf"token id {bad_id} is outside 0 \.\. 6"):
+    with pytest.raises(IndexError, match=rf"token id {bad_id} at position 1 is outside 0 \.\. 6 \(vocab_size=7\)"):
         run_embedding(7, 4, torch.randn(7, 4), torch.tensor([0, bad_id, 6]))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8])
+def test_ids_of_every_signed_dtype(dtype: torch.dtype) -> None:
+    layer = Embedding(4, 3)
+    assert torch.equal(layer(torch.tensor([2, 2, 0], dtype=dtype)), layer.weight[[2, 2, 0]])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float32])
+def test_what_is_no_id_is_refused(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """PyTorch itself takes four bytes or bools for a mask."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # type checks would fail first
+    with pytest.raises(TypeError, match=rf"token ids must have the dtype int64 or int32, got {dtype}; .*\.long\(\)"):
+        Embedding(4, 3)(torch.ones(4, dtype=dtype))
+
+
+def test_without_a_check_a_bad_id_gives_nan() -> None:
+    """As on a GPU, where a check would wait for the device; PyTorch alone would take -1 for the last row."""
+    layer, ids = Embedding(7, 4), torch.tensor([0, -1, 6, 7, -100])
+    compiled = torch.compile(layer, backend="eager")
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        features = compiled(ids)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+    assert torch.equal(features[[0, 2]], layer.weight[[0, 6]])
+    assert features[[1, 3, 4]].isnan().all()
+    features[[0, 2]].sum().backward()
+    assert layer.weight.grad is not None
+    assert torch.equal(layer.weight.grad.sum(1), torch.tensor([4.0, 0, 0, 0, 0, 0, 4]))
 
 
 @every_dtype
@@ -233,7 +263,7 @@ def test_to_empty_computes_the_rope_tables_of_a_meta_model() -> None:
 
 @pytest.mark.parametrize("position", [-1, 8])
 def test_positions_outside_the_tables_are_named(position: int) -> None:
-    with pytest.raises(IndexError, match=rf"position {position} is outside 0 \.\. 7"):
+    with pytest.raises(IndexError, match=rf"position {position} at position 1 is outside 0 \.\. 7"):
         run_rope(4, 1e4, 8, torch.randn(2, 4), torch.tensor([0, position]))
 
 
@@ -529,8 +559,26 @@ def test_more_tokens_than_the_context_is_an_error() -> None:
 @pytest.mark.parametrize("bad_id", [-1, 13])
 def test_the_language_model_names_a_bad_id(bad_id: int) -> None:
     ids = torch.tensor([[0, 12], [bad_id, 3]])
-    with pytest.raises(IndexError, match=rf"token id {bad_id} is outside 0 \.\. 12"):
+    with pytest.raises(IndexError, match=rf"token id {bad_id} at position \(1, 0\) is outside 0 \.\. 12"):
         run_transformer_lm(**SHAPE, weights=random_weights(SHAPE, seed=0), in_indices=ids)
+
+
+def test_the_language_model_names_a_wrong_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # type checks would fail first
+    model, ids = TransformerLM(tiny()), torch.zeros(1, 2, dtype=torch.int64)
+    with pytest.raises(TypeError, match="token_ids must be a tensor of integers, got list"):
+        model([1, 2])
+    with pytest.raises(TypeError, match=r"cache must be a KVCache, got Tensor; .* model\.loss\(token_ids, targets\)"):
+        model(ids, ids)
+    with pytest.raises(TypeError, match=r"targets must have the dtype int64 or int32, got torch\.float32"):
+        model.loss(ids, ids.float())
+
+
+def test_the_loss_of_the_language_model_ignores_minus_100() -> None:
+    model = TransformerLM(tiny())
+    ids, targets = torch.randint(10, (2, 6)), torch.randint(10, (2, 6))
+    targets[:, 2:] = -100
+    assert_close(model.loss(ids, targets), model.loss(ids[:, :2], targets[:, :2]))
 
 
 @pytest.mark.parametrize("change", ["missing", "surplus", "shape"])
@@ -599,6 +647,14 @@ def test_unknown_choices_are_refused(changes: dict[str, Any], message: str, monk
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # type checks would fail first
     with pytest.raises(InvalidConfigError, match=message):
         tiny(**changes)
+
+
+@pytest.mark.parametrize("size", ["300", 300.0, True])
+@pytest.mark.parametrize("name", ["vocab_size", "d_model", "num_kv_heads", "d_ff"])
+def test_a_size_that_is_no_integer_is_named(name: str, size: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # type checks would fail first
+    with pytest.raises(TypeError, match=f"{name} must be an integer, got {type(size).__name__}: {size!r}"):
+        tiny(**{name: size})
 
 
 def test_odd_heads_are_possible_without_rope() -> None:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch.nn import Parameter
 from torch.testing import assert_close
 
-from basic.transformer.functional import token_losses
+from basic.transformer import functional
+from basic.transformer.functional import cross_entropy, token_losses
 from basic.transformer.optimizer import clip_gradients
 
 from .adapters import run_cross_entropy, run_gradient_clipping, run_softmax
@@ -98,10 +99,42 @@ def test_token_losses_are_torchs(dtype: torch.dtype) -> None:
     assert_close(losses.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("bad_target", [-100, -1, 7])
+@pytest.mark.parametrize("bad_target", [-101, -1, 7])
 def test_targets_outside_the_vocabulary_are_refused(bad_target: int) -> None:
-    with pytest.raises(RuntimeError, match=f"index {bad_target} is out of bounds"):
+    with pytest.raises(IndexError, match=rf"target {bad_target} at position 1 is outside 0 \.\. 6 \(vocab_size=7\)"):
         run_cross_entropy(torch.randn(2, 7), torch.tensor([0, bad_target]))
+
+
+@pytest.mark.parametrize("bad_target", [-101, -1, 7])
+def test_without_a_check_a_bad_target_gives_nan(monkeypatch: pytest.MonkeyPatch, bad_target: int) -> None:
+    """As on a GPU, where a check would wait for the device."""
+    monkeypatch.setattr(functional, "check_range", lambda *arguments, **options: False)
+    assert run_cross_entropy(torch.randn(2, 7), torch.tensor([0, bad_target])).isnan()
+
+
+@every_dtype
+@pytest.mark.parametrize("ignore_index", [-100, 3])
+def test_ignored_targets_are_torchs(dtype: torch.dtype, ignore_index: int) -> None:
+    logits, targets = torch.randn(2, 5, 7).to(dtype), torch.randint(7, (2, 5))
+    targets[0, 1:4] = ignore_index
+    results = []
+    for loss, leaf in ((cross_entropy, logits), (F.cross_entropy, logits.double())):
+        leaf = leaf.detach().requires_grad_()
+        value = loss(leaf.flatten(0, 1), targets.flatten(), ignore_index=ignore_index)
+        results.append((value.double(), *torch.autograd.grad(value, leaf)))
+    assert_close(results[0][0], results[1][0], rtol=TOLERANCE[dtype], atol=0)
+    assert_close(results[0][1].double(), results[1][1], rtol=2 * TOLERANCE[dtype], atol=TOLERANCE[dtype] / 100)
+
+
+def test_the_mean_over_no_target_is_nan_as_torchs() -> None:
+    logits, targets = torch.randn(2, 7), torch.full((2,), -100)
+    assert run_cross_entropy(logits, targets).isnan()
+    assert F.cross_entropy(logits, targets).isnan()
+
+
+def test_losses_of_tokens_ignore_nothing() -> None:
+    with pytest.raises(IndexError, match=r"target -100 at position 0 is outside 0 \.\. 6 \(vocab_size=7\)$"):
+        token_losses(torch.randn(2, 7), torch.tensor([-100, 1]))
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (3,), (2, 1), (2, 4), (2, 3, 1)])
@@ -178,6 +211,14 @@ def test_clipping_does_not_overflow_in_float16() -> None:
     parameter.grad = torch.full((4,), 1000.0, dtype=torch.float16)
     assert clip_gradients([parameter], 1.0) == 2000
     assert_close(parameter.grad, torch.full((4,), 0.5, dtype=torch.float16))
+
+
+def test_clipping_one_parameter() -> None:
+    """A tensor can be iterated over, but its rows have no gradient."""
+    [parameter] = parameters_with_gradients(torch.float32, scale=100)
+    before = joint_norm([parameter])
+    assert clip_gradients(parameter, 0.5).item() == pytest.approx(before)
+    assert joint_norm([parameter]) == pytest.approx(0.5)
 
 
 def test_clipping_no_gradients_is_no_error() -> None:

@@ -698,3 +698,51 @@ def test_plain_values_keep_their_types(value):
     save_checkpoint(nn.Identity(), None, 0, file, extra={"value": value})
     file.seek(0)
     assert_same(read_checkpoint(file).entry("extra"), {"value": value})
+
+
+# Wrappers
+
+
+class Wrapper(nn.Module):
+    """What torch.compile and DistributedDataParallel do to the names of a module's parameters."""
+
+    def __init__(self, name, inner):
+        super().__init__()
+        self.add_module(name, inner)
+
+
+def small_model():
+    return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+
+
+WRAPPERS = {
+    "compiled": torch.compile,
+    "distributed": lambda model: Wrapper("module", model),
+    "compiled and distributed": lambda model: Wrapper("module", torch.compile(model)),
+    "distributed and compiled": lambda model: torch.compile(Wrapper("module", model)),
+    "a compiled part": lambda model: nn.Sequential(torch.compile(model[0]), model[1]),
+    "plain": lambda model: model,
+}
+
+
+@pytest.mark.parametrize("saved_as", WRAPPERS)
+@pytest.mark.parametrize("loaded_as", WRAPPERS)
+def test_a_wrapper_does_not_matter(tmp_path, saved_as, loaded_as):
+    torch.manual_seed(0)
+    ours, theirs = small_model(), small_model()
+    saved, loaded = WRAPPERS[saved_as](ours), WRAPPERS[loaded_as](theirs)
+    run_save_checkpoint(saved, torch.optim.SGD(saved.parameters()), 5, tmp_path / "checkpoint")
+    assert run_load_checkpoint(tmp_path / "checkpoint", loaded, torch.optim.SGD(loaded.parameters())) == 5
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(theirs.state_dict()[name], tensor)
+
+
+def test_a_name_like_that_of_a_wrapper_is_kept(tmp_path):
+    """Two names that differ in a wrapper's alone cannot be told apart without it."""
+    torch.manual_seed(0)
+    ours, theirs = (nn.ModuleDict({"module": nn.Linear(2, 2), "_orig_mod": nn.Linear(2, 2)}) for _ in range(2))
+    run_save_checkpoint(ours, torch.optim.SGD(ours.parameters()), 5, tmp_path / "checkpoint")
+    run_load_checkpoint(tmp_path / "checkpoint", theirs, torch.optim.SGD(theirs.parameters()))
+    assert all(map(torch.equal, theirs.state_dict().values(), ours.state_dict().values()))
+    with pytest.raises(InvalidInputError, match=r"it has no 'weight'"):
+        run_load_checkpoint(tmp_path / "checkpoint", nn.Linear(2, 2), torch.optim.SGD(theirs.parameters()))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiktoken
 import tokenizers
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -110,8 +111,9 @@ def test_gpt2_equals_tiktoken(gpt2, name):
 
 
 @pytest.mark.parametrize("name", ["corpus.en", "multilingual_wikipedia.txt", "naughty_strings.json"])
-def test_a_trained_vocabulary_equals_tiktoken_and_tokenizers(name):
-    path = shared_data(name)
+def test_a_trained_vocabulary_equals_tiktoken_and_tokenizers(tmp_path, name):
+    path = tmp_path / "text.txt"  # whatever it holds is plain text
+    path.write_bytes(shared_data(name).read_bytes())
     text = path.read_bytes().decode()[:200_000] + SAMPLE.read_bytes().decode()
     tokenizer = get_tokenizer(*run_train_bpe(path, 800, [END]), [END])
     ids = tokenizer.encode(text)
@@ -289,11 +291,51 @@ def test_malformed_utf8_becomes_replacement_characters():
     assert tokenizer.decode([]) == ""
 
 
-@pytest.mark.parametrize(("ids", "wrong"), [([1, 500], "id 500 at position 1"), ([-1], "id -1"), (["a"], "id 'a'")])
+@pytest.mark.parametrize(("ids", "wrong"), [([1, 500], "id 500 at position 1"), ([-1], "id -1")])
 def test_decode_names_an_id_out_of_range(ours, ids, wrong):
     assert ours.vocab_size == 500
     with pytest.raises(InvalidInputError, match=f"{wrong}.* whose largest id is 499"):
         ours.decode(ids)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_decode_takes_lists_arrays_and_tensors(kernels):
+    tokenizer = Tokenizer(BYTES, [], kernels=kernels)
+    ids = [104, 105]
+    for same in (tuple(ids), iter(ids), np.array(ids), np.array(ids, ">u2"), list(np.array(ids)), torch.tensor(ids)):
+        assert tokenizer.decode(same) == "hi"
+    assert tokenizer.decode(list(torch.tensor(ids, dtype=torch.int32))) == "hi"
+    assert tokenizer.decode(np.array([])) == tokenizer.decode(torch.tensor([])) == ""
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        (5, TypeError, r"ids must be a list, an array or a tensor of token ids, got int: 5; write \[5\]"),
+        ("hi", TypeError, "ids must be a list, .*, got str: 'hi'"),
+        (b"hi", TypeError, "ids must be a list, .*, got bytes"),
+        ({104: 1}, TypeError, "ids must be a list, .*, got dict"),
+        (None, TypeError, "ids must be a list, .*, got NoneType"),
+        (["a"], TypeError, r"ids\[0\] must be an integer, got str: 'a'"),
+        ([104, 105.0], TypeError, r"ids\[1\] must be an integer, got float: 105.0"),
+        ([True], TypeError, r"ids\[0\] must be an integer, got bool: True"),
+        ([[104]], TypeError, r"ids\[0\] must be an integer, got list"),
+        ([torch.tensor(1.5)], TypeError, r"ids\[0\] must be an integer, got Tensor"),
+        (np.array([[104]]), InvalidInputError, r"ids must be a one-dimensional .*, got int64 of shape \(1, 1\)"),
+        (np.array([104.0]), InvalidInputError, "ids must be .* of integers, got float64"),
+        (torch.tensor([[104]]), InvalidInputError, r"got torch.int64 of shape \(1, 1\)"),
+        (torch.tensor([True]), InvalidInputError, "of integers, got torch.bool"),
+    ],
+)
+def test_decode_names_what_is_no_list_of_ids(ids, error, message):
+    with pytest.raises(error, match=message):
+        Tokenizer(BYTES, []).decode(ids)
+
+
+@pytest.mark.parametrize("texts", ["abc", b"abc"])
+def test_encode_batch_does_not_take_a_text_for_a_list_of_letters(texts):
+    with pytest.raises(TypeError, match=r"texts must be a list of strings, got one: b?'abc'; write \[b?'abc'\]"):
+        Tokenizer(BYTES, []).encode_batch(texts)
 
 
 def test_decode_names_an_id_of_an_array_out_of_range(ours):

@@ -208,3 +208,11 @@ def test_bad_counts(counts, num_merges, message):
 def test_pretokens_must_be_bytes():
     with pytest.raises(TypeError, match="pre-tokens must be bytes, got 'ab'"):
         merges_from_counts({"ab": 1}, 1)  # ty: ignore[invalid-argument-type]
+
+
+@pytest.mark.parametrize("size", ["300", 300.0, None])
+def test_a_size_that_is_no_integer_is_named(size):
+    with pytest.raises(TypeError, match=f"vocab_size must be an integer, got {type(size).__name__}: {size!r}"):
+        run_train_bpe("no such file", size, [])
+    with pytest.raises(TypeError, match="num_merges must be an integer"):
+        merges_from_counts({}, size)

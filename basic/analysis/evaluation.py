@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from tqdm import tqdm
 
+from basic.common.arguments import id_array
 from basic.common.errors import InvalidInputError
 from basic.model import TransformerLM
 from basic.tokens.index import Tokens
@@ -48,7 +49,7 @@ class EvaluationResult(NamedTuple):
 @torch.inference_mode()
 def evaluate_tokens(
     model: TransformerLM,
-    tokens: Tokens,
+    tokens: Tokens | torch.Tensor | Sequence[int],
     *,
     prefix_token_id: int | None = None,
     stride: int | None = None,
@@ -83,6 +84,7 @@ def evaluate_tokens(
         raise InvalidInputError(f"stride must be from 1 to context_length={context}, got {stride}")
     if batch_size < 1:
         raise InvalidInputError(f"batch_size must be at least 1, got {batch_size}")
+    tokens = id_array("tokens", tokens)
     check_token_ids(tokens, model.config.vocab_size)
     first, last = 0 if prefix_token_id is None else -1, len(tokens) - 1  # the prefix has position -1
     if last <= first:

@@ -26,6 +26,7 @@ from basic.model import ModelConfig, TransformerLM
 from basic.Tokenizer import Tokenizer
 from basic.training.batches import check_tokenizer_size
 from basic.training.checkpoints.file import save_checkpoint
+from basic.training.checkpoints.state import without_wrappers
 from basic.training.run_folder import create_run_folder
 from basic.training.settings import RunConfig, TrainConfig
 
@@ -233,11 +234,14 @@ def _read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     candidates = [content, *content.values()] if isinstance(content, dict) else []
     for candidate in candidates:
         if isinstance(candidate, dict) and all(isinstance(value, Tensor) for value in candidate.values()):
-            # DistributedDataParallel and torch.compile add these prefixes.
-            names = {name: name.removeprefix("module.").removeprefix("_orig_mod.") for name in map(str, candidate)}
-            if "token_embeddings.weight" in names.values():
-                return {names[str(name)]: tensor for name, tensor in candidate.items()}
-    raise InvalidInputError(f"{path} holds no state dict with a token_embeddings.weight")
+            weights = {without_wrappers(str(name)): tensor for name, tensor in candidate.items()}
+            if "token_embeddings.weight" in weights:
+                return weights
+    found = [str(name) for candidate in candidates if isinstance(candidate, dict) for name in candidate]
+    raise InvalidInputError(
+        f"{path} holds no state dict with a token_embeddings.weight, but {', '.join(found[:4]) or 'no names'}; give "
+        "the weights the names of TransformerLM.state_dict()"
+    )
 
 
 def _load_pickle(path: str | os.PathLike) -> Any:

@@ -11,6 +11,7 @@ from itertools import zip_longest
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.common.files import atomic_write
 from basic.formats.equivalent_merges import check_all_bytes, merges_of_ranks, used_merges
+from basic.pretokenization import covers_all_text
 from basic.Tokenizer import Tokenizer
 
 
@@ -21,7 +22,8 @@ def save_tiktoken(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
     `tiktoken.Encoding`.
 
     Raises:
-        InvalidInputError: tiktoken would give other ids; the message has the token.
+        InvalidInputError: tiktoken would give other ids (the message has the token), or leave text out: it drops what
+            the pattern does not match.
         OSError: the file cannot be written.
 
     Example:
@@ -33,6 +35,13 @@ def save_tiktoken(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
         ...     special_tokens=tokenizer.special_token_ids,
         ... )
     """
+    pattern = tokenizer.compiled_pattern.pattern
+    if not covers_all_text(pattern):
+        raise InvalidInputError(
+            f"the tokenizer's pattern {pattern!r} may leave out characters, which tiktoken would drop and this "
+            "tokenizer encodes; only patterns that certainly match every character can be saved: the known ones, and "
+            r"simple ones, for example with \s|\S as the last alternatives"
+        )
     merges = used_merges(tokenizer.merges)
     merged = {left + right for left, right in merges}
     special = set(tokenizer.special_token_ids.values())

@@ -18,7 +18,7 @@ from basic.bytes_utils import from_printable, to_printable
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.common.files import atomic_write, load_json
 from basic.formats.equivalent_merges import check_all_bytes, used_merges
-from basic.pretokenization import pattern_name
+from basic.pretokenization import covers_all_text, is_regular_expression
 from basic.Tokenizer import Tokenizer
 
 # Syntax with another meaning in Oniguruma, the engine of the `tokenizers` package, than in the `regex` package:
@@ -208,9 +208,11 @@ def _parse_pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
         pattern = regex.escape(pattern)
     else:
         _check_syntax(pattern, "pre_tokenizer.pattern")
+    if not is_regular_expression(pattern):  # such as "ab", which would be taken for a name
+        pattern = f"(?:{pattern})"
     behavior = (split["behavior"], split["invert"])
-    # To remove text that does not match has no effect with a pattern that is known to match all text.
-    if behavior[0] != "Isolated" and not (behavior == ("Removed", True) and pattern_name(pattern) is not None):
+    # To remove text that does not match has no effect with a pattern that matches all text.
+    if behavior[0] != "Isolated" and not (behavior == ("Removed", True) and covers_all_text(pattern)):
         raise InvalidInputError(
             f"pre_tokenizer.behavior is {behavior[0]!r} with invert = {json.dumps(behavior[1])}, which is not "
             "supported; only 'Isolated' is"

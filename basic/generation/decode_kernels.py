@@ -88,6 +88,7 @@ def embed(EMBEDDING, TOKENS, POSITIONS, X, capacity, K, BLOCK_K: tl.constexpr, O
     columns = tl.arange(0, BLOCK_K)
     _wait_for_previous_kernel(OVERLAP)
     token = tl.load(TOKENS + row * capacity + tl.load(POSITIONS + row))
+    token = tl.maximum(token, 0)  # it is -1 if the step before found NaN (see choose); then any row will do
     x = tl.load(EMBEDDING + token * K + columns, mask=columns < K, other=0.0)
     tl.store(X + row * K + columns, x, mask=columns < K)
 
@@ -225,12 +226,16 @@ def attend(QKV, KEYS, VALUES, COS, SIN, POSITIONS, PARTIALS, FINISHED, ATTENDED,
 @triton.jit
 def choose(LOGITS, TOKENS, PROMPT_LENGTHS, POSITIONS, capacity, stride, N, BLOCK_N: tl.constexpr,
            OVERLAP: tl.constexpr):  # fmt: skip
-    """Advance every sequence by one token: that of its prompt, or after it the first of the likeliest of N ids."""
+    """Advance every sequence by one token: that of its prompt, or after it the first of the likeliest of N ids.
+
+    If a logit is NaN, the token is -1 (`sampling.NO_TOKEN`), and who reads the tokens raises an error.
+    """
     row = tl.program_id(0)
     _wait_for_previous_kernel(OVERLAP)
     columns = tl.arange(0, BLOCK_N)
     best = tl.full([BLOCK_N], -float("inf"), tl.float32)
     ids = tl.zeros([BLOCK_N], tl.int32)
+    num_nan = tl.zeros([BLOCK_N], tl.int32)
     for start in range(0, N, BLOCK_N):
         inside = start + columns < N
         x = tl.load(LOGITS + row.to(tl.int64) * stride + start + columns, mask=inside, other=-float("inf")).to(
@@ -238,7 +243,9 @@ def choose(LOGITS, TOKENS, PROMPT_LENGTHS, POSITIONS, capacity, stride, N, BLOCK
         )
         ids = tl.where(x > best, start + columns, ids)
         best = tl.maximum(best, x)
+        num_nan += (x != x).to(tl.int32)
     likeliest = tl.min(tl.where(best == tl.max(best, 0), ids, N), 0)
+    likeliest = tl.where(tl.sum(num_nan, 0) > 0, -1, likeliest)
     position = tl.load(POSITIONS + row) + 1
     pointer = TOKENS + row * capacity + position
     if position >= tl.load(PROMPT_LENGTHS + row):

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from basic.common.errors import InvalidInputError
+from basic.common.arguments import check_integer, id_list
+from basic.common.errors import InvalidInputError, WrongTokenizerError
 from basic.model import KVCache, TransformerLM
 from basic.transformer.functional import at_least_float32, softmax
 from basic.transformer.kernels import dispatch
@@ -24,6 +25,9 @@ Ids: TypeAlias = "Sequence[int] | np.ndarray | Tensor"
 # Prompts up to this length are read faster by replayed single steps than by a forward pass of many kernel launches.
 _MAX_REPLAYED_PROMPT = 48
 
+NO_TOKEN = -1
+"""Stands for a token that cannot be chosen, because the logits are not finite; see also `decode_kernels.choose`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -32,6 +36,7 @@ class Sampling:
     `generate`, `complete` and `stream` take these fields as keyword arguments.
 
     Raises:
+        TypeError: a setting is not a number.
         InvalidInputError: a setting is out of its range.
 
     Source: Holtzman et al. 2019 (top-p); Fan et al. 2018 (top-k).
@@ -48,6 +53,12 @@ class Sampling:
     """Makes the draws repeatable; None for different draws each time."""
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p"):
+            if not isinstance(value := getattr(self, name), int | float | None):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+        for name in ("top_k", "seed"):
+            if (value := getattr(self, name)) is not None:
+                check_integer(name, value)
         if not 0 <= self.temperature < float("inf"):
             raise InvalidInputError(
                 f"temperature must be a number >= 0 (0 takes the likeliest token), got {self.temperature}"
@@ -60,10 +71,11 @@ class Sampling:
             raise InvalidInputError(f"seed must have at most 64 bits, got {self.seed}")
 
     def probabilities(self, logits: Float[Tensor, " ... vocab_size"]) -> Float[Tensor, " ... vocab_size"]:
-        """The distribution that the next token is drawn from, in at least float32."""
+        """The distribution that the next token is drawn from, in at least float32; NaN if a logit is NaN."""
         logits = at_least_float32(logits)
         if self.temperature == 0:  # the first of the likeliest tokens has probability 1
-            return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+            certain = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+            return certain.masked_fill_(logits.isnan().any(-1, keepdim=True), torch.nan)
         # So that no temperature overflows, the largest logit is subtracted first, and the divisor has a finite
         # reciprocal (a GPU multiplies by it).
         divisor = max(self.temperature, torch.finfo(torch.float32).tiny)
@@ -100,7 +112,7 @@ def next_token_probabilities(
 
 def generate(
     model: TransformerLM,
-    prompts: Iterable[Ids],
+    prompts: Iterable[Ids] | np.ndarray | Tensor,
     max_new_tokens: int,
     *,
     end_id: int | None = None,
@@ -113,8 +125,8 @@ def generate(
     On a GPU, single steps use the kernels of `basic.generation.decoder` if those support the model.
 
     Args:
-        prompts: at least one id each, as lists, arrays or tensors; of a prompt longer than the context, the last ids
-            are used.
+        prompts: at least one id each, as lists, arrays or tensors, or the rows of one array; of a prompt longer than
+            the context, the last ids are used.
         max_new_tokens: >= 0; the model sees the last `context_length` ids only.
         end_id: a sequence ends when this id is drawn.
         vocab_size: draw only ids below this, if the model's vocabulary is larger than the tokenizer's.
@@ -125,16 +137,16 @@ def generate(
         The new ids of each sequence, without `end_id`.
 
     Raises:
+        TypeError: the prompts are not sequences of integers.
         InvalidInputError: a prompt is empty, or a setting is out of its range.
+        WrongTokenizerError: a prompt has an id that the model does not have.
+        FloatingPointError: the model's logits are NaN, or none of them is finite.
 
     Source: handout, "Generating text".
     """
     settings = Sampling(**sampling)
     check_max_new_tokens(max_new_tokens)
-    id_lists = [_as_list(prompt) for prompt in prompts]
-    for index, ids in enumerate(id_lists):
-        if not ids:
-            raise InvalidInputError(f"prompt {index} has no token; the model needs at least one, such as end-of-text")
+    id_lists = _prompt_lists(prompts, model.config.vocab_size)
     sequences: list[list[int]] = [[] for _ in id_lists]
     for new_ids in continue_ids(
         model, id_lists, max_new_tokens, settings, end_id=end_id, vocab_size=vocab_size, use_cache=use_cache
@@ -145,12 +157,31 @@ def generate(
 
 
 def check_max_new_tokens(max_new_tokens: int) -> None:
-    if max_new_tokens < 0:
+    if check_integer("max_new_tokens", max_new_tokens) < 0:
         raise InvalidInputError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
 
 
-def _as_list(ids: Ids) -> list[int]:
-    return ids.tolist() if isinstance(ids, (np.ndarray, Tensor)) else list(ids)
+def _prompt_lists(prompts: Iterable[Ids] | np.ndarray | Tensor, vocab_size: int) -> list[list[int]]:
+    """The ids of each prompt, checked."""
+    is_list = isinstance(prompts, Iterable) and not isinstance(prompts, str | bytes)
+    is_list &= getattr(prompts, "ndim", 2) == 2  # the rows of an array or a tensor
+    given = list(prompts) if is_list else []
+    if not is_list or any(isinstance(prompt, int | np.integer | str | bytes) for prompt in given):
+        raise TypeError(
+            "prompts must be a list of prompts, each a list, an array or a tensor of ids, such as [[1, 2, 3]]; got "
+            f"{type(prompts).__name__}: {prompts!r:.80}"
+        )
+    id_lists = [id_list(f"prompts[{index}]", prompt) for index, prompt in enumerate(given)]
+    for index, ids in enumerate(id_lists):
+        if not ids:
+            raise InvalidInputError(f"prompt {index} has no token; the model needs at least one, such as end-of-text")
+        for position, token_id in enumerate(ids):
+            if not 0 <= token_id < vocab_size:
+                raise WrongTokenizerError(
+                    f"prompt {index} has the id {token_id} at position {position}, but the model has the ids 0 to "
+                    f"{vocab_size - 1}; are these the ids of another tokenizer?"
+                )
+    return id_lists
 
 
 def make_decoder(
@@ -214,7 +245,11 @@ def continue_ids(
         if decoder is not None and sampling.temperature == 0 and decoder.cache.length == length - 1 < context:
             return _decode_greedily(decoder, tokens, length, steps_per_read)
         logits = _next_logits(model, tokens[:, :length], cache, decoder)[:, :vocab_size]
-        drawn = torch.multinomial(sampling.probabilities(logits), 1, generator=generator).squeeze(-1)
+        probabilities = sampling.probabilities(logits)
+        is_finite = probabilities.isfinite().all(-1)
+        # torch could not draw from NaN: it would raise its own error, which on a GPU stops the process.
+        drawable = probabilities.where(is_finite.unsqueeze(-1), 1.0)
+        drawn = torch.multinomial(drawable, 1, generator=generator).squeeze(-1).where(is_finite, NO_TOKEN)
         tokens[:, length] = torch.where(length < prompt_lengths, tokens[:, length], drawn)
         return length + 1
 
@@ -224,6 +259,11 @@ def continue_ids(
         new_ids = []
         for index, ids in enumerate(tokens[:, length:end].tolist()):  # waits for the GPU
             drawn = ids[max(lengths[index] - length, 0) :][: remaining[index]]
+            if NO_TOKEN in drawn:
+                raise FloatingPointError(
+                    f"the model's logits after {length + ids.index(NO_TOKEN)} tokens of sequence {index} are NaN: its "
+                    "weights are damaged, or its training has diverged; load an earlier checkpoint, or use float32"
+                )
             remaining[index] -= len(drawn)
             if end_id in drawn:
                 drawn, remaining[index] = drawn[: drawn.index(end_id)], 0

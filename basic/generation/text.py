@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from basic.common.arguments import check_text_list
 from basic.common.errors import InvalidInputError
 from basic.generation.sampling import Sampling, check_max_new_tokens, continue_ids, generate
 from basic.model import TransformerLM
@@ -57,8 +58,7 @@ def complete(
         TypeError: `prompts` is a single text, or a keyword is no field of `Sampling`.
         InvalidInputError: a prompt encodes to no token, or a setting is out of its range.
     """
-    if isinstance(prompts, str):
-        raise TypeError(f"prompts must be a list of texts, got one text; write [{prompts[:20]!r}]")
+    prompts = check_text_list("prompts", prompts)
     completions = generate(
         model,
         [_encode_prompt(tokenizer, prompt, end_of_text) for prompt in prompts],
@@ -105,6 +105,8 @@ def stream(
 
 
 def _encode_prompt(tokenizer: TextTokenizer, prompt: str, end_of_text: str) -> list[int]:
+    if not isinstance(prompt, str):
+        raise TypeError(f"a prompt must be a text, got {type(prompt).__name__}: {prompt!r:.80}; ids go to generate")
     ids = tokenizer.encode(prompt)
     if not ids:
         raise InvalidInputError(

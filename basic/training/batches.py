@@ -8,7 +8,7 @@ of a batch are read, so a token file or dataset may be far larger than memory.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from basic.common.arguments import check_integer, id_array
 from basic.common.errors import InvalidConfigError, InvalidInputError, WrongTokenizerError
 from basic.tokens.index import Tokens
 from basic.tokens.opening import mapped_file
@@ -28,14 +29,14 @@ _MAX_SCANNED_TOKENS = 1 << 30
 
 
 def get_batch(
-    dataset: Tokens, batch_size: int, context_length: int, device: str | torch.device
+    dataset: Tokens | Tensor | Sequence[int], batch_size: int, context_length: int, device: str | torch.device
 ) -> tuple[Int64[Tensor, " batch_size context_length"], Int64[Tensor, " batch_size context_length"]]:
     """Draw random sequences; all starts are equally likely and independent of each other.
 
     The starts come from torch's global generator, so `torch.manual_seed` makes them reproducible.
 
     Args:
-        dataset: one-dimensional integer array of token ids, may be a memory map.
+        dataset: one-dimensional integer array of token ids, may be a memory map; or a tensor or list of ids.
         batch_size: number of sequences.
         context_length: tokens per sequence.
         device: of the returned tensors; an unusable one raises torch's own error.
@@ -44,10 +45,12 @@ def get_batch(
         Inputs and targets; the targets are the inputs shifted by one token.
 
     Raises:
+        TypeError: the dataset is no array, or a size is not an integer.
         InvalidInputError: the dataset is not such an array, or has fewer than `context_length + 1` tokens.
 
     Source: assignment, section "Training loop", data loading.
     """
+    dataset = id_array("dataset", dataset)
     num_starts = _count_starts(dataset, batch_size, context_length)
     # The remainder of a random number favours low starts: by up to 6 % with the bits that randint(num_starts) uses, by
     # an immeasurable amount with 63 bits.
@@ -68,11 +71,16 @@ def to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
 
 
 class BatchSampler:
-    """Batches as a pure function of (seed, step), so that a resumed run sees the same data without any saved state.
+    """Batches as a pure function of (seed, step), so that a resumed run sees the same data.
 
     Without `starts`, sequences start at random positions, drawn with replacement. With `starts`, sequences start only
     at these positions, each once per epoch, in an order that is shuffled for every epoch; a batch may contain the end
     of one epoch and the start of the next. Validation uses the first steps of a sampler with another seed.
+
+    Attributes:
+        sequence_offset: with `starts`, the batch of a step begins at sequence `step * batch_size + sequence_offset` of
+            all epochs. It is not 0 in a run that is resumed with another batch size, so that it continues with the
+            sequences that it has not seen.
 
     Args:
         tokens: one-dimensional integer array of token ids, may be a memory map.
@@ -100,6 +108,7 @@ class BatchSampler:
         vocab_size: int | None = None,
         local_sequences: np.ndarray | None = None,
     ) -> None:
+        tokens = id_array("tokens", tokens)
         self.num_starts = _count_starts(tokens, batch_size, context_length)
         if starts is not None:
             _check_starts(starts, self.num_starts)
@@ -112,6 +121,7 @@ class BatchSampler:
         self.starts = starts
         self.vocab_size = vocab_size
         self.local_sequences = local_sequences
+        self.sequence_offset = 0
         self._shuffled_starts: dict[int, np.ndarray] = {}  # by epoch
 
     def batch(
@@ -141,7 +151,8 @@ class BatchSampler:
 
     def _epoch_starts(self, starts: np.ndarray, step: int) -> np.ndarray:
         """Return a step's slice of the concatenated epochs, each of which is a permutation of `starts`."""
-        epochs, indices = np.divmod(np.arange(step * self.batch_size, (step + 1) * self.batch_size), len(starts))
+        first = step * self.batch_size + self.sequence_offset
+        epochs, indices = np.divmod(np.arange(first, first + self.batch_size), len(starts))
         chosen = np.empty(self.batch_size, np.int64)
         for epoch in range(epochs[0], epochs[-1] + 1):
             if epoch not in self._shuffled_starts:
@@ -301,11 +312,9 @@ def _read_sequences(
 
 
 def _count_starts(tokens: Tokens, batch_size: int, context_length: int) -> int:
-    """Check the tokens and count the positions at which a sequence may start."""
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise InvalidInputError(
-            f"tokens must be a one-dimensional array of integers, got {tokens.dtype} of shape {tokens.shape}"
-        )
+    """Check the sizes and count the positions at which a sequence may start."""
+    batch_size = check_integer("batch_size", batch_size)
+    context_length = check_integer("context_length", context_length)
     if batch_size < 1 or context_length < 1:
         raise InvalidConfigError(f"{batch_size=} and {context_length=} must be at least 1")
     if len(tokens) <= context_length:

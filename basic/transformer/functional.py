@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from einops import einsum, rearrange
@@ -89,43 +90,159 @@ def swiglu(
     return linear(silu(gate) * value, w2)
 
 
-def cross_entropy(logits: Float[Tensor, " ... vocab_size"], targets: Int[Tensor, " ..."]) -> Float[Tensor, ""]:
+IGNORE_INDEX = -100
+"""Target of a position that takes no part in a loss, as in PyTorch."""
+
+
+def check_ids(ids: Any, name: str) -> None:
+    """Check the type of ids that are used as indices.
+
+    Raises:
+        TypeError: they are not a tensor of a signed integer dtype. PyTorch takes uint8 and bool as a mask.
+    """
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a tensor of integers, got {type(ids).__name__}; convert with torch.tensor")
+    if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
+        raise TypeError(f"{name} must have the dtype int64 or int32, got {ids.dtype}; convert with .long()")
+
+
+def check_range(ids: Tensor, limit: int, name: str, limit_name: str, *, ignore_index: int | None = None) -> bool:
+    """Check that ids are in 0 .. limit - 1, where this can be known at once.
+
+    On a GPU this would wait for the device, and a compiled graph cannot branch on values. There, a caller makes its
+    result NaN for a wrong id, so that it is found when the result is read.
+
+    Returns:
+        Whether the ids were checked.
+
+    Raises:
+        IndexError: an id is outside the range and not `ignore_index`; the message has the id and its position.
+    """
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if ids.numel() == 0 or (ids.amin() >= 0 and ids.amax() < limit):
+        return True
+    wrong = ~is_inside(ids, limit)
+    if ignore_index is not None:
+        wrong &= ids != ignore_index
+    for position in wrong.nonzero()[:1].tolist():
+        at = f" at position {position[0] if len(position) == 1 else tuple(position)}" if position else ""
+        or_ignored = "" if ignore_index is None else f", and not {ignore_index} either"
+        wrong_id = ids[tuple(position)].item()
+        raise IndexError(f"{name} {wrong_id}{at} is outside 0 .. {limit - 1} ({limit_name}={limit}){or_ignored}")
+    return True
+
+
+def is_inside(ids: Int[Tensor, " ..."], limit: int) -> Bool[Tensor, " ..."]:
+    """Whether each id is in 0 .. limit - 1."""
+    return (ids >= 0) & (ids < limit)
+
+
+def take_rows(
+    ids: Int[Tensor, " ..."], *tables: Float[Tensor, "rows _"], name: str, limit_name: str
+) -> tuple[Float[Tensor, "... _"], ...]:
+    """The rows of each table that ids select.
+
+    Args:
+        ids: in 0 .. rows - 1 of a signed integer dtype (PyTorch alone would count a negative one from the end).
+        tables: with equally many rows.
+        name, limit_name: of an id and of the number of rows, for messages.
+
+    Returns:
+        For each table its rows. Where an id is out of range on a GPU, or in compiled code, NaN.
+
+    Raises:
+        TypeError, IndexError: as for `check_ids` and `check_range`.
+    """
+    check_ids(ids, f"{name}s")
+    rows = tables[0].shape[0]
+    ids = ids.long()
+    if check_range(ids, rows, name, limit_name):
+        return tuple(table[ids] for table in tables)
+    return tuple(rows_or_nan(table, ids) for table in tables)
+
+
+def rows_or_nan(table: Float[Tensor, "rows features"], ids: Int[Tensor, " ..."]) -> Float[Tensor, "... features"]:
+    """The rows that ids select; NaN for an id that is out of range."""
+    inside = is_inside(ids, table.shape[0])
+    return torch.where(inside.unsqueeze(-1), table[torch.where(inside, ids, 0)], torch.nan)
+
+
+def cross_entropy(
+    logits: Float[Tensor, " ... vocab_size"], targets: Int[Tensor, " ..."], *, ignore_index: int = IGNORE_INDEX
+) -> Float[Tensor, ""]:
     """The mean of -log softmax(logits)[target] over all leading dimensions, in nats.
 
     Args:
         logits: unnormalised scores of any scale.
-        targets: ids in 0 .. vocab_size - 1.
+        targets: ids in 0 .. vocab_size - 1, or `ignore_index`.
+        ignore_index: a position with this target takes no part; the mean is over the others.
+
+    Returns:
+        The mean; NaN if all positions are ignored, and for a target out of range on a GPU or in compiled code.
+
+    Raises:
+        TypeError, ValueError, IndexError: as for `token_losses`.
 
     Source: handout, "Cross-entropy loss".
     """
-    return token_losses(logits, targets).mean().to(logits.dtype)
+    losses = token_losses(logits, targets, ignore_index=ignore_index)
+    return (losses.mean() * mean_correction(targets, ignore_index, losses.dtype)).to(logits.dtype)
 
 
-def token_losses(logits: Float[Tensor, " ... vocab_size"], targets: Int[Tensor, " ..."]) -> Float[Tensor, " ..."]:
+def mean_correction(targets: Int[Tensor, " ..."], ignore_index: int, dtype: torch.dtype) -> Float[Tensor, ""]:
+    """Number of all targets / number of those that are not ignored: what a mean with zeros for the ignored ones lacks.
+
+    It is exactly 1 if no target is ignored. It is infinite if all are, so that the mean becomes 0 * inf = NaN.
+    """
+    return targets.numel() / (targets != ignore_index).sum().to(dtype)
+
+
+def token_losses(
+    logits: Float[Tensor, " ... vocab_size"], targets: Int[Tensor, " ..."], *, ignore_index: int | None = None
+) -> Float[Tensor, " ..."]:
     """-log softmax(logits)[target] of each position, in nats, in at least float32.
 
     The logarithm cancels the exponential of the target's score, so no probability is computed that could round to
     zero.
 
+    Args:
+        targets: ids in 0 .. vocab_size - 1, or `ignore_index`.
+        ignore_index: the loss of a position with this target is 0; None for no such target.
+
+    Returns:
+        The losses; NaN for a target out of range on a GPU or in compiled code.
+
     Raises:
+        TypeError: the targets are not a tensor of a signed integer dtype.
         ValueError: the shape of `targets` is not that of `logits` without the last dimension.
+        IndexError: a target is out of range (on the CPU).
     """
+    check_ids(targets, "targets")
     if targets.shape != logits.shape[:-1]:  # broadcasting would hide the mistake
         raise ValueError(
             f"there must be one target for each row of logits, got targets of shape {tuple(targets.shape)} "
             f"for logits of shape {tuple(logits.shape)}"
         )
+    vocab_size = logits.shape[-1]
+    check_range(targets, vocab_size, "target", "vocab_size", ignore_index=ignore_index)
     wide = at_least_float32(logits)
     shifted = wide - wide.detach().amax(-1, keepdim=True)
-    target_scores = shifted.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return shifted.exp().sum(-1).log() - target_scores
+    inside = is_inside(targets, vocab_size)
+    target_scores = shifted.gather(-1, torch.where(inside, targets, 0).long().unsqueeze(-1)).squeeze(-1)
+    losses = (shifted.exp().sum(-1).log() - target_scores).masked_fill(~inside, torch.nan)
+    return losses if ignore_index is None else losses.masked_fill(targets == ignore_index, 0)
 
 
 def linear_cross_entropy(
-    x: Float[Tensor, " ... d_model"], weight: Float[Tensor, " vocab_size d_model"], targets: Int[Tensor, " ..."]
+    x: Float[Tensor, " ... d_model"],
+    weight: Float[Tensor, " vocab_size d_model"],
+    targets: Int[Tensor, " ..."],
+    *,
+    ignore_index: int = IGNORE_INDEX,
 ) -> Float[Tensor, ""]:
     """The mean cross-entropy of the logits x W^T, in nats, in at least float32."""
-    return cross_entropy(at_least_float32(linear(x, weight)), targets)
+    return cross_entropy(at_least_float32(linear(x, weight)), targets, ignore_index=ignore_index)
 
 
 def rope_tables(

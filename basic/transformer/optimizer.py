@@ -176,11 +176,11 @@ class AdamW(torch.optim.Optimizer):
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Parameter], max_l2_norm: float) -> Float[Tensor, ""]:
+def clip_gradients(parameters: Iterable[Parameter] | Parameter, max_l2_norm: float) -> Float[Tensor, ""]:
     """Scale all gradients in place so that their joint L2 norm is at most `max_l2_norm`.
 
     Args:
-        parameters: those without a gradient are skipped; a one-shot iterator works.
+        parameters: those without a gradient are skipped; a one-shot iterator works, and a single parameter.
         max_l2_norm: >= 0; infinity for no clipping.
 
     Returns:
@@ -193,6 +193,8 @@ def clip_gradients(parameters: Iterable[Parameter], max_l2_norm: float) -> Float
     """
     if not max_l2_norm >= 0:
         raise ValueError(f"max_l2_norm must be a number >= 0, got {max_l2_norm}")
+    if isinstance(parameters, Tensor):  # can be iterated over too, but its rows have no gradient
+        parameters = [parameters]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros(())

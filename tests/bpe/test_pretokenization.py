@@ -10,18 +10,25 @@ import regex
 import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tiktoken_ext import openai_public
 
 from basic import pretokenization
 from basic.common.errors import InvalidInputError
 from basic.corpus.counting import count_pretokens
 from basic.pretokenization import (
     GPT2_PATTERN,
+    PATTERNS,
     SpecialTokens,
     chunk_ends,
+    compile_pattern,
+    covers_all_text,
+    pattern_text,
     pretokenize_stream,
     replace_surrogates,
     replace_surrogates_in_stream,
 )
+from basic.Tokenizer import Tokenizer
+from basic.train_bpe import train_bpe
 from tests.conftest import shared_data
 from tests.fixtures.make_tokenizer_fixtures import PATTERN, SAMPLE, SPECIAL_TOKENS, naive_pretoken_counts
 
@@ -246,3 +253,85 @@ def test_numbers_too_small():
 def test_bad_special_tokens(special_tokens, error, message):
     with pytest.raises(error, match=message):
         SpecialTokens(special_tokens)
+
+
+# Names of patterns
+
+
+@pytest.mark.parametrize("name", sorted(openai_public.ENCODING_CONSTRUCTORS))
+def test_the_names_of_tiktokens_encodings(name, monkeypatch):
+    """tiktoken would download the ranks; the pattern is in its code."""
+    for download in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
+        monkeypatch.setattr(openai_public, download, lambda *arguments, **options: {})
+    assert compile_pattern(name).pattern == pattern_text(openai_public.ENCODING_CONSTRUCTORS[name]()["pat_str"])
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "GPT2", "gpt2"])
+def test_spellings_of_gpt2(name):
+    assert compile_pattern(name) is GPT2_PATTERN
+
+
+def test_known_patterns_differ():
+    text = "I'LL see HTMLParser's 12345 \n\n  x/\n"
+    assert len({tuple(compile_pattern(name).findall(text)) for name in PATTERNS}) == len(PATTERNS)
+
+
+@pytest.mark.parametrize("pattern", ["cl100k_basis", "gpt-3.5-turbo", "llama3", "a b", "", "x"])
+def test_an_unknown_name_is_not_a_regular_expression(pattern):
+    message = "is neither a known name \\(gpt2, cl100k, o200k, gpt-2, .*, o200k_harmony\\) nor a regular expression"
+    with pytest.raises(InvalidInputError, match=message):
+        compile_pattern(pattern)
+    with pytest.raises(InvalidInputError, match=message):
+        Tokenizer({}, [], pattern=pattern)
+    with pytest.raises(InvalidInputError, match=message):
+        train_bpe("no such file", 300, [], pattern=pattern)
+
+
+@pytest.mark.parametrize("pattern", [".", "[ab]", "a|b", r"\d", "a+", "(?:ab)"])
+def test_regular_expressions_are_no_names(pattern):
+    assert compile_pattern(pattern).pattern == pattern
+
+
+# Coverage
+
+
+COVERING = [
+    *PATTERNS,
+    r"\s|\S",
+    r"[\s\S]+",
+    r"\w+|\W",
+    r"\p{L}+|\P{L}",
+    r"\S+|\s+(?!\S)|\s",
+    r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|[^a]|a",
+    r"[a-z]+(?!\d)|[^a-z]|[a-z]",
+    r"\]|[^\]]",
+]
+NOT_COVERING = [
+    r"[a-z]+|[0-9]",
+    ".",  # no newline
+    r"\p{L}+|[^\p{L}\n]",
+    r"[a-z]+(?!\d)|[^a-z]",  # "a1"
+    r"^\w|\W",
+    r"^\]|[^\]]",  # "a]"
+    r"\w+\b(?!x)|\W",
+    r"\w*|\W",  # the empty match wins: "!"
+    r"(?=a)|\s|\S",
+    r"\w+|\W|",
+    r"\w+x|\W",
+]
+NOT_KNOWN = [r"(?s:.)", r"\w++|\W", r"(?i)\w|\W", "[[a]b]|[^ab]", r"(a)\1|\s|\S"]  # refused to be on the safe side
+
+
+@pytest.mark.parametrize("pattern", [*COVERING, *NOT_COVERING, *NOT_KNOWN])
+def test_patterns_that_cover_all_text(pattern):
+    assert covers_all_text(pattern) == (pattern in COVERING)
+
+
+@pytest.mark.parametrize("pattern", COVERING)
+@given(text=st.text())
+@example("a1")
+@example("a]!\n")
+def test_a_pattern_that_covers_all_text_leaves_nothing_out(pattern, text):
+    matches = [match.group() for match in compile_pattern(pattern).finditer(text)]
+    assert "".join(matches) == text
+    assert "" not in matches

@@ -421,7 +421,8 @@ def test_state_dict_with_our_names_becomes_a_run(wrapped, tokenizer, tmp_path):
     model = random_model({"norm": "post", "tied_embeddings": True}, 300)
     state: dict[str, Any] = dict(model.state_dict())
     if wrapped == "compiled":
-        state = {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
+        state = {f"_orig_mod.module.{name.replace('s.1.', 's.1._orig_mod.')}": state[name] for name in state}
+        assert "_orig_mod.module.layers.1._orig_mod.ln1.weight" in state
     content = {"iteration": 7, "optimizer": {"state": {}}, "model": state} if wrapped != "alone" else state
     torch.save(content, tmp_path / "model.pt")
     tokenizer.save(tmp_path / "tokenizer")

@@ -403,12 +403,23 @@ def test_tokenizers_that_tokenizer_json_cannot_express(tmp_path, tokenizer, mess
             Tokenizer({**BYTES, 256: b"ab", 257: b"bc"}, [(b"b", b"c"), (b"a", b"b")]),
             "must be in the order",
         ),
+        (Tokenizer(BYTES, [], pattern="[a-z]+|[0-9]"), r"pattern '\[a-z\]\+\|\[0-9\]' may leave out characters"),
+        (Tokenizer(BYTES, [], pattern=r"\w+(?!x)|\W"), "may leave out characters, which tiktoken would drop"),
     ],
 )
 def test_tokenizers_that_ranks_cannot_express(tmp_path, tokenizer, message):
     with pytest.raises(InvalidInputError, match=message):
         save_tiktoken(tokenizer, tmp_path / "ranks")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, r"\w+|\W"])
+def test_ranks_of_a_pattern_that_leaves_nothing_out(tmp_path, pattern):
+    ours = Tokenizer({**BYTES, 256: b"ab"}, [(b"a", b"b")], pattern=pattern)
+    save_tiktoken(ours, tmp_path / "ranks")
+    assert load_tiktoken(tmp_path / "ranks", pattern=pattern).fingerprint == ours.fingerprint
+    text = "ab cab! \n\n a1b\u3000\u0301"
+    assert tiktoken_of(tmp_path / "ranks", {}, ours.compiled_pattern.pattern).encode(text) == ours.encode(text)
 
 
 def test_special_tokens_that_are_also_ordinary_tokens(tmp_path):

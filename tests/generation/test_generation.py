@@ -1,13 +1,15 @@
 """Generation against plain loops and distributions in float64."""
 
+import copy
 import math
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
 
-from basic.common.errors import InvalidInputError
+from basic.common.errors import InvalidInputError, WrongTokenizerError
 from basic.generation.sampling import Sampling, continue_ids, generate, next_token_probabilities
 from basic.generation.text import complete, stream
 from basic.model import KVCache, ModelConfig, TransformerLM
@@ -354,8 +356,73 @@ def test_complete_names_a_prompt_that_encodes_to_nothing(model):
 
 
 def test_complete_does_not_take_a_text_for_a_list_of_letters(model):
-    with pytest.raises(TypeError, match=r"list of texts.*\['abc'\]"):
+    with pytest.raises(TypeError, match=r"prompts must be a list of strings.*\['abc'\]"):
         complete(model, Letters({}), "abc", 5)
+
+
+def test_prompts_as_arrays_and_tensors(model):
+    prompts = [[1, 2, 3], [4, 5, 6]]
+    expected = generate(model, prompts, 4, seed=0)
+    for same in (np.array(prompts), torch.tensor(prompts), [torch.tensor(prompts[0]), np.array(prompts[1])]):
+        assert generate(model, same, 4, seed=0) == expected
+    assert len(generate(model, torch.zeros((1, 1), dtype=torch.long), 5)[0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("prompts", "error", "message"),
+    [
+        ([1, 2], TypeError, r"prompts must be a list of prompts, .* \[\[1, 2, 3\]\]; got list: \[1, 2\]"),
+        (torch.tensor([1, 2]), TypeError, "prompts must be a list of prompts, .*; got Tensor"),
+        (5, TypeError, "prompts must be a list of prompts, .*; got int: 5"),
+        ("abc", TypeError, "prompts must be a list of prompts, .*; got str"),
+        (["abc"], TypeError, "prompts must be a list of prompts, .*; got list"),
+        ([[1], [1.0]], TypeError, r"prompts\[1\]\[0\] must be an integer, got float"),
+        (torch.ones(1, 2), InvalidInputError, r"prompts\[0\] must be .* of integers, got torch.float32"),
+        ([[1], [2, VOCAB]], WrongTokenizerError, f"prompt 1 has the id {VOCAB} at position 1, but .* 0 to {VOCAB - 1}"),
+        ([[-1]], WrongTokenizerError, "prompt 0 has the id -1 at position 0"),
+    ],
+)
+def test_wrong_prompts_are_named(monkeypatch, model, prompts, error, message):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # type checks would fail first
+    with pytest.raises(error, match=message):
+        generate(model, prompts, 2)
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": "1"}, {"top_p": "1"}, {"top_k": 1.5}, {"seed": "a"}])
+def test_a_setting_of_the_wrong_type_is_named(monkeypatch, sampling):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # type checks would fail first
+    with pytest.raises(TypeError, match=f"{next(iter(sampling))} must be a"):
+        Sampling(**sampling)
+
+
+# --- Models that have diverged --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_logits_that_are_nan_are_an_error(model, temperature, use_cache):
+    """The second sequence gets NaN once it reads token 7, inside its own prompt or after it."""
+    broken = copy.deepcopy(model)
+    broken.token_embeddings.weight.data[7] = math.nan
+    with pytest.raises(FloatingPointError, match="logits after 3 tokens of sequence 1 are NaN"):
+        generate(broken, [[1], [2, 7, 1]], 9, temperature=temperature, seed=0, vocab_size=6, use_cache=use_cache)
+    assert len(generate(broken, [[1], [2, 3, 1]], 9, temperature=temperature, seed=0, vocab_size=6)[1]) == 9
+
+
+def test_a_sequence_that_has_ended_may_be_nan(model):
+    (new,) = generate(model, [[1]], 1, temperature=0)
+    broken = copy.deepcopy(model)
+    broken.token_embeddings.weight.data[new[0]] = math.nan
+    assert generate(broken, [[1]], 1, temperature=0) == [new]
+    assert generate(broken, [[1]], 5, temperature=0, end_id=new[0]) == [[]]
+    with pytest.raises(FloatingPointError, match="logits after 2 tokens of sequence 0"):
+        generate(broken, [[1]], 2, temperature=0)
+
+
+def test_probabilities_of_nan_are_nan():
+    logits = torch.tensor([[0.0, math.nan], [0.0, 1.0]])
+    for temperature in (0.0, 1.0):
+        assert next_token_probabilities(logits, temperature=temperature).isnan().tolist() == [[True] * 2, [False] * 2]
 
 
 # --- Streams --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="needs Triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from basic.model import ModelConfig
+from basic.model import ModelConfig, TransformerLM
 from basic.transformer.optimizer import AdamW
 from tests.helpers import kernel_checks
 
@@ -52,6 +52,30 @@ def test_cross_entropy(vocab_size, chunk_rows, dtype):
     kernel_checks.check_cross_entropy(1001, vocab_size, chunk_rows, dtype, "cuda")
 
 
+@pytest.mark.parametrize(("vocab_size", "ignore_index"), [(257, -100), (257, 5), (50_257, -100)])
+@pytest.mark.parametrize("chunk_rows", [1001, 300])
+def test_ignored_targets(vocab_size, ignore_index, chunk_rows):
+    kernel_checks.check_ignored_targets(1001, vocab_size, chunk_rows, ignore_index, BFLOAT16, "cuda")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("bad_id", [-100, -1, 50, 2**40])
+def test_an_id_outside_the_vocabulary_makes_the_loss_nan(compiled, bad_id):
+    """The process goes on: PyTorch's own indexing would stop it, or count from the end."""
+    config = ModelConfig(vocab_size=50, context_length=16, d_model=32, num_layers=1, num_heads=2)
+    model = TransformerLM(config).cuda()
+    loss = torch.compile(model.loss) if compiled else model.loss
+    ids = torch.randint(50, (2, 17), device="cuda")
+    for dtype in (None, BFLOAT16):
+        model.activation_dtype = dtype
+        for position in (0, 16):  # an input, and a target alone
+            wrong = ids.clone()
+            wrong[1, position] = bad_id
+            value = loss(wrong[:, :-1], wrong[:, 1:])
+            assert value.isfinite() if bad_id == -100 and position == 16 else value.isnan()
+        assert loss(ids[:, :-1], ids[:, 1:]).isfinite()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 def test_adamw(dtype):
     kernel_checks.check_adamw([1_000_003, *range(1, 100), 2048 * 4096], dtype, "cuda")
@@ -88,3 +112,8 @@ def test_decoder(d_model, num_heads, prompt_lengths, dtype):
         "num_layers": 2,
     }
     kernel_checks.check_decoder(ModelConfig(**sizes), prompt_lengths, 130, dtype, "cuda")
+
+
+@HALVES
+def test_decoder_finds_nan(dtype):
+    kernel_checks.check_decoder_finds_nan(dtype, "cuda")

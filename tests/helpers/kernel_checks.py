@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from basic.generation.decoder import Decoder
+from basic.generation.sampling import NO_TOKEN
 from basic.model import KVCache, ModelConfig, TransformerLM
 from basic.transformer import functional
 from basic.transformer.kernels import flash_attention, operators, rope
@@ -142,8 +143,41 @@ def check_cross_entropy(rows: int, vocab_size: int, chunk_rows: int, dtype: torc
     without, dx, dweight = operators.linear_cross_entropy(x.detach(), weight.detach(), targets, chunk_rows, False)
     assert abs(without.item() - loss.item()) < 1e-6 * expected.item()
     assert dx.numel() == dweight.numel() == 0
+    for bad_target in (-100, -1, vocab_size, 2**40):  # not ignored: the ignored one is another
+        wrong = targets.clone()
+        wrong[rows // 2] = bad_target
+        arguments = x.detach(), weight.detach(), wrong, chunk_rows, False, -101
+        assert operators.linear_cross_entropy(*arguments)[0].isnan()
     x.detach()[rows // 2, 0] = math.nan
     assert operators.linear_cross_entropy(x.detach(), weight.detach(), targets, chunk_rows, False)[0].isnan()
+
+
+def check_ignored_targets(
+    rows: int, vocab_size: int, chunk_rows: int, ignore_index: int, dtype: torch.dtype, device: str
+) -> None:
+    """Rows that are ignored, against the oracle on the other rows; the last chunk has only ignored ones."""
+    torch.manual_seed(rows)
+    x = torch.randn(rows, 32, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(vocab_size, 32, device=device) / 3).to(dtype).requires_grad_()
+    targets = torch.randint(vocab_size, (rows,), device=device)
+    targets[targets == ignore_index] += 1
+    targets[::3] = targets[-chunk_rows:] = ignore_index
+    with poisoned():
+        loss = operators.linear_cross_entropy(x, weight, targets, chunk_rows, True, ignore_index)[0]
+        (3 * loss).backward()
+    logits = (x.detach() @ weight.detach().T).double().requires_grad_()
+    counted = targets != ignore_index
+    expected = functional.cross_entropy(logits[counted], targets[counted])
+    (3 * expected).backward()
+    assert logits.grad is not None
+    assert x.grad is not None
+    assert weight.grad is not None
+    assert abs(loss.item() - expected.item()) < 1e-5 * expected.item()
+    assert_close(x.grad, logits.grad @ weight.detach().double(), dtype)
+    assert (x.grad[~counted] == 0).all()
+    assert_close(weight.grad, logits.grad.T @ x.detach().double(), dtype)
+    none = torch.full_like(targets, ignore_index)
+    assert operators.linear_cross_entropy(x.detach(), weight.detach(), none, chunk_rows, True, ignore_index)[0].isnan()
 
 
 def check_adamw(sizes: Sequence[int], dtype: torch.dtype, device: str) -> None:
@@ -200,6 +234,24 @@ def check_registrations(dtype: torch.dtype, device: str) -> None:
     ]
     for operator, arguments in cases:
         assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
+
+
+@torch.no_grad()
+def check_decoder_finds_nan(dtype: torch.dtype, device: str, **options: Any) -> None:
+    """The second sequence gets a NaN logit among those that are chosen from: it must not become a token."""
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=37, context_length=12, d_model=48, num_layers=1, num_heads=3, d_ff=60)
+    model = TransformerLM(config).to(device)
+    model.activation_dtype = dtype
+    model.token_embeddings.weight.data[7] = math.nan
+    tokens = torch.tensor([[1], [7]], device=device)
+    cache = KVCache(config, 2, dtype=dtype, device=device)
+    decoder = Decoder(model, cache, torch.ones(2, dtype=torch.int64, device=device), 6, **options)
+    decoder.start(tokens)
+    for _ in range(3):
+        decoder.step()
+    assert (decoder.tokens[0, 1:4] >= 0).all()
+    assert decoder.tokens[1, 1] == NO_TOKEN
 
 
 @torch.no_grad()

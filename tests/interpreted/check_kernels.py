@@ -53,6 +53,11 @@ def test_cross_entropy(vocab_size, chunk_rows, dtype):
     kernel_checks.check_cross_entropy(7, vocab_size, chunk_rows, dtype, "cpu")
 
 
+@pytest.mark.parametrize(("vocab_size", "chunk_rows", "ignore_index"), [(11, 7, -100), (300, 2, -100), (300, 7, 5)])
+def test_ignored_targets(vocab_size, chunk_rows, ignore_index):
+    kernel_checks.check_ignored_targets(9, vocab_size, chunk_rows, ignore_index, FLOAT32, "cpu")
+
+
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16])
 def test_adamw(dtype):
     kernel_checks.check_adamw([2500, 1, 4096, 77], dtype, "cpu")
@@ -68,6 +73,29 @@ def test_decoder(prompt_lengths, dtype):
     options = {"tiles": lambda n, k, batch: (32, 64 if batch == 1 else 32, 1), "splits": 2}
     config = ModelConfig(vocab_size=37, context_length=12, d_model=48, num_layers=1, num_heads=3, d_ff=60)
     kernel_checks.check_decoder(config, prompt_lengths, 5, dtype, "cpu", **options)
+
+
+def test_decoder_finds_nan():
+    options = {"tiles": lambda n, k, batch: (32, 64 if batch == 1 else 32, 1), "splits": 2}
+    kernel_checks.check_decoder_finds_nan(FLOAT32, "cpu", **options)
+
+
+@pytest.mark.parametrize("bad_target", [-1, 37])
+def test_a_step_with_a_bad_target_changes_nothing(bad_target):
+    """The kernel cannot raise an error; the loss is NaN, which the training loop reports."""
+    config = ModelConfig(vocab_size=37, context_length=12, d_model=32, num_layers=1, num_heads=2, d_ff=48)
+    model = TransformerLM(config)
+    model.activation_dtype = FLOAT16
+    before = copy.deepcopy(model.state_dict())
+    ids = torch.randint(37, (2, 13))
+    ids[1, -1] = bad_target
+    settings = TrainConfig(steps=1, batch_size=2, cuda_graph=False)
+    with dispatch.use_operators(operators):
+        step = TrainStep(model, make_optimizer(model, settings), settings, torch.device("cpu"))
+        loss, _ = step((ids[:, :-1], ids[:, 1:]), 1e-2)
+    assert loss.isnan()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name])
 
 
 def test_a_training_step():

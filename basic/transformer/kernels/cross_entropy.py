@@ -17,11 +17,16 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 
 @triton.jit
-def _overwrite(LOGITS, TARGETS, LOSSES, stride, vocab_size, inverse_count, DEPTH: tl.constexpr, COLUMNS: tl.constexpr):
+def _overwrite(LOGITS, TARGETS, LOSSES, INVERSE_COUNT, stride, vocab_size, ignore_index, DEPTH: tl.constexpr,
+               COLUMNS: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     LOGITS += row * stride
     target = tl.load(TARGETS + row)
-    target_score = tl.load(LOGITS + target).to(tl.float32)
+    # A target outside the vocabulary must not read what is beside the row; it makes the loss NaN.
+    is_known = (target >= 0) & (target < vocab_size)
+    target_score = tl.load(LOGITS + target, mask=is_known, other=float("nan")).to(tl.float32)
+    ignored = target == ignore_index
+    inverse_count = tl.where(ignored, 0.0, tl.load(INVERSE_COUNT))
     columns = tl.arange(0, DEPTH)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     # Each lane keeps the maximum and the sum of its own columns; they are combined at the end. A lane reads DEPTH
     # columns at a time, because each new maximum costs an exponential too.
@@ -36,7 +41,7 @@ def _overwrite(LOGITS, TARGETS, LOSSES, stride, vocab_size, inverse_count, DEPTH
         maxima = new_maxima
     maximum = tl.max(maxima, 0)
     log2_sum = maximum + tl.log2(tl.sum(sums * tl.exp2(maxima - maximum), 0))
-    tl.store(LOSSES + row, log2_sum / _LOG2_E - target_score)
+    tl.store(LOSSES + row, tl.where(ignored, 0.0, log2_sum / _LOG2_E - target_score))
     # No thread may overwrite what another thread has not read yet.
     tl.debug_barrier()
     for start in range(0, vocab_size, DEPTH * COLUMNS):
@@ -47,19 +52,22 @@ def _overwrite(LOGITS, TARGETS, LOSSES, stride, vocab_size, inverse_count, DEPTH
         tl.store(LOGITS + start + columns, (gradient * inverse_count).to(LOGITS.dtype.element_ty), mask=inside)
 
 
-def overwrite_with_gradient(logits: Tensor, targets: Tensor, losses: Tensor, count: int) -> None:
-    """Compute each row's loss, and overwrite the logits with the gradient of the mean loss over `count` rows.
+def overwrite_with_gradient(
+    logits: Tensor, targets: Tensor, losses: Tensor, inverse_count: Tensor, ignore_index: int
+) -> None:
+    """Compute each row's loss, and overwrite the logits with the gradient of the mean loss over all rows.
 
     Args:
         logits: (rows, vocab_size), the last dimension contiguous; overwritten.
-        targets: int64 (rows,), inside the vocabulary.
+        targets: int64 (rows,); a row whose target is outside the vocabulary gets the loss NaN.
         losses: output, float32 (rows,).
-        count: number of rows in the mean, those of other chunks included.
+        inverse_count: float32 (), 1 / the number of rows in the mean, those of other chunks included.
+        ignore_index: a row with this target gets the loss 0 and no gradient.
     """
     rows, vocab_size = logits.shape
     depth, columns, warps = _choose_tile(vocab_size)
     _overwrite[(rows,)](
-        logits, targets, losses, logits.stride(0), vocab_size, 1.0 / count,
+        logits, targets, losses, inverse_count, logits.stride(0), vocab_size, ignore_index,
         DEPTH=depth, COLUMNS=columns, num_warps=warps)  # fmt: skip
 
 

@@ -151,15 +151,25 @@ def swiglu(
 
 
 def linear_cross_entropy(
-    x: Float[Tensor, " ... d_model"], weight: Float[Tensor, " vocab_size d_model"], targets: Int[Tensor, " ..."]
+    x: Float[Tensor, " ... d_model"],
+    weight: Float[Tensor, " vocab_size d_model"],
+    targets: Int[Tensor, " ..."],
+    *,
+    ignore_index: int = functional.IGNORE_INDEX,
 ) -> Float[Tensor, ""]:
     """See `functional.linear_cross_entropy`. With kernels, the logits of a chunk of rows exist at a time."""
     if (operators := operators_for(x)) is None:
-        return functional.linear_cross_entropy(x, weight, targets)
+        return functional.linear_cross_entropy(x, weight, targets, ignore_index=ignore_index)
+    functional.check_ids(targets, "targets")
     rows = targets.numel()
     num_chunks = -(-rows * weight.shape[0] // _MAX_LOGITS)
     chunk_rows = -(-rows // num_chunks)
     loss, _, _ = operators.linear_cross_entropy(
-        x.reshape(rows, -1), weight.to(x.dtype), targets.reshape(rows), chunk_rows, torch.is_grad_enabled()
+        x.reshape(rows, -1),
+        weight.to(x.dtype),
+        targets.reshape(rows).long(),
+        chunk_rows,
+        torch.is_grad_enabled(),
+        ignore_index,
     )
     return loss

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from basic.transformer.functional import IGNORE_INDEX, mean_correction
 from basic.transformer.kernels import cross_entropy, flash_attention, rope, swiglu
 
 before_attention_gradients: list[Callable[[], None]] = []
@@ -119,28 +120,31 @@ swiglu_linear.register_autograd(
 
 @torch.library.custom_op("basic::linear_cross_entropy", mutates_args=())
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, with_gradient: bool
+    x: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, with_gradient: bool, ignore_index: int = IGNORE_INDEX
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The mean cross-entropy of the logits x W^T, and its gradients for x and W.
 
     Args:
         x: (rows, d_model).
         weight: (vocab_size, d_model), of the same dtype.
-        targets: int64 (rows,).
+        targets: int64 (rows,); one outside the vocabulary makes the loss NaN.
         chunk_rows: number of rows whose logits exist at a time.
         with_gradient: if False, both gradients are empty.
+        ignore_index: rows with this target take no part in the mean.
 
     Returns:
-        The loss, float32 (), and the gradients (rows, d_model) and (vocab_size, d_model).
+        The loss, float32 () (NaN if all rows are ignored), and the gradients (rows, d_model) and (vocab_size, d_model).
     """
     rows = x.shape[0]
     losses = torch.empty(rows, dtype=torch.float32, device=x.device)
+    correction = mean_correction(targets, ignore_index, torch.float32)  # the CPU does not wait for it
+    inverse_count = correction / rows
     dx = torch.empty_like(x) if with_gradient else x.new_empty(0)
     dweight = weight.new_empty(0)
     for start in range(0, rows, chunk_rows):
         chunk = slice(start, min(start + chunk_rows, rows))
         logits = x[chunk] @ weight.T
-        cross_entropy.overwrite_with_gradient(logits, targets[chunk], losses[chunk], rows)
+        cross_entropy.overwrite_with_gradient(logits, targets[chunk], losses[chunk], inverse_count, ignore_index)
         if with_gradient:
             torch.mm(logits, weight, out=dx[chunk])
             if chunk_rows >= rows:
@@ -149,7 +153,7 @@ def linear_cross_entropy(
                 dweight = _matmul_float32(logits.T, x[chunk])
             else:
                 dweight += _matmul_float32(logits.T, x[chunk])
-    return losses.mean(), dx, dweight.to(weight.dtype)
+    return losses.mean() * correction, dx, dweight.to(weight.dtype)
 
 
 def _matmul_float32(a: Tensor, b: Tensor) -> Tensor:
@@ -159,7 +163,7 @@ def _matmul_float32(a: Tensor, b: Tensor) -> Tensor:
 
 @linear_cross_entropy.register_fake
 def _(
-    x: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, with_gradient: bool
+    x: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, with_gradient: bool, ignore_index: int = IGNORE_INDEX
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = x.new_empty((), dtype=torch.float32)
     if not with_gradient:
@@ -173,7 +177,7 @@ def _save_gradients(ctx, inputs, output) -> None:
 
 def _scale_gradients(ctx, gradient, _dx, _dweight):
     dx, dweight = ctx.saved_tensors
-    return dx * gradient.to(dx.dtype), dweight * gradient.to(dweight.dtype), None, None, None
+    return dx * gradient.to(dx.dtype), dweight * gradient.to(dweight.dtype), None, None, None, None
 
 
 linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_save_gradients)
