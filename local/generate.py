@@ -78,9 +78,9 @@ def read_prompts(options: Options, end_of_text: str) -> Iterator[str]:
         if options.prompt is not None:
             yield options.prompt
         elif options.prompt_file is not None:
-            yield options.prompt_file.read_text(encoding="utf-8").removesuffix("\n")
+            yield options.prompt_file.read_text(encoding="utf-8-sig").removesuffix("\n")  # without a byte order mark
         elif not sys.stdin.isatty():
-            yield sys.stdin.read().removesuffix("\n") or end_of_text
+            yield sys.stdin.read().removeprefix("\ufeff").removesuffix("\n") or end_of_text
         else:
             print("Type a prompt, or press Enter for a new document. Ctrl-D ends.", file=sys.stderr)
             while True:

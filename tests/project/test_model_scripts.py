@@ -62,11 +62,11 @@ def test_a_prompt_comes_from_an_option_a_file_or_standard_input(folder, capsys, 
     (expected,) = complete(run.model, BYTES, ["the cat"], 20, temperature=0)
     greedy = ("--temperature", "0")
     assert generate_output(capsys, monkeypatch, folder, "--prompt", "the cat", *greedy) == f"the cat{expected}\n\n"
-    (folder / "prompt.txt").write_text("the cat\n")
+    (folder / "prompt.txt").write_text("\ufeffthe cat\n", encoding="utf-8")
     assert generate_output(capsys, monkeypatch, folder, "--prompt-file", folder / "prompt.txt", *greedy) == (
         f"the cat{expected}\n\n"
     )
-    monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffthe cat\n"))
     assert generate_output(capsys, monkeypatch, folder, *greedy) == f"the cat{expected}\n\n"
     with pytest.raises(SystemExit, match="error: --prompt and --prompt-file are both given"):
         generate_output(capsys, monkeypatch, folder, "--prompt", "a", "--prompt-file", folder / "prompt.txt")
@@ -107,6 +107,21 @@ def test_in_a_terminal_the_script_asks_for_prompts_until_ctrl_d(folder, capsys, 
     run = load_run(folder / "run", device="cpu")
     continued = complete(run.model, BYTES, ["the cat", END, "a dog"], 20, temperature=0)
     assert out == "".join(f"{a}{b}\n\n" for a, b in zip(["the cat", "", "a dog"], continued, strict=True))
+
+
+def test_control_characters_of_a_model_do_not_reach_a_terminal(folder, capsys, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    arguments = ("--prompt", "a\x1b]52;", "--max-tokens", "300", "--seed", "0", "--top-p", "1")
+    sent = generate_output(capsys, monkeypatch, folder, *arguments)
+    assert re.findall("[\x00-\x08\x0b-\x1f]", sent.removeprefix("a\x1b]52;")), "the model generates control characters"
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    generate_output(capsys, monkeypatch, folder, *arguments)
+    shown = sys.stdout.getvalue()
+    assert shown == re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: rf"\x{ord(match[0]):02x}", sent)
+    assert shown.startswith("a\\x1b]52;")
 
 
 def test_a_prompt_starts_a_document_if_training_sequences_do(folder, capsys, monkeypatch):
