@@ -11,7 +11,6 @@ folder also holds the tokenizer, which each worker process loads from there.
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -23,6 +22,7 @@ from basic.bpe.arrays import InvalidByteError
 from basic.bpe.compiled import KernelEncoder
 from basic.bpe.loading import MIN_BYTES_FOR_KERNELS
 from basic.common.errors import DamagedFileError, InvalidInputError, WrongTokenizerError
+from basic.common.files import is_unfinished
 from basic.common.outputs import Output, check_outputs
 from basic.common.progress import default_num_workers, progress_bar
 from basic.corpus.shards import (
@@ -244,10 +244,8 @@ def _token_file_outputs(path: str | os.PathLike) -> list[Output]:
     def is_ours(existing: Path) -> bool:
         try:
             read_sidecar(path)
-        except DamagedFileError:
-            return False
-        except FileNotFoundError:  # a process that was killed between the file and its sidecar leaves the latter here
-            return any(sidecar.parent.glob(f".{glob.escape(sidecar.name)}.*.tmp"))
+        except (DamagedFileError, FileNotFoundError):
+            return is_unfinished(sidecar)
         return True
 
     return [Output(path, "a token file", is_ours), Output(sidecar, "the sidecar of a token file", is_ours)]

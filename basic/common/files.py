@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 
 from basic.common.errors import DamagedFileError
 
+_UNFINISHED = {"unfinished": "a process ended while it wrote this file and the one that it describes: write both again"}
 _REMAINS_S = 24 * 3600.0
 """Temporary files of other machines are removed when they have not changed for so long."""
 
@@ -57,9 +58,9 @@ def atomic_paths(*paths: str | os.PathLike) -> Generator[tuple[Path, ...]]:
     the new one. If the block raises, `paths` are unchanged and no temporary file remains.
 
     If there are several paths, the later files describe the first one, as a sidecar describes its data. Several
-    renames are not one atomic step, so the old descriptions are removed before the first file is replaced. A process
-    that dies between them leaves data without a description, which readers detect, and never data with the
-    description of other data.
+    renames are not one atomic step, so each description is first replaced by a note that the files are unfinished. A
+    process that dies between the renames leaves this note, which readers do not take for a description and
+    `is_unfinished` recognises, and never data with the description of other data.
 
     Symbolic links are written through: their targets are replaced, also those that do not exist yet.
 
@@ -86,8 +87,7 @@ def atomic_paths(*paths: str | os.PathLike) -> Generator[tuple[Path, ...]]:
         for temporary in temporaries:
             sync_file(temporary)
         for description in targets[1:]:
-            description.unlink(missing_ok=True)
-            sync_folder(description.parent)
+            write_json(description, _UNFINISHED)
         for temporary, target in zip(temporaries, targets, strict=True):
             os.replace(temporary, target)
     except BaseException:
@@ -96,6 +96,14 @@ def atomic_paths(*paths: str | os.PathLike) -> Generator[tuple[Path, ...]]:
         raise
     for folder in folders:
         sync_folder(folder)
+
+
+def is_unfinished(description: str | os.PathLike) -> bool:
+    """Whether a process died while `atomic_paths` replaced this description and the file that it describes."""
+    try:
+        return load_json(description) == _UNFINISHED
+    except (OSError, DamagedFileError):
+        return False
 
 
 @contextmanager
@@ -124,7 +132,12 @@ def atomic_folder(path: str | os.PathLike) -> Generator[Path]:
         for file in temporary.rglob("*"):
             sync_folder(file) if file.is_dir() else sync_file(file)
         sync_folder(temporary)
-        os.rename(temporary, target)
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            if target.exists():  # "Directory not empty"
+                raise FileExistsError(f"{os.fspath(path)!r} was made by another process meanwhile") from None
+            raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -12,6 +12,7 @@ from basic.common.files import (
     atomic_folder,
     atomic_paths,
     atomic_write,
+    is_unfinished,
     load_json,
     read_text_file,
     remove_remains,
@@ -90,9 +91,9 @@ def test_no_file_is_replaced_if_the_block_did_not_create_all(tmp_path):
     assert contents(tmp_path) == {"data": b"old data"}
 
 
-@pytest.mark.parametrize("failing_rename", [0, 1])
+@pytest.mark.parametrize("failing_rename", [0, 1, 2])
 def test_data_never_has_the_sidecar_of_other_data(tmp_path, monkeypatch, failing_rename):
-    """A failure at either rename never leaves an old file with a new one."""
+    """A failure at any rename never leaves an old file with a new one, nor data that nobody knows."""
     for name in ("data", "sidecar"):
         (tmp_path / name).write_bytes(b"old " + name.encode())
     renames = []
@@ -111,10 +112,23 @@ def test_data_never_has_the_sidecar_of_other_data(tmp_path, monkeypatch, failing
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="power"):
         write_both()
-    assert contents(tmp_path) == {"data": [b"old data", b"new data"][failing_rename]}
+    left = contents(tmp_path)
+    assert left.keys() == {"data", "sidecar"}
+    assert left["data"] == [b"old data", b"old data", b"new data"][failing_rename]
+    assert is_unfinished(tmp_path / "sidecar") == (failing_rename > 0)
+    assert left["sidecar"] == b"old sidecar" or failing_rename > 0
 
 
 # --- Folders --------------------------------------------------------------------------------------------------
+
+
+def test_of_two_processes_that_make_a_folder_the_second_is_refused(tmp_path):
+    made_meanwhile = pytest.raises(FileExistsError, match="new' was made by another process meanwhile")
+    with made_meanwhile, atomic_folder(tmp_path / "new"):
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "theirs").touch()
+    assert contents(tmp_path / "new") == {"theirs": b""}
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_a_folder_appears_only_when_the_block_ends(tmp_path):
@@ -184,7 +198,7 @@ def test_a_folder_or_a_device_is_refused_before_the_work(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot ask whether a process lives")
 def test_the_remains_of_killed_processes_are_removed_by_the_next(tmp_path):
     program = (
-        "import os, sys; from basic.common.files import atomic_folder, atomic_write\n"
+        "import os, sys; from basic.common.files import is_unfinished, atomic_folder, atomic_write\n"
         "with atomic_write(sys.argv[1] + '/a.bin') as file, atomic_folder(sys.argv[1] + '/b') as folder:\n"
         "    file.write(b'half'); (folder / 'c').touch(); print(flush=True); sys.stdin.read()\n"
     )

@@ -27,7 +27,7 @@ def test_new_outputs_are_accepted(tmp_path):
 def test_ours_is_replaced_only_on_request(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"ours")
     check_outputs([target(tmp_path / "a.bin")], overwrite=True)
-    with pytest.raises(FileExistsError, match=r"a\.bin' already exists; choose another name, or replace it with --over"):
+    with pytest.raises(FileExistsError, match=r"a\.bin' already exists; choose another name, or replace it"):
         check_outputs([target(tmp_path / "a.bin")])
 
 
