@@ -132,13 +132,17 @@ def run_sweep(
     Raises:
         InvalidConfigError: a run's folder holds a run with another configuration; or as for `train`.
         DamagedFileError: an outcome.json is damaged.
-        FileExistsError: table.md is not one of a sweep.
+        FileExistsError: table.md or loss.png is not one of a sweep.
         BlockingIOError: another process trains this sweep.
         KeyboardInterrupt: a signal arrived; the current run has been saved.
     """
+    from basic.analysis.plotting import picture_output
+
     folder = Path(folder)
-    table = Output(folder / "table.md", "the table of a sweep", _is_table)
-    check_outputs([table], overwrite=True)
+    outputs = [Output(folder / "table.md", "the table of a sweep", _is_table)]
+    if not (folder / "table.md").exists():  # otherwise the picture is that of the same sweep
+        outputs.append(picture_output(folder / "loss.png"))
+    check_outputs(outputs, overwrite=True)
     folder.mkdir(parents=True, exist_ok=True)
     with FolderLock(folder):
         return _run_sweep(runs, folder, open_data, report, progress, train)

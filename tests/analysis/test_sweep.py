@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from basic.analysis.evaluation import evaluate_tokens
+from basic.analysis.plotting import plot_losses
 from basic.analysis.sweep import RunResult, SweepData, plot_sweep, read_sweep, result_table, run_sweep
 from basic.common.config_files import load_config, save_config
-from basic.common.errors import InvalidConfigError
+from basic.common.errors import DamagedFileError, InvalidConfigError
 from basic.model import ModelConfig
 from basic.training.loop import train
+from basic.training.records.metrics import read_metrics
 from basic.training.run_folder import load_run, save_run_config
 from basic.training.settings import DataConfig, RunConfig, TrainConfig
 
@@ -213,6 +215,52 @@ def test_run_without_checkpoint_starts_again(tmp_path):
     save_config(BASE, run_dir / "config.toml")
     (result,), _ = sweep(tmp_path, "")
     assert result.loss is not None
+
+
+def test_a_sweep_is_trained_by_one_process(tmp_path):
+    def train_and_start_again(*arguments, **settings):
+        with pytest.raises(BlockingIOError, match=r"runs is being written by process"):
+            sweep(tmp_path, "")
+        return train(*arguments, **settings)
+
+    (result,), _ = sweep(tmp_path, "", train=train_and_start_again)
+    assert result.loss is not None
+
+
+def test_a_run_that_was_trained_to_its_end_is_only_evaluated(tmp_path):
+    """As after a kill between the last step and the evaluation."""
+    (first,), _ = sweep(tmp_path, "")
+    (tmp_path / "runs" / "only" / "outcome.json").unlink()
+    (again,), _ = sweep(tmp_path, "", train=None)
+    assert again == first
+
+
+@pytest.mark.parametrize("name", ["table.md", "loss.png"])
+def test_files_of_somebody_else_are_not_replaced(tmp_path, name):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=rf"{name}' exists and is not "):
+        sweep(tmp_path, "", train=None)
+    assert (tmp_path / "runs" / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"name": "x", "loss": "1", "tokens": 1, "wall_s": 1.0}'])
+def test_a_damaged_result_is_an_error_that_names_the_file(tmp_path, content):
+    sweep(tmp_path, "")
+    (tmp_path / "runs" / "only" / "outcome.json").write_text(content)
+    with pytest.raises(DamagedFileError, match=r"outcome\.json"):
+        sweep(tmp_path, "", train=None)
+
+
+def test_the_table_says_which_loss_it_has_and_the_picture_too(tmp_path):
+    results, _ = sweep(tmp_path, "")
+    assert result_table(results).startswith("| run | loss on all validation tokens (nats per token) | perplexity |")
+    runs = read_sweep(tmp_path / "sweep.toml")
+    records = read_metrics(tmp_path / "runs" / runs[0].name / "metrics.jsonl")
+    plot_losses({"only": records}, tmp_path / "loss.svg", floor_nats=1.0)
+    texts = (tmp_path / "loss.svg").read_text()
+    assert "validation loss: of sampled sequences (evaluate.py and sweeps score every token)" in texts
+    assert "entropy of the source, per token of whole documents: 1.000" in texts
 
 
 def test_out_of_memory_is_a_result(tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from basic.common.folder_lock import FolderLock
 from basic.encoding import encode_files
 from basic.Tokenizer import Tokenizer
 from basic.tokens.opening import open_tokens
@@ -144,6 +145,29 @@ def test_a_run_is_resumed(name, folder, monkeypatch):
     assert load_run(name, device="cpu").step == 8
     starts = json.loads((folder / name / "environment.json").read_bytes())["starts"]
     assert [start["step"] for start in starts] == [0, 4]
+
+
+def test_a_sharded_checkpoint_is_not_consolidated_into_a_run_that_is_written(folder, monkeypatch):
+    before = sorted(path.name for path in (folder / "sharded_run" / "checkpoints").iterdir())
+    with FolderLock("sharded_run"), pytest.raises(SystemExit, match="error: sharded_run is being written by process"):
+        run_script(monkeypatch, "consolidate", "sharded_run")
+    assert sorted(path.name for path in (folder / "sharded_run" / "checkpoints").iterdir()) == before
+    with FolderLock("sharded_run"):
+        run_script(monkeypatch, "consolidate", "sharded_run", "elsewhere.safetensors")
+    run_script(monkeypatch, "consolidate", "sharded_run")
+    name = "step_00000004.safetensors"
+    assert sorted(path.name for path in (folder / "sharded_run" / "checkpoints").iterdir()) == [*before, name]
+
+
+def test_a_tokenizer_that_is_not_the_runs_own_is_refused(folder, monkeypatch):
+    """The tokenizers of 0.1.0 have no checksums, but the run knows the fingerprint of its own."""
+    run_script(monkeypatch, "evaluate", "run", "--device", "cpu")
+    merges = folder / "run" / "tokenizer" / "merges.txt"
+    merges.write_bytes(b"".join(merges.read_bytes().splitlines(keepends=True)[:-1]))
+    with pytest.raises(SystemExit, match=r"error: run was started with another tokenizer .* restore that from a copy"):
+        run_script(monkeypatch, "evaluate", "run", "--device", "cpu")
+    with pytest.raises(SystemExit, match="was made by another tokenizer"):  # the tokens say so first
+        run_script(monkeypatch, "train", "--resume", "run", "--steps", "8")
 
 
 # --- Work folders -------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 from basic.common.config_files import load_config
 from basic.common.errors import InvalidConfigError, InvalidInputError, NotARunError, WrongTokenizerError
 from basic.model import ModelConfig, TransformerLM
-from basic.training.batches import BatchSampler
+from basic.training.batches import BatchSampler, document_starts
 from basic.training.loop import train
 from basic.training.records.metrics import read_metrics
 from basic.training.settings import RunConfig, TrainConfig
@@ -68,6 +68,10 @@ def configuration(**settings: Any) -> RunConfig:
 
 def saved(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(run_dir / "checkpoints" / f"step_{step:08}.safetensors")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def step_that_fails(number: int, error: BaseException) -> type[TrainStep]:
@@ -201,7 +205,7 @@ def test_metrics_have_their_keys_and_values(tmp_path):
     assert [record["step"] for record in records] == [3, 5, 6, 9, 10]
     for record in records:
         evaluated = ["valid_loss"] if record["step"] in (5, 10) else []
-        assert list(record) == KEYS + evaluated
+        assert list(record) == [*KEYS, *evaluated, "crc32"]
         assert record["tokens"] == record["step"] * 4 * CONTEXT
         assert record["learning_rate"] == pytest.approx(scheduled(config.train, record["step"]))
         assert record["tokens_per_s"] > 0
@@ -249,7 +253,8 @@ def test_a_run_writes_configuration_tokenizer_samples_and_its_last_two_checkpoin
     run = train(config, TRAIN, VALID, tmp_path / "deep" / "run", tokenizer=NumberTokenizer())
     folder = tmp_path / "deep" / "run"
     assert sorted(path.name for path in folder.iterdir()) == [
-        *("checkpoints", "config.toml", "environment.json", "metrics.jsonl", "samples.txt", "tokenizer")
+        *("checkpoints", "checksums.json", "config.toml", "environment.json"),
+        *("metrics.jsonl", "samples.txt", "tokenizer"),
     ]
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
         *("step_00000006.safetensors", "step_00000008.safetensors")
@@ -283,7 +288,8 @@ def test_an_existing_run_is_refused_and_unchanged_unless_overwrite_is_given(tmp_
     train(configuration(steps=3), TRAIN, VALID, tmp_path / "run", overwrite=True)
     assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
     assert sorted(str(path.relative_to(tmp_path / "run")) for path in files()) == [
-        *("checkpoints/step_00000003.safetensors", "config.toml", "environment.json", "metrics.jsonl", "notes.txt")
+        *("checkpoints/step_00000003.safetensors", "checksums.json", "config.toml"),
+        *("environment.json", "metrics.jsonl", "notes.txt"),
     ]
 
 
@@ -303,7 +309,10 @@ def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(tmp_path, rows):
     with open(log, "a") as file:
         file.write('{"step": 7, "tok')  # what a crash in the middle of a line leaves
     torch.manual_seed(99)
-    run = train(config, TRAIN, VALID, tmp_path / "stopped", tokenizer=NumberTokenizer(), resume=True)
+    with pytest.warns(
+        UserWarning, match=r"stopped/metrics\.jsonl: lines that are incomplete or damaged .*: 9 \(1 of 9"
+    ):
+        run = train(config, TRAIN, VALID, tmp_path / "stopped", tokenizer=NumberTokenizer(), resume=True)
 
     assert run.step == 8
     expected, resumed = saved(tmp_path / "uninterrupted", 8), saved(tmp_path / "stopped", 8)
@@ -324,9 +333,55 @@ def test_a_finished_run_can_be_resumed_with_more_steps(tmp_path):
     assert train(longer, TRAIN, VALID, tmp_path / "run", resume=True).step == 6
     assert load_config(tmp_path / "run" / "config.toml", RunConfig) == longer
     assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
-    # With fewer steps than it has, a run is unchanged.
-    assert train(configuration(steps=5), TRAIN, VALID, tmp_path / "run", resume=True).step == 6
-    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 6
+
+
+@pytest.mark.parametrize(
+    ("steps", "error", "message"),
+    [
+        (4, InvalidInputError, r"run is finished: it has done its 4 steps; to train .* \(--resume .*run --steps 8\)"),
+        (3, InvalidConfigError, r"run has done 4 steps, so it cannot be resumed with steps = 3; give more"),
+    ],
+)
+def test_a_run_cannot_be_resumed_to_as_many_or_fewer_steps_and_is_unchanged(tmp_path, steps, error, message):
+    train(configuration(steps=4), TRAIN, VALID, tmp_path / "run")
+    before = contents(tmp_path)
+    with pytest.raises(error, match=message):
+        train(configuration(steps=steps), TRAIN, VALID, tmp_path / "run", resume=True)
+    assert contents(tmp_path) == before
+
+
+def test_with_another_batch_size_documents_that_were_not_seen_are_next(tmp_path):
+    """The rest of the epoch is seen once, whatever the batch size; all tokens are counted."""
+    seen = []
+
+    class RecordingStep(TrainStep):
+        def __call__(self, batch, learning_rate):
+            seen.extend(map(tuple, batch[0].tolist()))
+            return super().__call__(batch, learning_rate)
+
+    options: dict[str, Any] = {"tokenizer": NumberTokenizer(), "make_step": RecordingStep}
+    config = configuration(rows="documents", steps=5, batch_size=8)
+    train(config, TRAIN, VALID, tmp_path / "run", **options)
+    for steps, batch_size in ((9, 3), (16, 1)):
+        changed = replace(config, train=replace(config.train, steps=steps, batch_size=batch_size))
+        train(changed, TRAIN, VALID, tmp_path / "run", resume=True, **options)
+    starts = document_starts(TRAIN, END, CONTEXT)
+    assert len(seen) == 5 * 8 + 4 * 3 + 7 * 1 == len(starts)
+    assert sorted(seen) == sorted(tuple(TRAIN[start : start + CONTEXT].tolist()) for start in starts)
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [record["tokens"] // CONTEXT for record in records] == [8, 16, 24, 32, 40, 43, 46, 49, 52, *range(53, 60)]
+
+
+@pytest.mark.parametrize(("steps", "warmup_steps", "fitted"), [(50, 100, 5), (50, 50, 5), (50, 49, 49), (4, 100, 0)])
+def test_a_warm_up_that_does_not_fit_is_fitted_with_a_warning(tmp_path, capsys, steps, warmup_steps, fitted):
+    settings = {"max_learning_rate": 1e-3, "min_learning_rate": 1e-4, "eval_interval": 0}
+    train(configuration(steps=steps, warmup_steps=warmup_steps, **settings), TRAIN, VALID, tmp_path / "run")
+    rates = [record["learning_rate"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert rates[-1] == pytest.approx(1e-4)
+    if fitted:
+        assert rates[fitted - 1] == max(rates) == pytest.approx(1e-3)
+    message = f"warmup_steps = {warmup_steps} is not below steps = {steps}; the warm-up takes {fitted} steps, so that"
+    assert (message in capsys.readouterr().err) == (fitted != warmup_steps)
 
 
 def test_a_run_cannot_be_resumed_with_another_model(tmp_path):
@@ -382,7 +437,7 @@ def test_a_far_too_high_learning_rate_raises_floating_point_error(tmp_path):
         (
             {"train_tokens": TRAIN.astype(float)},
             InvalidInputError,
-            "training tokens: tokens must be .* integers, got float64",
+            "train_tokens must be .* of integers, got float64",
         ),
         (
             {"tokenizer": NumberTokenizer(21)},

@@ -54,15 +54,15 @@ class BackgroundSaver:
         path: str | os.PathLike,
         *,
         extra: dict,
-        before_write: Callable[[], None],
         on_saved: Callable[[], None],
+        before_write: Callable[[], None] = lambda: None,
     ) -> None:
         """Copy the state and start to write it; afterwards the model may change.
 
         Args:
             model, optimizer, iteration, path, extra: as for `save_checkpoint`; for a sharded model, `path` is a folder.
-            before_write: called by the thread first.
             on_saved: called by the thread when the checkpoint is on the disk.
+            before_write: called by the thread first.
         """
         assert not self.is_busy, "a checkpoint is still being written"
         device = next(model.parameters()).device
