@@ -244,6 +244,7 @@ DAMAGED_RECORDS = [
     *([1], None, {}, {"step": None}, {"step": "5"}, {"step": 5}, {"kind": "sample", "step": 5, "text": 3}),
     *({"kind": "sample", "text": "x"}, {"kind": "nonfinite"}, {"kind": 5, "step": 5}, record(5, tokens="x")),
     *(record(5, wall_s=[1]), record(5, train_loss="x"), record(5, valid_loss={}), record(5, tokens_per_s="x")),
+    *(record(5, train_loss=math.nan), record(5, wall_s=math.inf), record(5, tokens=10**400), record(5, wall_s=10**400)),
     {key.replace("s", "r"): value for key, value in record(5).items()},
     {key.replace("t", "u"): value for key, value in record(5).items()},
 ]
