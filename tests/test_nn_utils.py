@@ -126,6 +126,12 @@ def test_ignored_targets_are_torchs(dtype: torch.dtype, ignore_index: int) -> No
     assert_close(results[0][1].double(), results[1][1], rtol=2 * TOLERANCE[dtype], atol=TOLERANCE[dtype] / 100)
 
 
+def test_the_mean_is_exactly_the_mean_if_no_target_is_ignored() -> None:
+    for rows in range(1, 100):  # the product of 49 and its rounded reciprocal is not 1
+        logits, targets = torch.randn(rows, 3), torch.randint(3, (rows,))
+        assert cross_entropy(logits, targets) == token_losses(logits, targets).mean()
+
+
 def test_the_mean_over_no_target_is_nan_as_torchs() -> None:
     logits, targets = torch.randn(2, 7), torch.full((2,), -100)
     assert run_cross_entropy(logits, targets).isnan()

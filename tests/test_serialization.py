@@ -704,7 +704,7 @@ def test_plain_values_keep_their_types(value):
 
 
 class Wrapper(nn.Module):
-    """What torch.compile and DistributedDataParallel do to the names of a module's parameters."""
+    """What torch.compile ("_orig_mod") and DistributedDataParallel ("module") do to the names of parameters."""
 
     def __init__(self, name, inner):
         super().__init__()
@@ -716,11 +716,11 @@ def small_model():
 
 
 WRAPPERS = {
-    "compiled": torch.compile,
+    "compiled": lambda model: Wrapper("_orig_mod", model),
     "distributed": lambda model: Wrapper("module", model),
-    "compiled and distributed": lambda model: Wrapper("module", torch.compile(model)),
-    "distributed and compiled": lambda model: torch.compile(Wrapper("module", model)),
-    "a compiled part": lambda model: nn.Sequential(torch.compile(model[0]), model[1]),
+    "compiled and distributed": lambda model: Wrapper("module", Wrapper("_orig_mod", model)),
+    "distributed and compiled": lambda model: Wrapper("_orig_mod", Wrapper("module", model)),
+    "a compiled part": lambda model: nn.Sequential(Wrapper("_orig_mod", model[0]), model[1]),
     "plain": lambda model: model,
 }
 

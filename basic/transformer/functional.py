@@ -195,7 +195,8 @@ def mean_correction(targets: Int[Tensor, " ..."], ignore_index: int, dtype: torc
 
     It is exactly 1 if no target is ignored. It is infinite if all are, so that the mean becomes 0 * inf = NaN.
     """
-    return targets.numel() / (targets != ignore_index).sum().to(dtype)
+    num_ignored = (targets == ignore_index).sum().to(dtype)
+    return 1 + num_ignored / (targets.numel() - num_ignored)
 
 
 def token_losses(

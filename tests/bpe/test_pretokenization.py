@@ -298,8 +298,6 @@ def test_regular_expressions_are_no_names(pattern):
 COVERING = [
     *PATTERNS,
     r"\s|\S",
-    r"[\s\S]+",
-    r"\w+|\W",
     r"\p{L}+|\P{L}",
     r"\S+|\s+(?!\S)|\s",
     r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|[^a]|a",
