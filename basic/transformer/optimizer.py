@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import Parameter
 
 from basic.transformer.kernels import dispatch
 
@@ -176,7 +175,7 @@ class AdamW(torch.optim.Optimizer):
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Parameter] | Parameter, max_l2_norm: float) -> Float[Tensor, ""]:
+def clip_gradients(parameters: Iterable[Tensor] | Tensor, max_l2_norm: float) -> Float[Tensor, ""]:
     """Scale all gradients in place so that their joint L2 norm is at most `max_l2_norm`.
 
     Args:
