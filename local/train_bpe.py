@@ -16,8 +16,8 @@ from basic.common import command_line
 @dataclass(frozen=True, kw_only=True)
 class Options:
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT [INPUT ...]")]
-    """UTF-8 text as .txt (or any other name), .gz, .zst, .jsonl, .jsonl.gz or .jsonl.zst; files, globs in quotation
-    marks, or URLs (s3://bucket/*.jsonl.zst)."""
+    """UTF-8 text under any name, or JSON lines (.jsonl, .ndjson, .json), also as .gz, .zst, .xz or .bz2; files, globs
+    in quotation marks, or URLs (s3://bucket/*.jsonl.zst)."""
     vocab_size: int = 10_000
     """Size of the vocabulary: the special tokens, the 256 bytes and the merges."""
     special_tokens: tuple[str, ...] = ("<|endoftext|>",)
@@ -68,6 +68,7 @@ def main(options: Options) -> None:
         )
     seconds = time.perf_counter() - start
     tokenizer = Tokenizer(vocab, merges, options.special_tokens)
+    check_outputs(tokenizer_outputs(options.output), overwrite=options.overwrite)  # another process may have written it
     tokenizer.save(options.output)
 
     special = {token.encode() for token in options.special_tokens}

@@ -136,6 +136,29 @@ def test_a_killed_encoding_leaves_nothing_after_the_next_one():
             assert BYTES.decode(open_tokens("a.bin", verify=True)) == "abc " * 10
 
 
+@pytest.mark.parametrize("name", ["a.bin", "data"])
+def test_a_full_disk_leaves_the_earlier_files(name):
+    resource = pytest.importorskip("resource", reason="Windows has no limit for the size of files")
+    encode = encode_file if name == "a.bin" else encode_files
+    Path("a.txt").write_text("abc")
+    encode(BYTES, "a.txt", name)
+    Path("b.txt").write_text("abc" * 10_000)
+    before = files(Path())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            encode(BYTES, "b.txt", name if name == "a.bin" else "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    after = files(Path())
+    assert before.items() <= after.items()
+    assert not [path for path in after if path.endswith((".tmp", ".next"))]
+    if name == "data":
+        encode(BYTES, "b.txt", "new")  # resumes
+        assert len(open_tokens("new", verify=True)) == 30_000
+
+
 # --- Scripts ------------------------------------------------------------------------------------------------------
 
 
@@ -145,7 +168,7 @@ def test_tokenizers_and_token_files_are_replaced_on_request(monkeypatch):
     encode = ("encode", "a.txt", "a.bin", "--tokenizer", "tok")
     run_script(monkeypatch, *encode)
     train = ("train_bpe", "a.txt", "--vocab-size", "260", "--output", "tok")
-    refused(monkeypatch, r"'tok/vocab\.json' already exists; choose another name, or replace it with --overwrite", *train)
+    refused(monkeypatch, r"'tok/vocab\.json' already exists; choose another name, or replace it with --ov", *train)
     refused(monkeypatch, r"'a\.bin' already exists; choose another name, or replace it with --overwrite", *encode)
     run_script(monkeypatch, *train, "--overwrite")
     assert Tokenizer.load("tok").vocab_size == 260
