@@ -460,7 +460,14 @@ def check_errors_option(errors: str) -> None:
 
 
 def _named_error(name: str, data: np.ndarray, error: InvalidByteError) -> InvalidInputError:
-    return invalid_byte_error(name, data, error.offset, error.offset, lacks_token=error.lacks_token)
+    return invalid_byte_error(
+        name,
+        data,
+        error.offset,
+        error.offset,
+        lacks_token=error.lacks_token,
+        max_pretoken_bytes=error.max_pretoken_bytes,
+    )
 
 
 def _utf8(text: str) -> bytes:

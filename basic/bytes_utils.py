@@ -29,16 +29,30 @@ def utf8_error(name: str | os.PathLike, offset: int, byte: int, reason: str) -> 
 
 
 def invalid_byte_error(
-    name: str | os.PathLike, data: np.ndarray, index: int, offset: int, *, lacks_token: bool = False
+    name: str | os.PathLike,
+    data: np.ndarray,
+    index: int,
+    offset: int,
+    *,
+    lacks_token: bool = False,
+    max_pretoken_bytes: int | None = None,
 ) -> InvalidInputError:
-    """The error for the byte data[index], which is not UTF-8 or has no token.
+    """The error for the byte data[index], which is not UTF-8, has no token, or begins a pre-token that is too long.
 
     Args:
         name: of the text.
         data: uint8.
         offset: of the byte in the text.
         lacks_token: whether the vocabulary has no token for the byte.
+        max_pretoken_bytes: the limit, if the pre-token that begins here is longer.
     """
+    if max_pretoken_bytes is not None:
+        beginning = data[index : index + 40].tobytes().decode(errors="replace")
+        return InvalidInputError(
+            f"{os.fspath(name)!r} has a pre-token (letters, digits, other signs or white space without an end) of more "
+            f"than {max_pretoken_bytes} bytes, the limit, at byte offset {offset}: {beginning!r}; divide it, for "
+            "example with spaces"
+        )
     if lacks_token:
         return InvalidInputError(
             f"the vocabulary has no token for the byte 0x{data[index]:02x}, at byte offset {offset} of "

@@ -24,6 +24,7 @@ from itertools import chain
 import numpy as np
 import regex
 
+from basic.bpe import arrays
 from basic.bpe.arrays import Chunk
 from basic.common.errors import InvalidInputError
 
@@ -303,6 +304,9 @@ def pretokenize_stream(
     Yields:
         A list of consecutive pre-tokens, and the special token after them or None. The lists are short even if the
         strings are long, so memory does not grow with the text.
+
+    Raises:
+        InvalidInputError: a pre-token of GPT-2's pattern is much longer than any that can be encoded.
     """
     is_gpt2, find = _is_gpt2(pattern), _finder(pattern)
     held, new, new_length = "", [], 0
@@ -330,6 +334,9 @@ def pretokenize_stream(
         num_final = len(pretokens) if at_end else max(0, len(pretokens) - 2)
         yield pretokens[:num_final], None
         held, new, new_length = available[stop - sum(map(len, pretokens[num_final:])) :], [], 0
+        # The held text is at most two pre-tokens and the beginning of a special token.
+        if len(held) > 2 * arrays.MAX_PRETOKEN_BYTES + special_tokens.max_length:
+            raise InvalidInputError(arrays.describe_long_pretoken(held[:40]))
 
 
 def _is_gpt2(pattern: re.Pattern[str]) -> bool:

@@ -20,9 +20,9 @@ from basic.common.errors import InvalidInputError
 @dataclass(frozen=True, kw_only=True)
 class Options:
     paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT [INPUT ...] OUTPUT")]
-    """Inputs: UTF-8 text as .txt (or any other name), .gz, .zst, .jsonl, .jsonl.gz or .jsonl.zst; files, globs in
-    quotation marks, or URLs (s3://bucket/*.jsonl.zst), encoded in this order. Output, at the end: a token file
-    NAME.bin, which gets a sidecar NAME.json, or a folder."""
+    """Inputs: UTF-8 text under any name, or JSON lines (.jsonl, .ndjson, .json), also as .gz, .zst, .xz or .bz2;
+    files, globs in quotation marks, or URLs (s3://bucket/*.jsonl.zst), encoded in this order. Output, at the end: a
+    token file NAME.bin, which gets a sidecar NAME.json, or a folder."""
     tokenizer: Path = Path("runs/tokenizer")
     """Folder of the tokenizer, as local/train_bpe.py writes it."""
     field: str = "text"

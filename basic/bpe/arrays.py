@@ -11,22 +11,33 @@ import numpy as np
 
 # A larger vocabulary does not fit the hash table of merges (ID_BITS and RANK_BITS in kernels/apply_merges.py).
 MAX_VOCAB_SIZE = (1 << 21) - 1
+# Merging a pre-token takes up to fifty bytes of memory a byte. Text has none as long as this.
+MAX_PRETOKEN_BYTES = 1 << 24
 MAX_SYMBOLS = (1 << 31) - 1  # bytes and pre-tokens, which training numbers with 32 bits
 
 Chunk = tuple[np.ndarray, int, int]  # read-only bytes, start, stop
 
 
+def describe_long_pretoken(beginning: str) -> str:
+    """The message for a pre-token of more than `MAX_PRETOKEN_BYTES`."""
+    return (
+        "the text has a pre-token (letters, digits, other signs or white space without an end) of more than "
+        f"{MAX_PRETOKEN_BYTES} bytes, the limit: {beginning!r}; divide it, for example with spaces"
+    )
+
+
 class InvalidByteError(ValueError):
-    """A byte that is not UTF-8, or that has no token.
+    """A byte that is not UTF-8, or that has no token, or that begins a pre-token that is too long to merge.
 
     Attributes:
         offset: the index of the byte in the data.
         lacks_token: whether the byte has no token.
+        max_pretoken_bytes: the limit, if the byte begins such a pre-token.
     """
 
-    def __init__(self, offset: int, lacks_token: bool = False) -> None:
+    def __init__(self, offset: int, lacks_token: bool = False, max_pretoken_bytes: int | None = None) -> None:
         super().__init__(offset)
-        self.offset, self.lacks_token = offset, lacks_token
+        self.offset, self.lacks_token, self.max_pretoken_bytes = offset, lacks_token, max_pretoken_bytes
 
 
 class PretokenCounts(NamedTuple):

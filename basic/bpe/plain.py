@@ -6,9 +6,16 @@ This is the readable version of `basic.bpe.kernels.encode`. Small texts use it.
 from __future__ import annotations
 
 import heapq
+from array import array
+from collections import defaultdict
 from collections.abc import Iterable
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
+
+import numpy as np
+
+from basic.bpe import arrays
 
 # About half a megabyte of pre-tokens of everyday length, so memory stays bounded on an endless text.
 MAX_CACHED_PRETOKENS = 3072
@@ -74,7 +81,7 @@ class PretokenCache(dict[str, tuple[int, ...]]):
         max_pretokens: the largest number of pre-tokens in the cache.
 
     Raises:
-        ValueError: (at a lookup) a byte of the pre-token has no token.
+        ValueError: (at a lookup) a byte of the pre-token has no token, or the pre-token is too long.
     """
 
     def __init__(self, rules: MergeRules, *, max_pretokens: int = MAX_CACHED_PRETOKENS) -> None:
@@ -82,8 +89,11 @@ class PretokenCache(dict[str, tuple[int, ...]]):
 
     def __missing__(self, pretoken: str) -> tuple[int, ...]:
         byte_ids, ranks, results = self.rules
+        data = pretoken.encode()
+        if len(data) > arrays.MAX_PRETOKEN_BYTES:
+            raise ValueError(arrays.describe_long_pretoken(pretoken[:40]))
         try:
-            ids = [byte_ids[byte] for byte in pretoken.encode()]
+            ids = [byte_ids[byte] for byte in data]
         except KeyError as error:
             raise ValueError(
                 f"the vocabulary has no token for the byte 0x{error.args[0]:02x}, which {pretoken[:40]!r} needs; "
@@ -135,18 +145,20 @@ def merge_long(ids: list[int], ranks: dict[Pair, int], results: list[int]) -> li
     of the left id; `right_of` and `left_of` then skip the position of the right id. Positions where the pair no longer
     exists stay in the lists and are skipped.
     """
-    right_of, left_of = list(range(1, len(ids) + 1)), list(range(-1, len(ids)))
+    right_of, left_of = array("q", range(1, len(ids) + 1)), array("q", range(-1, len(ids)))
     ids.append(_NO_ID)  # to the right of the last position and, as ids[-1], to the left of the first
-    positions: dict[int, list[int]] = {}
+    positions: dict[int, array[int]] = defaultdict(partial(array, "q"))
     for position, pair in enumerate(pairwise(ids)):
         if (rank := ranks.get(pair)) is not None:
-            positions.setdefault(rank, []).append(position)
+            positions[rank].append(position)
     heap = list(positions)
     heapq.heapify(heap)
     while heap:
         rank = heapq.heappop(heap)
         result = results[rank]
-        for position in sorted(positions.pop(rank)):
+        with_rank = positions.pop(rank)
+        np.frombuffer(with_rank, np.int64).sort()
+        for position in with_rank:
             right = right_of[position]
             if ranks.get((ids[position], ids[right])) != rank:
                 continue
@@ -157,7 +169,6 @@ def merge_long(ids: list[int], ranks: dict[Pair, int], results: list[int]) -> li
                 if (new_rank := ranks.get(pair)) is None:
                     continue
                 if new_rank not in positions:
-                    positions[new_rank] = []
                     heapq.heappush(heap, new_rank)
                 positions[new_rank].append(new_position)
     return [token_id for token_id in ids if token_id != _NO_ID]

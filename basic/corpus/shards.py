@@ -245,7 +245,12 @@ class ShardChunks:
         """Return the error to raise for a wrong byte in the first unfinished chunk: it names the input and offset."""
         segment, (data, _, _), offset = self._unfinished[0]
         return invalid_byte_error(
-            segment.source, data, error.offset, offset + error.offset, lacks_token=error.lacks_token
+            segment.source,
+            data,
+            error.offset,
+            offset + error.offset,
+            lacks_token=error.lacks_token,
+            max_pretoken_bytes=error.max_pretoken_bytes,
         )
 
     def _mapped(self, segment: Segment) -> Iterator[tuple[int, Chunk]]:

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import tracemalloc
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from basic.bpe import loading
+from basic.bpe import arrays, loading
 from basic.common.errors import BasicError, DamagedFileError, InvalidInputError
 from basic.corpus import sources
 from basic.corpus.counting import count_pretokens
@@ -252,6 +253,36 @@ def test_kernels_are_chosen_by_the_size_of_the_decompressed_text(tmp_path, monke
         assert loading._loaded == ({"encoding"} if choice else set())
         count_pretokens(path, SpecialTokens([]))
         assert loading._loaded == ({"encoding", "training"} if choice else set())
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("suffix", [".txt", ".txt.zst", ".jsonl.gz"])
+def test_a_pretoken_that_is_too_long_is_refused(tmp_path, monkeypatch, kernels, suffix):
+    monkeypatch.setattr(arrays, "MAX_PRETOKEN_BYTES", 20_000)
+    tokenizer = Tokenizer({**BYTES, 256: b"aa"}, [(b"a", b"a")], [END], kernels=kernels)
+    encode = partial(encode_file, tokenizer, output_path=tmp_path / "ids.bin", chunk_bytes=1000, overwrite=True)
+    encode(write(tmp_path, ["one\n" + "a" * 20_000 + " two", "three"], suffix))
+    ids = [*b"one\n", *[256] * 10_000, *b" two"]
+    assert open_tokens(tmp_path / "ids.bin")[: len(ids)].tolist() == ids
+    for length in (20_001, 4_000_000):
+        path = write(tmp_path, ["one\n" + "a" * length, "three"], suffix)
+        with pytest.raises(InvalidInputError, match=r"more than 20000 bytes, the limit.*aaaa"):
+            encode(path)
+    if suffix == ".txt.zst" and not kernels:  # refused before it is read
+
+        def read() -> None:
+            with pytest.raises(InvalidInputError):
+                encode(path)
+
+        assert peak_bytes(read) < 2_000_000
+
+
+def test_memory_for_a_long_pretoken_in_the_plain_path():
+    """It was 100 bytes for each byte."""
+    tokenizer = Tokenizer({**BYTES, 256: b"aa", 257: b"aaaa"}, [(b"a", b"a"), (b"aa", b"aa")], kernels=False)
+    ids = []
+    assert peak_bytes(lambda: ids.extend(tokenizer.encode("a" * 60_000))) < 60 * 60_000
+    assert ids == [257] * 15_000
 
 
 def test_a_long_line_is_refused_before_it_is_read(tmp_path, monkeypatch):

@@ -178,7 +178,7 @@ def test_finished_counts_serve_another_vocabulary(folder, monkeypatch):
     run_script(monkeypatch, "train_bpe", *arguments, "--vocab-size", "330", "--work", "made_today")
     move_to_this_text(folder / "counts", folder / "made_today")
     before = manifest(folder / "counts")
-    run_script(monkeypatch, "train_bpe", *arguments, "--vocab-size", str(VOCAB_SIZE), "--work", "counts")
+    run_script(monkeypatch, "train_bpe", *arguments, "--overwrite", "--vocab-size", str(VOCAB_SIZE), "--work", "counts")
     assert manifest(folder / "counts") == before  # nothing was counted again
     for name in ("vocab.json", "merges.txt", "special_tokens.json"):
         assert Path("today", name).read_bytes() == Path("tokenizer", name).read_bytes()

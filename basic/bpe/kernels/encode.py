@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from basic.bpe import arrays
 from basic.bpe.arrays import InvalidByteError
 from basic.bpe.kernels.apply_merges import (
     MAX_SCANNED_BYTES,
@@ -339,6 +340,9 @@ class PretokenEncoder:
                 estimate = max(estimate, written + int(state[PROBLEM]) * id_bytes) + 2 * _MARGIN_IDS * id_bytes
                 out.resize(estimate, refcheck=False)
             elif status == _BUFFERS_FULL:
+                if state[PROBLEM] > arrays.MAX_PRETOKEN_BYTES:
+                    position = int(state[POSITION])
+                    raise InvalidByteError(position, max_pretoken_bytes=arrays.MAX_PRETOKEN_BYTES)
                 buffers = new_buffers(int(state[PROBLEM]))  # for this call only
             elif status == _NO_TOKEN:
                 self._clear()
