@@ -126,8 +126,10 @@ def tokenizer_folder(path: Path) -> Path:
     return own
 
 
-def _format_warning(message: Warning | str, *where: object, **line: object) -> str:
-    """Format a warning as one line, without the place in the code."""
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Format a warning as one line, without its position in the code."""
     text = escape(" ".join(str(message).splitlines()))
     return f"warning: {text.removeprefix('warning: ')}\n"
 

@@ -303,7 +303,7 @@ def difference_from_object(value: Any, types: Types) -> str | None:
     return None
 
 
-_JSON_NAMES = {
+_JSON_NAMES: dict[type, str] = {
     bool: "true or false",
     int: "an integer",
     float: "a number",

@@ -331,7 +331,7 @@ def test_a_changed_table_is_made_again(tmp_path, corpus):
     flip_a_bit(table)
     assert count_pretokens(corpus, SPECIAL, **options) == expected
     with pytest.raises(KeyboardInterrupt):
-        count_pretokens(corpus, SPECIAL, **{**options, "start_over": True}, executor=Inline(5))
+        count_pretokens(corpus, SPECIAL, start_over=True, **options, executor=Inline(5))
     flip_a_bit(tmp_path / "work" / "counts-0-000002.words")
     executor = Inline()
     assert count_pretokens(corpus, SPECIAL, **options, executor=executor) == expected

@@ -117,9 +117,10 @@ def test_control_characters_of_a_model_do_not_reach_a_terminal(folder, capsys, m
     arguments = ("--prompt", "a\x1b]52;", "--max-tokens", "300", "--seed", "0", "--top-p", "1")
     sent = generate_output(capsys, monkeypatch, folder, *arguments)
     assert re.findall("[\x00-\x08\x0b-\x1f]", sent.removeprefix("a\x1b]52;")), "the model generates control characters"
-    monkeypatch.setattr(sys, "stdout", Terminal())
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
     generate_output(capsys, monkeypatch, folder, *arguments)
-    shown = sys.stdout.getvalue()
+    shown = terminal.getvalue()
     assert shown == re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: rf"\x{ord(match[0]):02x}", sent)
     assert shown.startswith("a\\x1b]52;")
 

@@ -153,7 +153,8 @@ def test_a_run_is_written_by_one_process(tmp_path):
         def __call__(self, batch, learning_rate):
             if not refused:
                 before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-                for options in ({"resume": True}, {"overwrite": True}, {}):
+                choices: list[dict[str, Any]] = [{"resume": True}, {"overwrite": True}, {}]
+                for options in choices:
                     with pytest.raises(BlockingIOError, match=rf"run is being written by process {os.getpid()} on "):
                         train(config, TRAIN, VALID, tmp_path / "run", **options)
                     refused.append(options)

@@ -9,6 +9,7 @@ of version 0.1.0, is accepted.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import warnings
@@ -81,8 +82,12 @@ def _decode_record(line: bytes, has_checksum: bool) -> dict[str, Any] | None:
 
 def _has_expected_types(record: dict[str, Any]) -> bool:
     """Whether the values that this library computes with are what they should be; all but the step may be missing."""
-    integers = all(type(record[key]) is int and record[key] >= 0 for key in _INTEGERS if key in record)
+    integers = all(type(record[key]) is int and 0 <= record[key] < 2**63 for key in _INTEGERS if key in record)
     # A record of a step that is not finite has its numbers as text, "nan".
-    allowed = (int, float, str) if record.get("kind") == "nonfinite" else (int, float, type(None))
-    numbers = all(type(record[key]) in allowed for key in _NUMBERS if key in record)
+    also = (str,) if record.get("kind") == "nonfinite" else (type(None),)
+    numbers = all(_is_finite(record[key]) or isinstance(record[key], also) for key in _NUMBERS if key in record)
     return "step" in record and integers and numbers and isinstance(record.get("kind", ""), str)
+
+
+def _is_finite(value: Any) -> bool:
+    return (type(value) is int and abs(value) < 2**63) or (type(value) is float and math.isfinite(value))
