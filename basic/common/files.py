@@ -144,6 +144,21 @@ def atomic_folder(path: str | os.PathLike) -> Generator[Path]:
     sync_folder(target.parent)
 
 
+@contextmanager
+def temporary_folder(path: str | os.PathLike) -> Generator[Path]:
+    """Yield a new folder beside a file that is to be written, and remove it when the block ends.
+
+    It is for other people's code that makes temporary files of its own. If the process is killed, the next one that
+    writes `path` removes the folder.
+    """
+    folder = _temporary_path(_resolve(path))
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def check_file_target(path: str | os.PathLike) -> None:
     """Raise an OSError if something other than a regular file exists at `path`, as renaming would replace a device."""
     try:

@@ -12,6 +12,7 @@ twice at the same time, and any `concurrent.futures.Executor` can run it: thread
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -58,8 +59,20 @@ def local_executor(num_workers: int, num_tasks: int, *, threads: bool) -> Callab
             there are too few of them to start processes for.
     """
     if not threads and num_workers > 1 and num_tasks >= _MIN_TASKS_FOR_PROCESSES:
-        return partial(ProcessPoolExecutor, min(num_workers, num_tasks))
+        return partial(ProcessPoolExecutor, min(num_workers, num_tasks), initializer=_end_with_parent)
     return partial(ThreadPoolExecutor, num_workers)
+
+
+def _end_with_parent() -> None:
+    """In a worker process: end when the parent does, also if it is killed; otherwise the worker would wait forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait_and_end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_and_end, daemon=True).start()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from basic.formats.tokenizer_json import save_tokenizer_json
 from basic.model import TransformerLM
 from basic.Tokenizer import Tokenizer
 from basic.training.batches import check_tokenizer_size
+from basic.training.checkpoints.file import disk_errors
 
 
 def export_hf(
@@ -61,7 +62,8 @@ def export_hf(
         write_json(folder / "generation_config.json", {**ids, "pad_token_id": end_id}, indent=2)
         (folder / "model.safetensors").touch()
         mode = (folder / "model.safetensors").stat().st_mode  # safetensors creates files that only the owner can read
-        safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        with disk_errors():
+            safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
         (folder / "model.safetensors").chmod(mode)
         if tokenizer is not None:
             save_tokenizer_json(tokenizer, folder / "tokenizer.json")

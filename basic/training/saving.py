@@ -357,6 +357,9 @@ def _rewind_folder(run_dir: Path, config: RunConfig, step: int) -> None:
     for path in checkpoint_paths(run_dir):
         if checkpoint_step(path) > step:
             set_aside(path)
+    # A killed process leaves what it was writing, and this one may not save the same step again. It holds the lock.
+    for path in (run_dir / "checkpoints").glob(".step_*.tmp"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     save_run_config(run_dir, config)
 
 

@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import os
+import select
 import signal
 import sys
 import threading
@@ -31,7 +32,7 @@ from basic.corpus.count_tables import concatenate, merge_tables, read_table, sor
 from basic.corpus.counting import ShardCounting, count_pretokens, count_shard
 from basic.corpus.shards import entire_source, split_into_shards
 from basic.corpus.sources import TextSource, expand_inputs
-from basic.corpus.work_folder import WorkFolder, dask_executor
+from basic.corpus.work_folder import WorkFolder, dask_executor, local_executor
 from basic.encoding import encode_file, encode_files
 from basic.pretokenization import SpecialTokens
 from basic.Tokenizer import Tokenizer
@@ -300,6 +301,29 @@ def test_the_lock_of_a_dead_run_is_released_although_its_workers_live(tmp_path):
         WorkFolder(tmp_path, {}).close()
     finally:
         os.kill(worker, signal.SIGKILL)
+
+
+def _report_and_kill_parent(writing: int) -> int:
+    os.write(writing, b"%d " % os.getpid())
+    os.kill(os.getppid(), signal.SIGKILL)
+    return 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork and SIGKILL")
+def test_the_workers_of_a_killed_process_end():
+    reading, writing = os.pipe()
+    if (run := os.fork()) == 0:
+        with local_executor(2, 4, threads=False)() as executor:
+            executor.submit(_report_and_kill_parent, writing).result()
+        os._exit(0)
+    os.waitpid(run, 0)
+    os.close(writing)
+    # All of the pipe's writers have ended when it is at its end. A worker that waits forever would keep it open.
+    assert select.select([reading], [], [], 30)[0]
+    assert os.read(reading, 20).endswith(b" ")
+    ended = select.select([reading], [], [], 30)[0]
+    os.close(reading)
+    assert ended
 
 
 def test_other_work_is_refused_and_can_be_started_over(tmp_path, corpus):

@@ -202,6 +202,16 @@ def test_exported_tokenizer_gives_our_ids_on_real_and_naughty_texts(tokenizer, t
     assert theirs(with_specials)["input_ids"] == list(map(tokenizer.encode, with_specials))
 
 
+def test_export_to_a_full_disk_is_an_error_of_the_system_and_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise safetensors.SafetensorError("Error while serializing: I/O error: File too large (os error 27)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    with pytest.raises(OSError, match="while weights were written"):
+        export_hf(random_model({}), tmp_path / "exported")
+    assert not list(tmp_path.iterdir())
+
+
 def test_export_leaves_nothing_after_an_error_and_does_not_overwrite(tokenizer, tmp_path):
     model = random_model({}, tokenizer.vocab_size)
     with pytest.raises(InvalidInputError, match="the vocabulary"):  # found after the weights are written

@@ -34,7 +34,7 @@ from basic.training.records.metrics import read_all_records, read_metrics, read_
 from basic.training.run_folder import checkpoint_paths, load_run, load_run_config
 from basic.training.saving import RETRY_S, CheckpointManager, RunProgress
 from basic.training.step import TrainStep
-from tests.helpers.fault_tools import TRAIN, VALID, configuration, poisoned_step
+from tests.helpers.fault_tools import TRAIN, VALID, configuration, exit_status, poisoned_step, run_in_fork
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN_PROGRAM = """
@@ -121,6 +121,29 @@ def test_a_killed_run_resumes_and_loses_no_checkpoint_that_it_has_logged(tmp_pat
     assert finished.returncode == 0, finished.stderr
     assert "'incomplete': 0" in finished.stdout
     assert "'step': 0" not in finished.stdout
+
+
+def test_what_killed_saves_leave_is_removed_by_the_next_one_or_when_the_run_is_resumed(tmp_path):
+    run_dir, model = tmp_path / "run", torch.nn.Linear(2, 2)
+    train(configuration(steps=2), TRAIN, VALID, run_dir)
+    (path,) = checkpoint_paths(run_dir)
+
+    def write_and_end(tensors, file, metadata):
+        (Path(file).parent / ".tmpAbCdEf").touch()  # as safetensors does
+        os._exit(9)
+
+    def save_and_end(target: Path) -> None:
+        safetensors.torch.save_file = write_and_end
+        save_checkpoint(model, None, 0, target)
+
+    for target in (path, path.with_name("step_00000099.safetensors")):
+        assert exit_status(run_in_fork(save_and_end, target)) == 9
+        assert len(list(path.parent.iterdir())) > 1
+        if target == path:
+            write_checkpoint(read_checkpoint(path), path)
+        else:
+            train(configuration(steps=4, checkpoints_kept=1, keep_best=False), TRAIN, VALID, run_dir, resume=True)
+        assert len(list(path.parent.iterdir())) == 1, target
 
 
 def test_a_damaged_newest_checkpoint_is_reported_and_the_previous_one_is_used(tmp_path, capsys):

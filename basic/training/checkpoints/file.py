@@ -19,7 +19,8 @@ import json
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from typing import IO, Any, BinaryIO, NamedTuple
 
 import safetensors.torch
@@ -29,7 +30,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from basic.common.errors import DamagedFileError, InvalidInputError
-from basic.common.files import atomic_paths, sha256_of_file
+from basic.common.files import atomic_paths, sha256_of_file, temporary_folder
 from basic.training.checkpoints.state import (
     VERSION,
     check_model_state,
@@ -123,11 +124,15 @@ def write_staged_checkpoint(staged: StagedCheckpoint, out: PathOrFile) -> None:
     metadata = {"format": "pt", "checkpoint": staged.document, "sha256": _ZERO_DIGEST}
     try:
         if isinstance(out, (str, os.PathLike)):
-            with atomic_paths(out) as (temporary,):
-                temporary.touch()
-                mode = temporary.stat().st_mode  # safetensors would create a file that only its owner can read
-                safetensors.torch.save_file(staged.tensors, temporary, metadata)
-                temporary.chmod(mode)
+            with atomic_paths(out) as (temporary,), temporary_folder(out) as folder:
+                written = folder / "checkpoint"
+                written.touch()
+                mode = written.stat().st_mode  # safetensors would create a file that only its owner can read
+                # First safetensors writes a file with a random name, which a killed process leaves.
+                with disk_errors():
+                    safetensors.torch.save_file(staged.tensors, written, metadata)
+                written.chmod(mode)
+                os.rename(written, temporary)
                 digest = sha256_of_file(temporary)
                 with open(temporary, "r+b") as file:
                     file.seek(_digest_offset(_read_header(file)[0]))
@@ -140,9 +145,18 @@ def write_staged_checkpoint(staged: StagedCheckpoint, out: PathOrFile) -> None:
             while written is not None and written < len(content):  # an unbuffered file may write less than asked
                 written += out.write(memoryview(content)[written:])
     except SafetensorError as error:
-        if number := re.search(r"I/O error.*\(os error (\d+)\)", str(error)):
-            raise OSError(int(number[1]), f"{os.strerror(int(number[1]))} while a checkpoint was written") from error
         raise InvalidInputError(f"the checkpoint does not fit into a safetensors file: {error}") from error
+
+
+@contextmanager
+def disk_errors() -> Generator[None]:
+    """Raise the errors of a disk, which safetensors reports in an error of its own, as an OSError."""
+    try:
+        yield
+    except SafetensorError as error:
+        if number := re.search(r"I/O error.*\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), f"{os.strerror(int(number[1]))} while weights were written") from error
+        raise
 
 
 # --- Loading -----------------------------------------------------------------------------------------------------
