@@ -63,7 +63,7 @@ def main(options: Options) -> None:
         progress=True,
     )
     print(f"{path}: {score.num_tokens:,} tokens scored, step {run.step:,} of {options.run}")
-    print(f"loss            {score.loss:.6f} nats a token")
+    print(f"loss            {score.loss:.6f} nats per token")
     print(f"perplexity      {score.perplexity:.4f}")
     if num_bytes:
         print(f"bits per byte   {score.bits_per_byte(num_bytes):.6f}  ({num_bytes:,} bytes)")

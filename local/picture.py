@@ -74,7 +74,7 @@ def main(options: Options) -> None:
     axes["loss"].plot(*zip(*valid, strict=True), "o-", color="C0", label="validation")
     floor = sum(exact) / info.count
     axes["loss"].axhline(floor, color="black", linestyle="--", linewidth=1, label="entropy of the source")
-    axes["loss"].set(xlabel="step", ylabel="nats a token", yscale="log", title="it learns")
+    axes["loss"].set(xlabel="step", ylabel="nats per token", yscale="log", title="it learns")
     axes["loss"].set_yticks([0.6, 0.8, 1, 2, 4], ["0.6", "0.8", "1", "2", "4"])
     axes["loss"].minorticks_off()
     axes["loss"].legend(frameon=False)

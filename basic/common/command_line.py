@@ -38,7 +38,7 @@ def run(script: Callable[[], object]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # not every console has all characters of Unicode
     if not with_traceback:
-        warnings.formatwarning = _format_warning
+        warnings.formatwarning = _format_warning  # ty: ignore[invalid-assignment]
     try:
         script()
     except KeyboardInterrupt as interrupt:

@@ -146,6 +146,6 @@ def test_a_file_scores_the_same_on_every_device(tmp_path):
     model.activation_dtype = torch.float32
     full = evaluate_tokens(model, tokens).loss
     plain = evaluate_tokens(model.cpu(), tokens).loss
-    print("nats a token: bfloat16", half, "float32 on the GPU", full, "on the CPU", plain)
+    print("nats per token: bfloat16", half, "float32 on the GPU", full, "on the CPU", plain)
     assert abs(full - plain) < 1e-4 * plain
     assert abs(half - plain) < 5e-3 * plain

@@ -166,7 +166,7 @@ def evaluated(capsys, monkeypatch, folder: Path, *arguments: str | Path) -> list
     capsys.readouterr()
     run_script(monkeypatch, "evaluate", folder / "run", *arguments, "--device", "cpu")
     found = re.search(
-        r"loss +([\d.]+) nats a token\nperplexity +([\d.]+)\nbits per byte +(?:([\d.]+)|unknown)",
+        r"loss +([\d.]+) nats per token\nperplexity +([\d.]+)\nbits per byte +(?:([\d.]+)|unknown)",
         capsys.readouterr().out,
     )
     assert found is not None
