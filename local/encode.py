@@ -67,7 +67,7 @@ def main(options: Options) -> None:
             )
     seconds = time.perf_counter() - start
     print(f"text     {info.source_bytes:,} bytes, {info.source_bytes / seconds / 1e6:.2f} MB/s")
-    print(f"tokens   {info.count:,}, {info.source_bytes / max(info.count, 1):.3f} bytes a token, {info.dtype}")
+    print(f"tokens   {info.count:,}, {info.source_bytes / max(info.count, 1):.3f} bytes per token, {info.dtype}")
     print(
         f"saved as {output}, with its index"
         if output.is_dir()

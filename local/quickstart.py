@@ -72,7 +72,7 @@ def make(options: Options, folder: Path) -> None:
     records, info = read_metrics(folder / "metrics.jsonl"), read_info(folder / "valid.bin")
     loss, exact = records[-1]["valid_loss"], [story.nats for story in stories]
     bits_per_byte = loss / math.log(2) * info.count / info.source_bytes
-    print(f"\nvalidation loss {loss:.3f} nats a token, {bits_per_byte:.3f} bits per byte, of sampled sequences")
+    print(f"\nvalidation loss {loss:.3f} nats per token, {bits_per_byte:.3f} bits per byte, of sampled sequences")
     if stories:
         documents = [tokenizer.encode(story.text) for story in stories]
         print(compare_with_entropy(model, documents, exact, tokens[0], tokenizer.special_token_ids[END]))

@@ -77,8 +77,8 @@ class TrainStep:
             batch: inputs and targets of this rank, int64 (batch, seq) each, on the CPU or on the device.
 
         Returns:
-            The mean loss in nats a token, and the L2 norm of the gradients before clipping. Both are over all ranks and
-            on the device. The next call may overwrite them.
+            The mean loss in nats per token, and the L2 norm of the gradients before clipping. Both are over all ranks
+            and on the device. The next call may overwrite them.
         """
         self.learning_rate.fill_(learning_rate)
         if self.stream is None:
@@ -137,7 +137,7 @@ def mean_loss(
     device: torch.device,
     world: World = SINGLE_PROCESS,
 ) -> float:
-    """Compute the mean loss over the sampler's first batches, in nats a token; every call uses the same batches.
+    """Compute the mean loss over the sampler's first batches, in nats per token; every call uses the same batches.
 
     Args:
         loss_fn: maps inputs and targets to their mean loss, like `TransformerLM.loss`.

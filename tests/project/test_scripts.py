@@ -242,7 +242,7 @@ def test_quickstart_on_a_text_writes_all_files_and_replaces_an_earlier_result(qu
     assert Path(run.config.data.train_tokens) == output / "train.bin"
     loss, info = read_metrics(output / "metrics.jsonl")[-1]["valid_loss"], read_info(output / "valid.bin")
     bits_per_byte = loss / np.log(2) * info.count / info.source_bytes
-    assert f"validation loss {loss:.3f} nats a token, {bits_per_byte:.3f} bits per byte" in printed
+    assert f"validation loss {loss:.3f} nats per token, {bits_per_byte:.3f} bits per byte" in printed
     assert len(re.findall(r"^sample \d: ", printed, re.MULTILINE)) == 2
     assert f"wrote {output}: " in printed
     assert "nats a document" not in printed  # the information content of this text is unknown

@@ -150,7 +150,11 @@ def test_a_wrong_dtype_and_a_damaged_environment_are_one_line(monkeypatch):
     path = str(REPOSITORY / "local" / "train.py")
     monkeypatch.setattr(sys, "argv", [path, "--config", "run.toml", "--output", "run"])
     runpy.run_path(path, run_name="__main__")
-    for content, message in (("{", "is not JSON"), ("[]", "does not describe the starts")):
+    for content, message in (
+        ("{", "is not JSON"),
+        ("[]", "is not a JSON object"),
+        ('{"starts": [{}]}', "does not describe"),
+    ):
         Path("run/environment.json").write_text(content)
         monkeypatch.setattr(sys, "argv", [path, "--resume", "run", "--steps", "3"])
         with pytest.raises(SystemExit, match=f"error: .*environment.json.* {message}"):

@@ -103,12 +103,22 @@ def test_other_data_is_refused_and_another_number_of_threads_is_reported(tmp_pat
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     record = json.loads((tmp_path / "run" / "environment.json").read_text())
     record["starts"][0]["threads"] = 77
+    del record["checksum"]
     (tmp_path / "run" / "environment.json").write_text(json.dumps(record))
     train(configuration(steps=4), TRAIN, VALID, tmp_path / "run", resume=True)
     assert "started with threads 77 and is resumed with 1; set OMP_NUM_THREADS=77" in capsys.readouterr().err
     starts = json.loads((tmp_path / "run" / "environment.json").read_text())["starts"]
     assert [start["step"] for start in starts] == [0, 2]
     assert starts[1]["code"]["version"] or starts[1]["code"]["commit"]
+
+
+def test_damage_to_an_environment_is_found(tmp_path):
+    train(configuration(steps=2), TRAIN, VALID, tmp_path / "run")
+    path = tmp_path / "run" / "environment.json"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'"cores": ', b'"cores": 1'))
+    with pytest.raises(DamagedFileError, match=r"environment\.json' has changed since it was written"):
+        train(configuration(steps=4), TRAIN, VALID, tmp_path / "run", resume=True)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork and SIGKILL")

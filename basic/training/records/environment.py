@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from basic.common.errors import DamagedFileError, InvalidInputError, WrongTokenizerError
-from basic.common.files import atomic_write, load_json
+from basic.common.files import atomic_write, load_object, with_checksum
 from basic.tokens.index import Tokens
 from basic.tokens.opening import mapped_file
 
@@ -67,9 +67,8 @@ def read_environments(run_dir: Path) -> list[dict[str, Any]]:
         DamagedFileError: the file cannot be read.
     """
     path = run_dir / _FILE_NAME
-    content = load_json(path) if path.is_file() else {"starts": []}
-    starts = content.get("starts") if isinstance(content, dict) else None
-    if not isinstance(starts, list) or not all(map(_is_environment, starts)):
+    starts = load_object(path, {"starts": list})["starts"] if path.is_file() else []
+    if not all(map(_is_environment, starts)):
         raise DamagedFileError(
             f"{path} is damaged: it does not describe the starts of a run; restore it from a copy, or remove it to "
             "resume without a comparison of the data"
@@ -89,7 +88,7 @@ def append_environment(run_dir: Path, environment: dict[str, Any], step: int) ->
     """Save the environment of a start, with the number of steps done before it."""
     content = {"starts": [*read_environments(run_dir), {"step": step, **environment}]}
     with atomic_write(run_dir / _FILE_NAME) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
+        file.write((json.dumps(with_checksum(content), indent=2) + "\n").encode())
 
 
 def check_environment(run_dir: Path, environment: dict[str, Any], warn: Callable[[str], None]) -> None:
