@@ -397,7 +397,7 @@ class _RemoteFile(io.RawIOBase):
 def _decompress(file: io.BufferedIOBase, source: TextSource) -> Any:
     if source.compression is None:
         return file
-    if not file.peek(1):  # ty: ignore[unresolved-attribute]
+    if not file.peek(1):  # ty: ignore[missing-attribute]
         raise _incomplete(source, 0)  # for most decompressors this is an empty text
     return COMPRESSIONS[source.compression].open(file)
 

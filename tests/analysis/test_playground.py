@@ -10,7 +10,7 @@ import runpy
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -358,7 +358,7 @@ def test_a_request_needs_a_length(client):
 
 
 @contextmanager
-def served(playground: Playground) -> Iterator[int]:
+def served(playground: Playground) -> Generator[int]:
     """Serve a playground, whose clients have little time, from a thread; yields the port."""
 
     class Impatient(TimedProtocol):

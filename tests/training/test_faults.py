@@ -143,7 +143,7 @@ def test_what_killed_saves_leave_is_removed_by_the_next_one_or_when_the_run_is_r
         os._exit(9)
 
     def save_and_end(target: Path) -> None:
-        safetensors.torch.save_file = write_and_end
+        safetensors.torch.save_file = write_and_end  # ty: ignore[invalid-assignment]
         save_checkpoint(model, None, 0, target)
 
     for target in (path, path.with_name("step_00000099.safetensors")):
