@@ -32,11 +32,13 @@ def main(options: Options) -> None:
     from basic.formats.tiktoken_ranks import save_tiktoken
     from basic.pretokenization import PATTERNS
     from basic.Tokenizer import Tokenizer
+    from basic.training.records.environment import check_run_tokenizer
     from basic.training.run_folder import load_run
 
     check_outputs([Output(options.output, "an export", is_folder=options.to == "hf")])
     run = load_run(options.run, device="cpu")
     tokenizer = None if run.tokenizer_path is None else Tokenizer.load(run.tokenizer_path)
+    check_run_tokenizer(options.run, None if tokenizer is None else tokenizer.fingerprint)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     if options.to == "hf":
         export_hf(run.model, options.output, tokenizer, end_of_text=run.config.train.end_of_text)

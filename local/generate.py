@@ -44,6 +44,7 @@ class Options:
 def main(options: Options) -> None:
     from basic.generation.text import stream
     from basic.Tokenizer import Tokenizer
+    from basic.training.records.environment import check_run_tokenizer
     from basic.training.run_folder import load_run
 
     if options.prompt is not None and options.prompt_file is not None:
@@ -52,6 +53,7 @@ def main(options: Options) -> None:
     if run.tokenizer_path is None:
         raise InvalidInputError(f"{options.run} has no tokenizer/ folder, which is needed to encode the prompt")
     tokenizer = Tokenizer.load(run.tokenizer_path)
+    check_run_tokenizer(options.run, tokenizer.fingerprint)
     end_of_text = run.config.train.end_of_text
     for prompt in read_prompts(options, end_of_text):
         for sample in range(options.num_samples):

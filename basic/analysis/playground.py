@@ -24,6 +24,7 @@ from basic.common.errors import InvalidInputError
 from basic.generation.text import stream
 from basic.model import TransformerLM
 from basic.Tokenizer import Tokenizer
+from basic.training.records.environment import check_run_tokenizer
 from basic.training.run_folder import Run
 from basic.transformer.functional import at_least_float32, softmax, token_losses
 
@@ -87,6 +88,7 @@ class Playground:
             if run.tokenizer_path is None:
                 raise InvalidInputError(f"the run {name} has no tokenizer/ folder; choose a run that has one")
             self._model_tokenizer = Tokenizer.load(run.tokenizer_path)
+            check_run_tokenizer(run.tokenizer_path.parent, self._model_tokenizer.fingerprint)
 
     def about(self) -> dict[str, Any]:
         """Describe the available tokenizers and the model."""

@@ -161,11 +161,15 @@ def test_a_sharded_checkpoint_is_not_consolidated_into_a_run_that_is_written(fol
 
 def test_a_tokenizer_that_is_not_the_runs_own_is_refused(folder, monkeypatch):
     """The tokenizers of 0.1.0 have no checksums, but the run knows the fingerprint of its own."""
+    commands = [("evaluate", "run"), ("generate", "run", "--prompt", "a", "--max-tokens", "1"), ("export", "run", "hf")]
     run_script(monkeypatch, "evaluate", "run", "--device", "cpu")
     merges = folder / "run" / "tokenizer" / "merges.txt"
     merges.write_bytes(b"".join(merges.read_bytes().splitlines(keepends=True)[:-1]))
-    with pytest.raises(SystemExit, match=r"error: run was started with another tokenizer .* restore that from a copy"):
-        run_script(monkeypatch, "evaluate", "run", "--device", "cpu")
+    for command in commands:
+        with pytest.raises(
+            SystemExit, match=r"error: run was started with another tokenizer .* restore that from a copy"
+        ):
+            run_script(monkeypatch, *command)
     with pytest.raises(SystemExit, match="was made by another tokenizer"):  # the tokens say so first
         run_script(monkeypatch, "train", "--resume", "run", "--steps", "8")
 
