@@ -40,7 +40,7 @@ from basic.corpus.shards import (
 )
 from basic.corpus.sources import Inputs, TextSource, check_separator, expand_inputs
 from basic.corpus.work_folder import MANIFEST_NAME, Record, WorkFolder, is_work_folder, local_executor
-from basic.Tokenizer import Tokenizer, check_errors_option, resolve_num_threads, tokenizer_outputs
+from basic.Tokenizer import Tokenizer, check_errors_option, resolve_num_threads
 from basic.tokens.flat_file import TokenFileWriter
 from basic.tokens.index import INDEX_NAME, read_index, write_index
 from basic.tokens.info import TokenFileInfo, read_sidecar, sidecar_path
@@ -265,7 +265,7 @@ def _dataset_outputs(folder: Path, num_shards: int) -> list[Output]:
     names = [MANIFEST_NAME, INDEX_NAME, *shards, *(Path(shard).with_suffix(".json").name for shard in shards)]
     return [
         *(Output(folder / name, "a file of a token dataset", is_ours) for name in names),
-        *tokenizer_outputs(folder / _TOKENIZER),
+        Output(folder / _TOKENIZER, "the tokenizer of a token dataset", is_ours, is_folder=True),
     ]
 
 

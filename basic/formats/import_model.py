@@ -196,7 +196,10 @@ def _read_tensors(directory: Path, unpickle: bool) -> Iterator[tuple[Path, str, 
     if single_file.is_file():
         shards = [single_file.name]
     elif index.is_file():
-        shards = sorted(set(_load_json_object(index).get("weight_map", {}).values()))
+        weight_map = _load_json_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise DamagedFileError(f"{index} must hold the name of a file for each weight as 'weight_map'")
+        shards = sorted(set(weight_map.values()))
     else:
         hint = ""
         if not unpickle and list(directory.glob("*.bin")):
@@ -261,7 +264,7 @@ def _end_of_text(directory: Path, tokenizer: Tokenizer) -> str | None:
         if (directory / name).is_file():
             ids = _load_json_object(directory / name).get("eos_token_id")
             for token_id in ids if isinstance(ids, list) else [ids]:
-                if token_id in texts:
+                if isinstance(token_id, int) and token_id in texts:
                     return texts[token_id]
     return None
 

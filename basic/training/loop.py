@@ -105,7 +105,7 @@ def train(
         if settings.fitted_warmup_steps != settings.warmup_steps:
             warn(
                 f"warning: warmup_steps = {settings.warmup_steps} is not below steps = {settings.steps}; the warm-up "
-                f"takes {settings.fitted_warmup_steps} steps, so that the learning rate reaches its maximum"
+                f"takes {settings.fitted_warmup_steps} steps instead"
             )
         torch.manual_seed(settings.seed)
         model = TransformerLM(config.model)

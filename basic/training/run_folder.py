@@ -127,13 +127,13 @@ def create_run_folder(
     of a run that has lost its config.toml is set aside.
 
     Args:
-        overwrite: first remove the run that the folder contains; other files stay.
+        overwrite: first remove the run that the folder contains, with its tokenizer/ folder; other files stay.
 
     Raises:
         FileExistsError: the folder contains a run, and `overwrite` is False.
     """
     if (run_dir / "config.toml").exists():
-        if not overwrite and _has_steps(run_dir):
+        if not overwrite and (_has_steps(run_dir) or not _was_started(run_dir)):
             raise FileExistsError(
                 f"{run_dir} already contains a run; choose another folder, resume the run (--resume {run_dir}), or "
                 "remove it (--overwrite)"
@@ -152,6 +152,17 @@ def create_run_folder(
     if tokenizer is not None:
         tokenizer.save(run_dir / "tokenizer")
     save_run_config(run_dir, config)
+
+
+def _was_started(run_dir: Path) -> bool:
+    """Whether config.toml is as the start of a run wrote it, and not somebody's own."""
+    if not (run_dir / CHECKSUMS_NAME).is_file():
+        return False
+    try:
+        check_checksums(run_dir, {"config.toml": (run_dir / "config.toml").read_bytes()})
+    except DamagedFileError:
+        return False
+    return True
 
 
 def _has_steps(run_dir: Path) -> bool:

@@ -101,7 +101,7 @@ class TrainConfig:
     def fitted_warmup_steps(self) -> int:
         """`warmup_steps`, or a tenth of the steps if the run is not longer than its warm-up.
 
-        So the learning rate reaches its maximum, and ends at its minimum, in a run of any length.
+        So a short run does not end in its warm-up: from 10 steps on, the learning rate reaches its maximum.
         """
         return self.warmup_steps if self.warmup_steps < self.steps else self.steps // 10
 

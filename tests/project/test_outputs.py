@@ -71,9 +71,18 @@ def test_a_dataset_replaces_nothing_of_others(name, start_over):
     path = Path("data") / name
     path.parent.mkdir(parents=True)
     path.write_bytes(THEIRS)
-    with pytest.raises(OSError, match=rf"{path.name}'( exists and)? is"):
+    with pytest.raises(OSError, match=rf"({path.name}|tokenizer)'( exists and)? is"):
         encode_files(BYTES, "a.txt", "data", start_over=start_over)
     assert files(Path()) == {"a.txt": b"abc", str(path): THEIRS}
+
+
+def test_a_dataset_does_not_replace_another_tokenizer():
+    Path("a.txt").write_text("abc")
+    Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|x|>"]).save("data/tokenizer")
+    before = files(Path())
+    with pytest.raises(FileExistsError, match="tokenizer' exists and is not"):
+        encode_files(BYTES, "a.txt", "data")
+    assert files(Path()) == before
 
 
 def test_starting_over_leaves_the_files_of_others():

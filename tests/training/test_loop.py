@@ -380,7 +380,7 @@ def test_a_warm_up_that_does_not_fit_is_fitted_with_a_warning(tmp_path, capsys, 
     assert rates[-1] == pytest.approx(1e-4)
     if fitted:
         assert rates[fitted - 1] == max(rates) == pytest.approx(1e-3)
-    message = f"warmup_steps = {warmup_steps} is not below steps = {steps}; the warm-up takes {fitted} steps, so that"
+    message = f"warmup_steps = {warmup_steps} is not below steps = {steps}; the warm-up takes {fitted} steps instead"
     assert (message in capsys.readouterr().err) == (fitted != warmup_steps)
 
 

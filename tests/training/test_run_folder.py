@@ -13,7 +13,7 @@ from basic.model import ModelConfig, TransformerLM
 from basic.training.checkpoints.file import save_checkpoint
 from basic.training.devices import choose_device
 from basic.training.records.metrics import read_metrics
-from basic.training.run_folder import load_run
+from basic.training.run_folder import create_run_folder, load_run
 from basic.training.settings import DataConfig, RunConfig, TrainConfig
 
 CONFIG = RunConfig(
@@ -140,3 +140,20 @@ def test_incomplete_lines_of_the_metrics_are_left_out(tmp_path):
     assert read_metrics(path) == []
     with pytest.raises(FileNotFoundError):
         read_metrics(tmp_path / "missing.jsonl")
+
+
+def test_a_configuration_of_somebody_else_is_not_replaced(tmp_path):
+    run_dir = tmp_path / "mine"
+    (run_dir / "tokenizer").mkdir(parents=True)
+    files = {"config.toml": "[other]\nx = 1\n", "samples.txt": "mine\n", "tokenizer/notes.txt": "mine\n"}
+    for name, text in files.items():
+        (run_dir / name).write_text(text)
+    config = RunConfig(
+        model=ModelConfig(vocab_size=11, context_length=6, d_model=8, num_layers=1, num_heads=2),
+        train=TrainConfig(steps=1),
+    )
+    with pytest.raises(FileExistsError, match="already contains a run"):
+        create_run_folder(run_dir, config, None)
+    assert {name: (run_dir / name).read_text() for name in files} == files
+    create_run_folder(run_dir, config, None, overwrite=True)
+    create_run_folder(run_dir, config, None)  # a run without a step
