@@ -131,7 +131,9 @@ def encode_file(
         chunk_bytes=chunk_bytes,
     )
     sources = expand_inputs(inputs)
-    check_outputs(_token_file_outputs(output_path), inputs=sources, overwrite=overwrite)
+    # What a killed process left is replaced without being asked.
+    replace_existing = overwrite or is_unfinished(sidecar_path(output_path))
+    check_outputs(_token_file_outputs(output_path), inputs=sources, overwrite=replace_existing)
     shard = _entire_sources(sources, tokenizer)
     with progress_bar(progress, desc="encoding", total=total_text_bytes(shard), unit="B", unit_scale=True) as advance:
         return _write_token_file(tokenizer, encoding, shard, output_path, advance)

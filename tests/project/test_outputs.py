@@ -1,5 +1,6 @@
 """What the scripts write: an output is new, or ours and replaced on request, or refused before any work."""
 
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from basic.common.errors import InvalidInputError
+from basic.common.files import _UNFINISHED
 from basic.encoding import encode_file, encode_files
 from basic.Tokenizer import Tokenizer
 from basic.tokens.opening import open_tokens
@@ -283,3 +285,11 @@ def test_a_consolidated_checkpoint_is_replaced_on_request(monkeypatch):
     Path("theirs.safetensors").write_bytes(THEIRS)
     message = r"'theirs\.safetensors' exists and is not a checkpoint that this library wrote"
     refused(monkeypatch, message, "consolidate", "run", "theirs.safetensors", "--overwrite")
+
+
+def test_what_a_process_left_that_died_between_the_two_files_is_encoded_again():
+    Path("a.txt").write_text("abc")
+    Path("new.json").write_text(json.dumps(_UNFINISHED))
+    Path("new.bin").write_bytes(b"abc")
+    encode_file(BYTES, "a.txt", "new.bin", overwrite=False)
+    assert BYTES.decode(open_tokens("new.bin", verify=True)) == "abc"
