@@ -350,6 +350,10 @@ def test_damaged_and_missing_files_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json$"):
         load_hf(hf)
     index = hf / "model.safetensors.index.json"
+    for wrong in ({}, {"weight_map": []}, {"weight_map": None}, {"weight_map": {"a": 3}}, {"weight_map": {"a": [1]}}):
+        index.write_text(json.dumps(wrong))
+        with pytest.raises(DamagedFileError, match=r"index\.json must hold the name of a file for each weight"):
+            load_hf(hf)
     index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "shard.safetensors")}))
     with pytest.raises(FileNotFoundError, match=r"no .*shard\.safetensors, which the index names"):
         load_hf(hf)
