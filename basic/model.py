@@ -34,7 +34,7 @@ from basic.transformer.summary import Summary, summarize
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The architecture of a language model, with the handout's ablations.
+    """The architecture of a language model, with the assignment's ablations.
 
     Raises:
         InvalidConfigError: a size is not positive, `num_heads` does not divide `d_model`, `num_kv_heads` does not
@@ -364,7 +364,7 @@ class SwiGLU(Module):
 
 
 class SiLUFeedForward(Module):
-    """The feed-forward layer without a gate, W2 SiLU(W1 x): the handout's ablation."""
+    """The feed-forward layer without a gate, W2 SiLU(W1 x): the assignment's ablation."""
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
@@ -382,7 +382,7 @@ class TransformerBlock(Module):
         config: sizes and ablations.
         rope: shared by all blocks of a model; None for no positions.
 
-    Source: handout, "The pre-norm Transformer block" and its ablations.
+    Source: assignment, "The pre-norm Transformer block" and its ablations.
     """
 
     def __init__(self, config: ModelConfig, rope: RotaryPositionalEmbedding | None):
@@ -411,7 +411,7 @@ class TransformerLM(Module):
     Args:
         config: the architecture.
 
-    Source: handout, "The full Transformer LM".
+    Source: assignment, "The full Transformer LM".
     """
 
     def __init__(self, config: ModelConfig):

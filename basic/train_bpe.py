@@ -63,7 +63,7 @@ def train_bpe(
         TypeError: `vocab_size` is not an integer, or a special token is not a string.
         OSError: a file cannot be read.
 
-    Source: Sennrich et al. 2016, over bytes with the pre-tokens of Radford et al. 2019; handout, BPE training.
+    Source: Sennrich et al. 2016, over bytes with the pre-tokens of Radford et al. 2019; assignment, BPE training.
     """
     vocab_size = check_integer("vocab_size", vocab_size)
     special = SpecialTokens(special_tokens)

@@ -678,7 +678,7 @@ def test_parameters_are_counted(config: ModelConfig) -> None:
     assert model.num_parameters == sum(tensors.values())
 
 
-def test_gpt2_xl_has_the_parameters_of_the_handout() -> None:
+def test_gpt2_xl_has_the_parameters_of_the_assignment() -> None:
     config = tiny(vocab_size=50_257, context_length=1024, d_model=1600, num_layers=48, num_heads=25, d_ff=None)
     with torch.device("meta"):
         model = TransformerLM(config)

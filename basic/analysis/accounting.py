@@ -6,7 +6,7 @@ Each formula is a string of factors ("3 L d F"), so that it can be printed and e
     T tokens in a sequence    h heads       V token ids (vocab_size)
     d features (d_model)      k = d / h
 
-The formulas hold for the architecture of the handout: pre-norm, SwiGLU, untied embeddings, no grouped queries.
+The formulas hold for the architecture of the assignment: pre-norm, SwiGLU, untied embeddings, no grouped queries.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ MATRIX_MULTIPLICATIONS = {
 
 
 def gpt2_config(size: str, context_length: int = 1024) -> ModelConfig:
-    """Configure one of the `GPT2_SIZES` in the handout's architecture, with ModelConfig's default d_ff."""
+    """Configure one of the `GPT2_SIZES` in the assignment's architecture, with ModelConfig's default d_ff."""
     num_layers, d_model, num_heads = GPT2_SIZES[size]
     return ModelConfig(
         vocab_size=50_257,

@@ -284,7 +284,7 @@ def _describe_tokens(tokenizer: Tokenizer, ids: Sequence[int]) -> dict[str, Any]
     special_ids = set(tokenizer.special_token_ids.values())
     return {
         "ids": list(ids),
-        "pieces": [tokenizer.vocab[token_id].hex() for token_id in ids],
+        "token_bytes": [tokenizer.vocab[token_id].hex() for token_id in ids],
         "special": [index for index, token_id in enumerate(ids) if token_id in special_ids],
     }
 

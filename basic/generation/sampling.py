@@ -142,7 +142,7 @@ def generate(
         WrongTokenizerError: a prompt has an id that the model does not have.
         FloatingPointError: the model's logits are NaN, or none of them is finite.
 
-    Source: handout, "Generating text".
+    Source: assignment, "Generating text".
     """
     settings = Sampling(**sampling)
     check_max_new_tokens(max_new_tokens)

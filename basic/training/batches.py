@@ -164,7 +164,7 @@ class BatchSampler:
 
 
 @contextmanager
-def prefetch(
+def read_ahead(
     sampler: BatchSampler, steps: range, device: torch.device, *, ahead: int = 2
 ) -> Generator[Iterator[tuple[Tensor, Tensor]]]:
     """Read the batches of some steps in a background thread and copy them to the device.
@@ -175,7 +175,7 @@ def prefetch(
     Yields:
         An iterator over the batches; it raises what the thread raised. Leaving the block ends the thread.
     """
-    with ThreadPoolExecutor(1, "prefetch") as thread:
+    with ThreadPoolExecutor(1, "read-ahead") as thread:
         queue: deque[Future] = deque()
 
         def fetch(step: int) -> tuple[Tensor, Tensor]:

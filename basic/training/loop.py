@@ -27,7 +27,7 @@ from basic.common.folder_lock import FolderLock
 from basic.common.stop_signals import StopSignals
 from basic.generation.text import SavableTokenizer, TextTokenizer, complete
 from basic.model import RotaryPositionalEmbedding, TransformerLM
-from basic.training.batches import BatchSampler, check_token_ids, check_tokenizer_size, document_starts, prefetch
+from basic.training.batches import BatchSampler, check_token_ids, check_tokenizer_size, document_starts, read_ahead
 from basic.training.devices import activation_dtype, choose_device, device_name, reduce_dtype, training_flops_per_token
 from basic.training.parallel.world import SINGLE_PROCESS, World, is_sharded
 from basic.training.records.environment import append_environment, check_environment, describe_environment
@@ -182,7 +182,7 @@ class _TrainingLoop:
         meter = Meter(start.step, tokens_before, start.wall_s, tokens_per_step, self.device)
         nonfinite = _NonfiniteSteps(settings, self.train_sampler, start.nonfinite_steps, self.log)
         steps = range(start.step, settings.steps)
-        with StopSignals() as stop, prefetch(self.train_sampler, steps, self.device) as batches:
+        with StopSignals() as stop, read_ahead(self.train_sampler, steps, self.device) as batches:
             for step, batch in enumerate(batches, start.step + 1):
                 learning_rate = _learning_rate(settings, step)
                 nonfinite.handle(meter.add(*take_step(batch, learning_rate), learning_rate))

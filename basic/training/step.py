@@ -94,7 +94,7 @@ class TrainStep:
             self.static_batch = to_device(batch[0], self.device).clone(), to_device(batch[1], self.device).clone()
             self.graph = torch.cuda.CUDAGraph()
             self._clear_gradients()
-            # "thread_local": the thread that prefetches batches keeps using CUDA during the capture.
+            # "thread_local": the thread that reads batches ahead keeps using CUDA during the capture.
             with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.static_result = self._step(self.static_batch)
         for static, new in zip(self.static_batch, batch, strict=True):

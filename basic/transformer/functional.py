@@ -43,7 +43,7 @@ def softmax(x: Float[Tensor, " ..."], dim: int) -> Float[Tensor, " ..."]:
         x: scores of any scale.
         dim: the dimension whose entries sum to one.
 
-    Source: handout, "Scaled Dot-Product Attention", eq. for softmax.
+    Source: assignment, "Scaled Dot-Product Attention", eq. for softmax.
     """
     wide = at_least_float32(x)
     # Detached: the maximum cancels in the gradient too.
@@ -184,7 +184,7 @@ def cross_entropy(
     Raises:
         TypeError, ValueError, IndexError: as for `token_losses`.
 
-    Source: handout, "Cross-entropy loss".
+    Source: assignment, "Cross-entropy loss".
     """
     losses = token_losses(logits, targets, ignore_index=ignore_index)
     return (losses.mean() * mean_correction(targets, ignore_index, losses.dtype)).to(logits.dtype)

@@ -188,7 +188,7 @@ def clip_gradients(parameters: Iterable[Tensor] | Tensor, max_l2_norm: float) ->
     Raises:
         ValueError: `max_l2_norm` is negative or NaN.
 
-    Source: handout, "Gradient clipping"; Pascanu et al. 2013, algorithm 1.
+    Source: assignment, "Gradient clipping"; Pascanu et al. 2013, algorithm 1.
     """
     if not max_l2_norm >= 0:
         raise ValueError(f"max_l2_norm must be a number >= 0, got {max_l2_norm}")
@@ -244,7 +244,7 @@ def cosine_schedule(
         warmup_iters: length of the warm-up; 0 for none.
         cosine_cycle_iters: iteration at which the cosine ends, counted from 0, warm-up included.
 
-    Source: handout, "Learning rate scheduling"; Loshchilov and Hutter 2016 (SGDR), eq. 5.
+    Source: assignment, "Learning rate scheduling"; Loshchilov and Hutter 2016 (SGDR), eq. 5.
     """
     if iteration < warmup_iters:
         return iteration / warmup_iters * max_learning_rate

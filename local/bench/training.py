@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from basic.model import ModelConfig, TransformerLM
-from basic.training.batches import BatchSampler, prefetch
+from basic.training.batches import BatchSampler, read_ahead
 from basic.training.settings import TrainConfig
 from basic.training.step import TrainStep
 from basic.transformer.optimizer import AdamW
@@ -97,7 +97,7 @@ def measure(make_step: Callable, config: ModelConfig, batch_size: int, seconds: 
     torch.manual_seed(0)
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=20_000_000, dtype=np.uint16)
     sampler = BatchSampler(tokens, batch_size, config.context_length, seed=0)
-    with prefetch(sampler, range(1_000_000), DEVICE) as batches:
+    with read_ahead(sampler, range(1_000_000), DEVICE) as batches:
         step = make_step(config, batch_size)
         synchronize()
         started = time.perf_counter()

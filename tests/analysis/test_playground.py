@@ -99,7 +99,7 @@ def test_tokenize_matches_the_tokenizer(folder, playground, name, text):
     ids = tokenizer.encode(text)
     answer = playground.tokenize(name, text)
     assert answer["ids"] == ids
-    assert [bytes.fromhex(piece) for piece in answer["pieces"]] == [tokenizer.vocab[i] for i in ids]
+    assert [bytes.fromhex(token) for token in answer["token_bytes"]] == [tokenizer.vocab[i] for i in ids]
     assert [ids[index] for index in answer["special"]] == [i for i in ids if i in tokenizer.special_token_ids.values()]
     data = tokenizer.decode_bytes(ids)
     assert (answer["tokens"], answer["bytes"], answer["distinct"]) == (len(ids), len(data), len(set(ids)))
@@ -154,7 +154,7 @@ def test_losses_ranks_and_candidates_match_single_forward_passes(playground, tex
     assert {int(i) for i in answer["names"]} == {i for position in candidates for i in position}
     if nats:
         assert answer["mean_nats"] == pytest.approx(sum(nats) / len(nats))
-        num_bytes = sum(len(bytes.fromhex(token)) for token in answer["pieces"][is_end:])
+        num_bytes = sum(len(bytes.fromhex(token)) for token in answer["token_bytes"][is_end:])
         assert answer["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / num_bytes)
     else:
         assert answer["mean_nats"] is answer["bits_per_byte"] is None

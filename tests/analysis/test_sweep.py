@@ -116,7 +116,7 @@ def test_missing_keys_and_files_are_errors(tmp_path):
 
 @pytest.mark.parametrize("small", [True, False])
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_experiments_of_the_repository_match_the_handout(path, small):
+def test_experiments_of_the_repository_match_the_assignment(path, small):
     configs = [run.config for run in read_sweep(path, small=small)]
     assert len(configs) >= 8
     tokens = {config.train.steps * config.train.batch_size for config in configs}

@@ -131,7 +131,7 @@ def test_saving_replaces_the_file_only_when_it_is_complete(tmp_path):
         ("openwebtext", 32_000, 327_680_000),
     ],
 )
-def test_the_runs_of_the_handout_have_its_sizes(name, vocab_size, num_tokens):
+def test_the_runs_of_the_assignment_have_its_sizes(name, vocab_size, num_tokens):
     config = load_config(CONFIGS / f"{name}.toml", RunConfig)
     assert config.model == ModelConfig(
         vocab_size=vocab_size,

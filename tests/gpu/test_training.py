@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from basic.model import AdamW, ModelConfig, TransformerLM, cross_entropy
-from basic.training.batches import BatchSampler, prefetch
+from basic.training.batches import BatchSampler, read_ahead
 from basic.training.settings import TrainConfig
 from basic.training.step import TrainStep
 from basic.transformer.kernels import dispatch
@@ -87,7 +87,7 @@ def last_losses(with_kernels: bool) -> float:
     step = make_step(model, compile=with_kernels, cuda_graph=with_kernels)
     sampler = BatchSampler(tokens, 32, 256, seed=1)
     losses = torch.zeros(300, device=CUDA)
-    with prefetch(sampler, range(300), CUDA) as batches:
+    with read_ahead(sampler, range(300), CUDA) as batches:
         for i, batch in enumerate(batches):
             losses[i] = step(batch, 1e-3 * min(1, (i + 1) / 50))[0]
     assert (step.graph is not None) == with_kernels

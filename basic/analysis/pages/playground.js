@@ -168,7 +168,7 @@ class TokenList {
     this.starts = [0];
     this.container.classList.toggle("wide", mode !== "text");
     const special = new Set(data.special), items = [], nodes = [];
-    data.pieces.forEach((hex, index) => {
+    data.token_bytes.forEach((hex, index) => {
       const item = element("span", { className: `t ${className(index)}${special.has(index) ? " special" : ""}`, role: "option", tabIndex: -1, "aria-selected": "false", "aria-label": `${spokenText(hex)}, id ${data.ids[index]}` });
       item.dataset.index = index;
       if (mode === "ids") item.textContent = data.ids[index];
@@ -267,9 +267,9 @@ function showDetails(pane, index) {
     return;
   }
   other.list.highlight(starts[index], starts[index + 1]);
-  const bytes = bytesOf(data.pieces[index]);
+  const bytes = bytesOf(data.token_bytes[index]);
   const label = element("b"), copies = data.ids.filter((id) => id === data.ids[index]).length;
-  drawToken(label, data.pieces[index]);
+  drawToken(label, data.token_bytes[index]);
   pane.foot.replaceChildren(label, `  token ${number(index + 1)} · id ${data.ids[index]} · ${bytes.length} ${bytes.length === 1 ? "byte" : "bytes"} `, element("b", { textContent: hexOf(bytes) }), copies > 1 ? ` · ${number(copies)} times` : "");
 }
 
@@ -343,7 +343,7 @@ const updateScore = latestOnly(async (signal) => {
     $("score-note").hidden = data.ids.length === data.tokens;
     $("score-note").textContent = `The context length is ${number(about.model.context_length)} tokens. Shown: the ${data.first ? "last" : "first"} ${number(data.ids.length)} of ${number(data.tokens)}.`;
     const newFrom = continuation ? new TextEncoder().encode(continuation.prompt).length : Infinity;
-    const lengths = data.pieces.map((hex) => hex.length / 2);
+    const lengths = data.token_bytes.map((hex) => hex.length / 2);
     let end = continuation && data.first ? new TextEncoder().encode(text).length - lengths.reduce((a, b) => a + b, 0) : 0;
     const isNew = lengths.map((length) => (end += length) > newFrom);
     scored.show(data, { className: (i) => "h" + level(data.nats[i]) + (isNew[i] ? " new" : ""), next: data.likeliest.length > data.ids.length });
@@ -373,7 +373,7 @@ function inspect(index) {
   const close = element("button", { className: "button small", id: "close", type: "button", textContent: "Close" });
   close.addEventListener("click", () => { inspect(-1); scored.items[index].focus(); });
   const big = element("p", { className: "big" });
-  if (isNext) big.append("Prediction"); else drawToken(big, data.pieces[index]);
+  if (isNext) big.append("Prediction"); else drawToken(big, data.token_bytes[index]);
   const facts = element("p", { className: "muted" });
   panel.replaceChildren(element("div", { className: "row between" }, element("h2", { textContent: isNext ? "Next token" : `Token ${number(data.first + index + 1)} · id ${data.ids[index]}` }), close), big, facts);
   if (!likeliest) { facts.textContent = "The first token has no context, so the model does not predict it."; return; }
@@ -389,7 +389,7 @@ function inspect(index) {
     return element("li", { className: (id === actual ? "actual " : "") + className }, fill, label, element("span", { textContent: percent(probability) }));
   };
   for (const [id, probability] of likeliest) list.append(row(id, data.names[id] ?? "", probability));
-  if (!isNext && !likeliest.some(([id]) => id === actual)) list.append(row(actual, data.pieces[index], p, "gap"));
+  if (!isNext && !likeliest.some(([id]) => id === actual)) list.append(row(actual, data.token_bytes[index], p, "gap"));
   panel.append(list);
 }
 

@@ -1,4 +1,4 @@
-"""The number of distinct pre-tokens, and the time and memory of each: `uv run local/bench/word_growth.py`.
+"""The number of distinct pre-tokens, and the time and memory of each: `uv run local/bench/pretoken_growth.py`.
 
 The first table shows how the number of distinct pre-tokens grows with the size of real text. The second one shows the
 time and memory of tables of synthetic pre-tokens: sorting, writing, adding, and learning 64k merges. Each table is
