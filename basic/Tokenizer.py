@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,8 @@ from basic.bpe import loading
 from basic.bpe.arrays import MAX_VOCAB_SIZE, InvalidByteError
 from basic.bpe.compiled import KernelEncoder
 from basic.bpe.plain import PretokenCache, merge_rules
+from basic.bpe.spans import Encoding, find_spans
+from basic.bpe.stream_decoder import StreamDecoder
 from basic.bytes_utils import decode_blocks, invalid_byte_error, load_merges, load_vocab, save_merges, save_vocab
 from basic.common.arguments import check_integer, check_text_list, id_list
 from basic.common.errors import DamagedFileError, InvalidInputError
@@ -126,7 +128,9 @@ class Tokenizer:
         self._kernel_encoder: KernelEncoder | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kernel_encoder": None}  # another process makes its own
+        # Another process makes its own encoder and, if needed, table of ids.
+        state = {name: value for name, value in self.__dict__.items() if name != "_ids_of_tokens"}
+        return {**state, "_kernel_encoder": None}
 
     def __repr__(self) -> str:
         special = list(self.special_token_ids)
@@ -136,6 +140,25 @@ class Tokenizer:
             f"pattern={pattern_name(self.compiled_pattern.pattern) or self.compiled_pattern.pattern!r}, "
             f"special_tokens={special[:4] if more else special}{more})"
         )
+
+    def __len__(self) -> int:
+        """The number of tokens, also of special ones. If the ids have gaps, it is less than `vocab_size`."""
+        return len(self.vocab)
+
+    def token_to_id(self, token: str | bytes) -> int | None:
+        """The id of a token, given as its bytes or as its text (not in GPT-2's printable form); None if there is none.
+
+        Of several ids of the same bytes it is the one that `encode` uses.
+        """
+        return self._ids_of_tokens.get(token.encode(errors="surrogatepass") if isinstance(token, str) else token)
+
+    def id_to_token(self, token_id: int) -> bytes | None:
+        """The bytes of a token, which need not be UTF-8; None if no token has this id."""
+        return self.vocab.get(check_integer("token_id", token_id))
+
+    @cached_property
+    def _ids_of_tokens(self) -> dict[bytes, int]:
+        return {self.vocab[token_id]: token_id for token_id in sorted(self.vocab, reverse=True)}
 
     @property
     def pattern(self) -> str | None:
@@ -154,17 +177,26 @@ class Tokenizer:
             content.append(self.pattern)
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def encode(self, text: str, *, specials_as_text: bool = False) -> list[int]:
+    @overload
+    def encode(self, text: str, *, specials_as_text: bool = False, offsets: Literal[False] = False) -> list[int]: ...
+
+    @overload
+    def encode(self, text: str, *, specials_as_text: bool = False, offsets: Literal[True]) -> Encoding: ...
+
+    def encode(self, text: str, *, specials_as_text: bool = False, offsets: bool = False) -> list[int] | Encoding:
         """Encode a text. Lone surrogates, which have no UTF-8 form, are encoded as U+FFFD.
 
         Args:
             text: of any length.
             specials_as_text: whether special tokens in the text are ordinary text.
+            offsets: whether to return an `Encoding`, which also says where each token is in the text.
 
         Raises:
             TypeError: `text` is not a string.
-            InvalidInputError: a byte of the text has no token.
+            InvalidInputError: a byte of the text has no token, or the tokens are not the text (`offsets`).
         """
+        if offsets:
+            return self._encode_with_spans(text, specials_as_text)
         length = len(text) if isinstance(text, str) else 0
         if length >= _MIN_KERNEL_CHARACTERS and (encoder := self.kernel_encoder(length)) is not None:
             data = np.frombuffer(_utf8(text), np.uint8)
@@ -175,6 +207,16 @@ class Tokenizer:
         if length > _MAX_COMPLETE_CHARACTERS or not isinstance(text, str):  # encode_stream raises the TypeError
             return list(chain.from_iterable(self.encode_stream([text], specials_as_text=specials_as_text)))
         return self._encode_complete(replace_surrogates(text), specials_as_text)
+
+    def _encode_with_spans(self, text: str, specials_as_text: bool) -> Encoding:
+        ids = self.encode(text, specials_as_text=specials_as_text)
+        tokens, data = [self.vocab[token_id] for token_id in ids], _utf8(text)
+        if b"".join(tokens) != data:
+            raise InvalidInputError(
+                "this tokenizer changes the text before it is split into tokens (it normalises or strips it), so the "
+                "tokens have no exact places in the text; encode without offsets"
+            )
+        return Encoding(ids, *find_spans(text, data, list(map(len, tokens))))
 
     def encode_array(
         self,
@@ -313,31 +355,46 @@ class Tokenizer:
             )
         return self._kernel_encoder
 
-    def decode(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> str:
+    def decode(self, ids: Iterable[int] | npt.NDArray[np.integer], *, skip_special_tokens: bool = False) -> str:
         """Decode ids to text; bytes that are not UTF-8 become U+FFFD.
 
         Args:
             ids: a list, a one-dimensional array or tensor, or any iterable of integers.
+            skip_special_tokens: whether to leave out the special tokens.
 
         Raises:
             TypeError: `ids` are not integers.
             InvalidInputError: an id is not in the vocabulary, or an array has another shape or dtype.
         """
-        return self.decode_bytes(ids).decode(errors="replace")
+        return self.decode_bytes(ids, skip_special_tokens=skip_special_tokens).decode(errors="replace")
 
-    def decode_bytes(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> bytes:
+    def decode_batch(
+        self, batch: Iterable[Iterable[int] | npt.NDArray[np.integer]], *, skip_special_tokens: bool = False
+    ) -> list[str]:
+        """Decode each of several sequences of ids, or the rows of an array or tensor, as `decode` does."""
+        return [self.decode(ids, skip_special_tokens=skip_special_tokens) for ids in batch]
+
+    def stream_decoder(self, *, skip_special_tokens: bool = False) -> StreamDecoder:
+        """Return a decoder for ids that arrive one after the other: its texts have no unfinished characters."""
+        return StreamDecoder(partial(self.decode_bytes, skip_special_tokens=skip_special_tokens))
+
+    def decode_bytes(self, ids: Iterable[int] | npt.NDArray[np.integer], *, skip_special_tokens: bool = False) -> bytes:
         """Decode ids to bytes, which may start or end inside a character.
 
         Raises:
             TypeError, InvalidInputError: as for `decode`.
         """
+        skipped = set(self.special_token_ids.values()) if skip_special_tokens else set()
         if isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu":
             encoder = self.kernel_encoder(4 * len(ids))  # a token has about four bytes
+            kept = ids[~np.isin(ids, list(skipped))] if skipped else ids
             # The kernel returns None for an unknown id; the plain path then raises the error.
-            if encoder is not None and (decoded := encoder.decode(ids)) is not None:
+            if encoder is not None and (decoded := encoder.decode(kept)) is not None:
                 return decoded
         ids = id_list("ids", ids)
         try:
+            if skipped:
+                return b"".join([self.vocab[token_id] for token_id in ids if token_id not in skipped])
             return b"".join([self.vocab[token_id] for token_id in ids])
         except KeyError:
             position, unknown = next((i, token_id) for i, token_id in enumerate(ids) if token_id not in self.vocab)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -14,6 +13,15 @@ from basic.model import TransformerLM
 
 
 @runtime_checkable  # the tests check argument types at run time
+class TextStreamDecoder(Protocol):
+    """Decodes ids that arrive one after the other; `basic.bpe.stream_decoder.StreamDecoder` does it."""
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+@runtime_checkable
 class TextTokenizer(Protocol):
     """The methods that generation needs of a tokenizer; `basic.Tokenizer.Tokenizer` has them."""
 
@@ -24,7 +32,7 @@ class TextTokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
-    def decode_bytes(self, ids: Sequence[int]) -> bytes: ...
+    def stream_decoder(self) -> TextStreamDecoder: ...
 
 
 @runtime_checkable
@@ -101,7 +109,7 @@ def stream(
         end_id=tokenizer.special_token_ids.get(end_of_text),
         vocab_size=tokenizer.vocab_size,
     )
-    return _decode_utf8(tokenizer.decode_bytes(ids) for (ids,) in new_ids)
+    return _decode_stream(tokenizer.stream_decoder(), new_ids)
 
 
 def _encode_prompt(tokenizer: TextTokenizer, prompt: str, end_of_text: str) -> list[int]:
@@ -115,11 +123,10 @@ def _encode_prompt(tokenizer: TextTokenizer, prompt: str, end_of_text: str) -> l
     return ids
 
 
-def _decode_utf8(chunks: Iterable[bytes]) -> Iterator[str]:
-    """Decode UTF-8 chunk by chunk; an incomplete character waits for the next chunk."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for chunk in chunks:
-        if text := decoder.decode(chunk):
+def _decode_stream(decoder: TextStreamDecoder, new_ids: Iterable[list[list[int]]]) -> Iterator[str]:
+    """Decode the ids of the only sequence, step by step."""
+    for (ids,) in new_ids:
+        if text := decoder.decode(ids):
             yield text
-    if rest := decoder.decode(b"", final=True):
+    if rest := decoder.finish():
         yield rest

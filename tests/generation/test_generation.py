@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from basic.bpe.stream_decoder import StreamDecoder
 from basic.common.errors import InvalidInputError, WrongTokenizerError
 from basic.generation.sampling import Sampling, continue_ids, generate, next_token_probabilities
 from basic.generation.text import complete, stream
@@ -323,8 +324,8 @@ class Letters:
     def decode(self, ids) -> str:
         return "".join(chr(ord("a") + i) if i < 22 else "#" for i in ids)
 
-    def decode_bytes(self, ids) -> bytes:
-        return self.decode(ids).encode()
+    def stream_decoder(self) -> StreamDecoder:
+        return StreamDecoder(lambda ids: self.decode(ids).encode())
 
 
 def test_complete_returns_the_continuations_up_to_the_end_of_text(model):
@@ -444,6 +445,9 @@ class Fragments:
 
     def decode_bytes(self, ids) -> bytes:
         return b"".join(self.tokens[i] for i in ids)
+
+    def stream_decoder(self) -> StreamDecoder:
+        return StreamDecoder(self.decode_bytes)
 
     def decode(self, ids) -> str:
         return self.decode_bytes(ids).decode(errors="replace")

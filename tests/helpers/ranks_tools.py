@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from basic.bpe.stream_decoder import StreamDecoder
 from basic.common import command_line
 from basic.training.loop import train
 from basic.training.parallel.world import World, join_world
@@ -43,8 +44,8 @@ class NumberTokenizer:
     def decode(self, ids) -> str:
         return " ".join(map(str, ids))
 
-    def decode_bytes(self, ids) -> bytes:
-        return self.decode(ids).encode()
+    def stream_decoder(self) -> StreamDecoder:
+        return StreamDecoder(lambda ids: self.decode(ids).encode())
 
     def save(self, directory) -> None:
         Path(directory).mkdir()

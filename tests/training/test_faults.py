@@ -21,6 +21,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from basic.bpe.stream_decoder import StreamDecoder
 from basic.common.config_files import save_config
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.common.files import sha256_of_file
@@ -219,8 +220,8 @@ def test_resuming_rewinds_the_samples_as_it_rewinds_the_metrics(tmp_path):
         def decode(self, ids):
             return " ".join(map(str, ids))
 
-        def decode_bytes(self, ids):
-            return self.decode(ids).encode()
+        def stream_decoder(self):
+            return StreamDecoder(lambda ids: self.decode(ids).encode())
 
         def save(self, directory):
             Path(directory).mkdir()

@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from basic.bpe.stream_decoder import StreamDecoder
 from basic.common.config_files import load_config
 from basic.common.errors import InvalidConfigError, InvalidInputError, NotARunError, WrongTokenizerError
 from basic.model import ModelConfig, TransformerLM
@@ -44,8 +45,8 @@ class NumberTokenizer:
     def decode(self, ids) -> str:
         return " ".join(map(str, ids))
 
-    def decode_bytes(self, ids) -> bytes:
-        return self.decode(ids).encode()
+    def stream_decoder(self) -> StreamDecoder:
+        return StreamDecoder(lambda ids: self.decode(ids).encode())
 
     def save(self, directory) -> None:
         Path(directory).mkdir()
