@@ -34,14 +34,14 @@ from basic.common.outputs import Output, check_outputs
 from basic.common.progress import default_num_workers
 from basic.pretokenization import (
     GPT2_PATTERN,
+    Pattern,
     SpecialTokens,
     chunks_of_array,
-    compile_pattern,
-    pattern_name,
     pretokenize,
     pretokenize_stream,
     replace_surrogates,
     replace_surrogates_in_stream,
+    resolve_pattern,
 )
 from basic.tokens.info import token_dtype
 
@@ -69,9 +69,8 @@ class Tokenizer:
         special_tokens: strings that become one token each and are never split; if several start at the same position,
             the longest is used. One whose bytes are in the vocabulary has that id; the others get the ids after the
             largest, in the order given.
-        pattern: finds the pre-tokens: "gpt2", "cl100k", "o200k" (also under the names of tiktoken's encodings, such as
-            "cl100k_base"), or a regular expression of the `regex` package. The default is GPT-2's; only this pattern
-            has kernels.
+        pattern: finds the pre-tokens: the name of a published pattern ("cl100k", "llama3", ...), a regular expression,
+            or a `Pattern` (see `basic.pretokenization.resolve_pattern`). The default is GPT-2's.
         kernels: True uses the kernels for every text, False never. By default large texts use them, and once they are
             loaded, all texts. The ids are the same.
 
@@ -80,7 +79,7 @@ class Tokenizer:
         merges: as given.
         special_tokens: the special tokens, prepared for the search.
         special_token_ids: special token to id, in the order given.
-        compiled_pattern: the pattern, compiled.
+        compiled_pattern: the pattern, in the spelling of `PATTERNS` if it is known.
         vocab_size: the largest id plus one, the number of rows that an embedding of these ids needs.
 
     Raises:
@@ -95,11 +94,11 @@ class Tokenizer:
         merges: Iterable[tuple[bytes, bytes]],
         special_tokens: Iterable[str] | None = None,
         *,
-        pattern: str | None = None,
+        pattern: str | Pattern | None = None,
         kernels: bool | None = None,
     ) -> None:
         self.special_tokens = SpecialTokens(special_tokens)
-        self.compiled_pattern = compile_pattern(pattern)
+        self.compiled_pattern = resolve_pattern(pattern)
         self.kernels = kernels
         self.vocab = dict(vocab)
         self.merges = list(merges)
@@ -137,7 +136,7 @@ class Tokenizer:
         more = f" and {len(special) - 4} more" if len(special) > 5 else ""
         return (
             f"Tokenizer(vocab_size={self.vocab_size}, merges={len(self.merges)}, "
-            f"pattern={pattern_name(self.compiled_pattern.pattern) or self.compiled_pattern.pattern!r}, "
+            f"pattern={self.compiled_pattern.name or self.pattern!r}, "
             f"special_tokens={special[:4] if more else special}{more})"
         )
 
@@ -161,9 +160,12 @@ class Tokenizer:
         return {self.vocab[token_id]: token_id for token_id in sorted(self.vocab, reverse=True)}
 
     @property
-    def pattern(self) -> str | None:
-        """The pattern that finds the pre-tokens, None for GPT-2's."""
-        return None if self.compiled_pattern is GPT2_PATTERN else self.compiled_pattern.pattern
+    def pattern(self) -> str | Pattern | None:
+        """The pattern that finds the pre-tokens: None for GPT-2's, one regular expression, or a Pattern of several."""
+        if self.compiled_pattern == GPT2_PATTERN:
+            return None
+        short_form = self.compiled_pattern.short_form
+        return short_form if isinstance(short_form, str) else self.compiled_pattern
 
     @cached_property
     def fingerprint(self) -> str:
@@ -174,7 +176,7 @@ class Tokenizer:
             sorted(self.special_token_ids.items()),
         ]
         if self.pattern is not None:
-            content.append(self.pattern)
+            content.extend(self.compiled_pattern.splits)
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @overload
@@ -310,7 +312,7 @@ class Tokenizer:
             # A text that is equal to a pre-token of this pattern is split into this pre-token only.
             if (ids := self._cache.get(text)) is not None:
                 return list(ids)
-            return self._encode_pretokens(GPT2_PATTERN.findall(text))
+            return self._encode_pretokens(GPT2_PATTERN.find(text))
         return list(chain.from_iterable(self._encode_batches(pretokenize(text, special, self.compiled_pattern))))
 
     def _encode_batches(self, batches: Iterable[tuple[list[str], str | None]]) -> Iterator[list[int]]:
@@ -410,7 +412,7 @@ class Tokenizer:
         merges_filepath: str | os.PathLike,
         special_tokens: Iterable[str] | None = None,
         *,
-        pattern: str | None = None,
+        pattern: str | Pattern | None = None,
         kernels: bool | None = None,
     ) -> Tokenizer:
         """Read a tokenizer from GPT-2's two files, `vocab.json` and `merges.txt`.
@@ -442,7 +444,7 @@ class Tokenizer:
             special_tokens = json.dumps(list(self.special_token_ids)) + "\n"
             paths[_SPECIAL_TOKENS_FILE].write_text(special_tokens, encoding="utf-8")
             if self.pattern is not None:
-                paths[_PATTERN_FILE].write_text(json.dumps(self.pattern) + "\n", encoding="utf-8")
+                paths[_PATTERN_FILE].write_text(json.dumps(self.compiled_pattern.short_form) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> Tokenizer:
@@ -467,6 +469,7 @@ class Tokenizer:
         vocab = load_vocab(folder / _VOCAB_FILE, files.get(_VOCAB_FILE))
         merges = load_merges(folder / _MERGES_FILE, files.get(_MERGES_FILE))
         try:
+            pattern = Pattern(*pattern) if isinstance(pattern, list) else pattern
             return cls(vocab, merges, special_tokens, pattern=pattern)
         except (InvalidInputError, TypeError) as error:
             raise DamagedFileError(

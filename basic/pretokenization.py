@@ -18,56 +18,21 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import regex
 
 from basic.bpe import arrays
 from basic.bpe.arrays import Chunk
+from basic.bpe.patterns.published import ALIASES, COVERING, PUBLISHED_SPLITS, SPELLINGS
 from basic.common.errors import InvalidInputError
-
-_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-
-PATTERNS = {
-    "gpt2": (
-        r"'(?:[sdmt]|ll|ve|re)"  # the end of a contraction
-        r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"  # letters, digits or other signs, with a space before them
-        r"|\s+(?!\S)|\s+"  # white space; its last character belongs to the pre-token after it
-    ),
-    "cl100k": (
-        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s+(?![\s\S])|\s*[\r\n]|\s+(?!\S)|\s"
-    ),
-    "o200k": (
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}"
-        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ),
-}
-
-# Other published forms of the same patterns.
-_EQUIVALENT_PATTERNS = {
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt2",
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": "gpt2",
-    (
-        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-        r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
-    ): "cl100k",
-}
-
-# The names under which these patterns are published: those of tiktoken's encodings, and a spelling of GPT-2.
-_PUBLISHED_NAMES = {
-    **dict.fromkeys(("gpt-2", "r50k_base", "p50k_base", "p50k_edit"), "gpt2"),
-    "cl100k_base": "cl100k",
-    **dict.fromkeys(("o200k_base", "o200k_harmony"), "o200k"),
-}
 
 # What a regular expression for pre-tokens has and a name has not. Not the dot and the hyphen: "gpt-3.5" is a name.
 _REGULAR_EXPRESSION = re.compile(r"[\\^$*+?|()\[\]{}]|\A\.\Z")
-
-GPT2_PATTERN = regex.compile(PATTERNS["gpt2"])
 
 # A pre-token always ends here, because none has white space after another character. And the pattern has no
 # look-behind, so it continues as at the start of a text.
@@ -84,66 +49,132 @@ def is_regular_expression(pattern: str) -> bool:
     return _REGULAR_EXPRESSION.search(pattern) is not None
 
 
-def pattern_text(pattern: str) -> str:
-    """The regular expression for a name or for an equivalent pattern; any other regular expression unchanged.
+@dataclass(frozen=True, init=False)
+class Pattern:
+    """One or several regular expressions that divide a text into pre-tokens, applied one after the other.
 
-    Raises:
-        InvalidInputError: the pattern is neither a known name nor a regular expression.
-    """
-    if known := _EQUIVALENT_PATTERNS.get(pattern):
-        return PATTERNS[known]
-    if is_regular_expression(pattern):
-        return pattern
-    name = pattern.lower()
-    try:
-        return PATTERNS[_PUBLISHED_NAMES.get(name, name)]
-    except KeyError:
-        raise InvalidInputError(
-            f"pattern {pattern!r} is neither a known name ({', '.join([*PATTERNS, *_PUBLISHED_NAMES])}) nor a regular "
-            "expression, which has at least one of \\ [ ( | * + ? { ^ $; give one of them"
-        ) from None
-
-
-def pattern_name(pattern: str) -> str | None:
-    """The name of a pattern in `PATTERNS`, or None."""
-    return next((name for name, known in PATTERNS.items() if known == pattern_text(pattern)), None)
-
-
-def compile_pattern(pattern: str | None) -> re.Pattern[str]:
-    """Compile the pattern that finds pre-tokens.
+    Each divides every pre-token of the one before into its matches and the text between them. No text is left out.
 
     Args:
-        pattern: a name (a key of `PATTERNS`, or the name of a tiktoken encoding with this pattern), or a regular
-            expression of the `regex` package; None means GPT-2's.
+        splits: regular expressions of the `regex` package, at least one.
 
     Raises:
-        TypeError: the pattern is not a string.
+        TypeError: one is not a string.
+        InvalidInputError: there is none, or one is not in the syntax of the `regex` package.
+
+    Example:
+        >>> Pattern(r"\\p{N}", r" ?\\w+").find("a b12")
+        ['a', ' b', '1', '2']
+    """
+
+    splits: tuple[str, ...]
+
+    def __init__(self, *splits: str) -> None:
+        if not splits:
+            raise InvalidInputError("Pattern() needs at least one regular expression")
+        for split in splits:
+            if not isinstance(split, str):
+                raise TypeError(f"a pattern must be a string in the syntax of the regex package, got {split!r}")
+            _compile(split)
+        object.__setattr__(self, "splits", splits)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Pattern, self.splits
+
+    @cached_property
+    def name(self) -> str | None:
+        """The name in `PATTERNS` of this pattern or of one that it is another published spelling of, or None."""
+        return SPELLINGS.get(self.splits) or _NAMES.get(self.splits)
+
+    @property
+    def short_form(self) -> str | tuple[str, ...]:
+        """One regular expression as a string, if `resolve_pattern` accepts it; else a tuple."""
+        split = self.splits[0]
+        return split if len(self.splits) == 1 and is_regular_expression(split) else self.splits
+
+    @cached_property
+    def find(self) -> Callable[..., list[str]]:
+        """find(text) returns the pre-tokens of a text without special tokens.
+
+        find(text, timeout=seconds) raises TimeoutError if one of the expressions needs more time.
+        """
+        if len(self.splits) == 1 and self.name in COVERING:
+            return _compile(self.splits[0]).findall
+        return self._find_all
+
+    def _find_all(self, text: str, timeout: float | None = None) -> list[str]:
+        pretokens = [text] if text else []
+        for split in self.splits:
+            pretokens = [part for pretoken in pretokens for part in _divide(_compile(split), pretoken, timeout)]
+        return pretokens
+
+
+def _divide(split: re.Pattern[str], text: str, timeout: float | None) -> list[str]:
+    """The matches of a regular expression and the text between them; joined, they are the text."""
+    parts, position = [], 0
+    for match in split.finditer(text, timeout=timeout):  # ty: ignore[no-matching-overload]
+        start, stop = match.span()
+        parts += [part for part in (text[position:start], text[start:stop]) if part]
+        position = stop
+    return [*parts, text[position:]] if position < len(text) else parts
+
+
+@cache
+def _compile(split: str) -> re.Pattern[str]:
+    try:
+        return regex.compile(split)
+    except regex.error as error:
+        raise InvalidInputError(f"pattern {split!r} is not in the syntax of the regex package: {error}") from None
+
+
+_NAMES = {splits: name for name, splits in PUBLISHED_SPLITS.items()}
+PATTERNS = {name: Pattern(*splits) for name, splits in PUBLISHED_SPLITS.items()}
+GPT2_PATTERN = PATTERNS["gpt2"]
+
+
+def resolve_pattern(pattern: str | Pattern | None) -> Pattern:
+    """Find the pattern that a name or a regular expression means.
+
+    Args:
+        pattern: a name (a key of `PATTERNS`, or a name under which one is published, such as "cl100k_base"), a regular
+            expression of the `regex` package, or a `Pattern`; None means GPT-2's. All spellings of "gpt2" and "cl100k"
+            give the same pattern.
+
+    Raises:
+        TypeError: the pattern is of another type.
         InvalidInputError: the pattern is neither a known name nor a regular expression of the `regex` package.
     """
     if pattern is None:
         return GPT2_PATTERN
-    if not isinstance(pattern, str):
-        raise TypeError(f"pattern must be a string in the syntax of the regex package, got {pattern!r}")
-    pattern = pattern_text(pattern)
-    if pattern == GPT2_PATTERN.pattern:
-        return GPT2_PATTERN
-    try:
-        return regex.compile(pattern)
-    except regex.error as error:
-        raise InvalidInputError(f"pattern {pattern!r} is not in the syntax of the regex package: {error}") from None
+    if isinstance(pattern, str):
+        if not is_regular_expression(pattern):
+            name = pattern.lower()
+            try:
+                return PATTERNS[ALIASES.get(name, name)]
+            except KeyError:
+                raise InvalidInputError(
+                    f"pattern {pattern!r} is neither a known name ({', '.join([*PATTERNS, *ALIASES])}) nor a regular "
+                    "expression, which has at least one of \\ [ ( | * + ? { ^ $; give one of them, or write "
+                    f"Pattern({pattern!r})"
+                ) from None
+        pattern = Pattern(pattern)
+    elif not isinstance(pattern, Pattern):
+        raise TypeError(f"pattern must be a name, a regular expression or a Pattern, got {pattern!r}")
+    # Not the other patterns: a tokenizer's fingerprint has the spelling of its pattern.
+    return PATTERNS[pattern.name] if pattern.name in ("gpt2", "cl100k") else pattern
 
 
-def covers_all_text(pattern: str) -> bool:
+def covers_all_text(pattern: Pattern) -> bool:
     """Whether a pattern certainly leaves out no character of any text.
 
-    This is so for the known patterns. Of another pattern, every alternative must match at least one character, and at
-    every character an alternative must match whatever the text around is: one that matches the character alone, and has
-    no assertion. The test knows only simple regular expressions, so False does not mean that text is left out.
+    This is so for some of the known patterns. Of another pattern, every alternative must match at least one character,
+    and at every character an alternative must match whatever the text around is: one that matches the character alone,
+    and has no assertion. The test knows only simple regular expressions, so False does not mean that text is left out.
     """
-    if pattern_name(pattern) is not None:
+    if pattern.name in COVERING:
         return True
     certain = []
-    for alternative in _alternatives(pattern):
+    for alternative in _alternatives(pattern.splits[-1]):
         consuming = _ASSERTION_AT_END.sub("", alternative)
         try:
             if not _is_simple(consuming) or regex.fullmatch(consuming, ""):
@@ -275,10 +306,10 @@ def replace_surrogates_in_stream(texts: Iterable[str]) -> Iterator[str]:
 
 
 def pretokenize(
-    text: str, special_tokens: SpecialTokens, pattern: re.Pattern[str] = GPT2_PATTERN
+    text: str, special_tokens: SpecialTokens, pattern: Pattern = GPT2_PATTERN
 ) -> Iterator[tuple[list[str], str | None]]:
     """Split a complete text; yields what `pretokenize_stream` yields, in larger lists."""
-    find = _finder(pattern)
+    find = pattern.find
     position = 0
     for match in special_tokens.pattern.finditer(text):
         yield find(text[position : match.start()]), match.group()
@@ -287,7 +318,7 @@ def pretokenize(
 
 
 def pretokenize_stream(
-    texts: Iterable[str], special_tokens: SpecialTokens, pattern: re.Pattern[str] = GPT2_PATTERN
+    texts: Iterable[str], special_tokens: SpecialTokens, pattern: Pattern = GPT2_PATTERN
 ) -> Iterator[tuple[list[str], str | None]]:
     """Split a text that arrives as a stream of strings of any lengths.
 
@@ -308,7 +339,7 @@ def pretokenize_stream(
     Raises:
         InvalidInputError: a pre-token of GPT-2's pattern is much longer than any that can be encoded.
     """
-    is_gpt2, find = _is_gpt2(pattern), _finder(pattern)
+    is_gpt2, find = pattern == GPT2_PATTERN, pattern.find
     held, new, new_length = "", [], 0
     for text in chain(_short_strings(texts), [None]):
         at_end = text is None
@@ -339,25 +370,6 @@ def pretokenize_stream(
             raise InvalidInputError(arrays.describe_long_pretoken(held[:40]))
 
 
-def _is_gpt2(pattern: re.Pattern[str]) -> bool:
-    return pattern.pattern == PATTERNS["gpt2"]
-
-
-def _finder(pattern: re.Pattern[str]) -> Callable[[str], list[str]]:
-    """A function that finds all pre-tokens of a text without special tokens."""
-    return pattern.findall if _is_gpt2(pattern) else partial(_find_all, pattern)
-
-
-def _find_all(pattern: re.Pattern[str], text: str) -> list[str]:
-    """The matches of a pattern and the text between them; joined, they are the text."""
-    pretokens, position = [], 0
-    for match in pattern.finditer(text):
-        start, stop = match.span()
-        pretokens += [pretoken for pretoken in (text[position:start], text[start:stop]) if pretoken]
-        position = stop
-    return [*pretokens, text[position:]] if position < len(text) else pretokens
-
-
 def _short_strings(texts: Iterable[str]) -> Iterator[str]:
     """The same text in strings of at most `_STREAM_CHARACTERS`."""
     for text in texts:
@@ -382,7 +394,7 @@ def chunks_of_stream(
     texts: Iterable[str],
     special_tokens: SpecialTokens,
     chunk_bytes: int,
-    pattern: re.Pattern[str] = GPT2_PATTERN,
+    pattern: Pattern = GPT2_PATTERN,
 ) -> Iterator[Chunk]:
     """Divide a stream of strings into chunks of UTF-8 bytes; marks between documents become bytes that are not UTF-8.
 
@@ -417,7 +429,7 @@ def chunk_ends(
     size: int,
     special_tokens: SpecialTokens,
     chunk_bytes: int,
-    pattern: re.Pattern[str] = GPT2_PATTERN,
+    pattern: Pattern = GPT2_PATTERN,
     *,
     start: int = 0,
     stop: int | None = None,
@@ -444,7 +456,7 @@ def find_safe_position(
     position: int,
     size: int,
     special_tokens: SpecialTokens,
-    pattern: re.Pattern[str] = GPT2_PATTERN,
+    pattern: Pattern = GPT2_PATTERN,
     *,
     search_bytes: int = _SEARCH_BYTES,
 ) -> int:
@@ -460,7 +472,7 @@ def find_safe_position(
     """
     if not 0 < position < size:
         return min(max(position, 0), size)
-    candidate = _candidate_pattern(special_tokens.pattern.pattern, _is_gpt2(pattern))
+    candidate = _candidate_pattern(special_tokens.pattern.pattern, pattern == GPT2_PATTERN)
     # Bytes before the offset that matter: those of a special token, and of a character (at most 4).
     begin = max(0, position - max([4, *map(len, special_tokens.longest_first_bytes)]))
     length = position - begin + search_bytes

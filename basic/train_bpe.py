@@ -1,7 +1,7 @@
 """Train byte-pair encoding: learn from text which pairs of tokens to merge.
 
 The text is first counted: `build_count_table` splits text of any size into pre-tokens and returns the distinct ones
-with their counts, as `Counter(GPT2_PATTERN.findall(text))` would. The rest of the training needs only these counts. The
+with their counts, as `Counter(GPT2_PATTERN.find(text))` would. The rest of the training needs only these counts. The
 plain algorithm is `_MergeState`; `basic.bpe.kernels.learn_merges` is its compiled version.
 """
 
@@ -20,7 +20,7 @@ from basic.common.errors import InvalidInputError
 from basic.common.progress import progress_bar
 from basic.corpus.counting import CountingOptions, build_count_table
 from basic.corpus.sources import Inputs
-from basic.pretokenization import SpecialTokens
+from basic.pretokenization import Pattern, SpecialTokens
 
 Pair = tuple[int, int]
 
@@ -33,7 +33,7 @@ def train_bpe(
     vocab_size: int,
     special_tokens: Iterable[str],
     *,
-    pattern: str | None = None,
+    pattern: str | Pattern | None = None,
     num_workers: int | None = None,
     kernels: bool | None = None,
     progress: bool = False,
@@ -47,7 +47,8 @@ def train_bpe(
         vocab_size: the number of tokens, at least 256 plus the number of special tokens. The vocabulary is smaller if
             no pair is left to merge.
         special_tokens: strings that are never split; nothing is merged across them.
-        pattern: finds the pre-tokens: a name or a regular expression, see `basic.pretokenization.compile_pattern`.
+        pattern: finds the pre-tokens: a name, a regular expression or a `Pattern`, see
+            `basic.pretokenization.resolve_pattern`.
         num_workers: threads or processes that count, by default one for each processor; the result is the same.
         kernels: whether to use compiled code; by default if the text is large. The result is the same.
         progress: whether to show progress bars.

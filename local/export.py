@@ -30,7 +30,6 @@ def main(options: Options) -> None:
     from basic.common.outputs import Output, check_outputs
     from basic.formats.export_llama import export_hf
     from basic.formats.tiktoken_ranks import save_tiktoken
-    from basic.pretokenization import PATTERNS
     from basic.Tokenizer import Tokenizer
     from basic.training.records.environment import check_run_tokenizer
     from basic.training.run_folder import load_run
@@ -48,7 +47,7 @@ def main(options: Options) -> None:
         raise InvalidInputError(f"{options.run} has no tokenizer/ folder, so there is no tokenizer to export")
     save_tiktoken(tokenizer, options.output)
     print(f"wrote {options.output}; also pass these to tiktoken.Encoding:")
-    print(f"  pat_str={tokenizer.pattern or PATTERNS['gpt2']!r}")
+    print(f"  pat_str={tokenizer.compiled_pattern.splits[0]!r}")
     print(f"  special_tokens={tokenizer.special_token_ids!r}")
 
 

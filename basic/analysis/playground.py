@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -228,18 +227,17 @@ class Playground:
 
 
 class _PatternWithDeadline:
-    """A pattern of the `regex` package that finds pre-tokens until a time, and then raises InvalidInputError."""
+    """A pattern that finds pre-tokens until a time, and then raises InvalidInputError."""
 
-    def __init__(self, pattern: re.Pattern[str], deadline_s: float) -> None:
-        self.pattern, self._compiled, self._deadline_s = pattern.pattern, pattern, deadline_s
+    def __init__(self, pattern: Any, deadline_s: float) -> None:
+        self.splits, self.name, self._find, self._deadline_s = pattern.splits, pattern.name, pattern.find, deadline_s
 
-    def finditer(self, text: str) -> Iterator[re.Match[str]]:
+    def find(self, text: str) -> list[str]:
         try:
-            left_s = max(self._deadline_s - time.monotonic(), 1e-3)
-            yield from self._compiled.finditer(text, timeout=left_s)  # ty: ignore[no-matching-overload]
+            return self._find(text, timeout=max(self._deadline_s - time.monotonic(), 1e-3))
         except TimeoutError:
             raise InvalidInputError(
-                f"the tokenizer's pattern {self.pattern[:80]!r} needs more than {MAX_PATTERN_S:g} s for this text; "
+                f"the tokenizer's pattern {self.splits[0][:80]!r} needs more than {MAX_PATTERN_S:g} s for this text; "
                 "use a shorter text or another tokenizer"
             ) from None
 
@@ -250,7 +248,7 @@ def _with_deadline(tokenizer: Tokenizer) -> Tokenizer:
         return tokenizer
     limited = copy.copy(tokenizer)
     deadline_s = time.monotonic() + MAX_PATTERN_S
-    limited.compiled_pattern = cast("re.Pattern[str]", _PatternWithDeadline(tokenizer.compiled_pattern, deadline_s))
+    limited.compiled_pattern = cast("Any", _PatternWithDeadline(tokenizer.compiled_pattern, deadline_s))
     return limited
 
 

@@ -12,7 +12,6 @@ are missing. A table is deleted when it has been merged. Without a work folder t
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -52,7 +51,7 @@ from basic.corpus.shards import (
 )
 from basic.corpus.sources import Inputs, check_separator, expand_inputs
 from basic.corpus.work_folder import Record, WorkFolder, local_executor
-from basic.pretokenization import GPT2_PATTERN, SpecialTokens, compile_pattern, pretokenize_stream
+from basic.pretokenization import GPT2_PATTERN, Pattern, SpecialTokens, pretokenize_stream, resolve_pattern
 
 # Without kernels: a process gets less text at a time, and at least as much as is worth starting it for.
 _MIN_PLAIN_BYTES, _MAX_PLAIN_BYTES = 1 << 20, 1 << 24
@@ -113,7 +112,7 @@ class ShardCounting:
     """
 
     special_tokens: tuple[str, ...]
-    pattern: str | None = None
+    pattern: Pattern = GPT2_PATTERN
     kernels: bool = False
     num_threads: int = 1
     chunk_bytes: int = KERNEL_CHUNK_BYTES
@@ -122,7 +121,7 @@ class ShardCounting:
 
 
 def count_pretokens(
-    inputs: Inputs, special_tokens: SpecialTokens, *, pattern: str | None = None, **options: Any
+    inputs: Inputs, special_tokens: SpecialTokens, *, pattern: str | Pattern | None = None, **options: Any
 ) -> Counter[bytes]:
     """Count the pre-tokens of text: `build_count_table` as a counter. The options are those of `CountingOptions`."""
     return build_count_table(inputs, special_tokens, CountingOptions(**options), pattern=pattern).to_counter()
@@ -133,7 +132,7 @@ def build_count_table(
     special_tokens: SpecialTokens,
     options: CountingOptions = _DEFAULT_OPTIONS,
     *,
-    pattern: str | None = None,
+    pattern: str | Pattern | None = None,
 ) -> PretokenCounts:
     """Count the pre-tokens of text, in parallel if the text is large.
 
@@ -141,7 +140,7 @@ def build_count_table(
         inputs: text in UTF-8, in any form of `basic.corpus.sources`: a file, a glob, a URL, or several of them. No
             pre-token crosses the end of an input. An input that is given twice is counted twice.
         special_tokens: boundaries that no pre-token crosses; they are not counted themselves.
-        pattern: finds the pre-tokens, in the syntax of the `regex` package; GPT-2's by default.
+        pattern: finds the pre-tokens, see `basic.pretokenization.resolve_pattern`; GPT-2's by default.
 
     Returns:
         The distinct pre-tokens, ascending by their bytes, and their counts.
@@ -154,16 +153,16 @@ def build_count_table(
     sources = expand_inputs(inputs)
     for source in sources:
         check_separator(source, special_tokens.tokens)
-    compiled_pattern = compile_pattern(pattern)
+    pattern = resolve_pattern(pattern)
     segments = [entire_source(source) for source in sources]
     num_workers = options.num_workers or default_num_workers()
-    kernels = _use_kernels(segments, compiled_pattern, options.kernels)
+    kernels = _use_kernels(segments, pattern, options.kernels)
     shard_bytes = options.shard_bytes or _default_shard_bytes(segments, num_workers, kernels, options)
     work = {
         "kind": "counts of words",  # as written by earlier versions, whose work folders must open
         **inputs_fingerprint(segments),
         "special tokens": special_tokens.tokens,
-        "pattern": compiled_pattern.pattern,
+        "pattern": pattern.short_form,
         "shard_bytes": shard_bytes,
     }
     shards = split_into_shards(segments, shard_bytes)
@@ -193,8 +192,8 @@ def build_count_table(
         return drop_rare(table, options.min_count)
 
 
-def _use_kernels(segments: Sequence[Segment], pattern: re.Pattern[str], kernels: bool | None) -> bool:
-    if pattern is not GPT2_PATTERN or kernels is False:
+def _use_kernels(segments: Sequence[Segment], pattern: Pattern, kernels: bool | None) -> bool:
+    if pattern != GPT2_PATTERN or kernels is False:
         return False
     num_bytes = sum(segment.num_bytes for segment in segments)
     mapped_bytes = sum(segment.num_bytes for segment in segments if segment.is_mapped)
@@ -335,7 +334,7 @@ def _count_plain(
     counting: ShardCounting, shard: Shard, special_tokens: SpecialTokens, advance: Advance
 ) -> Iterator[PretokenCounts]:
     """The plain version of the kernels."""
-    pattern, counts = compile_pattern(counting.pattern), Counter[str]()
+    pattern, counts = counting.pattern, Counter[str]()
     limit = counting.max_pretokens or _MAX_PLAIN_PRETOKENS
 
     def table() -> PretokenCounts:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,14 @@ from basic.bpe.arrays import Chunk, InvalidByteError
 from basic.bytes_utils import decode_blocks, invalid_byte_error
 from basic.common.errors import InvalidInputError
 from basic.corpus.sources import TextSource, map_bytes, read_text_with_marks, release_pages, size_of_bom
-from basic.pretokenization import GPT2_PATTERN, SpecialTokens, chunks_of_array, chunks_of_stream, find_safe_position
+from basic.pretokenization import (
+    GPT2_PATTERN,
+    Pattern,
+    SpecialTokens,
+    chunks_of_array,
+    chunks_of_stream,
+    find_safe_position,
+)
 
 T = TypeVar("T")
 
@@ -169,7 +175,7 @@ def group_by_special_tokens(
 def read_segment(
     segment: Segment,
     special_tokens: SpecialTokens,
-    pattern: re.Pattern[str] = GPT2_PATTERN,
+    pattern: Pattern = GPT2_PATTERN,
     *,
     errors: str = "strict",
     on_read: Callable[[int], object] = lambda num_bytes: None,
@@ -195,9 +201,7 @@ def read_segment(
     return decode_blocks(counted(source.blocks(start, stop), len), source, start, errors=errors)
 
 
-def _safe_range(
-    segment: Segment, special_tokens: SpecialTokens, pattern: re.Pattern[str] = GPT2_PATTERN
-) -> tuple[int, int]:
+def _safe_range(segment: Segment, special_tokens: SpecialTokens, pattern: Pattern = GPT2_PATTERN) -> tuple[int, int]:
     def safe_position(offset: int) -> int:
         if offset <= segment.text_start:
             return segment.text_start

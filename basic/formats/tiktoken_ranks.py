@@ -30,17 +30,22 @@ def save_tiktoken(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
         >>> save_tiktoken(tokenizer, "ours.tiktoken")
         >>> tiktoken.Encoding(
         ...     "ours",
-        ...     pat_str=tokenizer.pattern or PATTERNS["gpt2"],
+        ...     pat_str=tokenizer.compiled_pattern.splits[0],
         ...     mergeable_ranks=tiktoken.load.load_tiktoken_bpe("ours.tiktoken"),
         ...     special_tokens=tokenizer.special_token_ids,
         ... )
     """
-    pattern = tokenizer.compiled_pattern.pattern
+    pattern = tokenizer.compiled_pattern
+    if len(pattern.splits) > 1:
+        raise InvalidInputError(
+            f"the tokenizer's pattern has {len(pattern.splits)} regular expressions, {pattern.splits!r}, but tiktoken "
+            "takes only one"
+        )
     if not covers_all_text(pattern):
         raise InvalidInputError(
-            f"the tokenizer's pattern {pattern!r} may leave out characters, which tiktoken would drop and this "
-            "tokenizer encodes; only patterns that certainly match every character can be saved: the known ones, and "
-            r"simple ones, for example with \s|\S as the last alternatives"
+            f"the tokenizer's pattern {pattern.splits[0]!r} may leave out characters, which tiktoken would drop "
+            "and this tokenizer encodes; only patterns that certainly match every character can be saved: the known "
+            r"ones, and simple ones, for example with \s|\S as the last alternatives"
         )
     merges = used_merges(tokenizer.merges)
     merged = {left + right for left, right in merges}

@@ -18,7 +18,7 @@ from basic.bytes_utils import from_printable, to_printable
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.common.files import atomic_write, load_json
 from basic.formats.equivalent_merges import check_all_bytes, used_merges
-from basic.pretokenization import covers_all_text, is_regular_expression
+from basic.pretokenization import GPT2_PATTERN, Pattern, covers_all_text, is_regular_expression
 from basic.Tokenizer import Tokenizer
 
 # Syntax with another meaning in Oniguruma, the engine of the `tokenizers` package, than in the `regex` package:
@@ -46,7 +46,7 @@ def save_tokenizer_json(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
         "padding": None,
         "added_tokens": [_added_token(token, i) for token, i in tokenizer.special_token_ids.items()],
         "normalizer": None,
-        "pre_tokenizer": _pre_tokenizer(tokenizer.pattern),
+        "pre_tokenizer": _pre_tokenizer(tokenizer.compiled_pattern),
         "post_processor": None,
         "decoder": {**_BYTE_LEVEL, "use_regex": True},
         "model": {
@@ -71,12 +71,14 @@ def _added_token(token: str, token_id: int) -> dict[str, Any]:
     return {"id": token_id, "content": token, **flags}
 
 
-def _pre_tokenizer(pattern: str | None) -> dict[str, Any]:
-    if pattern is None:
+def _pre_tokenizer(pattern: Pattern) -> dict[str, Any]:
+    if pattern == GPT2_PATTERN:
         return {**_BYTE_LEVEL, "use_regex": True}
-    _check_syntax(pattern, "the tokenizer's pattern")
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [split, {**_BYTE_LEVEL, "use_regex": False}]}
+    steps: list[dict[str, Any]] = []
+    for split in pattern.splits:
+        _check_syntax(split, "the tokenizer's pattern")
+        steps.append({"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False})
+    return {"type": "Sequence", "pretokenizers": [*steps, {**_BYTE_LEVEL, "use_regex": False}]}
 
 
 def _check_syntax(pattern: str, name: str) -> None:
@@ -212,7 +214,7 @@ def _parse_pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
         pattern = f"(?:{pattern})"
     behavior = (split["behavior"], split["invert"])
     # To remove text that does not match has no effect with a pattern that matches all text.
-    if behavior[0] != "Isolated" and not (behavior == ("Removed", True) and covers_all_text(pattern)):
+    if behavior[0] != "Isolated" and not (behavior == ("Removed", True) and covers_all_text(Pattern(pattern))):
         raise InvalidInputError(
             f"pre_tokenizer.behavior is {behavior[0]!r} with invert = {json.dumps(behavior[1])}, which is not "
             "supported; only 'Isolated' is"

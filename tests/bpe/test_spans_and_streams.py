@@ -51,7 +51,7 @@ def theirs(ours) -> tokenizers.Tokenizer:
 def tiktokens(ours) -> tiktoken.Encoding:
     special = ours.special_token_ids
     ranks = {token: i for i, token in ours.vocab.items() if i not in special.values()}
-    return tiktoken.Encoding("ours", pat_str=GPT2_PATTERN.pattern, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding("ours", pat_str=GPT2_PATTERN.splits[0], mergeable_ranks=ranks, special_tokens=special)
 
 
 # Spans

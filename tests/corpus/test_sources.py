@@ -32,9 +32,9 @@ from basic.encoding import encode_file, encode_files
 from basic.pretokenization import (
     SpecialTokens,
     chunks_of_stream,
-    compile_pattern,
     pretokenize,
     replace_surrogates,
+    resolve_pattern,
 )
 from basic.Tokenizer import Tokenizer
 from basic.tokens.opening import open_tokens
@@ -117,7 +117,7 @@ def test_counts_merges_and_ids_are_those_of_the_plain_text(tmp_path, suffix, ker
     chunk_bytes=st.integers(1, 9),
 )
 def test_streams_are_divided_only_at_safe_positions(pattern, text, special_tokens, positions, chunk_bytes):
-    special, compiled_pattern = SpecialTokens(special_tokens), compile_pattern(pattern)
+    special, compiled_pattern = SpecialTokens(special_tokens), resolve_pattern(pattern)
     chunks = [
         data[start:stop].tobytes().decode()
         for data, start, stop in chunks_of_stream(divide(text, positions), special, chunk_bytes, compiled_pattern)
@@ -181,7 +181,7 @@ def test_special_tokens_in_documents_are_text(tmp_path_factory, kernels, pattern
     )
     by_definition = Counter({b"a": 2, b"b": 2})
     for document in documents:
-        ((pretokens, _),) = pretokenize(replace_surrogates(document), SpecialTokens([]), compile_pattern(pattern))
+        ((pretokens, _),) = pretokenize(replace_surrogates(document), SpecialTokens([]), resolve_pattern(pattern))
         by_definition.update(map(str.encode, pretokens))
     assert counted == by_definition
 
