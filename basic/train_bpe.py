@@ -8,13 +8,15 @@ plain algorithm is `_MergeState`; `basic.bpe.kernels.learn_merges` is its compil
 from __future__ import annotations
 
 import heapq
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from basic.bpe import compiled, loading
 from basic.bpe.arrays import MAX_SYMBOLS, PretokenCounts
+from basic.bpe.plain import NumberedMerges, number_merges
 from basic.common.arguments import check_integer
 from basic.common.errors import InvalidInputError
 from basic.common.progress import progress_bar
@@ -22,6 +24,7 @@ from basic.corpus.counting import CountingOptions, build_count_table
 from basic.corpus.sources import Inputs
 from basic.pretokenization import Pattern, SpecialTokens
 
+Merge = tuple[bytes, bytes]
 Pair = tuple[int, int]
 
 _BOUNDARY = -1  # between two pre-tokens; nothing is merged with it
@@ -34,11 +37,12 @@ def train_bpe(
     special_tokens: Iterable[str],
     *,
     pattern: str | Pattern | None = None,
+    max_token_bytes: int | None = None,
     num_workers: int | None = None,
     kernels: bool | None = None,
     progress: bool = False,
     **counting: Any,
-) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
+) -> tuple[dict[int, bytes], list[Merge]]:
     """Train byte-pair encoding on text of any size.
 
     Args:
@@ -49,6 +53,8 @@ def train_bpe(
         special_tokens: strings that are never split; nothing is merged across them.
         pattern: finds the pre-tokens: a name, a regular expression or a `Pattern`, see
             `basic.pretokenization.resolve_pattern`.
+        max_token_bytes: no longer token is learned, at least 1; by default there is no limit. Special tokens may be
+            longer.
         num_workers: threads or processes that count, by default one for each processor; the result is the same.
         kernels: whether to use compiled code; by default if the text is large. The result is the same.
         progress: whether to show progress bars.
@@ -74,16 +80,66 @@ def train_bpe(
             f"vocab_size={vocab_size} is too small: the 256 bytes and {len(special.tokens)} special tokens "
             f"need at least {len(first_tokens)}"
         )
-    options = CountingOptions(num_workers=num_workers, kernels=kernels, progress=progress, **counting)
-    counts = build_count_table(inputs, special, options, pattern=pattern)
-    merges = _learn_merges(counts, vocab_size - len(first_tokens), kernels=kernels, progress=progress)
+    merges = learn_more_merges(
+        inputs,
+        vocab_size - len(first_tokens),
+        (),
+        special.tokens,
+        pattern=pattern,
+        max_token_bytes=max_token_bytes,
+        num_workers=num_workers,
+        kernels=kernels,
+        progress=progress,
+        **counting,
+    )
     tokens = first_tokens + [left + right for left, right in merges]
     return dict(enumerate(tokens)), merges
 
 
+def learn_more_merges(
+    inputs: Inputs,
+    num_merges: int,
+    merges: Iterable[Merge],
+    special_tokens: Iterable[str],
+    *,
+    pattern: str | Pattern | None = None,
+    max_token_bytes: int | None = None,
+    num_workers: int | None = None,
+    kernels: bool | None = None,
+    progress: bool = False,
+    **counting: Any,
+) -> list[Merge]:
+    """Continue the training of a tokenizer on another text: learn merges that come after its own.
+
+    The text is first encoded with the merges that are given. `Tokenizer.with_merges` takes the result.
+
+    Args:
+        inputs, special_tokens, max_token_bytes, num_workers, kernels, progress, counting: as for `train_bpe`.
+        num_merges: the largest number of merges to learn, at least 0; there are fewer if no pair is left.
+        merges: of the tokenizer, in order.
+        pattern: of the tokenizer (`Tokenizer.pattern`).
+
+    Returns:
+        The new merges, in order.
+
+    Raises:
+        InvalidInputError, TypeError, OSError: as for `train_bpe`; also if a merge needs a token that a later one makes.
+    """
+    learning = _Learning.checked(num_merges, merges, max_token_bytes)
+    options = CountingOptions(num_workers=num_workers, kernels=kernels, progress=progress, **counting)
+    counts = build_count_table(inputs, SpecialTokens(special_tokens), options, pattern=pattern)
+    return _learn_merges(counts, learning, kernels=kernels, progress=progress)
+
+
 def merges_from_counts(
-    counts: Mapping[bytes, int], num_merges: int, *, kernels: bool | None = None, progress: bool = False
-) -> list[tuple[bytes, bytes]]:
+    counts: Mapping[bytes, int],
+    num_merges: int,
+    *,
+    first_merges: Iterable[Merge] = (),
+    max_token_bytes: int | None = None,
+    kernels: bool | None = None,
+    progress: bool = False,
+) -> list[Merge]:
     """Learn merges from pre-tokens and their counts.
 
     Each step merges the most frequent pair of neighbouring tokens at all its positions, from left to right. Of several
@@ -92,6 +148,8 @@ def merges_from_counts(
     Args:
         counts: pre-token to count, at least 0.
         num_merges: the largest number of merges, at least 0; there are fewer if no pair is left.
+        first_merges: applied first; not among the results.
+        max_token_bytes: no longer token is learned, at least 1; by default there is no limit.
         kernels: whether to use compiled code; by default if there are many pre-tokens. The result is the same.
         progress: whether to show a progress bar.
 
@@ -99,35 +157,58 @@ def merges_from_counts(
         The merges, in order.
 
     Raises:
-        InvalidInputError: a number is negative, or there are too many pre-tokens.
+        InvalidInputError: a number is too small, a first merge needs a token that a later one makes, or there are too
+            many pre-tokens.
         TypeError: a pre-token is not bytes.
 
     Example:
         >>> merges_from_counts({b"low": 5, b"lower": 2, b"widest": 3, b"newest": 6}, 3)
         [(b's', b't'), (b'e', b'st'), (b'o', b'w')]
     """
-    num_merges = check_integer("num_merges", num_merges)
-    if num_merges < 0:
-        raise InvalidInputError(f"num_merges={num_merges} must be at least 0")
+    learning = _Learning.checked(num_merges, first_merges, max_token_bytes)
     for pretoken, count in counts.items():
         if not isinstance(pretoken, bytes):
             raise TypeError(f"pre-tokens must be bytes, got {pretoken!r}; encode text first")
         if count < 0:
             raise InvalidInputError(f"the count of {pretoken!r} is {count}; it must be at least 0")
-    return _learn_merges(counts, num_merges, kernels=kernels, progress=progress)
+    return _learn_merges(counts, learning, kernels=kernels, progress=progress)
+
+
+class _Learning(NamedTuple):
+    """What to learn; see `merges_from_counts`."""
+
+    num_merges: int
+    first_merges: NumberedMerges
+    max_token_bytes: int | None
+
+    @classmethod
+    def checked(cls, num_merges: int, first_merges: Iterable[Merge], max_token_bytes: int | None) -> _Learning:
+        num_merges = check_integer("num_merges", num_merges)
+        if num_merges < 0:
+            raise InvalidInputError(f"num_merges={num_merges} must be at least 0")
+        if max_token_bytes is not None and check_integer("max_token_bytes", max_token_bytes) < 1:
+            raise InvalidInputError(f"max_token_bytes={max_token_bytes} must be at least 1")
+        try:
+            return cls(num_merges, number_merges(first_merges), max_token_bytes)
+        except ValueError as error:
+            raise InvalidInputError(str(error)) from None
 
 
 def _learn_merges(
-    counts: Mapping[bytes, int] | PretokenCounts, num_merges: int, *, kernels: bool | None, progress: bool
-) -> list[tuple[bytes, bytes]]:
+    counts: Mapping[bytes, int] | PretokenCounts, learning: _Learning, *, kernels: bool | None, progress: bool
+) -> list[Merge]:
+    num_merges, first_merges, max_token_bytes = learning
     with progress_bar(progress, desc="merging", total=num_merges, unit=" merges") as advance:
         if (pretokens := arrays_for_kernels(counts, kernels)) is not None:
-            return compiled.learn_merges(pretokens, num_merges, advance)
-        state = _MergeState(counts if isinstance(counts, Mapping) else counts.to_counter())
+            return compiled.learn_merges(
+                pretokens, num_merges, advance, first_merges=first_merges, max_token_bytes=max_token_bytes
+            )
+        state = _MergeState(counts if isinstance(counts, Mapping) else counts.to_counter(), max_token_bytes)
+        state.apply(first_merges)
         merges = []
         while len(merges) < num_merges and (pair := state.pop_best_pair()) is not None:
             merges.append((state.tokens[pair[0]], state.tokens[pair[1]]))
-            state.merge(pair)
+            state.merge(pair, state.add_token(pair))
             advance(1)
         return merges
 
@@ -178,11 +259,13 @@ class _MergeState:
         right       1   2   3   4                             1   2   4       -
 
     Tokens are compared by number instead of by bytes. This is correct because no two merges produce the same bytes:
-    what is merged inside a token does not depend on the text around it, so equal bytes result from equal merges.
+    what is merged inside a token does not depend on the text around it, so equal bytes result from equal merges. (Of
+    given merges with the same result, at most one is ever applied.)
     """
 
-    def __init__(self, counts: Mapping[bytes, int]):
+    def __init__(self, counts: Mapping[bytes, int], max_token_bytes: int | None = None):
         self.tokens = [bytes([byte]) for byte in range(256)]
+        self._max_token_bytes = sys.maxsize if max_token_bytes is None else max_token_bytes
         self._sort_keys = [_descending_key(token) for token in self.tokens]
 
         self._token_at = [_BOUNDARY]
@@ -200,8 +283,27 @@ class _MergeState:
             if _BOUNDARY not in pair:
                 self._pair_counts[pair] += self._count_at[position]
                 self._positions[pair].append(position)
-        self._heap = [self._heap_entry(pair) for pair in self._pair_counts]
+        self._heap = [self._heap_entry(pair) for pair in self._pair_counts if self._may_be_merged(pair)]
         heapq.heapify(self._heap)
+
+    def apply(self, merges: NumberedMerges) -> None:
+        """Apply merges at the beginning, in their order. What they leave in the heap is outdated."""
+        for token in merges.tokens[256:]:
+            self._append_token(token)
+        for left, right, new in merges.triples:
+            self.merge((left, right), new)
+
+    def add_token(self, pair: Pair) -> int:
+        """Add the token that merging a pair makes; return its number."""
+        self._append_token(self.tokens[pair[0]] + self.tokens[pair[1]])
+        return len(self.tokens) - 1
+
+    def _append_token(self, token: bytes) -> None:
+        self.tokens.append(token)
+        self._sort_keys.append(_descending_key(token))
+
+    def _may_be_merged(self, pair: Pair) -> bool:
+        return len(self.tokens[pair[0]]) + len(self.tokens[pair[1]]) <= self._max_token_bytes
 
     def pop_best_pair(self) -> Pair | None:
         """The pair to merge next, or None if no pair is left.
@@ -218,16 +320,13 @@ class _MergeState:
                 heapq.heappush(self._heap, self._heap_entry(pair))
         return None
 
-    def merge(self, pair: Pair) -> None:
-        """Merge the pair at all its positions, and update the counts of the pairs next to it."""
+    def merge(self, pair: Pair, new: int) -> None:
+        """Merge the pair to the token `new` at all its positions, and update the counts of the pairs next to it."""
         left, right = pair
-        new = len(self.tokens)
-        self.tokens.append(self.tokens[left] + self.tokens[right])
-        self._sort_keys.append(_descending_key(self.tokens[new]))
         token_at, left_of, right_of = self._token_at, self._left_of, self._right_of
         pair_counts, positions = self._pair_counts, self._positions
         new_pairs = set()
-        for position in positions.pop(pair):  # from left to right, as they were added
+        for position in positions.pop(pair, ()):  # from left to right, as they were added
             right_position = right_of[position]
             if token_at[position] != left or token_at[right_position] != right:
                 continue  # merged in an earlier step, or in this one: "aaa" has only one "aa"
@@ -247,7 +346,8 @@ class _MergeState:
                 positions[new, neighbour].append(position)
                 new_pairs.add((new, neighbour))
         for new_pair in new_pairs:
-            if pair_counts[new_pair] > 0:  # in "abab" the first "ab" makes ("ab", "a"), which the second one removes
+            # In "abab" the first "ab" makes ("ab", "a"), which the second one removes.
+            if pair_counts[new_pair] > 0 and self._may_be_merged(new_pair):
                 heapq.heappush(self._heap, self._heap_entry(new_pair))
 
     def _heap_entry(self, pair: Pair) -> tuple[int, str, str, Pair]:

@@ -28,7 +28,7 @@ import numpy as np
 
 from basic.bpe.arrays import Chunk, InvalidByteError, PretokenCounts, bytes_array, special_token_arrays
 from basic.bpe.loading import load_kernels
-from basic.bpe.plain import MergeRules
+from basic.bpe.plain import MergeRules, NumberedMerges
 
 if TYPE_CHECKING:
     from basic.bpe.kernels.encode import PretokenEncoder
@@ -117,18 +117,25 @@ def _map_in_order(function: Callable[[T], R], items: Iterable[T], num_threads: i
 
 
 def learn_merges(
-    pretokens: PretokenCounts, num_merges: int, advance: Callable[[int], object]
+    pretokens: PretokenCounts,
+    num_merges: int,
+    advance: Callable[[int], object],
+    *,
+    first_merges: NumberedMerges,
+    max_token_bytes: int | None,
 ) -> list[tuple[bytes, bytes]]:
     """Learn merges from distinct pre-tokens.
 
     Args:
         pretokens: the sum of their number and their bytes is less than 2**31, that of their counts less than 2**63.
         advance: gets the number of new merges, now and then.
+        first_merges: applied first; not among the results.
+        max_token_bytes: no longer token is learned.
     """
     load_kernels("training")
     from basic.bpe.kernels.learn_merges import MergeLearner
 
-    learner = MergeLearner(pretokens, num_merges)
+    learner = MergeLearner(pretokens, num_merges, first_merges, max_token_bytes)
     num_learned = 0
     while True:
         # Not all in one call, so that the progress bar moves and the user can interrupt.

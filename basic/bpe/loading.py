@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from basic.bpe.arrays import bytes_array, special_token_arrays
-from basic.bpe.plain import MergeRules
+from basic.bpe.plain import MergeRules, number_merges
 
 Task = Literal["training", "encoding"]
 
@@ -103,7 +103,7 @@ def _warm_up_training() -> None:
     counter = PretokenCounter(code_classes(), special_token_arrays([b"<|endoftext|>"]))
     counter.add_text(data, 0, len(data))
     counter.grow()
-    learner = MergeLearner(sort_and_sum(counter.pretokens()), 3)
+    learner = MergeLearner(sort_and_sum(counter.pretokens()), 3, number_merges([(b"t", b"h")]))
     learner.grow(1 << 17)
     learner.learn(3)
 

@@ -42,6 +42,49 @@ class MergeRules(NamedTuple):
     results: list[int]
 
 
+class NumberedMerges(NamedTuple):
+    """Merges for a learner that continues after them.
+
+    Attributes:
+        tokens: number to bytes: first the 256 bytes, then the others in the order of the merges.
+        triples: of each merge the numbers of the left, the right and the resulting token.
+    """
+
+    tokens: list[bytes]
+    triples: list[tuple[int, int, int]]
+
+
+def number_merges(merges: Iterable[tuple[bytes, bytes]]) -> NumberedMerges:
+    """Number the tokens of merges. Merges with the same result have one token; a merge that is given again counts once.
+
+    Raises:
+        TypeError: a merge is not a pair of bytes.
+        ValueError: a merge needs a token that a later merge makes. Then encoding does not apply the merges one after
+            the other, as a learner does.
+    """
+    tokens = [bytes([byte]) for byte in range(256)]
+    numbers = {token: number for number, token in enumerate(tokens)}
+    needed_by: dict[bytes, int] = {}  # tokens that no merge has made so far
+    triples: dict[tuple[int, int], int] = {}
+    for rank, merge in enumerate(merges):
+        if not _is_pair_of_bytes(merge):
+            raise TypeError(f"merge {rank} must be a pair of bytes, got {merge!r}")
+        left, right = merge
+        if (needing := needed_by.get(left + right)) is not None:
+            raise ValueError(
+                f"merge {rank}, {merge!r}, makes a token that merge {needing} already needs; only merges that need "
+                "none of a later one can be continued"
+            )
+        for token in merge:
+            if token not in numbers:
+                needed_by[token] = rank
+        for token in (left, right, left + right):
+            if numbers.setdefault(token, len(tokens)) == len(tokens):
+                tokens.append(token)
+        triples.setdefault((numbers[left], numbers[right]), numbers[left + right])
+    return NumberedMerges(tokens, [(left, right, new) for (left, right), new in triples.items()])
+
+
 def merge_rules(ids: dict[bytes, int], merges: Iterable[tuple[bytes, bytes]]) -> MergeRules:
     """Look up the ids of all merges.
 
@@ -66,11 +109,15 @@ def merge_rules(ids: dict[bytes, int], merges: Iterable[tuple[bytes, bytes]]) ->
 
 
 def _merge_error(rank: int, merge: tuple[bytes, bytes], ids: dict[bytes, int]) -> Exception:
-    if not (isinstance(merge, tuple | list) and len(merge) == 2 and all(isinstance(token, bytes) for token in merge)):
+    if not _is_pair_of_bytes(merge):
         return TypeError(f"merge {rank} must be a pair of bytes, got {merge!r}")
     left, right = merge
     missing = next(token for token in (left, right, left + right) if token not in ids)
     return ValueError(f"merge {rank}, {merge!r}, needs the token {missing!r}, which is not in the vocabulary")
+
+
+def _is_pair_of_bytes(merge: object) -> bool:
+    return isinstance(merge, tuple | list) and len(merge) == 2 and all(isinstance(token, bytes) for token in merge)
 
 
 class PretokenCache(dict[str, tuple[int, ...]]):

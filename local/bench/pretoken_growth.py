@@ -20,6 +20,7 @@ import tyro
 
 from basic.bpe import compiled, loading
 from basic.bpe.arrays import PretokenCounts
+from basic.bpe.plain import number_merges
 from basic.corpus.count_tables import merge_tables, read_table, write_table
 from basic.corpus.counting import CountingOptions, build_count_table
 from basic.pretokenization import SpecialTokens
@@ -82,7 +83,9 @@ def print_costs(number: int, folder: Path) -> None:
     add_s = (time.process_time() - start) / 16
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     start = time.process_time()
-    merges = compiled.learn_merges(table, MERGES, lambda amount: None)
+    merges = compiled.learn_merges(
+        table, MERGES, lambda amount: None, first_merges=number_merges(()), max_token_bytes=None
+    )
     learn_s = time.process_time() - start
     print(
         f"| {number:,} | {num_bytes / number:.1f} | {sort_s / number * 1e9:.0f} ns | {write_s / number * 1e9:.0f} ns | "

@@ -15,6 +15,9 @@ lose them. So
 - the heap is lazy: a count can only decrease, so an entry with an outdated count is corrected and moved down when it
   reaches the top.
 
+A learner can continue after merges that are given: it first applies these, one after the other, wherever their pairs
+are, and leaves their entries in the heap, where they are outdated.
+
 Tokens are compared by number instead of by bytes, because no two merges produce the same bytes: what is merged inside
 a token does not depend on the text around it, so equal bytes result from equal merges.
 """
@@ -28,11 +31,13 @@ import numpy as np
 from basic.bpe.arrays import PretokenCounts
 from basic.bpe.kernels.hash_table import DONE, FULL, I64
 from basic.bpe.kernels.instructions import U64, kernel, prefetch
+from basic.bpe.plain import NumberedMerges
 
 NO_TOKEN, INSIDE = -1, -2  # symbols: between pre-tokens, and inside a token
 
-# Indices in the state: merges so far, pairs so far, entries of the heap, used elements of the occurrences.
-NUM_MERGES, NUM_PAIRS, HEAP_SIZE, NUM_OCCURRENCES = 0, 1, 2, 3
+# Indices in the state: merges learned so far, pairs so far, entries of the heap, used elements of the occurrences,
+# tokens so far, given merges applied so far, the pair for which an array is too small, the limit for a token.
+NUM_MERGES, NUM_PAIRS, HEAP_SIZE, NUM_OCCURRENCES, NUM_TOKENS, NUM_APPLIED, LARGE_PAIR, MAX_TOKEN_BYTES = range(8)
 
 _EMPTY = U64(0xFFFFFFFFFFFFFFFF)
 _MULTIPLIER = U64(0x9E3779B97F4A7C15)
@@ -106,7 +111,7 @@ def _find_slot(keys, left, right):
 
 @kernel
 def _add_pair(left, right, count, first, num_positions, pairs, index, heap, tokens, state):
-    """Add a pair to all tables, which must have enough capacity."""
+    """Add a pair to all tables, which must have enough capacity; to the heap only if it may be merged."""
     lefts, rights, counts, firsts, sizes = pairs
     pair = state[NUM_PAIRS]
     state[NUM_PAIRS] = pair + 1
@@ -114,7 +119,9 @@ def _add_pair(left, right, count, first, num_positions, pairs, index, heap, toke
     slot = _find_slot(index[0], left, right)
     index[0][slot] = (U64(left) << U64(32)) | U64(right)
     index[1][slot] = pair
-    if count > 0:
+    starts = tokens[1]
+    num_bytes = starts[left + 1] - starts[left] + starts[right + 1] - starts[right]
+    if count > 0 and num_bytes <= state[MAX_TOKEN_BYTES]:
         _push(heap, state[HEAP_SIZE], count, pair, pairs, tokens)
         state[HEAP_SIZE] += 1
 
@@ -262,28 +269,71 @@ def _add_new_pairs(
 
 
 @kernel
+def _has_room(pair, pairs, occurrences, records, state):
+    """Whether the arrays have enough capacity to merge a pair; otherwise the state has the pair for `grow`."""
+    size = pairs[4][pair]
+    num_pairs = state[NUM_PAIRS] + 2 * min(size, state[NUM_TOKENS] + 1)
+    has_room = (
+        2 * size <= len(records[0])
+        and state[NUM_OCCURRENCES] + 2 * size <= len(occurrences[0])
+        and num_pairs <= len(pairs[0])
+    )
+    if not has_room:
+        state[LARGE_PAIR] = pair
+    return has_room
+
+
+@kernel
+def _merge(pair, new, symbols, counts, tokens, pairs, index, heap, occurrences, before, after, records, state):
+    """Merge a pair to the token `new` wherever it is, and update the pairs around it."""
+    left, right, first, size = I64(pairs[0][pair]), I64(pairs[1][pair]), pairs[3][pair], pairs[4][pair]
+    num_before, num_after, num_records = _merge_positions(
+        left, right, new, first, size, symbols, counts, occurrences, tokens, before, after, records
+    )
+    _add_new_pairs(
+        left, right, new, num_before, num_after, num_records,
+        occurrences, tokens, before, after, records, pairs, index, heap, state,
+    )  # fmt: skip
+    pairs[2][pair] = 0  # also what "aaa" subtracted from the pair itself
+
+
+@kernel
+def _apply(given, symbols, counts, tokens, pairs, index, heap, occurrences, before, after, records, state):
+    """Apply the merges that are given, in order: DONE, or FULL if an array is too small."""
+    lefts, rights, results = given
+    while state[NUM_APPLIED] < len(lefts):
+        i = state[NUM_APPLIED]
+        slot = _find_slot(index[0], lefts[i], rights[i])
+        if index[0][slot] != _EMPTY and pairs[2][index[1][slot]] > 0:
+            pair = I64(index[1][slot])
+            if not _has_room(pair, pairs, occurrences, records, state):
+                return FULL
+            new = I64(results[i])
+            _merge(pair, new, symbols, counts, tokens, pairs, index, heap, occurrences, before, after, records, state)
+        state[NUM_APPLIED] += 1
+    return DONE
+
+
+@kernel
 def _learn(limit, symbols, counts, merges, tokens, pairs, index, heap, occurrences, before, after, records, state):
     """Learn merges until there are `limit` or no pair is left (both DONE), or an array is too small (FULL)."""
-    lefts, rights, pair_counts, firsts, sizes = pairs
+    lefts, rights, pair_counts = pairs[0], pairs[1], pairs[2]
     while state[NUM_MERGES] < limit and state[HEAP_SIZE] > 0:
-        count, pair = heap[0][0], heap[1][0]
+        count, pair = heap[0][0], I64(heap[1][0])
         stale = pair_counts[pair] != count
         if stale and pair_counts[pair] > 0:
             _sift_down(heap, state[HEAP_SIZE], pair_counts[pair], pair, pairs, tokens)
             continue
-        left, right, first, size = I64(lefts[pair]), I64(rights[pair]), firsts[pair], sizes[pair]
-        new = 256 + state[NUM_MERGES]
+        left, right, new = I64(lefts[pair]), I64(rights[pair]), state[NUM_TOKENS]
         start = tokens[1][new]
         left_start, right_start = tokens[1][left], tokens[1][right]
         left_size, right_size = tokens[1][left + 1] - left_start, tokens[1][right + 1] - right_start
-        num_pairs = state[NUM_PAIRS] + 2 * min(size, new + 1)
-        if not stale and (
-            2 * size > len(records[0])
-            or state[NUM_OCCURRENCES] + 2 * size > len(occurrences[0])
-            or num_pairs > len(lefts)
-            or start + left_size + right_size > len(tokens[0])
-        ):
-            return FULL
+        if not stale:
+            if not _has_room(pair, pairs, occurrences, records, state):
+                return FULL
+            if start + left_size + right_size > len(tokens[0]):
+                state[LARGE_PAIR] = pair
+                return FULL
         state[HEAP_SIZE] -= 1
         last = state[HEAP_SIZE]
         _sift_down(heap, last, heap[0][last], heap[1][last], pairs, tokens)
@@ -296,14 +346,8 @@ def _learn(limit, symbols, counts, merges, tokens, pairs, index, heap, occurrenc
         tokens[1][new + 1] = start + left_size + right_size
         merges[0][state[NUM_MERGES]], merges[1][state[NUM_MERGES]] = left, right
         state[NUM_MERGES] += 1
-        num_before, num_after, num_records = _merge_positions(
-            left, right, new, first, size, symbols, counts, occurrences, tokens, before, after, records
-        )
-        _add_new_pairs(
-            left, right, new, num_before, num_after, num_records,
-            occurrences, tokens, before, after, records, pairs, index, heap, state,
-        )  # fmt: skip
-        pair_counts[pair] = 0  # also what "aaa" subtracted from the pair itself
+        state[NUM_TOKENS] += 1
+        _merge(pair, new, symbols, counts, tokens, pairs, index, heap, occurrences, before, after, records, state)
     return DONE
 
 
@@ -329,10 +373,18 @@ class MergeLearner:
 
     Args:
         pretokens: distinct; the sum of their number and their bytes is less than 2**31.
-        num_merges: the largest number of merges.
+        num_merges: the largest number of merges to learn.
+        first_merges: applied first; not counted.
+        max_token_bytes: no longer token is learned; None for no limit.
     """
 
-    def __init__(self, pretokens: PretokenCounts, num_merges: int) -> None:
+    def __init__(
+        self,
+        pretokens: PretokenCounts,
+        num_merges: int,
+        first_merges: NumberedMerges,
+        max_token_bytes: int | None = None,
+    ) -> None:
         lengths = np.diff(pretokens.starts)
         num_symbols = len(pretokens.data) + len(lengths) + 1
         self._symbols = np.full(num_symbols, NO_TOKEN, np.int32)
@@ -342,16 +394,33 @@ class MergeLearner:
         num_merges = min(num_merges, len(pretokens.data))
         self.num_merges = num_merges
         self._merges = (np.zeros(num_merges, np.int32), np.zeros(num_merges, np.int32))
-        token_starts = np.zeros(256 + num_merges + 1, np.int64)
-        token_starts[:257] = np.arange(257)
-        self._tokens = (np.arange(1 << 14).astype(np.uint8), token_starts)
+        first_tokens = first_merges.tokens
+        self._num_first_tokens = num_first = len(first_tokens)
+        token_starts = np.zeros(num_first + num_merges + 1, np.int64)
+        np.cumsum(list(map(len, first_tokens)), out=token_starts[1 : num_first + 1])
+        first_data = np.frombuffer(b"".join(first_tokens), np.uint8)
+        self._tokens = (_extended(first_data, len(first_data) + (1 << 14)), token_starts)
         self._before, self._after = (
-            tuple(np.zeros(256 + num_merges, dtype) for dtype in (np.int64, np.int64, np.int64, np.int32))
+            tuple(np.zeros(num_first + num_merges, dtype) for dtype in (np.int64, np.int64, np.int64, np.int32))
             for _ in range(2)
         )
         self._records = tuple(np.zeros(1 << 12, np.int32) for _ in range(3))
-        self._state = np.zeros(4, np.int64)
+        self._state = np.zeros(8, np.int64)
+        self._state[NUM_TOKENS] = num_first
+        self._state[MAX_TOKEN_BYTES] = np.iinfo(np.int64).max if max_token_bytes is None else max_token_bytes
         self._find_first_pairs()
+        self._apply(first_merges)
+
+    def _apply(self, merges: NumberedMerges) -> None:
+        given = tuple(np.array(merges.triples, np.int32).reshape(-1, 3).T.copy())
+        while (
+            _apply(
+                given, self._symbols, self._counts, self._tokens, self._pairs, self._index, self._heap,
+                self._occurrences, self._before, self._after, self._records, self._state,
+            )
+            == FULL
+        ):  # fmt: skip
+            self.grow(0)
 
     def _find_first_pairs(self) -> None:
         sums, sizes, nothing = np.zeros(65536, np.int64), np.zeros(65537, np.int64), np.zeros(0, np.int32)
@@ -384,9 +453,9 @@ class MergeLearner:
 
     def grow(self, num_pairs: int) -> None:
         """Extend the arrays that are too small for the next merge, and to at least `num_pairs` pairs."""
-        pair = self._heap[1][0]
+        pair = self._state[LARGE_PAIR]
         left, right, size = self._pairs[0][pair], self._pairs[1][pair], int(self._pairs[4][pair])
-        starts, new = self._tokens[1], 256 + int(self._state[NUM_MERGES])
+        starts, new = self._tokens[1], int(self._state[NUM_TOKENS])
         num_bytes = int(starts[new] + starts[left + 1] - starts[left] + starts[right + 1] - starts[right])
         self._tokens = (_extended(self._tokens[0], num_bytes), starts)
         self._records = tuple(_extended(array, 2 * size) for array in self._records)
@@ -402,9 +471,9 @@ class MergeLearner:
             _fill_index(self._pairs, int(self._state[NUM_PAIRS]), *self._index)
 
     def merges(self) -> list[tuple[bytes, bytes]]:
-        """All merges so far, in order, as bytes."""
+        """The merges learned so far, in order, as bytes."""
         num_merges = int(self._state[NUM_MERGES])
-        starts = self._tokens[1][: 257 + num_merges].tolist()
+        starts = self._tokens[1][: self._num_first_tokens + num_merges + 1].tolist()
         data = self._tokens[0][: starts[-1]].tobytes()
         tokens = [data[start:stop] for start, stop in pairwise(starts)]
         left, right = (ids[:num_merges].tolist() for ids in self._merges)
