@@ -22,7 +22,7 @@ import numpy.typing as npt
 from basic.bpe import loading
 from basic.bpe.arrays import MAX_VOCAB_SIZE, InvalidByteError
 from basic.bpe.compiled import KernelEncoder
-from basic.bpe.plain import PretokenCache, merge_rules
+from basic.bpe.plain import PretokenCache, is_pair_of_bytes, merge_rules
 from basic.bpe.spans import Encoding, find_spans
 from basic.bpe.stream_decoder import StreamDecoder
 from basic.bytes_utils import decode_blocks, invalid_byte_error, load_merges, load_vocab, save_merges, save_vocab
@@ -158,6 +158,37 @@ class Tokenizer:
     @cached_property
     def _ids_of_tokens(self) -> dict[bytes, int]:
         return {self.vocab[token_id]: token_id for token_id in sorted(self.vocab, reverse=True)}
+
+    def with_special_tokens(self, special_tokens: Iterable[str]) -> Tokenizer:
+        """Return a tokenizer with further special tokens, after its own; those that it has already stay as they are.
+
+        One whose bytes are not in the vocabulary gets the next id after the largest.
+        """
+        new = SpecialTokens(special_tokens).tokens
+        return self._extended([], [token for token in new if token not in self.special_token_ids])
+
+    def with_merges(self, merges: Iterable[tuple[bytes, bytes]]) -> Tokenizer:
+        """Return a tokenizer with further merges, after its own, such as those of `basic.train_bpe.learn_more_merges`.
+
+        A token that is not in the vocabulary gets the next id after the largest. All other ids stay.
+
+        Raises:
+            TypeError: a merge is not a pair of bytes.
+            InvalidInputError: a merge needs a token that is not in the vocabulary.
+        """
+        return self._extended(list(merges), [])
+
+    def _extended(self, merges: list[tuple[bytes, bytes]], special_tokens: list[str]) -> Tokenizer:
+        tokens = set(self.vocab.values())
+        made = [left + right for left, right in filter(is_pair_of_bytes, merges)]  # the others are refused below
+        new = [token for token in dict.fromkeys(made) if token not in tokens]
+        return Tokenizer(
+            {**self.vocab, **dict(enumerate(new, self.vocab_size))},
+            [*self.merges, *merges],
+            [*self.special_token_ids, *special_tokens],
+            pattern=self.pattern,
+            kernels=self.kernels,
+        )
 
     @property
     def pattern(self) -> str | Pattern | None:

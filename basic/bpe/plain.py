@@ -67,7 +67,7 @@ def number_merges(merges: Iterable[tuple[bytes, bytes]]) -> NumberedMerges:
     needed_by: dict[bytes, int] = {}  # tokens that no merge has made so far
     triples: dict[tuple[int, int], int] = {}
     for rank, merge in enumerate(merges):
-        if not _is_pair_of_bytes(merge):
+        if not is_pair_of_bytes(merge):
             raise TypeError(f"merge {rank} must be a pair of bytes, got {merge!r}")
         left, right = merge
         if (needing := needed_by.get(left + right)) is not None:
@@ -109,14 +109,15 @@ def merge_rules(ids: dict[bytes, int], merges: Iterable[tuple[bytes, bytes]]) ->
 
 
 def _merge_error(rank: int, merge: tuple[bytes, bytes], ids: dict[bytes, int]) -> Exception:
-    if not _is_pair_of_bytes(merge):
+    if not is_pair_of_bytes(merge):
         return TypeError(f"merge {rank} must be a pair of bytes, got {merge!r}")
     left, right = merge
     missing = next(token for token in (left, right, left + right) if token not in ids)
     return ValueError(f"merge {rank}, {merge!r}, needs the token {missing!r}, which is not in the vocabulary")
 
 
-def _is_pair_of_bytes(merge: object) -> bool:
+def is_pair_of_bytes(merge: object) -> bool:
+    """Whether something is a merge: the left and the right token."""
     return isinstance(merge, tuple | list) and len(merge) == 2 and all(isinstance(token, bytes) for token in merge)
 
 

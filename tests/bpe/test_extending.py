@@ -10,10 +10,12 @@ import pytest
 
 from basic.bpe.plain import merge_rules, merge_short, number_merges
 from basic.common.errors import InvalidInputError
+from basic.Tokenizer import Tokenizer
 from basic.train_bpe import Merge, learn_more_merges, merges_from_counts, train_bpe
 
 from ..fixtures.make_tokenizer_fixtures import SAMPLE
 
+END = "<|endoftext|>"
 BOTH = pytest.mark.parametrize("kernels", [False, True])
 
 
@@ -110,15 +112,56 @@ def test_the_kernel_grows_its_arrays_while_it_applies_merges():
 
 
 def test_training_continues_on_text(tmp_path):
-    vocab, merges = train_bpe(SAMPLE, 400, ["<|endoftext|>"])
-    assert learn_more_merges(SAMPLE, 40, merges[:-40], ["<|endoftext|>"]) == merges[-40:]
+    vocab, merges = train_bpe(SAMPLE, 400, [END])
+    assert learn_more_merges(SAMPLE, 40, merges[:-40], [END]) == merges[-40:]
     path = tmp_path / "other.txt"
     path.write_text("xyz" * 50 + " xyzzy" * 50)
     (new,) = learn_more_merges(path, 1, merges, [])
     assert new == (b"y", b"z")
-    short_vocab, short_merges = train_bpe(SAMPLE, 400, ["<|endoftext|>"], max_token_bytes=3)
+    short_vocab, short_merges = train_bpe(SAMPLE, 400, [END], max_token_bytes=3)
     assert max(map(len, [left + right for left, right in short_merges])) == 3
     assert len(short_vocab) <= len(vocab)
+
+
+# Tokenizers
+
+
+def test_a_tokenizer_with_more_merges_is_the_one_of_an_uninterrupted_training():
+    vocab, merges = train_bpe(SAMPLE, 400, [END])
+    whole = Tokenizer(vocab, merges, [END])
+    first = Tokenizer(*train_bpe(SAMPLE, 300, [END]), [END], kernels=False)
+    extended = first.with_merges(learn_more_merges(SAMPLE, 100, first.merges, [END], pattern=first.pattern))
+    assert extended.fingerprint == whole.fingerprint
+    assert extended.kernels is False
+    assert len(first) == 300  # it has not changed
+    text = SAMPLE.read_text(encoding="utf-8")
+    assert extended.encode(text) == whole.encode(text)
+
+
+def test_new_tokens_get_the_ids_after_the_largest(tmp_path):
+    base = Tokenizer({5: b"a", 9: b"b", 11: b"ab", 3: b"ba"}, [(b"a", b"b")], [END], pattern=r"\S+|\s+")
+    extended = base.with_merges([(b"ab", b"ab"), (b"b", b"a"), (b"ab", b"a")]).with_special_tokens(["<pad>", END, "ab"])
+    new = {13: b"abab", 14: b"aba", 15: b"<pad>"}
+    assert extended.vocab == base.vocab | new
+    assert extended.special_token_ids == {END: 12, "<pad>": 15, "ab": 11}
+    assert extended.encode("abababa<pad>") == [11, 11, 11, 5, 15]  # "ab" is special now
+    assert base.with_merges([(b"ab", b"ab"), (b"ab", b"a")]).encode("ababa") == [13, 5]
+    assert extended.pattern == base.pattern
+    extended.save(tmp_path)
+    assert Tokenizer.load(tmp_path).fingerprint == extended.fingerprint
+    assert base.with_merges([]).with_special_tokens([]).fingerprint == base.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("merge", "error"), [(("a", "b"), TypeError), ((b"a",), TypeError), ((b"x", b"y"), InvalidInputError)]
+)
+def test_merges_that_do_not_fit_are_refused(merge, error):
+    base = Tokenizer({0: b"a", 1: b"b", 2: b"ab"}, [(b"a", b"b")])
+    with pytest.raises(error, match="merge 1"):
+        base.with_merges([merge])
+
+
+# Arguments
 
 
 @pytest.mark.parametrize(
