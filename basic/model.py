@@ -341,9 +341,11 @@ class MultiHeadSelfAttention(Module):
         rope = None
         if self.rope is not None:
             rope = self.rope.tables(x, token_positions, first_position=0 if cache is None else cache.length)
-        extend_cache = None if cache is None else partial(cache.extend, layer)
+        extend_cache, num_cached = (None, 0) if cache is None else (partial(cache.extend, layer), cache.length)
         w_q, w_k, w_v = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
-        attended = dispatch.causal_self_attention(x, w_q, w_k, w_v, self.num_heads, rope, extend_cache)
+        attended = dispatch.causal_self_attention(
+            x, w_q, w_k, w_v, self.num_heads, rope, extend_cache, num_cached=num_cached
+        )
         return self.output_proj(attended)
 
 

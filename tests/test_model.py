@@ -360,22 +360,26 @@ def test_shared_keys_and_values_are_repeated(dtype: torch.dtype, leading: Any, n
 
 @pytest.mark.parametrize("positions", ["rope", "none"])
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
-def test_kernels_get_keys_and_values_for_every_head(num_kv_heads: int, positions: str) -> None:
+def test_kernels_get_the_heads_of_queries_and_of_keys(num_kv_heads: int, positions: str) -> None:
     rope = RotaryPositionalEmbedding(1e2, 16, 9) if positions == "rope" else None
     attention = MultiHeadSelfAttention(64, 4, rope, num_kv_heads).half()
     x = torch.randn(2, 5, 64).half()
     calls = []
 
-    def rotary_attention(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> list[Tensor]:
+    def rotary_attention(
+        x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
+    ) -> tuple[Tensor, None, None]:
         calls.append(weight.shape)
-        q, k, v = F.linear(x, weight).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+        heads = F.linear(x, weight).unflatten(-1, (num_heads + 2 * num_kv_heads, -1)).transpose(1, 2)
+        q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), 1)
         q, k = rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
-        return [F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)]
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return attended.transpose(1, 2), None, None
 
     expected = attention(x)
     with dispatch.use_operators(SimpleNamespace(rotary_attention=rotary_attention)):
         actual = attention(x)
-    assert calls == [(3 * 64, 64)]
+    assert calls == [(64 + 2 * 16 * num_kv_heads, 64)]
     assert_close(actual, expected, rtol=1e-2, atol=2e-3)
 
 

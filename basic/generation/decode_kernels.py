@@ -149,45 +149,61 @@ def gate(X, W, GAIN, Y, R, K, N, eps, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 
 
 @triton.jit
-def _load_rotated(pointer, cos, sin, D: tl.constexpr):
-    even, odd = tl.split(tl.reshape(tl.load(pointer + tl.arange(0, D)).to(tl.float32), (D // 2, 2)))
-    rotated = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (D,))
+def _load_rotated(pointer, cos, sin, features, D: tl.constexpr, WIDTH: tl.constexpr):
+    x = tl.load(pointer + features, mask=features < D, other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(x, (WIDTH // 2, 2)))
+    rotated = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (WIDTH,))
     return rotated.to(pointer.dtype.element_ty)
 
 
 @triton.jit
-def attend(QKV, KEYS, VALUES, COS, SIN, POSITIONS, PARTIALS, FINISHED, ATTENDED, H, capacity, scale, D: tl.constexpr,
-           SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+def _load_keys(pointer, keys, position, features, D: tl.constexpr):
+    """Rows of the cache that earlier steps have written."""
+    mask = (keys[:, None] < position) & (features[None, :] < D)
+    return tl.load(pointer + keys[:, None] * D + features[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def attend(QKV, KEYS, VALUES, COS, SIN, POSITIONS, PARTIALS, FINISHED, ATTENDED, H, capacity, scale,
+           GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+           EARLY: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Attention of one head of one sequence to a split of its keys; the last program to finish combines the splits.
 
-    The cache is (R, H, capacity, D). Blocks of keys are dealt out to the splits in turn, so that all splits have work
-    from the first keys on. PARTIALS has each split's sum of weighted values, maximum and sum of weights. FINISHED
-    counts the programs of a head that have finished; it is zero before and after the launch.
+    The cache is (R, H / GROUP, capacity, D): GROUP neighbouring query heads share a head of keys and values, and each
+    reads them from the GPU's cache. Features are padded to WIDTH, a power of two. Blocks of keys are dealt out to the
+    splits in turn, so that all splits have work from the first keys on. PARTIALS has each split's sum of weighted
+    values, maximum and sum of weights. FINISHED counts the programs of a head that have finished; it is zero before and
+    after the launch.
 
     The previous step has written the positions and the old keys, so with EARLY they are loaded before the wait for the
     previous kernel. This is faster as long as the waiting programs leave room for the others: with small batches.
     """
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    pairs, features = tl.arange(0, D // 2), tl.arange(0, D)
+    kv_head, kv_heads = head // GROUP, H // GROUP
+    pairs, features = tl.arange(0, WIDTH // 2), tl.arange(0, WIDTH)
+    inside = pairs < D // 2
     if not EARLY:
         _wait_for_previous_kernel(OVERLAP)
     position = tl.load(POSITIONS + row).to(tl.int32)
-    cos, sin = tl.load(COS + position * (D // 2) + pairs), tl.load(SIN + position * (D // 2) + pairs)
-    packed = QKV + row * 3 * H * D + head * D
-    cache = (row.to(tl.int64) * H + head) * capacity * D
+    cos = tl.load(COS + position * (D // 2) + pairs, mask=inside, other=0.0)
+    sin = tl.load(SIN + position * (D // 2) + pairs, mask=inside, other=0.0)
+    packed = QKV + row * (H + 2 * kv_heads) * D
+    cache = (row.to(tl.int64) * kv_heads + kv_head) * capacity * D
+    KEYS += cache
+    VALUES += cache
     keys = split * BLOCK + tl.arange(0, BLOCK)
-    k = tl.load(KEYS + cache + keys[:, None] * D + features[None, :], mask=keys[:, None] < position, other=0.0)
-    v = tl.load(VALUES + cache + keys[:, None] * D + features[None, :], mask=keys[:, None] < position, other=0.0)
+    k = _load_keys(KEYS, keys, position, features, D)
+    v = _load_keys(VALUES, keys, position, features, D)
     if EARLY:
         _wait_for_previous_kernel(OVERLAP)
-    q = _load_rotated(packed, cos, sin, D).to(tl.float32)
-    k_new = _load_rotated(packed + H * D, cos, sin, D)
-    v_new = tl.load(packed + 2 * H * D + features)
-    if split == 0:
-        tl.store(KEYS + cache + position * D + features, k_new)
-        tl.store(VALUES + cache + position * D + features, v_new)
+    q = _load_rotated(packed + head * D, cos, sin, features, D, WIDTH).to(tl.float32)
+    k_new = _load_rotated(packed + (H + kv_head) * D, cos, sin, features, D, WIDTH)
+    v_new = tl.load(packed + (H + kv_heads + kv_head) * D + features, mask=features < D, other=0.0)
+    if (split == 0) & (head % GROUP == 0):
+        tl.store(KEYS + position * D + features, k_new, mask=features < D)
+        tl.store(VALUES + position * D + features, v_new, mask=features < D)
     maximum, total = -1e30, 0.0
-    weighted = tl.zeros([D], tl.float32)
+    weighted = tl.zeros([WIDTH], tl.float32)
     for start in range(split * BLOCK, position + 1, SPLITS * BLOCK):
         keys = start + tl.arange(0, BLOCK)
         # The new key may not be in memory yet: insert it here.
@@ -195,8 +211,8 @@ def attend(QKV, KEYS, VALUES, COS, SIN, POSITIONS, PARTIALS, FINISHED, ATTENDED,
         k_wide = tl.where(is_new[:, None], k_new[None, :], k).to(tl.float32)
         v_wide = tl.where(is_new[:, None], v_new[None, :], v).to(tl.float32)
         keys += SPLITS * BLOCK
-        k = tl.load(KEYS + cache + keys[:, None] * D + features[None, :], mask=keys[:, None] < position, other=0.0)
-        v = tl.load(VALUES + cache + keys[:, None] * D + features[None, :], mask=keys[:, None] < position, other=0.0)
+        k = _load_keys(KEYS, keys, position, features, D)
+        v = _load_keys(VALUES, keys, position, features, D)
         keys -= SPLITS * BLOCK
         scores = tl.where(keys <= position, tl.sum(k_wide * q[None, :], 1) * scale, -1e30)
         new_maximum = tl.maximum(maximum, tl.max(scores, 0))
@@ -206,7 +222,7 @@ def attend(QKV, KEYS, VALUES, COS, SIN, POSITIONS, PARTIALS, FINISHED, ATTENDED,
         weighted = weighted * rescale + tl.sum(weights[:, None] * v_wide, 0)
         maximum = new_maximum
     partials = PARTIALS + (row * H + head) * SPLITS * (D + 2)
-    tl.store(partials + split * (D + 2) + features, weighted)
+    tl.store(partials + split * (D + 2) + features, weighted, mask=features < D)
     tl.store(partials + split * (D + 2) + D, maximum)
     tl.store(partials + split * (D + 2) + D + 1, total)
     # All threads have stored their results before one thread increments the counter.
@@ -217,9 +233,12 @@ def attend(QKV, KEYS, VALUES, COS, SIN, POSITIONS, PARTIALS, FINISHED, ATTENDED,
         maxima = tl.load(all_splits + D, cache_modifier=".cg")
         factors = tl.exp2(maxima - tl.max(maxima, 0))
         total = tl.sum(tl.load(all_splits + D + 1, cache_modifier=".cg") * factors, 0)
-        all_weighted = tl.load(all_splits[:, None] + features[None, :], cache_modifier=".cg")
+        all_weighted = tl.load(
+            all_splits[:, None] + features[None, :], mask=features[None, :] < D, other=0.0, cache_modifier=".cg"
+        )
         attended = tl.sum(all_weighted * factors[:, None], 0) / total
-        tl.store(ATTENDED + (row * H + head) * D + features, attended.to(ATTENDED.dtype.element_ty))
+        attended = attended.to(ATTENDED.dtype.element_ty)
+        tl.store(ATTENDED + (row * H + head) * D + features, attended, mask=features < D)
         tl.store(finished, 0)
 
 

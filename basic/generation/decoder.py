@@ -21,8 +21,8 @@ class Decoder:
     others take the likeliest.
 
     Args:
-        model: pre-norm, RoPE, SwiGLU, as many heads of keys and values as of queries, and a cache that
-            `dispatch.supports_decoding` accepts. Its weights are copied in the cache's dtype.
+        model: pre-norm, RoPE, SwiGLU, and a cache that `dispatch.supports_decoding` accepts. Its weights are copied in
+            the cache's dtype.
         cache: is continued in place.
         prompt_lengths: int64 (batch,).
         vocab_size: take the likeliest of the ids below this; None for all.
@@ -53,7 +53,8 @@ class Decoder:
         def pack(*names: str) -> Tensor:
             return torch.cat([weights[f"{name}.weight"].to(self.dtype) for name in names])
 
-        self.embedding, self.head = pack("token_embeddings"), pack("lm_head")
+        self.embedding = pack("token_embeddings")
+        self.head = self.embedding if config.tied_embeddings else pack("lm_head")
         self.layers = [
             (
                 weights[f"layers.{i}.ln1.weight"],
@@ -74,7 +75,7 @@ class Decoder:
 
         batch_size = self.batch_size
         self.x = buffer(batch_size, config.d_model)
-        self.qkv = buffer(batch_size, 3 * config.d_model)
+        self.qkv = buffer(batch_size, (config.num_heads + 2 * config.kv_heads) * config.d_head)
         self.partials = buffer(batch_size, config.num_heads, self.splits, config.d_head + 2, dtype=torch.float32)
         self.num_finished = buffer(batch_size, config.num_heads, dtype=torch.int32)
         self.attended = buffer(batch_size, config.d_model)
@@ -131,7 +132,9 @@ class Decoder:
             decode_kernels.attend[batch_size, config.num_heads, self.splits](
                 self.qkv, self.cache.keys[layer], self.cache.values[layer], self.cos, self.sin, self.positions,
                 self.partials, self.num_finished, self.attended, config.num_heads, capacity, scale,
-                D=config.d_head, SPLITS=self.splits, BLOCK=64, EARLY=batch_size <= 2, **self._options(4))  # fmt: skip
+                GROUP=config.num_heads // config.kv_heads, D=config.d_head,
+                WIDTH=triton.next_power_of_2(config.d_head), SPLITS=self.splits, BLOCK=64, EARLY=batch_size <= 2,
+                **self._options(4))  # fmt: skip
             self._project(self.attended, output, ln1, self.x, add=True)
             block_n, block_k, warps = self.tiles(d_ff, d_model, self.padded_batch)
             decode_kernels.gate[triton.cdiv(d_ff, block_n),](

@@ -190,7 +190,8 @@ def make_decoder(
     """The kernels for single steps, or None if they do not support the model."""
     config = model.config
     is_llama = (config.norm, config.positions, config.ffn) == ("pre", "rope", "swiglu")
-    if not is_llama or config.kv_heads < config.num_heads or not dispatch.supports_decoding(cache.keys[0]):
+    if not is_llama or not dispatch.supports_decoding(cache.keys[0]):
+        dispatch.warn_about_plain_decoding(is_llama, cache.keys[0])
         return None
     from basic.generation.decoder import Decoder  # imported late: it needs Triton
 

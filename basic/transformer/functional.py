@@ -26,9 +26,11 @@ def linear(x: Float[Tensor, " ... d_in"], *weights: Float[Tensor, "_ d_in"]) -> 
 
     Args:
         x: input features.
-        weights: one matrix, or several that are concatenated and applied in one matrix multiplication; their results
-            are then side by side in the last dimension.
+        weights: one matrix, or several, whose results are then side by side in the last dimension.
     """
+    if len(weights) > 1 and math.prod(x.shape[:-1]) < x.shape[-1]:
+        # Few tokens, as in decoding: to join the matrices would take longer than to multiply by them.
+        return torch.cat([linear(x, weight) for weight in weights], -1)
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     # Not einsum: with a weight of shape (out, in) it would copy every weight gradient on a GPU.
     return x @ weight.to(x.dtype).T
@@ -344,8 +346,14 @@ def causal_self_attention(
         q, k = rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
     if extend_cache is not None:
         k, v = extend_cache(k, v)
-    if num_kv_heads < num_heads:
-        k, v = (heads.repeat_interleave(num_heads // num_kv_heads, dim=-3) for heads in (k, v))
-    mask = causal_mask(q.shape[-2], k.shape[-2], device=q.device)
+    # A single query, as in decoding, may attend to all keys.
+    mask = causal_mask(q.shape[-2], k.shape[-2], device=q.device) if q.shape[-2] > 1 else None
+    if num_kv_heads == num_heads:
+        attended = scaled_dot_product_attention(q, k, v, mask)
+        return rearrange(attended, "... head seq d -> ... seq (head d)")
+    # The queries of a group become more queries of their one head of keys, which are not copied.
+    group = num_heads // num_kv_heads
+    q = rearrange(q, "... (kv_head group) seq d -> ... kv_head (group seq) d", group=group)
+    mask = None if mask is None else mask.repeat(group, 1)
     attended = scaled_dot_product_attention(q, k, v, mask)
-    return rearrange(attended, "... head seq d -> ... seq (head d)")
+    return rearrange(attended, "... kv_head (group seq) d -> ... seq (kv_head group d)", group=group)

@@ -2,8 +2,10 @@
 
 Greedy decoding in bfloat16, with a prompt of 32 tokens and 512 new tokens. `tokens_per_s` is the speed of the decoding
 steps alone, for all sequences together. `generate_tokens_per_s` is that of a complete call of
-`basic.generation.generate`, which also copies the weights, processes the prompt and records the CUDA graph. `--peers`
-adds a line for Hugging Face's Llama with a static cache, compiled.
+`basic.generation.generate`, which also copies the weights, processes the prompt and records the CUDA graph.
+`first_token_ms` is the time of `generate` from a prompt of 1,000 tokens (or the context, if it is shorter) to one new
+token. `limit_tokens_per_s` is the memory's speed, measured by a copy, over the bytes of the weights that a step reads.
+`--peers` adds a line for Hugging Face's Llama with a static cache, compiled.
 """
 
 from __future__ import annotations
@@ -60,7 +62,23 @@ def ours(config: ModelConfig, batch_size: int) -> dict[str, float]:
     ids = prompts.tolist()
     generate_s = median_s(lambda: generate(model, ids, NEW_TOKENS, temperature=0.0))
     num_tokens = batch_size * NEW_TOKENS
-    return {"tokens_per_s": round(num_tokens / steps_s), "generate_tokens_per_s": round(num_tokens / generate_s)}
+    long_prompt = torch.randint(config.vocab_size, (batch_size, min(1000, config.context_length - 1))).tolist()
+    first_token_s = median_s(lambda: generate(model, long_prompt, 1, temperature=0.0), repeats=5)
+    read_bytes = 2 * sum(p.numel() for name, p in model.named_parameters() if name != "token_embeddings.weight")
+    read_bytes += 2 * model.lm_head.weight.numel() if config.tied_embeddings else 0
+    return {
+        "tokens_per_s": round(num_tokens / steps_s),
+        "generate_tokens_per_s": round(num_tokens / generate_s),
+        "first_token_ms": round(1000 * first_token_s, 1),
+        "limit_tokens_per_s": round(batch_size * bytes_per_s() / read_bytes),
+    }
+
+
+def bytes_per_s() -> float:
+    """The speed of the GPU's memory, reading and writing together."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_s(lambda: target.copy_(source), repeats=9)
 
 
 @torch.inference_mode()
@@ -70,7 +88,8 @@ def peer(config: ModelConfig, batch_size: int) -> dict[str, float]:
     shape = LlamaConfig(
         vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=config.d_ff or 0,
         num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
-        max_position_embeddings=config.context_length,
+        max_position_embeddings=config.context_length, num_key_value_heads=config.kv_heads,
+        tie_word_embeddings=config.tied_embeddings,
     )  # fmt: skip
     model = LlamaForCausalLM(shape).cuda().bfloat16().eval()
     model.generation_config.eos_token_id = None

@@ -38,6 +38,27 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_heads": 12,
         "d_ff": 2048,
     },
+    # The shapes of published models with grouped queries and tied embeddings.
+    "SmolLM2-135M": {
+        "vocab_size": 49_152,
+        "context_length": 2048,
+        "d_model": 576,
+        "num_layers": 30,
+        "num_heads": 9,
+        "num_kv_heads": 3,
+        "d_ff": 1536,
+        "tied_embeddings": True,
+    },
+    "Llama-3.2-1B": {
+        "vocab_size": 128_256,
+        "context_length": 2048,
+        "d_model": 2048,
+        "num_layers": 16,
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "d_ff": 8192,
+        "tied_embeddings": True,
+    },
     "L": {
         "vocab_size": 32_768,
         "context_length": 2048,

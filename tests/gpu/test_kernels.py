@@ -20,10 +20,17 @@ HALVES = pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16])
 
 
 @HALVES
-@pytest.mark.parametrize("head_size", range(16, 129, 16))
+@pytest.mark.parametrize("head_size", [2, 20, *range(16, 129, 16), 192, 256])
 def test_attention(head_size, dtype):
     for seq in (1, 17, 64, 129, 512, 1000):
         kernel_checks.check_attention(seq, head_size, dtype, "cuda", batch=3, heads=5)
+
+
+@HALVES
+@pytest.mark.parametrize(("head_size", "heads", "group"), [(64, 9, 3), (64, 8, 4), (128, 6, 6), (40, 4, 2)])
+def test_attention_with_shared_keys(head_size, heads, group, dtype):
+    for seq in (1, 17, 129, 1000):
+        kernel_checks.check_attention(seq, head_size, dtype, "cuda", batch=3, heads=heads, group=group)
 
 
 @HALVES
@@ -102,13 +109,25 @@ def test_registrations():
 
 @HALVES
 @pytest.mark.parametrize("prompt_lengths", [[1], [30], [3, 1, 60], [5] * 64], ids=len)
-@pytest.mark.parametrize(("d_model", "num_heads"), [(768, 12), (96, 3), (1024, 8)])
-def test_decoder(d_model, num_heads, prompt_lengths, dtype):
+@pytest.mark.parametrize(
+    ("d_model", "num_heads", "num_kv_heads", "tied"),
+    [
+        (768, 12, 12, False),
+        (96, 3, 3, False),
+        (1024, 8, 8, False),
+        (576, 9, 3, True),
+        (160, 4, 1, False),
+        (512, 2, 1, True),
+    ],
+)
+def test_decoder(d_model, num_heads, num_kv_heads, tied, prompt_lengths, dtype):
     sizes: dict[str, Any] = {
         "vocab_size": 1001,
         "context_length": 200,
         "d_model": d_model,
         "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "tied_embeddings": tied,
         "num_layers": 2,
     }
     kernel_checks.check_decoder(ModelConfig(**sizes), prompt_lengths, 130, dtype, "cuda")

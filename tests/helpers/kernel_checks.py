@@ -47,19 +47,22 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 def check_attention(
-    seq: int, head_size: int, dtype: torch.dtype, device: str, *, batch: int = 2, heads: int = 2
+    seq: int, head_size: int, dtype: torch.dtype, device: str, *, batch: int = 2, heads: int = 2, group: int = 1
 ) -> None:
     """RoPE and attention, output and gradients, with a strided output gradient and an identity projection."""
     torch.manual_seed(seq + head_size)
-    qkv = torch.randn(batch, seq, 3, heads, head_size, device=device).to(dtype).requires_grad_()
+    kv_heads = heads // group
+    packed = heads + 2 * kv_heads
+    qkv = torch.randn(batch, seq, packed, head_size, device=device).to(dtype).requires_grad_()
     d_output = torch.randn(batch, heads, seq, head_size, device=device).to(dtype).transpose(1, 2)
     cos, sin = functional.rope_tables(1e4, head_size, seq + 3, dtype=torch.float32, device=device)
-    weight = torch.eye(3 * heads * head_size, device=device, dtype=dtype).requires_grad_()
+    weight = torch.eye(packed * head_size, device=device, dtype=dtype).requires_grad_()
     with poisoned():
-        output = operators.rotary_attention(qkv.flatten(2), weight, cos, sin, heads)[0]
+        output = operators.rotary_attention(qkv.flatten(2), weight, cos, sin, heads, kv_heads)[0]
         output.backward(d_output)
     wide = qkv.detach().double().requires_grad_()
-    q, k, v = wide.permute(2, 0, 3, 1, 4)
+    q, k, v = wide.transpose(1, 2).split((heads, kv_heads, kv_heads), 1)
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     q, k = (functional.rotate_pairs(x, cos[:seq].double(), sin[:seq].double()) for x in (q, k))
     mask = functional.causal_mask(seq, seq, device=device)
     expected = functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
@@ -69,11 +72,13 @@ def check_attention(
     assert_close(output, expected, dtype)
     if seq == 1:
         # The only attention weight is 1: the gradients of queries and keys are zero up to rounding.
-        assert qkv.grad[:, :, :2].abs().max() < 0.05
-        assert_close(qkv.grad[:, :, 2], wide.grad[:, :, 2], dtype)
+        assert qkv.grad[:, :, :-kv_heads].abs().max() < 0.05
+        assert_close(qkv.grad[:, :, -kv_heads:], wide.grad[:, :, -kv_heads:], dtype)
         return
-    for i in range(3):
-        assert_close(qkv.grad[:, :, i], wide.grad[:, :, i], dtype)
+    for ours, expected in zip(
+        operators.split_heads(qkv.grad, heads), operators.split_heads(wide.grad, heads), strict=True
+    ):
+        assert_close(ours, expected, dtype)
     assert weight.grad is not None
     assert_close(weight.grad, wide.grad.flatten(2).flatten(0, 1).T @ wide.detach().flatten(2).flatten(0, 1), dtype)
 
@@ -224,7 +229,7 @@ def check_registrations(dtype: torch.dtype, device: str) -> None:
     weight = torch.randn(11, 32, device=device).to(dtype).requires_grad_()
     weight2 = torch.randn(11, 16, device=device).to(dtype).requires_grad_()
     targets = torch.randint(11, (6,), device=device)
-    attention = features, weight_qkv, cos, sin, 2
+    attention = features, weight_qkv, cos, sin, 2, 2
     output, log_sums, qkv = (tensor.detach() for tensor in operators.rotary_attention(*attention))
     saved = features.detach(), weight_qkv.detach(), qkv, cos, sin, output, log_sums
     cases = [

@@ -21,15 +21,17 @@ FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 
 
 @pytest.mark.parametrize(
-    ("seq", "head_size", "dtype"),
+    ("seq", "head_size", "dtype", "heads", "group"),
     [
-        *((33, size, FLOAT32) for size in range(16, 129, 16)),
-        *((seq, 16, FLOAT32) for seq in (1, 2, 17, 64, 128, 131)),
-        *((33, size, dtype) for size in (32, 48) for dtype in (FLOAT16, BFLOAT16)),
+        *((33, size, FLOAT32, 2, 1) for size in (2, 16, 20, 48, 64, 96, 128, 136, 256)),
+        *((seq, 16, FLOAT32, 2, 1) for seq in (1, 2, 17, 64, 128, 131)),
+        *((33, size, dtype, 2, 1) for size in (32, 48) for dtype in (FLOAT16, BFLOAT16)),
+        *((seq, 16, FLOAT32, 6, group) for seq in (1, 33) for group in (2, 3, 6)),
     ],
 )
-def test_attention(seq, head_size, dtype):
-    kernel_checks.check_attention(seq, head_size, dtype, "cpu", batch=1 if seq > 100 else 2)
+def test_attention(seq, head_size, dtype, heads, group):
+    batch = 1 if seq > 100 else 2
+    kernel_checks.check_attention(seq, head_size, dtype, "cpu", batch=batch, heads=heads, group=group)
 
 
 def test_attention_finds_nan():
@@ -67,11 +69,21 @@ def test_registrations():
     kernel_checks.check_registrations(FLOAT32, "cpu")
 
 
-@pytest.mark.parametrize(("prompt_lengths", "dtype"), [([1], FLOAT32), ([1], FLOAT16), ([3, 1, 5], FLOAT32)])
-def test_decoder(prompt_lengths, dtype):
+@pytest.mark.parametrize(
+    ("prompt_lengths", "dtype", "changes"),
+    [
+        ([1], FLOAT32, {}),
+        ([1], FLOAT16, {}),
+        ([3, 1, 5], FLOAT32, {}),
+        ([1], FLOAT32, {"num_heads": 4, "num_kv_heads": 2, "tied_embeddings": True}),
+        ([3, 1, 5], FLOAT32, {"num_heads": 4, "num_kv_heads": 1}),
+    ],
+)
+def test_decoder(prompt_lengths, dtype, changes):
     # Few programs with much work each, because the interpreter runs one after the other.
     options = {"tiles": lambda n, k, batch: (32, 64 if batch == 1 else 32, 1), "splits": 2}
-    config = ModelConfig(vocab_size=37, context_length=12, d_model=48, num_layers=1, num_heads=3, d_ff=60)
+    sizes = {"vocab_size": 37, "context_length": 12, "d_model": 48, "num_layers": 1, "num_heads": 3, "d_ff": 60}
+    config = ModelConfig(**(sizes | changes))
     kernel_checks.check_decoder(config, prompt_lengths, 5, dtype, "cpu", **options)
 
 

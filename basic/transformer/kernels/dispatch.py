@@ -14,7 +14,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -23,8 +22,7 @@ from basic.transformer import functional
 MAX_DECODED_SEQUENCES = 64
 """Largest batch that the decoding kernels support."""
 _MAX_LOGITS = 2**30  # in memory at a time: 2 GB in half precision
-_HEAD_SIZES = range(16, 129, 16)
-_DECODED_HEAD_SIZES = (16, 32, 64, 128)
+_HEAD_SIZES = range(2, 257, 2)
 
 _operators: Any = None
 _device_types: tuple[str, ...] = ("cuda",)
@@ -63,7 +61,7 @@ def operators_for(x: Tensor) -> Any:
 def supports_decoding(keys: Float[Tensor, " batch head context d"]) -> bool:
     """Whether the decoding kernels support a cache with such keys."""
     batch_size, d_head = keys.shape[0], keys.shape[-1]
-    return operators_for(keys) is not None and batch_size <= MAX_DECODED_SEQUENCES and d_head in _DECODED_HEAD_SIZES
+    return operators_for(keys) is not None and batch_size <= MAX_DECODED_SEQUENCES and d_head in _HEAD_SIZES
 
 
 def supports_adamw(parameter: Tensor, gradient: Tensor) -> bool:
@@ -86,9 +84,27 @@ def warn_about_plain_attention(d_head: int, device: torch.device, dtype: torch.d
         return  # the user has chosen full precision
     elif d_head not in _HEAD_SIZES:
         _warn_once(
-            f"the attention kernels support head sizes that are multiples of 16 up to 128, got {d_head}: the plain "
+            f"the attention kernels support even head sizes up to 256, got {d_head}: the plain "
             "operations are used, which are several times slower"
         )
+
+
+def warn_about_plain_decoding(is_llama: bool, keys: Float[Tensor, " batch head context d"]) -> None:
+    """Warn once, with the reason, if decoding on a GPU cannot use its kernels.
+
+    Args:
+        is_llama: pre-norm, RoPE and SwiGLU, which the kernels need.
+        keys: of the cache.
+    """
+    if keys.device.type != "cuda" or operators_for(keys) is None:
+        return  # no kernel runs there: full precision, the CPU, or no Triton, of which attention warns
+    if not is_llama:
+        reason = "need pre-norm, RoPE and SwiGLU"
+    elif len(keys) > MAX_DECODED_SEQUENCES:
+        reason = f"support up to {MAX_DECODED_SEQUENCES} sequences, got {len(keys)}; generate fewer at a time"
+    else:
+        reason = f"support even head sizes up to 256, got {keys.shape[-1]}"
+    _warn_once(f"the decoding kernels {reason}: the plain operations are used, which take ten times as long or more")
 
 
 @cache
@@ -104,24 +120,32 @@ def causal_self_attention(
     num_heads: int,
     rope: tuple[Float[Tensor, "... seq half"], Float[Tensor, "... seq half"]] | None = None,
     extend_cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    *,
+    num_cached: int = 0,
 ) -> Float[Tensor, " ... seq q_features"]:
     """See `functional.causal_self_attention`.
 
-    The kernels compute complete sequences, with the same positions in all sequences of a batch.
+    The kernels compute complete sequences, with the same positions in all sequences of a batch. With an empty cache
+    they compute a prompt too, without gradients.
+
+    Args:
+        num_cached: number of earlier tokens, whose keys and values `extend_cache` puts before the new ones.
     """
     operators, d_head = operators_for(x), w_q.shape[0] // num_heads
     same_positions = rope is None or rope[0].ndim == 2
-    if operators is None or extend_cache is not None or x.ndim != 3 or d_head not in _HEAD_SIZES or not same_positions:
+    complete = extend_cache is None or (num_cached == 0 and not torch.is_grad_enabled())
+    if operators is None or not complete or x.ndim != 3 or d_head not in _HEAD_SIZES or not same_positions:
         return functional.causal_self_attention(x, w_q, w_k, w_v, num_heads, rope, extend_cache)
     if rope is None:
         # Rotate by zero: attention without positions is for experiments, which need no kernel of their own.
         angles = torch.zeros(x.shape[1], d_head // 2, device=x.device)
         rope = angles + 1, angles
-    if len(w_k) < len(w_q):  # the kernels need as many heads of keys and values as of queries: repeat the weights
-        copies = len(w_q) // len(w_k)
-        w_k, w_v = (repeat(w, "(head d) d_in -> (head copies d) d_in", d=d_head, copies=copies) for w in (w_k, w_v))
     weight = torch.cat((w_q, w_k, w_v)).to(x.dtype)
-    return operators.rotary_attention(x, weight, *rope, num_heads)[0].flatten(-2)
+    attended, _, qkv = operators.rotary_attention(x, weight, *rope, num_heads, len(w_k) // d_head)
+    if extend_cache is not None:
+        _, k, v = operators.split_heads(qkv, num_heads)
+        extend_cache(k.transpose(1, 2), v.transpose(1, 2))
+    return attended.flatten(-2)
 
 
 @contextmanager

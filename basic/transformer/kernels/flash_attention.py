@@ -9,10 +9,15 @@ which saves a pass over them.
 The causal mask also masks the end of the sequence, since a key beyond the end is after every real query. Loads are
 masked (CHECK) only if the sequence length is no multiple of the tile sizes.
 
-Legend: B batch, T sequence, H heads, D head size; M queries per tile, N keys per tile. The layout is (B, T, H, D) with
-any strides except that the last is 1, so that queries, keys and values can be slices of one packed tensor.
+Neighbouring query heads may share a head of keys and values (grouped-query attention, GROUP query heads each). Their
+gradients of a key are added up in one program, which loops over the group.
 
-Source: Dao 2023, "FlashAttention-2", algorithms 1 and 2; Milakov and Gimelshein 2018 (online softmax).
+Legend: B batch, T sequence, H query heads, D head size; M queries per tile, N keys per tile. The layout is
+(B, T, H, D) with any strides except that the last is 1, so that queries, keys and values can be slices of one packed
+tensor.
+
+Source: Dao 2023, "FlashAttention-2", algorithms 1 and 2; Milakov and Gimelshein 2018 (online softmax); Ainslie et al.
+2023, "GQA".
 """
 
 from __future__ import annotations
@@ -29,14 +34,16 @@ from basic.transformer.kernels.interpreter import LOG2_E, dot
 # By padded head size: queries per tile, keys per tile, warps, pipeline stages, and registers per thread (None for the
 # compiler's choice). Tuned on an H200.
 _FORWARD_TILES = {
-    16: (64, 32, 4, 3, None), 32: (64, 64, 4, 3, 80), 64: (64, 64, 4, 3, None), 128: (64, 64, 4, 3, None)}  # fmt: skip
+    16: (64, 32, 4, 3, None), 32: (64, 64, 4, 3, 80), 64: (64, 64, 4, 3, None), 128: (64, 64, 4, 3, None),
+    256: (64, 32, 8, 2, None)}  # fmt: skip
 
 _KEY_GRADIENT_TILES = {
-    16: (32, 64, 4, 3, None), 32: (32, 64, 4, 3, 96), 64: (32, 64, 4, 3, 128), 128: (64, 64, 4, 2, None)}  # fmt: skip
+    16: (32, 64, 4, 3, None), 32: (32, 64, 4, 3, 96), 64: (32, 64, 4, 3, 128), 128: (64, 64, 4, 2, None),
+    256: (32, 32, 8, 2, None)}  # fmt: skip
 
 _QUERY_GRADIENT_TILES = {
     16: (64, 32, 4, 3, None), 32: (64, 32, 4, 4, None), 64: (64, 64, 4, 2, None),
-    128: (128, 64, 8, 3, None)}  # fmt: skip
+    128: (128, 64, 8, 3, None), 256: (64, 32, 8, 2, None)}  # fmt: skip
 
 
 @triton.jit
@@ -69,14 +76,14 @@ def _load_vector(pointer, rows, T, CHECK: tl.constexpr):
 @triton.jit
 def _forward(Q, K, V, OUT, LOG_SUMS,
              q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head, o_batch, o_stride, o_head,
-             H, T, scale, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+             H, T, scale, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
              CHECK: tl.constexpr):  # fmt: skip
     # The last tiles have the most keys. They start first, so that none of them runs alone at the end.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     Q += batch * q_batch + head * q_head
-    K += batch * k_batch + head * k_head
-    V += batch * v_batch + head * v_head
+    K += batch * k_batch + head // GROUP * k_head
+    V += batch * v_batch + head // GROUP * v_head
     OUT += batch * o_batch + head * o_head
     rows, columns = tile * M + tl.arange(0, M), tl.arange(0, WIDTH)
     q = _load_tile(Q, rows, q_stride, columns, T, D, WIDTH, CHECK)
@@ -115,17 +122,19 @@ def _rotate_back(x, rows, COS, SIN, T, D: tl.constexpr, WIDTH: tl.constexpr):
 def _key_gradients(Q, K, V, DO, DK, DV, LOG_SUMS, DELTAS, COS, SIN,
                    q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
                    do_batch, do_stride, do_head, dk_batch, dk_stride, dk_head, dv_batch, dv_stride, dv_head,
-                   H, T, scale, out_scale, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-                   CHECK: tl.constexpr):  # fmt: skip
-    batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+                   H, T, scale, out_scale, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+                   M: tl.constexpr, N: tl.constexpr, CHECK: tl.constexpr):  # fmt: skip
+    kv_heads = H // GROUP
+    batch, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
+    head = kv_head * GROUP  # the first of those that share this key
     Q += batch * q_batch + head * q_head
-    K += batch * k_batch + head * k_head
-    V += batch * v_batch + head * v_head
+    K += batch * k_batch + kv_head * k_head
+    V += batch * v_batch + kv_head * v_head
     DO += batch * do_batch + head * do_head
-    DK += batch * dk_batch + head * dk_head
-    DV += batch * dv_batch + head * dv_head
-    LOG_SUMS += tl.program_id(1).to(tl.int64) * T
-    DELTAS += tl.program_id(1).to(tl.int64) * T
+    DK += batch * dk_batch + kv_head * dk_head
+    DV += batch * dv_batch + kv_head * dv_head
+    LOG_SUMS += (batch * H + head) * T
+    DELTAS += (batch * H + head) * T
     tile = tl.program_id(0)
     keys, columns = tile * N + tl.arange(0, N), tl.arange(0, WIDTH)
     k = _load_tile(K, keys, k_stride, columns, T, D, WIDTH, CHECK)
@@ -134,21 +143,26 @@ def _key_gradients(Q, K, V, DO, DK, DV, LOG_SUMS, DELTAS, COS, SIN,
     dv = tl.zeros([N, WIDTH], tl.float32)
     # One loop, with a mask that only the diagonal needs. With two loops over both sums, the assembler lets no matrix
     # multiplication begin before the last one has ended (its note C7515), and the kernel takes 1/6 to 1/3 longer.
-    for start in range(tile * N // M * M, T, M):
-        rows = start + tl.arange(0, M)
-        # Queries beyond the end are loaded as zeros, and add zeros.
-        q = _load_tile(Q, rows, q_stride, columns, T, D, WIDTH, CHECK)
-        do = _load_tile(DO, rows, do_stride, columns, T, D, WIDTH, CHECK)
-        log_sums = _load_vector(LOG_SUMS, rows, T, CHECK)
-        deltas = _load_vector(DELTAS, rows, T, CHECK)
-        # Transposed, (N, M), so that only q and do need to be transposed.
-        scores = dot(k, tl.trans(q))
-        dweights = dot(v, tl.trans(do))
-        weights = tl.exp2(scores * scale - log_sums[None, :])
-        weights = tl.where(rows[None, :] >= keys[:, None], weights, 0.0)
-        dscores = weights * (dweights - deltas[None, :])
-        dv = dot(weights.to(do.dtype), do, dv)
-        dk = dot(dscores.to(q.dtype), q, dk)
+    for _ in range(GROUP):
+        for start in range(tile * N // M * M, T, M):
+            rows = start + tl.arange(0, M)
+            # Queries beyond the end are loaded as zeros, and add zeros.
+            q = _load_tile(Q, rows, q_stride, columns, T, D, WIDTH, CHECK)
+            do = _load_tile(DO, rows, do_stride, columns, T, D, WIDTH, CHECK)
+            log_sums = _load_vector(LOG_SUMS, rows, T, CHECK)
+            deltas = _load_vector(DELTAS, rows, T, CHECK)
+            # Transposed, (N, M), so that only q and do need to be transposed.
+            scores = dot(k, tl.trans(q))
+            dweights = dot(v, tl.trans(do))
+            weights = tl.exp2(scores * scale - log_sums[None, :])
+            weights = tl.where(rows[None, :] >= keys[:, None], weights, 0.0)
+            dscores = weights * (dweights - deltas[None, :])
+            dv = dot(weights.to(do.dtype), do, dv)
+            dk = dot(dscores.to(q.dtype), q, dk)
+        Q += q_head
+        DO += do_head
+        LOG_SUMS += T
+        DELTAS += T
     _store_tile(DK, _rotate_back(dk * out_scale, keys, COS, SIN, T, D, WIDTH), keys, dk_stride, columns, T, D)
     _store_tile(DV, dv, keys, dv_stride, columns, T, D)
 
@@ -157,13 +171,13 @@ def _key_gradients(Q, K, V, DO, DK, DV, LOG_SUMS, DELTAS, COS, SIN,
 def _query_gradients(Q, K, V, OUT, DO, DQ, LOG_SUMS, DELTAS, COS, SIN,
                      q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
                      o_batch, o_stride, o_head, do_batch, do_stride, do_head, dq_batch, dq_stride, dq_head,
-                     H, T, scale, out_scale, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-                     CHECK: tl.constexpr):  # fmt: skip
+                     H, T, scale, out_scale, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+                     M: tl.constexpr, N: tl.constexpr, CHECK: tl.constexpr):  # fmt: skip
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     Q += batch * q_batch + head * q_head
-    K += batch * k_batch + head * k_head
-    V += batch * v_batch + head * v_head
+    K += batch * k_batch + head // GROUP * k_head
+    V += batch * v_batch + head // GROUP * v_head
     OUT += batch * o_batch + head * o_head
     DO += batch * do_batch + head * do_head
     DQ += batch * dq_batch + head * dq_head
@@ -194,21 +208,22 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Causal attention.
 
     Args:
-        q, k, v: (B, T, H, D), the last dimension contiguous.
+        q: (B, T, H, D), the last dimension contiguous, D even and at most 256.
+        k, v: the same, or with fewer heads, each shared by a group of neighbouring query heads.
 
     Returns:
         The output (B, T, H, D), contiguous, and `log_sums` (B, H, T): the base-2 logarithm of each query's sum of
         exponentials, float32.
     """
     B, T, H, D = q.shape
-    width = triton.next_power_of_2(D)
+    width = _padded(D)
     M, N, warps, stages, registers = _FORWARD_TILES[width]
     o = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     log_sums = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     scale = LOG2_E / math.sqrt(D)  # the kernels use exp2
     _forward[triton.cdiv(T, M), B * H](
         q, k, v, o, log_sums, *_strides(q, k, v, o), H, T, scale,
-        D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0,
+        GROUP=H // k.shape[2], D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0,
         num_warps=warps, num_stages=stages, maxnreg=registers)  # fmt: skip
     return o, log_sums
 
@@ -222,23 +237,28 @@ def backward(
     Args:
         q, k, v, o, log_sums: inputs and outputs of `forward`.
         do: gradient of the output.
-        dq, dk, dv: outputs, (B, T, H, D), the last dimension contiguous.
+        dq, dk, dv: outputs, of the shapes of q, k, v, the last dimension contiguous.
         cos, sin: that queries and keys were rotated by, float32 (at least T, D / 2), contiguous.
     """
     B, T, H, D = q.shape
-    width = triton.next_power_of_2(D)
+    width, kv_heads = _padded(D), k.shape[2]
     scale, out_scale = LOG2_E / math.sqrt(D), 1 / math.sqrt(D)
     deltas = torch.empty_like(log_sums)
     M, N, warps, stages, registers = _QUERY_GRADIENT_TILES[width]
     _query_gradients[triton.cdiv(T, M), B * H](
         q, k, v, o, do, dq, log_sums, deltas, cos, sin, *_strides(q, k, v, o, do, dq), H, T, scale, out_scale,
-        D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0,
+        GROUP=H // kv_heads, D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0,
         num_warps=warps, num_stages=stages, maxnreg=registers)  # fmt: skip
     M, N, warps, stages, registers = _KEY_GRADIENT_TILES[width]
-    _key_gradients[triton.cdiv(T, N), B * H](
+    _key_gradients[triton.cdiv(T, N), B * kv_heads](
         q, k, v, do, dk, dv, log_sums, deltas, cos, sin, *_strides(q, k, v, do, dk, dv), H, T, scale, out_scale,
-        D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0,
+        GROUP=H // kv_heads, D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0,
         num_warps=warps, num_stages=stages, maxnreg=registers)  # fmt: skip
+
+
+def _padded(head_size: int) -> int:
+    """The width of a tile: matrix units need at least 16 features."""
+    return max(16, triton.next_power_of_2(head_size))
 
 
 def _strides(*tensors: Tensor) -> list[int]:

@@ -20,7 +20,7 @@ replay of the graph repeats only what they did on the device."""
 
 @torch.library.custom_op("basic::rotary_attention", mutates_args=())
 def rotary_attention(
-    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project x (B, T, d_model) to queries, keys and values, rotate them by RoPE, and compute causal attention.
 
@@ -28,22 +28,31 @@ def rotary_attention(
 
     Returns:
         The output (B, T, H, D); and for the backward pass, the logarithms of the softmax's sums and the rotated queries
-        and keys with the values, (B, T, 3, H, D).
+        and keys with the values, (B, T, H + 2 KV heads, D).
     """
-    qkv = (x @ weight.T).view(*x.shape[:2], 3, num_heads, -1)
-    rope.rotate_packed(qkv[:, :, :2].flatten(2, 3), cos, sin)
-    o, log_sums = flash_attention.forward(*qkv.unbind(2))
+    qkv = (x @ weight.T).view(*x.shape[:2], num_heads + 2 * num_kv_heads, -1)
+    rope.rotate_packed(qkv[:, :, : num_heads + num_kv_heads], cos, sin)
+    o, log_sums = flash_attention.forward(*split_heads(qkv, num_heads))
     return o, log_sums, qkv
 
 
+def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+    """The queries, keys and values of packed heads (B, T, heads, D)."""
+    num_kv_heads = (qkv.shape[2] - num_heads) // 2
+    return qkv.split((num_heads, num_kv_heads, num_kv_heads), 2)
+
+
 @rotary_attention.register_fake
-def _(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
     B, T, _ = x.shape
-    D = weight.shape[0] // (3 * num_heads)
+    heads = num_heads + 2 * num_kv_heads
+    D = weight.shape[0] // heads
     return (
         x.new_empty((B, T, num_heads, D)),
         x.new_empty((B, num_heads, T), dtype=torch.float32),
-        x.new_empty((B, T, 3, num_heads, D)),
+        x.new_empty((B, T, heads, D)),
     )
 
 
@@ -56,7 +65,8 @@ def rotary_attention_backward(
         callback()
     do = do if do.stride(-1) == 1 else do.contiguous()
     dqkv = torch.empty_like(qkv)
-    flash_attention.backward(*qkv.unbind(2), o, log_sums, do, *dqkv.unbind(2), cos, sin)
+    q_k_v, gradients = split_heads(qkv, o.shape[2]), split_heads(dqkv, o.shape[2])
+    flash_attention.backward(*q_k_v, o, log_sums, do, *gradients, cos, sin)
     return _linear_backward(x, weight, dqkv)
 
 
@@ -68,13 +78,13 @@ def _(
 
 
 def _save_attention(ctx, inputs, output) -> None:
-    x, weight, cos, sin, _ = inputs
+    x, weight, cos, sin = inputs[:4]
     o, log_sums, qkv = output
     ctx.save_for_backward(x, weight, qkv, cos, sin, o, log_sums)
 
 
 def _attention_gradient(ctx, do, _log_sums, _qkv):
-    return *rotary_attention_backward(*ctx.saved_tensors, do), None, None, None
+    return *rotary_attention_backward(*ctx.saved_tensors, do), None, None, None, None
 
 
 rotary_attention.register_autograd(_attention_gradient, setup_context=_save_attention)
