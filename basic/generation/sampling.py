@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from basic.common.arguments import check_integer, id_list
@@ -93,6 +93,18 @@ class Sampling:
             nucleus = torch.zeros_like(probabilities).scatter_(-1, ids, descending * in_nucleus)
             probabilities = nucleus / nucleus.sum(-1, keepdim=True)
         return probabilities
+
+    def draw(
+        self, logits: Float[Tensor, " batch vocab_size"], generator: torch.Generator | None = None
+    ) -> Int64[Tensor, " batch"]:
+        """Draw the next token of each sequence; `NO_TOKEN` where a logit is NaN, or none is finite."""
+        if self.temperature == 0:  # as `probabilities` would have it, without a pass over the vocabulary for each step
+            return logits.argmax(-1).where(~logits.isnan().any(-1), NO_TOKEN)
+        probabilities = self.probabilities(logits)
+        is_finite = probabilities.isfinite().all(-1)
+        # torch could not draw from NaN: it would raise its own error, which on a GPU stops the process.
+        drawable = probabilities.where(is_finite.unsqueeze(-1), 1.0)
+        return torch.multinomial(drawable, 1, generator=generator).squeeze(-1).where(is_finite, NO_TOKEN)
 
 
 def next_token_probabilities(
@@ -246,11 +258,7 @@ def continue_ids(
         if decoder is not None and sampling.temperature == 0 and decoder.cache.length == length - 1 < context:
             return _decode_greedily(decoder, tokens, length, steps_per_read)
         logits = _next_logits(model, tokens[:, :length], cache, decoder)[:, :vocab_size]
-        probabilities = sampling.probabilities(logits)
-        is_finite = probabilities.isfinite().all(-1)
-        # torch could not draw from NaN: it would raise its own error, which on a GPU stops the process.
-        drawable = probabilities.where(is_finite.unsqueeze(-1), 1.0)
-        drawn = torch.multinomial(drawable, 1, generator=generator).squeeze(-1).where(is_finite, NO_TOKEN)
+        drawn = sampling.draw(logits, generator)
         tokens[:, length] = torch.where(length < prompt_lengths, tokens[:, length], drawn)
         return length + 1
 
