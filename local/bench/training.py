@@ -135,7 +135,8 @@ def measure(make_step: Callable, config: ModelConfig, batch_size: int, seconds: 
                 count += 1
             synchronize()
         step_s = (time.perf_counter() - started) / count
-    matrices = config.num_layers * (4 * config.d_model**2 + 3 * config.d_model * (config.d_ff or 0))
+    attention = 2 * config.d_model * (config.num_heads + config.kv_heads) * config.d_head
+    matrices = config.num_layers * (attention + 3 * config.d_model * (config.d_ff or 0))
     weights = matrices + config.vocab_size * config.d_model
     flops_per_token = 6 * weights + 6 * config.num_layers * config.context_length * config.d_model
     tokens_per_s = batch_size * config.context_length / step_s
