@@ -26,7 +26,7 @@ from basic.bpe.plain import PretokenCache, is_pair_of_bytes, merge_rules
 from basic.bpe.spans import Encoding, find_spans
 from basic.bpe.stream_decoder import StreamDecoder
 from basic.bytes_utils import decode_blocks, invalid_byte_error, load_merges, load_vocab, save_merges, save_vocab
-from basic.common.arguments import check_integer, check_text_list, id_list
+from basic.common.arguments import check_errors_option, check_integer, check_text_list, id_list
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.common.file_sets import CHECKSUMS_NAME, atomic_set, read_set
 from basic.common.files import load_json
@@ -542,12 +542,6 @@ def resolve_num_threads(num_threads: int | None) -> int:
     if check_integer("num_threads", num_threads) < 1:
         raise InvalidInputError(f"num_threads={num_threads} must be at least 1")
     return num_threads
-
-
-def check_errors_option(errors: str) -> None:
-    """Raise InvalidInputError unless the option is "strict" or "replace"."""
-    if errors not in ("strict", "replace"):
-        raise InvalidInputError(f"errors={errors!r} must be 'strict' or 'replace'")
 
 
 def _named_error(name: str, data: np.ndarray, error: InvalidByteError) -> InvalidInputError:

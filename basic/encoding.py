@@ -21,6 +21,7 @@ from pathlib import Path
 from basic.bpe.arrays import InvalidByteError
 from basic.bpe.compiled import KernelEncoder
 from basic.bpe.loading import MIN_BYTES_FOR_KERNELS
+from basic.common.arguments import check_errors_option
 from basic.common.errors import DamagedFileError, InvalidInputError, WrongTokenizerError
 from basic.common.files import is_unfinished
 from basic.common.outputs import Output, check_outputs
@@ -38,9 +39,16 @@ from basic.corpus.shards import (
     split_into_shards,
     total_text_bytes,
 )
-from basic.corpus.sources import Inputs, TextSource, check_separator, expand_inputs
+from basic.corpus.sources import (
+    Inputs,
+    TextSource,
+    check_can_be_divided,
+    check_separator,
+    expand_inputs,
+    warn_of_skipped,
+)
 from basic.corpus.work_folder import MANIFEST_NAME, Record, WorkFolder, is_work_folder, local_executor
-from basic.Tokenizer import Tokenizer, check_errors_option, resolve_num_threads
+from basic.Tokenizer import Tokenizer, resolve_num_threads
 from basic.tokens.flat_file import TokenFileWriter
 from basic.tokens.index import INDEX_NAME, read_index, write_index
 from basic.tokens.info import TokenFileInfo, read_sidecar, sidecar_path
@@ -104,8 +112,8 @@ def encode_file(
     """Encode text of any size into one token file, in bounded memory.
 
     Args:
-        inputs: text in UTF-8, in any form of `basic.corpus.sources`: a file, a glob, a URL, or several of them. Their
-            ids are concatenated as in `encode_files`.
+        inputs: text in UTF-8, in any form of `basic.corpus.sources`: a file, a glob, a URL, "-" for standard input, or
+            several of them, or an iterator of documents. Their ids are concatenated as in `encode_files`.
         output_path: path of the token file, `*.bin`. It appears with its sidecar when both are complete.
         num_threads: by default the number of processors; the result is the same.
         errors: for bytes that are not UTF-8: "strict" raises, "replace" encodes U+FFFD.
@@ -136,7 +144,9 @@ def encode_file(
     check_outputs(_token_file_outputs(output_path), inputs=sources, overwrite=replace_existing)
     shard = _entire_sources(sources, tokenizer)
     with progress_bar(progress, desc="encoding", total=total_text_bytes(shard), unit="B", unit_scale=True) as advance:
-        return _write_token_file(tokenizer, encoding, shard, output_path, advance)
+        info, num_skipped = _write_token_file(tokenizer, encoding, shard, output_path, advance)
+    warn_of_skipped(num_skipped)
+    return info
 
 
 def encode_files(
@@ -156,8 +166,7 @@ def encode_files(
 
     Args:
         inputs: text in UTF-8, in any form of `basic.corpus.sources`: a file, a glob, a URL, or several of them. Their
-            ids are concatenated with nothing between them; JSON lines after another input begin with the separator of
-            their documents. An input that is given twice is encoded twice.
+            ids are concatenated with nothing between them; documents after another input begin with their separator. An input that is given twice is encoded twice.
         output: folder of the dataset, which `basic.tokens.opening.open_tokens` opens as one array.
         executor: runs the tasks; by default threads or processes on this machine. All workers must see the output
             folder. The ids are the same for any executor.
@@ -187,6 +196,7 @@ def encode_files(
         raise InvalidInputError(
             f"{output} names one token file, but a dataset is a folder: give its name, or use encode_file"
         )
+    check_can_be_divided(inputs)
     sources = expand_inputs(inputs)
     check_outputs(_dataset_outputs(output, 0), inputs=sources, overwrite=True)
     segments = _entire_sources(sources, tokenizer)
@@ -237,6 +247,7 @@ def encode_files(
             on_finished,
         )
         folder.remove_temporary_files()
+        warn_of_skipped(folder.total("skipped", names))
         return write_index(folder.path / INDEX_NAME, names)
 
 
@@ -302,9 +313,10 @@ def _kernel_encoder(tokenizer: Tokenizer, segments: Shard) -> KernelEncoder | No
 def encode_shard(tokenizer: SavedTokenizer, encoding: ShardEncoding, shard: Shard, path: str) -> Record:
     """Encode a shard into a token file. A worker can run this anywhere, and more than once."""
     advance = encoding.advance or (lambda num_bytes: None)
-    info = _write_token_file(tokenizer.load(), encoding, shard, path, advance)
+    info, num_skipped = _write_token_file(tokenizer.load(), encoding, shard, path, advance)
     return {
         "bytes": info.source_bytes,
+        "skipped": num_skipped,
         "count": info.count,
         "file_bytes": info.count * info.dtype.itemsize,
         "sha256": info.sha256,
@@ -317,7 +329,14 @@ def _write_token_file(
     shard: Shard,
     path: str | os.PathLike,
     advance: Callable[[int], object],
-) -> TokenFileInfo:
+) -> tuple[TokenFileInfo, int]:
+    """Encode a shard; return the contents of the sidecar, and the number of lines or rows that were left out."""
+    num_skipped = 0
+
+    def on_skip() -> None:
+        nonlocal num_skipped
+        num_skipped += 1
+
     encoder = _kernel_encoder(tokenizer, shard)
     errors, specials_as_text = encoding.errors, encoding.specials_as_text
     groups = group_by_special_tokens(shard, tokenizer.active_special_tokens(specials_as_text))
@@ -332,7 +351,9 @@ def _write_token_file(
                 mark = None
                 if separator is not None:
                     mark = special_tokens.longest_first_bytes[0], tokenizer.special_token_ids[separator]
-                chunks = ShardChunks(segments, special_tokens, errors=errors, chunk_bytes=encoding.chunk_bytes)
+                chunks = ShardChunks(
+                    segments, special_tokens, errors=errors, chunk_bytes=encoding.chunk_bytes, on_skip=on_skip
+                )
                 try:
                     for ids, chunk_bytes in encoder.encode_chunks(
                         chunks, specials_as_text, encoding.num_threads, errors=errors, document_mark=mark
@@ -344,11 +365,13 @@ def _write_token_file(
                     raise chunks.describe_error(error) from None
                 continue
             for segment in segments:
-                text = read_segment(segment, special_tokens, tokenizer.compiled_pattern, errors=errors, on_read=on_read)
+                text = read_segment(
+                    segment, special_tokens, tokenizer.compiled_pattern, errors=errors, on_read=on_read, on_skip=on_skip
+                )
                 if separator is None:
                     batches = tokenizer.encode_stream(text, specials_as_text=specials_as_text)
                 else:
                     batches = tokenizer.encode_documents(text, separator)
                 for ids in batches:
                     writer.write(ids)
-    return writer.info
+    return writer.info, num_skipped

@@ -46,8 +46,9 @@ def train_bpe(
     """Train byte-pair encoding on text of any size.
 
     Args:
-        inputs: UTF-8 text: a file, a glob, a URL, or several of them; also compressed or as JSON lines
-            (`basic.corpus.sources`). Newlines are not translated.
+        inputs: UTF-8 text: a file, a glob, a URL, "-" for standard input, or several of them; also compressed, as JSON
+            lines or as Parquet tables (`basic.corpus.sources`); or an iterator of strings, each of them a document.
+            Newlines are not translated.
         vocab_size: the number of tokens, at least 256 plus the number of special tokens. The vocabulary is smaller if
             no pair is left to merge.
         special_tokens: strings that are never split; nothing is merged across them.

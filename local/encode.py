@@ -7,28 +7,27 @@ data/train`), and --train-tokens of local/train.py takes the folder. The same co
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from basic.common import command_line
 from basic.common.errors import InvalidInputError
+from basic.corpus.text_formats import DocumentOptions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT [INPUT ...] OUTPUT")]
-    """Inputs: UTF-8 text under any name, or JSON lines (.jsonl, .ndjson, .json), also as .gz, .zst, .xz or .bz2;
-    files, globs in quotation marks, or URLs (s3://bucket/*.jsonl.zst), encoded in this order. Output, at the end: a
-    token file NAME.bin, which gets a sidecar NAME.json, or a folder."""
+    """Inputs: UTF-8 text under any name, JSON lines (.jsonl, .ndjson, .json), either also as .gz, .zst, .xz or .bz2, or
+    Parquet tables; files, globs in quotation marks, URLs (s3://bucket/*.jsonl.zst), or - for standard input, encoded in
+    this order. Output, at the end: a token file NAME.bin, which gets a sidecar NAME.json, or a folder."""
     tokenizer: Path = Path("runs/tokenizer")
     """Folder of the tokenizer, as local/train_bpe.py writes it."""
-    field: str = "text"
-    """JSON lines: the field that holds the text of the document."""
-    end_of_text: str = "<|endoftext|>"
-    """JSON lines: the special token written between documents."""
+    errors: Literal["strict", "replace"] = "strict"
+    """Bytes that are not UTF-8: end with an error, or encode U+FFFD instead."""
     overwrite: bool = False
     """Token file: replace the one that exists. (A folder is resumed; see --start-over.)"""
     shard_bytes: int = 1 << 27
@@ -37,6 +36,7 @@ class Options:
     """Delete what an earlier command wrote into the output folder, and encode everything again."""
     scheduler: str | None = None
     """Address of a Dask scheduler, such as tcp://10.0.0.1:8786, whose workers encode; all must see the output."""
+    documents: tyro.conf.OmitArgPrefixes[DocumentOptions]
 
 
 def main(options: Options) -> None:
@@ -51,9 +51,11 @@ def main(options: Options) -> None:
     tokenizer = Tokenizer.load(command_line.tokenizer_folder(options.tokenizer))
     output.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    sources = [TextSource(path, options.field, options.end_of_text) for path in inputs]
+    sources = [TextSource(path, **asdict(options.documents)) for path in inputs]
     if output.suffix == ".bin" and options.scheduler is None:
-        info = encode_file(tokenizer, sources, output, overwrite=options.overwrite, progress=True)
+        info = encode_file(
+            tokenizer, sources, output, errors=options.errors, overwrite=options.overwrite, progress=True
+        )
     else:
         with dask_executor(options.scheduler) as executor:
             info = encode_files(
@@ -63,6 +65,7 @@ def main(options: Options) -> None:
                 executor=executor,
                 start_over=options.start_over,
                 shard_bytes=options.shard_bytes,
+                errors=options.errors,
                 progress=True,
             )
     seconds = time.perf_counter() - start

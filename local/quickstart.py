@@ -61,7 +61,7 @@ def make(options: Options, folder: Path) -> None:
     if options.input is None:
         stories = write_stories(folder, TRAIN_STORIES, VALID_STORIES, seed=options.seed, separator=END, progress=True)
     else:
-        split_text(TextSource(options.input, options.field, END), folder, separator=END)
+        split_text(TextSource(options.input, field=options.field, end_of_text=END), folder, separator=END)
     # Without kernels: compiling them would take longer than these few megabytes.
     vocab, merges = train_bpe(folder / "train.txt", options.vocab_size, [END], kernels=False, progress=True)
     tokenizer = Tokenizer(vocab, merges, [END], kernels=False)

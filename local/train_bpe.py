@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from basic.common import command_line
+from basic.common.errors import InvalidInputError
+from basic.common.progress import peak_memory
+from basic.corpus.text_formats import DocumentOptions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT [INPUT ...]")]
-    """UTF-8 text under any name, or JSON lines (.jsonl, .ndjson, .json), also as .gz, .zst, .xz or .bz2; files, globs
-    in quotation marks, or URLs (s3://bucket/*.jsonl.zst)."""
+    """UTF-8 text under any name, JSON lines (.jsonl, .ndjson, .json), either also as .gz, .zst, .xz or .bz2, or Parquet
+    tables; files, globs in quotation marks, URLs (s3://bucket/*.jsonl.zst), or - for standard input."""
     vocab_size: int = 10_000
     """Size of the vocabulary: the special tokens, the 256 bytes and the merges."""
     special_tokens: tuple[str, ...] = ("<|endoftext|>",)
     """Strings that are never split; each is one token. No merge crosses them."""
-    field: str = "text"
-    """JSON lines: the field that holds the text of the document."""
-    end_of_text: str = "<|endoftext|>"
-    """JSON lines: the special token inserted between documents."""
+    max_token_bytes: int | None = None
+    """Learn no token with more bytes. None: no limit."""
+    extend: Path | None = None
+    """Folder of a tokenizer to continue: it gets the special tokens that it lacks, and merges that are learned from the
+    text, until it has --vocab-size tokens; its ids stay. None: train a new one."""
+    errors: Literal["strict", "replace"] = "strict"
+    """Bytes that are not UTF-8: end with an error, or read U+FFFD instead."""
     output: Path = Path("runs/tokenizer")
     """Folder for vocab.json, merges.txt and special_tokens.json."""
     overwrite: bool = False
@@ -41,6 +46,7 @@ class Options:
     """Delete the counts in --work and count again."""
     scheduler: str | None = None
     """Address of a Dask scheduler, such as tcp://10.0.0.1:8786, whose workers count; all must see --work."""
+    documents: tyro.conf.OmitArgPrefixes[DocumentOptions]
 
 
 def main(options: Options) -> None:
@@ -48,50 +54,42 @@ def main(options: Options) -> None:
     from basic.corpus.sources import TextSource, expand_inputs
     from basic.corpus.work_folder import dask_executor
     from basic.Tokenizer import Tokenizer, tokenizer_outputs
-    from basic.train_bpe import train_bpe
+    from basic.train_bpe import learn_more_merges, train_bpe
 
-    sources = expand_inputs([TextSource(path, options.field, options.end_of_text) for path in options.inputs])
+    sources = expand_inputs([TextSource(path, **asdict(options.documents)) for path in options.inputs])
     check_outputs(tokenizer_outputs(options.output), inputs=sources, overwrite=options.overwrite)
-    start = time.perf_counter()
+    start, vocab_size = time.perf_counter(), options.vocab_size
     work = options.work or (options.output.with_name(options.output.name + ".work") if options.scheduler else None)
+    names = ("max_token_bytes", "start_over", "min_count", "errors", "num_workers")
+    settings: dict[str, Any] = {name: getattr(options, name) for name in names} | {
+        "work_folder": work,
+        "progress": True,
+    }
     with dask_executor(options.scheduler) as executor:
-        vocab, merges = train_bpe(
-            sources,
-            options.vocab_size,
-            options.special_tokens,
-            executor=executor,
-            work_folder=work,
-            start_over=options.start_over,
-            min_count=options.min_count,
-            num_workers=options.num_workers,
-            progress=True,
-        )
+        if options.extend is None:
+            vocab, merges = train_bpe(sources, vocab_size, options.special_tokens, executor=executor, **settings)
+            tokenizer = Tokenizer(vocab, merges, options.special_tokens)
+        else:
+            base = Tokenizer.load(options.extend).with_special_tokens(options.special_tokens)
+            if vocab_size < len(base):
+                raise InvalidInputError(f"--vocab-size {vocab_size} is less than the {len(base)} tokens of --extend")
+            special, settings["pattern"] = list(base.special_token_ids), base.pattern
+            merges = learn_more_merges(
+                sources, vocab_size - len(base), base.merges, special, executor=executor, **settings
+            )
+            tokenizer = base.with_merges(merges)
     seconds = time.perf_counter() - start
-    tokenizer = Tokenizer(vocab, merges, options.special_tokens)
     check_outputs(tokenizer_outputs(options.output), overwrite=options.overwrite)  # another process may have written it
     tokenizer.save(options.output)
 
-    special = {token.encode() for token in options.special_tokens}
-    longest = max((token for token in vocab.values() if token not in special), key=len)
+    special = {token.encode() for token in tokenizer.special_token_ids}
+    longest = max((token for token in tokenizer.vocab.values() if token not in special), key=len)
     print(f"trained in    {seconds:.1f} s, {peak_memory()}")
-    print(f"tokens        {tokenizer.vocab_size:,} ({len(merges):,} merges)")
+    print(f"tokens        {len(tokenizer):,} ({len(merges):,} {'' if options.extend is None else 'new '}merges)")
     print(f"longest token {longest.decode(errors='replace')!r}, {len(longest)} bytes")
     print(f"saved in      {options.output}/ (vocab.json, merges.txt, special_tokens.json)")
-    if tokenizer.vocab_size < options.vocab_size:
-        print(f"note: the text has no more pairs to merge, so the vocabulary is smaller than {options.vocab_size:,}")
-
-
-def peak_memory() -> str:
-    """Describe the peak memory of this process and of its workers."""
-    try:
-        import resource
-    except ImportError:  # on Windows
-        return "peak memory unknown"
-    unit_bytes = 1 if sys.platform == "darwin" else 1024
-    this, worker = (
-        resource.getrusage(who).ru_maxrss * unit_bytes / 1e6 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-    return f"peak memory {this:.0f} MB" + (f" and {worker:.0f} MB a worker" if worker else "")
+    if len(tokenizer) < vocab_size:
+        print(f"note: the text has no more pairs to merge, so the vocabulary is smaller than {vocab_size:,}")
 
 
 if __name__ == "__main__":

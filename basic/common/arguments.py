@@ -1,4 +1,4 @@
-"""Check arguments that come from outside: integers, and token ids in lists, arrays and tensors.
+"""Check arguments that come from outside: integers, texts, and token ids in lists, arrays and tensors.
 
 Tensors are recognised by their attributes, because text to tokens never imports torch.
 """
@@ -26,6 +26,12 @@ def check_integer(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {_describe(value)}") from None
+
+
+def check_errors_option(errors: str) -> None:
+    """Raise InvalidInputError unless the option is "strict" or "replace"."""
+    if errors not in ("strict", "replace"):
+        raise InvalidInputError(f"errors={errors!r} must be 'strict' or 'replace'")
 
 
 def check_text_list(name: str, texts: Iterable[str]) -> list[str]:

@@ -1,8 +1,9 @@
-"""Progress bars, and the default number of workers."""
+"""Progress bars, the default number of workers, and the memory of a process."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
@@ -32,3 +33,16 @@ def progress_bar(shown: bool, **options: Any) -> Generator[Callable[[int], objec
 
     with tqdm(**options) as bar:
         yield bar.update
+
+
+def peak_memory() -> str:
+    """Describe the peak memory of this process and of its workers."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return "peak memory unknown"
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    this, worker = (
+        resource.getrusage(who).ru_maxrss * unit_bytes / 1e6 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    return f"peak memory {this:.0f} MB" + (f" and {worker:.0f} MB a worker" if worker else "")

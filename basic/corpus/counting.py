@@ -23,7 +23,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from basic.bpe import compiled, loading
-from basic.bpe.arrays import InvalidByteError, PretokenCounts
+from basic.bpe.arrays import Chunk, InvalidByteError, PretokenCounts, bytes_array
+from basic.common.arguments import check_errors_option
 from basic.common.errors import InvalidInputError
 from basic.common.progress import default_num_workers, progress_bar
 from basic.corpus.count_tables import (
@@ -49,7 +50,7 @@ from basic.corpus.shards import (
     split_into_shards,
     total_text_bytes,
 )
-from basic.corpus.sources import Inputs, check_separator, expand_inputs
+from basic.corpus.sources import Inputs, check_can_be_divided, check_separator, expand_inputs, warn_of_skipped
 from basic.corpus.work_folder import Record, WorkFolder, local_executor
 from basic.pretokenization import GPT2_PATTERN, Pattern, SpecialTokens, pretokenize_stream, resolve_pattern
 
@@ -63,10 +64,12 @@ Advance = Callable[[int], object]
 
 @dataclass(frozen=True, kw_only=True)
 class CountingOptions:
-    """How pre-tokens are counted. The counts do not depend on these options; `min_count` only filters them.
+    """How pre-tokens are counted.
+
+    The counts depend only on `errors`, and only those of text that is not UTF-8; `min_count` filters them.
 
     Raises:
-        InvalidInputError: a number is less than 1.
+        InvalidInputError: a number is less than 1, or `errors` has another value.
     """
 
     executor: Executor | None = None
@@ -79,6 +82,8 @@ class CountingOptions:
     min_count: int = 1
     """Leave out pre-tokens whose total count is less. It is applied to the exact counts of all text, as a pre-token
     that is rare in every shard can be frequent in the corpus."""
+    errors: str = "strict"
+    """For bytes that are not UTF-8: "strict" raises, "replace" reads U+FFFD."""
     num_workers: int | None = None
     """Threads or processes of the default executor; by default the number of processors."""
     shard_bytes: int | None = None
@@ -97,6 +102,7 @@ class CountingOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidInputError(f"{name}={value} must be at least 1")
+        check_errors_option(self.errors)
 
 
 _DEFAULT_OPTIONS = CountingOptions()
@@ -113,6 +119,7 @@ class ShardCounting:
 
     special_tokens: tuple[str, ...]
     pattern: Pattern = GPT2_PATTERN
+    errors: str = "strict"
     kernels: bool = False
     num_threads: int = 1
     chunk_bytes: int = KERNEL_CHUNK_BYTES
@@ -137,8 +144,9 @@ def build_count_table(
     """Count the pre-tokens of text, in parallel if the text is large.
 
     Args:
-        inputs: text in UTF-8, in any form of `basic.corpus.sources`: a file, a glob, a URL, or several of them. No
-            pre-token crosses the end of an input. An input that is given twice is counted twice.
+        inputs: text in UTF-8, in any form of `basic.corpus.sources`: a file, a glob, a URL, or several of them, or an
+            iterator of documents. No pre-token crosses the end of an input or of a document. An input that is given
+            twice is counted twice.
         special_tokens: boundaries that no pre-token crosses; they are not counted themselves.
         pattern: finds the pre-tokens, see `basic.pretokenization.resolve_pattern`; GPT-2's by default.
 
@@ -150,9 +158,12 @@ def build_count_table(
         DamagedFileError: a compressed input or a table is damaged.
         OSError: a file cannot be read, or workers died (ChildProcessError).
     """
+    if options.executor is not None or options.work_folder is not None:
+        check_can_be_divided(inputs)
     sources = expand_inputs(inputs)
     for source in sources:
-        check_separator(source, special_tokens.tokens)
+        if source.known_content != "texts":  # the separator of an iterator does not matter here
+            check_separator(source, special_tokens.tokens)
     pattern = resolve_pattern(pattern)
     segments = [entire_source(source) for source in sources]
     num_workers = options.num_workers or default_num_workers()
@@ -165,6 +176,8 @@ def build_count_table(
         "pattern": pattern.short_form,
         "shard_bytes": shard_bytes,
     }
+    if options.errors != "strict":  # not otherwise, as earlier versions did not write it
+        work["errors"] = options.errors
     shards = split_into_shards(segments, shard_bytes)
     with (
         TemporaryDirectory(prefix="basic-") as temporary,
@@ -178,6 +191,7 @@ def build_count_table(
         counting = ShardCounting(
             special_tokens=special_tokens.tokens,
             pattern=pattern,
+            errors=options.errors,
             kernels=kernels,
             num_threads=max(1, num_workers // len(shards)) if options.executor is None else 1,
             chunk_bytes=options.chunk_bytes,
@@ -185,9 +199,11 @@ def build_count_table(
         )
         tree = _MergeTree(folder, len(shards), options.fan_in)
         advance(folder.bytes_done(tree.levels[0]))
-        executor = options.executor or local_executor(num_workers, len(shards), threads=kernels)
+        threads = kernels or any(source.reads_once for source in sources)
+        executor = options.executor or local_executor(num_workers, len(shards), threads=threads)
         record = tree.run(counting, shards, executor, None if in_threads else advance)
         folder.remove_temporary_files()
+        warn_of_skipped(folder.total("skipped", tree.levels[0]))
         table = concatenate(list(read_table(folder.path / record["file"], sha256=record["sha256"])))
         return drop_rare(table, options.min_count)
 
@@ -276,7 +292,11 @@ class _MergeTree:
 
 def count_shard(counting: ShardCounting, shard: Shard, path: str) -> Record:
     """Count the pre-tokens of a shard and write their table. A worker can run this anywhere, and more than once."""
-    special_tokens, num_bytes = SpecialTokens(counting.special_tokens), 0
+    special_tokens, num_bytes, num_skipped = SpecialTokens(counting.special_tokens), 0, 0
+
+    def on_skip() -> None:
+        nonlocal num_skipped
+        num_skipped += 1
 
     def advance(amount: int) -> None:
         nonlocal num_bytes
@@ -289,14 +309,15 @@ def count_shard(counting: ShardCounting, shard: Shard, path: str) -> Record:
         tables: list[Any] = []
         # The order of the segments does not change the counts: a group for each kind of special tokens is enough.
         groups = group_by_special_tokens(sorted(shard, key=lambda segment: segment.separator or ""), special_tokens)
-        counted = (count(counting, segments, special, advance) for segments, _, special in groups)
+        counted = (count(counting, segments, special, advance, on_skip) for segments, _, special in groups)
         for index, table in enumerate(chain.from_iterable(counted)):
             if index < _TABLES_IN_MEMORY:
                 tables.append([table])
                 continue
             write_table(Path(folder) / str(index), [table])
             tables.append(read_table(Path(folder) / str(index)))
-        return {"bytes": num_bytes, **write_table(path, merge_tables(tables, kernels=counting.kernels))}
+        record = write_table(path, merge_tables(tables, kernels=counting.kernels))
+        return {"bytes": num_bytes, "skipped": num_skipped, **record}
 
 
 def merge_table_files(kernels: bool, tables: list[tuple[str, str]], path: str) -> Record:
@@ -307,16 +328,23 @@ def merge_table_files(kernels: bool, tables: list[tuple[str, str]], path: str) -
 
 
 def _count_with_kernels(
-    counting: ShardCounting, shard: Shard, special_tokens: SpecialTokens, advance: Advance
+    counting: ShardCounting,
+    shard: Shard,
+    special_tokens: SpecialTokens,
+    advance: Advance,
+    on_skip: Callable[[], object],
 ) -> Iterator[PretokenCounts]:
-    chunks = ShardChunks(shard, special_tokens, chunk_bytes=counting.chunk_bytes)
+    chunks = ShardChunks(
+        shard, special_tokens, errors=counting.errors, chunk_bytes=counting.chunk_bytes, on_skip=on_skip
+    )
 
     def on_chunk_done(num_bytes: int) -> None:
         chunks.mark_done()
         advance(num_bytes)
 
     tables = compiled.count_pretokens_in_chunks(
-        chunks,
+        # Streams have been decoded; those of documents have marks, which must stay.
+        map(_valid_chunk, chunks) if counting.errors == "replace" and shard[0].separator is None else chunks,
         special_tokens.longest_first_bytes,
         counting.num_threads,
         on_chunk_done,
@@ -330,8 +358,24 @@ def _count_with_kernels(
         raise chunks.describe_error(error) from None
 
 
+def _valid_chunk(chunk: Chunk) -> Chunk:
+    """The chunk with U+FFFD instead of bytes that are not UTF-8."""
+    data, start, stop = chunk
+    content = data[start:stop].tobytes()
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        valid = bytes_array(content.decode(errors="replace").encode())
+        return valid, 0, len(valid)
+    return chunk
+
+
 def _count_plain(
-    counting: ShardCounting, shard: Shard, special_tokens: SpecialTokens, advance: Advance
+    counting: ShardCounting,
+    shard: Shard,
+    special_tokens: SpecialTokens,
+    advance: Advance,
+    on_skip: Callable[[], object],
 ) -> Iterator[PretokenCounts]:
     """The plain version of the kernels."""
     pattern, counts = counting.pattern, Counter[str]()
@@ -341,7 +385,7 @@ def _count_plain(
         return sorted_table(Counter({pretoken.encode(): count for pretoken, count in counts.items()}))
 
     for segment in shard:
-        text = read_segment(segment, special_tokens, pattern, on_read=advance)
+        text = read_segment(segment, special_tokens, pattern, errors=counting.errors, on_read=advance, on_skip=on_skip)
         for pretokens, _ in pretokenize_stream(text, special_tokens, pattern):
             counts.update(pretokens)
             if len(counts) > limit:

@@ -24,7 +24,15 @@ from typing import Any, TypeVar
 from basic.bpe.arrays import Chunk, InvalidByteError
 from basic.bytes_utils import decode_blocks, invalid_byte_error
 from basic.common.errors import InvalidInputError
-from basic.corpus.sources import TextSource, map_bytes, read_text_with_marks, release_pages, size_of_bom
+from basic.corpus.sources import (
+    TextIterator,
+    TextSource,
+    map_bytes,
+    read_text_with_marks,
+    release_pages,
+    size_of_bom,
+    with_known_content,
+)
 from basic.pretokenization import (
     GPT2_PATTERN,
     Pattern,
@@ -65,8 +73,8 @@ class Segment:
 
     @property
     def separator(self) -> str | None:
-        """The special token between the documents of JSON lines; None for text whose special tokens are in the text."""
-        return self.source.end_of_text if self.source.is_json_lines else None
+        """The special token between documents; None for text whose special tokens are in the text."""
+        return self.source.end_of_text if self.source.has_marks else None
 
     @property
     def num_bytes(self) -> int:
@@ -89,10 +97,11 @@ def entire_source(source: TextSource) -> Segment:
         InvalidInputError: the content is not text, as its first bytes show.
         OSError: the source is not a readable file.
     """
+    source = with_known_content(source)
     size, version = source.size_and_version()
-    if not source.is_remote:
+    if not source.is_remote and not source.reads_once:
         # A worker may have another current folder.
-        source = replace(source, path=os.path.abspath(source.path))
+        source = replace(source, path=os.path.abspath(os.fspath(source)))
     if not source.is_plain or size is None or not source.supports_ranges():
         return Segment(source, size, version)
     text_start = min(size, size_of_bom(source))
@@ -101,13 +110,21 @@ def entire_source(source: TextSource) -> Segment:
 
 def exceeds(segments: Sequence[Segment], num_bytes: int) -> bool:
     """Whether the text of segments has at least this many bytes; what is compressed is read until this is known."""
-    unknown = [segment.source.compression is not None or segment.size is None for segment in segments]
+    unknown = [
+        segment.source.compression is not None or segment.size is None or segment.source.known_content == "parquet"
+        for segment in segments
+    ]
     remaining = num_bytes
     for segment, is_unknown in zip(segments, unknown, strict=True):
         remaining -= 0 if is_unknown else segment.num_bytes
     if remaining <= 0:
         return True
     for segment in compress(segments, unknown):
+        if segment.source.reads_once:
+            texts = segment.source.path  # standard input is taken for large: it cannot be looked at
+            if not isinstance(texts, TextIterator) or texts.exceeds(remaining):
+                return True
+            continue
         for text in read_text_with_marks(segment.source, errors="replace"):
             remaining -= len(text)
             if remaining <= 0:
@@ -123,7 +140,7 @@ def total_text_bytes(segments: Sequence[Segment]) -> int | None:
 
 
 def inputs_fingerprint(segments: Sequence[Segment]) -> dict[str, Any]:
-    """Return what identifies entire inputs in a work folder: names, sizes, versions, and how JSON lines are read.
+    """Return what identifies entire inputs in a work folder: names, sizes, versions, and how documents are read.
 
     Version 0.1.0 found special tokens inside JSON documents too, so its unfinished work on JSON lines is other work.
     """
@@ -131,8 +148,12 @@ def inputs_fingerprint(segments: Sequence[Segment]) -> dict[str, Any]:
     for segment in segments:
         source = segment.source
         state = [os.fspath(source), segment.size, segment.version, source.field, source.end_of_text]
-        if source.is_json_lines:
+        if source.has_marks:
             state.append("special tokens in documents are text")
+        elif source.has_documents:
+            state.append("documents")
+        if source.has_documents and source.on_bad_line != "error":
+            state.append(source.on_bad_line)
         digest.update(json.dumps(state).encode())
     num_bytes = sum(segment.size or 0 for segment in segments)
     return {"inputs": len(segments), "input_bytes": num_bytes, "input_sha256": digest.hexdigest()}
@@ -179,12 +200,14 @@ def read_segment(
     *,
     errors: str = "strict",
     on_read: Callable[[int], object] = lambda num_bytes: None,
+    on_skip: Callable[[], object] = lambda: None,
 ) -> Iterator[str]:
     """Stream the text of a segment; the strings may end anywhere. See `basic.corpus.sources.read_text_with_marks`.
 
     Args:
         special_tokens, pattern: decide which positions are safe.
         on_read: called with the number of bytes of each block before it is decoded.
+        on_skip: called for each line or row that is left out.
     """
 
     def counted(blocks: Iterable[T], num_bytes: Callable[[T], int]) -> Iterator[T]:
@@ -195,7 +218,8 @@ def read_segment(
     source = segment.source
     if segment.stop is None:
         return counted(
-            read_text_with_marks(source, errors=errors), lambda text: len(text.encode(errors="surrogateescape"))
+            read_text_with_marks(source, errors=errors, on_skip=on_skip),
+            lambda text: len(text.encode(errors="surrogateescape")),
         )
     start, stop = _safe_range(segment, special_tokens, pattern)
     return decode_blocks(counted(source.blocks(start, stop), len), source, start, errors=errors)
@@ -218,6 +242,7 @@ class ShardChunks:
     Args:
         errors: for bytes that are not UTF-8 in a stream: "strict" or "replace". Mapped bytes are not decoded here.
         chunk_bytes: the approximate size of a chunk.
+        on_skip: called for each line or row that is left out.
     """
 
     def __init__(
@@ -227,8 +252,9 @@ class ShardChunks:
         *,
         errors: str = "strict",
         chunk_bytes: int = KERNEL_CHUNK_BYTES,
+        on_skip: Callable[[], object] = lambda: None,
     ) -> None:
-        self._shard, self._special_tokens = shard, special_tokens
+        self._shard, self._special_tokens, self._on_skip = shard, special_tokens, on_skip
         self._errors, self._chunk_bytes = errors, chunk_bytes
         # Of each chunk: its segment, and the offset of its array in the source.
         self._unfinished: deque[tuple[Segment, Chunk, int]] = deque()
@@ -272,7 +298,7 @@ class ShardChunks:
     def _streamed(self, segment: Segment) -> Iterator[tuple[int, Chunk]]:
         special_tokens = self._special_tokens
         offset = 0 if segment.stop is None else _safe_range(segment, special_tokens)[0]
-        text = read_segment(segment, special_tokens, errors=self._errors)
+        text = read_segment(segment, special_tokens, errors=self._errors, on_skip=self._on_skip)
         for data, start, stop in chunks_of_stream(text, special_tokens, self._chunk_bytes):
             yield offset - start, (data, start, stop)
             offset += stop - start

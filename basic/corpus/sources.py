@@ -1,10 +1,14 @@
-"""Text sources: plain text, JSON lines, and both of them compressed.
+"""Text sources: plain text and JSON lines, both of them also compressed, Parquet tables, and texts of an iterator.
 
 The name of a file says what it holds (`basic.corpus.text_formats`); what is plainly no text is refused. Plain text can
 be read from any offset, and is memory-mapped if it is local. Any other source is a stream of text, read from front to
 back. Memory holds one block of the stream, or the longest line of JSON lines. A byte order mark is no part of a text.
 
-Inputs are files, globs, and URLs (s3://, https://, ...), which need the package `fsspec`.
+The separators of documents are not in their texts: what looks like a special token in a document is text. In plain text
+the separators are in the text, by convention.
+
+Inputs are files, globs, URLs (s3://, https://, ...), which need the package `fsspec`, "-" for standard input, and
+iterators of strings.
 """
 
 from __future__ import annotations
@@ -12,23 +16,35 @@ from __future__ import annotations
 import codecs
 import glob
 import io
-import json
 import mmap
 import os
+import sys
+import warnings
+from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
 
-from basic.bytes_utils import decode_blocks, utf8_error
+from basic.bytes_utils import decode_blocks
 from basic.common.errors import DamagedFileError, InvalidInputError, how_to_install
-from basic.corpus.text_formats import COMPRESSIONS, HEAD_BYTES, JSON_LINES, check_head, check_name
+from basic.corpus.documents import parse_json_line, read_parquet
+from basic.corpus.text_formats import (
+    COMPRESSIONS,
+    HEAD_BYTES,
+    JSON_LINES,
+    PARQUET,
+    DocumentOptions,
+    begins_with_json_line,
+    check_head,
+    check_name,
+)
 from basic.pretokenization import SpecialTokens, replace_surrogates
 
 T = TypeVar("T")
@@ -38,25 +54,63 @@ REMOTE_BLOCK_BYTES = 1 << 23  # a round trip costs as much time as a megabyte or
 MAX_LINE_BYTES = 1 << 28  # of JSON lines; a line needs several times its size in memory
 
 
-@dataclass(frozen=True)
-class TextSource:
-    """A file of text, with how to read JSON lines. It can stand for its path wherever a corpus is read."""
+STANDARD_INPUT = "-"
 
-    path: str | os.PathLike
-    """Text in UTF-8: a local file or a URL. A name that ends in .gz, .zst, .xz or .bz2 means that the file is
-    compressed. A name that ends in .jsonl, .ndjson or .json (before the ending of a compressed file) means that each
-    line is a JSON object with one document. Any other name means plain text."""
-    field: str = "text"
-    """The key of the document in a JSON object."""
-    end_of_text: str = "<|endoftext|>"
-    """The special token between the documents of JSON lines."""
+Content = Literal["text", "json lines", "parquet", "texts"]
+
+
+class TextIterator(Iterator[str]):
+    """An iterator of texts, each of them a document, of which the first can be looked at before they are read."""
+
+    def __init__(self, texts: Iterator[str]) -> None:
+        self._texts, self._first = texts, deque[str]()
+
+    def __next__(self) -> str:
+        return self._first.popleft() if self._first else self._next()
+
+    def exceeds(self, num_characters: int) -> bool:
+        """Whether the remaining texts have at least this many characters."""
+        length = sum(map(len, self._first))
+        while length < num_characters:
+            try:
+                self._first.append(self._next())
+            except StopIteration:
+                return False
+            length += len(self._first[-1])
+        return True
+
+    def _next(self) -> str:
+        text = next(self._texts)
+        if not isinstance(text, str):
+            remedy = "; paths are given in a list" if isinstance(text, os.PathLike) else ""
+            raise TypeError(f"an iterator of texts must give strings, got {type(text).__name__}: {text!r:.80}{remedy}")
+        return text
+
+
+@dataclass(frozen=True)
+class TextSource(DocumentOptions):
+    """A file of text or an iterator of texts, with how to read its documents. It can stand for a path of a corpus."""
+
+    path: str | os.PathLike | Iterator[str]
+    """Text in UTF-8: a local file, a URL, or "-" for standard input. A name that ends in .gz, .zst, .xz or .bz2 means
+    that the file is compressed. A name that ends in .jsonl, .ndjson or .json (before the ending of a compressed file)
+    means that each line is a JSON object with one document; .parquet means a table with a document a row. A name that
+    ends in .txt means plain text. Any other name, or none, means JSON lines if the first line begins like an object,
+    and else plain text. An iterator gives documents; it can be read once, like standard input."""
     begins_with_separator: bool = False
-    """Whether that token also comes before the first document of JSON lines."""
+    """Whether the special token between documents also comes before the first one."""
     block_bytes: int | None = None
     """The number of bytes to read at a time; by default `BLOCK_BYTES`, or `REMOTE_BLOCK_BYTES` for a URL."""
+    content: Content | None = None
+    """What the source holds, once it is known (`with_known_content`)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.path, Iterator) and not isinstance(self.path, TextIterator):
+            object.__setattr__(self, "path", TextIterator(self.path))
 
     def __fspath__(self) -> str:
-        return os.fspath(self.path)
+        return "<texts>" if isinstance(self.path, Iterator) else os.fspath(self.path)
 
     @property
     def compression(self) -> str | None:
@@ -70,8 +124,27 @@ class TextSource:
         return Path(self._name.removesuffix(self.compression or "")).suffix
 
     @property
+    def known_content(self) -> Content | None:
+        """What the source holds, as far as its name says it."""
+        if isinstance(self.path, Iterator):
+            return "texts"
+        by_suffix: dict[str, Content] = {".txt": "text", **dict.fromkeys(PARQUET.suffixes, "parquet")}
+        by_suffix |= dict.fromkeys(JSON_LINES.suffixes, "json lines")
+        return self.content or by_suffix.get(self.content_suffix)
+
+    @property
     def is_json_lines(self) -> bool:
-        return self.content_suffix in JSON_LINES.suffixes
+        return self.known_content == "json lines"
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether the separators are not in the text."""
+        return self.known_content not in ("text", None)
+
+    @property
+    def has_marks(self) -> bool:
+        """Whether marks stand for the separators of the documents, so that special tokens in them are text."""
+        return self.has_documents and not self.specials_in_documents
 
     @property
     def _name(self) -> str:
@@ -82,18 +155,25 @@ class TextSource:
     @property
     def is_plain(self) -> bool:
         """Whether the bytes of the file are the bytes of the text."""
-        return not self.is_json_lines and self.compression is None
+        return not self.has_documents and self.compression is None and not self.reads_once
 
     @property
     def is_remote(self) -> bool:
         return "://" in os.fspath(self)
 
+    @property
+    def reads_once(self) -> bool:
+        """Whether the source can be read only once, and only by this process."""
+        return isinstance(self.path, Iterator) or self.path == STANDARD_INPUT
+
     def size_and_version(self) -> tuple[int | None, str]:
-        """Return the size in bytes (None if a server does not report it), and a string that changes with the content.
+        """Return the size in bytes (None if it is not known), and a string that changes with the content.
 
         Raises:
             OSError: the source is not a readable file.
         """
+        if self.reads_once:
+            return None, ""
         if not self.is_remote:
             size = file_size_bytes(self)  # raises for a missing file, a folder or a pipe
             return size, str(os.stat(self).st_mtime_ns)
@@ -116,12 +196,25 @@ class TextSource:
             return False
         return True
 
-    def open(self) -> io.BufferedIOBase:
-        """Open the file for reading from its beginning."""
-        if not self.is_remote:
-            file_size_bytes(self)
-            return open(self.path, "rb")
+    @contextmanager
+    def open(self, *, at_any_offset: bool = False) -> Generator[Any]:
+        """Open the file for reading from its beginning, or at any offset."""
+        if self.path == STANDARD_INPUT:
+            if sys.stdin is None:
+                raise InvalidInputError("there is no standard input; give a file")
+            yield sys.stdin.buffer  # which stays open
+            return
+        with self._open_remote(at_any_offset) if self.is_remote else self._open_local() as file:
+            yield file
+
+    def _open_local(self) -> io.BufferedIOBase:
+        file_size_bytes(self)  # raises for what is not a file
+        return open(os.fspath(self), "rb")
+
+    def _open_remote(self, at_any_offset: bool) -> Any:
         system, path = _file_system(os.fspath(self))
+        if at_any_offset:
+            return _request(self, lambda: system.open(path, "rb"))
         options = {"block_size": 0} if _is_http(system) else {}  # 0: one stream, which all web servers support
         return io.BufferedReader(_RemoteFile(self, _request(self, lambda: system.open(path, "rb", **options))), 1 << 20)
 
@@ -130,7 +223,7 @@ class TextSource:
         if self.is_remote:
             system, path = _file_system(os.fspath(self))
             return _request(self, lambda: system.cat_file(path, start=start, end=start + length))
-        with open(self.path, "rb") as file:
+        with open(os.fspath(self), "rb") as file:
             file.seek(start)
             return file.read(length)
 
@@ -144,24 +237,28 @@ class TextSource:
             yield self.read(offset, min(block_bytes, stop - offset))
 
 
-Inputs = str | os.PathLike | Sequence[str | os.PathLike]
+Inputs = str | os.PathLike | Sequence[str | os.PathLike] | Iterator[str]
 
 
 def expand_inputs(inputs: Inputs) -> list[TextSource]:
     """Return the sources of one or more inputs, in their order; the matches of a glob are sorted by name.
 
-    A source of JSON lines after another source begins with the separator of its documents.
+    A source of documents after another source begins with the separator of its documents.
+
+    Args:
+        inputs: paths, globs, URLs, "-" or `TextSource`s; or one iterator, whose strings are documents.
 
     Raises:
-        InvalidInputError: no input is given, or the name of one says that it holds no text.
+        InvalidInputError: no input is given, or one holds no text, as its name or its first bytes say.
+        DamagedFileError: a compressed file is incomplete or damaged.
         FileNotFoundError: no file matches a glob.
+        OSError: a file whose name does not say what it holds cannot be read.
     """
     sources = []
-    for path in [inputs] if isinstance(inputs, str | os.PathLike) else inputs:
-        source = as_source(path)
+    for source in _as_sources(inputs):
         name = os.fspath(source)
         wildcards = "*[" if source.is_remote else "*?["  # a ? in a URL begins its query
-        if not any(wildcard in name for wildcard in wildcards) or os.path.exists(name):
+        if source.reads_once or not any(wildcard in name for wildcard in wildcards) or os.path.exists(name):
             sources.append(source)
             continue
         if source.is_remote:
@@ -173,38 +270,92 @@ def expand_inputs(inputs: Inputs) -> list[TextSource]:
         sources += [replace(source, path=match) for match in sorted(matches)]
     if not sources:
         raise InvalidInputError("there is no input; give at least one file, glob or URL")
+    if sum(source.path == STANDARD_INPUT for source in sources) > 1:
+        raise InvalidInputError("standard input, '-', is given twice, but can be read only once")
     for source in sources:
         check_name(source, source.content_suffix)
-    return sources[:1] + [replace(source, begins_with_separator=source.is_json_lines) for source in sources[1:]]
+    sources = [with_known_content(source) for source in sources]
+    return sources[:1] + [replace(source, begins_with_separator=source.has_documents) for source in sources[1:]]
 
 
-def as_source(path: str | os.PathLike) -> TextSource:
-    """Return a path as a source; a source is returned as it is."""
+def _as_sources(inputs: Inputs) -> list[TextSource]:
+    return list(map(as_source, [inputs] if isinstance(inputs, str | os.PathLike | Iterator) else inputs))
+
+
+def as_source(path: str | os.PathLike | Iterator[str]) -> TextSource:
+    """Return a path or an iterator as a source; a source is returned as it is."""
     return path if isinstance(path, TextSource) else TextSource(path)
 
 
+def with_known_content(source: TextSource) -> TextSource:
+    """Return the same source with its `content`; if its name does not say it, its first bytes do.
+
+    Raises:
+        OSError, DamagedFileError: the file must be read, but cannot.
+    """
+    content = source.known_content
+    if content is None:
+        with source.open() as stored, _decompress(stored, source) as file:
+            if source.path == STANDARD_INPUT:
+                head = file.peek(HEAD_BYTES)
+            else:
+                head = _read_checked(file.read, HEAD_BYTES, source, 0)
+        content = "json lines" if begins_with_json_line(head[:HEAD_BYTES]) else "text"
+    return source if source.content == content else replace(source, content=content)
+
+
+def check_can_be_divided(inputs: Inputs) -> None:
+    """Check that other processes can read the inputs, and that interrupted work on them can resume.
+
+    Raises:
+        InvalidInputError: an input can be read only once.
+    """
+    for source in _as_sources(inputs):
+        if source.reads_once:
+            name = "standard input" if source.path == STANDARD_INPUT else "an iterator of texts"
+            raise InvalidInputError(
+                f"{name} can be read only once: work on it can neither resume nor be given to other processes (a work "
+                "folder, an executor, a dataset of several files); save the text to a file first"
+            )
+
+
+def warn_of_skipped(num_skipped: int) -> None:
+    """Report how many lines or rows were left out because `on_bad_line` is "skip"."""
+    if num_skipped:
+        warnings.warn(
+            f"{num_skipped:,} lines or rows were skipped, because they are malformed or have no text under the field",
+            stacklevel=3,
+        )
+
+
 def check_separator(source: TextSource, special_tokens: Collection[str]) -> None:
-    """Check that the separator of JSON lines is one of the special tokens.
+    """Check that the separator of documents is one of the special tokens.
 
     Raises:
         InvalidInputError: it is not.
     """
-    if source.is_json_lines and source.end_of_text not in special_tokens:
+    if source.has_documents and source.end_of_text not in special_tokens:
         raise InvalidInputError(
             f"the documents of {os.fspath(source)!r} are to be joined by {source.end_of_text!r}, which is none of the "
             f"special tokens {list(special_tokens)}; choose one of these as end_of_text"
         )
 
 
-def read_text_with_marks(path: str | os.PathLike, *, errors: str = "strict") -> Iterator[str]:
+def read_text_with_marks(
+    path: str | os.PathLike | Iterator[str],
+    *,
+    errors: str = "strict",
+    on_skip: Callable[[], object] = lambda: None,
+) -> Iterator[str]:
     """Stream the text of a source, in strings that may end anywhere; newlines are not translated.
 
-    JSON lines: each string is a document; before it comes the mark of its separator (`SpecialTokens.document_mark`),
-    except before the first document of the source.
+    Each string of documents is a document; before it comes the mark of its separator (`SpecialTokens.document_mark`),
+    or the separator itself if special tokens are special in documents, except before the first document of the source.
 
     Args:
-        path: a path, a URL or a `TextSource`.
+        path: a path, a URL, an iterator or a `TextSource`.
         errors: for bytes that are not UTF-8: "strict" raises, "replace" reads U+FFFD.
+        on_skip: called for each line or row that is left out.
 
     Raises:
         InvalidInputError: the file holds no text, the text is not UTF-8 (the message names the byte offset), or a line
@@ -215,10 +366,20 @@ def read_text_with_marks(path: str | os.PathLike, *, errors: str = "strict") -> 
     """
     source = as_source(path)
     check_name(source, source.content_suffix)
+    source = with_known_content(source)
+    if not source.has_documents:
+        yield from _read_plain(source, errors)
+        return
+    separator, needs_separator = source.end_of_text, source.begins_with_separator
+    if source.has_marks:
+        separator = SpecialTokens.document_mark(separator).tokens[0]
+    for document in _read_documents(source, errors, _BadLines(source, on_skip)):
+        yield separator + document if needs_separator else document
+        needs_separator = True
+
+
+def _read_plain(source: TextSource, errors: str) -> Iterator[str]:
     with source.open() as stored, _decompress(stored, source) as file:
-        if source.is_json_lines:
-            yield from _read_documents(_read_lines(file, source), source, errors)
-            return
         first = _read_checked(file.read, max(source.block_bytes or BLOCK_BYTES, HEAD_BYTES), source, 0)
         check_head(source, first, source.content_suffix)
         start = len(codecs.BOM_UTF8) if first.startswith(codecs.BOM_UTF8) else 0
@@ -241,7 +402,7 @@ def as_plain_file(path: str | os.PathLike, folder: str | os.PathLike) -> Generat
     Raises:
         InvalidInputError: a document of JSON lines has the separator in its text, or see `read_text_with_marks`.
     """
-    source = as_source(path)
+    source = with_known_content(as_source(path))
     if source.is_plain and not source.is_remote:
         check_name(source, source.content_suffix)
         file_size_bytes(source)  # raises for a file that cannot be read
@@ -259,11 +420,11 @@ def _separated_in_text(source: TextSource) -> Iterator[bytes]:
     """The bytes of a text, where a separator can only be a separator."""
     mark = SpecialTokens.document_mark(source.end_of_text).tokens[0]
     for text in read_text_with_marks(source):
-        if source.is_json_lines and source.end_of_text in text:
+        if source.has_marks and source.end_of_text in text:
             raise InvalidInputError(
                 f"a document of {os.fspath(source)!r} contains {source.end_of_text!r}, which also separates the "
                 f"documents in plain text: {text.removeprefix(mark)!r:.60}; choose another separator, or use the "
-                "file as it is, since in JSON lines the two are not mixed up"
+                "file as it is, where the two are not mixed up"
             )
         yield text.replace(mark, source.end_of_text).encode()
 
@@ -391,13 +552,13 @@ class _RemoteFile(io.RawIOBase):
         super().close()
 
 
-# --- Compressed files and JSON lines
+# --- Compressed files and documents
 
 
-def _decompress(file: io.BufferedIOBase, source: TextSource) -> Any:
+def _decompress(file: Any, source: TextSource) -> Any:
     if source.compression is None:
-        return file
-    if not file.peek(1):  # ty: ignore[missing-attribute]
+        return nullcontext(file)
+    if not file.peek(1):
         raise _incomplete(source, 0)  # for most decompressors this is an empty text
     return COMPRESSIONS[source.compression].open(file)
 
@@ -409,20 +570,87 @@ def _read_file_blocks(file: io.BufferedIOBase, source: TextSource, offset: int) 
         yield block
 
 
-def _read_lines(file: io.BufferedIOBase, source: TextSource) -> Iterator[tuple[int, int, bytes]]:
+class _BadLines:
+    """What happens to a line or a row without a document.
+
+    It is not an error of one line if all lines have it, such as a wrong field.
+    """
+
+    def __init__(self, source: TextSource, on_skip: Callable[[], object]) -> None:
+        self._raises, self._on_skip = source.on_bad_line == "error", on_skip
+        self._first: InvalidInputError | None = None
+
+    def add(self, error: InvalidInputError) -> None:
+        if self._raises:
+            raise error
+        self._first = self._first or error
+        self._on_skip()
+
+    def check(self, num_documents: int) -> None:
+        """Raise InvalidInputError if there are bad lines, and no others."""
+        if self._first is not None and num_documents == 0:
+            raise InvalidInputError(f"no line or row has a text; the first one: {self._first}")
+
+
+def _read_documents(source: TextSource, errors: str, bad_lines: _BadLines) -> Iterator[str]:
+    """The documents of a source, without separators."""
+    if isinstance(source.path, TextIterator):
+        yield from map(replace_surrogates, source.path)
+        return
+    number = 0
+    if source.known_content == "parquet":
+        if source.compression is not None:
+            raise InvalidInputError(f"{os.fspath(source)!r} is a compressed Parquet table; decompress it first")
+        with source.open(at_any_offset=True) as file:
+            rows = read_parquet(file, source.field, os.fspath(source), errors=errors, on_bad_row=bad_lines.add)
+            for number, document in enumerate(rows, 1):  # noqa: B007
+                yield document
+    else:
+        with source.open() as stored, _decompress(stored, source) as file:
+            documents = _read_json_lines(file, source, errors, bad_lines)
+            for number, document in enumerate(documents, 1):  # noqa: B007
+                yield document
+    bad_lines.check(number)
+
+
+def _read_json_lines(file: Any, source: TextSource, errors: str, bad_lines: _BadLines) -> Iterator[str]:
+    remedy = ""
+    if source.content_suffix == ".json":
+        remedy = "; a .json file must have one object a line (`jq -c` writes such lines); plain text is named .txt"
+    elif source.content_suffix not in JSON_LINES.suffixes:
+        remedy = "; the file begins like JSON lines; plain text is named .txt"
+    for number, offset, line in _read_lines(file, source, bad_lines):
+        if not line.strip():
+            continue
+        name = f"{os.fspath(source)}, line {number}"
+        try:
+            document = parse_json_line(line, source.field, name, offset, errors=errors, remedy=remedy)
+        except InvalidInputError as error:
+            bad_lines.add(error)
+        else:
+            yield document
+
+
+def _read_lines(file: Any, source: TextSource, bad_lines: _BadLines) -> Iterator[tuple[int, int, bytes]]:
     """The lines of an open file, each with its number and its byte offset; without a byte order mark."""
     offset = number = 0
     while line := _read_checked(file.readline, MAX_LINE_BYTES + 1, source, offset):
         size, number = len(line), number + 1
-        if size > MAX_LINE_BYTES:
-            raise InvalidInputError(
-                f"{os.fspath(source)!r}, line {number} (from byte offset {offset} on) is longer than "
-                f"{MAX_LINE_BYTES} bytes, the limit for one document; divide the document into several"
-            )
         start = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
         if number == 1:
-            check_head(source, line, source.content_suffix)
-        yield number, offset + start, line[start:] if start else line
+            check_head(source, line, JSON_LINES.suffixes[0])
+        if size > MAX_LINE_BYTES:
+            bad_lines.add(
+                InvalidInputError(
+                    f"{os.fspath(source)!r}, line {number} (from byte offset {offset} on) is longer than "
+                    f"{MAX_LINE_BYTES} bytes, the limit for one document; divide the document into several"
+                )
+            )
+            while line and not line.endswith(b"\n"):  # the rest of the line
+                line = _read_checked(file.readline, BLOCK_BYTES, source, offset + size)
+                size += len(line)
+        else:
+            yield number, offset + start, line[start:] if start else line
         offset += size
 
 
@@ -449,35 +677,3 @@ def _incomplete(source: TextSource, offset: int) -> DamagedFileError:
         f"{os.fspath(source)!r} is incomplete: it ends soon after byte offset {offset} of its decompressed content; "
         "copy it again"
     )
-
-
-def _read_documents(lines: Iterator[tuple[int, int, bytes]], source: TextSource, errors: str) -> Iterator[str]:
-    """The documents of JSON lines, each after the first with the mark of the separator before it."""
-    mark = SpecialTokens.document_mark(source.end_of_text).tokens[0]
-    needs_separator = source.begins_with_separator
-    for number, offset, line in lines:
-        if not line.strip():
-            continue
-        document = _parse_document(line, source, f"{os.fspath(source)}, line {number}", offset, errors)
-        yield mark + document if needs_separator else document
-        needs_separator = True
-
-
-def _parse_document(line: bytes, source: TextSource, name: str, offset: int, errors: str) -> str:
-    position, remedy = f"{name!r} (from byte offset {offset} on)", ""
-    if source.content_suffix == ".json":
-        remedy = "; a .json file must have one object a line (`jq -c` writes such lines); plain text is named .txt"
-    try:
-        record = json.loads(line.decode(errors=errors))
-    except UnicodeDecodeError as error:
-        raise utf8_error(name, offset + error.start, line[error.start], error.reason) from None
-    except (ValueError, RecursionError) as error:
-        raise InvalidInputError(f"{position} is not JSON: {error}{remedy}") from None
-    if not isinstance(record, dict):
-        raise InvalidInputError(f"{position} is no JSON object, but {record!r:.40}{remedy}")
-    text = record.get(source.field)
-    if not isinstance(text, str):
-        has = f"has {text!r:.40} as {source.field!r}" if source.field in record else f"has no field {source.field!r}"
-        strings = [key for key, value in record.items() if isinstance(value, str)]
-        raise InvalidInputError(f"{position} {has}; the field must be one of its strings, {strings}")
-    return replace_surrogates(text)  # "\ud800" is valid JSON, but not a character

@@ -1,8 +1,8 @@
 """The formats of files with text: how their names end, and how their content begins.
 
-Text is plain, or JSON lines, and either of them can be compressed. The end of the name decides how a file is read. A
-file whose name or first bytes say that it holds something else is refused, with what to do; otherwise its bytes would
-become tokens.
+Text is plain, or JSON lines, and either of them can be compressed; or it is in a Parquet table. The end of the name
+decides how a file is read; if it does not say it, JSON lines are recognised by their beginning. A file whose name or
+first bytes say that it holds something else is refused, with what to do; otherwise its bytes would become tokens.
 """
 
 from __future__ import annotations
@@ -17,12 +17,37 @@ import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from basic.common.errors import InvalidInputError
 
 HEAD_BYTES = 1 << 12
 """The number of bytes at the beginning of a file by which its format is recognised."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentOptions:
+    """How the documents of JSON lines and of Parquet tables are read.
+
+    Raises:
+        InvalidInputError: an option has another value.
+    """
+
+    field: str = "text"
+    """JSON lines and Parquet: the key or the column of the text. A dot leads into an object or a struct (data.text),
+    unless there is a key with this dot."""
+    end_of_text: str = "<|endoftext|>"
+    """The special token between documents."""
+    on_bad_line: Literal["error", "skip"] = "error"
+    """What to do with a line that is not a JSON object with a text, and with a row without a text: end with an error,
+    or skip them and print how many there were."""
+    specials_in_documents: bool = False
+    """Special tokens that stand in the text of a document are special. Otherwise they are text there, so that no
+    document can contain the end of a document. (In plain text they are always special.)"""
+
+    def __post_init__(self) -> None:
+        if self.on_bad_line not in ("error", "skip"):
+            raise InvalidInputError(f"on_bad_line={self.on_bad_line!r} must be 'error' or 'skip'")
 
 
 @dataclass(frozen=True)
@@ -90,14 +115,18 @@ JSON_LINES = Format(
     "end its name in .jsonl if each line is an object with a text, or in .txt to read it as plain text",
 )
 
+PARQUET = Format("a Parquet table", (".parquet",), re.compile(rb"PAR1"), _RENAME.format(suffix=".parquet"))
+
+_JSON_LINE = re.compile(rb'\s*\{[ \t]*"(?:[^"\\\n]|\\.)*"[ \t]*:')
+
 _FORMATS = (
     JSON_LINES,
+    PARQUET,
     Format("compressed by gzip", (), re.compile(rb"\x1f\x8b"), _RENAME.format(suffix=".gz")),
     Format("compressed by Zstandard", (), re.compile(rb"\x28\xb5\x2f\xfd"), _RENAME.format(suffix=".zst")),
     Format("compressed by xz", (), re.compile(rb"\xfd7zXZ\x00"), _RENAME.format(suffix=".xz")),
     Format("compressed by bzip2", (), re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)"), _RENAME.format(suffix=".bz2")),
     Format("compressed by LZ4", (".lz4",), re.compile(rb"\x04\x22\x4d\x18"), "decompress it first"),
-    Format("a Parquet table", (".parquet",), re.compile(rb"PAR1"), _TABLE),
     Format("an Arrow table", (".arrow", ".feather"), re.compile(rb"ARROW1|FEA1"), _TABLE),
     Format("a table in text form", (".csv", ".tsv"), None, _TABLE),
     Format("a tar archive", (".tar", ".tgz"), re.compile(rb"(?s).{257}ustar"), _UNPACK),
@@ -107,6 +136,11 @@ _FORMATS = (
     Format("an array of numpy", (".npy",), re.compile(rb"\x93NUMPY"), "give the text that its numbers are made from"),
     Format("text in UTF-16", (), re.compile(rb"\xff\xfe|\xfe\xff"), "convert it to UTF-8"),
 )
+
+
+def begins_with_json_line(head: bytes) -> bool:
+    """Whether the first line of a content begins like a JSON object."""
+    return _JSON_LINE.match(head.removeprefix(codecs.BOM_UTF8)) is not None
 
 
 def check_name(path: str | os.PathLike, suffix: str) -> None:
@@ -119,7 +153,7 @@ def check_name(path: str | os.PathLike, suffix: str) -> None:
         InvalidInputError: it does.
     """
     for kind in _FORMATS:
-        if kind is not JSON_LINES and suffix in kind.suffixes:
+        if kind not in (JSON_LINES, PARQUET) and suffix in kind.suffixes:
             raise InvalidInputError(f"{os.fspath(path)!r} is {kind.name}, as its name says, not text: {kind.remedy}")
 
 

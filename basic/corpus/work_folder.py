@@ -206,6 +206,10 @@ class WorkFolder:
         """Return how many bytes of text the finished tasks among these names have processed."""
         return sum(record.get("bytes", 0) for record in map(self.finished_record, names) if record is not None)
 
+    def total(self, key: str, names: Iterable[str]) -> int:
+        """Return the sum of a number in the records of the tasks with these names, also if their files are merged."""
+        return sum(self._records.get(name, {}).get(key, 0) for name in names)
+
     def run(
         self,
         function: Callable[..., Record],

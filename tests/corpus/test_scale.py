@@ -602,9 +602,9 @@ def test_too_many_distinct_pretokens_to_train_on():
 
 
 def test_shards_are_bounded_and_small_inputs_share_one(tmp_path):
-    for name, size in (("a", 10), ("b", 25), ("c", 3), ("d", 4), ("e.gz", 90)):
+    for name, size in (("a", 10), ("b", 25), ("c", 3), ("d", 4), ("e.txt.gz", 90)):
         (tmp_path / name).write_bytes(b"x" * size)
-    sources = expand_inputs([tmp_path / name for name in ("a", "b", "c", "d", "e.gz", "a")])
+    sources = expand_inputs([tmp_path / name for name in ("a", "b", "c", "d", "e.txt.gz", "a")])
     shards = split_into_shards(map(entire_source, sources), 10)
     sizes = [[segment.num_bytes for segment in shard] for shard in shards]
     assert sizes == [[10], [10], [10], [5, 3], [4], [90], [10]]

@@ -75,6 +75,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "distributed": ("basic.corpus.work_folder",),
     "fsspec": ("basic.corpus.sources",),
     "aiohttp": ("basic.corpus.sources",),
+    "pyarrow": ("basic.corpus.documents",),
     "wandb": ("basic.training.records.trackers",),
     "tensorboard": ("basic.training.records.trackers",),
 }

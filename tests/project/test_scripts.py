@@ -91,6 +91,8 @@ def test_help_explains_every_option_and_its_default(name, monkeypatch, capsys):
             ("training/settings", "DataConfig"),
         ):
             expected |= field_docstrings(REPOSITORY / "basic" / f"{module}.py", cls)
+    if name in ("train_bpe", "encode"):
+        expected |= field_docstrings(REPOSITORY / "basic" / "corpus" / "text_formats.py", "DocumentOptions")
     for option, docstring in expected.items():
         # tyro adds the default, or that the option is required.
         assert re.search(re.escape(docstring) + r" \((default: |required)", shown), option

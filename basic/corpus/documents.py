@@ -1,0 +1,144 @@
+"""Documents of JSON lines and of Parquet tables: the text of each line and of each row.
+
+A field is a key, or keys with dots between them: "data.text" is the field "text" in the object "data", unless there is
+a key "data.text".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from basic.bytes_utils import utf8_error
+from basic.common.errors import DamagedFileError, InvalidInputError, how_to_install
+from basic.pretokenization import replace_surrogates
+
+_ROWS_AT_A_TIME = 256
+
+
+def parse_json_line(line: bytes, field: str, name: str, offset: int, *, errors: str, remedy: str = "") -> str:
+    """Return the document of a line of JSON lines.
+
+    Args:
+        line: one object.
+        field: of the document.
+        name: of the line, for messages.
+        offset: of the line in the file, in bytes.
+        errors: "strict", or "replace" for U+FFFD instead of bytes that are not UTF-8.
+        remedy: the end of the message for what is no JSON object.
+
+    Raises:
+        InvalidInputError: the line is not JSON, or has no string under the field.
+    """
+    position = f"{name!r} (from byte offset {offset} on)"
+    try:
+        record = json.loads(line.decode(errors=errors))
+    except UnicodeDecodeError as error:
+        raise utf8_error(name, offset + error.start, line[error.start], error.reason) from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidInputError(f"{position} is not JSON: {error}{remedy}") from None
+    if not isinstance(record, dict):
+        raise InvalidInputError(f"{position} is no JSON object, but {record!r:.40}{remedy}")
+    values = _values_at(record, field)
+    text = next((value for value in values if isinstance(value, str)), None)
+    if text is None:
+        has = f"has {values[0]!r:.40} as {field!r}" if values else f"has no field {field!r}"
+        raise InvalidInputError(f"{position} {has}; the field must be one of its strings, {_string_fields(record)}")
+    return replace_surrogates(text)  # "\ud800" is valid JSON, but not a character
+
+
+def _values_at(record: dict[str, Any], field: str) -> list[Any]:
+    """The values that a field can mean, that of the longest key first."""
+    values = [record[field]] if field in record else []
+    for end in range(len(field) - 1, -1, -1):
+        if field[end] == "." and isinstance(inner := record.get(field[:end]), dict):
+            values += _values_at(inner, field[end + 1 :])
+    return values
+
+
+def _string_fields(record: dict[str, Any], prefix: str = "") -> list[str]:
+    fields = [prefix + key for key, value in record.items() if isinstance(value, str)]
+    for key, value in record.items():
+        if isinstance(value, dict) and prefix.count(".") < 2:
+            fields += _string_fields(value, f"{prefix}{key}.")
+    return fields
+
+
+def read_parquet(
+    file: Any, field: str, name: str, *, errors: str, on_bad_row: Callable[[InvalidInputError], object]
+) -> Iterator[str]:
+    """Read the documents of a Parquet table. In memory is, of one column, about a row group.
+
+    Args:
+        file: open for reading, in binary, at any offset.
+        field: of the document: a column, also inside of structs.
+        name: of the file, for messages.
+        errors: as for `parse_json_line`.
+        on_bad_row: called with the error for a row without a text; it raises it, or the row is left out.
+
+    Raises:
+        InvalidInputError: pyarrow is not installed, or no column of texts has this name.
+        DamagedFileError: the file is not a Parquet table.
+    """
+    try:
+        import pyarrow
+        import pyarrow.compute
+        import pyarrow.parquet
+    except ImportError:
+        install = how_to_install("formats", "pyarrow")
+        raise InvalidInputError(f"{name!r} is a Parquet table, which needs pyarrow; {install}") from None
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        path = _column_path(table.schema_arrow, field, name)
+        number = 0
+        for batch in table.iter_batches(_ROWS_AT_A_TIME, columns=[".".join(path)], use_threads=False):
+            column = batch.column(path[0])
+            for key in path[1:]:
+                column = pyarrow.compute.struct_field(column, key)  # ty: ignore[missing-attribute]
+            for value in column.cast(pyarrow.large_binary()).to_pylist():
+                number += 1
+                try:
+                    yield _decode_row(value, field, f"{name}, row {number}", errors)
+                except InvalidInputError as error:
+                    on_bad_row(error)
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk or the network
+        raise DamagedFileError(f"{name!r} is no Parquet table, or is damaged: {error}") from None
+
+
+def _decode_row(value: bytes | None, field: str, name: str, errors: str) -> str:
+    if value is None:
+        raise InvalidInputError(f"{name!r} has no text as {field!r}, but null")
+    try:
+        return value.decode(errors=errors)
+    except UnicodeDecodeError as error:
+        raise utf8_error(name, error.start, value[error.start], error.reason) from None
+
+
+def _column_path(schema: Any, field: str, name: str) -> list[str]:
+    """The names of the column with the texts, from outside in."""
+    texts = [path for path, column in _columns(schema) if _is_text(column)]
+    for path in sorted(texts, key=len):  # a name with dots before names with dots between them
+        if ".".join(path) == field:
+            return path
+    columns = {".".join(path): column for path, column in _columns(schema)}
+    has = f"has {columns[field]} in the column {field!r}" if field in columns else f"has no column {field!r}"
+    raise InvalidInputError(
+        f"{name!r} {has}; the field must be one of its columns of texts, {list(map('.'.join, texts))}"
+    )
+
+
+def _columns(fields: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[list[str], Any]]:
+    """The path and the type of each column, and of those inside of structs."""
+    for column in fields:
+        path = (*prefix, column.name)
+        yield list(path), column.type
+        if str(column.type).startswith("struct<"):
+            yield from _columns(column.type, path)
+
+
+def _is_text(column: Any) -> bool:
+    value_type = getattr(column, "value_type", None) if str(column).startswith("dictionary<") else column
+    return str(value_type) in ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
