@@ -166,7 +166,8 @@ def encode_files(
 
     Args:
         inputs: text in UTF-8, in any form of `basic.corpus.sources`: a file, a glob, a URL, or several of them. Their
-            ids are concatenated with nothing between them; documents after another input begin with their separator. An input that is given twice is encoded twice.
+            ids are concatenated with nothing between them; documents after another input begin with their separator.
+            An input that is given twice is encoded twice.
         output: folder of the dataset, which `basic.tokens.opening.open_tokens` opens as one array.
         executor: runs the tasks; by default threads or processes on this machine. All workers must see the output
             folder. The ids are the same for any executor.
