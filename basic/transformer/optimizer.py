@@ -1,4 +1,4 @@
-"""AdamW, gradient clipping and the learning-rate schedule."""
+"""AdamW, gradient clipping and the learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def local_shard(tensor: Tensor) -> Tensor:
     return tensor if to_local is None else to_local()
 
 
-class _Update(NamedTuple):
+class Update(NamedTuple):
     """A parameter to update, its local gradient, and its copy in another dtype, if it has one."""
 
     parameter: Tensor
@@ -79,8 +79,8 @@ class AdamW(torch.optim.Optimizer):
     ) -> Any:
         """Update every parameter that has a gradient.
 
-        On a GPU, a kernel updates the float32 parameters without waiting for the device; the learning rate of a group
-        may then be a tensor on the device.
+        On a GPU, a kernel updates the float32 parameters without waiting for the device; the learning rate and the
+        weight decay of a group may then be tensors on the device.
 
         Args:
             closure: called first, with gradients enabled; computes the gradients and returns the loss.
@@ -99,24 +99,27 @@ class AdamW(torch.optim.Optimizer):
         copies = copies or {}
         for group in self.param_groups:
             updates = [
-                _Update(parameter, local_shard(gradient), copies.get(parameter))
+                Update(parameter, local_shard(gradient), copies.get(parameter))
                 for parameter in group["params"]
                 if (gradient := copies.get(parameter, parameter).grad) is not None
             ]
-            for update in updates:
-                self._initialize(update)
-            if all(update.uses_kernel for update in updates):
-                # A kernel launch needs gradients of one dtype, so parameters with copies have their own.
-                for has_copy in (True, False):
-                    selected = [update for update in updates if (update.copy is not None) == has_copy]
-                    if selected:
-                        self._update_with_kernel(selected, group, gradient_factor)
-            elif gradient_factor is None or gradient_factor.isfinite():
-                for update in updates:
-                    self._update(update, group, gradient_factor)
+            self._update_group(updates, group, gradient_factor)
         return loss
 
-    def _initialize(self, update: _Update) -> None:
+    def _update_group(self, updates: list[Update], group: dict[str, Any], gradient_factor: Tensor | None) -> None:
+        for update in updates:
+            self._initialize(update)
+        if all(update.uses_kernel for update in updates):
+            # A kernel launch needs gradients of one dtype, so parameters with copies have their own.
+            for has_copy in (True, False):
+                selected = [update for update in updates if (update.copy is not None) == has_copy]
+                if selected:
+                    self._update_with_kernel(selected, group, gradient_factor)
+        elif gradient_factor is None or gradient_factor.isfinite():
+            for update in updates:
+                self._update(update, group, gradient_factor)
+
+    def _initialize(self, update: Update) -> None:
         parameter = update.parameter
         if not self.state[parameter]:
             self.state[parameter] = {
@@ -125,9 +128,7 @@ class AdamW(torch.optim.Optimizer):
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
 
-    def _update_with_kernel(
-        self, updates: list[_Update], group: dict[str, Any], gradient_factor: Tensor | None
-    ) -> None:
+    def _update_with_kernel(self, updates: list[Update], group: dict[str, Any], gradient_factor: Tensor | None) -> None:
         from basic.transformer.kernels.adamw import step_parameters  # imported late: it needs Triton
 
         device = updates[0].parameter.device
@@ -138,20 +139,21 @@ class AdamW(torch.optim.Optimizer):
         torch._foreach_add_([state["step"] for state in states], [factor.isfinite().float()] * len(states))
         steps = torch.stack([state["step"] for state in states]).double()
         beta1, beta2 = group["betas"]
-        scalars = torch.empty((len(states), 4), device=device)
+        scalars = torch.empty((len(states), 5), device=device)
         scalars[:, 0] = group["lr"]
         scalars[:, 1] = factor
         scalars[:, 2] = 1 - beta1**steps
         scalars[:, 3] = 1 - beta2**steps
+        scalars[:, 4] = group["lr"] * group["weight_decay"]
         step_parameters(
             [local_shard(update.parameter) for update in updates],
             [update.gradient for update in updates],
             [local_shard(state["exp_avg"]) for state in states],
             [local_shard(state["exp_avg_sq"]) for state in states],
             [update.copy for update in updates if update.copy is not None],
-            scalars, beta1, beta2, group["eps"], group["weight_decay"])  # fmt: skip
+            scalars, beta1, beta2, group["eps"])  # fmt: skip
 
-    def _update(self, update: _Update, group: dict[str, Any], gradient_factor: Tensor | None) -> None:
+    def _update(self, update: Update, group: dict[str, Any], gradient_factor: Tensor | None) -> None:
         beta1, beta2 = group["betas"]
         state = self.state[update.parameter]
         state["step"] += 1
@@ -252,3 +254,31 @@ def cosine_schedule(
         return min_learning_rate
     progress = (iteration - warmup_iters) / (cosine_cycle_iters - warmup_iters)
     return min_learning_rate + (1 + math.cos(math.pi * progress)) / 2 * (max_learning_rate - min_learning_rate)
+
+
+def trapezoid_schedule(
+    iteration: int,
+    max_learning_rate: float,
+    min_learning_rate: float,
+    warmup_iters: int,
+    decay_iters: int,
+    total_iters: int,
+) -> float:
+    """The learning rate of an iteration: linear warm-up from 0, then constant, then linear decay to the minimum.
+
+    Args:
+        iteration: counted from 0.
+        max_learning_rate: from iteration `warmup_iters` until the decay begins.
+        min_learning_rate: from iteration `total_iters` on.
+        warmup_iters: length of the warm-up; 0 for none.
+        decay_iters: length of the decay, which ends at `total_iters`; 0 for none.
+        total_iters: length of the run.
+
+    Source: Haegele et al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations", eq. 1.
+    """
+    if iteration < warmup_iters:
+        return iteration / warmup_iters * max_learning_rate
+    if decay_iters == 0:
+        return max_learning_rate
+    remaining = min(max((total_iters - iteration) / decay_iters, 0.0), 1.0)
+    return min_learning_rate + remaining * (max_learning_rate - min_learning_rate)

@@ -205,8 +205,9 @@ def check_adamw(sizes: Sequence[int], dtype: torch.dtype, device: str) -> None:
         for parameter, gradient in zip(theirs, gradients, strict=True):
             parameter.grad = gradient.float() * 0.5
         peer.step()
-        scalars = torch.tensor([[rate, 0.5, 1 - 0.9**step, 1 - 0.95**step] for rate in rates], device=device)
-        step_parameters(parameters, gradients, firsts, seconds, copies, scalars, 0.9, 0.95, 1e-8, 0.1)
+        corrections = 1 - 0.9**step, 1 - 0.95**step
+        scalars = torch.tensor([[rate, 0.5, *corrections, rate * 0.1] for rate in rates], device=device)
+        step_parameters(parameters, gradients, firsts, seconds, copies, scalars, 0.9, 0.95, 1e-8)
         for half, parameter in zip(copies, parameters, strict=False):
             assert_close(half, parameter, dtype)
             assert INTERPRETED or torch.equal(half, parameter.to(dtype))
@@ -216,7 +217,7 @@ def check_adamw(sizes: Sequence[int], dtype: torch.dtype, device: str) -> None:
     everything = (*parameters, *firsts, *seconds, *copies)
     before = [tensor.clone() for tensor in everything]
     scalars[:, 1] = math.nan
-    step_parameters(parameters, gradients, firsts, seconds, copies, scalars, 0.9, 0.95, 1e-8, 0.1)
+    step_parameters(parameters, gradients, firsts, seconds, copies, scalars, 0.9, 0.95, 1e-8)
     assert all(torch.equal(a, b) for a, b in zip(before, everything, strict=True))
 
 

@@ -31,15 +31,16 @@ def _select(choices, which):
 
 @triton.jit
 def _step(PARAMETERS, GRADIENTS, FIRSTS, SECONDS, COPIES, SCALARS, sizes, end_programs, beta1, beta2, eps,
-          weight_decay, HAVE_COPIES: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
+          HAVE_COPIES: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
     program = tl.program_id(0)
     which, first_program = 0, 0
     for i in tl.static_range(len(sizes) - 1):
         which += (program >= end_programs[i]).to(tl.int32)
         first_program = tl.where(program >= end_programs[i], end_programs[i], first_program)
-    SCALARS += 4 * which
+    SCALARS += 5 * which
     learning_rate, factor = tl.load(SCALARS), tl.load(SCALARS + 1)
     first_correction, second_correction = tl.load(SCALARS + 2), tl.load(SCALARS + 3)
+    decay = tl.load(SCALARS + 4)
     PARAMETER, GRADIENT = _select(PARAMETERS, which), _select(GRADIENTS, which)
     FIRST, SECOND, COPY = _select(FIRSTS, which), _select(SECONDS, which), _select(COPIES, which)
     # A NaN factor comes from a loss or gradient that is not finite: change nothing.
@@ -52,7 +53,7 @@ def _step(PARAMETERS, GRADIENTS, FIRSTS, SECONDS, COPIES, SCALARS, sizes, end_pr
         gradient = tl.load(GRADIENT + offsets, mask=mask).to(tl.float32) * factor
         first = tl.load(FIRST + offsets, mask=mask)
         second = tl.load(SECOND + offsets, mask=mask)
-        parameter *= 1 - learning_rate * weight_decay
+        parameter *= 1 - decay
         first = beta1 * first + (1 - beta1) * gradient
         second = beta2 * second + (1 - beta2) * gradient * gradient
         denominator = tl.sqrt(second / second_correction) + eps
@@ -66,7 +67,7 @@ def _step(PARAMETERS, GRADIENTS, FIRSTS, SECONDS, COPIES, SCALARS, sizes, end_pr
 
 def step_parameters(
     parameters: Sequence[Tensor], gradients: Sequence[Tensor], firsts: Sequence[Tensor], seconds: Sequence[Tensor],
-    copies: Sequence[Tensor], scalars: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
+    copies: Sequence[Tensor], scalars: Tensor, beta1: float, beta2: float, eps: float,
 ) -> None:  # fmt: skip
     """Update parameters and their moments in place.
 
@@ -74,8 +75,8 @@ def step_parameters(
         parameters, firsts, seconds: contiguous float32 tensors of the same shapes; the moments of the gradients.
         gradients: of the same shapes, contiguous, all of one dtype.
         copies: of the parameters in another dtype, updated too; contiguous, all of one dtype; or empty.
-        scalars: float32 (parameters, 4): learning rate, factor of the gradient (NaN to change nothing), and the bias
-            corrections of the two moments, 1 - beta ** step.
+        scalars: float32 (parameters, 5): learning rate, factor of the gradient (NaN to change nothing), the bias
+            corrections of the two moments, 1 - beta ** step, and learning rate times weight decay.
     """
     for start in range(0, len(parameters), _MAX_TENSORS):
         chunk = slice(start, start + _MAX_TENSORS)
@@ -84,4 +85,4 @@ def step_parameters(
         _step[(end_programs[-1],)](
             tuple(parameters[chunk]), tuple(gradients[chunk]), tuple(firsts[chunk]), tuple(seconds[chunk]),
             tuple((copies or parameters)[chunk]), scalars[chunk], tuple(sizes), tuple(end_programs), beta1, beta2, eps,
-            weight_decay, HAVE_COPIES=len(copies) > 0, BLOCK=_BLOCK, BLOCKS=_BLOCKS, num_warps=8)  # fmt: skip
+            HAVE_COPIES=len(copies) > 0, BLOCK=_BLOCK, BLOCKS=_BLOCKS, num_warps=8)  # fmt: skip

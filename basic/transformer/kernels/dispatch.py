@@ -74,6 +74,18 @@ def supports_adamw(parameter: Tensor, gradient: Tensor) -> bool:
     )
 
 
+def symmetric_product(
+    x: Float[Tensor, " batch rows columns"],
+    factor: float = 1.0,
+    addend: Float[Tensor, " batch rows rows"] | None = None,
+    addend_factor: float = 1.0,
+) -> Float[Tensor, " batch rows rows"]:
+    """factor * X X^T + addend_factor * addend, for a symmetric addend."""
+    if addend is None:
+        return torch.bmm(x, x.mT).mul_(factor) if factor != 1 else torch.bmm(x, x.mT)
+    return torch.baddbmm(addend, x, x.mT, beta=addend_factor, alpha=factor)
+
+
 def warn_about_plain_attention(d_head: int, device: torch.device, dtype: torch.dtype) -> None:
     """Warn once, with the reason, if attention on a GPU cannot use its kernel."""
     if device.type != "cuda":

@@ -1,0 +1,270 @@
+"""Muon: the momentum of each matrix is orthogonalized before it is subtracted; all other parameters follow AdamW.
+
+The update of a matrix is the nearest matrix whose singular values are all 1. A gradient has a few large singular values
+and many small ones, so a plain step moves the weights in few directions; an orthogonal one moves them equally in all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from basic.transformer.kernels import dispatch
+from basic.transformer.optimizer import AdamW, Update
+
+_MAX_STACKED = 1 << 26
+"""Numbers of matrices of one shape that are updated together: more would need more memory and not be faster."""
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Jordan's polynomial: its slope at 0 is steep, and it takes singular values to about 0.7 .. 1.2, not to 1."""
+_SMALLEST_SINGULAR_VALUE = 1e-3
+"""Smallest singular value, relative to the Frobenius norm, that Polar Express is made for."""
+_CUSHION, _SAFETY = 0.024, 1.01
+"""Limits of Polar Express in bfloat16: how uneven a polynomial may be, and how far rounding may leave the interval."""
+
+CHOICES = {
+    "rule": ("adamw", "muon"),
+    "orthogonalization": ("polar_express", "newton_schulz"),
+    "normalization": ("none", "rows", "long_side"),
+    "update_scale": ("shape", "rms"),
+}
+
+
+class Muon(AdamW):
+    """Muon for the groups with `rule="muon"`, which hold matrices, and AdamW for all other groups.
+
+    A step of a matrix, with the gradient g and the momentum m:
+
+        m = momentum * m + (1 - momentum) * g
+        o = orthogonalize((1 - momentum) * g + momentum * m)                   # Nesterov's momentum
+        o = o / root of the running mean of each row's mean square, with the norm of o       # normalization
+        w = w - lr * scale * o - lr * weight_decay * w where o * w >= 0        # cautious decay
+
+    Args:
+        params: groups of parameters as dictionaries with their own settings, `rule` among them.
+        lr, betas, eps, weight_decay: as for AdamW; Muon has no betas.
+        momentum: Muon: decay rate of the running mean of the gradient, in [0, 1).
+        orthogonalization: Muon: the polynomials that take the singular values to 1.
+        iterations: Muon: number of these polynomials, >= 1.
+        normalization: Muon: "rows" divides each row of the update by the root of a running mean of its mean square;
+            "long_side" does so with the columns of a matrix that has more columns than rows; "none" does not.
+        normalization_beta: Muon: decay rate of that running mean, in [0, 1).
+        cautious: Muon: only weights that the update moves towards 0 decay.
+        update_scale: Muon: factor of the update. "shape" is sqrt(max(1, rows / columns)); "rms" is
+            0.2 sqrt(max(rows, columns)), for learning rates like AdamW's.
+
+    Raises:
+        ValueError: a setting is out of its range, or a parameter with the rule "muon" is not a matrix.
+
+    Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; Li et al. 2025, "NorMuon"
+    (normalization); Chen et al. 2025, "Cautious Weight Decay"; Liu et al. 2025, "Muon is Scalable for LLM Training"
+    (the scale "rms").
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        rule: str = "adamw",
+        momentum: float = 0.95,
+        orthogonalization: str = "polar_express",
+        iterations: int = 5,
+        normalization: str = "rows",
+        normalization_beta: float = 0.95,
+        cautious: bool = True,
+        update_scale: str = "shape",
+    ):
+        defaults: dict[str, Any] = {"rule": rule, "momentum": momentum, "orthogonalization": orthogonalization}
+        defaults |= {"iterations": iterations, "normalization": normalization, "cautious": cautious}
+        defaults |= {"normalization_beta": normalization_beta, "update_scale": update_scale}
+        self._own_defaults = defaults
+        super().__init__(params, lr, betas, eps, weight_decay)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; the constructor calls this for each of its groups."""
+        settings: dict[str, Any] = {**self._own_defaults, **param_group}
+        for name, choices in CHOICES.items():
+            if settings[name] not in choices:
+                raise ValueError(f"Muon's {name} must be one of {', '.join(choices)}, got {settings[name]!r}")
+        for name in ("momentum", "normalization_beta"):
+            if not 0 <= settings[name] < 1:
+                raise ValueError(f"Muon's {name} must be a number in [0, 1), got {settings[name]}")
+        if not settings["iterations"] >= 1:
+            raise ValueError(f"Muon's iterations must be at least 1, got {settings['iterations']}")
+        super().add_param_group(settings)
+        if settings["rule"] == "muon":
+            for parameter in self.param_groups[-1]["params"]:
+                if parameter.ndim != 2:
+                    self.param_groups.pop()
+                    raise ValueError(
+                        f"Muon orthogonalizes matrices, got a parameter of shape {tuple(parameter.shape)}; put it into "
+                        'a group with rule="adamw"'
+                    )
+
+    def _update_group(self, updates: list[Update], group: dict[str, Any], gradient_factor: Tensor | None) -> None:
+        if group["rule"] == "adamw":
+            super()._update_group(updates, group, gradient_factor)
+            return
+        for stack in _stacks(updates):
+            for update in stack:
+                self._initialize_matrix(update, group)
+            self._update_matrices(stack, group, gradient_factor)
+
+    def _initialize_matrix(self, update: Update, group: dict[str, Any]) -> None:
+        state = self.state[update.parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(update.parameter)
+        if group["normalization"] != "none" and "mean_squares" not in state:
+            state["mean_squares"] = update.parameter.new_zeros(update.parameter.shape[_normalized_axis(update, group)])
+
+    def _update_matrices(self, updates: list[Update], group: dict[str, Any], gradient_factor: Tensor | None) -> None:
+        """Update matrices of one shape; nothing waits for the device, so that a CUDA graph can be captured."""
+        parameters = [update.parameter.detach() for update in updates]
+        states = [self.state[update.parameter] for update in updates]
+        rows, columns = parameters[0].shape
+        factor = parameters[0].new_ones(()) if gradient_factor is None else gradient_factor.to(parameters[0].dtype)
+        # 1, or 0 after a gradient that is not finite: then every factor below is such that nothing changes.
+        is_finite = factor.isfinite()
+        active = is_finite.to(factor.dtype)
+        keep = 1 - active * (1 - group["momentum"])
+
+        gradients = torch.stack([update.gradient for update in updates])
+        gradients = torch.where(is_finite, gradients, 0).to(factor.dtype)
+        gradients *= factor.nan_to_num(0, 0, 0) * (1 - keep)
+        momenta = [state["momentum"] for state in states]
+        torch._foreach_mul_(momenta, keep)
+        torch._foreach_add_(momenta, gradients.unbind())
+        directions = gradients.addcmul_(torch.stack(momenta), keep)
+
+        orthogonal = orthogonalize(directions, polynomials(group["orthogonalization"], group["iterations"]))
+        orthogonal = orthogonal.to(factor.dtype)
+        if group["normalization"] != "none":
+            axis = _normalized_axis(updates[0], group)
+            self._normalize(orthogonal, axis, states, active * (1 - group["normalization_beta"]))
+        scale = max(1, rows / columns) ** 0.5 if group["update_scale"] == "shape" else 0.2 * max(rows, columns) ** 0.5
+
+        weights = torch.stack(parameters)
+        decayed = torch.where(orthogonal * weights >= 0, weights, 0) if group["cautious"] else weights
+        rate = group["lr"] * active
+        weights = weights - orthogonal.mul_(rate * scale).addcmul_(decayed, rate * group["weight_decay"])
+        torch._foreach_copy_(parameters, weights.unbind())
+        copies = [update.copy.detach() for update in updates if update.copy is not None]
+        if copies:  # of all matrices of a stack, or of none
+            torch._foreach_copy_(copies, weights.unbind())
+
+    @staticmethod
+    def _normalize(matrices: Tensor, axis: int, states: Sequence[dict[str, Tensor]], weight: Tensor) -> None:
+        """Divide the rows (axis 0) or columns (1) of matrices by their running root mean squares; keep each norm."""
+        squares = matrices.square().mean(2 - axis)
+        means = torch.stack([state["mean_squares"] for state in states])
+        means.lerp_(squares, weight)
+        torch._foreach_copy_([state["mean_squares"] for state in states], means.unbind())
+        inverse = 1 / (means.sqrt() + 1e-8)
+        norms = squares.sum(1, keepdim=True)
+        new_norms = (squares * inverse.square()).sum(1, keepdim=True)
+        inverse *= (norms / (new_norms + 1e-30)).sqrt()
+        matrices *= inverse.unsqueeze(2 - axis)
+
+
+def _stacks(updates: list[Update]) -> Iterator[list[Update]]:
+    """Updates of matrices of the same kind, as many as are updated together."""
+
+    def kind(update: Update) -> tuple:
+        parameter, gradient = update.parameter, update.gradient
+        return parameter.shape, parameter.dtype, parameter.device, gradient.dtype, update.copy is None
+
+    for same in dict.fromkeys(map(kind, updates)):
+        stack = [update for update in updates if kind(update) == same]
+        size = max(1, _MAX_STACKED // stack[0].parameter.numel())
+        yield from (stack[start : start + size] for start in range(0, len(stack), size))
+
+
+def _normalized_axis(update: Update, group: dict[str, Any]) -> int:
+    rows, columns = update.parameter.shape
+    return 1 if group["normalization"] == "long_side" and columns > rows else 0
+
+
+def orthogonalize(
+    matrices: Float[Tensor, " ... rows columns"], coefficients: Sequence[tuple[float, float, float]]
+) -> Float[Tensor, " ... rows columns"]:
+    """Apply odd polynomials to the singular values of matrices, one after the other; the vectors stay the same.
+
+    The polynomial a x + b x^3 + c x^5 of a matrix X is a X + (b A + c A^2) X with A = X X^T, so it needs only matrix
+    multiplications.
+
+    Args:
+        matrices: each is divided by its Frobenius norm first; one of zeros stays so.
+        coefficients: (a, b, c) of each polynomial, as from `polynomials`.
+
+    Returns:
+        bfloat16 on a GPU, where the multiplications are fastest in it and the error does not matter; else the dtype of
+        the matrices.
+
+    Source: Jordan et al. 2024 (Newton-Schulz); Amsel et al. 2025, "The Polar Express", algorithm 1.
+    """
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    norms = matrices.square().sum((-2, -1), keepdim=True).sqrt()
+    x = matrices / (norms * _SAFETY + 1e-20)
+    if matrices.is_cuda:
+        x = x.bfloat16()
+    if is_tall:  # X X^T is the smaller one of the two products
+        x = x.mT
+    shape = x.shape
+    x = x.reshape(-1, *shape[-2:]).contiguous()
+    for a, b, c in coefficients:
+        products = dispatch.symmetric_product(x)
+        polynomial = dispatch.symmetric_product(products, c, products, b)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    x = x.reshape(shape)
+    return x.mT if is_tall else x
+
+
+@cache
+def polynomials(name: str, iterations: int) -> tuple[tuple[float, float, float], ...]:
+    """The coefficients (a, b, c) of the polynomials a x + b x^3 + c x^5 that take singular values in (0, 1] to 1.
+
+    Args:
+        name: "newton_schulz" for one polynomial in every iteration; "polar_express" for polynomials each of which is
+            the best one for the interval that the earlier ones leave.
+    """
+    if name == "newton_schulz":
+        return (_NEWTON_SCHULZ,) * iterations
+    found, low, high = [], _SMALLEST_SINGULAR_VALUE, 1.0
+    for iteration in range(iterations):
+        a, b, c = _best_polynomial(max(low, _CUSHION * high), high)
+        # With the cushion, the values at the ends of the interval are not equally far from 1: center them.
+        low, high = (a * x + b * x**3 + c * x**5 for x in (low, high))
+        center = 2 / (low + high)
+        a, b, c, low = a * center, b * center, c * center, low * center
+        high = 2 - low
+        # Rounding takes some values above the interval, where the polynomial grows fast; the last one may not shrink.
+        safety = _SAFETY if iteration < iterations - 1 else 1.0
+        found.append((a / safety, b / safety**3, c / safety**5))
+    return tuple(found)
+
+
+def _best_polynomial(low: float, high: float) -> tuple[float, float, float]:
+    """The odd polynomial of degree 5 that is closest to 1 on an interval, by the Remez algorithm.
+
+    Its error is largest, with alternating signs, at the ends of the interval and at two extrema between them.
+    """
+    if low > 0.99999 * high:  # too narrow to find extrema: the limit
+        return 15 / 8 / high, -10 / 8 / high**3, 3 / 8 / high**5
+    inner = [low + (high - low) / 4, low + 3 * (high - low) / 4]
+    for _ in range(30):  # converges quadratically; from any interval above, 10 are enough
+        points = np.array([low, *inner, high])
+        equations = np.stack([points, points**3, points**5, [1, -1, 1, -1]], 1)
+        a, b, c, _ = np.linalg.solve(equations, np.ones(4)).tolist()
+        root = math.sqrt(9 * b * b - 20 * a * c)
+        inner = [math.sqrt((-3 * b - root) / (10 * c)), math.sqrt((-3 * b + root) / (10 * c))]
+    return a, b, c
