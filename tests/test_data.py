@@ -219,6 +219,22 @@ def test_past_epochs_are_not_kept_in_memory():
     assert len(sampler._shuffled_starts) <= 2
 
 
+@pytest.mark.parametrize("batch_sizes", [(8, 8, 8), (24,), (5, 12, 7)])
+def test_shuffled_windows_are_the_same_for_all_batch_sizes_and_each_comes_once(batch_sizes):
+    """As in a run that is resumed with other batch sizes: the next windows are those not seen."""
+    drawn, step = [], 3
+    for batch_size in batch_sizes:
+        sampler = BatchSampler(np.arange(203), batch_size, 8, seed=1, shuffled=True)
+        sampler.sequence_offset = len(drawn) - step * batch_size
+        x, y = sampler.batch(step)
+        assert torch.equal(y, x + 1)
+        drawn += x[:, 0].tolist()
+        step += 1
+    sampler = BatchSampler(np.arange(203), 24, 8, seed=1, shuffled=True)
+    assert drawn == sampler.row_starts(0).tolist()
+    assert len({start // 8 for start in drawn}) == 24  # all windows
+
+
 @pytest.mark.parametrize(
     ("starts", "message"),
     [

@@ -21,6 +21,7 @@ from basic.common.arguments import check_integer, id_array
 from basic.common.errors import InvalidConfigError, InvalidInputError, WrongTokenizerError
 from basic.tokens.index import Tokens
 from basic.tokens.opening import mapped_file
+from basic.tokens.shuffled_order import ShuffledWindows
 
 _CHUNK_TOKENS = 1 << 22
 """Tokens that are scanned at a time: a few MB, whatever the size of the file."""
@@ -74,11 +75,12 @@ class BatchSampler:
     """Batches as a pure function of (seed, step), so that a resumed run sees the same data.
 
     Without `starts`, sequences start at random positions, drawn with replacement. With `starts`, sequences start only
-    at these positions, each once per epoch, in an order that is shuffled for every epoch; a batch may contain the end
-    of one epoch and the start of the next. Validation uses the first steps of a sampler with another seed.
+    at these positions, and with `shuffled` only at multiples of the context length, behind an offset. Then each is seen
+    once per epoch, in an order that is shuffled for every epoch; a batch may contain the end of one epoch and the start
+    of the next. Validation uses the first steps of a sampler with another seed.
 
     Attributes:
-        sequence_offset: with `starts`, the batch of a step begins at sequence `step * batch_size + sequence_offset` of
+        sequence_offset: with epochs, the batch of a step begins at sequence `step * batch_size + sequence_offset` of
             all epochs. It is not 0 in a run that is resumed with another batch size, so that it continues with the
             sequences that it has not seen.
 
@@ -88,6 +90,7 @@ class BatchSampler:
         context_length: tokens per sequence.
         seed: >= 0; different seeds give independent batches.
         starts: positions at which sequences may start, such as those from `document_starts`.
+        shuffled: see each window of the text once before any comes again; not together with `starts`.
         vocab_size: ids of every batch are checked against it; None for no check.
         local_sequences: indices of the sequences of each batch that this rank computes; None for all of them.
 
@@ -105,6 +108,7 @@ class BatchSampler:
         *,
         seed: int,
         starts: np.ndarray | None = None,
+        shuffled: bool = False,
         vocab_size: int | None = None,
         local_sequences: np.ndarray | None = None,
     ) -> None:
@@ -119,6 +123,7 @@ class BatchSampler:
         self.context_length = context_length
         self.seed = seed
         self.starts = starts
+        self.windows = ShuffledWindows(len(tokens), context_length, seed) if shuffled else None
         self.vocab_size = vocab_size
         self.local_sequences = local_sequences
         self.sequence_offset = 0
@@ -145,14 +150,17 @@ class BatchSampler:
         """Return the start positions of all sequences of a step, int64 (batch_size,)."""
         if step < 0:
             raise ValueError(f"step={step} must not be negative: batches are counted from 0")
+        first = step * self.batch_size + self.sequence_offset
+        sequences = np.arange(first, first + self.batch_size)
+        if self.windows is not None:
+            return self.windows.starts(sequences)
         if self.starts is not None:
-            return self._epoch_starts(self.starts, step)
+            return self._epoch_starts(self.starts, sequences)
         return np.random.default_rng([self.seed, step]).integers(self.num_starts, size=self.batch_size)
 
-    def _epoch_starts(self, starts: np.ndarray, step: int) -> np.ndarray:
-        """Return a step's slice of the concatenated epochs, each of which is a permutation of `starts`."""
-        first = step * self.batch_size + self.sequence_offset
-        epochs, indices = np.divmod(np.arange(first, first + self.batch_size), len(starts))
+    def _epoch_starts(self, starts: np.ndarray, sequences: np.ndarray) -> np.ndarray:
+        """Return a slice of the concatenated epochs, each of which is a permutation of `starts`."""
+        epochs, indices = np.divmod(sequences, len(starts))
         chosen = np.empty(self.batch_size, np.int64)
         for epoch in range(epochs[0], epochs[-1] + 1):
             if epoch not in self._shuffled_starts:

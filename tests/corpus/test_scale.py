@@ -517,7 +517,8 @@ def test_batches_are_those_of_the_single_file(dataset, tokenizer):
     many, separator_id = open_tokens(folder), tokenizer.special_token_ids[END]
     starts = document_starts(tokens, separator_id, 64)
     assert np.array_equal(document_starts(many, separator_id, 64), starts)
-    for options in ({}, {"starts": starts}):
+    cases: list[dict[str, Any]] = [{}, {"starts": starts}, {"shuffled": True}]
+    for options in cases:
         one, other = (BatchSampler(ids, 16, 64, seed=1, vocab_size=400, **options) for ids in (tokens, many))
         for step in range(4):
             for x, y in zip(one.batch(step), other.batch(step), strict=True):
