@@ -37,8 +37,8 @@ from basic.training.records.trackers import check_trackers
 from basic.training.run_folder import Run, create_run_folder, load_run_config
 from basic.training.saving import CheckpointManager, RunProgress, find_checkpoint, format_sample, resume_run
 from basic.training.settings import RunConfig, TrainConfig
-from basic.training.step import TrainStep, mean_loss
-from basic.transformer.optimizer import AdamW, cosine_schedule
+from basic.training.step import TrainStep, make_optimizer, mean_loss
+from basic.transformer.optimizer import AdamW
 
 
 def train(
@@ -73,7 +73,7 @@ def train(
         BlockingIOError: another process writes `run_dir`.
         NotARunError: `run_dir` contains no run to resume.
         InvalidInputError: data, tokenizer and configuration do not fit together, or do not fit the resumed run, or it
-            is finished.
+            is finished, or its warm-up and decay are longer than the run.
         WrongTokenizerError: tokens or tokenizer have ids that the model does not have, or are not those of the
             resumed run.
         DamagedFileError: no checkpoint of the resumed run is complete, or its config.toml is damaged.
@@ -87,6 +87,7 @@ def train(
     if resume and overwrite:
         raise InvalidInputError("a run cannot be both resumed and overwritten; choose one")
     run_dir, settings = Path(run_dir), config.train
+    settings.check_schedule()
     warn = partial(print_text, file=sys.stderr) if world.is_rank_0 else lambda message: None
     device = choose_device(world.device_name(settings.device))
     check_trackers(settings.trackers)
@@ -102,11 +103,6 @@ def train(
             checkpoint = find_checkpoint(run_dir, config, warn, world)
         else:
             world.on_rank_0(lambda: create_run_folder(run_dir, config, tokenizer, overwrite=overwrite))
-        if settings.fitted_warmup_steps != settings.warmup_steps:
-            warn(
-                f"warning: warmup_steps = {settings.warmup_steps} is not below steps = {settings.steps}; the warm-up "
-                f"takes {settings.fitted_warmup_steps} steps instead"
-            )
         torch.manual_seed(settings.seed)
         model = TransformerLM(config.model)
         flops_per_token = training_flops_per_token(model)
@@ -184,8 +180,8 @@ class _TrainingLoop:
         steps = range(start.step, settings.steps)
         with StopSignals() as stop, read_ahead(self.train_sampler, steps, self.device) as batches:
             for step, batch in enumerate(batches, start.step + 1):
-                learning_rate = _learning_rate(settings, step)
-                nonfinite.handle(meter.add(*take_step(batch, learning_rate), learning_rate))
+                scheduled = settings.scheduled(step)
+                nonfinite.handle(meter.add(*take_step(batch, **scheduled), scheduled["learning_rate"]))
                 self.log.update_progress(step)
 
                 valid_loss = None
@@ -241,23 +237,6 @@ class _TrainingLoop:
                 file.write(format_sample(record).encode())
         except OSError as error:  # the disk is full; the log keeps lines that it cannot write
             self.log.print_message(f"warning: {path} cannot be written ({error})")
-
-
-def make_optimizer(model: TransformerLM, config: TrainConfig) -> AdamW:
-    """Create AdamW with one group of parameters for the embedding and output matrices, and one for all others."""
-    # A dictionary removes the duplicate if the two are tied. A set would too, but its order changes from run to run.
-    embeddings = dict.fromkeys([model.token_embeddings.weight, model.lm_head.weight])
-    others = [parameter for parameter in model.parameters() if parameter not in embeddings]
-    return AdamW(
-        [
-            {"params": others, "rate_factor": 1.0},
-            {"params": list(embeddings), "rate_factor": config.embedding_rate_factor},
-        ],
-        lr=config.max_learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )
 
 
 class _NonfiniteSteps:
@@ -331,12 +310,6 @@ def _is_due(step: int, interval: int, config: TrainConfig) -> bool:
     return step == config.steps or (interval > 0 and step % interval == 0)
 
 
-def _learning_rate(config: TrainConfig, step: int) -> float:
-    """Return the learning rate of a step, counted from 1, so that the first one is above 0 and the last the minimum."""
-    warmup_steps = config.fitted_warmup_steps
-    return cosine_schedule(step, config.max_learning_rate, config.min_learning_rate, warmup_steps, config.steps)
-
-
 def _make_samplers(
     config: RunConfig,
     train_tokens: np.ndarray,
@@ -354,9 +327,15 @@ def _make_samplers(
         try:
             check_token_ids(tokens, vocab_size)
             starts = None if separator_id is None else document_starts(tokens, separator_id, context_length)
-            sizes = settings.batch_size, context_length
             return BatchSampler(
-                tokens, *sizes, seed=seed, starts=starts, vocab_size=vocab_size, local_sequences=local_sequences
+                tokens,
+                settings.batch_size,
+                context_length,
+                seed=seed,
+                starts=starts,
+                shuffled=settings.rows == "shuffled",
+                vocab_size=vocab_size,
+                local_sequences=local_sequences,
             )
         except BasicError as error:
             raise type(error)(f"{name} tokens: {error}") from error

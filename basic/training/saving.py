@@ -256,12 +256,18 @@ def find_checkpoint(
 
     Raises:
         NotARunError: the folder holds no run.
-        InvalidConfigError: the run was started with another model, or has done more steps than it is to have.
+        InvalidConfigError: the run was started with another model or optimizer, or has done more steps than it is to
+            have.
         InvalidInputError: the run is finished.
         DamagedFileError: no checkpoint is complete.
     """
     saved = load_run_config(run_dir)
     check_same_model(saved.model, config.model, f"{run_dir} was started", "is to be resumed with")
+    if saved.train.optimizer != config.train.optimizer:
+        raise InvalidConfigError(
+            f"{run_dir} was started with optimizer = {saved.train.optimizer}, whose state {config.train.optimizer} "
+            "cannot continue; resume it with its own, or train in another folder"
+        )
     newest: list[Checkpoint] = []
 
     def find_newest() -> str | None:
@@ -318,12 +324,16 @@ def resume_run(
         extra = checkpoint.entry("extra")
         if not isinstance(extra, dict) or not {"wall_s", "nonfinite_steps", "random_state"} <= extra.keys():
             raise DamagedFileError(f"{checkpoint.src} has no state of a training run; it was imported, or is damaged")
+        own = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
         if is_sharded(model):
             step = load_sharded_state(checkpoint, model, optimizer, world)
         else:
             step = load_state(checkpoint, model, optimizer)
-        # Version 0.1.0 did not save the number of sequences.
-        sequences = extra.get("sequences", step * load_run_config(run_dir).train.batch_size)
+        for group, settings in zip(optimizer.param_groups, own, strict=True):
+            group |= settings  # those of the checkpoint would undo what the user has changed
+        if (sequences := extra.get("sequences")) is None:  # saved by version 0.1.0
+            # Only then: rank 0 may be writing this file already.
+            sequences = step * load_run_config(run_dir).train.batch_size
         progress = RunProgress(step, extra["wall_s"], extra["nonfinite_steps"], sequences)
         _set_random_state(extra["random_state"])
     world.on_rank_0(lambda: _rewind_folder(run_dir, config, progress.step))

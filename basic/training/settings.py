@@ -8,8 +8,51 @@ from typing import Literal
 from basic.common.config_files import check_choices
 from basic.common.errors import InvalidConfigError
 from basic.model import ModelConfig
+from basic.transformer.optimizer import cosine_schedule, trapezoid_schedule
 
 # The docstrings of the fields are the texts of `local/train.py --help`.
+
+
+_DEFAULT_WARMUP_STEPS = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonConfig:
+    """How Muon updates the matrices, if optimizer is muon (see `basic.transformer.muon.Muon`).
+
+    Raises:
+        InvalidConfigError: a setting is out of its range.
+    """
+
+    momentum: float = 0.95
+    """Decay rate of the running mean of the gradient."""
+    first_momentum: float = 0.85
+    """The momentum at the start, from which it grows linearly in momentum_warmup_steps."""
+    momentum_warmup_steps: int = 0
+    """Steps until the momentum is reached."""
+    orthogonalization: Literal["polar_express", "newton_schulz"] = "polar_express"
+    """The polynomials that take the singular values of the momentum to 1."""
+    iterations: int = 5
+    """Number of polynomials."""
+    normalization: Literal["none", "rows", "long_side"] = "rows"
+    """NorMuon: divide each row of the update (long_side: each column of a matrix with more columns than rows) by the
+    root of a running mean of its mean square."""
+    normalization_beta: float = 0.95
+    """Decay rate of that running mean."""
+    cautious: bool = True
+    """Only weights that the update moves towards 0 decay."""
+    update_scale: Literal["shape", "rms"] = "shape"
+    """Factor of the update: shape = sqrt(max(1, rows / columns)); rms = 0.2 sqrt(max(rows, columns)), for learning
+    rates like those of AdamW."""
+
+    def __post_init__(self) -> None:
+        for name in ("momentum", "first_momentum", "normalization_beta"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InvalidConfigError(f"muon.{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        for name, smallest in (("momentum_warmup_steps", 0), ("iterations", 1)):
+            if not getattr(self, name) >= smallest:
+                raise InvalidConfigError(f"muon.{name} must be at least {smallest}, got {getattr(self, name)}")
+        check_choices(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +70,31 @@ class TrainConfig:
     gradient_accumulation: int = 1
     """Number of micro-batches into which each batch is split. They are computed one after the other, which needs less
     memory and gives the same result."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw = AdamW for all parameters; muon = Muon for the matrices of the blocks, AdamW for all others. A good
+    learning rate for Muon is about 0.02."""
     max_learning_rate: float = 1e-3
     """Learning rate at the end of the warm-up."""
     min_learning_rate: float = 1e-4
-    """Learning rate at the last step, where the cosine schedule ends."""
+    """Learning rate at the last step, where the schedule ends."""
     embedding_rate_factor: float = 1.0
     """Factor for the learning rate of the token embedding and the output matrix, whose rows are updated rarely."""
-    warmup_steps: int = 100
-    """Steps in which the learning rate grows linearly from 0 to its maximum; a tenth of the steps, with a warning, if
-    the run is not longer than its warm-up."""
+    head_rate_factor: float | None = None
+    """Factor for the learning rate of the output matrix; None for embedding_rate_factor."""
+    gain_rate_factor: float = 1.0
+    """Factor for the learning rate of the norms' gains."""
+    schedule: Literal["cosine", "trapezoid"] = "cosine"
+    """The learning rate after its warm-up: cosine = half a cosine down to the minimum; trapezoid = constant, then
+    linear decay to the minimum."""
+    warmup_steps: int | None = None
+    """Steps in which the learning rate grows linearly from 0 to its maximum; None for 100, or for a tenth of the run if
+    it has at most 100 steps."""
+    warmup_share: float | None = None
+    """The warm-up as a share of the run, instead of warmup_steps."""
+    decay_share: float = 0.5
+    """Trapezoid: share of the run in which the learning rate decays; 0 for a constant rate."""
+    decay_steps: int | None = None
+    """Trapezoid: the steps of the decay, instead of decay_share."""
     beta1: float = 0.9
     """AdamW: decay rate of the running mean of the gradient."""
     beta2: float = 0.95
@@ -43,12 +102,19 @@ class TrainConfig:
     eps: float = 1e-8
     """AdamW: small number in the denominator, against division by zero."""
     weight_decay: float = 0.1
-    """AdamW: weight decay. Each step removes learning rate x weight_decay of every weight."""
+    """Weight decay. Each step removes learning rate x weight_decay of every weight."""
+    other_weight_decay: float | None = None
+    """Weight decay of the token embedding, the output matrix and the gains; None for weight_decay with AdamW, and for
+    none with Muon."""
+    weight_decay_schedule: Literal["constant", "linear"] = "constant"
+    """linear = weight decay falls linearly from its value to 0 at the last step."""
+    muon: MuonConfig = field(default_factory=MuonConfig)
+    """How Muon updates the matrices."""
     max_gradient_norm: float = 1.0
     """Gradient clipping: gradients with a larger L2 norm (over all parameters) are scaled down to it."""
-    rows: Literal["windows", "documents"] = "windows"
-    """Where the sequences of a batch start: windows = at random positions; documents = at the start of a document (at
-    the end_of_text token before it)."""
+    rows: Literal["windows", "shuffled", "documents"] = "windows"
+    """Where the sequences of a batch start: windows = at random positions; shuffled = each window of the text once
+    before any comes again; documents = at the start of a document (at the end_of_text token before it)."""
     end_of_text: str = "<|endoftext|>"
     """The special token that separates documents."""
     log_interval: int = 50
@@ -98,12 +164,57 @@ class TrainConfig:
     gradient accumulation. bfloat16 halves the amount of data to send."""
 
     @property
-    def fitted_warmup_steps(self) -> int:
-        """`warmup_steps`, or a tenth of the steps if the run is not longer than its warm-up.
+    def total_warmup_steps(self) -> int:
+        """Length of the warm-up in steps, from `warmup_share`, `warmup_steps` or the default."""
+        if self.warmup_share is not None:
+            return round(self.warmup_share * self.steps)
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        # A short run does not end in its warm-up: from 10 steps on, the learning rate reaches its maximum.
+        return _DEFAULT_WARMUP_STEPS if self.steps > _DEFAULT_WARMUP_STEPS else self.steps // 10
 
-        So a short run does not end in its warm-up: from 10 steps on, the learning rate reaches its maximum.
+    @property
+    def total_decay_steps(self) -> int:
+        """Length of the trapezoid's decay in steps."""
+        return round(self.decay_share * self.steps) if self.decay_steps is None else self.decay_steps
+
+    def scheduled(self, step: int) -> dict[str, float]:
+        """The arguments of a `TrainStep` at a step, counted from 1, so that the first rate is above 0.
+
+        Returns:
+            `learning_rate`; with Muon also `momentum`; with a schedule for the weight decay also its factor.
         """
-        return self.warmup_steps if self.warmup_steps < self.steps else self.steps // 10
+        rates, warmup = (self.max_learning_rate, self.min_learning_rate), self.total_warmup_steps
+        if self.schedule == "cosine":
+            arguments = {"learning_rate": cosine_schedule(step, *rates, warmup, self.steps)}
+        else:
+            rate = trapezoid_schedule(step, *rates, warmup, self.total_decay_steps, self.steps)
+            arguments = {"learning_rate": rate}
+        if self.optimizer == "muon":
+            muon = self.muon
+            share = min(step / muon.momentum_warmup_steps, 1.0) if muon.momentum_warmup_steps else 1.0
+            arguments["momentum"] = muon.first_momentum + share * (muon.momentum - muon.first_momentum)
+        if self.weight_decay_schedule == "linear":
+            arguments["weight_decay_factor"] = 1 - step / self.steps
+        return arguments
+
+    def check_schedule(self) -> None:
+        """Check that warm-up and decay fit into the run; only a run that is trained needs it.
+
+        Raises:
+            InvalidConfigError: they do not.
+        """
+        warmup, decay = self.total_warmup_steps, self.total_decay_steps if self.schedule == "trapezoid" else 0
+        if warmup and warmup >= self.steps:
+            raise InvalidConfigError(
+                f"the warm-up of {warmup:,} steps does not fit into steps = {self.steps:,}, so the learning rate would "
+                f"never reach its maximum; set warmup_steps = {self.steps // 10}, or warmup_share = 0.1 for any length"
+            )
+        if warmup + decay > self.steps:
+            raise InvalidConfigError(
+                f"a warm-up of {warmup:,} steps and a decay of {decay:,} do not fit into steps = {self.steps:,}; lower "
+                "one of them"
+            )
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "gradient_accumulation", "eval_batches", "sample_tokens", "checkpoints_kept")
@@ -112,9 +223,17 @@ class TrainConfig:
                 raise InvalidConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         intervals = ("log_interval", "eval_interval", "sample_interval", "checkpoint_interval", "milestone_interval")
         numbers = ("min_learning_rate", "embedding_rate_factor", "eps", "weight_decay", "checkpoint_minutes")
-        for name in ("warmup_steps", "seed", "max_nonfinite_steps", *numbers, *intervals):
-            if not getattr(self, name) >= 0:
-                raise InvalidConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        numbers += ("head_rate_factor", "gain_rate_factor", "other_weight_decay")
+        for name in ("warmup_steps", "decay_steps", "seed", "max_nonfinite_steps", *numbers, *intervals):
+            if (value := getattr(self, name)) is not None and not value >= 0:
+                raise InvalidConfigError(f"{name} must be at least 0, got {value}")
+        for name in ("warmup_share", "decay_share"):
+            if (share := getattr(self, name)) is not None and not 0 <= share <= 1:
+                raise InvalidConfigError(f"{name} must be from 0 to 1, got {share}")
+        if self.warmup_steps is not None and self.warmup_share is not None:
+            raise InvalidConfigError(
+                f"warmup_steps={self.warmup_steps} and warmup_share={self.warmup_share} say the same; leave one out"
+            )
         if self.seed >= 2**64:  # what torch's generators accept
             raise InvalidConfigError(f"seed must be below 2**64, got {self.seed}")
         for name in ("beta1", "beta2"):
@@ -128,6 +247,11 @@ class TrainConfig:
                 f"min_learning_rate={self.min_learning_rate}; change one of them"
             )
         check_choices(self)
+        if self.optimizer == "muon" and self.parallel == "sharded":
+            raise InvalidConfigError(
+                "optimizer = muon needs whole matrices, but parallel = sharded stores slices; use parallel = "
+                "replicated, or optimizer = adamw"
+            )
         if self.batch_size % self.gradient_accumulation:
             raise InvalidConfigError(
                 f"batch_size={self.batch_size} must be divisible by gradient_accumulation={self.gradient_accumulation}"

@@ -1,20 +1,23 @@
-"""One optimizer step: forward, backward, clipping, AdamW; compiled or replayed as a CUDA graph where possible."""
+"""One optimizer step: forward, backward, clipping, update; compiled or replayed as a CUDA graph where possible."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 
-from basic.model import Linear, TransformerLM
+from basic.model import Embedding, Linear, TransformerLM
 from basic.training.batches import BatchSampler, to_device
 from basic.training.devices import reduce_dtype
 from basic.training.parallel.world import SINGLE_PROCESS, World, is_sharded
-from basic.training.settings import TrainConfig
+from basic.training.settings import MuonConfig, TrainConfig
 from basic.transformer.kernels import dispatch
+from basic.transformer.muon import Muon
 from basic.transformer.optimizer import AdamW, clipping_factor
 
 # Steps before the CUDA graph is captured. They compile, tune kernels and create the optimizer's state.
@@ -22,6 +25,43 @@ _WARMUP_STEPS = 3
 # Blocks that are compiled as one graph when several ranks train. A segment's gradients are ready together, so more
 # blocks leave more to send after the backward pass; fewer blocks read and write more activations between segments.
 _BLOCKS_PER_SEGMENT = 2
+# The settings of Muon that are not scheduled.
+_MUON_SETTINGS = [field.name for field in fields(MuonConfig) if "momentum" not in field.name]
+
+
+def make_optimizer(model: TransformerLM, config: TrainConfig) -> AdamW:
+    """Create AdamW or Muon for a model.
+
+    The groups hold parameters of equal settings: the matrices and gains of the blocks, then the embeddings and the
+    output matrix. A group's learning rate is that of the run times its `rate_factor`.
+    """
+    # Dictionaries remove the duplicate if two matrices are tied. Sets would too, but their order changes.
+    embeddings = dict.fromkeys(module.weight for module in model.modules() if isinstance(module, Embedding))
+    ends = embeddings | {model.lm_head.weight: None}
+    is_muon, embedding_factor = config.optimizer == "muon", config.embedding_rate_factor
+    head_factor = embedding_factor if config.head_rate_factor is None else config.head_rate_factor
+    other_decay = config.other_weight_decay
+    if other_decay is None:
+        other_decay = 0.0 if is_muon else config.weight_decay
+
+    def group_settings(parameter: Tensor) -> tuple[tuple[str, Any], ...]:
+        if parameter in ends:
+            factor = embedding_factor if parameter in embeddings else head_factor
+            return ("rule", "adamw"), ("rate_factor", factor), ("weight_decay", other_decay)
+        if parameter.ndim < 2:
+            return ("rule", "adamw"), ("rate_factor", config.gain_rate_factor), ("weight_decay", other_decay)
+        return ("rule", config.optimizer), ("rate_factor", 1.0), ("weight_decay", config.weight_decay)
+
+    groups: list[dict[str, Any]] = []
+    for parameters in ([p for p in model.parameters() if p not in ends], list(ends)):
+        for settings in dict.fromkeys(map(group_settings, parameters)):
+            group = dict(settings) | {"params": [p for p in parameters if group_settings(p) == settings]}
+            groups.append(group | {"base_weight_decay": group["weight_decay"]})
+    common: dict[str, Any] = {"lr": config.max_learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if not is_muon:
+        return AdamW(groups, **common)
+    muon = {name: getattr(config.muon, name) for name in _MUON_SETTINGS}
+    return Muon(groups, **common, **muon)
 
 
 class TrainStep:
@@ -64,23 +104,35 @@ class TrainStep:
         # Without its kernel, AdamW reads numbers from the device, which a CUDA graph cannot capture. FSDP2 allocates
         # and frees the weights it gathers during the step, which cannot be captured either.
         can_capture = with_kernels and config.gradient_accumulation == 1 and not self.sharded
-        self.learning_rate = torch.zeros((), device=device)
+        # On the device, so that a captured graph reads the numbers of the step.
+        self.learning_rate, self.momentum, self.weight_decay_factor = (torch.zeros((), device=device) for _ in range(3))
         self.num_calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         # One side stream for the warm-up steps and the capture: a stream does not reuse memory freed in another one.
         self.stream = torch.cuda.Stream(device) if can_capture and config.cuda_graph else None
 
-    def __call__(self, batch: tuple[Tensor, Tensor], learning_rate: float) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self,
+        batch: tuple[Tensor, Tensor],
+        learning_rate: float,
+        momentum: float = 0.95,
+        weight_decay_factor: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
         """Take a step.
 
         Args:
             batch: inputs and targets of this rank, int64 (batch, seq) each, on the CPU or on the device.
+            learning_rate: of the groups with `rate_factor` 1.
+            momentum: of Muon.
+            weight_decay_factor: for the weight decay of all groups.
 
         Returns:
             The mean loss in nats per token, and the L2 norm of the gradients before clipping. Both are over all ranks
             and on the device. The next call may overwrite them.
         """
         self.learning_rate.fill_(learning_rate)
+        self.momentum.fill_(momentum)
+        self.weight_decay_factor.fill_(weight_decay_factor)
         if self.stream is None:
             return self._step(batch)
         self.num_calls += 1
@@ -121,6 +173,10 @@ class TrainStep:
             factor = torch.where(torch.isfinite(total_loss + norm), factor, torch.nan)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * group.get("rate_factor", 1.0)
+            if group.get("rule") == "muon":
+                group["momentum"] = self.momentum
+            if self.config.weight_decay_schedule != "constant":
+                group["weight_decay"] = self.weight_decay_factor * group["base_weight_decay"]
         self.optimizer.step(gradient_factor=factor, copies=self.weight_copies)
         return total_loss, norm
 

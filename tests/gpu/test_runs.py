@@ -35,7 +35,13 @@ TRAIN, VALID = (
 
 def configuration(**settings: Any) -> RunConfig:
     model = ModelConfig(vocab_size=VOCAB, context_length=128, d_model=128, num_layers=2, num_heads=4)
-    defaults: dict[str, Any] = {"steps": 20, "batch_size": 32, "warmup_steps": 5, "eval_batches": 2, "device": "cuda"}
+    defaults: dict[str, Any] = {
+        "steps": 20,
+        "batch_size": 32,
+        "warmup_steps": min(5, settings.get("steps", 20) - 1),
+        "eval_batches": 2,
+        "device": "cuda",
+    }
     settings = {**defaults, "log_interval": 1, **settings}
     return RunConfig(model=model, train=TrainConfig(**settings))
 
@@ -115,10 +121,11 @@ def test_a_run_stops_within_ten_steps_of_a_nonfinite_loss(tmp_path, cuda_graph):
     calls = []
 
     class StepWithNan(TrainStep):
-        def __call__(self, batch, learning_rate):
+        def __call__(self, batch, learning_rate, *others, **options):
             calls.append(learning_rate)
             # The learning rate of step 21 is NaN, so the weights and the loss of step 22 are NaN.
-            return super().__call__(batch, float("nan") if len(calls) == 21 else learning_rate)
+            rate = float("nan") if len(calls) == 21 else learning_rate
+            return super().__call__(batch, rate, *others, **options)
 
     with pytest.raises(FloatingPointError, match="step 22 gave the loss nan"):
         train(config, TRAIN, VALID, tmp_path / "run", make_step=StepWithNan)

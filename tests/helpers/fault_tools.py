@@ -30,7 +30,7 @@ TRAIN, VALID = (np.random.default_rng(seed).integers(VOCAB, size=2000).astype(np
 def configuration(**settings: Any) -> RunConfig:
     """Two layers, and a batch large enough that two threads share the embedding's gradient."""
     model = ModelConfig(vocab_size=VOCAB, context_length=32, d_model=32, num_layers=2, num_heads=2)
-    defaults: dict[str, Any] = {"steps": 20, "batch_size": 16, "warmup_steps": 5, "eval_batches": 1, "device": "cpu"}
+    defaults: dict[str, Any] = {"steps": 20, "batch_size": 16, "warmup_steps": 1, "eval_batches": 1, "device": "cpu"}
     settings = {**defaults, "log_interval": 1, **settings}
     return RunConfig(model=model, train=TrainConfig(**settings))
 

@@ -32,7 +32,7 @@ from basic.training.checkpoints.file import load_checkpoint, read_checkpoint, sa
 from basic.training.loop import make_optimizer, train
 from basic.training.records.log import NullLog
 from basic.training.records.metrics import read_all_records, read_metrics, read_records
-from basic.training.run_folder import checkpoint_paths, load_run, load_run_config
+from basic.training.run_folder import checkpoint_paths, load_run, load_run_config, open_checkpoint
 from basic.training.saving import RETRY_S, CheckpointManager, RunProgress
 from basic.training.step import TrainStep
 from tests.helpers.fault_tools import TRAIN, VALID, configuration, exit_status, poisoned_step, run_in_fork
@@ -184,7 +184,7 @@ def test_a_run_is_written_by_one_process(tmp_path):
     refused = []
 
     class Step(TrainStep):
-        def __call__(self, batch, learning_rate):
+        def __call__(self, batch, *scheduled, **others):
             if not refused:
                 before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
                 choices: list[dict[str, Any]] = [{"resume": True}, {"overwrite": True}, {}]
@@ -193,7 +193,7 @@ def test_a_run_is_written_by_one_process(tmp_path):
                         train(config, TRAIN, VALID, tmp_path / "run", **options)
                     refused.append(options)
                 assert {path: path.read_bytes() for path in before} == before
-            return super().__call__(batch, learning_rate)
+            return super().__call__(batch, *scheduled, **others)
 
     train(config, TRAIN, VALID, tmp_path / "run", make_step=Step)
     assert len(refused) == 3
@@ -201,11 +201,16 @@ def test_a_run_is_written_by_one_process(tmp_path):
     assert not (tmp_path / "run" / ".basic.lock").exists()
 
 
-def test_changed_settings_of_a_resumed_run_are_reported(tmp_path, capsys):
+def test_changed_settings_of_a_resumed_run_are_reported_and_used(tmp_path, capsys):
     train(configuration(steps=2), TRAIN, VALID, tmp_path / "run")
-    train(configuration(steps=4, seed=7), TRAIN, VALID, tmp_path / "run", resume=True)
-    message = "is resumed with other settings than before: train.steps = 4 instead of 2, train.seed = 7 instead of 0\n"
+    train(configuration(steps=4, seed=7, beta2=0.5), TRAIN, VALID, tmp_path / "run", resume=True)
+    message = (
+        "is resumed with other settings than before: train.steps = 4 instead of 2, train.beta2 = 0.5 instead of 0.95, "
+        "train.seed = 7 instead of 0\n"
+    )
     assert message in capsys.readouterr().err
+    groups = open_checkpoint(checkpoint_paths(tmp_path / "run")[-1]).entry("optimizer")["param_groups"]
+    assert [group["betas"] for group in groups] == [(0.9, 0.5)] * 2
 
 
 def test_resuming_rewinds_the_samples_as_it_rewinds_the_metrics(tmp_path):
@@ -257,7 +262,7 @@ def test_resuming_rewinds_the_samples_as_it_rewinds_the_metrics(tmp_path):
 
 def test_a_run_without_a_step_may_be_started_again(tmp_path):
     class FailingStep(TrainStep):
-        def __call__(self, batch, learning_rate):
+        def __call__(self, batch, *scheduled, **options):
             raise OSError("there is no compiler")
 
     config = configuration(steps=3)
@@ -308,11 +313,11 @@ def test_the_folder_of_a_run_is_moved_while_it_trains(tmp_path, capsys):
     class Step(TrainStep):
         count = 0
 
-        def __call__(self, batch, learning_rate):
+        def __call__(self, batch, *scheduled, **options):
             Step.count += 1
             if Step.count == 2:
                 (tmp_path / "run").rename(tmp_path / "moved")
-            return super().__call__(batch, learning_rate)
+            return super().__call__(batch, *scheduled, **options)
 
     model = train(configuration(steps=3, eval_interval=0), TRAIN, VALID, tmp_path / "run", make_step=Step).model
     folder = tmp_path / "run" / "checkpoints"
@@ -330,11 +335,11 @@ def test_a_signal_finishes_the_step_saves_and_prints_how_to_resume(tmp_path, num
     class InterruptedStep(TrainStep):
         count = 0
 
-        def __call__(self, batch, learning_rate):
+        def __call__(self, batch, *scheduled, **options):
             InterruptedStep.count += 1
             if InterruptedStep.count == 3:
                 signal.raise_signal(number)
-            return super().__call__(batch, learning_rate)
+            return super().__call__(batch, *scheduled, **options)
 
     before = signal.getsignal(number)
     config = configuration(steps=6, eval_interval=0)
@@ -477,11 +482,11 @@ def test_a_checkpoint_written_in_the_background_has_the_state_of_its_step(tmp_pa
     class ReleasingStep(TrainStep):
         count = 0
 
-        def __call__(self, batch, learning_rate):
+        def __call__(self, batch, *scheduled, **options):
             ReleasingStep.count += 1
             if ReleasingStep.count == 5:
                 may_write.set()
-            return super().__call__(batch, learning_rate)
+            return super().__call__(batch, *scheduled, **options)
 
     config = configuration(steps=6, checkpoint_interval=2, eval_interval=0, checkpoints_kept=9)
     train(config, TRAIN, VALID, tmp_path / "plain")
@@ -601,8 +606,8 @@ def test_nonfinite_steps_are_skipped_up_to_a_maximum(tmp_path, capsys):
     states = []  # after each step
 
     class RecordingStep(poisoned_step({4, 5}, math.nan)):
-        def __call__(self, batch, learning_rate):
-            result = super().__call__(batch, learning_rate)
+        def __call__(self, batch, *scheduled, **options):
+            result = super().__call__(batch, *scheduled, **options)
             weights = [parameter.detach().clone() for parameter in self.parameters]
             states.append(weights + [state["step"] for state in self.optimizer.state.values()])
             return result
@@ -623,7 +628,7 @@ def test_nonfinite_steps_are_skipped_up_to_a_maximum(tmp_path, capsys):
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError(), None])
 def test_out_of_memory_says_what_was_tried_and_what_to_lower(tmp_path, error):
     class FailingStep(TrainStep):
-        def __call__(self, batch, learning_rate):
+        def __call__(self, batch, *scheduled, **options):
             if error is not None:
                 raise error
             return torch.empty(1 << 62, dtype=torch.uint8), torch.zeros(())

@@ -20,7 +20,7 @@ from basic.model import ModelConfig, TransformerLM
 from basic.training.batches import BatchSampler, document_starts
 from basic.training.loop import train
 from basic.training.records.metrics import read_metrics
-from basic.training.settings import RunConfig, TrainConfig
+from basic.training.settings import MuonConfig, RunConfig, TrainConfig
 from basic.training.step import TrainStep
 
 VOCAB, CONTEXT, END = 20, 8, 0
@@ -59,7 +59,7 @@ def configuration(**settings: Any) -> RunConfig:
         "batch_size": 4,
         "max_learning_rate": 1e-2,
         "min_learning_rate": 1e-3,
-        "warmup_steps": 3,
+        "warmup_steps": min(3, settings.get("steps", 8) - 1),
         "log_interval": 1,
         "eval_batches": 2,
         "device": "cpu",
@@ -80,10 +80,10 @@ def step_that_fails(number: int, error: BaseException) -> type[TrainStep]:
     calls = itertools.count(1)
 
     class FailingStep(TrainStep):
-        def __call__(self, batch, learning_rate):
+        def __call__(self, batch, *scheduled, **options):
             if next(calls) == number:
                 raise error
-            return super().__call__(batch, learning_rate)
+            return super().__call__(batch, *scheduled, **options)
 
     return FailingStep
 
@@ -93,6 +93,7 @@ def step_that_fails(number: int, error: BaseException) -> type[TrainStep]:
 
 def scheduled(settings: TrainConfig, step: int) -> float:
     """The learning rate of a step, counted from 1: linear warm-up, then a cosine."""
+    assert settings.warmup_steps is not None
     if step < settings.warmup_steps:
         return settings.max_learning_rate * step / settings.warmup_steps
     progress = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps)
@@ -180,9 +181,9 @@ def test_with_documents_sequences_start_at_the_separator(tmp_path):
     batches = []
 
     class RecordingStep(TrainStep):
-        def __call__(self, batch, learning_rate):
+        def __call__(self, batch, *scheduled, **options):
             batches.append(batch)
-            return super().__call__(batch, learning_rate)
+            return super().__call__(batch, *scheduled, **options)
 
     config = configuration(rows="documents")
     train(config, TRAIN, VALID, tmp_path / "run", tokenizer=NumberTokenizer(), make_step=RecordingStep)
@@ -297,9 +298,17 @@ def test_an_existing_run_is_refused_and_unchanged_unless_overwrite_is_given(tmp_
 # --- Stopping and resuming -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", ["windows", "documents"])
-def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(tmp_path, rows):
-    config = configuration(checkpoint_interval=4, eval_interval=4, rows=rows)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rows": "windows"},
+        {"rows": "documents"},
+        {"rows": "shuffled", "optimizer": "muon", "weight_decay_schedule": "linear", "schedule": "trapezoid"},
+    ],
+    ids=str,
+)
+def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(tmp_path, settings):
+    config = configuration(checkpoint_interval=4, eval_interval=4, **settings)
     train(config, TRAIN, VALID, tmp_path / "uninterrupted", tokenizer=NumberTokenizer())
 
     failing = step_that_fails(7, KeyboardInterrupt())
@@ -319,7 +328,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(tmp_path, rows):
     expected, resumed = saved(tmp_path / "uninterrupted", 8), saved(tmp_path / "stopped", 8)
     assert expected.keys() == resumed.keys()
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in expected.items())
-    assert len(expected) > len(list(run.model.parameters())) * 2  # the optimizer's moments are included
+    assert len(expected) >= len(list(run.model.parameters())) * 3  # the optimizer's moments are included
     records = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("uninterrupted", "stopped")]
     assert [record["step"] for record in records[1]] == list(range(1, 9))
     for one, other in zip(*records, strict=True):
@@ -356,9 +365,9 @@ def test_with_another_batch_size_documents_that_were_not_seen_are_next(tmp_path)
     seen = []
 
     class RecordingStep(TrainStep):
-        def __call__(self, batch, learning_rate):
+        def __call__(self, batch, *scheduled, **options):
             seen.extend(map(tuple, batch[0].tolist()))
-            return super().__call__(batch, learning_rate)
+            return super().__call__(batch, *scheduled, **options)
 
     options: dict[str, Any] = {"tokenizer": NumberTokenizer(), "make_step": RecordingStep}
     config = configuration(rows="documents", steps=5, batch_size=8)
@@ -373,16 +382,55 @@ def test_with_another_batch_size_documents_that_were_not_seen_are_next(tmp_path)
     assert [record["tokens"] // CONTEXT for record in records] == [8, 16, 24, 32, 40, 43, 46, 49, 52, *range(53, 60)]
 
 
-@pytest.mark.parametrize(("steps", "warmup_steps", "fitted"), [(50, 100, 5), (50, 50, 5), (50, 49, 49), (4, 100, 0)])
-def test_a_warm_up_that_does_not_fit_is_fitted_with_a_warning(tmp_path, capsys, steps, warmup_steps, fitted):
-    settings = {"max_learning_rate": 1e-3, "min_learning_rate": 1e-4, "eval_interval": 0}
-    train(configuration(steps=steps, warmup_steps=warmup_steps, **settings), TRAIN, VALID, tmp_path / "run")
-    rates = [record["learning_rate"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
-    assert rates[-1] == pytest.approx(1e-4)
-    if fitted:
-        assert rates[fitted - 1] == max(rates) == pytest.approx(1e-3)
-    message = f"warmup_steps = {warmup_steps} is not below steps = {steps}; the warm-up takes {fitted} steps instead"
-    assert (message in capsys.readouterr().err) == (fitted != warmup_steps)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"steps": 50, "warmup_steps": 100},
+            "the warm-up of 100 steps does not fit into steps = 50, .* warmup_steps = 5",
+        ),
+        ({"steps": 4, "warmup_steps": 4}, "the warm-up of 4 steps does not fit into steps = 4, "),
+        ({"steps": 4, "warmup_share": 1.0}, "the warm-up of 4 steps does not fit into steps = 4, "),
+        (
+            {"schedule": "trapezoid", "warmup_steps": 4, "decay_steps": 5},
+            "a warm-up of 4 steps and a decay of 5 do not fit into steps = 8",
+        ),
+    ],
+    ids=str,
+)
+def test_a_warm_up_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, settings, message):
+    if "warmup_share" in settings:
+        settings = {"warmup_steps": None, **settings}
+    with pytest.raises(InvalidConfigError, match=message):
+        train(configuration(**settings), TRAIN, VALID, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"warmup_steps": None, "steps": 50}, {5: 1.0, 50: 0.1}),
+        ({"warmup_steps": None, "steps": 101}, {1: 0.01, 100: 1.0, 101: 0.1}),
+        ({"warmup_steps": None, "warmup_share": 0.2, "steps": 50}, {1: 0.1, 10: 1.0, 30: 0.55, 50: 0.1}),
+        ({"schedule": "trapezoid", "steps": 40}, {2: 2 / 3, 3: 1.0, 20: 1.0, 30: 0.55, 39: 0.145, 40: 0.1}),
+        ({"schedule": "trapezoid", "steps": 40, "decay_steps": 4}, {36: 1.0, 38: 0.55, 40: 0.1}),
+        ({"schedule": "trapezoid", "steps": 40, "decay_share": 0.0}, {1: 1 / 3, 4: 1.0, 40: 1.0}),
+    ],
+    ids=str,
+)
+def test_schedules_at_their_corners(settings, expected):
+    config = configuration(max_learning_rate=1.0, min_learning_rate=0.1, **settings).train
+    config.check_schedule()
+    assert {step: config.scheduled(step)["learning_rate"] for step in expected} == pytest.approx(expected)
+
+
+def test_momentum_and_weight_decay_follow_their_schedules():
+    muon = MuonConfig(momentum=0.9, first_momentum=0.8, momentum_warmup_steps=4)
+    config = configuration(optimizer="muon", muon=muon, weight_decay_schedule="linear").train
+    numbers = [config.scheduled(step) for step in (1, 2, 4, 8)]
+    assert [each["momentum"] for each in numbers] == pytest.approx([0.825, 0.85, 0.9, 0.9])
+    assert [each["weight_decay_factor"] for each in numbers] == pytest.approx([0.875, 0.75, 0.5, 0.0])
+    assert configuration().train.scheduled(1).keys() == {"learning_rate"}
 
 
 def test_a_run_cannot_be_resumed_with_another_model(tmp_path):
@@ -394,6 +442,8 @@ def test_a_run_cannot_be_resumed_with_another_model(tmp_path):
             InvalidConfigError, match=rf"started with model.{name} = {before}, but is to be resumed with {after}"
         ):
             train(other, TRAIN, VALID, tmp_path / "run", resume=True)
+    with pytest.raises(InvalidConfigError, match="started with optimizer = adamw, whose state muon cannot continue"):
+        train(configuration(steps=4, optimizer="muon"), TRAIN, VALID, tmp_path / "run", resume=True)
     assert load_config(tmp_path / "run" / "config.toml", RunConfig) == config
 
 
@@ -496,8 +546,11 @@ def test_arguments_that_do_not_fit_together_are_refused_before_anything_is_writt
         ({"beta1": 1.0}, "beta1 must be at least 0 and below 1, got 1.0"),
         ({"beta2": -0.5}, "beta2 must be at least 0 and below 1, got -0.5"),
         ({"max_gradient_norm": 0.0}, "max_gradient_norm must be above 0, got 0.0"),
+        ({"optimizer": "muon", "parallel": "sharded"}, "optimizer = muon needs whole matrices, but parallel = sharded"),
+        ({"decay_share": 1.5}, "decay_share must be from 0 to 1, got 1.5"),
+        ({"warmup_share": 0.1}, "warmup_steps=3 and warmup_share=0.1 say the same; leave one out"),
         ({"gradient_accumulation": 3}, "batch_size=4 must be divisible by gradient_accumulation=3"),
-        ({"rows": "lines"}, "rows must be one of windows, documents, got 'lines'"),
+        ({"rows": "lines"}, "rows must be one of windows, shuffled, documents, got 'lines'"),
         ({"precision": "float16"}, "precision must be one of auto, float32, bfloat16, got 'float16'"),
     ],
 )

@@ -39,13 +39,14 @@ def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     ids=str,
 )
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
-def test_a_step_equals_the_plain_one(shape, precision):
+@pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])
+def test_a_step_equals_the_plain_one(shape, precision, optimizer_name):
     """Also with bfloat16 copies of the matrices, and bfloat16 gradients."""
     torch.manual_seed(0)
     model = TransformerLM(ModelConfig(**SIZES, **shape))
     model.activation_dtype = precision
     plain = copy.deepcopy(model)
-    settings = TrainConfig(steps=1, batch_size=4, max_gradient_norm=0.5)
+    settings = TrainConfig(steps=1, batch_size=4, max_gradient_norm=0.5, optimizer=optimizer_name)
     optimizer, plain_optimizer = make_optimizer(model, settings), make_optimizer(plain, settings)
     step = TrainStep(model, optimizer, settings, torch.device("cpu"))
     assert len(step.weight_copies) == (
@@ -66,6 +67,54 @@ def test_a_step_equals_the_plain_one(shape, precision):
             torch.testing.assert_close(parameter, other, rtol=1e-6, atol=1e-7, msg=name)
         assert step.loss_fn(*batch) == model.loss(*batch)  # the copies are updated too
         plain.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_groups_of_parameters(tied):
+    """AdamW's groups are those of checkpoints of earlier versions; Muon's hold only matrices of the blocks."""
+    model = TransformerLM(ModelConfig(**SIZES, tied_embeddings=tied))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    ends = [name for name in names.values() if name in ("token_embeddings.weight", "lm_head.weight")]
+    others = [name for name in names.values() if name not in ends]
+    gains = [name for name in others if "ln" in name]
+    matrices = [name for name in others if "ln" not in name]
+
+    def groups(**settings: Any) -> list[tuple]:
+        optimizer = make_optimizer(model, TrainConfig(steps=1, weight_decay=0.2, **settings))
+        keys = ("rule", "rate_factor", "weight_decay")
+        return [
+            (*(group[key] for key in keys), [names[p] for p in group["params"]]) for group in optimizer.param_groups
+        ]
+
+    assert len(ends) == 2 - tied
+    assert groups() == [("adamw", 1.0, 0.2, others), ("adamw", 1.0, 0.2, ends)]
+    assert groups(embedding_rate_factor=5.0)[1] == ("adamw", 5.0, 0.2, ends)
+    settings: dict[str, Any] = {"optimizer": "muon", "embedding_rate_factor": 15.0, "head_rate_factor": 0.2}
+    found = groups(**settings)
+    assert [("muon", 1.0, 0.2, matrices), ("adamw", 1.0, 0.0, gains)] == sorted(found[:2], reverse=True)
+    assert found[2:] == [("adamw", factor, 0.0, [name]) for factor, name in zip((15.0, 0.2), ends, strict=False)]
+    assert groups(**settings, other_weight_decay=0.3)[-1][2] == 0.3
+
+
+def test_momentum_and_weight_decay_change_from_step_to_step():
+    torch.manual_seed(0)
+    model = TransformerLM(ModelConfig(**SIZES))
+    settings = TrainConfig(steps=1, batch_size=4, optimizer="muon", weight_decay_schedule="linear", weight_decay=0.5)
+    step = TrainStep(model, make_optimizer(model, settings), settings, torch.device("cpu"))
+    weight = dict(model.named_parameters())["layers.0.attn.q_proj.weight"]
+    step(batches(1)[0], 0.0, 0.25, 0.5)
+    first = step.optimizer.state[weight]["momentum"].clone()
+    torch.testing.assert_close(first, 0.75 * clipped_gradient(step, weight))
+    step(batches(1)[0], 0.1, 0.0, 0.5)
+    torch.testing.assert_close(step.optimizer.state[weight]["momentum"], clipped_gradient(step, weight))
+    decays = {group["rule"]: float(group["weight_decay"]) for group in step.optimizer.param_groups}
+    assert decays == {"muon": 0.25, "adamw": 0.0}
+
+
+def clipped_gradient(step: TrainStep, weight: torch.Tensor) -> torch.Tensor:
+    norm = torch.stack([p.grad.norm() for p in step.parameters if p.grad is not None]).norm()
+    assert weight.grad is not None
+    return weight.grad * (1 / (norm + 1e-6)).clamp(max=1)
 
 
 def test_gradients_of_micro_batches_are_summed_in_float32():
