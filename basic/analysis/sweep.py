@@ -253,11 +253,13 @@ def _train_and_evaluate(
 
 def _trained_run(run: SweepRun, run_dir: Path, data: SweepData, train: Callable[..., Run], progress: bool) -> Run:
     """Train a run, from its newest checkpoint if it has one; one that was trained to its end is only loaded."""
-    resume = (run_dir / "config.toml").is_file() and bool(checkpoint_paths(run_dir))
-    if resume and newest_checkpoint(run_dir, warnings.warn).entry("iteration") >= run.config.train.steps:
-        return load_run(run_dir, device=run.config.train.device)
+    resume, config = (run_dir / "config.toml").is_file() and bool(checkpoint_paths(run_dir)), run.config
+    if resume and config.train.steps == 0:  # the steps were planned when the run was started
+        config = load_run_config(run_dir)
+    if resume and newest_checkpoint(run_dir, warnings.warn).entry("iteration") >= config.train.steps > 0:
+        return load_run(run_dir, device=config.train.device)
     tokens, options = (data.train_tokens, data.valid_tokens), {"tokenizer": data.tokenizer, "progress": progress}
-    return train(run.config, *tokens, run_dir, resume=resume, overwrite=not resume, **options)
+    return train(config, *tokens, run_dir, resume=resume, overwrite=not resume, **options)
 
 
 def _read_result(run_dir: Path) -> RunResult | None:
@@ -291,7 +293,8 @@ def _check_same_config(run_dir: Path, config: RunConfig) -> None:
         return
     saved, new = (flatten_settings(to_table(each)) for each in (load_run_config(run_dir), config))
     for key in {**saved, **new}:
-        if saved.get(key) != new.get(key):
+        is_planned = key == "train.steps" and new.get(key) == 0
+        if saved.get(key) != new.get(key) and not is_planned:
             raise InvalidConfigError(
                 f"{run_dir} holds a run with {key} = {saved.get(key)}, but the sweep has {key} = {new.get(key)}; "
                 "choose another --output, or remove that folder"

@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,9 +32,9 @@ from basic.training.devices import activation_dtype, choose_device, device_name,
 from basic.training.parallel.world import SINGLE_PROCESS, World, is_sharded
 from basic.training.records.environment import append_environment, check_environment, describe_environment
 from basic.training.records.log import NullLog, RunLog
-from basic.training.records.meter import Meter, StepMetrics
+from basic.training.records.meter import Meter, StepMetrics, TimeBudget
 from basic.training.records.trackers import check_trackers
-from basic.training.run_folder import Run, create_run_folder, load_run_config
+from basic.training.run_folder import Run, create_run_folder, load_run_config, save_run_config
 from basic.training.saving import CheckpointManager, RunProgress, find_checkpoint, format_sample, resume_run
 from basic.training.settings import RunConfig, TrainConfig
 from basic.training.step import TrainStep, make_optimizer, mean_loss
@@ -142,9 +142,9 @@ def train(
             make_step=make_step,
         )
         with _deterministic_on_cpu(device), _advice_on_failures(config), log, checkpoints, world.detect_hangs():
-            loop.run(start)
+            config = loop.run(start)
     tokenizer_path = run_dir / "tokenizer" if tokenizer is not None else None
-    return Run(model.eval(), config, tokenizer_path, settings.steps)
+    return Run(model.eval(), config, tokenizer_path, config.train.steps)
 
 
 def _lock_run_folder(run_dir: Path, stack: ExitStack) -> None:
@@ -169,14 +169,17 @@ class _TrainingLoop:
     device: torch.device
     make_step: Callable[..., TrainStep]
 
-    def run(self, start: RunProgress) -> None:
-        """Take all steps after `start`."""
-        settings = self.config.train
+    def run(self, start: RunProgress) -> RunConfig:
+        """Take all steps after `start`; return the configuration, which has their number, also if it was planned."""
+        config, settings = self.config, self.config.train
         take_step = self.make_step(self.model, self.optimizer, settings, self.device, self.world)
         tokens_per_step = settings.batch_size * self.config.model.context_length
         tokens_before = start.sequences * self.config.model.context_length
         meter = Meter(start.step, tokens_before, start.wall_s, tokens_per_step, self.device)
         nonfinite = _NonfiniteSteps(settings, self.train_sampler, start.nonfinite_steps, self.log)
+        budget = None
+        if settings.steps == 0:
+            budget, settings = _time_budget(settings, meter), settings.before_planning
         steps = range(start.step, settings.steps)
         with StopSignals() as stop, read_ahead(self.train_sampler, steps, self.device) as batches:
             for step, batch in enumerate(batches, start.step + 1):
@@ -197,9 +200,13 @@ class _TrainingLoop:
                 if self.tokenizer is not None and _is_due(step, settings.sample_interval, settings):
                     self._sample(self.tokenizer, step)
 
-                signal_number, is_due = self.world.all_reduce_max(
-                    stop.received or 0, self.checkpoints.is_due(step, valid_loss)
+                planned_steps = budget.plan() if budget is not None and self.world.is_rank_0 else 0
+                signal_number, is_due, planned_steps = self.world.all_reduce_max(
+                    stop.received or 0, self.checkpoints.is_due(step, valid_loss), planned_steps
                 )
+                if planned_steps:
+                    budget, config = None, self._set_steps(planned_steps)
+                    settings = config.train
                 is_last = step == settings.steps or signal_number > 0
                 if is_due or is_last:
                     nonfinite.handle(meter.synchronize())  # before saving, so that a failed run leaves good checkpoints
@@ -213,6 +220,17 @@ class _TrainingLoop:
                     )
                 if is_logged:
                     meter.start_interval()
+                if step == settings.steps:
+                    break
+        return config
+
+    def _set_steps(self, steps: int) -> RunConfig:
+        """Set and save the number of steps of a run whose time is given."""
+        config = replace(self.config, train=replace(self.config.train, steps=steps))
+        config.train.check_schedule()
+        self.world.on_rank_0(lambda: save_run_config(self.checkpoints.run_dir, config))
+        self.log.set_total_steps(steps)
+        return config
 
     def _evaluate(self, take_step: TrainStep, step: int, wall_s: float) -> float:
         """Compute and log the validation loss."""
@@ -304,6 +322,12 @@ def _advice_on_failures(config: RunConfig) -> Generator[None]:
             f"{config.model.context_length}; try {remedy}, or lower batch_size or context_length "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         ) from error
+
+
+def _time_budget(settings: TrainConfig, meter: Meter) -> TimeBudget:
+    # An evaluation has no backward pass, which takes two thirds of a step.
+    overhead = settings.eval_batches / settings.eval_interval / 3 if settings.eval_interval else 0.0
+    return TimeBudget((settings.minutes or 0.0) * 60, meter, overhead)
 
 
 def _is_due(step: int, interval: int, config: TrainConfig) -> bool:

@@ -287,7 +287,7 @@ def find_checkpoint(
             f"{run_dir} is finished: it has done its {steps:,} steps; to train it longer, give more "
             f"(--resume {run_dir} --steps {2 * steps})"
         )
-    if step > steps:
+    if step > steps > 0:
         raise InvalidConfigError(
             f"{run_dir} has done {step:,} steps, so it cannot be resumed with steps = {steps:,}; give more than it has "
             "done, or train in another folder"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from basic.common.config_files import check_choices
@@ -63,8 +64,12 @@ class TrainConfig:
         InvalidConfigError: a setting is out of its range, or gradient_accumulation does not divide batch_size.
     """
 
-    steps: int
-    """Number of optimizer steps. The run sees steps x batch_size x context_length tokens."""
+    steps: int = 0
+    """Number of optimizer steps. The run sees steps x batch_size x context_length tokens. With minutes, 0 for as many
+    as take that time."""
+    minutes: float | None = None
+    """Time that the run is to take, compiling and evaluations included. The number of steps is set after the first
+    timed ones and saved in config.toml."""
     batch_size: int = 64
     """Sequences per step, on all GPUs together."""
     gradient_accumulation: int = 1
@@ -198,12 +203,25 @@ class TrainConfig:
             arguments["weight_decay_factor"] = 1 - step / self.steps
         return arguments
 
+    @property
+    def before_planning(self) -> TrainConfig:
+        """The settings of the first steps of a run in minutes, whose number of steps is not known yet.
+
+        The learning rate is in its warm-up, or has its maximum.
+        """
+        warmup_steps = self.warmup_steps
+        if warmup_steps is None:
+            warmup_steps = 0 if self.warmup_share == 0 else _DEFAULT_WARMUP_STEPS
+        return replace(self, steps=10**9, warmup_steps=warmup_steps, warmup_share=None)
+
     def check_schedule(self) -> None:
         """Check that warm-up and decay fit into the run; only a run that is trained needs it.
 
         Raises:
             InvalidConfigError: they do not.
         """
+        if self.steps == 0:  # not planned yet
+            return
         warmup, decay = self.total_warmup_steps, self.total_decay_steps if self.schedule == "trapezoid" else 0
         if warmup and warmup >= self.steps:
             raise InvalidConfigError(
@@ -217,7 +235,13 @@ class TrainConfig:
             )
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "gradient_accumulation", "eval_batches", "sample_tokens", "checkpoints_kept")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise InvalidConfigError(f"minutes must be above 0, got {self.minutes}")
+        if self.minutes is None and self.steps < 1:
+            raise InvalidConfigError(f"steps must be at least 1, got {self.steps}; set steps, or minutes")
+        if self.steps < 0:
+            raise InvalidConfigError(f"steps must be at least 0, got {self.steps}")
+        counts = ("batch_size", "gradient_accumulation", "eval_batches", "sample_tokens", "checkpoints_kept")
         for name in counts:
             if getattr(self, name) < 1:
                 raise InvalidConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

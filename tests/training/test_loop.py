@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from basic.common.errors import InvalidConfigError, InvalidInputError, NotARunEr
 from basic.model import ModelConfig, TransformerLM
 from basic.training.batches import BatchSampler, document_starts
 from basic.training.loop import train
+from basic.training.records.meter import TimeBudget
 from basic.training.records.metrics import read_metrics
 from basic.training.settings import MuonConfig, RunConfig, TrainConfig
 from basic.training.step import TrainStep
@@ -59,7 +61,7 @@ def configuration(**settings: Any) -> RunConfig:
         "batch_size": 4,
         "max_learning_rate": 1e-2,
         "min_learning_rate": 1e-3,
-        "warmup_steps": min(3, settings.get("steps", 8) - 1),
+        "warmup_steps": min(3, (settings.get("steps") or 8) - 1),
         "log_interval": 1,
         "eval_batches": 2,
         "device": "cpu",
@@ -431,6 +433,52 @@ def test_momentum_and_weight_decay_follow_their_schedules():
     assert [each["momentum"] for each in numbers] == pytest.approx([0.825, 0.85, 0.9, 0.9])
     assert [each["weight_decay_factor"] for each in numbers] == pytest.approx([0.875, 0.75, 0.5, 0.0])
     assert configuration().train.scheduled(1).keys() == {"learning_rate"}
+
+
+@pytest.mark.parametrize(("step_s", "overhead", "expected"), [(0.5, 0.0, 216), (0.5, 0.25, 176), (5.0, 0.0, 36)])
+def test_steps_are_planned_after_the_first_timed_ones(step_s, overhead, expected):
+    """The first eight steps take a minute more than the others; 100 s are left after the first sixteen."""
+    meter: Any = SimpleNamespace(step=0, device=torch.device("cpu"), wall_s=lambda: wall_s)
+    budget = TimeBudget(60 + 16 * step_s + 100, meter, overhead)
+    wall_s, plans = 60.0, []
+    while not any(plans):
+        meter.step += 1
+        wall_s += step_s
+        plans.append(budget.plan())
+    assert len(plans) == 16
+    assert plans[-1] == expected
+
+
+def test_too_short_a_time_ends_with_the_next_step():
+    meter: Any = SimpleNamespace(step=3, device=torch.device("cpu"), wall_s=lambda: 61.0)
+    assert TimeBudget(60, meter).plan() == 4
+
+
+def test_a_run_in_minutes_saves_its_number_of_steps_and_keeps_it(tmp_path, monkeypatch):
+    """The schedule ends with the run, also with one that is stopped and resumed."""
+    monkeypatch.setattr(TimeBudget, "plan", lambda budget: 24 if budget.meter.step == 16 else 0)
+    config = configuration(steps=0, minutes=30.0, checkpoint_interval=4, eval_interval=0)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, TRAIN, VALID, tmp_path / "run", make_step=step_that_fails(22, KeyboardInterrupt()))
+    planned = load_config(tmp_path / "run" / "config.toml", RunConfig)
+    assert planned == replace(config, train=replace(config.train, steps=24))
+    run = train(planned, TRAIN, VALID, tmp_path / "run", resume=True)
+    assert (run.step, run.config) == (24, planned)
+    rates = [record["learning_rate"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert rates[:3] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2])
+    assert rates[3:16] == pytest.approx([1e-2] * 13)  # until the number of steps is known
+    assert rates[16:] == pytest.approx([planned.train.scheduled(step)["learning_rate"] for step in range(17, 25)])
+    assert rates[-1] == pytest.approx(1e-3)
+
+
+def test_a_run_in_minutes_that_was_stopped_before_it_was_planned_is_planned_when_it_is_resumed(tmp_path):
+    config = configuration(steps=0, minutes=1 / 60, checkpoint_interval=2, eval_interval=0, warmup_steps=None)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, TRAIN, VALID, tmp_path / "run", make_step=step_that_fails(5, KeyboardInterrupt()))
+    assert load_config(tmp_path / "run" / "config.toml", RunConfig) == config
+    run = train(config, TRAIN, VALID, tmp_path / "run", resume=True)
+    assert run.step == run.config.train.steps > 5
+    assert load_config(tmp_path / "run" / "config.toml", RunConfig) == run.config
 
 
 def test_a_run_cannot_be_resumed_with_another_model(tmp_path):

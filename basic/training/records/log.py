@@ -82,7 +82,7 @@ class RunLog:
         self._started_s = self._clock()
         self._last_line_s = -math.inf
         self._bar = tqdm(
-            total=self._total_steps,
+            total=self._total_steps or None,
             initial=self._first_step,
             desc="training",
             dynamic_ncols=True,
@@ -92,7 +92,8 @@ class RunLog:
         )
         if self._progress:
             tokens_per_step = settings.batch_size * self._config.model.context_length
-            steps = f"steps {self._first_step + 1:,} to {self._total_steps:,} of {tokens_per_step:,} tokens each"
+            last = f"to {self._total_steps:,}" if self._total_steps else f"on for {settings.minutes:g} minutes,"
+            steps = f"steps {self._first_step + 1:,} {last} of {tokens_per_step:,} tokens each"
             times = f"{self._num_processes} x " if self._num_processes > 1 else ""
             self.print_message(f"training in {run_dir}: {steps}, on {times}{self._device_name}")
         return self
@@ -134,6 +135,12 @@ class RunLog:
         """Print a line to stderr, above the live line if there is one."""
         with suppress(OSError):  # stderr may be a file on the full disk
             tqdm.write(escape(text), file=sys.stderr)  # it may quote another program's error
+
+    def set_total_steps(self, steps: int) -> None:
+        """Set the number of steps of a run that began without one."""
+        self._total_steps = self._bar.total = steps
+        if self._progress:
+            self.print_message(f"the run takes {steps:,} steps")
 
     def update_progress(self, steps_done: int) -> None:
         """Set the number of steps in the live line; this is cheap and does not wait for the device."""
@@ -180,13 +187,15 @@ class RunLog:
             self._bar.set_postfix_str(", ".join(self._format_metrics(self._latest)))
             return
         now_s, steps_done = self._clock(), record["step"]
-        if now_s - self._last_line_s < _LINE_INTERVAL_S and steps_done < self._total_steps:
+        if now_s - self._last_line_s < _LINE_INTERVAL_S and steps_done != self._total_steps:
             return
         self._last_line_s = now_s
-        step_s = (now_s - self._started_s) / max(1, steps_done - self._first_step)
-        remaining = tqdm.format_interval((self._total_steps - steps_done) * step_s)
-        metrics = ", ".join([*self._format_metrics(record), f"{remaining} left"])
-        self.print_message(f"step {steps_done:,}/{self._total_steps:,}: {metrics}")
+        metrics, total = self._format_metrics(record), ""
+        if self._total_steps:
+            step_s = (now_s - self._started_s) / max(1, steps_done - self._first_step)
+            metrics.append(f"{tqdm.format_interval((self._total_steps - steps_done) * step_s)} left")
+            total = f"/{self._total_steps:,}"
+        self.print_message(f"step {steps_done:,}{total}: {', '.join(metrics)}")
 
     def _format_metrics(self, record: Mapping[str, Any]) -> list[str]:
         metrics = []
@@ -213,6 +222,9 @@ class NullLog:
         pass
 
     def sync(self) -> None:
+        pass
+
+    def set_total_steps(self, steps: int) -> None:
         pass
 
     def update_progress(self, steps_done: int) -> None:

@@ -120,3 +120,43 @@ class Meter:
         self.losses: list[float] = []
         self.interval_started_s = time.perf_counter()
         self.interval_steps = 0
+
+
+_UNTIMED_STEPS, _TIMED_STEPS = 8, 8
+"""Steps that compile and tune, and the smallest number of steps to time after them."""
+_TIMED_SHARE = 0.01
+"""Share of the time that is measured at least."""
+
+
+class TimeBudget:
+    """Plans how many steps a run takes, from the time of the first ones.
+
+    Args:
+        seconds: that the whole run is to take.
+        meter: of the run.
+        overhead: seconds of other work for each second of steps, such as evaluations.
+    """
+
+    def __init__(self, seconds: float, meter: Meter, overhead: float = 0.0):
+        self.seconds, self.meter, self.overhead = seconds, meter, overhead
+        self._first_step = meter.step + _UNTIMED_STEPS
+        self._first_s = 0.0
+
+    def plan(self) -> int:
+        """The number of steps of the run, at least one more than it has done; 0 while it cannot be known."""
+        step = self.meter.step
+        if step == self._first_step:
+            self._first_s = self._wall_s()
+        timed_steps, remaining_s = step - self._first_step, self.seconds - self.meter.wall_s()
+        if remaining_s <= 0:  # too short a time
+            return step + 1
+        if timed_steps < _TIMED_STEPS or self.meter.wall_s() - self._first_s < _TIMED_SHARE * self.seconds:
+            return 0
+        now_s = self._wall_s()
+        step_s = (now_s - self._first_s) / timed_steps * (1 + self.overhead)
+        return step + max(1, round((self.seconds - now_s) / step_s))
+
+    def _wall_s(self) -> float:
+        if self.meter.device.type == "cuda":  # the CPU runs ahead of it
+            torch.cuda.synchronize(self.meter.device)
+        return self.meter.wall_s()
