@@ -6,15 +6,100 @@ a key "data.text".
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from basic.bytes_utils import utf8_error
 from basic.common.errors import DamagedFileError, InvalidInputError, how_to_install
+from basic.corpus.files import BLOCK_BYTES, ContentReader
+from basic.corpus.text_formats import JSON_LINES, check_head
 from basic.pretokenization import replace_surrogates
 
+MAX_LINE_BYTES = 1 << 28  # of JSON lines; a line needs several times its size in memory
 _ROWS_AT_A_TIME = 256
+
+
+class BadLines:
+    """What happens to lines or rows that have no text: the first one raises its error, or they are left out.
+
+    It is an error in any case if no line has a text: then the field is a wrong one.
+
+    Args:
+        on_skip: called for each that is left out; None raises the error.
+    """
+
+    def __init__(self, on_skip: Callable[[], object] | None) -> None:
+        self._on_skip = on_skip
+        self._first: InvalidInputError | None = None
+
+    def add(self, error: InvalidInputError) -> None:
+        """Raise the error of a line, or count it."""
+        if self._on_skip is None:
+            raise error
+        self._first = self._first or error
+        self._on_skip()
+
+    def check(self, num_documents: int) -> None:
+        """Raise InvalidInputError if there are such lines, and no documents."""
+        if self._first is not None and num_documents == 0:
+            raise InvalidInputError(f"no line or row has a text; the first one: {self._first}")
+
+
+def read_json_lines(file: ContentReader, field: str, suffix: str, *, errors: str, bad_lines: BadLines) -> Iterator[str]:
+    """Read the documents of JSON lines. In memory is the longest line.
+
+    Args:
+        file: at its beginning.
+        field: of the document.
+        suffix: the end of its name, without that of a compression.
+        errors: "strict", or "replace" for U+FFFD instead of bytes that are not UTF-8.
+        bad_lines: what happens to a line that is too long or no JSON object with a string under the field.
+
+    Raises:
+        InvalidInputError: a line is bad, or all of them are, or the file holds something else.
+        DamagedFileError: the file is damaged.
+    """
+    num_documents, remedy = 0, ""
+    if suffix == ".json":
+        remedy = "; a .json file must have one object a line (`jq -c` writes such lines); plain text is named .txt"
+    elif suffix not in JSON_LINES.suffixes:
+        remedy = "; the file begins like JSON lines; plain text is named .txt"
+    for number, offset, line in _read_lines(file, bad_lines):
+        if not line.strip():
+            continue
+        name = f"{file.name}, line {number}"
+        try:
+            document = parse_json_line(line, field, name, offset, errors=errors, remedy=remedy)
+        except InvalidInputError as error:
+            bad_lines.add(error)
+        else:
+            num_documents += 1
+            yield document
+    bad_lines.check(num_documents)
+
+
+def _read_lines(file: ContentReader, bad_lines: BadLines) -> Iterator[tuple[int, int, bytes]]:
+    """The lines of a file, each with its number and its byte offset; without a byte order mark."""
+    number, offset = 0, file.offset
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if number == 1:
+            check_head(file.name, line, JSON_LINES.suffixes[0])
+        if len(line) > MAX_LINE_BYTES:
+            bad_lines.add(
+                InvalidInputError(
+                    f"{file.name!r}, line {number} (from byte offset {offset} on) is longer than "
+                    f"{MAX_LINE_BYTES} bytes, the limit for one document; divide the document into several"
+                )
+            )
+            while line and not line.endswith(b"\n"):  # the rest of the line
+                line = file.readline(BLOCK_BYTES)
+        else:
+            start = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
+            yield number, offset + start, line[start:] if start else line
+        offset = file.offset
 
 
 def parse_json_line(line: bytes, field: str, name: str, offset: int, *, errors: str, remedy: str = "") -> str:
@@ -65,20 +150,18 @@ def _string_fields(record: dict[str, Any], prefix: str = "") -> list[str]:
     return fields
 
 
-def read_parquet(
-    file: Any, field: str, name: str, *, errors: str, on_bad_row: Callable[[InvalidInputError], object]
-) -> Iterator[str]:
+def read_parquet(file: Any, name: str, field: str, *, errors: str, bad_lines: BadLines) -> Iterator[str]:
     """Read the documents of a Parquet table. In memory is, of one column, about a row group.
 
     Args:
         file: open for reading, in binary, at any offset.
-        field: of the document: a column, also inside of structs.
         name: of the file, for messages.
-        errors: as for `parse_json_line`.
-        on_bad_row: called with the error for a row without a text; it raises it, or the row is left out.
+        field: of the document: a column, also inside of structs.
+        errors: as for `read_json_lines`.
+        bad_lines: what happens to a row without a text.
 
     Raises:
-        InvalidInputError: pyarrow is not installed, or no column of texts has this name.
+        InvalidInputError: pyarrow is not installed, no column of texts has this name, or a row is bad, or all are.
         DamagedFileError: the file is not a Parquet table.
     """
     try:
@@ -91,7 +174,7 @@ def read_parquet(
     try:
         table = pyarrow.parquet.ParquetFile(file)
         path = _column_path(table.schema_arrow, field, name)
-        number = 0
+        number = num_documents = 0
         for batch in table.iter_batches(_ROWS_AT_A_TIME, columns=[".".join(path)], use_threads=False):
             column = batch.column(path[0])
             for key in path[1:]:
@@ -99,9 +182,13 @@ def read_parquet(
             for value in column.cast(pyarrow.large_binary()).to_pylist():
                 number += 1
                 try:
-                    yield _decode_row(value, field, f"{name}, row {number}", errors)
+                    document = _decode_row(value, field, f"{name}, row {number}", errors)
                 except InvalidInputError as error:
-                    on_bad_row(error)
+                    bad_lines.add(error)
+                else:
+                    num_documents += 1
+                    yield document
+        bad_lines.check(num_documents)
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk or the network

@@ -24,15 +24,8 @@ from typing import Any, TypeVar
 from basic.bpe.arrays import Chunk, InvalidByteError
 from basic.bytes_utils import decode_blocks, invalid_byte_error
 from basic.common.errors import InvalidInputError
-from basic.corpus.sources import (
-    TextIterator,
-    TextSource,
-    map_bytes,
-    read_text_with_marks,
-    release_pages,
-    size_of_bom,
-    with_known_content,
-)
+from basic.corpus.files import map_bytes, release_pages
+from basic.corpus.sources import TextIterator, TextSource, read_text_with_marks, size_of_bom, with_known_content
 from basic.pretokenization import (
     GPT2_PATTERN,
     Pattern,

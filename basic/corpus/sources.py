@@ -15,26 +15,34 @@ from __future__ import annotations
 
 import codecs
 import glob
-import io
-import mmap
 import os
 import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-import numpy as np
-
 from basic.bytes_utils import decode_blocks
-from basic.common.errors import DamagedFileError, InvalidInputError, how_to_install
-from basic.corpus.documents import parse_json_line, read_parquet
+from basic.common.errors import InvalidInputError
+from basic.corpus.documents import BadLines, read_json_lines, read_parquet
+from basic.corpus.files import (
+    BLOCK_BYTES,
+    REMOTE_BLOCK_BYTES,
+    ContentReader,
+    file_size_bytes,
+    glob_url,
+    open_url,
+    read_blocks,
+    read_url,
+    url_size_and_version,
+    url_supports_ranges,
+)
 from basic.corpus.text_formats import (
     COMPRESSIONS,
     HEAD_BYTES,
@@ -46,13 +54,6 @@ from basic.corpus.text_formats import (
     check_name,
 )
 from basic.pretokenization import SpecialTokens, replace_surrogates
-
-T = TypeVar("T")
-
-BLOCK_BYTES = 1 << 16
-REMOTE_BLOCK_BYTES = 1 << 23  # a round trip costs as much time as a megabyte or more
-MAX_LINE_BYTES = 1 << 28  # of JSON lines; a line needs several times its size in memory
-
 
 STANDARD_INPUT = "-"
 
@@ -177,24 +178,11 @@ class TextSource(DocumentOptions):
         if not self.is_remote:
             size = file_size_bytes(self)  # raises for a missing file, a folder or a pipe
             return size, str(os.stat(self).st_mtime_ns)
-        system, path = _file_system(os.fspath(self))
-        info = _request(self, lambda: {"key": system.ukey(path), **system.info(path)})
-        # For a web server the key is only the URL, so the headers are needed too.
-        return info["size"], repr([info.get(name) for name in ("key", "size", "ETag", "Last-Modified")])
+        return url_size_and_version(os.fspath(self))
 
     def supports_ranges(self) -> bool:
         """Whether a range of bytes can be read; simple web servers only send complete files."""
-        if not self.is_remote:
-            return True
-        system, path = _file_system(os.fspath(self))
-        if not _is_http(system):
-            return True
-        try:
-            with _request(self, lambda: system.open(path, "rb", block_size=1 << 16, cache_type="none")) as file:
-                _request(self, lambda: (file.seek(1), file.read(1)))
-        except ValueError:  # raised by fsspec for such servers, and for those that do not report the size
-            return False
-        return True
+        return not self.is_remote or url_supports_ranges(os.fspath(self))
 
     @contextmanager
     def open(self, *, at_any_offset: bool = False) -> Generator[Any]:
@@ -204,25 +192,22 @@ class TextSource(DocumentOptions):
                 raise InvalidInputError("there is no standard input; give a file")
             yield sys.stdin.buffer  # which stays open
             return
-        with self._open_remote(at_any_offset) if self.is_remote else self._open_local() as file:
+        name = os.fspath(self)
+        if not self.is_remote:
+            file_size_bytes(name)  # raises for what is not a file
+        with open_url(name, at_any_offset=at_any_offset) if self.is_remote else open(name, "rb") as file:
             yield file
 
-    def _open_local(self) -> io.BufferedIOBase:
-        file_size_bytes(self)  # raises for what is not a file
-        return open(os.fspath(self), "rb")
-
-    def _open_remote(self, at_any_offset: bool) -> Any:
-        system, path = _file_system(os.fspath(self))
-        if at_any_offset:
-            return _request(self, lambda: system.open(path, "rb"))
-        options = {"block_size": 0} if _is_http(system) else {}  # 0: one stream, which all web servers support
-        return io.BufferedReader(_RemoteFile(self, _request(self, lambda: system.open(path, "rb", **options))), 1 << 20)
+    @contextmanager
+    def open_content(self) -> Generator[ContentReader]:
+        """Open the file for reading its content, decompressed, from its beginning."""
+        with self.open() as stored:
+            yield ContentReader(stored, os.fspath(self), self.compression)
 
     def read(self, start: int, length: int) -> bytes:
         """Read at most `length` bytes from an offset; fewer at the end of the file."""
         if self.is_remote:
-            system, path = _file_system(os.fspath(self))
-            return _request(self, lambda: system.cat_file(path, start=start, end=start + length))
+            return read_url(os.fspath(self), start, length)
         with open(os.fspath(self), "rb") as file:
             file.seek(start)
             return file.read(length)
@@ -262,7 +247,7 @@ def expand_inputs(inputs: Inputs) -> list[TextSource]:
             sources.append(source)
             continue
         if source.is_remote:
-            matches = _glob_url(source)
+            matches = glob_url(name)
         else:
             matches = [match for match in glob.glob(name, recursive=True) if os.path.isfile(match)]
         if not matches:
@@ -295,11 +280,8 @@ def with_known_content(source: TextSource) -> TextSource:
     """
     content = source.known_content
     if content is None:
-        with source.open() as stored, _decompress(stored, source) as file:
-            if source.path == STANDARD_INPUT:
-                head = file.peek(HEAD_BYTES)
-            else:
-                head = _read_checked(file.read, HEAD_BYTES, source, 0)
+        with source.open_content() as file:
+            head = file.peek(HEAD_BYTES)  # standard input cannot be opened again
         content = "json lines" if begins_with_json_line(head[:HEAD_BYTES]) else "text"
     return source if source.content == content else replace(source, content=content)
 
@@ -373,18 +355,33 @@ def read_text_with_marks(
     separator, needs_separator = source.end_of_text, source.begins_with_separator
     if source.has_marks:
         separator = SpecialTokens.document_mark(separator).tokens[0]
-    for document in _read_documents(source, errors, _BadLines(source, on_skip)):
+    for document in _read_documents(source, errors, BadLines(on_skip if source.on_bad_line == "skip" else None)):
         yield separator + document if needs_separator else document
         needs_separator = True
 
 
 def _read_plain(source: TextSource, errors: str) -> Iterator[str]:
-    with source.open() as stored, _decompress(stored, source) as file:
-        first = _read_checked(file.read, max(source.block_bytes or BLOCK_BYTES, HEAD_BYTES), source, 0)
+    block_bytes = source.block_bytes or BLOCK_BYTES
+    with source.open_content() as file:
+        first = file.read(max(block_bytes, HEAD_BYTES))
         check_head(source, first, source.content_suffix)
         start = len(codecs.BOM_UTF8) if first.startswith(codecs.BOM_UTF8) else 0
-        blocks = chain([first[start:]], _read_file_blocks(file, source, len(first)))
+        blocks = chain([first[start:]], iter(lambda: file.read(block_bytes), b""))
         yield from decode_blocks(blocks, source, start, errors=errors)
+
+
+def _read_documents(source: TextSource, errors: str, bad_lines: BadLines) -> Iterator[str]:
+    """The documents of a source, without separators."""
+    if isinstance(source.path, TextIterator):
+        yield from map(replace_surrogates, source.path)
+    elif source.known_content == "json lines":
+        with source.open_content() as file:
+            yield from read_json_lines(file, source.field, source.content_suffix, errors=errors, bad_lines=bad_lines)
+    elif source.compression is None:
+        with source.open(at_any_offset=True) as file:
+            yield from read_parquet(file, os.fspath(source), source.field, errors=errors, bad_lines=bad_lines)
+    else:
+        raise InvalidInputError(f"{os.fspath(source)!r} is a compressed Parquet table; decompress it first")
 
 
 def read_text(path: str | os.PathLike, *, errors: str = "strict") -> Iterator[str]:
@@ -438,242 +435,3 @@ def size_of_bom(source: TextSource) -> int:
     head = source.read(0, HEAD_BYTES)
     check_head(source, head, source.content_suffix)
     return len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
-
-
-# --- Local files
-
-
-def file_size_bytes(path: str | os.PathLike) -> int:
-    """Return the size of a regular file.
-
-    Raises:
-        FileNotFoundError: `path` does not exist.
-        IsADirectoryError: `path` is a folder.
-        OSError: `path` is something else, such as a pipe, which can be read only once.
-    """
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"there is no file {os.fspath(path)!r}: check the path of the text file")
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder: give the path of one text file")
-    if not os.path.isfile(path):
-        raise OSError(f"{os.fspath(path)!r} is no regular file (a pipe?): save its text to a file first")
-    return os.path.getsize(path)
-
-
-def read_blocks(
-    path: str | os.PathLike, start: int = 0, stop: int | None = None, *, block_bytes: int = BLOCK_BYTES
-) -> Iterator[bytes]:
-    """Read the bytes from `start` to `stop` (default: the end) of a file, in blocks of at most `block_bytes`."""
-    with open(path, "rb") as file:
-        offset = file.seek(start)
-        while block := file.read(block_bytes if stop is None else min(block_bytes, stop - offset)):
-            offset += len(block)
-            yield block
-
-
-def map_bytes(path: str | os.PathLike) -> np.ndarray:
-    """Map a file into memory as a read-only uint8 array."""
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:  # an empty file cannot be mapped
-            return np.frombuffer(b"", np.uint8)
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-
-
-def release_pages(data: np.ndarray, start: int, stop: int) -> None:
-    """Let the system forget data[start:stop] of `map_bytes`; when it is used again, it is read again."""
-    memory = data.base.obj if isinstance(data.base, memoryview) else data.base
-    start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-    if isinstance(memory, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") and start < stop:
-        memory.madvise(mmap.MADV_DONTNEED, start, stop - start)
-
-
-# --- Remote files
-
-
-def _file_system(url: str) -> tuple[Any, str]:
-    """The fsspec file system that opens a URL, and the path of the URL in it."""
-    try:
-        from fsspec.core import url_to_fs
-    except ImportError:
-        install = how_to_install("dist", "fsspec aiohttp")
-        raise InvalidInputError(f"{url!r} is a URL, which needs fsspec, which is not installed; {install}") from None
-    options = {}
-    try:
-        if url.startswith(("http://", "https://")):
-            from aiohttp import ClientTimeout
-
-            # The default limits a whole download to five minutes. Limit the time without data to one minute instead.
-            options["client_kwargs"] = {"timeout": ClientTimeout(total=None, sock_connect=60, sock_read=60)}
-        return url_to_fs(url, **options)
-    except (ImportError, ValueError) as error:  # the protocol is unknown, or needs another package
-        raise InvalidInputError(f"{url!r} is a URL that cannot be opened here: {error}") from None
-
-
-def _request(source: TextSource, request: Callable[[], T]) -> T:
-    """Call a function of fsspec; its errors get the name of the file."""
-    try:
-        return request()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {os.fspath(source)!r}: check the URL") from None
-    except ImportError as error:  # a package that the protocol needs besides fsspec
-        raise InvalidInputError(f"{os.fspath(source)!r} cannot be opened here: {error}") from None
-    except ValueError:
-        raise
-    except Exception as error:  # the libraries' own errors for a lost connection
-        raise OSError(f"{os.fspath(source)!r} cannot be read: {type(error).__name__}: {error}") from error
-
-
-def _glob_url(source: TextSource) -> list[str]:
-    system, path = _file_system(os.fspath(source))
-    return _request(source, lambda: [system.unstrip_protocol(match) for match in system.glob(path)])
-
-
-def _is_http(system: Any) -> bool:
-    return "http" in system.protocol
-
-
-class _RemoteFile(io.RawIOBase):
-    """A file of fsspec as one of Python's, read from front to back: fsspec's `readline` has no limit of length."""
-
-    def __init__(self, source: TextSource, file: Any):
-        self._source, self._file, self._ended = source, file, False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = b"" if self._ended else _request(self._source, lambda: self._file.read(len(buffer)))
-        self._ended = not data  # fsspec warns of reads after the end of a stream
-        buffer[: len(data)] = data
-        return len(data)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-# --- Compressed files and documents
-
-
-def _decompress(file: Any, source: TextSource) -> Any:
-    if source.compression is None:
-        return nullcontext(file)
-    if not file.peek(1):
-        raise _incomplete(source, 0)  # for most decompressors this is an empty text
-    return COMPRESSIONS[source.compression].open(file)
-
-
-def _read_file_blocks(file: io.BufferedIOBase, source: TextSource, offset: int) -> Iterator[bytes]:
-    """The blocks of an open file, from an offset on."""
-    while block := _read_checked(file.read, source.block_bytes or BLOCK_BYTES, source, offset):
-        offset += len(block)
-        yield block
-
-
-class _BadLines:
-    """What happens to a line or a row without a document.
-
-    It is not an error of one line if all lines have it, such as a wrong field.
-    """
-
-    def __init__(self, source: TextSource, on_skip: Callable[[], object]) -> None:
-        self._raises, self._on_skip = source.on_bad_line == "error", on_skip
-        self._first: InvalidInputError | None = None
-
-    def add(self, error: InvalidInputError) -> None:
-        if self._raises:
-            raise error
-        self._first = self._first or error
-        self._on_skip()
-
-    def check(self, num_documents: int) -> None:
-        """Raise InvalidInputError if there are bad lines, and no others."""
-        if self._first is not None and num_documents == 0:
-            raise InvalidInputError(f"no line or row has a text; the first one: {self._first}")
-
-
-def _read_documents(source: TextSource, errors: str, bad_lines: _BadLines) -> Iterator[str]:
-    """The documents of a source, without separators."""
-    if isinstance(source.path, TextIterator):
-        yield from map(replace_surrogates, source.path)
-        return
-    number = 0
-    if source.known_content == "parquet":
-        if source.compression is not None:
-            raise InvalidInputError(f"{os.fspath(source)!r} is a compressed Parquet table; decompress it first")
-        with source.open(at_any_offset=True) as file:
-            rows = read_parquet(file, source.field, os.fspath(source), errors=errors, on_bad_row=bad_lines.add)
-            for number, document in enumerate(rows, 1):  # noqa: B007
-                yield document
-    else:
-        with source.open() as stored, _decompress(stored, source) as file:
-            documents = _read_json_lines(file, source, errors, bad_lines)
-            for number, document in enumerate(documents, 1):  # noqa: B007
-                yield document
-    bad_lines.check(number)
-
-
-def _read_json_lines(file: Any, source: TextSource, errors: str, bad_lines: _BadLines) -> Iterator[str]:
-    remedy = ""
-    if source.content_suffix == ".json":
-        remedy = "; a .json file must have one object a line (`jq -c` writes such lines); plain text is named .txt"
-    elif source.content_suffix not in JSON_LINES.suffixes:
-        remedy = "; the file begins like JSON lines; plain text is named .txt"
-    for number, offset, line in _read_lines(file, source, bad_lines):
-        if not line.strip():
-            continue
-        name = f"{os.fspath(source)}, line {number}"
-        try:
-            document = parse_json_line(line, source.field, name, offset, errors=errors, remedy=remedy)
-        except InvalidInputError as error:
-            bad_lines.add(error)
-        else:
-            yield document
-
-
-def _read_lines(file: Any, source: TextSource, bad_lines: _BadLines) -> Iterator[tuple[int, int, bytes]]:
-    """The lines of an open file, each with its number and its byte offset; without a byte order mark."""
-    offset = number = 0
-    while line := _read_checked(file.readline, MAX_LINE_BYTES + 1, source, offset):
-        size, number = len(line), number + 1
-        start = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
-        if number == 1:
-            check_head(source, line, JSON_LINES.suffixes[0])
-        if size > MAX_LINE_BYTES:
-            bad_lines.add(
-                InvalidInputError(
-                    f"{os.fspath(source)!r}, line {number} (from byte offset {offset} on) is longer than "
-                    f"{MAX_LINE_BYTES} bytes, the limit for one document; divide the document into several"
-                )
-            )
-            while line and not line.endswith(b"\n"):  # the rest of the line
-                line = _read_checked(file.readline, BLOCK_BYTES, source, offset + size)
-                size += len(line)
-        else:
-            yield number, offset + start, line[start:] if start else line
-        offset += size
-
-
-def _read_checked(read: Callable[[int], bytes], size: int, source: TextSource, offset: int) -> bytes:
-    """Read from a file; the errors of the decompressors name the file and the offset."""
-    if source.compression is None:
-        return read(size)
-    compression = COMPRESSIONS[source.compression]
-    try:
-        return read(size)
-    except EOFError:
-        raise _incomplete(source, offset) from None
-    except compression.errors() as error:
-        if type(error) is OSError and str(error) not in compression.messages:
-            raise  # of the disk or the network
-        raise DamagedFileError(
-            f"{os.fspath(source)!r} is damaged, or not compressed as its name says, soon after byte offset {offset} of "
-            f"its decompressed content ({error})"
-        ) from None
-
-
-def _incomplete(source: TextSource, offset: int) -> DamagedFileError:
-    return DamagedFileError(
-        f"{os.fspath(source)!r} is incomplete: it ends soon after byte offset {offset} of its decompressed content; "
-        "copy it again"
-    )

@@ -17,7 +17,7 @@ from basic.bytes_utils import (
     to_printable,
 )
 from basic.common.errors import DamagedFileError, InvalidInputError
-from basic.corpus.sources import read_blocks
+from basic.corpus.files import read_blocks
 from tests.conftest import shared_data
 from tests.fixtures.make_tokenizer_fixtures import printable_bytes
 

@@ -17,7 +17,6 @@ import pytest
 
 from basic.bpe import loading
 from basic.common.errors import DamagedFileError, InvalidInputError
-from basic.corpus import sources
 from basic.corpus.counting import count_pretokens
 from basic.corpus.shards import entire_source, exceeds
 from basic.corpus.sources import TextSource, expand_inputs, read_text
@@ -219,8 +218,8 @@ def test_a_field_that_no_line_has_is_an_error_in_any_case(tmp_path):
 
 
 def test_a_long_line_is_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 30)
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 7)
+    monkeypatch.setattr("basic.corpus.documents.MAX_LINE_BYTES", 30)
+    monkeypatch.setattr("basic.corpus.documents.BLOCK_BYTES", 7)
     path = tmp_path / "a.jsonl.gz"
     lines = [GOOD, '{"text": "' + "a" * 100 + '"}', GOOD, '{"text": "' + "a" * 100]
     path.write_bytes(gzip.compress("\n".join(lines).encode()))

@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 
 from basic.bpe import arrays, loading
 from basic.common.errors import BasicError, DamagedFileError, InvalidInputError
-from basic.corpus import sources
 from basic.corpus.counting import count_pretokens
 from basic.corpus.shards import ShardChunks, entire_source, exceeds
 from basic.corpus.sources import TextSource, read_text
@@ -286,7 +285,7 @@ def test_memory_for_a_long_pretoken_in_the_plain_path():
 
 
 def test_a_long_line_is_refused_before_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1 << 16)
+    monkeypatch.setattr("basic.corpus.documents.MAX_LINE_BYTES", 1 << 16)
     path = tmp_path / "corpus.jsonl.gz"
     path.write_bytes(gzip.compress(GOOD_LINE + b'{"text": "' + b"a" * (1 << 24)))
 
