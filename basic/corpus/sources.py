@@ -305,7 +305,7 @@ def warn_of_skipped(num_skipped: int) -> None:
     """Report how many lines or rows were left out because `on_bad_line` is "skip"."""
     if num_skipped:
         warnings.warn(
-            f"{num_skipped:,} lines or rows were skipped, because they are malformed or have no text under the field",
+            f"lines or rows skipped: {num_skipped:,} (malformed, or without a text under the field)",
             stacklevel=3,
         )
 

@@ -186,7 +186,7 @@ def test_lines_without_a_text_are_skipped_and_counted(tmp_path, kernels):
     tokenizer = Tokenizer(BYTES, [], [END], kernels=kernels)
     for name, num_skipped in ((path, NUM_BAD), (table, 2), ([path, table, path], 2 * NUM_BAD + 2)):
         inputs = [TextSource(each, on_bad_line="skip") for each in (name if isinstance(name, list) else [name])]
-        message = f"^{num_skipped} lines or rows were skipped"
+        message = rf"^lines or rows skipped: {num_skipped} \("
         with pytest.warns(UserWarning, match=message):
             counts = count_pretokens(inputs, SpecialTokens([END]), kernels=kernels, shard_bytes=1, fan_in=2)
         assert counts == {b"good": 2 * len(inputs), b" one": 2 * len(inputs)}
@@ -223,7 +223,7 @@ def test_a_long_line_is_skipped(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl.gz"
     lines = [GOOD, '{"text": "' + "a" * 100 + '"}', GOOD, '{"text": "' + "a" * 100]
     path.write_bytes(gzip.compress("\n".join(lines).encode()))
-    with pytest.warns(UserWarning, match="^2 lines"):
+    with pytest.warns(UserWarning, match="^lines or rows skipped: 2 "):
         encode_file(Tokenizer(BYTES, [], [END]), TextSource(path, on_bad_line="skip"), tmp_path / "ids.bin")
     assert open_tokens(tmp_path / "ids.bin").tolist() == [*b"good one", 256, *b"good one"]
     with pytest.raises(InvalidInputError, match=r"line 2 \(from byte offset 21 on\) is longer than 30 bytes"):
@@ -363,7 +363,7 @@ def test_scripts_with_standard_input_and_options(tmp_path, monkeypatch, capsys):
     set_standard_input(monkeypatch, content)
     reading = ["--field", "data.text", "--on-bad-line", "skip", "--errors", "replace"]
     settings = ["--vocab-size", "262", "--num-workers", "1", "--max-token-bytes", "3"]
-    with pytest.warns(UserWarning, match="^1 lines or rows were skipped"):
+    with pytest.warns(UserWarning, match="^lines or rows skipped: 1 "):
         run_script(monkeypatch, "train_bpe", "-", "--output", tmp_path / "first", *settings, *reading)
     assert "262 (5 merges)" in capsys.readouterr().out
     first = Tokenizer.load(tmp_path / "first")
@@ -382,7 +382,7 @@ def test_scripts_with_standard_input_and_options(tmp_path, monkeypatch, capsys):
         run_script(monkeypatch, "train_bpe", *arguments, *settings, "--vocab-size", "100", "--overwrite")
 
     set_standard_input(monkeypatch, content)
-    with pytest.warns(UserWarning, match="^1 lines or rows were skipped"):
+    with pytest.warns(UserWarning, match="^lines or rows skipped: 1 "):
         run_script(monkeypatch, "encode", "-", tmp_path / "ids.bin", "--tokenizer", tmp_path / "second", *reading)
     expected = END.join([*(f"low lower {i}" for i in range(20)), "\ufffd"])
     assert second.decode(open_tokens(tmp_path / "ids.bin")) == expected
