@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain
-from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -22,15 +22,12 @@ import numpy.typing as npt
 from basic.bpe import loading
 from basic.bpe.arrays import MAX_VOCAB_SIZE, InvalidByteError
 from basic.bpe.compiled import KernelEncoder
-from basic.bpe.plain import PretokenCache, is_pair_of_bytes, merge_rules
+from basic.bpe.plain import PretokenCache, is_pair_of_bytes, merge_rules, rules_of_ranks
 from basic.bpe.spans import Encoding, find_spans
 from basic.bpe.stream_decoder import StreamDecoder
-from basic.bytes_utils import decode_blocks, invalid_byte_error, load_merges, load_vocab, save_merges, save_vocab
+from basic.bytes_utils import decode_blocks, invalid_byte_error, load_merges, load_vocab
 from basic.common.arguments import check_errors_option, check_integer, check_text_list, id_list
-from basic.common.errors import DamagedFileError, InvalidInputError
-from basic.common.file_sets import CHECKSUMS_NAME, atomic_set, read_set
-from basic.common.files import load_json
-from basic.common.outputs import Output, check_outputs
+from basic.common.errors import InvalidInputError
 from basic.common.progress import default_num_workers
 from basic.pretokenization import (
     GPT2_PATTERN,
@@ -43,11 +40,13 @@ from basic.pretokenization import (
     replace_surrogates_in_stream,
     resolve_pattern,
 )
+from basic.tokenizer_files.content import TokenizerContent, TokenizerSettings
+from basic.tokenizer_files.equivalent_merges import UsedMerges, missing_bytes, used_merges
+from basic.tokenizer_files.normalization import UNICODE_VERSION, TextChanges
+from basic.tokenizer_files.opening import read_tokenizer
+from basic.tokenizer_files.our_folder import damaged_folder, write_folder
 from basic.tokens.info import token_dtype
 
-_VOCAB_FILE, _MERGES_FILE, _SPECIAL_TOKENS_FILE = "vocab.json", "merges.txt", "special_tokens.json"
-_PATTERN_FILE = "pattern.json"
-_FILES = (_VOCAB_FILE, _MERGES_FILE, _SPECIAL_TOKENS_FILE, _PATTERN_FILE)
 _NO_SPECIALS = SpecialTokens(())
 
 # A kernel call takes two microseconds; up to this length the plain path is faster.
@@ -65,18 +64,21 @@ class Tokenizer:
     Args:
         vocab: id to bytes; any ids >= 0, with or without gaps; not modified. If several ids have the same bytes, the
             smallest is used to encode.
-        merges: pairs of tokens, the lowest rank first; of two equal merges the first one counts.
+        merges: pairs of tokens, the lowest rank first; of two equal merges the first one counts. None: the ids are
+            ranks, as for tiktoken: the two neighbours whose joined bytes have the lowest id are merged, and a pre-token
+            that is a token is not split.
         special_tokens: strings that become one token each and are never split; if several start at the same position,
             the longest is used. One whose bytes are in the vocabulary has that id; the others get the ids after the
-            largest, in the order given.
+            largest, in the order given, or those of a dictionary.
         pattern: finds the pre-tokens: the name of a published pattern ("cl100k", "llama3", ...), a regular expression,
             or a `Pattern` (see `basic.pretokenization.resolve_pattern`). The default is GPT-2's.
+        settings: what tokenizers of other programs do beside this: normalisation, a template, ...
         kernels: True uses the kernels for every text, False never. By default large texts use them, and once they are
             loaded, all texts. The ids are the same.
 
     Attributes:
         vocab: id to bytes, with the special tokens.
-        merges: as given.
+        settings: as given.
         special_tokens: the special tokens, prepared for the search.
         special_token_ids: special token to id, in the order given.
         compiled_pattern: the pattern, in the spelling of `PATTERNS` if it is known.
@@ -84,24 +86,26 @@ class Tokenizer:
 
     Raises:
         TypeError: an argument has the wrong type.
-        InvalidInputError: an id is negative, a special token is empty or given twice, the pattern is invalid, or a
-            merge needs a token that is not in the vocabulary.
+        InvalidInputError: an id is negative, a special token is empty or given twice or cannot have its id, the pattern
+            is invalid, a merge needs a token that is not in the vocabulary, or two tokens of ranks are equal.
     """
 
     def __init__(
         self,
         vocab: dict[int, bytes],
-        merges: Iterable[tuple[bytes, bytes]],
-        special_tokens: Iterable[str] | None = None,
+        merges: Iterable[tuple[bytes, bytes]] | None,
+        special_tokens: Iterable[str] | Mapping[str, int] | None = None,
         *,
         pattern: str | Pattern | None = None,
+        settings: TokenizerSettings | None = None,
         kernels: bool | None = None,
     ) -> None:
         self.special_tokens = SpecialTokens(special_tokens)
         self.compiled_pattern = resolve_pattern(pattern)
         self.kernels = kernels
+        self.settings = settings or TokenizerSettings()
         self.vocab = dict(vocab)
-        self.merges = list(merges)
+        self._merges = None if merges is None else list(merges)
         ids: dict[bytes, int] = {}
         for token_id, token in sorted(self.vocab.items()):
             if not isinstance(token_id, int) or not isinstance(token, bytes):
@@ -109,22 +113,44 @@ class Tokenizer:
             if token_id < 0:
                 raise InvalidInputError(f"vocab has the id {token_id}; ids must be at least 0")
             ids.setdefault(token, token_id)
-        try:
-            self._rules = merge_rules(ids, self.merges)
-        except ValueError as error:
-            raise InvalidInputError(str(error)) from None
-        self._cache = PretokenCache(self._rules)
+        self._set_rules(ids)
+        self._missing_bytes = missing_bytes(ids)
         self.special_token_ids: dict[str, int] = {}
         next_id = max(self.vocab, default=-1) + 1
         for special_token in self.special_tokens.tokens:
             token = special_token.encode()
-            if token not in ids:
-                ids[token] = next_id
-                self.vocab[next_id] = token
-                next_id += 1
-            self.special_token_ids[special_token] = ids[token]
+            token_id = special_tokens[special_token] if isinstance(special_tokens, Mapping) else ids.get(token, next_id)
+            if ids.setdefault(token, token_id) != token_id or self.vocab.setdefault(token_id, token) != token:
+                raise InvalidInputError(
+                    f"special token {special_token!r} cannot have the id {token_id!r}: the token has another id, or "
+                    "the id another token"
+                )
+            next_id = max(next_id, token_id + 1)
+            self.special_token_ids[special_token] = token_id
         self.vocab_size = max(self.vocab, default=-1) + 1
+        self._changes: dict[tuple[bool, str], TextChanges] = {}
+        self._always_changes = self.changes_text("strict")
         self._kernel_encoder: KernelEncoder | None = None
+
+    def _set_rules(self, ids: dict[bytes, int]) -> None:
+        if self._merges is None:
+            if len(ids) < len(self.vocab):
+                token = next(token for token_id, token in self.vocab.items() if ids[token] != token_id)
+                raise InvalidInputError(f"the token {token!r} has several ids, but it can have only one rank")
+            self.settings = replace(self.settings, ignore_merges=True, one_merge_at_a_time=True)
+            rules = rules_of_ranks(dict(ids), dict(self.vocab))
+        else:
+            try:
+                rules = merge_rules(ids, self._merges)
+            except ValueError as error:
+                raise InvalidInputError(str(error)) from None
+            rules = rules._replace(one_at_a_time=self.settings.one_merge_at_a_time)
+        if self.settings.ignore_merges:
+            special = {token.encode() for token in self.special_tokens.tokens}
+            rules = rules._replace(
+                whole_tokens={token: token_id for token, token_id in ids.items() if token not in special}
+            )
+        self._rules, self._cache = rules, PretokenCache(rules)
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process makes its own encoder and, if needed, table of ids.
@@ -135,9 +161,11 @@ class Tokenizer:
         special = list(self.special_token_ids)
         more = f" and {len(special) - 4} more" if len(special) > 5 else ""
         return (
-            f"Tokenizer(vocab_size={self.vocab_size}, merges={len(self.merges)}, "
+            f"Tokenizer(vocab_size={self.vocab_size}, "
+            f"{'ranks' if self._merges is None else f'merges={len(self._merges)}'}, "
             f"pattern={self.compiled_pattern.name or self.pattern!r}, "
-            f"special_tokens={special[:4] if more else special}{more})"
+            f"special_tokens={special[:4] if more else special}{more}"
+            f"{(self.settings.normalizer and f', normalizer=NFC of Unicode {UNICODE_VERSION}') or ''})"
         )
 
     def __len__(self) -> int:
@@ -154,6 +182,12 @@ class Tokenizer:
     def id_to_token(self, token_id: int) -> bytes | None:
         """The bytes of a token, which need not be UTF-8; None if no token has this id."""
         return self.vocab.get(check_integer("token_id", token_id))
+
+    @cached_property
+    def _skipped_ids(self) -> frozenset[int]:
+        """The ids that are left out where special tokens are skipped."""
+        special = self.special_token_ids.items()
+        return frozenset(token_id for token, token_id in special if self.settings.flag(token, "special"))
 
     @cached_property
     def _ids_of_tokens(self) -> dict[bytes, int]:
@@ -187,8 +221,31 @@ class Tokenizer:
             [*self.merges, *merges],
             [*self.special_token_ids, *special_tokens],
             pattern=self.pattern,
+            settings=self.settings,
             kernels=self.kernels,
         )
+
+    @property
+    def merges(self) -> list[tuple[bytes, bytes]]:
+        """The merges as given; for ranks, the merges that they are equivalent to (`TokenizerSettings` has the rest)."""
+        return self.used_merges.merges if self._merges is None else self._merges
+
+    @cached_property
+    def used_merges(self) -> UsedMerges:
+        """The merges that can be applied in a text, and the tokens that they do not produce."""
+        used = used_merges(self._rules, self.vocab)
+        special = {token.encode() for token in self.special_tokens.tokens}
+        return used._replace(unmade=[token for token in used.unmade if token not in special])
+
+    @cached_property
+    def _decisive_settings(self) -> TokenizerSettings:
+        """The settings without those that make no difference for this vocabulary and these merges."""
+        settings = self.settings
+        if settings.ignore_merges and not self.used_merges.unmade:
+            settings = replace(settings, ignore_merges=False)
+        if settings.one_merge_at_a_time and self.used_merges.early is None:
+            settings = replace(settings, one_merge_at_a_time=False)
+        return settings
 
     @property
     def pattern(self) -> str | Pattern | None:
@@ -208,28 +265,59 @@ class Tokenizer:
         ]
         if self.pattern is not None:
             content.extend(self.compiled_pattern.splits)
+        if settings := self._decisive_settings.that_change_ids():
+            content.append(settings)
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @overload
-    def encode(self, text: str, *, specials_as_text: bool = False, offsets: Literal[False] = False) -> list[int]: ...
+    def encode(
+        self,
+        text: str,
+        *,
+        specials_as_text: bool = False,
+        offsets: Literal[False] = False,
+        template: bool = False,
+        errors: str = "strict",
+    ) -> list[int]: ...
 
     @overload
     def encode(self, text: str, *, specials_as_text: bool = False, offsets: Literal[True]) -> Encoding: ...
 
-    def encode(self, text: str, *, specials_as_text: bool = False, offsets: bool = False) -> list[int] | Encoding:
+    def encode(
+        self,
+        text: str,
+        *,
+        specials_as_text: bool = False,
+        offsets: bool = False,
+        template: bool = False,
+        errors: str = "strict",
+    ) -> list[int] | Encoding:
         """Encode a text. Lone surrogates, which have no UTF-8 form, are encoded as U+FFFD.
 
         Args:
             text: of any length.
             specials_as_text: whether special tokens in the text are ordinary text.
             offsets: whether to return an `Encoding`, which also says where each token is in the text.
+            template: whether to add the tokens that the tokenizer's file has for the beginning and the end of a text
+                (BOS, EOS); trained tokenizers have none.
+            errors: for characters with a byte that has no token: "strict" raises, "replace" encodes U+FFFD.
 
         Raises:
             TypeError: `text` is not a string.
-            InvalidInputError: a byte of the text has no token, or the tokens are not the text (`offsets`).
+            InvalidInputError: a byte of the text has no token, the tokens are not the text (`offsets`), or an option is
+                invalid.
         """
         if offsets:
+            if template or errors != "strict":
+                raise InvalidInputError("offsets=True cannot be combined with template=True or errors='replace'")
             return self._encode_with_spans(text, specials_as_text)
+        if template:
+            before, after = self.settings.template()
+            return [*before, *self.encode(text, specials_as_text=specials_as_text, errors=errors), *after]
+        if self._always_changes or errors != "strict":
+            if not isinstance(text, str):
+                raise TypeError(f"text must be a string, got {type(text).__name__}: {text!r:.80}")
+            text = self._text_changes(specials_as_text, errors).apply(replace_surrogates(text))
         length = len(text) if isinstance(text, str) else 0
         if length >= _MIN_KERNEL_CHARACTERS and (encoder := self.kernel_encoder(length)) is not None:
             data = np.frombuffer(_utf8(text), np.uint8)
@@ -264,7 +352,8 @@ class Tokenizer:
         Args:
             data: the text, or its UTF-8 bytes.
             num_threads: by default one for each processor that this process may use; the result is the same.
-            errors: "strict" raises; "replace" encodes bytes that are not UTF-8 as U+FFFD.
+            errors: "strict" raises; "replace" encodes bytes that are not UTF-8, and characters with a byte that has no
+                token, as U+FFFD.
             specials_as_text: whether special tokens in the text are ordinary text.
 
         Returns:
@@ -277,9 +366,12 @@ class Tokenizer:
         check_errors_option(errors)
         num_threads = resolve_num_threads(num_threads)
         array = np.frombuffer(_utf8(data), np.uint8) if isinstance(data, str) else _readonly_bytes(data)
+        if changes := self._text_changes(specials_as_text, errors):
+            text = changes.apply_to_stream(decode_blocks([array.tobytes()], "data", errors=errors))
+            array = np.frombuffer("".join(text).encode(), np.uint8)
         if (encoder := self.kernel_encoder(len(array))) is None:
             text = decode_blocks([array.tobytes()], "data", errors=errors)
-            ids = chain.from_iterable(self.encode_stream(text, specials_as_text=specials_as_text))
+            ids = chain.from_iterable(self._encode_changed(text, specials_as_text))
             return np.fromiter(ids, token_dtype(max(self.vocab_size, 1)))
         special = self.active_special_tokens(specials_as_text)
         chunks = chunks_of_array(array, special, len(array) // num_threads + 1)
@@ -290,7 +382,13 @@ class Tokenizer:
         return arrays[0] if len(arrays) == 1 else np.concatenate([*arrays, np.zeros(0, encoder.dtype)])
 
     def encode_batch(
-        self, texts: Iterable[str], *, num_threads: int | None = None, specials_as_text: bool = False
+        self,
+        texts: Iterable[str],
+        *,
+        num_threads: int | None = None,
+        specials_as_text: bool = False,
+        template: bool = False,
+        errors: str = "strict",
     ) -> list[list[int]]:
         """Encode each of several texts as `encode` does; with kernels, in threads.
 
@@ -299,7 +397,7 @@ class Tokenizer:
             InvalidInputError: a byte of a text has no token.
         """
         texts, num_threads = check_text_list("texts", texts), resolve_num_threads(num_threads)
-        encode = partial(self.encode, specials_as_text=specials_as_text)
+        encode = partial(self.encode, specials_as_text=specials_as_text, template=template, errors=errors)
         num_characters = sum(map(len, texts))
         if self.kernel_encoder(num_characters) is None or num_threads == 1 or len(texts) < 2:
             return list(map(encode, texts))
@@ -309,7 +407,9 @@ class Tokenizer:
             groups = [texts[start : start + size] for start in range(0, len(texts), size)]
             return list(chain.from_iterable(executor.map(lambda group: list(map(encode, group)), groups)))
 
-    def encode_iterable(self, iterable: Iterable[str], *, specials_as_text: bool = False) -> Iterator[int]:
+    def encode_iterable(
+        self, iterable: Iterable[str], *, specials_as_text: bool = False, errors: str = "strict"
+    ) -> Iterator[int]:
         """Encode a stream of strings (the lines of an open file, for example) lazily.
 
         The ids are those of the joined text. Memory is bounded by the longest string, the
@@ -319,20 +419,29 @@ class Tokenizer:
             TypeError: an item is not a string.
             InvalidInputError: a byte of the text has no token.
         """
-        return chain.from_iterable(self.encode_stream(iterable, specials_as_text=specials_as_text))
+        return chain.from_iterable(self.encode_stream(iterable, specials_as_text=specials_as_text, errors=errors))
 
-    def encode_stream(self, texts: Iterable[str], *, specials_as_text: bool = False) -> Iterator[list[int]]:
+    def encode_stream(
+        self, texts: Iterable[str], *, specials_as_text: bool = False, errors: str = "strict"
+    ) -> Iterator[list[int]]:
         """As `encode_iterable`, but yields lists: the ids of some pre-tokens at a time. It never uses kernels."""
-        special = self.active_special_tokens(specials_as_text)
-        batches = pretokenize_stream(replace_surrogates_in_stream(texts), special, self.compiled_pattern)
-        return self._encode_batches(batches)
+        texts = replace_surrogates_in_stream(texts)
+        if changes := self._text_changes(specials_as_text, errors):
+            texts = changes.apply_to_stream(texts)
+        return self._encode_changed(texts, specials_as_text)
 
-    def encode_documents(self, texts: Iterable[str], separator: str) -> Iterator[list[int]]:
+    def _encode_changed(self, texts: Iterable[str], specials_as_text: bool) -> Iterator[list[int]]:
+        special = self.active_special_tokens(specials_as_text)
+        return self._encode_batches(pretokenize_stream(texts, special, self.compiled_pattern))
+
+    def encode_documents(self, texts: Iterable[str], separator: str, *, errors: str = "strict") -> Iterator[list[int]]:
         """As `encode_stream`, for documents with the mark of a separator between them (`SpecialTokens.document_mark`).
 
         Special tokens inside the documents are text.
         """
         mark = SpecialTokens.document_mark(separator)
+        if changes := self._text_changes(True, errors):
+            texts = changes.for_special_tokens(mark).apply_to_stream(texts)
         batches = pretokenize_stream(texts, mark, self.compiled_pattern)
         return self._encode_batches((pretokens, special and separator) for pretokens, special in batches)
 
@@ -347,17 +456,47 @@ class Tokenizer:
         return list(chain.from_iterable(self._encode_batches(pretokenize(text, special, self.compiled_pattern))))
 
     def _encode_batches(self, batches: Iterable[tuple[list[str], str | None]]) -> Iterator[list[int]]:
+        offset = 0
         for pretokens, special_token in batches:
-            ids = self._encode_pretokens(pretokens)
+            ids = self._encode_pretokens(pretokens, offset)
             if special_token is not None:
                 ids.append(self.special_token_ids[special_token])
             yield ids
+            if self._missing_bytes:  # otherwise no error needs the offset
+                offset += sum(len(text.encode()) for text in (*pretokens, special_token or ""))
 
-    def _encode_pretokens(self, pretokens: list[str]) -> list[int]:
+    def _encode_pretokens(self, pretokens: list[str], offset: int = 0) -> list[int]:
         try:
             return list(chain.from_iterable(map(self._cache.__getitem__, pretokens)))
-        except ValueError as error:  # a byte without a token
+        except ValueError as error:  # a byte without a token, or a pre-token that is too long
+            data = np.frombuffer("".join(pretokens).encode(), np.uint8)
+            missing = np.flatnonzero(np.isin(data, np.frombuffer(self._missing_bytes, np.uint8)))
+            for index in map(int, missing):
+                if not self._is_in_whole_token(pretokens, index):
+                    raise invalid_byte_error("text", data, index, offset + index, lacks_token=True) from None
             raise InvalidInputError(str(error)) from None
+
+    def _is_in_whole_token(self, pretokens: list[str], index: int) -> bool:
+        """Whether the byte at an index of the joined pre-tokens is in one that is a token itself."""
+        stop = 0
+        for pretoken in pretokens:
+            stop += len(pretoken.encode())
+            if index < stop:
+                return pretoken.encode() in self._rules.whole_tokens
+        return False
+
+    def changes_text(self, errors: str = "strict") -> bool:
+        """Whether a text may be changed before it is split, so that the tokens are not the text."""
+        return bool(self._text_changes(False, errors))
+
+    def _text_changes(self, specials_as_text: bool, errors: str) -> TextChanges:
+        """How a text is changed before it is split; false if it is not."""
+        check_errors_option(errors)
+        key = specials_as_text, errors
+        if key not in self._changes:
+            special, replaced = self.active_special_tokens(specials_as_text), errors == "replace"
+            self._changes[key] = TextChanges(special, self.settings, self._missing_bytes if replaced else b"")
+        return self._changes[key]
 
     def active_special_tokens(self, specials_as_text: bool) -> SpecialTokens:
         """The special tokens at which a text is split; none if they are ordinary text."""
@@ -378,6 +517,8 @@ class Tokenizer:
         if not (self.kernels or loading.kernels_pay_off("encoding", num_bytes, num_mapped_bytes)):
             return None
         if self._kernel_encoder is None:
+            if self._rules.one_at_a_time or self._rules.whole_tokens:
+                return None
             if self.pattern is not None or max(self.vocab_size, len(self.merges)) >= MAX_VOCAB_SIZE:
                 return None
             self._kernel_encoder = KernelEncoder(
@@ -417,7 +558,7 @@ class Tokenizer:
         Raises:
             TypeError, InvalidInputError: as for `decode`.
         """
-        skipped = set(self.special_token_ids.values()) if skip_special_tokens else set()
+        skipped = self._skipped_ids if skip_special_tokens else frozenset()
         if isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu":
             encoder = self.kernel_encoder(4 * len(ids))  # a token has about four bytes
             kept = ids[~np.isin(ids, list(skipped))] if skipped else ids
@@ -456,79 +597,71 @@ class Tokenizer:
         vocab, merges = load_vocab(vocab_filepath), load_merges(merges_filepath)
         return cls(vocab, merges, special_tokens, pattern=pattern, kernels=kernels)
 
-    def save(self, directory: str | os.PathLike) -> None:
-        """Write the tokenizer to a folder, which is created if needed.
+    def content(self) -> TokenizerContent:
+        """The parts of the tokenizer, as they are written to files."""
+        return TokenizerContent(
+            vocab=self.vocab,
+            merges=self.merges,
+            special_tokens=self.special_token_ids,
+            pattern=self.compiled_pattern,
+            settings=self.settings,
+        )
 
-        The files are `vocab.json`, `merges.txt`, `special_tokens.json` and, if the pattern is not GPT-2's,
-        `pattern.json`. Their SHA-256 is in `checksums.json`. They replace those of another saved tokenizer, all at
-        once: after an error the old tokenizer is there, whole. Other files in the folder stay.
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write the tokenizer to a folder, which is created if needed (see `basic.tokenizer_files.our_folder`).
+
+        The files replace those of another saved tokenizer, all at once: after an error the old tokenizer is there,
+        whole. Other files in the folder stay.
 
         Raises:
             FileExistsError: the folder has files of these names that are not a saved tokenizer.
             OSError: a file cannot be written.
         """
-        check_outputs(tokenizer_outputs(directory), overwrite=True)
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        with atomic_set(directory, _FILES) as paths:
-            save_vocab(self.vocab, paths[_VOCAB_FILE])
-            save_merges(self.merges, paths[_MERGES_FILE])
-            special_tokens = json.dumps(list(self.special_token_ids)) + "\n"
-            paths[_SPECIAL_TOKENS_FILE].write_text(special_tokens, encoding="utf-8")
-            if self.pattern is not None:
-                paths[_PATTERN_FILE].write_text(json.dumps(self.compiled_pattern.short_form) + "\n", encoding="utf-8")
+        write_folder(replace(self.content(), settings=self._decisive_settings), directory)
 
     @classmethod
-    def load(cls, directory: str | os.PathLike) -> Tokenizer:
-        """Read a tokenizer that `save` wrote to a folder.
+    def load(cls, path: str | os.PathLike, *, pattern: str | Pattern | None = None) -> Tokenizer:
+        """Read a tokenizer of any kind. The ids are exactly those of the program that it is from.
+
+        - A folder that `save` wrote.
+        - A `tokenizer.json` with byte-level BPE, or a folder with it; also one with only `vocab.json` and `merges.txt`.
+        - A rank file of tiktoken (`*.tiktoken`, Llama 3's `tokenizer.model`). As for tiktoken, there is no
+          normalisation; Qwen's tokenizers bring a text to NFC first, which their tokenizer.json says.
+
+        Args:
+            pattern: for a rank file, which does not say how a text is split: "cl100k", "o200k", "llama3", "qwen2" or
+                another name of `basic.pretokenization.PATTERNS`, a regular expression, or a `Pattern`. Not needed for
+                the published files of these tokenizers, which are known, with their special tokens.
 
         Raises:
+            FileNotFoundError: there is no tokenizer.
             DamagedFileError: a file is damaged or was changed (the message says how to accept it), or the files do not
                 belong together.
+            InvalidInputError: the file has something that is not supported (the message has its name), or the pattern
+                is not known.
             OSError: a file is missing or cannot be read.
         """
-        folder = Path(directory)
-        files = read_set(folder, _FILES) if folder.is_dir() else {}
-        if _SPECIAL_TOKENS_FILE not in files:
-            raise FileNotFoundError(
-                f"{os.fspath(directory)!r} is not the folder of a saved tokenizer: it has no {_SPECIAL_TOKENS_FILE}; "
-                "save a tokenizer there (local/train_bpe.py does), or read GPT-2's two files with from_files"
-            )
-        special_tokens = load_json(folder / _SPECIAL_TOKENS_FILE, files[_SPECIAL_TOKENS_FILE])
-        if not isinstance(special_tokens, list):
-            raise DamagedFileError(f"{str(folder / _SPECIAL_TOKENS_FILE)!r} must hold a JSON list of strings")
-        pattern = load_json(folder / _PATTERN_FILE, files[_PATTERN_FILE]) if _PATTERN_FILE in files else None
-        vocab = load_vocab(folder / _VOCAB_FILE, files.get(_VOCAB_FILE))
-        merges = load_merges(folder / _MERGES_FILE, files.get(_MERGES_FILE))
+        content, is_ours = read_tokenizer(path, pattern=pattern)
         try:
-            pattern = Pattern(*pattern) if isinstance(pattern, list) else pattern
-            return cls(vocab, merges, special_tokens, pattern=pattern)
+            tokenizer = cls.from_content(content)
         except (InvalidInputError, TypeError) as error:
-            raise DamagedFileError(
-                f"the files of the tokenizer in {os.fspath(directory)!r} are damaged, or are not those of one "
-                f"tokenizer: {error}; save it again"
-            ) from error
+            if is_ours:
+                raise damaged_folder(path, error) from error
+            raise InvalidInputError(f"{os.fspath(path)!r}: {error}") from error
+        if is_ours:
+            tokenizer._decisive_settings = content.settings  # saving has left out the others
+        return tokenizer
 
+    @classmethod
+    def from_content(cls, content: TokenizerContent) -> Tokenizer:
+        """Make a tokenizer of the parts that a file has.
 
-def tokenizer_outputs(directory: str | os.PathLike) -> list[Output]:
-    """The files that `Tokenizer.save` may write into a folder, for `check_outputs`."""
-
-    def is_ours(path: Path) -> bool:
-        return _is_saved_tokenizer(path.parent)
-
-    return [Output(Path(directory) / name, f"the {name} of a tokenizer", is_ours) for name in (*_FILES, CHECKSUMS_NAME)]
-
-
-def _is_saved_tokenizer(folder: Path) -> bool:
-    """Whether `save` wrote the files of a folder; some may be damaged."""
-    try:
-        special_tokens = load_json(folder / _SPECIAL_TOKENS_FILE)
-        return isinstance(special_tokens, list) and all(isinstance(token, str) for token in special_tokens)
-    except (DamagedFileError, OSError):
-        pass
-    try:
-        return load_json(folder / CHECKSUMS_NAME)["sha256"].keys() <= set(_FILES)
-    except (DamagedFileError, OSError, LookupError, TypeError, AttributeError):
-        return False
+        Raises:
+            TypeError, InvalidInputError: as for `Tokenizer`.
+        """
+        return cls(
+            content.vocab, content.merges, content.special_tokens, pattern=content.pattern, settings=content.settings
+        )
 
 
 def resolve_num_threads(num_threads: int | None) -> int:

@@ -56,7 +56,7 @@ def invalid_byte_error(
     if lacks_token:
         return InvalidInputError(
             f"the vocabulary has no token for the byte 0x{data[index]:02x}, at byte offset {offset} of "
-            f"{os.fspath(name)!r}; train the tokenizer with all 256 bytes"
+            f"{os.fspath(name)!r}; encode with errors='replace', or train a tokenizer with all 256 bytes"
         )
     try:
         data[index : index + 4].tobytes().decode()

@@ -116,7 +116,7 @@ def encode_file(
             several of them, or an iterator of documents. Their ids are concatenated as in `encode_files`.
         output_path: path of the token file, `*.bin`. It appears with its sidecar when both are complete.
         num_threads: by default the number of processors; the result is the same.
-        errors: for bytes that are not UTF-8: "strict" raises, "replace" encodes U+FFFD.
+        errors: for bytes that are not UTF-8, or that have no token: "strict" raises, "replace" encodes U+FFFD.
         specials_as_text: whether special tokens in the text are encoded like any other text.
         progress: whether to show a progress bar.
         chunk_bytes: the approximate amount of text for one call of a kernel; the result is the same.
@@ -174,7 +174,7 @@ def encode_files(
         start_over: delete what the folder holds.
         num_workers: threads or processes of the default executor; by default the number of processors.
         shard_bytes: the approximate amount of text for one token file.
-        errors: for bytes that are not UTF-8: "strict" raises, "replace" encodes U+FFFD.
+        errors: for bytes that are not UTF-8, or that have no token: "strict" raises, "replace" encodes U+FFFD.
         specials_as_text: whether special tokens in the text are encoded like any other text.
         progress: whether to show a progress bar.
 
@@ -201,7 +201,9 @@ def encode_files(
     sources = expand_inputs(inputs)
     check_outputs(_dataset_outputs(output, 0), inputs=sources, overwrite=True)
     segments = _entire_sources(sources, tokenizer)
-    shards = split_into_shards(segments, shard_bytes)
+    # Where a file may be divided is known only if its text is not changed.
+    whole = tokenizer.changes_text(errors)
+    shards = [(segment,) for segment in segments] if whole else split_into_shards(segments, shard_bytes)
     check_outputs(_dataset_outputs(output, len(shards)), inputs=sources, overwrite=True)
     work = {
         "kind": "tokens",
@@ -338,8 +340,9 @@ def _write_token_file(
         nonlocal num_skipped
         num_skipped += 1
 
-    encoder = _kernel_encoder(tokenizer, shard)
     errors, specials_as_text = encoding.errors, encoding.specials_as_text
+    # The text of a file cannot be changed where it lies, so it is streamed.
+    encoder = None if tokenizer.changes_text(errors) else _kernel_encoder(tokenizer, shard)
     groups = group_by_special_tokens(shard, tokenizer.active_special_tokens(specials_as_text))
     with TokenFileWriter(path, tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint) as writer:
 
@@ -370,9 +373,9 @@ def _write_token_file(
                     segment, special_tokens, tokenizer.compiled_pattern, errors=errors, on_read=on_read, on_skip=on_skip
                 )
                 if separator is None:
-                    batches = tokenizer.encode_stream(text, specials_as_text=specials_as_text)
+                    batches = tokenizer.encode_stream(text, specials_as_text=specials_as_text, errors=errors)
                 else:
-                    batches = tokenizer.encode_documents(text, separator)
+                    batches = tokenizer.encode_documents(text, separator, errors=errors)
                 for ids in batches:
                     writer.write(ids)
     return writer.info, num_skipped

@@ -53,7 +53,8 @@ def main(options: Options) -> None:
     from basic.common.outputs import check_outputs
     from basic.corpus.sources import TextSource, expand_inputs
     from basic.corpus.work_folder import dask_executor
-    from basic.Tokenizer import Tokenizer, tokenizer_outputs
+    from basic.Tokenizer import Tokenizer
+    from basic.tokenizer_files.our_folder import tokenizer_outputs
     from basic.train_bpe import learn_more_merges, train_bpe
 
     sources = expand_inputs([TextSource(path, **asdict(options.documents)) for path in options.inputs])

@@ -414,7 +414,7 @@ def test_fingerprints_differ_if_tokenizers_differ():
         ("merges.txt", "q z\n", r"merge 0.*needs the token b'qz'"),
         ("vocab.json", "[]", "must hold one JSON object"),
         ("pattern.json", '"("', "not in the syntax of the regex package"),
-        ("pattern.json", "1", "pattern must be a string"),
+        ("pattern.json", "1", "pattern must be a name"),
     ],
 )
 def test_the_error_names_the_damaged_file_or_folder(tmp_path, ours, name, content, message):

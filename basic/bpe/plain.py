@@ -8,10 +8,10 @@ from __future__ import annotations
 import heapq
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, overload
 
 import numpy as np
 
@@ -28,18 +28,62 @@ Pair = tuple[int, int]
 _NO_ID = -1  # the end of a pre-token, or an id that was merged into the one to its left
 
 
+class PairRanks(Protocol):
+    """The rank of the merge of two ids: a dictionary, or `JoinedRanks`."""
+
+    @overload
+    def get(self, pair: Pair, /) -> int | None: ...
+    @overload
+    def get(self, pair: Pair, default: int, /) -> int: ...
+    def items(self) -> Iterable[tuple[Pair, int]]: ...
+
+
 class MergeRules(NamedTuple):
     """The merges of a tokenizer, by id.
 
     Attributes:
         byte_ids: byte to id; bytes without a token are missing.
-        ranks: pair of ids to its position in the list of merges.
+        ranks: pair of ids to the rank of its merge.
         results: the id that each merge produces, by rank.
+        one_at_a_time: whether the lowest rank is looked for again after each single merge, as other programs do.
+            Otherwise a merge is applied at all its positions first, as GPT-2 does. Only a merge that comes before those
+            that produce its two tokens makes a difference.
+        whole_tokens: token to id; a pre-token with these bytes becomes this token at once, whatever the merges are.
     """
 
     byte_ids: dict[int, int]
-    ranks: dict[Pair, int]
-    results: list[int]
+    ranks: PairRanks
+    results: Sequence[int]
+    one_at_a_time: bool = False
+    whole_tokens: Mapping[bytes, int] = {}
+
+
+class JoinedRanks:
+    """tiktoken's rule, which has no list of merges: the rank of two tokens is the id of the token with their bytes.
+
+    Args:
+        ids: token to id.
+        tokens: id to token.
+    """
+
+    def __init__(self, ids: Mapping[bytes, int], tokens: Mapping[int, bytes]) -> None:
+        self._ids, self._tokens = ids, tokens
+
+    @overload
+    def get(self, pair: Pair, /) -> int | None: ...
+    @overload
+    def get(self, pair: Pair, default: int, /) -> int: ...
+    def get(self, pair: Pair, default: int | None = None, /) -> int | None:
+        """The rank of two ids, or the default."""
+        return self._ids.get(self._tokens[pair[0]] + self._tokens[pair[1]], default)
+
+    def items(self) -> Iterator[tuple[Pair, int]]:
+        """All pairs with their ranks: each token, divided into two tokens at each position where that is possible."""
+        get = self._ids.get
+        for token, rank in self._ids.items():
+            for i in range(1, len(token)):
+                if (left := get(token[:i])) is not None and (right := get(token[i:])) is not None:
+                    yield (left, right), rank
 
 
 class NumberedMerges(NamedTuple):
@@ -96,16 +140,32 @@ def merge_rules(ids: dict[bytes, int], merges: Iterable[tuple[bytes, bytes]]) ->
         TypeError: a merge is not a pair of bytes.
         ValueError: a merge needs a token that has no id.
     """
-    rules = MergeRules({byte: ids[bytes([byte])] for byte in range(256) if bytes([byte]) in ids}, {}, [])
+    ranks: dict[Pair, int] = {}
+    results: list[int] = []
     for rank, merge in enumerate(merges):
         try:
             left, right = merge
             pair, result = (ids[left], ids[right]), ids[left + right]
         except (KeyError, TypeError, ValueError):
             raise _merge_error(rank, merge, ids) from None
-        rules.ranks.setdefault(pair, rank)
-        rules.results.append(result)
-    return rules
+        ranks.setdefault(pair, rank)
+        results.append(result)
+    return MergeRules(_byte_ids(ids), ranks, results)
+
+
+def rules_of_ranks(ids: Mapping[bytes, int], tokens: Mapping[int, bytes]) -> MergeRules:
+    """The rules of tiktoken, where the ids are the ranks; a pre-token that is a token is not split.
+
+    Args:
+        ids: token to id; each token has one id.
+        tokens: id to token.
+    """
+    results = range(max(tokens, default=-1) + 1)
+    return MergeRules(_byte_ids(ids), JoinedRanks(ids, tokens), results, one_at_a_time=True, whole_tokens=ids)
+
+
+def _byte_ids(ids: Mapping[bytes, int]) -> dict[int, int]:
+    return {byte: ids[bytes([byte])] for byte in range(256) if bytes([byte]) in ids}
 
 
 def _merge_error(rank: int, merge: tuple[bytes, bytes], ids: dict[bytes, int]) -> Exception:
@@ -136,18 +196,21 @@ class PretokenCache(dict[str, tuple[int, ...]]):
         self.rules, self._max_pretokens = rules, max_pretokens
 
     def __missing__(self, pretoken: str) -> tuple[int, ...]:
-        byte_ids, ranks, results = self.rules
+        rules = self.rules
         data = pretoken.encode()
         if len(data) > arrays.MAX_PRETOKEN_BYTES:
             raise ValueError(arrays.describe_long_pretoken(pretoken[:40]))
-        try:
-            ids = [byte_ids[byte] for byte in data]
-        except KeyError as error:
-            raise ValueError(
-                f"the vocabulary has no token for the byte 0x{error.args[0]:02x}, which {pretoken[:40]!r} needs; "
-                "train the tokenizer with all 256 bytes"
-            ) from None
-        merged = tuple(apply_merges(ids, ranks, results))
+        if (whole := rules.whole_tokens.get(data)) is not None:
+            merged = (whole,)
+        else:
+            try:
+                ids = [rules.byte_ids[byte] for byte in data]
+            except KeyError as error:
+                raise ValueError(
+                    f"the vocabulary has no token for the byte 0x{error.args[0]:02x}, which {pretoken[:40]!r} needs; "
+                    "encode with errors='replace', or train a tokenizer with all 256 bytes"
+                ) from None
+            merged = tuple(apply_merges(ids, rules.ranks, rules.results, rules.one_at_a_time))
         if len(pretoken) <= _MAX_CACHED_CHARACTERS:
             if len(self) >= self._max_pretokens:
                 self.clear()
@@ -155,22 +218,24 @@ class PretokenCache(dict[str, tuple[int, ...]]):
         return merged
 
 
-def apply_merges(ids: list[int], ranks: dict[Pair, int], results: list[int]) -> list[int]:
-    """Apply merges to a pre-token: the lowest rank first, at all its positions from left to right, until none applies.
+def apply_merges(ids: list[int], ranks: PairRanks, results: Sequence[int], one_at_a_time: bool = False) -> list[int]:
+    """Apply merges to a pre-token: the lowest rank first, from left to right, until none applies.
 
     Args:
         ids: of the bytes of the pre-token; modified.
-        ranks, results: see `MergeRules`.
+        ranks, results, one_at_a_time: see `MergeRules`.
 
     Returns:
         The ids of the pre-token.
 
     Source: Sennrich et al. 2016, algorithm 1, applied to one word.
     """
-    return (merge_short if len(ids) <= _SHORT_BYTES else merge_long)(ids, ranks, results)
+    if len(ids) <= _SHORT_BYTES:
+        return merge_short(ids, ranks, results, one_at_a_time)
+    return (merge_long_one_at_a_time if one_at_a_time else merge_long)(ids, ranks, results)
 
 
-def merge_short(ids: list[int], ranks: dict[Pair, int], results: list[int]) -> list[int]:
+def merge_short(ids: list[int], ranks: PairRanks, results: Sequence[int], one_at_a_time: bool = False) -> list[int]:
     """`apply_merges` by definition, in time quadratic in the length: the fastest way for everyday lengths."""
     no_rank = len(results)
     pair_ranks = [ranks.get(pair, no_rank) for pair in pairwise(ids)]
@@ -183,11 +248,13 @@ def merge_short(ids: list[int], ranks: dict[Pair, int], results: list[int]) -> l
                 pair_ranks[i - 1] = ranks.get((ids[i - 1], ids[i]), no_rank)
             if i < len(pair_ranks):
                 pair_ranks[i] = ranks.get((ids[i], ids[i + 1]), no_rank)
+            if one_at_a_time:
+                break
     return ids
 
 
-def merge_long(ids: list[int], ranks: dict[Pair, int], results: list[int]) -> list[int]:
-    """`apply_merges` in almost linear time.
+def merge_long(ids: list[int], ranks: PairRanks, results: Sequence[int]) -> list[int]:
+    """`apply_merges` in almost linear time, each merge at all its positions.
 
     The positions of the pairs are listed by rank, and a heap holds the ranks. A merge writes its result at the position
     of the left id; `right_of` and `left_of` then skip the position of the right id. Positions where the pair no longer
@@ -219,4 +286,27 @@ def merge_long(ids: list[int], ranks: dict[Pair, int], results: list[int]) -> li
                 if new_rank not in positions:
                     heapq.heappush(heap, new_rank)
                 positions[new_rank].append(new_position)
+    return [token_id for token_id in ids if token_id != _NO_ID]
+
+
+def merge_long_one_at_a_time(ids: list[int], ranks: PairRanks, results: Sequence[int]) -> list[int]:
+    """`apply_merges` in almost linear time, one merge at a time: a heap holds the rank and the position of each pair.
+
+    An entry whose pair no longer exists is skipped. The symbols are linked as in `merge_long`.
+    """
+    length = len(ids)
+    right_of, left_of = array("q", range(1, length + 1)), array("q", range(-1, length))
+    heap = [(rank, i) for i, pair in enumerate(pairwise(ids)) if (rank := ranks.get(pair)) is not None]
+    heapq.heapify(heap)
+    while heap:
+        rank, position = heapq.heappop(heap)
+        right = right_of[position]
+        if ids[position] == _NO_ID or right == length or ranks.get((ids[position], ids[right])) != rank:
+            continue
+        ids[position], ids[right] = results[rank], _NO_ID
+        before, after = left_of[position], right_of[right]
+        right_of[position], left_of[after] = after, position
+        for left, right in ((before, position), (position, after)):
+            if left >= 0 and right < length and (new_rank := ranks.get((ids[left], ids[right]))) is not None:
+                heapq.heappush(heap, (new_rank, left))
     return [token_id for token_id in ids if token_id != _NO_ID]

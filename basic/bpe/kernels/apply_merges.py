@@ -83,7 +83,7 @@ def _fill_slots(slots, lefts, rights, ranks):
 
 def merges_as_arrays(rules: MergeRules) -> MergeArrays:
     """Convert merges to arrays; all ids must be less than 2**21 - 1, and the number of merges less than 2**22 - 2."""
-    byte_ids, ranks, results = rules
+    byte_ids, ranks, results = rules.byte_ids, dict(rules.ranks.items()), rules.results
     slots = new_table(1 << max(2, (len(ranks) // 2).bit_length()))
     slots[:] = _EMPTY
     pairs = np.array(list(ranks), np.int64).reshape(-1, 2)

@@ -1,0 +1,106 @@
+"""Which merges are applied at all, and which tokens no merges produce.
+
+In any text, a token is produced by the same merge: the last one that is applied to the token's own bytes. Nothing is
+merged across the ends of a token, so the text around it does not matter. So it is enough to apply the merges to single
+tokens. The result is the same for lists with other merges that are never applied, and for the ranks of tiktoken, which
+has no list: it joins the two neighbours whose joined bytes have the lowest rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import NamedTuple
+
+from basic.bpe.plain import MergeRules
+from basic.common.errors import InvalidInputError
+
+# The bytes that occur in UTF-8; the others need no token.
+_UTF8_BYTES = [*range(0xC0), *range(0xC2, 0xF5)]
+
+
+class UsedMerges(NamedTuple):
+    """The merges that can be applied in a text, and what they leave over.
+
+    Attributes:
+        merges: one for each token that merges produce, the lowest rank first.
+        early: a merge that comes before one that produces one of its two tokens, or None. For such merges it matters
+            whether a merge is applied at all its positions at once (`MergeRules.one_at_a_time`).
+        unmade: the tokens of several bytes that no merges produce.
+    """
+
+    merges: list[tuple[bytes, bytes]]
+    early: tuple[bytes, bytes] | None
+    unmade: list[bytes]
+
+    def check_order(self) -> None:
+        """Raise InvalidInputError if there is an early merge."""
+        if self.early is not None:
+            raise InvalidInputError(
+                f"the merge {self.early!r} comes before the merges that produce its two tokens, which programs treat "
+                "differently; put it after them"
+            )
+
+
+def used_merges(rules: MergeRules, tokens: Mapping[int, bytes]) -> UsedMerges:
+    """Find the merges that are used, if one merge is applied at a time.
+
+    Args:
+        tokens: id to bytes, of all tokens that merges may produce.
+    """
+    ranked: list[tuple[int, tuple[bytes, bytes]]] = []
+    rank_of: dict[bytes, int] = {}
+    unmade = []
+    for token in dict.fromkeys(tokens.values()):
+        if len(token) < 2:
+            continue
+        if (last := _last_merge(token, rules)) is None:
+            unmade.append(token)
+            continue
+        rank_of[token], (left, right) = last
+        ranked.append((rank_of[token], (tokens[left], tokens[right])))
+    ranked.sort()
+    early = [merge for rank, merge in ranked if any(rank_of[token] > rank for token in merge if len(token) > 1)]
+    return UsedMerges([merge for _, merge in ranked], early[0] if early else None, unmade)
+
+
+def _last_merge(token: bytes, rules: MergeRules) -> tuple[int, tuple[int, int]] | None:
+    """The rank and the two ids of the merge that leaves one id of the bytes of a token; None if several are left."""
+    try:
+        ids = [rules.byte_ids[byte] for byte in token]
+    except KeyError:
+        return None
+    get, no_rank = rules.ranks.get, len(rules.results)
+    ranks = [get(pair, no_rank) for pair in pairwise(ids)]
+    while (rank := min(ranks)) < no_rank:
+        if len(ids) == 2:
+            return rank, (ids[0], ids[1])
+        i = ranks.index(rank)
+        ids[i : i + 2] = [rules.results[rank]]
+        del ranks[i]
+        if i > 0:
+            ranks[i - 1] = get((ids[i - 1], ids[i]), no_rank)
+        if i < len(ranks):
+            ranks[i] = get((ids[i], ids[i + 1]), no_rank)
+    return None
+
+
+def missing_bytes(tokens: Iterable[bytes]) -> bytes:
+    """The bytes of UTF-8 that are not among the tokens, in order."""
+    return bytes(sorted({*_UTF8_BYTES}.difference(token[0] for token in tokens if len(token) == 1)))
+
+
+def check_all_bytes(tokens: Iterable[bytes], name: str) -> None:
+    """Check that each byte of UTF-8 is a token.
+
+    Args:
+        name: of the tokens, for the message.
+
+    Raises:
+        InvalidInputError: a byte is missing.
+    """
+    if missing := missing_bytes(tokens):
+        raise InvalidInputError(
+            f"{name} lacks a token for the byte 0x{missing[0]:02x} ({len(missing)} bytes in all), which other "
+            "programs drop, replace or cannot encode; all bytes of UTF-8 are needed"
+        )

@@ -1,0 +1,179 @@
+"""Read and write tokenizers as rank files of tiktoken: one token a line, in base64, with its rank, which is its id."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from functools import partial
+from itertools import zip_longest
+
+from basic.bpe.plain import rules_of_ranks
+from basic.common.errors import DamagedFileError, InvalidInputError
+from basic.common.files import atomic_write
+from basic.pretokenization import PATTERNS, Pattern, covers_all_text, resolve_pattern
+from basic.tokenizer_files.content import TokenizerContent
+from basic.tokenizer_files.equivalent_merges import UsedMerges, check_all_bytes, used_merges
+from basic.tokenizer_files.published import find_published
+
+_LINES = re.compile(rb"(?:[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n)*+\Z")
+
+
+def read_rank_file(
+    path: str | os.PathLike,
+    content: bytes | None = None,
+    *,
+    pattern: str | Pattern | None = None,
+    special_tokens: Mapping[str, int] | Iterable[str] | None = None,
+) -> TokenizerContent:
+    """Read a rank file of tiktoken. As for tiktoken, a pre-token that is a token is not split.
+
+    Args:
+        content: the file's content, if it has been read already.
+        pattern: None: that of the published file that this is, or whose special tokens it has.
+        special_tokens: None: those of the published file that this is.
+
+    Raises:
+        DamagedFileError: a line is not a token with its rank (the message has the line), or two lines have the same
+            token or rank.
+        InvalidInputError: a byte has no token, the pattern is not given and not known, or it is invalid.
+        OSError: the file cannot be read.
+    """
+    name = os.fspath(path)
+    if content is None:
+        with open(path, "rb") as file:
+            content = file.read()
+    ranks = _parse(name, content)
+    vocab = {rank: token for token, rank in ranks.items()}
+    if len(vocab) < len(ranks):
+        token = next(token for token, rank in ranks.items() if vocab[rank] != token)
+        raise DamagedFileError(f"{name!r}: the tokens {token!r} and {vocab[ranks[token]]!r} have the same rank")
+    try:
+        check_all_bytes(ranks, "the file")
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{name!r}: {error}") from error
+    published = find_published(hashlib.sha256(content.replace(b"\r\n", b"\n")).hexdigest(), ranks)
+    if special_tokens is None:
+        special_tokens = {} if published is None else published[1]
+        for token_id in special_tokens.values():  # no merge makes them, also where the file has them
+            vocab.pop(token_id, None)
+    elif isinstance(special_tokens, Mapping):
+        for token, token_id in special_tokens.items():
+            if ranks.get(token.encode(), token_id) != token_id or vocab.get(token_id, token.encode()) != token.encode():
+                raise InvalidInputError(
+                    f"special token {token!r} cannot have the id {token_id}: in {name!r} the token has another rank, "
+                    "or the rank another token"
+                )
+    if pattern is None:
+        if published is None:
+            raise InvalidInputError(
+                f"{name!r} is a rank file, which does not say how a text is split, and it is none of the published "
+                f"files that are known; give its pattern: {', '.join(PATTERNS)}, or one of your own as "
+                "basic.pretokenization.Pattern"
+            )
+        pattern = published[0]
+    return TokenizerContent(vocab=vocab, merges=None, special_tokens=special_tokens, pattern=pattern)
+
+
+def _parse(name: str, content: bytes) -> dict[bytes, int]:
+    """Token to rank."""
+    if _LINES.match(content):  # the fast way
+        fields = content.split()
+        try:
+            tokens = list(map(partial(binascii.a2b_base64, strict_mode=True), fields[::2]))
+        except binascii.Error:
+            tokens = []
+        ranks = dict(zip(tokens, map(int, fields[1::2]), strict=False))
+        if len(ranks) == len(fields) // 2:
+            return ranks
+    if b"<unk>" in content[:100]:
+        raise InvalidInputError(f"{name!r} is a SentencePiece model, which is not supported; only byte-level BPE is")
+    ranks = {}
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line:
+            continue
+        try:
+            encoded, rank = line.split(b" ")
+            token = base64.b64decode(encoded, validate=True)
+            if not token or not rank.isdigit():
+                raise ValueError
+        except (ValueError, binascii.Error):
+            raise DamagedFileError(
+                f"{name!r}, line {number}: {line[:80]!r} must be a token in base64, a space and a rank"
+            ) from None
+        if token in ranks:
+            raise DamagedFileError(f"{name!r}, line {number}: the token {token!r} is given twice")
+        ranks[token] = int(rank)
+    return ranks
+
+
+def write_rank_file(content: TokenizerContent, used: UsedMerges, path: str | os.PathLike) -> None:
+    """Write the tokens as a rank file.
+
+    Args:
+        content: with ids for the special tokens.
+        used: the merges that are used.
+
+    Raises:
+        InvalidInputError: tiktoken would give other ids (the message has the token), or leave text out: it drops what
+            the pattern does not match.
+        OSError: the file cannot be written.
+    """
+    _check_text(content)
+    settings, special = content.settings, dict(content.special_tokens)  # ty: ignore[no-matching-overload]
+    merged = {left + right for left, right in used.merges}
+    ranks: dict[bytes, int] = {}
+    for token_id, token in sorted(content.vocab.items()):
+        if token_id in special.values() and len(token) > 1 and token not in merged:
+            continue
+        if token in ranks:
+            raise InvalidInputError(
+                f"the ids {ranks[token]} and {token_id} are both {token!r}, but a token can have only one rank"
+            )
+        ranks[token] = token_id
+    check_all_bytes(ranks, "the vocabulary")
+    theirs = used_merges(rules_of_ranks(ranks, content.vocab), {rank: token for token, rank in ranks.items()})
+    if not settings.one_merge_at_a_time:
+        used.check_order()
+    if theirs.unmade and not settings.ignore_merges:
+        raise InvalidInputError(
+            f"the token {theirs.unmade[0]!r} of rank {ranks[theirs.unmade[0]]} does not result from two tokens: "
+            "tiktoken would use it for a pre-token with these bytes, and this tokenizer would not"
+        )
+    for number, (ours, other) in enumerate(zip_longest(used.merges, theirs.merges)):
+        if ours != other:
+            raise InvalidInputError(
+                f"merge {number} is {ours!r}, but would be {other!r} for tiktoken: its ranks are the ids, so the ids "
+                "must be in the order of the merges, with one merge a token"
+            )
+    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items()]
+    with atomic_write(path) as file:
+        file.write(b"".join(lines))
+
+
+def _check_text(content: TokenizerContent) -> None:
+    """Check that tiktoken would split every text like this tokenizer, and leave nothing out."""
+    pattern, settings = resolve_pattern(content.pattern), content.settings
+    if settings.normalizer is not None:
+        raise InvalidInputError(
+            f"the tokenizer brings text to {settings.normalizer} first, which a rank file cannot say; save it as "
+            "tokenizer.json"
+        )
+    for token in settings.flags:
+        for flag in ("lstrip", "rstrip"):
+            if settings.flag(token, flag):
+                raise InvalidInputError(f"the special token {token!r} has {flag}, which tiktoken does not know")
+    if len(pattern.splits) > 1:
+        raise InvalidInputError(
+            f"the tokenizer's pattern has {len(pattern.splits)} regular expressions, {pattern.splits!r}, but tiktoken "
+            "takes only one"
+        )
+    if not covers_all_text(pattern):
+        raise InvalidInputError(
+            f"the tokenizer's pattern {pattern.splits[0]!r} may leave out characters, which tiktoken would drop "
+            "and this tokenizer encodes; only patterns that certainly match every character can be saved: the known "
+            r"ones, and simple ones, for example with \s|\S as the last alternatives"
+        )
