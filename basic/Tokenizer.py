@@ -22,6 +22,7 @@ import numpy.typing as npt
 from basic.bpe import loading
 from basic.bpe.arrays import MAX_VOCAB_SIZE, InvalidByteError
 from basic.bpe.compiled import KernelEncoder
+from basic.bpe.patterns.tables import automaton_of
 from basic.bpe.plain import PretokenCache, is_pair_of_bytes, merge_rules, rules_of_ranks
 from basic.bpe.spans import Encoding, find_spans
 from basic.bpe.stream_decoder import StreamDecoder
@@ -374,7 +375,7 @@ class Tokenizer:
             ids = chain.from_iterable(self._encode_changed(text, specials_as_text))
             return np.fromiter(ids, token_dtype(max(self.vocab_size, 1)))
         special = self.active_special_tokens(specials_as_text)
-        chunks = chunks_of_array(array, special, len(array) // num_threads + 1)
+        chunks = chunks_of_array(array, special, len(array) // num_threads + 1, self.compiled_pattern)
         try:
             arrays = [ids for ids, _ in encoder.encode_chunks(chunks, specials_as_text, num_threads, errors=errors)]
         except InvalidByteError as error:
@@ -519,10 +520,12 @@ class Tokenizer:
         if self._kernel_encoder is None:
             if self._rules.one_at_a_time or self._rules.whole_tokens:
                 return None
-            if self.pattern is not None or max(self.vocab_size, len(self.merges)) >= MAX_VOCAB_SIZE:
+            automaton = automaton_of(self.compiled_pattern.splits)
+            if automaton is None or max(self.vocab_size, len(self.merges)) >= MAX_VOCAB_SIZE:
                 return None
             self._kernel_encoder = KernelEncoder(
                 self._rules,
+                automaton,
                 self.vocab,
                 [(token, self.special_token_ids[token.decode()]) for token in self.special_tokens.longest_first_bytes],
                 token_dtype(max(self.vocab_size, 1)),

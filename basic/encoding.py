@@ -356,7 +356,12 @@ def _write_token_file(
                 if separator is not None:
                     mark = special_tokens.longest_first_bytes[0], tokenizer.special_token_ids[separator]
                 chunks = ShardChunks(
-                    segments, special_tokens, errors=errors, chunk_bytes=encoding.chunk_bytes, on_skip=on_skip
+                    segments,
+                    special_tokens,
+                    tokenizer.compiled_pattern,
+                    errors=errors,
+                    chunk_bytes=encoding.chunk_bytes,
+                    on_skip=on_skip,
                 )
                 try:
                     for ids, chunk_bytes in encoder.encode_chunks(

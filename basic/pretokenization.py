@@ -8,18 +8,19 @@ Neither a special token nor a pre-token depends on more than a few characters af
 stream (`pretokenize_stream`), or in chunks that start and end at safe positions (`chunk_ends`). The result is that of
 the complete text.
 
-A safe position is a position where a pre-token or a special token ends, whatever the text before it is. With GPT-2's
-pattern it is white space after another character, or the start of a special token, but never inside a possible special
-token. With another pattern only the starts of special tokens are known to be safe.
+A safe position is a position where a pre-token or a special token ends, whatever the text around it is: between two
+characters of certain classes, which the automaton of the pattern tells (`basic.bpe.patterns`), or the start of a
+special token, but never inside a possible special token. With GPT-2's pattern, for example, white space after another
+character. Of a pattern that has no automaton, only the starts of special tokens are known to be safe.
 """
 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from heapq import merge
 from itertools import chain
 from typing import Any
 
@@ -28,15 +29,13 @@ import regex
 
 from basic.bpe import arrays
 from basic.bpe.arrays import Chunk
+from basic.bpe.patterns.cuts import SafeCuts, safe_cuts_of
 from basic.bpe.patterns.published import ALIASES, COVERING, PUBLISHED_SPLITS, SPELLINGS
+from basic.bpe.patterns.tables import automaton_of
 from basic.common.errors import InvalidInputError
 
 # What a regular expression for pre-tokens has and a name has not. Not the dot and the hyphen: "gpt-3.5" is a name.
 _REGULAR_EXPRESSION = re.compile(r"[\\^$*+?|()\[\]{}]|\A\.\Z")
-
-# A pre-token always ends here, because none has white space after another character. And the pattern has no
-# look-behind, so it continues as at the start of a text.
-_SAFE_POSITION = r"(?<=\S)(?=\s)"
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -165,60 +164,9 @@ def resolve_pattern(pattern: str | Pattern | None) -> Pattern:
 
 
 def covers_all_text(pattern: Pattern) -> bool:
-    """Whether a pattern certainly leaves out no character of any text.
-
-    This is so for some of the known patterns. Of another pattern, every alternative must match at least one character,
-    and at every character an alternative must match whatever the text around is: one that matches the character alone,
-    and has no assertion. The test knows only simple regular expressions, so False does not mean that text is left out.
-    """
-    if pattern.name in COVERING:
-        return True
-    certain = []
-    for alternative in _alternatives(pattern.splits[-1]):
-        consuming = _ASSERTION_AT_END.sub("", alternative)
-        try:
-            if not _is_simple(consuming) or regex.fullmatch(consuming, ""):
-                return False
-        except regex.error:  # such as a reference to a group of another alternative
-            return False
-        if consuming == alternative:
-            certain.append(f"(?:{alternative})")
-    matches_alone = regex.compile("|".join(certain) or "(?!)").fullmatch
-    return all(map(matches_alone, map(chr, chain(range(0xD800), range(0xE000, sys.maxunicode + 1)))))
-
-
-_ASSERTION_AT_END = re.compile(r"(?<!\\)\(\?[=!][^()]*\)\Z")
-_ESCAPE_OR_CLASS = re.compile(
-    r"\\(?:[pP]\{\^?\w+\}|[pPsSdDwWnrtf]|[^\w\s])"
-    r"|\[\^?(?:\\.|[^\[\]\\&~-]|-(?!-)|&(?!&)|~(?!~))+\]"
-)
-
-
-def _is_simple(pattern: str) -> bool:
-    """Whether a regular expression has only classes, groups, alternatives and quantifiers.
-
-    What it matches then depends on the matched text alone. Classes inside classes are not simple, because programs
-    understand them differently.
-    """
-    rest = _ESCAPE_OR_CLASS.sub("x", pattern)
-    return not re.search(r"[\\\[\]^$]|\(\?(?!i?:)|\(\*|[*+?}]\+", rest)
-
-
-def _alternatives(pattern: str) -> list[str]:
-    """The alternatives of a regular expression outside of all groups."""
-    starts, depth, in_class = [0], 0, False
-    for match in re.finditer(r"\\.|[\[\]()|]", pattern, re.DOTALL):
-        character = match.group()
-        if in_class:
-            in_class = character != "]"
-        elif character == "[":
-            in_class = True
-        elif character in "()":
-            depth += 1 if character == "(" else -1
-        elif character == "|" and depth == 0:
-            starts.append(match.end())
-    ends = [start - 1 for start in starts[1:]] + [len(pattern)]
-    return [pattern[start:end] for start, end in zip(starts, ends, strict=True)]
+    """Whether a pattern certainly leaves out no character of any text; False if it has no automaton."""
+    automaton = automaton_of(pattern.splits)
+    return automaton is not None and automaton.covers
 
 
 class SpecialTokens:
@@ -231,6 +179,7 @@ class SpecialTokens:
         tokens: the same strings, as a tuple.
         pattern: finds the leftmost special token; if several start at the same position, the longest. Finds nothing if
             there are no special tokens.
+        starts: finds every position where one starts, also inside another.
         max_length: the number of characters of the longest, 1 if there are none.
         longest_first_bytes: in UTF-8, sorted by the number of characters.
 
@@ -272,6 +221,7 @@ class SpecialTokens:
         self.tokens = tokens
         longest_first = sorted(tokens, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.starts = re.compile(f"(?={self.pattern.pattern})")
         self.longest_first_bytes = [token.encode(errors="surrogateescape") for token in longest_first]
         self.max_length = max(map(len, tokens), default=1)
 
@@ -322,24 +272,22 @@ def pretokenize_stream(
 ) -> Iterator[tuple[list[str], str | None]]:
     """Split a text that arrives as a stream of strings of any lengths.
 
-    The end of what has arrived is held back as long as it can change: a special token may start in the last
-    `max_length - 1` characters, and the two pre-tokens before them may still change (the last one grows; "'" and "l"
-    become "'ll").
+    The text after the last safe position is held back, because it can change: the last pre-token grows, or a special
+    token starts in the last `max_length - 1` characters.
 
     Args:
         texts: the strings, in order, without surrogates (other than a mark between documents).
         special_tokens: no pre-token crosses them.
-        pattern: another pattern may look ahead without limit. So the text between two special tokens is then held in
-            memory until it is complete. What such a pattern does not match becomes pre-tokens too.
+        pattern: of one without an automaton, all text between two special tokens is held in memory.
 
     Yields:
         A list of consecutive pre-tokens, and the special token after them or None. The lists are short even if the
         strings are long, so memory does not grow with the text.
 
     Raises:
-        InvalidInputError: a pre-token of GPT-2's pattern is much longer than any that can be encoded.
+        InvalidInputError: a pre-token is much longer than any that can be encoded.
     """
-    is_gpt2, find = pattern == GPT2_PATTERN, pattern.find
+    find, cuts = pattern.find, safe_cuts_of(pattern.splits)
     held, new, new_length = "", [], 0
     for text in chain(_short_strings(texts), [None]):
         at_end = text is None
@@ -357,16 +305,13 @@ def pretokenize_stream(
                 break
             yield find(available[position : match.start()]), match.group()
             position = match.end()
-        if not is_gpt2 and not at_end:
-            held, new, new_length = available[position:], [], 0
-            continue
-        stop = max(position, certain)
-        pretokens = find(available[position:stop])
-        num_final = len(pretokens) if at_end else max(0, len(pretokens) - 2)
-        yield pretokens[:num_final], None
-        held, new, new_length = available[stop - sum(map(len, pretokens[num_final:])) :], [], 0
-        # The held text is at most two pre-tokens and the beginning of a special token.
-        if len(held) > 2 * arrays.MAX_PRETOKEN_BYTES + special_tokens.max_length:
+        stop = len(available) if at_end else position
+        if cuts is not None and not at_end and certain > position:
+            stop = cuts.last_position(available, position, certain)
+        if stop > position:
+            yield find(available[position:stop]), None
+        held, new, new_length = available[stop:], [], 0
+        if len(held) > 2 * arrays.MAX_PRETOKEN_BYTES + special_tokens.max_length and len(find(held)) <= 2:
             raise InvalidInputError(arrays.describe_long_pretoken(held[:40]))
 
 
@@ -381,11 +326,17 @@ def _short_strings(texts: Iterable[str]) -> Iterator[str]:
 
 
 def chunks_of_array(
-    data: np.ndarray, special_tokens: SpecialTokens, chunk_bytes: int, start: int = 0, stop: int | None = None
+    data: np.ndarray,
+    special_tokens: SpecialTokens,
+    chunk_bytes: int,
+    pattern: Pattern,
+    *,
+    start: int = 0,
+    stop: int | None = None,
 ) -> Iterator[Chunk]:
     """Divide the UTF-8 bytes data[start:stop] into chunks; `start` and `stop` must be safe positions."""
     read = partial(_read_array, data)
-    for end in chunk_ends(read, len(data), special_tokens, chunk_bytes, start=start, stop=stop):
+    for end in chunk_ends(read, len(data), special_tokens, chunk_bytes, pattern, start=start, stop=stop):
         yield data, start, end
         start = end
 
@@ -394,7 +345,7 @@ def chunks_of_stream(
     texts: Iterable[str],
     special_tokens: SpecialTokens,
     chunk_bytes: int,
-    pattern: Pattern = GPT2_PATTERN,
+    pattern: Pattern,
 ) -> Iterator[Chunk]:
     """Divide a stream of strings into chunks of UTF-8 bytes; marks between documents become bytes that are not UTF-8.
 
@@ -429,7 +380,7 @@ def chunk_ends(
     size: int,
     special_tokens: SpecialTokens,
     chunk_bytes: int,
-    pattern: Pattern = GPT2_PATTERN,
+    pattern: Pattern,
     *,
     start: int = 0,
     stop: int | None = None,
@@ -472,7 +423,7 @@ def find_safe_position(
     """
     if not 0 < position < size:
         return min(max(position, 0), size)
-    candidate = _candidate_pattern(special_tokens.pattern.pattern, pattern == GPT2_PATTERN)
+    cuts = safe_cuts_of(pattern.splits)
     # Bytes before the offset that matter: those of a special token, and of a character (at most 4).
     begin = max(0, position - max([4, *map(len, special_tokens.longest_first_bytes)]))
     length = position - begin + search_bytes
@@ -481,10 +432,10 @@ def find_safe_position(
         # can be computed exactly.
         text = read(begin, length).decode(errors="surrogateescape")
         at_end = begin + length >= size
+        known = len(text) if at_end else len(text) - special_tokens.max_length - 4
         offset, previous = begin, 0
-        for match in candidate.finditer(text):
-            index = match.start()
-            if not at_end and index + special_tokens.max_length + 4 > len(text):
+        for index in _candidates(text, cuts, special_tokens):
+            if index > known:
                 break
             offset += len(text[previous:index].encode(errors="surrogateescape"))
             previous = index
@@ -495,10 +446,11 @@ def find_safe_position(
         length *= 2
 
 
-@cache
-def _candidate_pattern(special_tokens: str, is_gpt2: bool) -> re.Pattern[str]:
-    """Finds the positions that can be safe."""
-    return regex.compile(f"{_SAFE_POSITION if is_gpt2 else '(?!)'}|(?={special_tokens})")
+def _candidates(text: str, cuts: SafeCuts | None, special_tokens: SpecialTokens) -> Iterator[int]:
+    """The positions that can be safe, ascending; some come twice."""
+    between_characters = [] if cuts is None else cuts.positions(text).tolist()
+    starts = (match.start() for match in special_tokens.starts.finditer(text))
+    return merge(between_characters, starts)
 
 
 def _is_inside_special_token(text: str, index: int, special_tokens: SpecialTokens) -> bool:

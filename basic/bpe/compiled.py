@@ -32,6 +32,7 @@ from basic.bpe.plain import MergeRules, NumberedMerges
 
 if TYPE_CHECKING:
     from basic.bpe.kernels.encode import PretokenEncoder
+    from basic.bpe.patterns.automaton import Automaton
 
 _MERGES_AT_A_TIME = 1000
 # A thread's hash table with this many pre-tokens takes 128 MB, and can still hold those of another chunk.
@@ -43,6 +44,7 @@ R = TypeVar("R")
 
 def count_pretokens_in_chunks(
     chunks: Iterable[Chunk],
+    pattern: Automaton,
     special_tokens: Sequence[bytes],
     num_threads: int,
     advance: Callable[[int], object],
@@ -52,6 +54,7 @@ def count_pretokens_in_chunks(
     """Count the pre-tokens of chunks, which must start and end at safe positions.
 
     Args:
+        pattern: finds the pre-tokens.
         special_tokens: the longest first.
         advance: gets the number of bytes of each finished chunk.
         max_pretokens: a hash table with more is yielded, so that memory does not grow with the text.
@@ -64,14 +67,15 @@ def count_pretokens_in_chunks(
     """
     load_kernels("training")
     from basic.bpe.kernels.count import PretokenCounter
-    from basic.bpe.kernels.scan import code_classes
+    from basic.bpe.kernels.scan import pattern_tables
     from basic.bpe.kernels.sort import sort_and_sum
 
     idle: list[PretokenCounter] = []
+    tables = pattern_tables(pattern)
     specials = special_token_arrays(special_tokens)
 
     def count(chunk: Chunk) -> tuple[int | None, PretokenCounts | None, int]:
-        counter = idle.pop() if idle else PretokenCounter(code_classes(), specials)
+        counter = idle.pop() if idle else PretokenCounter(tables, specials)
         invalid_offset, table = counter.add_text(*chunk), None
         if counter.num_pretokens > max_pretokens:
             table = sort_and_sum(counter.pretokens())
@@ -150,19 +154,26 @@ class KernelEncoder:
 
     Args:
         rules: the merges.
+        pattern: finds the pre-tokens.
         tokens: id to bytes.
         special_tokens: bytes and id of each, the longest first.
         dtype: of the ids, uint16 or uint32.
     """
 
     def __init__(
-        self, rules: MergeRules, tokens: dict[int, bytes], special_tokens: Sequence[tuple[bytes, int]], dtype: np.dtype
+        self,
+        rules: MergeRules,
+        pattern: Automaton,
+        tokens: dict[int, bytes],
+        special_tokens: Sequence[tuple[bytes, int]],
+        dtype: np.dtype,
     ) -> None:
         load_kernels("encoding")
         from basic.bpe.kernels.apply_merges import merges_as_arrays
         from basic.bpe.kernels.decode import TokenBytes
+        from basic.bpe.kernels.scan import pattern_tables
 
-        self._merges, self.dtype = merges_as_arrays(rules), dtype
+        self._merges, self._pattern, self.dtype = merges_as_arrays(rules), pattern_tables(pattern), dtype
         self._specials = (
             *special_token_arrays([token for token, _ in special_tokens]),
             np.array([token_id for _, token_id in special_tokens], np.int64),
@@ -174,12 +185,11 @@ class KernelEncoder:
     def _take_encoder(self) -> PretokenEncoder:
         """An idle encoder or a new one; the caller returns it to the idle ones."""
         from basic.bpe.kernels.encode import PretokenEncoder
-        from basic.bpe.kernels.scan import code_classes
 
         try:
             return self._idle.pop()
         except IndexError:
-            return PretokenEncoder(code_classes(), self._merges, self.dtype)
+            return PretokenEncoder(self._pattern, self._merges, self.dtype)
 
     def encode_list(self, data: np.ndarray, specials_as_text: bool) -> list[int]:
         """Encode a text to a list of ids.

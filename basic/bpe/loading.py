@@ -6,12 +6,17 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from basic.bpe.arrays import bytes_array, special_token_arrays
+from basic.bpe.patterns.published import PUBLISHED_SPLITS
+from basic.bpe.patterns.tables import automaton_of
 from basic.bpe.plain import MergeRules, number_merges
+
+if TYPE_CHECKING:
+    from basic.bpe.kernels.scan import PatternTables
 
 Task = Literal["training", "encoding"]
 
@@ -90,17 +95,24 @@ def warm_up(task: Task, cache_folder: Path | None) -> None:
             stamp.touch()
 
 
+def _warm_up_pattern() -> PatternTables:
+    from basic.bpe.kernels.scan import pattern_tables
+
+    automaton = automaton_of(PUBLISHED_SPLITS["gpt2"])
+    assert automaton is not None
+    return pattern_tables(automaton)
+
+
 # The argument types of these calls are those of all later calls, so each kernel is compiled once.
 
 
 def _warm_up_training() -> None:
     from basic.bpe.kernels.count import PretokenCounter
     from basic.bpe.kernels.learn_merges import MergeLearner
-    from basic.bpe.kernels.scan import code_classes
     from basic.bpe.kernels.sort import sort_and_sum
 
     data = bytes_array(b"the cat and the dog, \xc3\xa9t\xc3\xa9 " + b"long" * 300)
-    counter = PretokenCounter(code_classes(), special_token_arrays([b"<|endoftext|>"]))
+    counter = PretokenCounter(_warm_up_pattern(), special_token_arrays([b"<|endoftext|>"]))
     counter.add_text(data, 0, len(data))
     counter.grow()
     learner = MergeLearner(sort_and_sum(counter.pretokens()), 3, number_merges([(b"t", b"h")]))
@@ -112,12 +124,11 @@ def _warm_up_encoding() -> None:
     from basic.bpe.kernels.apply_merges import merges_as_arrays
     from basic.bpe.kernels.decode import TokenBytes
     from basic.bpe.kernels.encode import PretokenEncoder
-    from basic.bpe.kernels.scan import code_classes
 
     data = bytes_array(b"the cat and the dog, \xc3\xa9t\xc3\xa9 " + b"long" * 300)
     tokens = {i: bytes([i]) for i in range(256)} | {256: b"th", 257: b"the"}
     merges = merges_as_arrays(MergeRules({i: i for i in range(256)}, {(116, 104): 0, (256, 101): 1}, [256, 257]))
-    encoder = PretokenEncoder(code_classes(), merges, np.dtype(np.uint16))
+    encoder = PretokenEncoder(_warm_up_pattern(), merges, np.dtype(np.uint16))
     ids = encoder.encode(data, 0, len(data), (*special_token_arrays([b"<|endoftext|>"]), np.array([258])))
     encoder.grow()
     TokenBytes(tokens).decode(ids)

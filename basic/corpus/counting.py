@@ -24,6 +24,7 @@ from typing import Any
 
 from basic.bpe import compiled, loading
 from basic.bpe.arrays import Chunk, InvalidByteError, PretokenCounts, bytes_array
+from basic.bpe.patterns.tables import automaton_of
 from basic.common.arguments import check_errors_option
 from basic.common.errors import InvalidInputError
 from basic.common.progress import default_num_workers, progress_bar
@@ -209,7 +210,7 @@ def build_count_table(
 
 
 def _use_kernels(segments: Sequence[Segment], pattern: Pattern, kernels: bool | None) -> bool:
-    if pattern != GPT2_PATTERN or kernels is False:
+    if kernels is False or automaton_of(pattern.splits) is None:
         return False
     num_bytes = sum(segment.num_bytes for segment in segments)
     mapped_bytes = sum(segment.num_bytes for segment in segments if segment.is_mapped)
@@ -335,16 +336,24 @@ def _count_with_kernels(
     on_skip: Callable[[], object],
 ) -> Iterator[PretokenCounts]:
     chunks = ShardChunks(
-        shard, special_tokens, errors=counting.errors, chunk_bytes=counting.chunk_bytes, on_skip=on_skip
+        shard,
+        special_tokens,
+        counting.pattern,
+        errors=counting.errors,
+        chunk_bytes=counting.chunk_bytes,
+        on_skip=on_skip,
     )
 
     def on_chunk_done(num_bytes: int) -> None:
         chunks.mark_done()
         advance(num_bytes)
 
+    automaton = automaton_of(counting.pattern.splits)
+    assert automaton is not None, "only such a pattern is counted with kernels"
     tables = compiled.count_pretokens_in_chunks(
         # Streams have been decoded; those of documents have marks, which must stay.
         map(_valid_chunk, chunks) if counting.errors == "replace" and shard[0].separator is None else chunks,
+        automaton,
         special_tokens.longest_first_bytes,
         counting.num_threads,
         on_chunk_done,

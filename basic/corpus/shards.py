@@ -27,7 +27,6 @@ from basic.common.errors import InvalidInputError
 from basic.corpus.files import map_bytes, release_pages
 from basic.corpus.sources import TextIterator, TextSource, read_text_with_marks, size_of_bom, with_known_content
 from basic.pretokenization import (
-    GPT2_PATTERN,
     Pattern,
     SpecialTokens,
     chunks_of_array,
@@ -189,7 +188,7 @@ def group_by_special_tokens(
 def read_segment(
     segment: Segment,
     special_tokens: SpecialTokens,
-    pattern: Pattern = GPT2_PATTERN,
+    pattern: Pattern,
     *,
     errors: str = "strict",
     on_read: Callable[[int], object] = lambda num_bytes: None,
@@ -218,7 +217,7 @@ def read_segment(
     return decode_blocks(counted(source.blocks(start, stop), len), source, start, errors=errors)
 
 
-def _safe_range(segment: Segment, special_tokens: SpecialTokens, pattern: Pattern = GPT2_PATTERN) -> tuple[int, int]:
+def _safe_range(segment: Segment, special_tokens: SpecialTokens, pattern: Pattern) -> tuple[int, int]:
     def safe_position(offset: int) -> int:
         if offset <= segment.text_start:
             return segment.text_start
@@ -242,12 +241,14 @@ class ShardChunks:
         self,
         shard: Sequence[Segment],
         special_tokens: SpecialTokens,
+        pattern: Pattern,
         *,
         errors: str = "strict",
         chunk_bytes: int = KERNEL_CHUNK_BYTES,
         on_skip: Callable[[], object] = lambda: None,
     ) -> None:
-        self._shard, self._special_tokens, self._on_skip = shard, special_tokens, on_skip
+        self._shard, self._special_tokens, self._pattern = shard, special_tokens, pattern
+        self._on_skip = on_skip
         self._errors, self._chunk_bytes = errors, chunk_bytes
         # Of each chunk: its segment, and the offset of its array in the source.
         self._unfinished: deque[tuple[Segment, Chunk, int]] = deque()
@@ -284,14 +285,16 @@ class ShardChunks:
                 f"{os.fspath(segment.source)!r} has {len(data)} bytes, but had {segment.size} when the work began: "
                 "a file must not change while it is read; run again"
             )
-        start, stop = _safe_range(segment, self._special_tokens)
-        for chunk in chunks_of_array(data, self._special_tokens, self._chunk_bytes, start, stop):
+        start, stop = _safe_range(segment, self._special_tokens, self._pattern)
+        for chunk in chunks_of_array(
+            data, self._special_tokens, self._chunk_bytes, self._pattern, start=start, stop=stop
+        ):
             yield 0, chunk
 
     def _streamed(self, segment: Segment) -> Iterator[tuple[int, Chunk]]:
-        special_tokens = self._special_tokens
-        offset = 0 if segment.stop is None else _safe_range(segment, special_tokens)[0]
-        text = read_segment(segment, special_tokens, errors=self._errors, on_skip=self._on_skip)
-        for data, start, stop in chunks_of_stream(text, special_tokens, self._chunk_bytes):
+        special_tokens, pattern = self._special_tokens, self._pattern
+        offset = 0 if segment.stop is None else _safe_range(segment, special_tokens, pattern)[0]
+        text = read_segment(segment, special_tokens, pattern, errors=self._errors, on_skip=self._on_skip)
+        for data, start, stop in chunks_of_stream(text, special_tokens, self._chunk_bytes, pattern):
             yield offset - start, (data, start, stop)
             offset += stop - start

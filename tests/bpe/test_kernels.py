@@ -17,11 +17,12 @@ import regex
 
 from basic.bpe import loading
 from basic.bpe.arrays import bytes_array, special_token_arrays
+from basic.bpe.patterns.automaton import compile_splits
 from basic.bytes_utils import load_merges, load_vocab
 from basic.common.errors import InvalidInputError
 from basic.corpus.counting import count_pretokens
 from basic.encoding import encode_file
-from basic.pretokenization import SpecialTokens
+from basic.pretokenization import GPT2_PATTERN, SpecialTokens
 from basic.Tokenizer import Tokenizer
 from basic.tokens.flat_file import TokenFileWriter
 from basic.tokens.opening import open_tokens, read_info
@@ -296,11 +297,17 @@ def test_the_ids_do_not_depend_on_the_chunks(tmp_path, monkeypatch, pair, seed):
 def test_a_full_cache_is_emptied(pair):
     from basic.bpe.kernels.apply_merges import merges_as_arrays
     from basic.bpe.kernels.encode import PretokenEncoder
-    from basic.bpe.kernels.scan import code_classes
+    from basic.bpe.kernels.scan import pattern_tables
 
     slow = pair[1]
     merges, no_specials = merges_as_arrays(slow._rules), (*special_token_arrays([]), np.zeros(0, np.int64))
-    encoder = PretokenEncoder(code_classes(), merges, np.dtype(np.uint16), max_slots=1 << 16, max_pool=1 << 14)
+    encoder = PretokenEncoder(
+        pattern_tables(compile_splits(GPT2_PATTERN.splits)),
+        merges,
+        np.dtype(np.uint16),
+        max_slots=1 << 16,
+        max_pool=1 << 14,
+    )
     rng = random.Random(0)
     pretokens = [f" {rng.getrandbits(80):x}"[: rng.randint(2, 20)] for _ in range(60_000)]
     text = "".join(rng.choices(pretokens, k=100_000))
@@ -527,7 +534,7 @@ def test_bad_arguments(tmp_path, pair):
         fast.encode(b"bytes")
     with pytest.raises(InvalidInputError, match=r"pattern '\(' is not in the syntax of the regex package"):
         Tokenizer({}, [], pattern="(")
-    with pytest.raises(TypeError, match="pattern must be a string"):
+    with pytest.raises(TypeError, match="pattern must be a name, a regular expression or a Pattern"):
         Tokenizer({}, [], pattern=PATTERN.encode())  # ty: ignore[invalid-argument-type]
 
 

@@ -13,7 +13,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
-from basic import pretokenization
+from basic.bpe.patterns.automaton import compile_splits
+from basic.bpe.patterns.cuts import SafeCuts
 from basic.common.errors import InvalidInputError
 from basic.corpus.counting import count_pretokens
 from basic.pretokenization import (
@@ -71,8 +72,8 @@ def test_pattern_leaves_nothing_out_and_is_that_of_the_tokenizers_package():
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     spans = [span for _, span in byte_level.pre_tokenize_str(text)]
     assert GPT2_PATTERN.find(text) == [text[a:b] for a, b in spans]
-    for code in range(sys.maxunicode + 1):
-        assert regex.fullmatch(GPT2_PATTERN.splits[0], chr(code))
+    fullmatch = regex.compile(GPT2_PATTERN.splits[0]).fullmatch
+    assert all(map(fullmatch, map(chr, range(sys.maxunicode + 1))))
 
 
 def test_streams_divided_anywhere_exhaustively():
@@ -97,10 +98,7 @@ def test_streams_with_special_tokens_divided_anywhere(text, special_tokens, posi
 class CountingPattern:
     """GPT-2's pattern, which counts the searched characters: quadratic work shows without a clock."""
 
-    num_searched = 0
-
-    def __eq__(self, other):
-        return other == GPT2_PATTERN
+    splits, num_searched = GPT2_PATTERN.splits, 0
 
     def find(self, text):
         self.num_searched += len(text)
@@ -143,25 +141,23 @@ def test_surrogates(text, positions):
 # Dividing files
 
 
-def chunk_boundaries(data, special_tokens, chunk_bytes, **options):
+def chunk_boundaries(data, special_tokens, chunk_bytes, pattern=GPT2_PATTERN, **options):
     def read(start, length):
         return data[start : start + length]
 
-    return [0, *chunk_ends(read, len(data), special_tokens, chunk_bytes, **options)]
+    return [0, *chunk_ends(read, len(data), special_tokens, chunk_bytes, pattern, **options)]
 
 
 def test_safe_positions_exhaustively():
-    """A pre-token always ends before white space that follows another character."""
-    safe = regex.compile(pretokenization._SAFE_POSITION)
-    num_positions = 0
+    cuts, num_positions = SafeCuts(compile_splits(GPT2_PATTERN.splits)), 0
     for characters in itertools.product("ls1' \n!", repeat=5):
         text = "".join(characters)
         expected = GPT2_PATTERN.find(text)
-        for match in safe.finditer(text):
+        for position in cuts.positions(text):
             num_positions += 1
-            position = match.start()
             assert GPT2_PATTERN.find(text[:position]) + GPT2_PATTERN.find(text[position:]) == expected
     assert num_positions > 10_000
+    assert cuts.positions("one two, it's 3\n \n4").tolist() == [3, 7, 8, 11, 13, 15]
 
 
 @given(
@@ -339,6 +335,7 @@ COVERING = [
     r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|[^a]|a",
     r"[a-z]+(?!\d)|[^a-z]|[a-z]",
     r"\]|[^\]]",
+    r"\w++|\W",
 ]
 NOT_COVERING = [
     r"[a-z]+|[0-9]",
@@ -353,7 +350,7 @@ NOT_COVERING = [
     r"\w+|\W|",
     r"\w+x|\W",
 ]
-NOT_KNOWN = [r"(?s:.)", r"\w++|\W", r"(?i)\w|\W", "[[a]b]|[^ab]", r"(a)\1|\s|\S"]  # refused to be on the safe side
+NOT_KNOWN = [r"(?s:.)", r"(?i)\w|\W", "[[a]b]|[^ab]", r"(a)\1|\s|\S"]  # they have no automaton
 
 
 @pytest.mark.parametrize("pattern", [*COVERING, *NOT_COVERING, *NOT_KNOWN])

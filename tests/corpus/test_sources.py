@@ -29,6 +29,7 @@ from basic.corpus.sources import TextSource, read_text
 from basic.corpus.train_valid import split_text
 from basic.encoding import encode_file, encode_files
 from basic.pretokenization import (
+    GPT2_PATTERN,
     SpecialTokens,
     chunks_of_stream,
     pretokenize,
@@ -208,7 +209,7 @@ def test_a_document_with_the_separator_does_not_become_plain_text(tmp_path):
 
 
 def test_streams_are_divided_at_many_safe_positions():
-    chunks = list(chunks_of_stream(["some words " * 50] * 100, SpecialTokens([END]), 1000))
+    chunks = list(chunks_of_stream(["some words " * 50] * 100, SpecialTokens([END]), 1000, GPT2_PATTERN))
     assert len(chunks) > 40
     assert all(stop - start < 3000 for _, start, stop in chunks)
 
@@ -235,7 +236,9 @@ def test_memory_does_not_grow_with_the_text(tmp_path, suffix):
     special, read = SpecialTokens([END]), []
 
     def consume() -> None:
-        read.append(sum(stop - start for _, start, stop in chunks_of_stream(read_text(path), special, 1 << 16)))
+        read.append(
+            sum(stop - start for _, start, stop in chunks_of_stream(read_text(path), special, 1 << 16, GPT2_PATTERN))
+        )
 
     assert peak_bytes(consume) < 2_000_000
     assert read[0] >= 10_000_000
@@ -257,15 +260,15 @@ def test_kernels_are_chosen_by_the_size_of_the_decompressed_text(tmp_path, monke
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("suffix", [".txt", ".txt.zst", ".jsonl.gz"])
 def test_a_pretoken_that_is_too_long_is_refused(tmp_path, monkeypatch, kernels, suffix):
-    monkeypatch.setattr(arrays, "MAX_PRETOKEN_BYTES", 20_000)
+    monkeypatch.setattr(arrays, "MAX_PRETOKEN_BYTES", 40_000)
     tokenizer = Tokenizer({**BYTES, 256: b"aa"}, [(b"a", b"a")], [END], kernels=kernels)
     encode = partial(encode_file, tokenizer, output_path=tmp_path / "ids.bin", chunk_bytes=1000, overwrite=True)
-    encode(write(tmp_path, ["one\n" + "a" * 20_000 + " two", "three"], suffix))
-    ids = [*b"one\n", *[256] * 10_000, *b" two"]
+    encode(write(tmp_path, ["one\n" + "a" * 40_000 + " two", "three"], suffix))
+    ids = [*b"one\n", *[256] * 20_000, *b" two"]
     assert open_tokens(tmp_path / "ids.bin")[: len(ids)].tolist() == ids
-    for length in (20_001, 4_000_000):
+    for length in (40_001, 4_000_000):
         path = write(tmp_path, ["one\n" + "a" * length, "three"], suffix)
-        with pytest.raises(InvalidInputError, match=r"more than 20000 bytes, the limit.*aaaa"):
+        with pytest.raises(InvalidInputError, match=r"more than 40000 bytes, the limit.*aaaa"):
             encode(path)
     if suffix == ".txt.zst" and not kernels:  # refused before it is read
 
@@ -303,7 +306,9 @@ def test_a_long_line_is_refused_before_it_is_read(tmp_path, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_mapped_text_that_has_been_read_leaves_memory(tmp_path):
     (tmp_path / "text.txt").write_bytes(b"some words " * 3_000_000)
-    chunks = ShardChunks([entire_source(TextSource(tmp_path / "text.txt"))], SpecialTokens([]), chunk_bytes=1 << 20)
+    chunks = ShardChunks(
+        [entire_source(TextSource(tmp_path / "text.txt"))], SpecialTokens([]), GPT2_PATTERN, chunk_bytes=1 << 20
+    )
 
     def resident_kilobytes() -> int:
         maps = Path("/proc/self/smaps").read_text().split(str(tmp_path / "text.txt"))[1]

@@ -40,9 +40,9 @@ from basic.bpe.kernels.instructions import U64, kernel, store8
 from basic.bpe.kernels.scan import (
     BLOCK,
     SCRATCH_LENGTH,
+    PatternTables,
     end_of_long_pretoken,
     find_special,
-    learn_class,
     new_scratch,
     scan_block,
 )
@@ -74,15 +74,15 @@ def _find_or_add(data, start, length, key0, key1, slot, table, pool, state):
 
 
 @kernel
-def _count_pretokens(data, stop, code_classes, special_bytes, special_starts, first_bytes, table, pool, work, state):
+def _count_pretokens(data, stop, pattern, special_bytes, special_starts, first_bytes, table, pool, work, state):
     """Count the pre-tokens from state[POSITION] to `stop`; a later call continues where this one stopped.
 
     Returns:
-        DONE; FULL if the table or the pool may be too small for another block; or INVALID if a character is not UTF-8
-        or its class is unknown, with its offset in state[PROBLEM].
+        DONE; FULL if the table or the pool may be too small for another block; or INVALID if a character is not UTF-8,
+        with its offset in state[PROBLEM].
     """
     scratch, starts, keys = work
-    text, key0s, key1s, slots = scratch[0], keys[0], keys[1], keys[2]
+    text, key0s, key1s, slots = scratch[0][0], keys[0], keys[1], keys[2]
     position = state[POSITION]
     while position < stop:
         segment_stop, special = find_special(data, position, stop, special_bytes, special_starts, first_bytes)
@@ -90,12 +90,12 @@ def _count_pretokens(data, stop, code_classes, special_bytes, special_starts, fi
             state[POSITION] = position
             if (state[ENTRIES] + BLOCK) * 2 * SLOT_LENGTH > len(table) or state[POOL_USED] + _POOL_BLOCK > len(pool):
                 return FULL
-            num_pretokens, invalid = scan_block(data, position, segment_stop, code_classes, scratch, starts)
+            num_pretokens, invalid = scan_block(data, position, segment_stop, pattern, scratch, starts)
             if invalid >= 0:
                 state[PROBLEM] = position + invalid
                 return INVALID
             if num_pretokens == 0:
-                end = end_of_long_pretoken(data, position, segment_stop, code_classes)
+                end = end_of_long_pretoken(data, position, segment_stop, pattern, starts)
                 if end < 0:
                     state[PROBLEM] = -1 - end
                     return INVALID
@@ -148,12 +148,12 @@ class PretokenCounter:
     """Counts pre-tokens, for one thread.
 
     Args:
-        code_classes: of `kernels/scan.py`.
+        pattern: finds the pre-tokens; may be shared.
         specials: of `special_token_arrays`.
     """
 
-    def __init__(self, code_classes: np.ndarray, specials: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-        self._code_classes, self._specials = code_classes, specials
+    def __init__(self, pattern: PatternTables, specials: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+        self._pattern, self._specials = pattern, specials
         self._table, self._pool = new_table(1 << 14), np.zeros(1 << 12, np.uint64)
         self._state = np.zeros(STATE_LENGTH, np.int64)
         self._work = (new_scratch(), np.zeros(SCRATCH_LENGTH, np.int64), new_keys(SCRATCH_LENGTH))
@@ -169,11 +169,11 @@ class PretokenCounter:
         status = FULL
         while status != DONE:
             status = _count_pretokens(
-                data, stop, self._code_classes, *self._specials, self._table, self._pool, self._work, state
+                data, stop, self._pattern, *self._specials, self._table, self._pool, self._work, state
             )
             if status == FULL:
                 self.grow()
-            elif status == INVALID and not learn_class(self._code_classes, data, state[PROBLEM]):
+            elif status == INVALID:
                 return int(state[PROBLEM])
         return None
 

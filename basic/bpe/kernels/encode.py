@@ -46,15 +46,15 @@ from basic.bpe.kernels.instructions import U64, kernel, store8
 from basic.bpe.kernels.scan import (
     BLOCK,
     SCRATCH_LENGTH,
+    PatternTables,
     end_of_long_pretoken,
     find_special,
-    learn_class,
     new_scratch,
     scan_block,
 )
 
 # Why the kernel stops before the end: the table or its pool, the output, or the buffers for a long pre-token are too
-# small; a character is not UTF-8 or its class is unknown; or a byte has no token.
+# small; a character is not UTF-8; or a byte has no token.
 _FULL, _OUTPUT_FULL, _BUFFERS_FULL, _INVALID, _NO_TOKEN = -1, -2, -3, -4, -5
 
 # Value 1 of a slot: the size of the ids in bytes, and the offsets in the pool of the ids and of the bytes of a long
@@ -188,7 +188,7 @@ def _write_long_pretoken(data, start, length, merges, buffers, out, id_bytes, st
 
 @kernel
 def _encode(
-    data, stop, code_classes, special_data, special_starts, first_bytes, special_ids, table, pool, merge_slots,
+    data, stop, pattern, special_data, special_starts, first_bytes, special_ids, table, pool, merge_slots,
     merge_numbers, scratch, starts, keys, work, symbol_buffers, heap, out, id_bytes, state, start
 ):  # fmt: skip
     """Encode the text from `start` to `stop` to `out`; if `start` is negative, continue where the last call stopped.
@@ -212,12 +212,12 @@ def _encode(
             state[PROBLEM] = 0
             if state[WRITTEN] + _MARGIN_IDS * id_bytes > len(out):
                 return _OUTPUT_FULL
-            num_pretokens, invalid = scan_block(data, position, segment_stop, code_classes, scratch, starts)
+            num_pretokens, invalid = scan_block(data, position, segment_stop, pattern, scratch, starts)
             if invalid >= 0:
                 state[PROBLEM] = position + invalid
                 return _INVALID
             if num_pretokens == 0:
-                end = end_of_long_pretoken(data, position, segment_stop, code_classes)
+                end = end_of_long_pretoken(data, position, segment_stop, pattern, starts)
                 if end < 0:
                     state[PROBLEM] = -1 - end
                     return _INVALID
@@ -230,7 +230,7 @@ def _encode(
                     return _NO_TOKEN
                 position = end
                 continue
-            block_keys(scratch[0], starts, num_pretokens, table, keys)
+            block_keys(scratch[0][0], starts, num_pretokens, table, keys)
             written = U64(state[WRITTEN])
             for j in range(U64(num_pretokens)):
                 base = slots[j] * U64(SLOT_LENGTH)
@@ -276,7 +276,7 @@ class PretokenEncoder:
     """Encodes for one thread at a time, and caches pre-tokens.
 
     Args:
-        code_classes: of `kernels/scan.py`; may be shared.
+        pattern: finds the pre-tokens; may be shared.
         merges: may be shared.
         dtype: of the ids, uint16 or uint32.
         max_slots, max_pool: the largest size of the table in slots, and of the pool in elements.
@@ -284,14 +284,14 @@ class PretokenEncoder:
 
     def __init__(
         self,
-        code_classes: np.ndarray,
+        pattern: PatternTables,
         merges: MergeArrays,
         dtype: np.dtype,
         *,
         max_slots: int = _MAX_SLOTS,
         max_pool: int = _MAX_POOL,
     ) -> None:
-        self._code_classes, self._merges, self._dtype = code_classes, merges, dtype
+        self._pattern, self._merges, self._dtype = pattern, merges, dtype
         self._max_slots, self._max_pool = max_slots, max_pool
         # 4 MB, so that it seldom grows: with a growing table a new pre-token takes up to twice as long.
         self._table, self._pool = new_table(1 << 17), np.zeros(1 << 14, np.uint64)
@@ -325,7 +325,7 @@ class PretokenEncoder:
         buffers, begin = self._buffers, start
         while (
             status := _encode(
-                data, stop, self._code_classes, *specials, self._table, self._pool, *self._merges,
+                data, stop, self._pattern, *specials, self._table, self._pool, *self._merges,
                 *self._work, *buffers, out, id_bytes, state, begin,
             )
         ) < 0:  # fmt: skip
@@ -347,7 +347,7 @@ class PretokenEncoder:
             elif status == _NO_TOKEN:
                 self._clear()
                 raise InvalidByteError(int(state[PROBLEM]), lacks_token=True)
-            elif not learn_class(self._code_classes, data, int(state[PROBLEM])):
+            else:
                 raise InvalidByteError(int(state[PROBLEM]))
         if is_small:
             return self._small_ids[: status // id_bytes]

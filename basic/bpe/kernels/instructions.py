@@ -178,6 +178,23 @@ def count_ones(typing_context, value):
 
 
 @_instruction
+def at_least_64(typing_context, array, index, bound):
+    """A bit for each element of array[index : index + 64] (uint16): whether it is at least `bound` (uint16)."""
+
+    def generate(context, builder, signature, arguments):
+        vector, number = ir.VectorType(ir.IntType(16), 64), ir.IntType(32)
+        address = _address(context, builder, signature.args[0], *arguments[:2])
+        undefined = ir.Constant(vector, ir.Undefined)
+        first = builder.insert_element(undefined, arguments[2], ir.Constant(number, 0))
+        lanes = ir.Constant(ir.VectorType(number, 64), [0] * 64)
+        bounds = builder.shuffle_vector(first, undefined, lanes)
+        numbers = builder.load(builder.bitcast(address, vector.as_pointer()), align=2)
+        return builder.bitcast(builder.icmp_unsigned(">=", numbers, bounds), ir.IntType(64))
+
+    return types.uint64(array, types.uint64, types.uint16), generate
+
+
+@_instruction
 def smallest16(typing_context, array, index):
     """The minimum of array[index : index + 16] of an int32 array."""
 

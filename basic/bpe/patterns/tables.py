@@ -1,0 +1,77 @@
+"""The compiled form of each pattern, made once in a process and kept in a file for later ones."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import warnings
+import zipfile
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import regex
+
+from basic.bpe.patterns.automaton import Automaton, compile_splits
+from basic.bpe.patterns.parser import UnsupportedPatternError
+
+
+@cache
+def automaton_of(splits: tuple[str, ...]) -> Automaton | None:
+    """The automaton of a pattern, or None if only the `regex` package can find its pre-tokens; then with a warning.
+
+    Args:
+        splits: regular expressions, applied one after the other.
+    """
+    file = _file_of(splits)
+    if file is not None and (automaton := _read(file)) is not None:
+        return automaton
+    try:
+        automaton = compile_splits(splits)
+    except UnsupportedPatternError as error:
+        warnings.warn(
+            f"the pattern {', '.join(map(repr, splits))} has no kernels, the regex package finds its pre-tokens: there "
+            f"is {error}",
+            stacklevel=2,
+        )
+        return None
+    if file is not None:
+        _write(automaton, file)
+    return automaton
+
+
+def _file_of(splits: tuple[str, ...]) -> Path | None:
+    """The file for a pattern, named by all that the automaton depends on; None if no folder for it is known."""
+    folder = os.environ.get("NUMBA_CACHE_DIR") or Path(__file__).with_name("__pycache__")
+    if not Path(folder).is_absolute():
+        return None
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    digest = hashlib.sha256(repr((splits, regex.__version__, np.__version__)).encode())
+    for path in sources:
+        digest.update(path.read_bytes())
+    return Path(folder) / "basic_patterns" / f"{digest.hexdigest()[:24]}.npz"
+
+
+def _read(file: Path) -> Automaton | None:
+    """None if there is no complete file."""
+    try:
+        with np.load(file) as arrays:
+            start, covers = arrays["start_covers"].tolist()
+            names = ("table", "bounds", "first_codes", "class_of_range", "safe_pairs")
+            return Automaton(start=start, covers=bool(covers), **{name: arrays[name] for name in names})
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+        return None
+
+
+def _write(automaton: Automaton, file: Path) -> None:
+    """Another process may write the same file at the same time."""
+    arrays = automaton._asdict()
+    numbers = np.array([arrays.pop("start"), arrays.pop("covers")])
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as temporary:
+            np.savez(temporary, start_covers=numbers, **arrays)
+        os.chmod(temporary.name, 0o644)  # other users may share the folder
+        os.replace(temporary.name, file)
