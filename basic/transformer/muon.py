@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -129,51 +130,90 @@ class Muon(AdamW):
 
     def _update_matrices(self, updates: list[Update], group: dict[str, Any], gradient_factor: Tensor | None) -> None:
         """Update matrices of one shape; nothing waits for the device, so that a CUDA graph can be captured."""
-        parameters = [update.parameter.detach() for update in updates]
+        weights = [update.parameter.detach() for update in updates]
+        gradients = [update.gradient for update in updates]
+        copies = [update.copy.detach() for update in updates if update.copy is not None]  # of all, or of none
         states = [self.state[update.parameter] for update in updates]
-        rows, columns = parameters[0].shape
-        factor = parameters[0].new_ones(()) if gradient_factor is None else gradient_factor.to(parameters[0].dtype)
-        # 1, or 0 after a gradient that is not finite: then every factor below is such that nothing changes.
-        is_finite = factor.isfinite()
-        active = is_finite.to(factor.dtype)
+        (rows, columns), dtype = weights[0].shape, weights[0].dtype
+        factor = weights[0].new_ones(()) if gradient_factor is None else gradient_factor.to(dtype)
+        # 1, or 0 after a gradient that is not finite: then every number below is such that nothing changes.
+        active = factor.isfinite().to(dtype)
         keep = 1 - active * (1 - group["momentum"])
+        weight = factor.nan_to_num(0, 0, 0) * (1 - keep)
+        kernels: Any = _PLAIN
+        if all(update.uses_kernel for update in updates):
+            from basic.transformer.kernels import muon as kernels  # imported late: it needs Triton
 
-        gradients = torch.stack([update.gradient for update in updates])
-        gradients = torch.where(is_finite, gradients, 0).to(factor.dtype)
-        gradients *= factor.nan_to_num(0, 0, 0) * (1 - keep)
-        momenta = [state["momentum"] for state in states]
-        torch._foreach_mul_(momenta, keep)
-        torch._foreach_add_(momenta, gradients.unbind())
-        directions = gradients.addcmul_(torch.stack(momenta), keep)
-
-        orthogonal = orthogonalize(directions, polynomials(group["orthogonalization"], group["iterations"]))
-        orthogonal = orthogonal.to(factor.dtype)
+        momenta, low = [state["momentum"] for state in states], torch.bfloat16 if weights[0].is_cuda else dtype
+        directions = kernels.step_momenta(gradients, momenta, weight, keep, low)
+        updated = orthogonalize(directions, polynomials(group["orthogonalization"], group["iterations"]))
+        axis, scales = _normalized_axis(updates[0], group), None
         if group["normalization"] != "none":
-            axis = _normalized_axis(updates[0], group)
-            self._normalize(orthogonal, axis, states, active * (1 - group["normalization_beta"]))
+            scales = _normalize(updated, axis, states, active * (1 - group["normalization_beta"]))
         scale = max(1, rows / columns) ** 0.5 if group["update_scale"] == "shape" else 0.2 * max(rows, columns) ** 0.5
-
-        weights = torch.stack(parameters)
-        decayed = torch.where(orthogonal * weights >= 0, weights, 0) if group["cautious"] else weights
         rate = group["lr"] * active
-        weights = weights - orthogonal.mul_(rate * scale).addcmul_(decayed, rate * group["weight_decay"])
-        torch._foreach_copy_(parameters, weights.unbind())
-        copies = [update.copy.detach() for update in updates if update.copy is not None]
-        if copies:  # of all matrices of a stack, or of none
-            torch._foreach_copy_(copies, weights.unbind())
+        rates = rate * scale, rate * group["weight_decay"]
+        kernels.step_weights(weights, copies, updated, scales, axis, *rates, cautious=group["cautious"])
 
-    @staticmethod
-    def _normalize(matrices: Tensor, axis: int, states: Sequence[dict[str, Tensor]], weight: Tensor) -> None:
-        """Divide the rows (axis 0) or columns (1) of matrices by their running root mean squares; keep each norm."""
-        squares = matrices.square().mean(2 - axis)
-        means = torch.stack([state["mean_squares"] for state in states])
-        means.lerp_(squares, weight)
-        torch._foreach_copy_([state["mean_squares"] for state in states], means.unbind())
-        inverse = 1 / (means.sqrt() + 1e-8)
-        norms = squares.sum(1, keepdim=True)
-        new_norms = (squares * inverse.square()).sum(1, keepdim=True)
-        inverse *= (norms / (new_norms + 1e-30)).sqrt()
-        matrices *= inverse.unsqueeze(2 - axis)
+
+def step_momenta(
+    gradients: list[Tensor], momenta: list[Tensor], weight: Tensor, keep: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Update momenta in place, and return Nesterov's directions, stacked.
+
+    Args:
+        gradients, momenta: of the same shape.
+        weight: of the gradients, a scalar on their device; 0 also for those that are not finite.
+        keep: factor of the momenta, a scalar.
+        dtype: of the result.
+    """
+    stacked = torch.stack(gradients).to(momenta[0].dtype)
+    stacked = torch.where(weight != 0, stacked * weight, 0)
+    torch._foreach_mul_(momenta, keep)
+    torch._foreach_add_(momenta, stacked.unbind())
+    return stacked.addcmul_(torch.stack(momenta), keep).to(dtype)
+
+
+def step_weights(
+    weights: list[Tensor], copies: list[Tensor], updates: Tensor, scales: Tensor | None, axis: int,
+    update_rate: Tensor, decay_rate: Tensor, *, cautious: bool,
+) -> None:  # fmt: skip
+    """Subtract updates and decay from weights in place.
+
+    Args:
+        weights: of one shape.
+        copies: of the weights in another dtype, written too; or empty.
+        updates: (matrix, rows, columns).
+        scales: (matrix, rows), or (matrix, columns) if the axis is 1: factors of the updates; None for none.
+        update_rate, decay_rate: scalars on the device, factors of the updates and of the weights that decay.
+        cautious: only weights that the update moves towards 0 decay.
+    """
+    stacked, updates = torch.stack(weights), updates.to(weights[0].dtype)
+    if scales is not None:
+        updates = updates * scales.unsqueeze(2 - axis)
+    decayed = torch.where(updates * stacked >= 0, stacked, 0) if cautious else stacked
+    stacked = stacked - (updates * update_rate).addcmul_(decayed, decay_rate)
+    torch._foreach_copy_(weights, stacked.unbind())
+    if copies:
+        torch._foreach_copy_(copies, stacked.unbind())
+
+
+_PLAIN = SimpleNamespace(step_momenta=step_momenta, step_weights=step_weights)
+"""What `basic.transformer.kernels.muon` replaces on a GPU."""
+
+
+def _normalize(updates: Tensor, axis: int, states: Sequence[dict[str, Tensor]], weight: Tensor) -> Tensor:
+    """The factors that divide the rows (axis 0) or columns (1) of updates by their running root mean squares.
+
+    They keep the norm of each matrix. The running means get the weight of the new ones.
+    """
+    means = torch.stack([state["mean_squares"] for state in states])
+    squares = torch.linalg.vector_norm(updates, dim=2 - axis, dtype=means.dtype).square() / updates.shape[2 - axis]
+    means = means.lerp(squares, weight)
+    torch._foreach_copy_([state["mean_squares"] for state in states], means.unbind())
+    scales = 1 / (means.sqrt() + 1e-8)
+    new_squares = (squares * scales.square()).sum(1, keepdim=True)
+    return scales * (squares.sum(1, keepdim=True) / (new_squares + 1e-30)).sqrt()
 
 
 def _stacks(updates: list[Update]) -> Iterator[list[Update]]:
@@ -212,21 +252,17 @@ def orthogonalize(
 
     Source: Jordan et al. 2024 (Newton-Schulz); Amsel et al. 2025, "The Polar Express", algorithm 1.
     """
-    is_tall = matrices.shape[-2] > matrices.shape[-1]
-    norms = matrices.square().sum((-2, -1), keepdim=True).sqrt()
-    x = matrices / (norms * _SAFETY + 1e-20)
-    if matrices.is_cuda:
-        x = x.bfloat16()
-    if is_tall:  # X X^T is the smaller one of the two products
-        x = x.mT
-    shape = x.shape
-    x = x.reshape(-1, *shape[-2:]).contiguous()
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = x.reshape(-1, *x.shape[-2:])
+    norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    x = x / (norms * _SAFETY + 1e-20)
+    is_tall = x.shape[-2] > x.shape[-1]
     for a, b, c in coefficients:
-        products = dispatch.symmetric_product(x)
+        # X X^T or, if it is smaller, X^T X, which gives the same polynomial.
+        products = dispatch.symmetric_product(x.mT if is_tall else x)
         polynomial = dispatch.symmetric_product(products, c, products, b)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    x = x.reshape(shape)
-    return x.mT if is_tall else x
+        x = torch.baddbmm(x, x, polynomial, beta=a) if is_tall else torch.baddbmm(x, polynomial, x, beta=a)
+    return x.reshape(matrices.shape)
 
 
 @cache

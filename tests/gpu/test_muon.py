@@ -16,6 +16,7 @@ from basic.model import ModelConfig, TransformerLM
 from basic.training.settings import TrainConfig
 from basic.training.step import TrainStep, make_optimizer
 from basic.transformer.muon import orthogonalize, polynomials
+from tests.helpers import kernel_checks
 
 CUDA = torch.device("cuda")
 
@@ -31,6 +32,17 @@ def test_orthogonalization_in_bfloat16(shape, name):
     error = (result.cpu().double() - expected).norm() / expected.norm()
     print("relative error", error.item())
     assert error < 0.05
+
+
+@pytest.mark.parametrize("shape", [(8, 512, 512), (3, 512, 1344), (2, 200, 77), (1, 2048, 5632)])
+def test_symmetric_product(shape):
+    kernel_checks.check_symmetric_product(shape, torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize(("shape", "count"), [((512, 1344), 20), ((77, 3), 2), ((2048, 5632), 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_passes(shape, count, dtype):
+    kernel_checks.check_muon(shape, count, dtype, "cuda")
 
 
 def test_a_captured_step_is_the_step_without_a_graph():

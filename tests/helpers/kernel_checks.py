@@ -18,7 +18,8 @@ from basic.generation.decoder import Decoder
 from basic.generation.sampling import NO_TOKEN
 from basic.model import KVCache, ModelConfig, TransformerLM
 from basic.transformer import functional
-from basic.transformer.kernels import flash_attention, operators, rope
+from basic.transformer import muon as plain_muon
+from basic.transformer.kernels import flash_attention, muon, operators, rope
 from basic.transformer.kernels.adamw import step_parameters
 from basic.transformer.kernels.interpreter import INTERPRETED
 
@@ -219,6 +220,49 @@ def check_adamw(sizes: Sequence[int], dtype: torch.dtype, device: str) -> None:
     scalars[:, 1] = math.nan
     step_parameters(parameters, gradients, firsts, seconds, copies, scalars, 0.9, 0.95, 1e-8)
     assert all(torch.equal(a, b) for a, b in zip(before, everything, strict=True))
+
+
+def check_symmetric_product(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
+    """Also of the transposed matrices, which are not contiguous, and with an addend; the result is symmetric."""
+    torch.manual_seed(0)
+    x = torch.randn(shape, device=device).to(dtype)
+    for matrices in (x, x.mT):
+        wide = matrices.double()
+        with poisoned():
+            products = muon.symmetric_product(matrices, 1.0, None, 0.0)
+            polynomial = muon.symmetric_product(products, 0.5, products, -2.0)
+        assert_close(products, wide @ wide.mT, dtype)
+        assert torch.equal(products, products.mT)
+        assert_close(polynomial, 0.5 * products.double() @ products.double() - 2 * products.double(), dtype)
+
+
+def check_muon(shape: tuple[int, int], count: int, dtype: torch.dtype, device: str) -> None:
+    """Both passes against their plain forms, also with all scales, and after a gradient that is not finite."""
+    torch.manual_seed(0)
+    gradients, momenta, weights = ([torch.randn(shape, device=device) for _ in range(count)] for _ in range(3))
+    gradients = [gradient.to(dtype) for gradient in gradients]
+    copies = [] if dtype == torch.float32 else [torch.zeros(shape, device=device, dtype=dtype) for _ in range(count)]
+    for weight, keep in ((0.3, 0.9), (0.0, 1.0)):
+        if weight == 0:
+            gradients[0][0, 0] = math.nan
+        arguments = torch.tensor(weight, device=device), torch.tensor(keep, device=device), torch.float32
+        expected_momenta = [momentum.clone() for momentum in momenta]
+        expected = plain_muon.step_momenta(gradients, expected_momenta, *arguments)
+        with poisoned():
+            directions = muon.step_momenta(gradients, momenta, *arguments)
+        torch.testing.assert_close(directions, expected)
+        torch.testing.assert_close(momenta, expected_momenta)
+    rates = torch.tensor(0.1, device=device), torch.tensor(0.03, device=device)
+    for axis, cautious in ((None, True), (0, True), (1, False)):
+        scales = None if axis is None else torch.rand(count, shape[axis], device=device)
+        expected_weights = [weight.clone() for weight in weights]
+        arguments = directions.to(dtype), scales, axis or 0, *rates
+        plain_muon.step_weights(expected_weights, [], *arguments, cautious=cautious)
+        muon.step_weights(weights, copies, *arguments, cautious=cautious)
+        torch.testing.assert_close(weights, expected_weights)
+        for weight, low in zip(weights, copies, strict=False):
+            assert_close(low, weight, dtype)
+            assert INTERPRETED or torch.equal(low, weight.to(dtype))
 
 
 def check_registrations(dtype: torch.dtype, device: str) -> None:

@@ -65,6 +65,19 @@ def test_adamw(dtype):
     kernel_checks.check_adamw([2500, 1, 4096, 77], dtype, "cpu")
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((2, 40, 70), FLOAT32), ((1, 64, 32), FLOAT32), ((2, 33, 65), FLOAT16), ((1, 1, 3), BFLOAT16)]
+)
+def test_symmetric_product(shape, dtype):
+    kernel_checks.check_symmetric_product(shape, dtype, "cpu")
+
+
+@pytest.mark.parametrize(("shape", "count"), [((8, 12), 17), ((1, 5), 2), ((40, 60), 1)])
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16])
+def test_muon(shape, count, dtype):
+    kernel_checks.check_muon(shape, count, dtype, "cpu")
+
+
 def test_registrations():
     kernel_checks.check_registrations(FLOAT32, "cpu")
 
@@ -110,14 +123,15 @@ def test_a_step_with_a_bad_target_changes_nothing(bad_target):
         assert torch.equal(weight, before[name])
 
 
-def test_a_training_step():
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_training_step(optimizer):
     """All kernels in three steps, with half-precision copies of the matrices, against the steps without kernels."""
     config = ModelConfig(vocab_size=37, context_length=12, d_model=32, num_layers=2, num_heads=2, d_ff=48)
     torch.manual_seed(0)
     models = [TransformerLM(config)]
     models.append(copy.deepcopy(models[0]))
     before = torch.cat([parameter.detach().flatten() for parameter in models[0].parameters()])
-    settings = TrainConfig(steps=1, batch_size=2, cuda_graph=False, max_gradient_norm=0.5)
+    settings = TrainConfig(steps=1, batch_size=2, cuda_graph=False, max_gradient_norm=0.5, optimizer=optimizer)
     ids = torch.randint(37, (3, 2, 13))
     results = []
     attention_backward = flash_attention.backward
@@ -138,7 +152,7 @@ def test_a_training_step():
         assert calls == (3 * 2 * ["callback", "kernels"] if kernels else [])
         for parameter, half in step.weight_copies.items():
             torch.testing.assert_close(half, parameter.half(), rtol=1e-3, atol=1e-6)
-        steps = {int(state["step"]) for state in step.optimizer.state.values()}
+        steps = {int(state["step"]) for state in step.optimizer.state.values() if "step" in state}
         assert steps == {3}
     torch.testing.assert_close(results[0], results[1], rtol=2e-3, atol=1e-4)
     ours, plain = (torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models)

@@ -9,7 +9,7 @@ import torch
 from basic.model import ModelConfig, TransformerLM, clip_gradients
 from basic.training.loop import make_optimizer
 from basic.training.parallel.world import World
-from basic.training.settings import TrainConfig
+from basic.training.settings import MuonConfig, TrainConfig
 from basic.training.step import TrainStep, compile_segments, model_segments
 
 SIZES: dict[str, Any] = {"vocab_size": 30, "context_length": 12, "d_model": 16, "num_layers": 3, "num_heads": 4}
@@ -46,7 +46,9 @@ def test_a_step_equals_the_plain_one(shape, precision, optimizer_name):
     model = TransformerLM(ModelConfig(**SIZES, **shape))
     model.activation_dtype = precision
     plain = copy.deepcopy(model)
-    settings = TrainConfig(steps=1, batch_size=4, max_gradient_norm=0.5, optimizer=optimizer_name)
+    # Whether a weight decays changes with the sign of its update, which may be a rounding error.
+    muon = MuonConfig(cautious=False)
+    settings = TrainConfig(steps=1, batch_size=4, max_gradient_norm=0.5, optimizer=optimizer_name, muon=muon)
     optimizer, plain_optimizer = make_optimizer(model, settings), make_optimizer(plain, settings)
     step = TrainStep(model, optimizer, settings, torch.device("cpu"))
     assert len(step.weight_copies) == (
@@ -64,7 +66,9 @@ def test_a_step_equals_the_plain_one(shape, precision, optimizer_name):
         assert loss == expected
         torch.testing.assert_close(norm, expected_norm, rtol=1e-6, atol=0)
         for (name, parameter), other in zip(model.named_parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(parameter, other, rtol=1e-6, atol=1e-7, msg=name)
+            # Muon multiplies small singular values, and with them rounding errors, by up to a thousand.
+            tolerance = 1e-7 if optimizer_name == "adamw" else 1e-6
+            torch.testing.assert_close(parameter, other, rtol=1e-6, atol=tolerance, msg=name)
         assert step.loss_fn(*batch) == model.loss(*batch)  # the copies are updated too
         plain.load_state_dict(model.state_dict())
 

@@ -21,7 +21,7 @@ _MAX_TENSORS = 16
 
 
 @triton.jit
-def _select(choices, which):
+def select(choices, which):
     """choices[which] of a tuple, where `which` is known only at run time."""
     selected = choices[0]
     for i in tl.static_range(1, len(choices)):
@@ -41,10 +41,10 @@ def _step(PARAMETERS, GRADIENTS, FIRSTS, SECONDS, COPIES, SCALARS, sizes, end_pr
     learning_rate, factor = tl.load(SCALARS), tl.load(SCALARS + 1)
     first_correction, second_correction = tl.load(SCALARS + 2), tl.load(SCALARS + 3)
     decay = tl.load(SCALARS + 4)
-    PARAMETER, GRADIENT = _select(PARAMETERS, which), _select(GRADIENTS, which)
-    FIRST, SECOND, COPY = _select(FIRSTS, which), _select(SECONDS, which), _select(COPIES, which)
+    PARAMETER, GRADIENT = select(PARAMETERS, which), select(GRADIENTS, which)
+    FIRST, SECOND, COPY = select(FIRSTS, which), select(SECONDS, which), select(COPIES, which)
     # A NaN factor comes from a loss or gradient that is not finite: change nothing.
-    size = tl.where(factor == factor, _select(sizes, which), 0)
+    size = tl.where(factor == factor, select(sizes, which), 0)
     start = (program - first_program).to(tl.int64) * BLOCKS * BLOCK
     for block in range(BLOCKS):
         offsets = start + block * BLOCK + tl.arange(0, BLOCK)

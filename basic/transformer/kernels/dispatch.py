@@ -80,9 +80,13 @@ def symmetric_product(
     addend: Float[Tensor, " batch rows rows"] | None = None,
     addend_factor: float = 1.0,
 ) -> Float[Tensor, " batch rows rows"]:
-    """factor * X X^T + addend_factor * addend, for a symmetric addend."""
+    """factor * X X^T + addend_factor * addend, for a symmetric addend; the kernel computes one half of it."""
+    if operators_for(x) is not None:
+        from basic.transformer.kernels import muon  # imported late: it needs Triton
+
+        return muon.symmetric_product(x, factor, addend, addend_factor)
     if addend is None:
-        return torch.bmm(x, x.mT).mul_(factor) if factor != 1 else torch.bmm(x, x.mT)
+        return torch.bmm(x, x.mT) * factor
     return torch.baddbmm(addend, x, x.mT, beta=addend_factor, alpha=factor)
 
 
