@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -79,6 +81,28 @@ def warm_up(task: Task, cache_folder: Path | None) -> None:
         cache_folder: of the compiled kernels. A file in it records that those of this task are complete.
     """
     stamp = None if cache_folder is None else cache_folder / f"{task}.{'-'.join(sys.version.split()[:1])}"
+    if stamp is None or stamp.exists():
+        _warm_up(task, stamp)
+        return
+    with _one_process_at_a_time(stamp.with_suffix(".lock")):
+        _warm_up(task, stamp)
+
+
+@contextlib.contextmanager
+def _one_process_at_a_time(path: Path) -> Generator[None]:
+    """Of several processes that start together, one compiles, and the others wait for its result."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(path, "ab") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _warm_up(task: Task, stamp: Path | None) -> None:
     is_cached = stamp is not None and stamp.exists()
     if not is_cached:
         print(

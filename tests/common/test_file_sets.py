@@ -1,6 +1,7 @@
 """A set of files is replaced at once, whatever fails, and damage is found when it is read."""
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from basic.common.file_sets import (
     write_checksums,
 )
 from basic.common.folder_lock import LOCK_NAME
+from tests.helpers.forks import exit_status, run_in_fork
 
 resource = pytest.importorskip("resource", reason="Windows has no limit for the size of files")
 
@@ -77,34 +79,31 @@ CALLS = ("unlink", "rename", "replace", "fsync", "open")
 @pytest.mark.parametrize("first", [{}, OLD])
 def test_a_process_that_dies_at_any_system_call_leaves_one_of_the_two_sets(tmp_path, first):
     """Every call that changes the folder, or makes it durable, is in turn the last one that the process does."""
-    program = (
-        "import os, sys\n"
-        "from pathlib import Path\n"
-        "from basic.common.file_sets import atomic_set\n"
-        "remaining = int(sys.argv[2])\n"
-        "def dying(call):\n"
-        "    def counted(*arguments, **options):\n"
-        "        global remaining\n"
-        "        remaining -= 1\n"
-        "        if remaining < 0: os._exit(9)\n"
-        "        return call(*arguments, **options)\n"
-        "    return counted\n"
-        f"for name in {CALLS!r}: setattr(os, name, dying(getattr(os, name)))\n"
-        f"with atomic_set(sys.argv[1], {NAMES!r}) as paths:\n"
-        f"    for name, content in {NEW!r}.items(): paths[name].write_bytes(content)\n"
-    )
+
+    def write_and_die(folder: Path, remaining: int) -> None:
+        calls = itertools.count()
+
+        def dying(call):
+            return lambda *arguments, **options: (
+                os._exit(9) if next(calls) == remaining else call(*arguments, **options)
+            )
+
+        for name in CALLS:
+            setattr(os, name, dying(getattr(os, name)))
+        write(folder, NEW)
+
     seen = []
     for count in range(200):
         folder = tmp_path / str(count)
         folder.mkdir()
         if first:
             write(folder, first)
-        process = subprocess.run([sys.executable, "-c", program, str(folder), str(count)], check=False)
+        status = exit_status(run_in_fork(write_and_die, folder, count))
         seen.append(read_set(folder, NAMES))
         assert seen[-1] in (first, NEW), f"killed before call {count}"
         write(folder, OLD)  # the next writer clears what remains
         assert names_in(folder) == sorted([*OLD, CHECKSUMS_NAME])
-        if process.returncode == 0:
+        if status == 0:
             break
     assert len(seen) > 10
     switch = seen.index(NEW)

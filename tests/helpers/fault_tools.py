@@ -22,6 +22,7 @@ from basic.training.loop import train
 from basic.training.run_folder import checkpoint_paths
 from basic.training.settings import RunConfig, TrainConfig
 from basic.training.step import TrainStep
+from tests.helpers.forks import exit_status, run_in_fork
 
 VOCAB = 40
 TRAIN, VALID = (np.random.default_rng(seed).integers(VOCAB, size=2000).astype(np.uint16) for seed in (0, 1))
@@ -35,22 +36,8 @@ def configuration(**settings: Any) -> RunConfig:
     return RunConfig(model=model, train=TrainConfig(**settings))
 
 
-def run_in_fork(function: Any, *arguments: Any) -> int:
-    """Call a function in a fork of this process, where everything is imported already; return the fork's id."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            function(*arguments)
-            status = 0
-        finally:
-            os._exit(status)
-    return pid
-
-
-def exit_status(pid: int) -> int:
-    """Wait for a fork and return its exit status, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def checkpoint_names(run_dir: Path) -> list[str]:
+    return [path.name for path in checkpoint_paths(run_dir)]
 
 
 def last_logged_checkpoint(run_dir: Path) -> int:

@@ -12,6 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.long
 def test_kernels_in_the_interpreter():
     """In another process, because Triton chooses between compiler and interpreter when it is imported."""
     pytest.importorskip("triton", reason="Triton exists for Linux only")

@@ -3,9 +3,6 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from basic.common.files import _UNFINISHED
 from basic.encoding import encode_file, encode_files
 from basic.Tokenizer import Tokenizer
 from basic.tokens.opening import open_tokens
+from tests.helpers.forks import is_killed, kill_this_process
 from tests.project.test_scripts import REPOSITORY, files, run_script
 
 WRITTEN = REPOSITORY / "tests" / "fixtures" / "written_by_0_1_0"
@@ -121,26 +119,26 @@ def test_an_output_that_is_a_link_is_written_through():
 def test_a_killed_encoding_leaves_nothing_after_the_next_one():
     Path("a.txt").write_text("abc " * 10)
     BYTES.save("tokenizer")
-    program = (
-        "import os, sys, time; import basic.common.files as files\n"
-        "from basic.encoding import encode_file; from basic.Tokenizer import Tokenizer\n"
-        "stop = int(sys.argv[1])\n"
-        "def replace(source, target):\n"
-        "    global stop\n"
-        "    stop -= 1\n"
-        "    if stop < 0: os.kill(os.getpid(), 9)\n"
-        "    os.rename(source, target)\n"
-        "tokenizer = Tokenizer.load('tokenizer'); os.replace = replace\n"
-        "encode_file(tokenizer, 'a.txt', 'a.bin')\n"
-    )
+
+    def encode(stop: int) -> None:
+        remaining = [None] * stop
+
+        def replace(source, target):
+            if not remaining:
+                kill_this_process()
+            remaining.pop()
+            os.rename(source, target)
+
+        os.replace = replace  # in a fork of this process
+        encode_file(BYTES, "a.txt", "a.bin")
+
     for first in ("", "abc"):
         for stop in (0, 1):
             for path in (Path("a.bin"), Path("a.json")):
                 path.unlink(missing_ok=True)
             if first:
                 encode_file(BYTES, "a.txt", "a.bin")
-            killed = subprocess.run([sys.executable, "-c", program, str(stop)], check=False)
-            assert killed.returncode == -signal.SIGKILL
+            assert is_killed(encode, stop)
             assert any(path.name.endswith(".tmp") for path in Path().iterdir())
             encode_file(BYTES, "a.txt", "a.bin")
             assert sorted(path.name for path in Path().iterdir()) == ["a.bin", "a.json", "a.txt", "tokenizer"]
@@ -236,13 +234,12 @@ def test_a_killed_plot_leaves_the_earlier_picture(monkeypatch):
     plot = ("plot", str(WRITTEN / "run"), "--output", str(output), "--overwrite")
     run_script(monkeypatch, *plot)
     picture = output.read_bytes()
-    program = (
-        "import os, runpy, sys\n"
-        "os.fsync = lambda descriptor: os.kill(os.getpid(), 9)\n"
-        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    command = [sys.executable, "-c", program, str(REPOSITORY / "local" / "plot.py"), *plot[1:]]
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+
+    def plot_and_die() -> None:
+        os.fsync = kill_this_process
+        run_script(monkeypatch, *plot)
+
+    assert is_killed(plot_and_die)
     assert output.read_bytes() == picture
     assert len(list(Path().iterdir())) == 2
     run_script(monkeypatch, *plot)
@@ -264,14 +261,13 @@ def test_an_export_and_an_import_are_refused_before_the_work_and_replace_nothing
 def test_what_a_killed_script_left_is_cleared_by_the_next(script, monkeypatch):
     run = str(WRITTEN / "run")
     command = (script, run, "new") if script == "export" else (script, run, "--output", "new")
-    program = (
-        "import os, runpy, sys; import basic.common.files as files\n"
-        "files.sync_file = lambda *arguments: os.kill(os.getpid(), 9)\n"
-        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    arguments = [sys.executable, "-c", program, str(REPOSITORY / "local" / f"{script}.py"), *command[1:]]
+
+    def run_and_die() -> None:
+        monkeypatch.setattr("basic.common.files.sync_file", kill_this_process)
+        run_script(monkeypatch, *command)
+
     before = {path.name for path in Path().iterdir()}
-    assert subprocess.run(arguments, check=False).returncode == -signal.SIGKILL
+    assert is_killed(run_and_die)
     assert len({path.name for path in Path().iterdir()}) == len(before) + 1
     run_script(monkeypatch, *command)
     assert {path.name for path in Path().iterdir()} == before | {"new"}

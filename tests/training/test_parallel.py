@@ -31,6 +31,7 @@ def assert_equal_checkpoints(run_dir: Path, other_dir: Path) -> None:
     assert all(torch.equal(tensors[name], other_tensors[name]) for name in tensors)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_two_processes_train_as_one_does_and_end_when_one_is_killed(tmp_path, monkeypatch, capsys):
     names = (
