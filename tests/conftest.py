@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +29,38 @@ def typechecked(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     check, passed = beartyped(function), set()
 
-    def check_once(*args: Any, **kwargs: Any) -> Any:
-        kinds = kind_of(args), kind_of(tuple(kwargs.items()))
-        if UNKNOWN in kinds or kinds not in passed:
+    def check_once(*args: Any, **kwargs: Any) -> None:
+        kinds = kinds_of((*kwargs, *args, *kwargs.values()))
+        if kinds is None or kinds not in passed:
             check(*args, **kwargs)
             passed.add(kinds)
 
     return check_once
 
 
-UNKNOWN = "depends on the content"
+def kinds_of(values: Iterable[Any]) -> tuple[Any, ...] | None:
+    """What annotations of these values can depend on; None if it is the content of a container."""
+    kinds = []
+    for value in values:
+        kind: Any = type(value)
+        if isinstance(value, torch.Tensor):
+            kinds += kind, value.shape, value.dtype
+        elif kind is str:
+            kinds.append(value)  # which Literal compares
+        elif kind is tuple:
+            kinds.append(kinds_of(value))
+            if kinds[-1] is None:
+                return None
+        elif is_container(kind):
+            return None
+        else:
+            kinds.append(kind)
+    return tuple(kinds)
 
 
-def kind_of(value: Any) -> Any:
-    """What the annotation of a value can depend on; UNKNOWN for containers other than tuples."""
-    if isinstance(value, torch.Tensor):
-        return type(value), value.shape, value.dtype
-    if isinstance(value, tuple):
-        kinds = tuple(map(kind_of, value))
-        return UNKNOWN if UNKNOWN in kinds else kinds
-    if isinstance(value, str):
-        return value  # which Literal compares
-    return UNKNOWN if isinstance(value, Iterable) else type(value)
+@cache
+def is_container(kind: type) -> bool:
+    return issubclass(kind, Iterable)
 
 
 CHECKED_MODULES = (

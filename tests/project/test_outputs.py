@@ -129,7 +129,7 @@ def test_a_killed_encoding_leaves_nothing_after_the_next_one():
             remaining.pop()
             os.rename(source, target)
 
-        os.replace = replace  # in a fork of this process
+        os.replace = replace  # in a fork of this process  # ty: ignore[invalid-assignment]
         encode_file(BYTES, "a.txt", "a.bin")
 
     for first in ("", "abc"):
@@ -236,7 +236,7 @@ def test_a_killed_plot_leaves_the_earlier_picture(monkeypatch):
     picture = output.read_bytes()
 
     def plot_and_die() -> None:
-        os.fsync = kill_this_process
+        os.fsync = kill_this_process  # ty: ignore[invalid-assignment]
         run_script(monkeypatch, *plot)
 
     assert is_killed(plot_and_die)
