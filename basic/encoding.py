@@ -41,6 +41,7 @@ from basic.corpus.shards import (
 )
 from basic.corpus.sources import (
     Inputs,
+    SkippedLines,
     TextSource,
     check_can_be_divided,
     check_separator,
@@ -144,8 +145,8 @@ def encode_file(
     check_outputs(_token_file_outputs(output_path), inputs=sources, overwrite=replace_existing)
     shard = _entire_sources(sources, tokenizer)
     with progress_bar(progress, desc="encoding", total=total_text_bytes(shard), unit="B", unit_scale=True) as advance:
-        info, num_skipped = _write_token_file(tokenizer, encoding, shard, output_path, advance)
-    warn_of_skipped(num_skipped)
+        info, skipped = _write_token_file(tokenizer, encoding, shard, output_path, advance)
+    warn_of_skipped([skipped.as_record()])
     return info
 
 
@@ -250,7 +251,7 @@ def encode_files(
             on_finished,
         )
         folder.remove_temporary_files()
-        warn_of_skipped(folder.total("skipped", names))
+        warn_of_skipped(folder.records(names))
         return write_index(folder.path / INDEX_NAME, names)
 
 
@@ -316,10 +317,10 @@ def _kernel_encoder(tokenizer: Tokenizer, segments: Shard) -> KernelEncoder | No
 def encode_shard(tokenizer: SavedTokenizer, encoding: ShardEncoding, shard: Shard, path: str) -> Record:
     """Encode a shard into a token file. A worker can run this anywhere, and more than once."""
     advance = encoding.advance or (lambda num_bytes: None)
-    info, num_skipped = _write_token_file(tokenizer.load(), encoding, shard, path, advance)
+    info, skipped = _write_token_file(tokenizer.load(), encoding, shard, path, advance)
     return {
         "bytes": info.source_bytes,
-        "skipped": num_skipped,
+        **skipped.as_record(),
         "count": info.count,
         "file_bytes": info.count * info.dtype.itemsize,
         "sha256": info.sha256,
@@ -332,14 +333,9 @@ def _write_token_file(
     shard: Shard,
     path: str | os.PathLike,
     advance: Callable[[int], object],
-) -> tuple[TokenFileInfo, int]:
-    """Encode a shard; return the contents of the sidecar, and the number of lines or rows that were left out."""
-    num_skipped = 0
-
-    def on_skip() -> None:
-        nonlocal num_skipped
-        num_skipped += 1
-
+) -> tuple[TokenFileInfo, SkippedLines]:
+    """Encode a shard; return the contents of the sidecar, and the lines or rows that were left out."""
+    skipped = SkippedLines()
     errors, specials_as_text = encoding.errors, encoding.specials_as_text
     # The text of a file cannot be changed where it lies, so it is streamed.
     encoder = None if tokenizer.changes_text(errors) else _kernel_encoder(tokenizer, shard)
@@ -361,7 +357,7 @@ def _write_token_file(
                     tokenizer.compiled_pattern,
                     errors=errors,
                     chunk_bytes=encoding.chunk_bytes,
-                    on_skip=on_skip,
+                    on_skip=skipped,
                 )
                 try:
                     for ids, chunk_bytes in encoder.encode_chunks(
@@ -375,7 +371,7 @@ def _write_token_file(
                 continue
             for segment in segments:
                 text = read_segment(
-                    segment, special_tokens, tokenizer.compiled_pattern, errors=errors, on_read=on_read, on_skip=on_skip
+                    segment, special_tokens, tokenizer.compiled_pattern, errors=errors, on_read=on_read, on_skip=skipped
                 )
                 if separator is None:
                     batches = tokenizer.encode_stream(text, specials_as_text=specials_as_text, errors=errors)
@@ -383,4 +379,4 @@ def _write_token_file(
                     batches = tokenizer.encode_documents(text, separator, errors=errors)
                 for ids in batches:
                     writer.write(ids)
-    return writer.info, num_skipped
+    return writer.info, skipped

@@ -51,7 +51,14 @@ from basic.corpus.shards import (
     split_into_shards,
     total_text_bytes,
 )
-from basic.corpus.sources import Inputs, check_can_be_divided, check_separator, expand_inputs, warn_of_skipped
+from basic.corpus.sources import (
+    Inputs,
+    SkippedLines,
+    check_can_be_divided,
+    check_separator,
+    expand_inputs,
+    warn_of_skipped,
+)
 from basic.corpus.work_folder import Record, WorkFolder, local_executor
 from basic.pretokenization import GPT2_PATTERN, Pattern, SpecialTokens, pretokenize_stream, resolve_pattern
 
@@ -204,7 +211,7 @@ def build_count_table(
         executor = options.executor or local_executor(num_workers, len(shards), threads=threads)
         record = tree.run(counting, shards, executor, None if in_threads else advance)
         folder.remove_temporary_files()
-        warn_of_skipped(folder.total("skipped", tree.levels[0]))
+        warn_of_skipped(folder.records(tree.levels[0]))
         table = concatenate(list(read_table(folder.path / record["file"], sha256=record["sha256"])))
         return drop_rare(table, options.min_count)
 
@@ -293,11 +300,7 @@ class _MergeTree:
 
 def count_shard(counting: ShardCounting, shard: Shard, path: str) -> Record:
     """Count the pre-tokens of a shard and write their table. A worker can run this anywhere, and more than once."""
-    special_tokens, num_bytes, num_skipped = SpecialTokens(counting.special_tokens), 0, 0
-
-    def on_skip() -> None:
-        nonlocal num_skipped
-        num_skipped += 1
+    special_tokens, num_bytes, skipped = SpecialTokens(counting.special_tokens), 0, SkippedLines()
 
     def advance(amount: int) -> None:
         nonlocal num_bytes
@@ -310,7 +313,7 @@ def count_shard(counting: ShardCounting, shard: Shard, path: str) -> Record:
         tables: list[Any] = []
         # The order of the segments does not change the counts: a group for each kind of special tokens is enough.
         groups = group_by_special_tokens(sorted(shard, key=lambda segment: segment.separator or ""), special_tokens)
-        counted = (count(counting, segments, special, advance, on_skip) for segments, _, special in groups)
+        counted = (count(counting, segments, special, advance, skipped) for segments, _, special in groups)
         for index, table in enumerate(chain.from_iterable(counted)):
             if index < _TABLES_IN_MEMORY:
                 tables.append([table])
@@ -318,7 +321,7 @@ def count_shard(counting: ShardCounting, shard: Shard, path: str) -> Record:
             write_table(Path(folder) / str(index), [table])
             tables.append(read_table(Path(folder) / str(index)))
         record = write_table(path, merge_tables(tables, kernels=counting.kernels))
-        return {"bytes": num_bytes, "skipped": num_skipped, **record}
+        return {"bytes": num_bytes, **skipped.as_record(), **record}
 
 
 def merge_table_files(kernels: bool, tables: list[tuple[str, str]], path: str) -> Record:
@@ -333,7 +336,7 @@ def _count_with_kernels(
     shard: Shard,
     special_tokens: SpecialTokens,
     advance: Advance,
-    on_skip: Callable[[], object],
+    skipped: SkippedLines,
 ) -> Iterator[PretokenCounts]:
     chunks = ShardChunks(
         shard,
@@ -341,7 +344,7 @@ def _count_with_kernels(
         counting.pattern,
         errors=counting.errors,
         chunk_bytes=counting.chunk_bytes,
-        on_skip=on_skip,
+        on_skip=skipped,
     )
 
     def on_chunk_done(num_bytes: int) -> None:
@@ -384,7 +387,7 @@ def _count_plain(
     shard: Shard,
     special_tokens: SpecialTokens,
     advance: Advance,
-    on_skip: Callable[[], object],
+    skipped: SkippedLines,
 ) -> Iterator[PretokenCounts]:
     """The plain version of the kernels."""
     pattern, counts = counting.pattern, Counter[str]()
@@ -394,7 +397,7 @@ def _count_plain(
         return sorted_table(Counter({pretoken.encode(): count for pretoken, count in counts.items()}))
 
     for segment in shard:
-        text = read_segment(segment, special_tokens, pattern, errors=counting.errors, on_read=advance, on_skip=on_skip)
+        text = read_segment(segment, special_tokens, pattern, errors=counting.errors, on_read=advance, on_skip=skipped)
         for pretokens, _ in pretokenize_stream(text, special_tokens, pattern):
             counts.update(pretokens)
             if len(counts) > limit:

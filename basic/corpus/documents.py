@@ -18,33 +18,33 @@ from basic.corpus.text_formats import JSON_LINES, check_head
 from basic.pretokenization import replace_surrogates
 
 MAX_LINE_BYTES = 1 << 28  # of JSON lines; a line needs several times its size in memory
+MAX_BAD_LINES_AT_START = 1000
 _ROWS_AT_A_TIME = 256
 
 
 class BadLines:
     """What happens to lines or rows that have no text: the first one raises its error, or they are left out.
 
-    It is an error in any case if no line has a text: then the field is a wrong one.
+    If a source begins with a thousand of them and nothing else, that is an error too: the field is probably wrong.
 
     Args:
-        on_skip: called for each that is left out; None raises the error.
+        on_skip: called with the error of each that is left out; None raises the error.
+
+    Attributes:
+        has_documents: whether the source has a line or a row with a text; readers set it.
     """
 
-    def __init__(self, on_skip: Callable[[], object] | None) -> None:
-        self._on_skip = on_skip
-        self._first: InvalidInputError | None = None
+    def __init__(self, on_skip: Callable[[InvalidInputError], object] | None) -> None:
+        self._on_skip, self._num_skipped, self.has_documents = on_skip, 0, False
 
     def add(self, error: InvalidInputError) -> None:
-        """Raise the error of a line, or count it."""
+        """Raise the error of a line, or leave the line out."""
         if self._on_skip is None:
             raise error
-        self._first = self._first or error
-        self._on_skip()
-
-    def check(self, num_documents: int) -> None:
-        """Raise InvalidInputError if there are such lines, and no documents."""
-        if self._first is not None and num_documents == 0:
-            raise InvalidInputError(f"no line or row has a text; the first one: {self._first}")
+        self._num_skipped += 1
+        if self._num_skipped == MAX_BAD_LINES_AT_START and not self.has_documents:
+            raise InvalidInputError(f"none of the first {self._num_skipped:,} lines or rows has a text: {error}")
+        self._on_skip(error)
 
 
 def read_json_lines(file: ContentReader, field: str, suffix: str, *, errors: str, bad_lines: BadLines) -> Iterator[str]:
@@ -58,10 +58,10 @@ def read_json_lines(file: ContentReader, field: str, suffix: str, *, errors: str
         bad_lines: what happens to a line that is too long or no JSON object with a string under the field.
 
     Raises:
-        InvalidInputError: a line is bad, or all of them are, or the file holds something else.
+        InvalidInputError: a line is bad (see `BadLines`), or the file holds something else.
         DamagedFileError: the file is damaged.
     """
-    num_documents, remedy = 0, ""
+    remedy = ""
     if suffix == ".json":
         remedy = "; a .json file must have one object a line (`jq -c` writes such lines); plain text is named .txt"
     elif suffix not in JSON_LINES.suffixes:
@@ -75,9 +75,8 @@ def read_json_lines(file: ContentReader, field: str, suffix: str, *, errors: str
         except InvalidInputError as error:
             bad_lines.add(error)
         else:
-            num_documents += 1
+            bad_lines.has_documents = True
             yield document
-    bad_lines.check(num_documents)
 
 
 def _read_lines(file: ContentReader, bad_lines: BadLines) -> Iterator[tuple[int, int, bytes]]:
@@ -161,7 +160,7 @@ def read_parquet(file: Any, name: str, field: str, *, errors: str, bad_lines: Ba
         bad_lines: what happens to a row without a text.
 
     Raises:
-        InvalidInputError: pyarrow is not installed, no column of texts has this name, or a row is bad, or all are.
+        InvalidInputError: pyarrow is not installed, no column of texts has this name, or a row is bad.
         DamagedFileError: the file is not a Parquet table.
     """
     try:
@@ -174,7 +173,7 @@ def read_parquet(file: Any, name: str, field: str, *, errors: str, bad_lines: Ba
     try:
         table = pyarrow.parquet.ParquetFile(file)
         path = _column_path(table.schema_arrow, field, name)
-        number = num_documents = 0
+        number = 0
         for batch in table.iter_batches(_ROWS_AT_A_TIME, columns=[".".join(path)], use_threads=False):
             column = batch.column(path[0])
             for key in path[1:]:
@@ -186,9 +185,8 @@ def read_parquet(file: Any, name: str, field: str, *, errors: str, bad_lines: Ba
                 except InvalidInputError as error:
                     bad_lines.add(error)
                 else:
-                    num_documents += 1
+                    bad_lines.has_documents = True
                     yield document
-        bad_lines.check(num_documents)
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk or the network

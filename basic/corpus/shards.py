@@ -192,14 +192,14 @@ def read_segment(
     *,
     errors: str = "strict",
     on_read: Callable[[int], object] = lambda num_bytes: None,
-    on_skip: Callable[[], object] = lambda: None,
+    on_skip: Callable[[InvalidInputError], object] = lambda error: None,
 ) -> Iterator[str]:
     """Stream the text of a segment; the strings may end anywhere. See `basic.corpus.sources.read_text_with_marks`.
 
     Args:
         special_tokens, pattern: decide which positions are safe.
         on_read: called with the number of bytes of each block before it is decoded.
-        on_skip: called for each line or row that is left out.
+        on_skip: called with the error of each line or row that is left out.
     """
 
     def counted(blocks: Iterable[T], num_bytes: Callable[[T], int]) -> Iterator[T]:
@@ -234,7 +234,7 @@ class ShardChunks:
     Args:
         errors: for bytes that are not UTF-8 in a stream: "strict" or "replace". Mapped bytes are not decoded here.
         chunk_bytes: the approximate size of a chunk.
-        on_skip: called for each line or row that is left out.
+        on_skip: called with the error of each line or row that is left out.
     """
 
     def __init__(
@@ -245,7 +245,7 @@ class ShardChunks:
         *,
         errors: str = "strict",
         chunk_bytes: int = KERNEL_CHUNK_BYTES,
-        on_skip: Callable[[], object] = lambda: None,
+        on_skip: Callable[[InvalidInputError], object] = lambda error: None,
     ) -> None:
         self._shard, self._special_tokens, self._pattern = shard, special_tokens, pattern
         self._on_skip = on_skip

@@ -19,7 +19,7 @@ import os
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -301,13 +301,27 @@ def check_can_be_divided(inputs: Inputs) -> None:
             )
 
 
-def warn_of_skipped(num_skipped: int) -> None:
-    """Report how many lines or rows were left out because `on_bad_line` is "skip"."""
-    if num_skipped:
-        warnings.warn(
-            f"lines or rows skipped: {num_skipped:,} (malformed, or without a text under the field)",
-            stacklevel=3,
-        )
+class SkippedLines:
+    """The lines and rows that were left out because `on_bad_line` is "skip"; a call adds one."""
+
+    def __init__(self) -> None:
+        self._record: dict[str, Any] = {"skipped": 0}
+
+    def __call__(self, error: InvalidInputError) -> None:
+        self._record.setdefault("first_skipped", str(error))
+        self._record["skipped"] += 1
+
+    def as_record(self) -> dict[str, Any]:
+        """Their number and the message of the first one, as JSON values."""
+        return dict(self._record)
+
+
+def warn_of_skipped(records: Iterable[Mapping[str, Any]]) -> None:
+    """Report all lines and rows that were left out, from the records of `SkippedLines`."""
+    records = [record for record in records if record.get("skipped")]
+    if records:
+        num_skipped = sum(record["skipped"] for record in records)
+        warnings.warn(f"lines or rows skipped: {num_skipped:,}; the first: {records[0]['first_skipped']}", stacklevel=3)
 
 
 def check_separator(source: TextSource, special_tokens: Collection[str]) -> None:
@@ -327,7 +341,7 @@ def read_text_with_marks(
     path: str | os.PathLike | Iterator[str],
     *,
     errors: str = "strict",
-    on_skip: Callable[[], object] = lambda: None,
+    on_skip: Callable[[InvalidInputError], object] = lambda error: None,
 ) -> Iterator[str]:
     """Stream the text of a source, in strings that may end anywhere; newlines are not translated.
 
@@ -337,7 +351,7 @@ def read_text_with_marks(
     Args:
         path: a path, a URL, an iterator or a `TextSource`.
         errors: for bytes that are not UTF-8: "strict" raises, "replace" reads U+FFFD.
-        on_skip: called for each line or row that is left out.
+        on_skip: called with the error of each line or row that is left out.
 
     Raises:
         InvalidInputError: the file holds no text, the text is not UTF-8 (the message names the byte offset), or a line

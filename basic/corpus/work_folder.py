@@ -206,9 +206,9 @@ class WorkFolder:
         """Return how many bytes of text the finished tasks among these names have processed."""
         return sum(record.get("bytes", 0) for record in map(self.finished_record, names) if record is not None)
 
-    def total(self, key: str, names: Iterable[str]) -> int:
-        """Return the sum of a number in the records of the tasks with these names, also if their files are merged."""
-        return sum(self._records.get(name, {}).get(key, 0) for name in names)
+    def records(self, names: Iterable[str]) -> list[Record]:
+        """Return the records of the finished tasks among these names, also if their files have been merged."""
+        return [self._records[name] for name in names if name in self._records]
 
     def run(
         self,

@@ -186,7 +186,8 @@ def test_lines_without_a_text_are_skipped_and_counted(tmp_path, kernels):
     tokenizer = Tokenizer(BYTES, [], [END], kernels=kernels)
     for name, num_skipped in ((path, NUM_BAD), (table, 2), ([path, table, path], 2 * NUM_BAD + 2)):
         inputs = [TextSource(each, on_bad_line="skip") for each in (name if isinstance(name, list) else [name])]
-        message = rf"^lines or rows skipped: {num_skipped} \("
+        first = "row 2' has no text" if name == table else r"line 2' \(from byte offset 21 on\) is not JSON"
+        message = rf"^lines or rows skipped: {num_skipped}; the first: .*{first}"
         with pytest.warns(UserWarning, match=message):
             counts = count_pretokens(inputs, SpecialTokens([END]), kernels=kernels, shard_bytes=1, fan_in=2)
         assert counts == {b"good": 2 * len(inputs), b" one": 2 * len(inputs)}
@@ -209,12 +210,23 @@ def test_nothing_is_said_of_no_lines(tmp_path):
         count_pretokens(TextSource(path, on_bad_line="skip"), SpecialTokens([END]))
 
 
-def test_a_field_that_no_line_has_is_an_error_in_any_case(tmp_path):
-    for path in (write_bad_lines(tmp_path / "a.jsonl"), write_parquet(tmp_path / "a.parquet", {"wrong": [None, None]})):
-        with pytest.raises(InvalidInputError, match=r"(no line or row has a text; .*line 1' .*|has no column 'wrng')"):
-            texts_of(TextSource(path, field="wrng", on_bad_line="skip"))
-    (tmp_path / "empty.jsonl").write_bytes(b"\n\n")
-    assert texts_of(TextSource(tmp_path / "empty.jsonl", on_bad_line="skip")) == ""
+def test_a_wrong_field_is_found_although_lines_are_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr("basic.corpus.documents.MAX_BAD_LINES_AT_START", 6)
+    path = write_bad_lines(tmp_path / "a.jsonl")
+    table = write_parquet(tmp_path / "a.parquet", {"text": pyarrow.array([None] * 6, pyarrow.string())})
+    assert texts_of(TextSource(path, on_bad_line="skip")) == f"good one{END}good one"
+    for source, message in [
+        (
+            TextSource(path, field="wrong", on_bad_line="skip"),
+            r"none of the first 6 lines or rows has a text: .*line 7",
+        ),
+        (TextSource(table, on_bad_line="skip"), "none of the first 6 lines or rows has a text: .*row 6"),
+        (TextSource(table, field="wrong", on_bad_line="skip"), "has no column 'wrong'"),
+    ]:
+        with pytest.raises(InvalidInputError, match=message):
+            texts_of(source)
+    few = write_json_lines(tmp_path / "few.jsonl", [{"wrong": "a"}] * 5)  # one bad file of many ends nothing
+    assert texts_of(TextSource(few, on_bad_line="skip")) == ""
 
 
 def test_a_long_line_is_skipped(tmp_path, monkeypatch):
@@ -223,7 +235,7 @@ def test_a_long_line_is_skipped(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl.gz"
     lines = [GOOD, '{"text": "' + "a" * 100 + '"}', GOOD, '{"text": "' + "a" * 100]
     path.write_bytes(gzip.compress("\n".join(lines).encode()))
-    with pytest.warns(UserWarning, match="^lines or rows skipped: 2 "):
+    with pytest.warns(UserWarning, match="^lines or rows skipped: 2; .* is longer than 30"):
         encode_file(Tokenizer(BYTES, [], [END]), TextSource(path, on_bad_line="skip"), tmp_path / "ids.bin")
     assert open_tokens(tmp_path / "ids.bin").tolist() == [*b"good one", 256, *b"good one"]
     with pytest.raises(InvalidInputError, match=r"line 2 \(from byte offset 21 on\) is longer than 30 bytes"):
@@ -363,7 +375,7 @@ def test_scripts_with_standard_input_and_options(tmp_path, monkeypatch, capsys):
     set_standard_input(monkeypatch, content)
     reading = ["--field", "data.text", "--on-bad-line", "skip", "--errors", "replace"]
     settings = ["--vocab-size", "262", "--num-workers", "1", "--max-token-bytes", "3"]
-    with pytest.warns(UserWarning, match="^lines or rows skipped: 1 "):
+    with pytest.warns(UserWarning, match="^lines or rows skipped: 1; .* is not JSON"):
         run_script(monkeypatch, "train_bpe", "-", "--output", tmp_path / "first", *settings, *reading)
     assert "262 (5 merges)" in capsys.readouterr().out
     first = Tokenizer.load(tmp_path / "first")
@@ -382,7 +394,7 @@ def test_scripts_with_standard_input_and_options(tmp_path, monkeypatch, capsys):
         run_script(monkeypatch, "train_bpe", *arguments, *settings, "--vocab-size", "100", "--overwrite")
 
     set_standard_input(monkeypatch, content)
-    with pytest.warns(UserWarning, match="^lines or rows skipped: 1 "):
+    with pytest.warns(UserWarning, match="^lines or rows skipped: 1; .* is not JSON"):
         run_script(monkeypatch, "encode", "-", tmp_path / "ids.bin", "--tokenizer", tmp_path / "second", *reading)
     expected = END.join([*(f"low lower {i}" for i in range(20)), "\ufffd"])
     assert second.decode(open_tokens(tmp_path / "ids.bin")) == expected
