@@ -21,7 +21,7 @@ from pathlib import Path
 from basic.bpe.arrays import InvalidByteError
 from basic.bpe.compiled import KernelEncoder
 from basic.bpe.loading import MIN_BYTES_FOR_KERNELS
-from basic.common.arguments import check_errors_option
+from basic.common.arguments import check_errors_option, check_integer
 from basic.common.errors import DamagedFileError, InvalidInputError, WrongTokenizerError
 from basic.common.files import is_unfinished
 from basic.common.outputs import Output, check_outputs
@@ -192,7 +192,7 @@ def encode_files(
     output = Path(output)
     num_workers = default_num_workers() if num_workers is None else num_workers
     for name, value in [("num_workers", num_workers), ("shard_bytes", shard_bytes)]:
-        if value < 1:
+        if check_integer(name, value) < 1:
             raise InvalidInputError(f"{name}={value} must be at least 1")
     if output.suffix == ".bin":
         raise InvalidInputError(

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 from torch.nn.init import trunc_normal_
 
-from basic.common.arguments import check_integer
-from basic.common.config_files import check_choices
+from basic.common.arguments import check_integer, check_number, check_size, check_type
+from basic.common.config_files import check_fields
 from basic.common.errors import InvalidConfigError, InvalidInputError
 from basic.transformer.functional import check_ids, linear, rms_norm, rope_tables, rotate_pairs, silu, take_rows
 from basic.transformer.functional import cross_entropy as cross_entropy
@@ -37,6 +37,7 @@ class ModelConfig:
     """The architecture of a language model, with the assignment's ablations.
 
     Raises:
+        TypeError: a setting has another type.
         InvalidConfigError: a size is not positive, `num_heads` does not divide `d_model`, `num_kv_heads` does not
             divide `num_heads`, or the head size is odd with RoPE.
     """
@@ -70,10 +71,8 @@ class ModelConfig:
     """Whether the output layer uses the embedding's matrix."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         sizes = ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "d_ff")
-        for name in (*sizes, "num_kv_heads"):
-            if (size := getattr(self, name)) is not None:
-                object.__setattr__(self, name, check_integer(name, size))
         if self.d_ff is None:
             # Three matrices of 8/3 d_model features have as many parameters as two of 4 d_model.
             d_ff = 4 * self.d_model if self.ffn == "silu" else max(64, round(self.d_model * 8 / 3 / 64) * 64)
@@ -91,7 +90,6 @@ class ModelConfig:
             raise InvalidConfigError(f"rope_theta must be a number > 0, got {self.rope_theta}")
         if not self.norm_eps >= 0:
             raise InvalidConfigError(f"norm_eps must be a number >= 0, got {self.norm_eps}")
-        check_choices(self)
 
     def __repr__(self) -> str:
         changed = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
@@ -118,6 +116,7 @@ class Linear(Module):
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__()
+        d_in, d_out = check_size("d_in", d_in), check_size("d_out", d_out)
         self.weight = Parameter(torch.empty(d_out, d_in))
         std = (2 / (d_in + d_out)) ** 0.5
         trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
@@ -139,7 +138,7 @@ class Embedding(Module):
 
     def __init__(self, vocab_size: int, d_model: int, *, std: float = 1.0):
         super().__init__()
-        self.weight = Parameter(torch.empty(vocab_size, d_model))
+        self.weight = Parameter(torch.empty(check_size("vocab_size", vocab_size), check_size("d_model", d_model)))
         trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
 
     def forward(self, token_ids: Int[Tensor, " ..."]) -> Float[Tensor, " ... d_model"]:
@@ -157,8 +156,8 @@ class RMSNorm(Module):
 
     def __init__(self, d_model: int, eps: float = 1e-5):
         super().__init__()
-        self.eps = eps
-        self.weight = Parameter(torch.ones(d_model))
+        self.eps = check_number("eps", eps)
+        self.weight = Parameter(torch.ones(check_size("d_model", d_model)))
 
     def forward(self, x: Float[Tensor, " ... d_model"]) -> Float[Tensor, " ... d_model"]:
         return rms_norm(x, self.weight, self.eps)
@@ -180,11 +179,15 @@ class RotaryPositionalEmbedding(Module):
         max_seq_len: positions are 0 .. max_seq_len - 1.
 
     Raises:
-        InvalidInputError: `d_k` is odd.
+        TypeError: a size is not an integer.
+        InvalidInputError: `d_k` is odd, or an argument is out of its range.
     """
 
     def __init__(self, theta: float, d_k: int, max_seq_len: int):
         super().__init__()
+        d_k, max_seq_len = check_size("d_k", d_k), check_size("max_seq_len", max_seq_len)
+        if not check_number("theta", theta) > 0:
+            raise InvalidInputError(f"theta must be a number > 0, got {theta}")
         if d_k % 2:
             raise InvalidInputError(f"RoPE rotates pairs of features, so d_k must be even, got {d_k}")
         self.theta, self.d_k, self.max_seq_len = theta, d_k, max_seq_len
@@ -314,6 +317,8 @@ class MultiHeadSelfAttention(Module):
     ):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        d_model, num_heads = check_size("d_model", d_model), check_size("num_heads", num_heads)
+        num_kv_heads = check_integer("num_kv_heads", num_kv_heads)
         _check_heads(d_model, num_heads, num_kv_heads)
         kv_features = num_kv_heads * (d_model // num_heads)
         self.num_heads, self.rope = num_heads, rope
@@ -418,6 +423,7 @@ class TransformerLM(Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        check_type("config", config, ModelConfig, "such as that of load_run, or ModelConfig(vocab_size=...)")
         self.config = config
         self.activation_dtype: torch.dtype | None = None
         """Dtype of the activations between embedding and loss; None for that of the weights."""

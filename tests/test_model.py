@@ -629,7 +629,7 @@ def test_default_feed_forward_size(d_model: int, ffn: Any, d_ff: int) -> None:
         ({"context_length": 0}, "context_length must be at least 1, got 0"),
         ({"d_ff": 0}, "d_ff must be at least 1, got 0"),
         ({"rope_theta": 0.0}, "rope_theta must be a number > 0, got 0"),
-        ({"rope_theta": math.nan}, "rope_theta must be a number > 0, got nan"),
+        ({"rope_theta": math.nan}, "rope_theta must be a finite number, got nan"),
         ({"norm_eps": -1e-5}, "norm_eps must be a number >= 0, got -1e-05"),
     ],
     ids=str,

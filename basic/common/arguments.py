@@ -5,6 +5,7 @@ Tensors are recognised by their attributes, because text to tokens never imports
 
 from __future__ import annotations
 
+import numbers
 import operator
 from collections.abc import Iterable, Mapping, Set
 from typing import Any
@@ -25,7 +26,36 @@ def check_integer(name: str, value: Any) -> int:
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer, got {_describe(value)}") from None
+        raise TypeError(f"{name} must be an integer, got {describe(value)}") from None
+
+
+def check_size(name: str, value: Any) -> int:
+    """Return a size as an int.
+
+    Raises:
+        TypeError: it is not an integer.
+        InvalidInputError: it is less than 1.
+    """
+    if (size := check_integer(name, value)) < 1:
+        raise InvalidInputError(f"{name} must be at least 1, got {size}")
+    return size
+
+
+def check_number(name: str, value: Any) -> float:
+    """Return a number as a float; NumPy's numbers are numbers too.
+
+    Raises:
+        TypeError: it is none. A bool is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    return float(value)
+
+
+def check_type(name: str, value: Any, expected: type, remedy: str) -> None:
+    """Raise a TypeError, with what to do, unless an argument is an instance of a class."""
+    if not isinstance(value, expected):
+        raise TypeError(f"{name} must be a {expected.__name__}, got {describe(value)}; {remedy}")
 
 
 def check_errors_option(errors: str) -> None:
@@ -43,7 +73,7 @@ def check_text_list(name: str, texts: Iterable[str]) -> list[str]:
     if isinstance(texts, str | bytes):
         raise TypeError(f"{name} must be a list of strings, got one: {texts!r:.40}; write [{texts!r:.40}]")
     if not isinstance(texts, Iterable):
-        raise TypeError(f"{name} must be a list of strings, got {_describe(texts)}")
+        raise TypeError(f"{name} must be a list of strings, got {describe(texts)}")
     return list(texts)
 
 
@@ -66,7 +96,7 @@ def id_list(name: str, ids: Any) -> list[int]:
         return ids.tolist()
     if isinstance(ids, str | bytes | bytearray | Mapping | Set) or not isinstance(ids, Iterable):
         remedy = f"; write [{ids}]" if isinstance(ids, int | np.integer) else ""
-        raise TypeError(f"{name} must be a list, an array or a tensor of token ids, got {_describe(ids)}{remedy}")
+        raise TypeError(f"{name} must be a list, an array or a tensor of token ids, got {describe(ids)}{remedy}")
     return [check_integer(f"{name}[{position}]", token_id) for position, token_id in enumerate(ids)]
 
 
@@ -84,7 +114,7 @@ def id_array(name: str, ids: Any) -> Any:
         return np.array(id_list(name, ids), np.int64)
     if not all(hasattr(ids, attribute) for attribute in ("ndim", "dtype", "shape", "__getitem__")):
         raise TypeError(
-            f"{name} must be an array of token ids, got {_describe(ids)}; a token file is opened by "
+            f"{name} must be an array of token ids, got {describe(ids)}; a token file is opened by "
             "basic.tokens.opening.open_tokens"
         )
     _check_array(name, ids)
@@ -104,5 +134,6 @@ def _is_tensor(value: Any) -> bool:
     return hasattr(value, "detach") and hasattr(value, "dtype")
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """The type and the value of a wrong argument, for a message."""
     return f"{type(value).__name__}: {value!r:.80}"

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+import numbers
 import os
 import tomllib
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from basic.common.arguments import check_integer, check_number, describe
 from basic.common.errors import InvalidConfigError
 from basic.common.files import atomic_write, decode_utf8
 
@@ -83,7 +87,7 @@ def from_table(cls: type[T], table: dict[str, Any], prefix: str = "") -> T:
     for key in table:
         if key not in fields:
             raise InvalidConfigError(f"unknown key {prefix + key!r}; the keys here are {', '.join(fields)}")
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     values = {}
     for name, field in fields.items():
         if name in table:
@@ -96,16 +100,59 @@ def from_table(cls: type[T], table: dict[str, Any], prefix: str = "") -> T:
         raise InvalidConfigError(str(error)) from error
 
 
-def check_choices(config: Any) -> None:
-    """Check the settings of a dataclass that are annotated with a Literal.
+def check_fields(config: Any, *, may_be_infinite: Collection[str] = ()) -> None:
+    """Check the values of a dataclass against the annotations of its fields, in its `__post_init__`.
+
+    Other types that mean the same, such as NumPy's numbers, a path for a string and a list for a tuple, are converted,
+    so that the configuration can be saved.
+
+    Args:
+        may_be_infinite: names of fields whose number may be infinite; no number may be NaN.
 
     Raises:
-        InvalidConfigError: a value is none of those that the annotation lists.
+        TypeError: a value has another type.
+        InvalidConfigError: a value is none of the choices that a Literal lists, or a number is not finite.
     """
-    for name, hint in get_type_hints(type(config)).items():
-        value, choices = getattr(config, name), get_args(hint)
-        if get_origin(hint) is Literal and value not in choices:
-            raise InvalidConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    hints = _hints(type(config))
+    for name in (field.name for field in dataclasses.fields(config)):
+        value = _checked(hints[name], getattr(config, name), name)
+        if isinstance(value, float) and not (math.isfinite(value) or (name in may_be_infinite and value > 0)):
+            raise InvalidConfigError(f"{name} must be a finite number, got {value}")
+        object.__setattr__(config, name, value)
+
+
+def _checked(hint: Any, value: Any, name: str) -> Any:
+    """Check a value of Python and convert it to the type of its field."""
+    options = _options(hint)
+    for option in options:
+        if option is int and options == (int,):
+            return check_integer(name, value)
+        if option is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+            return int(value)
+        if option is float and (options == (float,) or isinstance(value, numbers.Real)):
+            return check_number(name, value)
+        if option is str and isinstance(value, os.PathLike):
+            return os.fspath(value)
+        if get_origin(option) is Literal:
+            if any(value is choice or (isinstance(value, str) and value == choice) for choice in get_args(option)):
+                return value
+            raise InvalidConfigError(f"{name} must be one of {', '.join(get_args(option))}, got {value!r}")
+        if get_origin(option) is tuple and isinstance(value, tuple | list):
+            return tuple(_checked(get_args(option)[0], item, f"{name}[{index}]") for index, item in enumerate(value))
+        if isinstance(option, type) and option not in (int, float) and isinstance(value, option):
+            return value
+    allowed = " or ".join(_describe(option) for option in options if option is not type(None))
+    raise TypeError(f"{name} must be {allowed}, got {describe(value)}")
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The types of a union; of another annotation, itself."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
@@ -118,7 +165,7 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         return from_table(hint, value, name + ".")
     if get_origin(hint) is tuple and isinstance(value, list):  # tuple[item, ...] is a list in TOML
         return tuple(_convert(get_args(hint)[0], item, f"{name}[{index}]") for index, item in enumerate(value))
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    options = _options(hint)
     for option in options:
         if get_origin(option) is Literal and value in get_args(option):
             return value
@@ -138,4 +185,5 @@ def _describe(option: Any) -> str:
         return "a table with the keys " + ", ".join(field.name for field in dataclasses.fields(option))
     if get_origin(option) is tuple:
         return f"a list, each item {_describe(get_args(option)[0])}"
-    return {int: "an integer", float: "a number", bool: "true or false", str: "a string in quotes"}[option]
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string in quotes"}
+    return names.get(option, f"a {option.__name__}")

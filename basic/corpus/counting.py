@@ -26,6 +26,7 @@ from basic.bpe import compiled, loading
 from basic.bpe.arrays import Chunk, InvalidByteError, PretokenCounts, bytes_array
 from basic.bpe.patterns.tables import automaton_of
 from basic.common.arguments import check_errors_option
+from basic.common.config_files import check_fields
 from basic.common.errors import InvalidInputError
 from basic.common.progress import default_num_workers, progress_bar
 from basic.corpus.count_tables import (
@@ -77,6 +78,7 @@ class CountingOptions:
     The counts depend only on `errors`, and only those of text that is not UTF-8; `min_count` filters them.
 
     Raises:
+        TypeError: an option has another type.
         InvalidInputError: a number is less than 1, or `errors` has another value.
     """
 
@@ -106,6 +108,7 @@ class CountingOptions:
     """The number of tables that are merged at a time."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("num_workers", "shard_bytes", "min_count", "chunk_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -29,6 +29,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from basic.bytes_utils import decode_blocks
+from basic.common.arguments import describe
 from basic.common.errors import InvalidInputError
 from basic.corpus.documents import BadLines, read_json_lines, read_parquet
 from basic.corpus.files import (
@@ -234,6 +235,7 @@ def expand_inputs(inputs: Inputs) -> list[TextSource]:
         inputs: paths, globs, URLs, "-" or `TextSource`s; or one iterator, whose strings are documents.
 
     Raises:
+        TypeError: an input is no path.
         InvalidInputError: no input is given, or one holds no text, as its name or its first bytes say.
         DamagedFileError: a compressed file is incomplete or damaged.
         FileNotFoundError: no file matches a glob.
@@ -264,12 +266,18 @@ def expand_inputs(inputs: Inputs) -> list[TextSource]:
 
 
 def _as_sources(inputs: Inputs) -> list[TextSource]:
+    if not isinstance(inputs, str | os.PathLike | Iterable) or isinstance(inputs, bytes):
+        raise TypeError(f"inputs must be a path, or a list of paths, got {describe(inputs)}")
     return list(map(as_source, [inputs] if isinstance(inputs, str | os.PathLike | Iterator) else inputs))
 
 
 def as_source(path: str | os.PathLike | Iterator[str]) -> TextSource:
     """Return a path or an iterator as a source; a source is returned as it is."""
-    return path if isinstance(path, TextSource) else TextSource(path)
+    if isinstance(path, TextSource):
+        return path
+    if not isinstance(path, str | os.PathLike | Iterator):
+        raise TypeError(f"an input must be a path, a URL or a TextSource, got {describe(path)}")
+    return TextSource(path)
 
 
 def with_known_content(source: TextSource) -> TextSource:

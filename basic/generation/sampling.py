@@ -12,6 +12,7 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from basic.common.arguments import check_integer, id_list
+from basic.common.config_files import check_fields
 from basic.common.errors import InvalidInputError, WrongTokenizerError
 from basic.model import KVCache, TransformerLM
 from basic.transformer.functional import at_least_float32, softmax
@@ -53,12 +54,7 @@ class Sampling:
     """Makes the draws repeatable; None for different draws each time."""
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p"):
-            if not isinstance(value := getattr(self, name), int | float | None):
-                raise TypeError(f"{name} must be a number, got {value!r}")
-        for name in ("top_k", "seed"):
-            if (value := getattr(self, name)) is not None:
-                check_integer(name, value)
+        check_fields(self)
         if not 0 <= self.temperature < float("inf"):
             raise InvalidInputError(
                 f"temperature must be a number >= 0 (0 takes the likeliest token), got {self.temperature}"

@@ -18,6 +18,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from basic.common.arguments import check_integer
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.common.files import atomic_paths, sha256_of_file, with_checksum
 from basic.tokens.foreign_files import check_header, check_ids
@@ -59,7 +60,7 @@ class TokenFileWriter:
         self.path = Path(path)
         if self.path.suffix == ".npy":
             raise InvalidInputError(f"{path}: a token file has no .npy header; name it *.bin")
-        self.vocab_size = int(vocab_size)
+        self.vocab_size = check_integer("vocab_size", vocab_size)
         self.dtype = token_dtype(vocab_size)
         self.tokenizer_fingerprint = tokenizer_fingerprint
         self._sidecar = sidecar_path(self.path)

@@ -116,7 +116,7 @@ class BatchSampler:
         self.num_starts = _count_starts(tokens, batch_size, context_length)
         if starts is not None:
             _check_starts(starts, self.num_starts)
-        if seed < 0:
+        if check_integer("seed", seed) < 0:
             raise InvalidConfigError(f"{seed=} must not be negative")
         self.tokens = tokens
         self.batch_size = batch_size

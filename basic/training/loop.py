@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from basic.common.arguments import id_array
+from basic.common.arguments import check_type, id_array
 from basic.common.command_line import print_text
 from basic.common.errors import BasicError, InvalidConfigError, InvalidInputError, failures_of
 from basic.common.folder_lock import FolderLock
@@ -69,6 +69,7 @@ def train(
         make_step: called like `TrainStep`, whose subclasses tests pass here.
 
     Raises:
+        TypeError: an argument has another type.
         FileExistsError: `run_dir` contains a run, and neither `resume` nor `overwrite` is given.
         BlockingIOError: another process writes `run_dir`.
         NotARunError: `run_dir` contains no run to resume.
@@ -83,6 +84,7 @@ def train(
         OSError: the last checkpoint could not be written.
         KeyboardInterrupt: SIGINT or SIGTERM was received. The run is saved; the message says how to resume it.
     """
+    check_type("config", config, RunConfig, "load_config of basic.common.config_files reads one from a TOML file")
     train_tokens, valid_tokens = id_array("train_tokens", train_tokens), id_array("valid_tokens", valid_tokens)
     if resume and overwrite:
         raise InvalidInputError("a run cannot be both resumed and overwritten; choose one")

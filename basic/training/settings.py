@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from basic.common.config_files import check_choices
+from basic.common.config_files import check_fields
 from basic.common.errors import InvalidConfigError
 from basic.model import ModelConfig
 from basic.transformer.optimizer import cosine_schedule, trapezoid_schedule
@@ -47,13 +47,13 @@ class MuonConfig:
     rates like those of AdamW."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("momentum", "first_momentum", "normalization_beta"):
             if not 0 <= getattr(self, name) < 1:
                 raise InvalidConfigError(f"muon.{name} must be at least 0 and below 1, got {getattr(self, name)}")
         for name, smallest in (("momentum_warmup_steps", 0), ("iterations", 1)):
             if not getattr(self, name) >= smallest:
                 raise InvalidConfigError(f"muon.{name} must be at least {smallest}, got {getattr(self, name)}")
-        check_choices(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +235,7 @@ class TrainConfig:
             )
 
     def __post_init__(self) -> None:
+        check_fields(self, may_be_infinite=("max_gradient_norm",))
         if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise InvalidConfigError(f"minutes must be above 0, got {self.minutes}")
         if self.minutes is None and self.steps < 1:
@@ -270,7 +271,6 @@ class TrainConfig:
                 f"max_learning_rate={self.max_learning_rate} must be at least "
                 f"min_learning_rate={self.min_learning_rate}; change one of them"
             )
-        check_choices(self)
         if self.optimizer == "muon" and self.parallel == "sharded":
             raise InvalidConfigError(
                 "optimizer = muon needs whole matrices, but parallel = sharded stores slices; use parallel = "
@@ -295,6 +295,9 @@ class DataConfig:
     dtype: str = ""
     """Integer type of token files without a sidecar, such as uint16 for those of nanoGPT."""
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -306,3 +309,6 @@ class RunConfig:
     """How the model is trained."""
     data: DataConfig = field(default_factory=DataConfig)
     """What the model is trained on."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)

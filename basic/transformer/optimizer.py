@@ -62,10 +62,11 @@ class AdamW(torch.optim.Optimizer):
         """Add a group of parameters; the constructor calls this for each of its groups."""
         settings = {**self.defaults, **param_group}
         for name in ("lr", "eps", "weight_decay"):
-            if not settings[name] >= 0:
-                raise ValueError(f"AdamW's {name} must be a number >= 0, got {settings[name]}")
+            if not isinstance(settings[name], float | int | Tensor) or not settings[name] >= 0:
+                raise ValueError(f"AdamW's {name} must be a number >= 0, got {settings[name]!r}")
         betas = settings["betas"]
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        are_two = isinstance(betas, tuple | list) and len(betas) == 2
+        if not are_two or not all(isinstance(beta, float | int) and 0 <= beta < 1 for beta in betas):
             raise ValueError(f"AdamW's betas must be two numbers in [0, 1), got {betas}")
         super().add_param_group(param_group)
 
@@ -188,14 +189,18 @@ def clip_gradients(parameters: Iterable[Tensor] | Tensor, max_l2_norm: float) ->
         The norm before clipping, on the gradients' device, so that the CPU does not wait for it.
 
     Raises:
+        TypeError: a parameter is not a tensor.
         ValueError: `max_l2_norm` is negative or NaN.
 
     Source: assignment, "Gradient clipping"; Pascanu et al. 2013, algorithm 1.
     """
-    if not max_l2_norm >= 0:
-        raise ValueError(f"max_l2_norm must be a number >= 0, got {max_l2_norm}")
-    if isinstance(parameters, Tensor):  # can be iterated over too, but its rows have no gradient
-        parameters = [parameters]
+    if not isinstance(max_l2_norm, float | int) or not max_l2_norm >= 0:
+        raise ValueError(f"max_l2_norm must be a number >= 0, got {max_l2_norm!r}")
+    # A tensor can be iterated over too, but its rows have no gradient.
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    for parameter in parameters:
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"parameters must be tensors, got {parameter!r:.40}; of a dictionary pass its values()")
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros(())
