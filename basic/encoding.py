@@ -24,7 +24,7 @@ from basic.bpe.loading import MIN_BYTES_FOR_KERNELS
 from basic.common.arguments import check_errors_option, check_integer
 from basic.common.errors import DamagedFileError, InvalidInputError, WrongTokenizerError
 from basic.common.files import is_unfinished
-from basic.common.outputs import Output, check_outputs
+from basic.common.outputs import Output, check_outputs, reserved_outputs
 from basic.common.progress import default_num_workers, progress_bar
 from basic.corpus.shards import (
     KERNEL_CHUNK_BYTES,
@@ -130,6 +130,7 @@ def encode_file(
         InvalidInputError: the text is not UTF-8 (the message names the byte offset) or has a byte without a token, or
             an input is also the output or its sidecar.
         FileExistsError: the output or its sidecar exists, and is not a token file or not to be overwritten.
+        BlockingIOError: another process writes the output.
         DamagedFileError: a compressed input is damaged.
         OSError: a file cannot be read or written.
     """
@@ -142,10 +143,11 @@ def encode_file(
     sources = expand_inputs(inputs)
     # What a killed process left is replaced without being asked.
     replace_existing = overwrite or is_unfinished(sidecar_path(output_path))
-    check_outputs(_token_file_outputs(output_path), inputs=sources, overwrite=replace_existing)
-    shard = _entire_sources(sources, tokenizer)
-    with progress_bar(progress, desc="encoding", total=total_text_bytes(shard), unit="B", unit_scale=True) as advance:
-        info, skipped = _write_token_file(tokenizer, encoding, shard, output_path, advance)
+    with reserved_outputs(_token_file_outputs(output_path), inputs=sources, overwrite=replace_existing):
+        shard = _entire_sources(sources, tokenizer)
+        total = total_text_bytes(shard)
+        with progress_bar(progress, desc="encoding", total=total, unit="B", unit_scale=True) as advance:
+            info, skipped = _write_token_file(tokenizer, encoding, shard, output_path, advance)
     warn_of_skipped([skipped.as_record()])
     return info
 

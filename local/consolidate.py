@@ -27,7 +27,7 @@ class Options:
 
 def main(options: Options) -> None:
     from basic.common.folder_lock import FolderLock
-    from basic.common.outputs import Output, check_outputs
+    from basic.common.outputs import Output, reserved_outputs
     from basic.training.checkpoints.file import write_checkpoint
     from basic.training.checkpoints.sharded import read_sharded_checkpoint
     from basic.training.run_folder import checkpoint_paths
@@ -37,23 +37,20 @@ def main(options: Options) -> None:
     if not folders:
         raise FileNotFoundError(f"{options.source / 'checkpoints'} has no sharded checkpoint (a folder step_*)")
     output = options.output or folders[-1].with_name(folders[-1].name + ".safetensors")
-    check_outputs([Output(output, "a checkpoint", is_checkpoint)], overwrite=options.overwrite)
     run_dir = output.parent.parent
     # In a run folder, the file is a checkpoint, so a process that trains this run must not be removing old ones.
-    with FolderLock(run_dir) if (run_dir / "config.toml").is_file() else nullcontext():
+    with (
+        reserved_outputs([Output(output, "a checkpoint", is_checkpoint)], overwrite=options.overwrite),
+        FolderLock(run_dir) if (run_dir / "config.toml").is_file() else nullcontext(),
+    ):
         write_checkpoint(read_sharded_checkpoint(folders[-1]), output)
     print(f"wrote {output} ({output.stat().st_size / 1e6:,.1f} MB) from {folders[-1]}")
 
 
 def is_checkpoint(path: Path) -> bool:
-    from basic.common.errors import DamagedFileError
     from basic.training.checkpoints.file import read_checkpoint
 
-    try:
-        read_checkpoint(path)
-    except DamagedFileError:
-        return False
-    return True
+    return bool(read_checkpoint(path))  # raises if it is none
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ class Options:
 
 
 def main(options: Options) -> None:
+    from basic.common.files import make_folder
     from basic.corpus.sources import TextSource
     from basic.corpus.work_folder import dask_executor
     from basic.encoding import encode_file, encode_files
@@ -49,7 +50,7 @@ def main(options: Options) -> None:
         raise InvalidInputError("at least two paths are needed: INPUT [INPUT ...] OUTPUT")
     inputs, output = options.paths[:-1], Path(options.paths[-1])
     tokenizer = Tokenizer.load(command_line.tokenizer_folder(options.tokenizer))
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent)
     start = time.perf_counter()
     sources = [TextSource(path, **asdict(options.documents)) for path in inputs]
     if output.suffix == ".bin" and options.scheduler is None:

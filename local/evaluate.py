@@ -47,6 +47,8 @@ def main(options: Options) -> None:
     run.model.activation_dtype = activation_dtype(precision, choose_device(options.device))
     tokenizer = None if run.tokenizer_path is None else Tokenizer.load(run.tokenizer_path)
     check_run_tokenizer(options.run, None if tokenizer is None else tokenizer.fingerprint)
+    if options.file is None and not run.config.data.valid_tokens:
+        raise InvalidInputError(f"{options.run} names no validation tokens; give a token file or a text after the run")
     path = options.file or Path(run.config.data.valid_tokens)
     if not (path.is_file() or path.is_dir()):  # a run of somebody else may name a device
         raise FileNotFoundError(f"there is no file {str(path)!r}; give a token file or a text after the run")

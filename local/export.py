@@ -27,6 +27,7 @@ class Options:
 
 
 def main(options: Options) -> None:
+    from basic.common.files import make_folder
     from basic.common.outputs import Output, check_outputs
     from basic.formats.export_llama import export_hf
     from basic.formats.tiktoken_ranks import save_tiktoken
@@ -38,7 +39,7 @@ def main(options: Options) -> None:
     run = load_run(options.run, device="cpu")
     tokenizer = None if run.tokenizer_path is None else Tokenizer.load(run.tokenizer_path)
     check_run_tokenizer(options.run, None if tokenizer is None else tokenizer.fingerprint)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(options.output.parent)
     if options.to == "hf":
         export_hf(run.model, options.output, tokenizer, end_of_text=run.config.train.end_of_text)
         print(f"wrote {options.output}: {', '.join(sorted(path.name for path in options.output.iterdir()))}")

@@ -34,13 +34,14 @@ class Options:
 
 def main(options: Options) -> None:
     from basic.common.config_files import load_config
+    from basic.common.files import make_folder
     from basic.formats.import_model import import_hf, import_pt
     from basic.training.run_folder import load_run
     from basic.training.settings import RunConfig
 
     if not options.source.exists():
         raise FileNotFoundError(f"there is no file or folder {str(options.source)!r}")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(options.output.parent)
     if options.source.is_dir():
         import_hf(
             options.source,

@@ -27,35 +27,40 @@ class Options:
 
 
 def main(options: Options) -> None:
+    from basic.analysis.plotting import picture_output
+    from basic.common.outputs import reserved_outputs
+
+    with reserved_outputs([picture_output(options.output)], overwrite=options.overwrite):
+        draw(options.run, options.output)
+    print(f"wrote {options.output}")
+
+
+def draw(run_dir: Path, output: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
     from basic.analysis.evaluation import compare_with_entropy
-    from basic.analysis.plotting import picture_output, save_figure
-    from basic.common.outputs import check_outputs
+    from basic.analysis.plotting import save_figure
     from basic.corpus.stories.grammar import story_nats
     from basic.Tokenizer import Tokenizer
     from basic.tokens.opening import open_tokens, read_info
     from basic.training.records.metrics import read_metrics
     from basic.training.run_folder import load_run
 
-    check_outputs([picture_output(options.output)], overwrite=options.overwrite)
-    run = load_run(options.run, device="cpu")
-    tokenizer = Tokenizer.load(options.run / "tokenizer")
-    stories = (options.run / "valid.txt").read_text(encoding="utf-8").split(END)
-    stories = [story for story in map(str.strip, stories) if story]
+    run = load_run(run_dir, device="cpu")
+    tokenizer = Tokenizer.load(run_dir / "tokenizer")
+    stories = list(filter(None, map(str.strip, (run_dir / "valid.txt").read_text(encoding="utf-8").split(END))))
     exact = [story_nats(story) for story in stories]
     compared = compare_with_entropy(
-        run.model, [tokenizer.encode(story) for story in stories], exact, open_tokens(options.run / "train.bin"),
+        run.model, [tokenizer.encode(story) for story in stories], exact, open_tokens(run_dir / "train.bin"),
         tokenizer.special_token_ids[END],
     )  # fmt: skip
 
     matplotlib.rcParams.update({"svg.hashsalt": "basic", "font.size": 10})
     figure = Figure(figsize=(11, 5.6), facecolor="white")
-    left = 0.06
+    left = x = 0.06
     heading: dict[str, Any] = {"color": "gray", "fontsize": 11, "va": "center"}
     figure.text(left, 0.95, "it reads", **heading)
-    x = left
     for number, token_id in enumerate(tokenizer.encode(SENTENCE)):
         token = tokenizer.decode([token_id]).replace(" ", "·")
         box = {"boxstyle": "square,pad=0.3", "facecolor": COLOURS[number % len(COLOURS)], "edgecolor": "none"}
@@ -67,13 +72,12 @@ def main(options: Options) -> None:
         "loss": figure.add_axes((left, 0.3, 0.4, 0.42)),
         "stories": figure.add_axes((left + 0.56, 0.3, 0.3, 0.42)),
     }
-    records, info = read_metrics(options.run / "metrics.jsonl"), read_info(options.run / "valid.bin")
+    records, info = read_metrics(run_dir / "metrics.jsonl"), read_info(run_dir / "valid.bin")
     steps = [record["step"] for record in records]
     axes["loss"].plot(steps, [record["train_loss"] for record in records], color="C0", alpha=0.4, label="training")
     valid = [(record["step"], record["valid_loss"]) for record in records if "valid_loss" in record]
     axes["loss"].plot(*zip(*valid, strict=True), "o-", color="C0", label="validation")
-    floor = sum(exact) / info.count
-    axes["loss"].axhline(floor, color="black", linestyle="--", linewidth=1, label="entropy of the source")
+    axes["loss"].axhline(sum(exact) / info.count, color="black", ls="--", lw=1, label="entropy of the source")
     axes["loss"].set(xlabel="step", ylabel="nats per token", yscale="log", title="it learns")
     axes["loss"].set_yticks([0.6, 0.8, 1, 2, 4], ["0.6", "0.8", "1", "2", "4"])
     axes["loss"].minorticks_off()
@@ -86,11 +90,10 @@ def main(options: Options) -> None:
     for name in ("loss", "stories"):
         axes[name].spines[["top", "right"]].set_visible(False)
 
-    sample = (options.run / "samples.txt").read_text(encoding="utf-8").split("\n\n")[0].strip()
+    sample = (run_dir / "samples.txt").read_text(encoding="utf-8").split("\n\n")[0].strip()
     figure.text(left, 0.165, "it writes", **heading)
     figure.text(left, 0.13, textwrap.fill(sample, 128), va="top", family="serif", fontsize=11.5)
-    save_figure(figure, options.output)
-    print(f"wrote {options.output}")
+    save_figure(figure, output)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Options:
 def main(options: Options) -> None:
     from basic.analysis.plotting import picture_output, plot_losses, run_labels
     from basic.common.config_files import to_table
-    from basic.common.outputs import check_outputs
+    from basic.common.outputs import reserved_outputs
     from basic.training.records.metrics import read_metrics
     from basic.training.run_folder import load_run_config
 
@@ -38,10 +38,10 @@ def main(options: Options) -> None:
         raise InvalidInputError("no run given; name at least one folder, such as runs/quickstart")
     runs = list(dict.fromkeys(options.runs))  # without duplicates
     output = options.output or default_output(runs)
-    check_outputs([picture_output(output)], overwrite=options.overwrite)
-    labels = run_labels({str(run): to_table(load_run_config(run)) for run in runs})
-    records = [read_metrics(run / "metrics.jsonl") for run in runs]
-    plot_losses(dict(zip(labels, records, strict=True)), output, floor_nats=options.entropy)
+    with reserved_outputs([picture_output(output)], overwrite=options.overwrite):
+        labels = run_labels({str(run): to_table(load_run_config(run)) for run in runs})
+        records = [read_metrics(run / "metrics.jsonl") for run in runs]
+        plot_losses(dict(zip(labels, records, strict=True)), output, floor_nats=options.entropy)
     print(f"wrote {output}")
 
 

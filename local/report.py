@@ -28,13 +28,13 @@ class Options:
 def main(options: Options) -> None:
     from basic.analysis.report import report_output, report_page
     from basic.common.files import atomic_write
-    from basic.common.outputs import check_outputs
+    from basic.common.outputs import reserved_outputs
 
     output = options.output or options.run / "report.html"
-    check_outputs([report_output(output)], overwrite=options.overwrite)
-    page = report_page(options.run, floor_nats=options.entropy).encode()
-    with atomic_write(output) as file:
-        file.write(page)
+    with reserved_outputs([report_output(output)], overwrite=options.overwrite):
+        page = report_page(options.run, floor_nats=options.entropy).encode()
+        with atomic_write(output) as file:
+            file.write(page)
     print(f"wrote {output} ({len(page) / 1e3:,.0f} kB); open it in any browser")
 
 

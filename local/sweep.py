@@ -60,6 +60,7 @@ def open_data(data):
 
 def make_stories(folder: Path, *, num_train: int = 20_000, num_valid: int = 400, vocab_size: int = 1024) -> None:
     """Write the embedded stories, train a tokenizer and encode them; valid.bin is written last."""
+    from basic.common.files import make_folder
     from basic.common.folder_lock import FolderLock
     from basic.corpus.train_valid import write_stories
     from basic.encoding import encode_file
@@ -67,7 +68,7 @@ def make_stories(folder: Path, *, num_train: int = 20_000, num_valid: int = 400,
     from basic.train_bpe import train_bpe
 
     end = "<|endoftext|>"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with FolderLock(folder):
         write_stories(folder, num_train, num_valid, separator=end, progress=True)
         vocab, merges = train_bpe(folder / "train.txt", vocab_size, [end], kernels=False, progress=True)

@@ -50,7 +50,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    from basic.common.outputs import check_outputs
+    from basic.common.outputs import reserved_outputs
     from basic.corpus.sources import TextSource, expand_inputs
     from basic.corpus.work_folder import dask_executor
     from basic.Tokenizer import Tokenizer
@@ -58,7 +58,6 @@ def main(options: Options) -> None:
     from basic.train_bpe import learn_more_merges, train_bpe
 
     sources = expand_inputs([TextSource(path, **asdict(options.documents)) for path in options.inputs])
-    check_outputs(tokenizer_outputs(options.output), inputs=sources, overwrite=options.overwrite)
     start, vocab_size = time.perf_counter(), options.vocab_size
     work = options.work or (options.output.with_name(options.output.name + ".work") if options.scheduler else None)
     names = ("max_token_bytes", "start_over", "min_count", "errors", "num_workers")
@@ -66,7 +65,10 @@ def main(options: Options) -> None:
         "work_folder": work,
         "progress": True,
     }
-    with dask_executor(options.scheduler) as executor:
+    with (
+        reserved_outputs(tokenizer_outputs(options.output), inputs=sources, overwrite=options.overwrite),
+        dask_executor(options.scheduler) as executor,
+    ):
         if options.extend is None:
             vocab, merges = train_bpe(sources, vocab_size, options.special_tokens, executor=executor, **settings)
             tokenizer = Tokenizer(vocab, merges, options.special_tokens)
@@ -79,9 +81,8 @@ def main(options: Options) -> None:
                 sources, vocab_size - len(base), base.merges, special, executor=executor, **settings
             )
             tokenizer = base.with_merges(merges)
-    seconds = time.perf_counter() - start
-    check_outputs(tokenizer_outputs(options.output), overwrite=options.overwrite)  # another process may have written it
-    tokenizer.save(options.output)
+        seconds = time.perf_counter() - start
+        tokenizer.save(options.output)
 
     special = {token.encode() for token in tokenizer.special_token_ids}
     longest = max((token for token in tokenizer.vocab.values() if token not in special), key=len)

@@ -464,6 +464,15 @@ def test_saving_replaces_a_saved_tokenizer_and_nothing_else(tmp_path, ours, gpt2
         assert [path.name for path in folder.iterdir()] == [name]
 
 
+def test_saving_to_a_link_to_a_folder_that_is_not_there_yet(tmp_path, ours):
+    (tmp_path / "link").symlink_to("there")
+    ours.save(tmp_path / "link")
+    assert Tokenizer.load(tmp_path / "there").fingerprint == ours.fingerprint
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file' is a file"):
+        ours.save(tmp_path / "file")
+
+
 def test_a_full_disk_leaves_the_saved_tokenizer_whole(tmp_path, ours):
     resource = pytest.importorskip("resource", reason="Windows has no limit for the size of files")
     old = Tokenizer(BYTES, [], ["<x>"], pattern="cl100k")

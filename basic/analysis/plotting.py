@@ -15,7 +15,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethod
 
 from basic.common.config_files import flatten_settings
 from basic.common.errors import InvalidInputError
-from basic.common.files import atomic_write
+from basic.common.files import atomic_write, read_file
 from basic.common.outputs import Output
 
 Records = Sequence[Mapping[str, Any]]
@@ -110,7 +110,7 @@ def picture_output(path: str | os.PathLike) -> Output:
     """A picture that `save_figure` will write, for `check_outputs`."""
 
     def is_ours(existing: Path) -> bool:
-        return existing.stat().st_size < _MAX_PICTURE_BYTES and _TITLE.encode() in existing.read_bytes()
+        return existing.stat().st_size < _MAX_PICTURE_BYTES and _TITLE.encode() in read_file(existing)
 
     return Output(path, "a picture", is_ours)
 

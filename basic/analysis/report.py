@@ -23,7 +23,7 @@ import torch
 
 from basic.common.config_files import flatten_settings
 from basic.common.errors import DamagedFileError, InvalidInputError
-from basic.common.files import load_json
+from basic.common.files import load_json, open_file
 from basic.common.outputs import Output
 from basic.model import TransformerLM
 from basic.Tokenizer import Tokenizer
@@ -53,7 +53,7 @@ def report_output(path: str | os.PathLike) -> Output:
     """A file with the page of `report_page`, for `check_outputs`."""
 
     def is_ours(existing: Path) -> bool:
-        with open(existing, "rb") as file:
+        with open_file(existing) as file:
             return _GENERATOR in file.read(4096)
 
     return Output(path, "a report", is_ours)

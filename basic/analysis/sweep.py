@@ -21,7 +21,6 @@ import itertools
 import json
 import math
 import os
-import tomllib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,9 +30,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from basic.analysis.evaluation import evaluate_tokens
-from basic.common.config_files import flatten_settings, from_table, to_table
+from basic.common.config_files import flatten_settings, from_table, load_table, to_table
 from basic.common.errors import DamagedFileError, InvalidConfigError
-from basic.common.files import atomic_write, load_json
+from basic.common.files import atomic_write, load_json, make_folder, open_file
 from basic.common.folder_lock import FolderLock
 from basic.common.outputs import Output, check_outputs
 from basic.generation.text import SavableTokenizer
@@ -88,8 +87,8 @@ def read_sweep(path: str | os.PathLike, *, small: bool = False) -> list[SweepRun
         InvalidConfigError: the file is not TOML, a key is unknown or missing, or a value is out of its range.
     """
     path = Path(path)
+    table = load_table(path, "sweep", "local/experiments/learning_rate.toml")
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
         small_table = table.pop("small", {})
         if not isinstance(small_table, dict):
             raise InvalidConfigError(f"small must be a table, got {small_table!r}")
@@ -102,10 +101,10 @@ def read_sweep(path: str | os.PathLike, *, small: bool = False) -> list[SweepRun
             table |= small_table
         if not isinstance(table.get("config"), str):
             raise InvalidConfigError("the key 'config' is missing or no string: the path of the base configuration")
-        base = tomllib.loads((path.parent / table["config"]).read_text(encoding="utf-8"))
+        base = load_table(path.parent / table["config"], "configuration", "../configs/small.toml")
         settings = flatten_settings(base) | flatten_settings(table.get("settings", {}))
         return _expand(settings, flatten_settings(table.get("grid", {})), table.get("variants", [{}]))
-    except ValueError as error:  # also tomllib's errors
+    except ValueError as error:
         raise InvalidConfigError(f"{path}: {error}") from error
 
 
@@ -143,7 +142,7 @@ def run_sweep(
     if not (folder / "table.md").exists():  # otherwise the picture is that of the same sweep
         outputs.append(picture_output(folder / "loss.png"))
     check_outputs(outputs, overwrite=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with FolderLock(folder):
         return _run_sweep(runs, folder, open_data, report, progress, train)
 
@@ -278,7 +277,7 @@ def _read_result(run_dir: Path) -> RunResult | None:
 
 
 def _is_table(path: Path) -> bool:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return file.read(len(_TABLE_START)) == _TABLE_START.encode()
 
 

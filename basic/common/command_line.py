@@ -84,6 +84,18 @@ def parse(options: type[Options], description: str | None, **settings: object) -
             str_from_instance=lambda value: [str(value)],
         )
 
+    @registry.primitive_rule
+    def optional_texts(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        if info.type != str | None:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="STR",
+            instance_from_str=lambda texts: texts[0],  # also "None", which is a text like any other
+            is_instance=lambda value: value is None or isinstance(value, str),
+            str_from_instance=lambda value: [str(value)],
+        )
+
     return tyro.cli(options, description=description, registry=registry, **settings)  # ty: ignore[no-matching-overload]
 
 

@@ -10,12 +10,11 @@ import os
 import tomllib
 import types
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from basic.common.arguments import check_integer, check_number, describe
 from basic.common.errors import InvalidConfigError
-from basic.common.files import atomic_write, decode_utf8
+from basic.common.files import atomic_write, decode_utf8, read_file
 
 T = TypeVar("T")
 
@@ -28,15 +27,32 @@ def load_config(path: str | os.PathLike, cls: type[T]) -> T:
         InvalidConfigError: the file is not TOML, a key is unknown or missing, or a value has the wrong type or is out
             of its range; the message starts with the file's path.
     """
-    path = Path(path)
+    table = load_table(path, "configuration", "local/configs/small.toml")
     try:
-        return from_table(cls, tomllib.loads(decode_utf8(path.read_bytes())))
-    except FileNotFoundError as error:
+        return from_table(cls, table)
+    except ValueError as error:
+        raise InvalidConfigError(f"{os.fspath(path)}: {error}") from error
+
+
+def load_table(path: str | os.PathLike, what: str, example: str) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Args:
+        what, example: its name in messages, and another such file.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        InvalidConfigError: the file is not TOML.
+        OSError: it cannot be read.
+    """
+    try:
+        return tomllib.loads(decode_utf8(read_file(path)))
+    except FileNotFoundError:
         raise FileNotFoundError(
-            f"there is no configuration {str(path)!r}; give a TOML file, such as local/configs/small.toml"
-        ) from error
-    except (ValueError, RecursionError) as error:  # also tomllib's errors, and tables that are nested too deeply
-        raise InvalidConfigError(f"{path}: {error}") from error
+            f"there is no {what} {os.fspath(path)!r}; give a TOML file, such as {example}"
+        ) from None
+    except (ValueError, RecursionError) as error:  # also of tables that are nested too deeply
+        raise InvalidConfigError(f"{os.fspath(path)}: {error}") from error
 
 
 def save_config(config: Any, path: str | os.PathLike) -> None:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from basic.common.errors import DamagedFileError, InvalidInputError
-from basic.common.files import load_json, sha256_of_file, sync_file, sync_folder, write_json
+from basic.common.files import load_json, make_folder, read_file, sha256_of_file, sync_file, sync_folder, write_json
 from basic.common.folder_lock import LOCK_NAME, FolderLock
 
 CHECKSUMS_NAME = "checksums.json"
@@ -86,6 +86,18 @@ def read_set(folder: str | os.PathLike, names: Iterable[str]) -> dict[str, bytes
     return _read_set(folder, names)
 
 
+def remove_set(folder: str | os.PathLike) -> None:
+    """Remove the files of a set that `atomic_set` wrote, as its checksums list them; other files stay."""
+    folder = Path(folder)
+    for path in (_next_path(folder, CHECKSUMS_NAME), folder / CHECKSUMS_NAME):
+        if (content := _content(path)) is not None:
+            for name in _parse(path, content):
+                if Path(name).name == name:
+                    (folder / name).unlink(missing_ok=True)
+                    _next_path(folder, name).unlink(missing_ok=True)
+            path.unlink()
+
+
 def write_checksums(folder: str | os.PathLike, names: Iterable[str]) -> None:
     """Write `checksums.json` for files that exist already, and are complete."""
     folder = Path(folder)
@@ -141,7 +153,7 @@ def replaced_files(
                     f"{folder} is not replaced, because {name} has changed since it was written; give another name, or "
                     "move the folder away"
                 )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with FolderLock(folder):
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
@@ -222,7 +234,7 @@ def _parse(path: Path, content: bytes) -> dict[str, str]:
 
 def _content(path: Path) -> bytes | None:
     try:
-        return path.read_bytes()
+        return read_file(path)
     except FileNotFoundError:
         return None
 

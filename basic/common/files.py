@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import io
 import json
 import os
 import platform
@@ -151,7 +152,9 @@ def temporary_folder(path: str | os.PathLike) -> Generator[Path]:
     It is for other people's code that makes temporary files of its own. If the process is killed, the next one that
     writes `path` removes the folder.
     """
-    folder = _temporary_path(_resolve(path))
+    target = _resolve(path)
+    remove_remains(target.parent, [target.name])
+    folder = _temporary_path(target)
     folder.mkdir()
     try:
         yield folder
@@ -236,6 +239,52 @@ def sync_file(path: Path, flags: int = os.O_RDWR) -> None:
         os.close(descriptor)
 
 
+def check_regular_file(path: str | os.PathLike) -> None:
+    """Check that a file can be read from its beginning to its end; opening a pipe that nobody writes would wait.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        IsADirectoryError: it is a folder.
+        OSError: it is something else, such as a pipe, a socket or a device.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {os.fspath(path)!r}: check its path") from None
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder: give the path of one file")
+    if not stat.S_ISREG(mode):
+        raise OSError(
+            f"{os.fspath(path)!r} is not a regular file (a pipe or a device?): save its content to a file first"
+        )
+
+
+def open_file(path: str | os.PathLike) -> io.BufferedReader:
+    """Open a file for reading; every file of a user is opened by this.
+
+    Raises:
+        OSError: it cannot be opened, or is not a regular file (`check_regular_file`).
+    """
+    check_regular_file(path)
+    return open(path, "rb")
+
+
+def read_file(path: str | os.PathLike) -> bytes:
+    """Read a small file, which `open_file` opens."""
+    with open_file(path) as file:
+        return file.read()
+
+
+def make_folder(path: str | os.PathLike) -> None:
+    """Create a folder and its parents if they do not exist; a link to a folder that does not exist is followed."""
+    try:
+        _resolve(path).mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(
+            f"{os.fspath(path)!r} is a file, but a folder is needed; choose another name"
+        ) from None
+
+
 def read_text_file(path: str | os.PathLike, content: bytes | None = None) -> str:
     """Read a small text file in UTF-8, without the byte order mark that some editors write at its beginning.
 
@@ -248,7 +297,7 @@ def read_text_file(path: str | os.PathLike, content: bytes | None = None) -> str
         DamagedFileError: the file is not UTF-8; the message names the file and the byte offset.
     """
     try:
-        return decode_utf8(Path(path).read_bytes() if content is None else content)
+        return decode_utf8(read_file(path) if content is None else content)
     except UnicodeDecodeError as error:
         raise DamagedFileError(f"{os.fspath(path)!r} is not valid UTF-8 at byte offset {error.start}") from None
 
@@ -270,7 +319,7 @@ def load_json(path: str | os.PathLike, content: bytes | None = None, **options: 
     """
     try:
         # Of bytes, json.loads skips a byte order mark itself.
-        return json.loads(Path(path).read_bytes() if content is None else content, **options)
+        return json.loads(read_file(path) if content is None else content, **options)
     except ValueError as error:  # a JSONDecodeError, which names the line, or a UnicodeDecodeError
         raise DamagedFileError(f"{os.fspath(path)!r} is not JSON: {error}") from None
     except RecursionError:
@@ -344,5 +393,5 @@ def write_json(path: str | os.PathLike, content: Any, *, indent: int | None = No
 
 def sha256_of_file(path: str | os.PathLike) -> str:
     """Return the SHA-256 of a file's contents, in hexadecimal."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,8 +1,8 @@
-"""A lock for a folder that is written, so that two processes do not write it at the same time; readers need none.
+"""Locks for folders and files that are written, so that two processes do not write one at the same time.
 
-The file `.basic.lock` in the folder is locked by the system, which releases it when the process ends, however it ends.
-Its content names the holder. On Windows, and on file systems that cannot lock, there is no lock and no file: nothing
-there would release the lock of a process that was killed.
+Readers need none. The file `.basic.lock` in a folder, or `.NAME.basic.lock` beside a file, is locked by the system,
+which releases it when the process ends, however it ends. Its content names the holder. On Windows, and on file systems
+that cannot lock, there is no lock and no file: nothing there would release the lock of a process that was killed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 try:
     import fcntl
@@ -24,23 +25,20 @@ LOCK_NAME = ".basic.lock"
 _held_locks: set[int] = set()  # file descriptors
 
 
-class FolderLock:
-    """The lock of a folder, held until it is closed (`with` closes it) or the process ends.
+class _Lock:
+    """A lock, held until it is closed (`with` closes it) or the process ends.
 
     Args:
-        folder: must exist.
+        path: of the file that is locked; its folder must exist.
+        what: is written, for the message.
 
     Raises:
         BlockingIOError: another process, or this one, holds the lock; the message names it.
         OSError: the folder cannot be written.
-
-    Example:
-        >>> with FolderLock("runs/my"):
-        ...     write_into("runs/my")
     """
 
-    def __init__(self, folder: str | os.PathLike) -> None:
-        self._path = Path(os.path.realpath(folder)) / LOCK_NAME
+    def __init__(self, path: Path, what: str | os.PathLike) -> None:
+        self._path = path
         self._descriptor: int | None = None
         if fcntl is None:
             return
@@ -54,8 +52,8 @@ class FolderLock:
                 _release(descriptor)
                 if isinstance(error, BlockingIOError):
                     raise BlockingIOError(
-                        f"{os.fspath(folder)} is being written by {_describe(holder)}: wait until it has ended, or "
-                        "give another folder"
+                        f"{os.fspath(what)} is being written by {_describe(holder)}: wait until it has ended, or give "
+                        "another name"
                     ) from None
                 with suppress(OSError):
                     self._path.unlink()
@@ -69,7 +67,7 @@ class FolderLock:
         with suppress(OSError):  # on a full disk the lock has no name, but locks
             os.pwrite(self._descriptor, _this_process(), 0)
 
-    def __enter__(self) -> FolderLock:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -89,6 +87,36 @@ class FolderLock:
             return os.path.samestat(os.fstat(descriptor), os.stat(self._path))
         except FileNotFoundError:
             return False
+
+
+class FolderLock(_Lock):
+    """The lock of a folder, which must exist.
+
+    Raises:
+        BlockingIOError: another process, or this one, holds the lock; the message names it.
+        OSError: the folder cannot be written.
+
+    Example:
+        >>> with FolderLock("runs/my"):
+        ...     write_into("runs/my")
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        super().__init__(Path(os.path.realpath(folder)) / LOCK_NAME, folder)
+
+
+class OutputLock(_Lock):
+    """The lock of a file or folder that need not exist; the folder that it is in must.
+
+    It is another lock than the `FolderLock` of the same folder.
+
+    Raises:
+        BlockingIOError, OSError: as for `FolderLock`.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        target = Path(os.path.realpath(path))
+        super().__init__(target.with_name(f".{target.name}{LOCK_NAME}"), path)
 
 
 def _this_process() -> bytes:

@@ -1,18 +1,23 @@
 """What a command will write is checked before any work starts.
 
 Each output is new, or was written by this library and is to be replaced on request, or the command is refused. Whether
-this library wrote it is recognised by its content, not by its name.
+this library wrote it is recognised by its content, not by its name. While a command works, its outputs are reserved:
+another process that is to write one of them is refused before it starts.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
-from basic.common.errors import InvalidInputError
-from basic.common.files import check_file_target
+from basic.common.errors import DamagedFileError, InvalidInputError
+from basic.common.files import atomic_write, check_file_target, make_folder
+from basic.common.folder_lock import OutputLock
 
 
 @dataclass(frozen=True)
@@ -22,8 +27,8 @@ class Output:
     Attributes:
         path: a symbolic link stands for its target.
         what: its name in messages, with the article: "a token file".
-        is_ours: whether the existing file or folder is what this library writes, by its content. None: nothing that
-            exists is replaced.
+        is_ours: whether the existing file or folder is what this library writes, by its content; a DamagedFileError
+            means that it is not. None: nothing that exists is replaced.
         is_folder: whether it is a folder, which counts as new if it is empty (unless `is_ours` is None). To write into
             a folder beside other files, list the files instead.
     """
@@ -69,13 +74,68 @@ def check_outputs(
             raise FileExistsError(f"{path!r} already exists; choose another name, or remove it first")
         if output.is_folder and not any(os.scandir(path)):
             continue
-        if not output.is_ours(Path(path)):
+        if not _is_ours(output):
             raise FileExistsError(
                 f"{path!r} exists and is not {output.what} that this library wrote, so it is not replaced; give "
                 "another name, or move it away"
             )
         if not overwrite:
             raise FileExistsError(f"{path!r} already exists; choose another name, or {remedy}")
+
+
+def _is_ours(output: Output) -> bool:
+    assert output.is_ours is not None
+    try:
+        return output.is_ours(Path(output.path))
+    except DamagedFileError:
+        return False
+
+
+@contextmanager
+def reserved_outputs(
+    outputs: Iterable[Output],
+    *,
+    inputs: Iterable[str | os.PathLike] = (),
+    overwrite: bool = False,
+    remedy: str = "replace it with --overwrite",
+) -> Generator[None]:
+    """Check what the block will write, and keep it for this process until the block ends.
+
+    The folders that the outputs are in are created, and removed again if the block leaves them empty.
+
+    Raises:
+        BlockingIOError: another process, or an outer block, has reserved an output; the message names it.
+        InvalidInputError, OSError: as for `check_outputs`, whose arguments these are.
+    """
+    outputs = list(outputs)
+    check = partial(check_outputs, outputs, inputs=list(inputs), overwrite=overwrite, remedy=remedy)
+    check()
+    with ExitStack() as locks:
+        for path in sorted({os.path.realpath(output.path) for output in outputs}):
+            missing = [folder for folder in Path(path).parents if not folder.exists()]
+            make_folder(os.path.dirname(path))
+            locks.callback(_remove_empty, missing)
+            locks.enter_context(OutputLock(path))
+        check()  # again: another process may have written it before it was locked
+        yield
+
+
+@contextmanager
+def write_output(output: Output) -> Generator[BinaryIO]:
+    """Open an output for writing, which appears when the block ends; it replaces a file that is ours, and no other.
+
+    Raises:
+        BlockingIOError, FileExistsError: as for `reserved_outputs`.
+        OSError: as for `atomic_write`.
+    """
+    with reserved_outputs([output], overwrite=True), atomic_write(output.path) as file:
+        yield file
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with suppress(OSError):
+        for folder in folders:  # the innermost first
+            folder.rmdir()
 
 
 def _identity(path: str | os.PathLike) -> tuple[int, int] | None:

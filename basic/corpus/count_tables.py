@@ -23,7 +23,7 @@ import numpy as np
 from basic.bpe.arrays import PretokenCounts
 from basic.bpe.compiled import sort_pretokens
 from basic.common.errors import DamagedFileError
-from basic.common.files import sha256_of_file
+from basic.common.files import open_file, sha256_of_file
 
 BLOCK_PRETOKENS = 1 << 16
 FAN_IN = 16  # tables that are merged at a time: each needs a block of one or two megabytes in memory
@@ -67,7 +67,7 @@ def read_table(path: str | os.PathLike, *, sha256: str | None = None) -> Iterato
     """
     if sha256 is not None and sha256_of_file(path) != sha256:
         raise DamagedFileError(f"{os.fspath(path)!r} has changed since it was written; run again, which makes it again")
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         while file.tell() < size:
             yield PretokenCounts(*(np.load(file) for _ in PretokenCounts._fields))

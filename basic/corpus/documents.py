@@ -127,7 +127,7 @@ def parse_json_line(line: bytes, field: str, name: str, offset: int, *, errors: 
     values = _values_at(record, field)
     text = next((value for value in values if isinstance(value, str)), None)
     if text is None:
-        has = f"has {values[0]!r:.40} as {field!r}" if values else f"has no field {field!r}"
+        has = f"has {json.dumps(values[0]):.40} as {field!r}" if values else f"has no field {field!r}"
         raise InvalidInputError(f"{position} {has}; the field must be one of its strings, {_string_fields(record)}")
     return replace_surrogates(text)  # "\ud800" is valid JSON, but not a character
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from basic.common.errors import DamagedFileError, InvalidInputError, how_to_install
+from basic.common.files import check_regular_file, open_file
 from basic.corpus.text_formats import COMPRESSIONS
 
 T = TypeVar("T")
@@ -33,12 +34,7 @@ def file_size_bytes(path: str | os.PathLike) -> int:
         IsADirectoryError: `path` is a folder.
         OSError: `path` is something else, such as a pipe, which can be read only once.
     """
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"there is no file {os.fspath(path)!r}: check the path of the text file")
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder: give the path of one text file")
-    if not os.path.isfile(path):
-        raise OSError(f"{os.fspath(path)!r} is no regular file (a pipe?): save its text to a file first")
+    check_regular_file(path)
     return os.path.getsize(path)
 
 
@@ -46,7 +42,7 @@ def read_blocks(
     path: str | os.PathLike, start: int = 0, stop: int | None = None, *, block_bytes: int = BLOCK_BYTES
 ) -> Iterator[bytes]:
     """Read the bytes from `start` to `stop` (default: the end) of a file, in blocks of at most `block_bytes`."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         offset = file.seek(start)
         while block := file.read(block_bytes if stop is None else min(block_bytes, stop - offset)):
             offset += len(block)
@@ -55,7 +51,7 @@ def read_blocks(
 
 def map_bytes(path: str | os.PathLike) -> np.ndarray:
     """Map a file into memory as a read-only uint8 array."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         if os.fstat(file.fileno()).st_size == 0:  # an empty file cannot be mapped
             return np.frombuffer(b"", np.uint8)
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)

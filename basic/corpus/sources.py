@@ -24,13 +24,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from basic.bytes_utils import decode_blocks
 from basic.common.arguments import describe
 from basic.common.errors import InvalidInputError
+from basic.common.files import open_file, temporary_folder
 from basic.corpus.documents import BadLines, read_json_lines, read_parquet
 from basic.corpus.files import (
     BLOCK_BYTES,
@@ -194,9 +194,7 @@ class TextSource(DocumentOptions):
             yield sys.stdin.buffer  # which stays open
             return
         name = os.fspath(self)
-        if not self.is_remote:
-            file_size_bytes(name)  # raises for what is not a file
-        with open_url(name, at_any_offset=at_any_offset) if self.is_remote else open(name, "rb") as file:
+        with open_url(name, at_any_offset=at_any_offset) if self.is_remote else open_file(name) as file:
             yield file
 
     @contextmanager
@@ -209,7 +207,7 @@ class TextSource(DocumentOptions):
         """Read at most `length` bytes from an offset; fewer at the end of the file."""
         if self.is_remote:
             return read_url(os.fspath(self), start, length)
-        with open(os.fspath(self), "rb") as file:
+        with open_file(os.fspath(self)) as file:
             file.seek(start)
             return file.read(length)
 
@@ -428,8 +426,8 @@ def as_plain_file(path: str | os.PathLike, folder: str | os.PathLike) -> Generat
         size_of_bom(source)
         yield Path(source)
         return
-    with TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp") as temporary:
-        plain = Path(temporary) / "text.txt"
+    with temporary_folder(Path(folder) / "text.txt") as temporary:
+        plain = temporary / "text.txt"
         with open(plain, "xb") as file:
             file.writelines(_separated_in_text(source))
         yield plain

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import filecmp
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from basic.common.errors import InvalidInputError
+from basic.common.files import atomic_paths, open_file
 from basic.corpus.sources import as_plain_file
 from basic.corpus.stories.grammar import Story, stories
 
@@ -36,6 +39,9 @@ def write_stories(
 
     Returns:
         The stories of valid.txt, none of which is in train.txt.
+
+    Raises:
+        FileExistsError: train.txt or valid.txt holds another text.
     """
     from tqdm import tqdm
 
@@ -45,7 +51,8 @@ def write_stories(
     unseen = (story for story in sample(2 * seed + 1, None) if story.text not in train_texts)
     valid = [next(unseen) for _ in range(valid_count)]
     for name, split in (("train.txt", train), ("valid.txt", valid)):
-        (Path(folder) / name).write_bytes("".join(story.text + separator for story in split).encode())
+        with _new_or_equal(Path(folder) / name) as file:
+            file.write("".join(story.text + separator for story in split).encode())
     return valid
 
 
@@ -67,6 +74,7 @@ def split_text(
         valid_fraction: fraction of the bytes for valid.txt, between 0 and 1.
 
     Raises:
+        FileExistsError: train.txt or valid.txt holds another text.
         FileNotFoundError: there is no such text.
         InvalidInputError: the text is empty or not valid, or `valid_fraction` is out of range.
         DamagedFileError: the compressed file is incomplete or damaged.
@@ -78,13 +86,23 @@ def split_text(
             raise InvalidInputError(
                 f"{os.fspath(source)} is empty; give a text of at least some ten thousand characters"
             )
-        with open(plain, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        with open_file(plain) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
             start = int(len(text) * (1 - valid_fraction))
             offset = _split_offset(text, start, (start + len(text)) // 2, separator.encode())
-            with open(Path(folder) / "train.txt", "wb") as train:
+            with _new_or_equal(Path(folder) / "train.txt") as train:
                 _copy(file, train, offset)
-            with open(Path(folder) / "valid.txt", "wb") as valid:
+            with _new_or_equal(Path(folder) / "valid.txt") as valid:
                 shutil.copyfileobj(file, valid)
+
+
+@contextmanager
+def _new_or_equal(path: Path) -> Generator[BinaryIO]:
+    """Open a file for writing that appears when it is complete, and does not replace another text."""
+    with atomic_paths(path) as (temporary,):
+        with open(temporary, "xb") as file:
+            yield file
+        if path.exists() and not filecmp.cmp(temporary, path, shallow=False):
+            raise FileExistsError(f"{path} exists and holds another text, which would be replaced; move it away")
 
 
 def _split_offset(text: mmap.mmap, start: int, stop: int, separator: bytes) -> int:

@@ -34,7 +34,14 @@ from queue import SimpleQueue
 from typing import Any
 
 from basic.common.errors import InvalidInputError, how_to_install
-from basic.common.files import difference_from_object, sha256_of_file, write_json
+from basic.common.files import (
+    difference_from_object,
+    make_folder,
+    open_file,
+    read_file,
+    sha256_of_file,
+    write_json,
+)
 from basic.common.folder_lock import FolderLock
 
 MANIFEST_NAME = "manifest.jsonl"
@@ -105,7 +112,7 @@ def dask_executor(scheduler: str | None) -> Generator[Executor | None]:
 def is_work_folder(folder: str | os.PathLike) -> bool:
     """Whether a folder has the manifest of a work folder, which may be empty."""
     try:
-        with open(Path(folder) / MANIFEST_NAME, "rb") as file:
+        with open_file(Path(folder) / MANIFEST_NAME) as file:
             line = file.readline(_MAX_LINE_BYTES)
         return not line or isinstance(json.loads(line)["work"], dict)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
@@ -138,7 +145,7 @@ class WorkFolder:
 
     def __init__(self, path: str | os.PathLike, work: dict[str, Any], *, start_over: bool = False) -> None:
         self.path = Path(path).resolve()
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         self._manifest = self.path / MANIFEST_NAME
         self._cancelled = threading.Event()
         self._verified: set[str] = set()  # names of files that are as their records say
@@ -333,7 +340,7 @@ class WorkFolder:
         """
         if not self._manifest.is_file():
             return []
-        content = self._manifest.read_bytes()
+        content = read_file(self._manifest)
         if content and not content.endswith(b"\n"):
             with open(self._manifest, "ab") as file:
                 file.write(b"\n")

@@ -8,7 +8,7 @@ from typing import Any
 import safetensors.torch
 
 from basic.common.files import atomic_folder, write_json
-from basic.common.outputs import Output, check_outputs
+from basic.common.outputs import Output, check_outputs, reserved_outputs
 from basic.formats.llama_names import hf_config, hf_name, to_hf_row_order
 from basic.formats.tokenizer_json import save_tokenizer_json
 from basic.model import TransformerLM
@@ -41,7 +41,8 @@ def export_hf(
         WrongTokenizerError: the tokenizer has more ids than the model.
         FileExistsError: the folder exists.
     """
-    check_outputs([Output(directory, "an export", is_folder=True)])
+    output = Output(directory, "an export", is_folder=True)
+    check_outputs([output])
     config = hf_config(model.config)
     end_id = None
     if tokenizer is not None:
@@ -55,7 +56,7 @@ def export_hf(
         if not (name == "lm_head.weight" and model.config.tied_embeddings)
     }
     dtype = str(model.token_embeddings.weight.dtype).removeprefix("torch.")
-    with atomic_folder(directory) as folder:
+    with reserved_outputs([output]), atomic_folder(directory) as folder:
         write_json(folder / "config.json", {**config, **ids, "dtype": dtype}, indent=2)
         # Padding is masked, so any id serves; without one, transformers warns at every generation. The id is not in
         # config.json, because there it would exclude this id's embedding from training.

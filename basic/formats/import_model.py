@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from basic.common.errors import DamagedFileError, InvalidInputError
-from basic.common.files import atomic_folder, load_json
-from basic.common.outputs import Output, check_outputs
+from basic.common.files import atomic_folder, check_regular_file, load_json
+from basic.common.outputs import Output, check_outputs, reserved_outputs
 from basic.formats.llama_names import from_hf_row_order, hf_name, model_config
 from basic.formats.tokenizer_json import load_tokenizer_json
 from basic.model import ModelConfig, TransformerLM
@@ -27,7 +28,7 @@ from basic.Tokenizer import Tokenizer
 from basic.training.batches import check_tokenizer_size
 from basic.training.checkpoints.file import save_checkpoint
 from basic.training.checkpoints.state import without_wrappers
-from basic.training.run_folder import create_run_folder
+from basic.training.run_folder import create_run_folder, model_for_checks
 from basic.training.settings import RunConfig, TrainConfig
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -85,11 +86,11 @@ def import_pt(path: str | os.PathLike, run_dir: str | os.PathLike, config: RunCo
     """
     check_outputs([Output(run_dir, "a run", is_folder=True)], inputs=[path])
     tokenizer = Tokenizer.load(config.data.tokenizer) if config.data.tokenizer else None
-    model = _meta_model(config.model)
+    state = _read_state_dict(path)
+    model = model_for_checks(config.model, _count_blocks(state), Path("the configuration"))
     names = {name: name for name in model.state_dict()}
-    tensors = ((Path(path), name, tensor) for name, tensor in _read_state_dict(path).items())
-    _load_weights(model, _match_weights(model, names, tensors), names)
-    _write_run(run_dir, config, model, tokenizer)
+    weights = _match_weights(model, names, ((Path(path), name, tensor) for name, tensor in state.items()))
+    _write_run(run_dir, config, _load_weights(config.model, weights, names), tokenizer)
 
 
 def _write_run(
@@ -97,7 +98,7 @@ def _write_run(
 ) -> None:
     if tokenizer is not None:
         check_tokenizer_size(tokenizer.vocab_size, model.config.vocab_size, "import the model without it")
-    with atomic_folder(run_dir) as folder:
+    with reserved_outputs([Output(run_dir, "a run", is_folder=True)]), atomic_folder(run_dir) as folder:
         create_run_folder(folder, config, tokenizer)
         save_checkpoint(model, None, 0, folder / "checkpoints" / "step_00000000.safetensors")
 
@@ -133,19 +134,21 @@ def load_hf(
                 f"context_length must be 1 to {config.context_length} for this model, got {context_length}"
             )
         config = dataclasses.replace(config, context_length=context_length)
-    model = _meta_model(config)
+    files = _weight_files(directory, unpickle)
+    read_names = _names_in_pickle if unpickle else _names_in_safetensors
+    read_tensors = _read_pickle if unpickle else _read_safetensors
+    saved = [name.removeprefix("model.") for file in files for name in read_names(file)]
+    model = model_for_checks(config, _count_blocks(saved), path)
     names = {hf_name(name): name for name in model.state_dict()}
-    tensors = (item for item in _read_tensors(directory, unpickle) if not item[1].endswith(_ROPE_BUFFER))
+    tensors = ((file, *item) for file in files for item in read_tensors(file) if not item[0].endswith(_ROPE_BUFFER))
     weights = _match_weights(model, names, tensors)
     ordered = {name: from_hf_row_order(name, weight, config.d_head) for name, weight in weights.items()}
-    _load_weights(model, ordered, names)
-    return model
+    return _load_weights(config, ordered, names)
 
 
-def _meta_model(config: ModelConfig) -> TransformerLM:
-    """Create a model without memory for its weights and without initializing them."""
-    with torch.device("meta"):
-        return TransformerLM(config)
+def _count_blocks(names: Iterable[str]) -> int:
+    """The number of blocks of a model whose weights have these names, `layers.3.` and so on."""
+    return len({name.split(".")[1] for name in names if name.startswith("layers.")})
 
 
 def _match_weights(
@@ -172,9 +175,13 @@ def _match_weights(
     return weights
 
 
-def _load_weights(model: TransformerLM, weights: dict[str, Tensor], names: dict[str, str]) -> None:
-    """Allocate the model's memory on the CPU and load all weights; a tied output matrix may be missing."""
-    if model.config.tied_embeddings and "token_embeddings.weight" in weights:
+def _load_weights(config: ModelConfig, weights: dict[str, Tensor], names: dict[str, str]) -> TransformerLM:
+    """Create the model on the CPU and load all weights; a tied output matrix may be missing.
+
+    Args:
+        names: names in the files to our names, as for `_match_weights`.
+    """
+    if config.tied_embeddings and "token_embeddings.weight" in weights:
         embedding = weights["token_embeddings.weight"]
         if not torch.equal(weights.setdefault("lm_head.weight", embedding), embedding):
             raise InvalidInputError(
@@ -183,14 +190,23 @@ def _load_weights(model: TransformerLM, weights: dict[str, Tensor], names: dict[
     for file_name, name in names.items():
         if name not in weights:
             raise InvalidInputError(f"the weights lack {file_name!r}, which this model needs")
-    model.to_empty(device="cpu")
-    if model.config.tied_embeddings:  # to_empty separated the two
+    try:
+        with torch.device("meta"):  # without initializing the weights
+            model = TransformerLM(config)
+        model.to_empty(device="cpu")
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        raise InvalidInputError(
+            f"the model does not fit into memory, with positions for context_length = {config.context_length}; give a "
+            f"shorter one ({str(error).splitlines()[0]})"
+        ) from error
+    if config.tied_embeddings:  # to_empty separated the two
         model.lm_head.weight = model.token_embeddings.weight
     model.load_state_dict(weights)
+    return model
 
 
-def _read_tensors(directory: Path, unpickle: bool) -> Iterator[tuple[Path, str, Tensor]]:
-    """Yield the file, name and value of each tensor of a folder."""
+def _weight_files(directory: Path, unpickle: bool) -> list[Path]:
+    """The files with the weights of a model."""
     single_file = directory / ("pytorch_model.bin" if unpickle else "model.safetensors")
     index = single_file.with_name(f"{single_file.name}.index.json")
     if single_file.is_file():
@@ -208,19 +224,33 @@ def _read_tensors(directory: Path, unpickle: bool) -> Iterator[tuple[Path, str, 
     for shard in shards:
         if Path(shard).name != shard:
             raise InvalidInputError(f"{index} names {shard!r}, which is not a file beside it")
-        for name, tensor in (_read_pickle if unpickle else _read_safetensors)(directory / shard):
-            yield directory / shard, name, tensor
+    return [directory / shard for shard in shards]
+
+
+def _names_in_safetensors(path: Path) -> list[str]:
+    with _open_safetensors(path) as file:
+        return list(file.keys())
 
 
 def _read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    with _open_safetensors(path) as file:
+        for name in list(file.keys()):
+            yield name, file.get_tensor(name)
+
+
+@contextmanager
+def _open_safetensors(path: Path) -> Generator[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}, which the index names")
     try:
         with safe_open(path, framework="pt") as file:
-            for name in list(file.keys()):
-                yield name, file.get_tensor(name)
+            yield file
     except SafetensorError as error:
         raise DamagedFileError(f"{path} is not a complete safetensors file ({error}); download it again") from error
+
+
+def _names_in_pickle(path: Path) -> list[str]:
+    return [name for name, _ in _read_pickle(path)]
 
 
 def _read_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -249,6 +279,7 @@ def _read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
 
 def _load_pickle(path: str | os.PathLike) -> Any:
     """Load tensors, plain values and containers that torch.save wrote; anything that could run code is refused."""
+    check_regular_file(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:

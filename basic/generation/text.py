@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from basic.common.arguments import check_text_list
@@ -40,6 +40,23 @@ class SavableTokenizer(TextTokenizer, Protocol):
     """The methods that training needs: the run folder keeps a copy of the tokenizer."""
 
     def save(self, directory: str | os.PathLike) -> None: ...
+
+
+def tokenizer_for_samples(
+    tokenizer: SavableTokenizer | None, end_of_text: str, warn: Callable[[str], object]
+) -> SavableTokenizer | None:
+    """Return a tokenizer, or None with a warning if it cannot encode the text from which samples start."""
+    try:
+        if tokenizer is None or tokenizer.encode(end_of_text):
+            return tokenizer
+        reason = "it has no token"
+    except ValueError as error:
+        reason = str(error)
+    warn(
+        f"warning: there will be no samples, because the tokenizer cannot encode end_of_text = {end_of_text!r} "
+        f"({reason}); set train.end_of_text to the special token between its documents"
+    )
+    return None
 
 
 def complete(

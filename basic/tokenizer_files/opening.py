@@ -11,7 +11,7 @@ from typing import Any
 from basic.bytes_utils import load_merges, load_vocab
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.common.file_sets import CHECKSUMS_NAME
-from basic.common.files import load_json
+from basic.common.files import load_json, read_file
 from basic.pretokenization import PATTERNS, Pattern, resolve_pattern
 from basic.tokenizer_files.content import DEFAULT_FLAGS, TokenizerContent, TokenizerSettings
 from basic.tokenizer_files.equivalent_merges import missing_bytes
@@ -68,7 +68,7 @@ def read_tokenizer(path: str | os.PathLike, *, pattern: str | Pattern | None = N
 
 
 def _read_file(path: Path, pattern: str | Pattern | None) -> TokenizerContent:
-    content = path.read_bytes()
+    content = read_file(path)
     if content.lstrip()[:1] in (b"{", b"["):
         return read_tokenizer_json(path, content)
     return read_rank_file(path, content, pattern=pattern)

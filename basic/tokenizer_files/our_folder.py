@@ -19,7 +19,7 @@ from pathlib import Path
 from basic.bytes_utils import load_merges, load_vocab, save_merges, save_vocab
 from basic.common.errors import DamagedFileError
 from basic.common.file_sets import CHECKSUMS_NAME, atomic_set, read_set
-from basic.common.files import load_json
+from basic.common.files import load_json, make_folder
 from basic.common.outputs import Output, check_outputs
 from basic.pretokenization import GPT2_PATTERN, Pattern, resolve_pattern
 from basic.tokenizer_files.content import TokenizerContent, TokenizerSettings
@@ -38,7 +38,7 @@ def write_folder(content: TokenizerContent, directory: str | os.PathLike) -> Non
         OSError: a file cannot be written.
     """
     check_outputs(tokenizer_outputs(directory), overwrite=True)
-    Path(directory).mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     pattern = resolve_pattern(content.pattern)
     with atomic_set(directory, _FILES) as paths:
         save_vocab(content.vocab, paths[_VOCAB_FILE])

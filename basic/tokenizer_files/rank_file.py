@@ -13,7 +13,8 @@ from itertools import zip_longest
 
 from basic.bpe.plain import rules_of_ranks
 from basic.common.errors import DamagedFileError, InvalidInputError
-from basic.common.files import atomic_write
+from basic.common.files import read_file
+from basic.common.outputs import Output, write_output
 from basic.pretokenization import PATTERNS, Pattern, covers_all_text, resolve_pattern
 from basic.tokenizer_files.content import TokenizerContent
 from basic.tokenizer_files.equivalent_merges import UsedMerges, check_all_bytes, used_merges
@@ -44,8 +45,7 @@ def read_rank_file(
     """
     name = os.fspath(path)
     if content is None:
-        with open(path, "rb") as file:
-            content = file.read()
+        content = read_file(path)
     ranks = _parse(name, content)
     vocab = {rank: token for token, rank in ranks.items()}
     if len(vocab) < len(ranks):
@@ -150,7 +150,7 @@ def write_rank_file(content: TokenizerContent, used: UsedMerges, path: str | os.
                 "must be in the order of the merges, with one merge a token"
             )
     lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items()]
-    with atomic_write(path) as file:
+    with write_output(Output(path, "a rank file", lambda path: bool(_parse(str(path), read_file(path))))) as file:
         file.write(b"".join(lines))
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from basic.bytes_utils import from_printable, to_printable
 from basic.common.errors import DamagedFileError, InvalidInputError
-from basic.common.files import atomic_write, load_json
+from basic.common.files import load_json, load_object
+from basic.common.outputs import Output, write_output
 from basic.pretokenization import resolve_pattern
 from basic.tokenizer_files.content import DEFAULT_FLAGS, TokenizerContent, TokenizerSettings
 from basic.tokenizer_files.equivalent_merges import UsedMerges, check_all_bytes, missing_bytes
@@ -192,7 +193,7 @@ def write_tokenizer_json(content: TokenizerContent, used: UsedMerges, path: str 
             ],
         },
     }
-    with atomic_write(path) as file:
+    with write_output(Output(path, "a tokenizer.json", lambda path: bool(load_object(path, {"model": dict})))) as file:
         file.write(json.dumps(fields, ensure_ascii=False, indent=2).encode() + b"\n")
 
 

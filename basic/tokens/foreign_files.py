@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from basic.common.errors import InvalidInputError
+from basic.common.files import open_file
 
 # llm.c: the first of 256 integers (int32) before the ids, and the dtype of the ids.
 _LLM_C = {20240520: "uint16", 20240801: "uint32"}
@@ -21,6 +22,7 @@ _SAMPLE_IDS = 1 << 13
 _MIN_SAMPLE_IDS = 128
 _MAX_VOCAB_SIZE = 1 << 21  # of known tokenizers, with much to spare
 _MIN_DISTINCT_IDS = 16  # of text
+_MAX_SMALL_ID = 1 << 12
 
 
 def check_header(path: Path, dtype: np.dtype) -> None:
@@ -29,7 +31,7 @@ def check_header(path: Path, dtype: np.dtype) -> None:
     Raises:
         InvalidInputError: it is a file of llm.c, or a Megatron dataset of another dtype.
     """
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         head = file.read(8)
     magic, version = struct.unpack("<ii", head) if len(head) == 8 else (0, 0)
     if (right := _LLM_C.get(magic)) is not None and 0 < version < 256:
@@ -61,7 +63,7 @@ def _check_dtype(path: Path, dtype: np.dtype, right: str | None) -> None:
 def _megatron_dtype(path: Path) -> str | None:
     """The dtype that the index of a Megatron dataset says, None if there is no such index."""
     try:
-        with open(path.with_suffix(".idx"), "rb") as file:
+        with open_file(path.with_suffix(".idx")) as file:
             head = file.read(len(_MEGATRON) + 9)
     except OSError:
         return None
@@ -88,7 +90,10 @@ def _dtype_by_content(ids: np.ndarray) -> str | None:
         if is_high_half and len(np.unique(low)) >= _MIN_DISTINCT_IDS:
             doubled = _dtype_by_content(ids.view(f"<u{2 * ids.dtype.itemsize}"))
             return doubled or f"uint{16 * ids.dtype.itemsize}"
-    if ids.dtype.itemsize > 2 and np.count_nonzero(sample >= _MAX_VOCAB_SIZE) > len(sample) // 4:
+    # Two small ids in the halves of a number: as the id of one token, it would be large, and its low half any number.
+    low, high = sample & (1 << 4 * ids.dtype.itemsize) - 1, sample >> 4 * ids.dtype.itemsize
+    are_small_ids = high.any() and low.max() < _MAX_SMALL_ID and len(np.unique(high)) > 1
+    if ids.dtype.itemsize > 2 and (np.count_nonzero(sample >= _MAX_VOCAB_SIZE) > len(sample) // 16 or are_small_ids):
         halves = ids.view(f"<u{ids.dtype.itemsize // 2}")
         return _dtype_by_content(halves) or f"uint{4 * ids.dtype.itemsize}"
     return None

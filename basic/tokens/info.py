@@ -68,13 +68,19 @@ def token_dtype(vocab_size: int | np.integer) -> np.dtype:
 def sidecar_path(path: str | os.PathLike) -> Path:
     """Return the path of the sidecar of a token file: tokens.bin -> tokens.json.
 
+    It is beside the file itself, and not beside a link to it, unless there is one beside the link.
+
     Raises:
         InvalidInputError: `path` ends in .json.
     """
     path = Path(path)
     if path.suffix == ".json":
         raise InvalidInputError(f"{path} is the path of a sidecar; give the token file itself, such as tokens.bin")
-    return path.with_suffix(".json")
+    sidecar = path.with_suffix(".json")
+    if path.is_symlink() and not os.path.lexists(sidecar):
+        target = Path(os.path.realpath(path))
+        return target.with_suffix(".json") if target.suffix != ".json" else sidecar
+    return sidecar
 
 
 def read_sidecar(path: str | os.PathLike) -> TokenFileInfo:

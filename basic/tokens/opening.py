@@ -11,9 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from basic.common.errors import InvalidInputError, WrongTokenizerError
+from basic.common.files import check_regular_file, open_file
 from basic.tokens.flat_file import open_flat_file, open_npy
 from basic.tokens.index import INDEX_NAME, ShardedTokens, Tokens, read_index
 from basic.tokens.info import TokenFileInfo, read_sidecar, sidecar_path
+
+_MIN_TEXT_BYTES = 32  # of a file that should hold ids, to be taken for a text
 
 
 def open_tokens(
@@ -47,18 +50,25 @@ def open_tokens(
     path, index = Path(path), _find_index(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no token file {str(path)!r}; local/encode.py makes one from a text")
-    if made_by is not None and path.suffix != ".npy":
-        info = find_info(path)
-        if info is not None and info.tokenizer_fingerprint not in (None, made_by):
-            raise WrongTokenizerError(
-                f"{path} was made by another tokenizer than the one that is used with it; encode the text again with it"
-            )
     try:
         dtype = None if dtype is None else np.dtype(dtype)
     except TypeError:
         raise InvalidInputError(f"dtype={dtype!r} is not a type; give an integer type, such as uint16") from None
     if dtype is not None and dtype.kind not in "iu":
         raise InvalidInputError(f"dtype={dtype} cannot hold token ids; give an integer type, such as uint16")
+    if index is None:
+        check_regular_file(path)
+        if path.suffix != ".npy" and _is_text(path, dtype):
+            raise InvalidInputError(
+                f"{path} is a text, not token ids; local/encode.py makes a token file from it (to read its bytes as "
+                "ids, give dtype=uint8)"
+            )
+    if made_by is not None and path.suffix != ".npy":
+        info = find_info(path)
+        if info is not None and info.tokenizer_fingerprint not in (None, made_by):
+            raise WrongTokenizerError(
+                f"{path} was made by another tokenizer than the one that is used with it; encode the text again with it"
+            )
     if index is not None:
         tokens = ShardedTokens(index, verify=verify)
         if dtype not in (None, tokens.dtype):
@@ -68,8 +78,6 @@ def open_tokens(
         if verify:
             raise InvalidInputError(f"{path}: an .npy file has no checksum to verify; open it without verify=True")
         return open_npy(path, dtype)
-    if dtype is None and not sidecar_path(path).exists() and _starts_with_text(path):
-        raise InvalidInputError(f"{path} is a text, not token ids; local/encode.py makes a token file from it")
     return open_flat_file(path, dtype, verify=verify)
 
 
@@ -106,10 +114,25 @@ def mapped_file(tokens: Tokens) -> tuple[Path | None, TokenFileInfo | None]:
     return path, info if info.count == len(tokens) else None
 
 
-def _starts_with_text(path: Path) -> bool:
-    """Whether a file starts with UTF-8 text without control characters, other than white space."""
-    with open(path, "rb") as file:
-        text = codecs.getincrementaldecoder("utf-8")("replace").decode(file.read(4096))
+def _is_text(path: Path, dtype: np.dtype | None) -> bool:
+    """Whether a flat file is certainly a text: valid UTF-8 without control characters, other than white space.
+
+    A few ids can look like text by chance. Bytes can be ids on purpose, if their dtype is given.
+    """
+    with open_file(path) as file:
+        head = file.read(4096)
+    has_sidecar = sidecar_path(path).is_file()
+    if has_sidecar:
+        info = read_sidecar(path)
+        if path.stat().st_size == info.count * info.dtype.itemsize:
+            return False  # it is the sidecar of this file, and not that of another file with the same stem
+    should_hold_ids = has_sidecar or dtype is not None
+    if should_hold_ids and (dtype == np.uint8 or len(head) < _MIN_TEXT_BYTES):
+        return False
+    try:
+        text = codecs.getincrementaldecoder("utf-8")("strict" if should_hold_ids else "replace").decode(head)
+    except UnicodeDecodeError:
+        return False
     return bool(text) and all(character.isprintable() or character in "\n\r\t\f\ufeff" for character in text)
 
 

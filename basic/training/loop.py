@@ -23,9 +23,10 @@ import torch
 from basic.common.arguments import check_type, id_array
 from basic.common.command_line import print_text
 from basic.common.errors import BasicError, InvalidConfigError, InvalidInputError, failures_of
+from basic.common.files import make_folder
 from basic.common.folder_lock import FolderLock
 from basic.common.stop_signals import StopSignals
-from basic.generation.text import SavableTokenizer, TextTokenizer, complete
+from basic.generation.text import SavableTokenizer, TextTokenizer, complete, tokenizer_for_samples
 from basic.model import RotaryPositionalEmbedding, TransformerLM
 from basic.training.batches import BatchSampler, check_token_ids, check_tokenizer_size, document_starts, read_ahead
 from basic.training.devices import activation_dtype, choose_device, device_name, reduce_dtype, training_flops_per_token
@@ -136,7 +137,7 @@ def train(
             optimizer=optimizer,
             train_sampler=train_sampler,
             valid_sampler=valid_sampler,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer_for_samples(tokenizer, settings.end_of_text, warn),
             log=log,
             checkpoints=checkpoints,
             world=world,
@@ -151,7 +152,7 @@ def train(
 
 def _lock_run_folder(run_dir: Path, stack: ExitStack) -> None:
     """Take the lock of a run's folder until the stack is closed; the folder is created if it does not exist."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(run_dir)
     stack.enter_context(FolderLock(run_dir))
 
 

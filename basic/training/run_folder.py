@@ -16,7 +16,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -27,7 +26,8 @@ import torch
 
 from basic.common.config_files import from_table, load_config, save_config
 from basic.common.errors import DamagedFileError, InvalidConfigError, NotARunError
-from basic.common.file_sets import CHECKSUMS_NAME, check_checksums, write_checksums
+from basic.common.file_sets import CHECKSUMS_NAME, check_checksums, remove_set, write_checksums
+from basic.common.files import read_file, temporary_folder
 from basic.generation.text import SavableTokenizer
 from basic.model import ModelConfig, TransformerLM
 from basic.training.checkpoints.file import Checkpoint, load_state, read_checkpoint, read_document
@@ -76,7 +76,7 @@ def load_run_config(run_dir: Path) -> RunConfig:
         run = next((folder for folder in run_dir.absolute().parents[:2] if (folder / "config.toml").is_file()), None)
         remedy = "start one with local/train.py" if run is None else f"did you mean the run that it is in, {run}?"
         raise NotARunError(f"{run_dir} is not a run: it has no config.toml; {remedy}")
-    check_checksums(run_dir, {path.name: path.read_bytes()})
+    check_checksums(run_dir, {path.name: read_file(path)})
     return load_config(path, RunConfig)
 
 
@@ -127,31 +127,63 @@ def create_run_folder(
     of a run that has lost its config.toml is set aside.
 
     Args:
-        overwrite: first remove the run that the folder contains, with its tokenizer/ folder; other files stay.
+        overwrite: first remove the run that the folder contains, with its tokenizer; other files stay.
 
     Raises:
-        FileExistsError: the folder contains a run, and `overwrite` is False.
+        FileExistsError: the folder contains a run, and `overwrite` is False; or it contains no run, but another
+            tokenizer.
     """
-    if (run_dir / "config.toml").exists():
-        if not overwrite and (_has_steps(run_dir) or not _was_started(run_dir)):
-            raise FileExistsError(
-                f"{run_dir} already contains a run; choose another folder, resume the run (--resume {run_dir}), or "
-                "remove it (--overwrite)"
-            )
-        # The configuration goes last: if the process is killed meanwhile, this is still a run to overwrite.
+    own = run_dir / "tokenizer"
+    is_run = (run_dir / "config.toml").exists()
+    if is_run and not overwrite and (_has_steps(run_dir) or not _was_started(run_dir)):
+        raise FileExistsError(
+            f"{run_dir} already contains a run; choose another folder, resume the run (--resume {run_dir}), or remove "
+            "it (--overwrite)"
+        )
+    if tokenizer is not None and (own.is_symlink() or not is_run):
+        _check_no_other_tokenizer(own, tokenizer)
+    if is_run:
+        # The configuration is replaced last: if the process is killed meanwhile, this is still a run to overwrite.
         for path in checkpoint_paths(run_dir):
             remove_checkpoint(path)
-        shutil.rmtree(run_dir / "tokenizer", ignore_errors=True)
-        for name in (*_RECORDS, CHECKSUMS_NAME, "config.toml"):
+        for name in _RECORDS:
             (run_dir / name).unlink(missing_ok=True)
+        if tokenizer is None:
+            _remove_tokenizer(own)
     else:
         for path in [*checkpoint_paths(run_dir), *(run_dir / name for name in _RECORDS)]:
             if path.exists():
                 warnings.warn(f"{path} belongs to no run; it is now {set_aside(path).name}", stacklevel=2)
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
-        tokenizer.save(run_dir / "tokenizer")
+        tokenizer.save(own)
     save_run_config(run_dir, config)
+
+
+def _check_no_other_tokenizer(folder: Path, tokenizer: SavableTokenizer) -> None:
+    """Raise a FileExistsError if saving a tokenizer into a folder would change a file."""
+    if not folder.is_dir():
+        return
+    with temporary_folder(folder.parent / "tokenizer") as copy:
+        tokenizer.save(copy)
+        for path in copy.iterdir():
+            if (folder / path.name).exists() and read_file(folder / path.name) != read_file(path):
+                raise FileExistsError(
+                    f"{folder} holds another tokenizer than that of this run, which would replace it; train in another "
+                    "folder, or move it away"
+                )
+
+
+def _remove_tokenizer(folder: Path) -> None:
+    """Remove the tokenizer of a run; if files of others are left in its folder, the folder is set aside."""
+    if not folder.is_dir():
+        return
+    if not folder.is_symlink():
+        remove_set(folder)
+    try:
+        folder.rmdir()
+    except OSError:
+        warnings.warn(f"{folder} has files that are not the run's; it is now {set_aside(folder).name}", stacklevel=3)
 
 
 def _was_started(run_dir: Path) -> bool:
@@ -159,7 +191,7 @@ def _was_started(run_dir: Path) -> bool:
     if not (run_dir / CHECKSUMS_NAME).is_file():
         return False
     try:
-        check_checksums(run_dir, {"config.toml": (run_dir / "config.toml").read_bytes()})
+        check_checksums(run_dir, {"config.toml": read_file(run_dir / "config.toml")})
     except DamagedFileError:
         return False
     return True
@@ -189,17 +221,32 @@ def check_model_config(config: ModelConfig, checkpoint: Checkpoint, run_dir: Pat
     if isinstance(extra, dict) and isinstance(extra.get("model"), dict):
         check_same_model(from_table(ModelConfig, extra["model"]), config, f"{checkpoint.src} was saved", f"{path} has")
         return
-    # The checkpoint of an earlier version. One block more than it has is enough to name the first missing weight.
-    saved_state = dict(without_values(checkpoint).entry("model"))
+    saved_state = dict(without_values(checkpoint).entry("model"))  # the checkpoint of an earlier version
     names = [without_wrappers(name).split(".") for name in saved_state]
-    num_blocks = len({name[1] for name in names if name[0] == "layers"})
-    try:
-        with torch.device("meta"):
-            model = TransformerLM(replace(config, num_layers=min(config.num_layers, num_blocks + 1), context_length=1))
-    except (RuntimeError, TypeError, OverflowError) as error:
-        raise InvalidConfigError(f"{path} has sizes that no model can have: {str(error).splitlines()[0]}") from error
+    model = model_for_checks(config, len({name[1] for name in names if name[0] == "layers"}), path)
     rename_wrapped_keys(model, saved_state)
     check_shapes(model.state_dict(), saved_state)
+
+
+def model_for_checks(config: ModelConfig, num_saved_blocks: int, path: Path) -> TransformerLM:
+    """Create a model without memory, whose names and shapes saved weights are compared with.
+
+    A configuration of somebody else may ask for any number of blocks and positions. One block more than is saved is
+    enough to name the first missing weight, and no weight depends on the number of positions.
+
+    Args:
+        path: where the configuration is from, for the message.
+
+    Raises:
+        InvalidConfigError: no model can have these sizes.
+    """
+    try:
+        with torch.device("meta"):
+            return TransformerLM(
+                replace(config, num_layers=min(config.num_layers, num_saved_blocks + 1), context_length=1)
+            )
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise InvalidConfigError(f"{path} has sizes that no model can have: {str(error).splitlines()[0]}") from error
 
 
 def check_same_model(saved: ModelConfig, given: ModelConfig, before: str, now: str) -> None:

@@ -14,14 +14,14 @@ import torch
 
 from basic.common.config_files import flatten_settings, to_table
 from basic.common.errors import DamagedFileError, InvalidConfigError, InvalidInputError
-from basic.common.files import atomic_write
+from basic.common.files import atomic_write, difference_from_object, read_file
 from basic.model import TransformerLM
 from basic.training.checkpoints.background import BackgroundSaver
 from basic.training.checkpoints.file import Checkpoint, load_state
 from basic.training.checkpoints.sharded import load_sharded_state, remove_checkpoint
 from basic.training.parallel.world import SINGLE_PROCESS, World, is_sharded
 from basic.training.records.log import NullLog, RunLog
-from basic.training.records.metrics import encode_record, read_all_records, read_metrics
+from basic.training.records.metrics import describe_lost_records, encode_record, read_all_records, read_metrics
 from basic.training.run_folder import (
     check_model_config,
     check_same_model,
@@ -36,6 +36,7 @@ from basic.training.run_folder import (
 )
 from basic.training.settings import RunConfig, TrainConfig
 
+_RUN_STATE = {"wall_s": (float, int), "nonfinite_steps": int, "random_state": dict}
 RETRY_S = 10.0
 """Seconds until the next attempt after a checkpoint could not be written."""
 _FINAL_ATTEMPTS = 6
@@ -159,7 +160,7 @@ class CheckpointManager:
     ) -> None:
         name = f"step_{progress.step:08d}" + ("" if is_sharded(model) else ".safetensors")
         path = self.run_dir / "checkpoints" / name
-        settings = {"model": to_table(model.config), "valid_loss": valid_loss}
+        settings = {"model": to_table(model.config), "valid_loss": valid_loss, "logged_step": self.log.last_step}
         extra = {**progress._asdict(), "random_state": _get_random_state(), **settings}
         if self.world.is_rank_0 and not path.parent.is_dir():
             path.parent.mkdir(parents=True)
@@ -281,6 +282,8 @@ def find_checkpoint(
         return None
     checkpoint = newest[0] if newest else open_checkpoint(Path(path))
     check_model_config(config.model, checkpoint, run_dir)
+    if world.is_rank_0 and (problem := describe_lost_records(run_dir / "metrics.jsonl", checkpoint.entry("extra"))):
+        report(problem)
     step, steps = checkpoint.entry("iteration"), config.train.steps
     if step == steps:
         raise InvalidInputError(
@@ -322,8 +325,8 @@ def resume_run(
     progress = RunProgress()
     if checkpoint is not None:
         extra = checkpoint.entry("extra")
-        if not isinstance(extra, dict) or not {"wall_s", "nonfinite_steps", "random_state"} <= extra.keys():
-            raise DamagedFileError(f"{checkpoint.src} has no state of a training run; it was imported, or is damaged")
+        if (problem := difference_from_object(extra, _RUN_STATE)) is not None:
+            raise DamagedFileError(f"{checkpoint.src} is imported or damaged: its state of a training run {problem}")
         own = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
         if is_sharded(model):
             step = load_sharded_state(checkpoint, model, optimizer, world)
@@ -359,7 +362,7 @@ def _rewind_folder(run_dir: Path, config: RunConfig, step: int) -> None:
             file.writelines(encode_record(record) for record in records if record["step"] <= step)
         later = [record for record in records if record["step"] > step and record.get("kind") == "sample"]
         if later and samples.exists():
-            content = samples.read_bytes()
+            content = read_file(samples)
             for record in reversed(later):
                 content = content.removesuffix(format_sample(record).encode())
             with atomic_write(samples) as file:

@@ -156,6 +156,21 @@ def test_text_of_others_is_escaped_in_a_terminal_only(is_terminal):
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Options with a text that may be missing."""
+
+    prompt: str | None = None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "prompt"),
+    [([], None), (["--prompt=None"], "None"), (["--prompt", "none"], "none"), (["--prompt", ""], "")],
+)
+def test_none_is_a_text_like_any_other(arguments, prompt):
+    assert command_line.parse(Texts, None, args=arguments).prompt == prompt
+
+
+@dataclass(frozen=True)
 class Numbers:
     steps: int
     top_k: int | None = None

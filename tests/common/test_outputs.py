@@ -5,8 +5,9 @@ import re
 
 import pytest
 
+from basic.common import outputs
 from basic.common.errors import InvalidInputError
-from basic.common.outputs import Output, check_outputs
+from basic.common.outputs import Output, check_outputs, reserved_outputs
 
 
 def is_ours(path):
@@ -75,3 +76,24 @@ def test_another_kind_of_file_is_refused(tmp_path):
         check_outputs([target(tmp_path / "file" / "inner" / "a.bin")])
     with pytest.raises(FileExistsError, match="is not a regular file"):
         check_outputs([target(os.devnull)], overwrite=True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such lock")
+def test_a_reserved_output_is_refused_to_others_and_checked_again(tmp_path, monkeypatch):
+    first, second = target(tmp_path / "new" / "a"), target(tmp_path / "new" / "b")
+    with reserved_outputs([first, second]):
+        (tmp_path / "link").symlink_to("new")
+        with (
+            pytest.raises(BlockingIOError, match=f"is being written by process {os.getpid()} on"),
+            reserved_outputs([target(tmp_path / "link" / "b")]),
+        ):
+            pass
+        with reserved_outputs([target(tmp_path / "new" / "c")]):
+            pass
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "new").mkdir()
+    # Another process writes the output between the check and the lock.
+    monkeypatch.setattr(outputs, "make_folder", lambda folder: (tmp_path / "new" / "a").write_bytes(b"ours"))
+    with pytest.raises(FileExistsError, match="a' already exists"), reserved_outputs([first]):
+        pass
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a"]

@@ -1,5 +1,11 @@
 """The training and the validation text: nothing is lost, and nothing is in both."""
 
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
 import pytest
 
 from basic.common.errors import InvalidInputError
@@ -12,6 +18,7 @@ END = "<|endoftext|>"
 def split(tmp_path, text: str | bytes, **settings) -> tuple[bytes, bytes]:
     """Split a text; check that the two files together are the text."""
     data = text.encode() if isinstance(text, str) else text
+    tmp_path = Path(tempfile.mkdtemp(dir=tmp_path))
     (tmp_path / "source.txt").write_bytes(data)
     split_text(tmp_path / "source.txt", tmp_path, **settings)
     train, valid = (tmp_path / "train.txt").read_bytes(), (tmp_path / "valid.txt").read_bytes()
@@ -40,8 +47,10 @@ def test_a_story_of_the_training_text_is_not_used_for_validation(tmp_path):
 
 def test_seeds_decide_the_stories(tmp_path):
     def texts(seed):
-        write_stories(tmp_path, 5, 5, seed=seed)
-        return (tmp_path / "train.txt").read_text() + (tmp_path / "valid.txt").read_text()
+        folder = tmp_path / str(seed)
+        folder.mkdir(exist_ok=True)
+        write_stories(folder, 5, 5, seed=seed)
+        return (folder / "train.txt").read_text() + (folder / "valid.txt").read_text()
 
     zero, one = texts(0), texts(1)
     assert texts(0) == zero != one
@@ -102,3 +111,35 @@ def test_a_fraction_out_of_range_is_an_error(tmp_path, valid_fraction):
     (tmp_path / "text.txt").write_text("some text")
     with pytest.raises(InvalidInputError, match="valid_fraction must be between 0 and 1"):
         split_text(tmp_path / "text.txt", tmp_path, valid_fraction=valid_fraction)
+
+
+@pytest.mark.parametrize("name", ["train.txt", "valid.txt"])
+def test_another_text_is_not_replaced(name, tmp_path):
+    """The same text may be written again, as after an interruption."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one two three four five"}\n' * 5)
+    writers = [lambda: write_stories(tmp_path, 5, 2), lambda: split_text(tmp_path / "a.jsonl", tmp_path)]
+    for write in writers:
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(FileExistsError, match=f"{name} exists and holds another text"):
+            write()
+        assert (tmp_path / name).read_text() == "mine"
+        for path in tmp_path.glob("*.txt"):
+            path.unlink()
+        write()
+        write()
+        for path in tmp_path.glob("*.txt"):
+            path.unlink()
+        assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one two three four five"}\n' * 5)
+    program = (
+        "import os, sys; from basic.corpus.sources import as_plain_file\n"
+        "with as_plain_file(sys.argv[1], sys.argv[2]): os.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "a.jsonl"), str(tmp_path)], check=False)
+    assert len(list(tmp_path.iterdir())) == 2
+    split_text(tmp_path / "a.jsonl", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "train.txt", "valid.txt"}

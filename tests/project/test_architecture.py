@@ -341,6 +341,22 @@ def test_every_imported_package_is_declared(path: Path) -> None:
     assert not missing, f"{relative(path)} imports {missing}: add it to the dependencies in pyproject.toml"
 
 
+# These read their own files, or the system's.
+OPENS_FILES = ("assignment_question.py", "bpe/loading.py", "bpe/kernels/instructions.py", "common/files.py")
+
+
+@pytest.mark.parametrize("path", BASIC, ids=relative)
+def test_files_of_users_are_opened_by_one_function(path: Path) -> None:
+    """`open_file` and `read_file` of common/files.py refuse pipes and devices, where a reader would wait."""
+    if relative(path).endswith(OPENS_FILES):
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            call = ast.unparse(node)
+            is_read = ".read_bytes()" in call or (call.startswith("open(") and "'rb'" in call)
+            assert not is_read, f"{relative(path)}, line {node.lineno}: use open_file or read_file"
+
+
 def test_adapters_can_be_copied_alone() -> None:
     packages = {module.split(".")[0] for module in imports(REPOSITORY / "tests" / "adapters.py")}
     assert packages <= {"basic", "torch", "numpy", "jaxtyping"} | sys.stdlib_module_names

@@ -204,6 +204,15 @@ def test_a_file_that_cannot_be_evaluated_is_named(folder, capsys, monkeypatch, f
     assert message in str(caught.value.code)
 
 
+def test_a_run_without_validation_tokens_asks_for_a_file(folder, monkeypatch):
+    run = folder / "imported"
+    run.mkdir()
+    save_run_config(run, dataclasses.replace(load_run_config(folder / "run"), data=DataConfig()))
+    (run / "checkpoints").symlink_to(folder / "run" / "checkpoints")
+    with pytest.raises(SystemExit, match="imported names no validation tokens; give a token file or a text after"):
+        run_script(monkeypatch, "evaluate", run, "--device", "cpu")
+
+
 # --- sweep ----------------------------------------------------------------------------------------------------
 
 

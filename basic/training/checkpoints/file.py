@@ -30,7 +30,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from basic.common.errors import DamagedFileError, InvalidInputError
-from basic.common.files import atomic_paths, sha256_of_file, temporary_folder
+from basic.common.files import atomic_paths, difference_from_object, open_file, sha256_of_file, temporary_folder
 from basic.training.checkpoints.state import (
     VERSION,
     check_model_state,
@@ -49,6 +49,9 @@ _HEADER_LIMIT_BYTES = 100_000_000
 
 # What precedes the digest in the header. Quotes inside a JSON string are escaped, so this can only be the key itself.
 _DIGEST_KEY, _ZERO_DIGEST = b'"sha256":"', "0" * 64
+
+# The keys of the document and the types of their values in JSON; trees have other types, too.
+_DOCUMENT_TYPES = {"version": int, "iteration": int, "model": dict, "optimizer": (dict, type(None))}
 
 # What a malformed file or document can raise while it is parsed.
 _PARSE_ERRORS = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -238,7 +241,7 @@ def read_checkpoint(src: PathOrFile) -> Checkpoint:
         if isinstance(src, (str, os.PathLike)):
             if not os.path.isfile(src):
                 raise FileNotFoundError(f"there is no checkpoint file {os.fspath(src)!r}")
-            with open(src, "rb") as file:
+            with open_file(src) as file:
                 stated_digest, digest = _digests(file)
             with safe_open(src, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -249,9 +252,7 @@ def read_checkpoint(src: PathOrFile) -> Checkpoint:
             tensors = safetensors.torch.load(content)
             metadata = _read_header(io.BytesIO(content))[1].get("__metadata__", {})
             del content
-        document = json.loads(metadata["checkpoint"])
-        if document["version"] != VERSION:
-            raise ValueError(f"its version is {document['version']}, this library reads version {VERSION}")
+        document = parse_document(metadata["checkpoint"])
         if stated_digest != digest:
             raise ValueError("its contents do not match their checksum")
     except (SafetensorError, *_PARSE_ERRORS) as error:
@@ -266,10 +267,26 @@ def read_document(path: str | os.PathLike) -> dict[str, Any]:
         DamagedFileError: the file has no such header.
     """
     try:
-        with open(path, "rb") as file:
-            return dict(json.loads(_read_header(file)[1]["__metadata__"]["checkpoint"]))
+        with open_file(path) as file:
+            return parse_document(_read_header(file)[1]["__metadata__"]["checkpoint"])
     except _PARSE_ERRORS as error:
         raise _damaged(path, error) from error
+
+
+def parse_document(content: str) -> dict[str, Any]:
+    """Parse the JSON document of a checkpoint, and check its keys.
+
+    Raises:
+        ValueError, TypeError, RecursionError: it is not such a document.
+    """
+    document = json.loads(content)
+    if (problem := difference_from_object(document, {"version": int})) is None:
+        if document["version"] != VERSION:
+            raise ValueError(f"its version is {document['version']}, this library reads version {VERSION}")
+        problem = difference_from_object(document, _DOCUMENT_TYPES)
+    if problem is not None:
+        raise ValueError(f"its document {problem}")
+    return document
 
 
 def _damaged(src: PathOrFile, error: Exception) -> DamagedFileError:

@@ -27,8 +27,8 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from basic.common.errors import DamagedFileError
-from basic.common.files import load_json, sha256_of_file, sync_file, sync_folder
-from basic.training.checkpoints.file import Checkpoint
+from basic.common.files import load_object, sha256_of_file, sync_file, sync_folder
+from basic.training.checkpoints.file import Checkpoint, parse_document
 from basic.training.checkpoints.state import (
     check_model_state,
     check_optimizer_state,
@@ -41,6 +41,7 @@ from basic.transformer.optimizer import local_shard
 
 METADATA_NAME = "checkpoint.json"
 _VERSION = 1  # of METADATA_NAME
+_METADATA_TYPES = {"version": int, "checkpoint": str, "files": dict, "sha256": str}
 # While a file is serialized, no other Python code runs in its process, so files must be small.
 _MAX_FILE_BYTES = 256 << 20
 
@@ -210,18 +211,20 @@ def read_sharded_checkpoint(path: str | os.PathLike) -> Checkpoint:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no checkpoint folder {str(folder)!r}")
     try:
-        metadata = json.loads((folder / METADATA_NAME).read_text(encoding="utf-8"))
+        metadata = load_object(folder / METADATA_NAME, _METADATA_TYPES)
         if metadata["version"] != _VERSION:
             raise ValueError(f"its version is {metadata['version']}, this library reads version {_VERSION}")
         if metadata["sha256"] != _metadata_digest(metadata):
             raise ValueError(f"the contents of {METADATA_NAME} do not match their checksum")
         for name, digest in metadata["files"].items():
+            if Path(name).name != name or not isinstance(digest, str):
+                raise ValueError(f"{name!r} is not a file of it with a checksum")
             if not (folder / name).is_file():
                 raise ValueError(f"{name} is missing")
             if sha256_of_file(folder / name) != digest:
                 raise ValueError(f"the contents of {name} do not match their checksum")
-        document = json.loads(metadata["checkpoint"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        document = parse_document(metadata["checkpoint"])
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DamagedFileError(
             f"{folder} is not a complete checkpoint ({type(error).__name__}: {error}): it is incomplete or damaged; "
             "use an earlier checkpoint"
@@ -236,8 +239,8 @@ def read_sharded_document(folder: Path) -> dict[str, Any]:
         DamagedFileError: the folder has no such document.
     """
     try:
-        return dict(json.loads(load_json(folder / METADATA_NAME)["checkpoint"]))
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        return parse_document(load_object(folder / METADATA_NAME, _METADATA_TYPES)["checkpoint"])
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DamagedFileError(f"{folder} is not a complete checkpoint ({type(error).__name__}: {error})") from error
 
 

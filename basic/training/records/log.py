@@ -19,7 +19,7 @@ from basic.common.command_line import escape
 from basic.common.config_files import to_table
 from basic.common.files import sync_folder
 from basic.training.devices import PEAK_BF16_FLOPS
-from basic.training.records.metrics import encode_record
+from basic.training.records.metrics import encode_record, read_all_records
 from basic.training.records.trackers import Tracker, open_trackers
 from basic.training.settings import RunConfig
 
@@ -32,6 +32,9 @@ class RunLog:
 
     No failure of the log ends the training: lines that cannot be written because the disk is full are kept and written
     later, and a tracker that fails is closed. Both print a warning.
+
+    Attributes:
+        last_step: the last step that has a record.
 
     Args:
         run_dir: records are appended to its `metrics.jsonl`.
@@ -69,6 +72,7 @@ class RunLog:
         self._lock = threading.Lock()  # checkpoints are logged from their own thread
         self._unwritten: deque[bytes] = deque()
         self._warned = False
+        self.last_step = 0
         self._latest: dict[str, Any] = {}  # the newest value of every metric
 
     def __enter__(self) -> RunLog:
@@ -76,6 +80,8 @@ class RunLog:
         self._trackers = open_trackers(
             settings.trackers, run_dir, first_step=self._first_step, config_table=to_table(self._config)
         )
+        if self._path.exists():
+            self.last_step = max((record["step"] for record in read_all_records(self._path)), default=0)
         # Unbuffered: a buffer would keep the bytes of a failed write and write them again later.
         self._file = open(self._path, "ab", buffering=0)
         sync_folder(run_dir)
@@ -115,8 +121,10 @@ class RunLog:
             record: has a "step", and a "kind" unless it is a training record. Non-finite numbers are written as null,
                 because JSON has no NaN.
         """
+        step = record["step"]
         record = {key: None if _is_nonfinite(value) else value for key, value in record.items()}
         with self._lock:
+            self.last_step = max(self.last_step, step)
             self._unwritten.append(encode_record(record))
             self._write_lines()
             for tracker in list(self._trackers):
@@ -211,6 +219,8 @@ class RunLog:
 
 class NullLog:
     """A log that writes nothing, for all ranks but rank 0."""
+
+    last_step = 0
 
     def __enter__(self) -> NullLog:
         return self

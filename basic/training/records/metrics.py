@@ -15,7 +15,10 @@ import re
 import warnings
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from basic.common.files import open_file
 
 _CHECKSUM = re.compile(rb', "crc32": "([0-9a-f]{8})"\}$')
 _INTEGERS = ("step", "tokens")
@@ -48,7 +51,7 @@ def read_all_records(path: str | os.PathLike) -> list[dict[str, Any]]:
 
     Lines that a crash or a full disk left incomplete, and damaged ones, are left out, and a warning names them.
     """
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         lines = [(number, line.strip()) for number, line in enumerate(file, 1) if line.strip()]
     has_checksums = any(_CHECKSUM.search(line) for _, line in lines)
     records, damaged = [], []
@@ -63,6 +66,22 @@ def read_all_records(path: str | os.PathLike) -> list[dict[str, Any]]:
             stacklevel=2,
         )
     return records
+
+
+def describe_lost_records(path: Path, state: Any) -> str | None:
+    """Say what a log lacks, if it ends before the last record that it had when a checkpoint was saved.
+
+    Args:
+        state: the extra data of the checkpoint; version 0.1.0 did not save the step.
+    """
+    logged = state.get("logged_step") if isinstance(state, dict) else None
+    last = max((record["step"] for record in read_all_records(path)), default=0) if path.exists() else 0
+    if not isinstance(logged, int) or last >= logged:
+        return None
+    return (
+        f"warning: {path} ends at step {last:,}, but had records up to step {logged:,} when the checkpoint was saved; "
+        "they are lost, and the curves will have a gap"
+    )
 
 
 def _decode_record(line: bytes, has_checksum: bool) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from basic.common.errors import InvalidConfigError, failures_of, how_to_install
+from basic.common.files import atomic_write
 
 NAMES = ("wandb", "tensorboard")
 _REMEDIES = {
@@ -37,8 +38,8 @@ def open_trackers(
     Args:
         names: of `NAMES`.
         run_dir: trackers store their files in subfolders of it; its name is the name of the run.
-        first_step: number of steps done before. If there are any, the run of a tracker is continued; TensorBoard drops
-            what a crashed process logged after this step.
+        first_step: number of steps done before. If there are any, the run of Weights & Biases is continued. TensorBoard
+            drops what an earlier process logged after this step.
         config_table: the run's configuration as nested dictionaries, shown with the curves.
 
     Raises:
@@ -105,7 +106,8 @@ class _Wandb:
         self.run = wandb.init(
             project="basic", name=run_dir.name, dir=str(run_dir), config=config, id=run_id, resume="allow"
         )
-        id_file.write_text(self.run.id)
+        with atomic_write(id_file) as file:
+            file.write(self.run.id.encode())
         # wandb's own step must not decrease, but the record of a checkpoint may come after later steps.
         self.run.define_metric("*", step_metric="step")
 
@@ -128,7 +130,7 @@ class _TensorBoard:
     def __init__(self, run_dir: Path, first_step: int, config: dict[str, Any]):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         lines = [f"    {table}.{key} = {value!r}" for table, values in config.items() for key, value in values.items()]
         self.writer.add_text("config", "\n".join(lines), first_step)  # indented, so that Markdown shows it verbatim
 
