@@ -25,7 +25,8 @@ class Options:
     Parquet tables; files, globs in quotation marks, URLs (s3://bucket/*.jsonl.zst), or - for standard input, encoded in
     this order. Output, at the end: a token file NAME.bin, which gets a sidecar NAME.json, or a folder."""
     tokenizer: Path = Path("runs/tokenizer")
-    """Folder of the tokenizer, as local/train_bpe.py writes it."""
+    """The tokenizer: a folder that local/train_bpe.py wrote, a run, a tokenizer.json or a Hugging Face folder, or a
+    rank file of tiktoken."""
     errors: Literal["strict", "replace"] = "strict"
     """Bytes that are not UTF-8: end with an error, or encode U+FFFD instead."""
     overwrite: bool = False

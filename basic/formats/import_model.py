@@ -22,7 +22,6 @@ from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.common.files import atomic_folder, check_regular_file, load_json
 from basic.common.outputs import Output, check_outputs, reserved_outputs
 from basic.formats.llama_names import from_hf_row_order, hf_name, model_config
-from basic.formats.tokenizer_json import load_tokenizer_json
 from basic.model import ModelConfig, TransformerLM
 from basic.Tokenizer import Tokenizer
 from basic.training.batches import check_tokenizer_size
@@ -60,9 +59,7 @@ def import_hf(
     check_outputs([Output(run_dir, "a run", is_folder=True)], inputs=[directory])
     directory = Path(directory)
     model = load_hf(directory, context_length=context_length, unpickle=unpickle)
-    if with_tokenizer and not (directory / "tokenizer.json").is_file():
-        raise FileNotFoundError(f"{directory} has no tokenizer.json; import the model without a tokenizer")
-    tokenizer = load_tokenizer_json(directory / "tokenizer.json") if with_tokenizer else None
+    tokenizer = _load_tokenizer(directory) if with_tokenizer else None
     train = TrainConfig(steps=1)  # a required setting; the checkpoint is at step 0
     if tokenizer is not None and (end_of_text := _end_of_text(directory, tokenizer)) is not None:
         train = dataclasses.replace(train, end_of_text=end_of_text)
@@ -298,6 +295,15 @@ def _end_of_text(directory: Path, tokenizer: Tokenizer) -> str | None:
                 if isinstance(token_id, int) and token_id in texts:
                     return texts[token_id]
     return None
+
+
+def _load_tokenizer(directory: Path) -> Tokenizer:
+    try:
+        return Tokenizer.load(directory)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{directory} has no tokenizer.json (nor vocab.json with merges.txt); import the model without a tokenizer"
+        ) from None
 
 
 def _load_json_object(path: Path) -> dict[str, Any]:
