@@ -234,7 +234,11 @@ class Tokenizer:
     @cached_property
     def used_merges(self) -> UsedMerges:
         """The merges that can be applied in a text, and the tokens that they do not produce."""
-        used = used_merges(self._rules, self.vocab)
+        encoder = self.kernel_encoder(sum(map(len, self.vocab.values())))
+        try:
+            used = used_merges(self._rules, self.vocab, None if encoder is None else encoder.last_merges)
+        except OverflowError:  # a token is too long for the kernels
+            used = used_merges(self._rules, self.vocab)
         special = {token.encode() for token in self.special_tokens.tokens}
         return used._replace(unmade=[token for token in used.unmade if token not in special])
 
@@ -518,10 +522,8 @@ class Tokenizer:
         if not (self.kernels or loading.kernels_pay_off("encoding", num_bytes, num_mapped_bytes)):
             return None
         if self._kernel_encoder is None:
-            if self._rules.one_at_a_time or self._rules.whole_tokens:
-                return None
             automaton = automaton_of(self.compiled_pattern.splits)
-            if automaton is None or max(self.vocab_size, len(self.merges)) >= MAX_VOCAB_SIZE:
+            if automaton is None or max(self.vocab_size, len(self._rules.results)) >= MAX_VOCAB_SIZE:
                 return None
             self._kernel_encoder = KernelEncoder(
                 self._rules,

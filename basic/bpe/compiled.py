@@ -191,6 +191,22 @@ class KernelEncoder:
         except IndexError:
             return PretokenEncoder(self._pattern, self._merges, self.dtype)
 
+    def last_merges(self, tokens: Sequence[bytes]) -> list[tuple[int, int] | None]:
+        """The two ids that the last merge of each token joins, if one merge is applied at a time; None if none does.
+
+        Raises:
+            OverflowError: a token is longer than the kernel can merge.
+        """
+        from basic.bpe.kernels.apply_merges import last_merges
+
+        starts = np.zeros(len(tokens) + 1, np.int64)
+        np.cumsum([len(token) for token in tokens], out=starts[1:])
+        lefts, rights = last_merges(self._merges, bytes_array(b"".join(tokens)), starts)
+        if (lefts == -2).any():
+            raise OverflowError(f"a token has {max(map(len, tokens))} bytes")
+        pairs = zip(lefts.tolist(), rights.tolist(), strict=True)
+        return [None if pair[0] < 0 else pair for pair in pairs]
+
     def encode_list(self, data: np.ndarray, specials_as_text: bool) -> list[int]:
         """Encode a text to a list of ids.
 

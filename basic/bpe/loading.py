@@ -15,7 +15,7 @@ import numpy as np
 from basic.bpe.arrays import bytes_array, special_token_arrays
 from basic.bpe.patterns.published import PUBLISHED_SPLITS
 from basic.bpe.patterns.tables import automaton_of
-from basic.bpe.plain import MergeRules, number_merges
+from basic.bpe.plain import number_merges, rules_of_ranks
 
 if TYPE_CHECKING:
     from basic.bpe.kernels.scan import PatternTables
@@ -151,7 +151,7 @@ def _warm_up_encoding() -> None:
 
     data = bytes_array(b"the cat and the dog, \xc3\xa9t\xc3\xa9 " + b"long" * 300)
     tokens = {i: bytes([i]) for i in range(256)} | {256: b"th", 257: b"the"}
-    merges = merges_as_arrays(MergeRules({i: i for i in range(256)}, {(116, 104): 0, (256, 101): 1}, [256, 257]))
+    merges = merges_as_arrays(rules_of_ranks({token: i for i, token in tokens.items()}, tokens))
     encoder = PretokenEncoder(_warm_up_pattern(), merges, np.dtype(np.uint16))
     ids = encoder.encode(data, 0, len(data), (*special_token_arrays([b"<|endoftext|>"]), np.array([258])))
     encoder.grow()

@@ -67,7 +67,7 @@ class JoinedRanks:
     """
 
     def __init__(self, ids: Mapping[bytes, int], tokens: Mapping[int, bytes]) -> None:
-        self._ids, self._tokens = ids, tokens
+        self.ids, self._tokens = ids, tokens
 
     @overload
     def get(self, pair: Pair, /) -> int | None: ...
@@ -75,12 +75,12 @@ class JoinedRanks:
     def get(self, pair: Pair, default: int, /) -> int: ...
     def get(self, pair: Pair, default: int | None = None, /) -> int | None:
         """The rank of two ids, or the default."""
-        return self._ids.get(self._tokens[pair[0]] + self._tokens[pair[1]], default)
+        return self.ids.get(self._tokens[pair[0]] + self._tokens[pair[1]], default)
 
     def items(self) -> Iterator[tuple[Pair, int]]:
         """All pairs with their ranks: each token, divided into two tokens at each position where that is possible."""
-        get = self._ids.get
-        for token, rank in self._ids.items():
+        get = self.ids.get
+        for token, rank in self.ids.items():
             for i in range(1, len(token)):
                 if (left := get(token[:i])) is not None and (right := get(token[i:])) is not None:
                     yield (left, right), rank

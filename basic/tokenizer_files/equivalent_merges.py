@@ -8,7 +8,8 @@ has no list: it joins the two neighbours whose joined bytes have the lowest rank
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -42,30 +43,36 @@ class UsedMerges(NamedTuple):
             )
 
 
-def used_merges(rules: MergeRules, tokens: Mapping[int, bytes]) -> UsedMerges:
+def used_merges(
+    rules: MergeRules,
+    tokens: Mapping[int, bytes],
+    find_pairs: Callable[[list[bytes]], Iterable[tuple[int, int] | None]] | None = None,
+) -> UsedMerges:
     """Find the merges that are used, if one merge is applied at a time.
 
     Args:
         tokens: id to bytes, of all tokens that merges may produce.
+        find_pairs: a fast way to find what `last_merge` finds for each token of a list.
     """
+    distinct = [token for token in dict.fromkeys(tokens.values()) if len(token) > 1]
     ranked: list[tuple[int, tuple[bytes, bytes]]] = []
     rank_of: dict[bytes, int] = {}
     unmade = []
-    for token in dict.fromkeys(tokens.values()):
-        if len(token) < 2:
-            continue
-        if (last := _last_merge(token, rules)) is None:
+    pairs = map(partial(last_merge, rules), distinct) if find_pairs is None else find_pairs(distinct)
+    for token, pair in zip(distinct, pairs, strict=True):
+        rank = None if pair is None else rules.ranks.get(pair)
+        if pair is None or rank is None:
             unmade.append(token)
             continue
-        rank_of[token], (left, right) = last
-        ranked.append((rank_of[token], (tokens[left], tokens[right])))
+        rank_of[token] = rank
+        ranked.append((rank, (tokens[pair[0]], tokens[pair[1]])))
     ranked.sort()
     early = [merge for rank, merge in ranked if any(rank_of[token] > rank for token in merge if len(token) > 1)]
     return UsedMerges([merge for _, merge in ranked], early[0] if early else None, unmade)
 
 
-def _last_merge(token: bytes, rules: MergeRules) -> tuple[int, tuple[int, int]] | None:
-    """The rank and the two ids of the merge that leaves one id of the bytes of a token; None if several are left."""
+def last_merge(rules: MergeRules, token: bytes) -> tuple[int, int] | None:
+    """The two ids that the last merge of the bytes of a token joins to one; None if several are left."""
     try:
         ids = [rules.byte_ids[byte] for byte in token]
     except KeyError:
@@ -74,7 +81,7 @@ def _last_merge(token: bytes, rules: MergeRules) -> tuple[int, tuple[int, int]] 
     ranks = [get(pair, no_rank) for pair in pairwise(ids)]
     while (rank := min(ranks)) < no_rank:
         if len(ids) == 2:
-            return rank, (ids[0], ids[1])
+            return ids[0], ids[1]
         i = ranks.index(rank)
         ids[i : i + 2] = [rules.results[rank]]
         del ranks[i]

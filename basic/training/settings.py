@@ -291,7 +291,7 @@ class DataConfig:
     valid_tokens: str = ""
     """Token file, or folder of a token dataset, to evaluate on."""
     tokenizer: str = ""
-    """The tokenizer that made these tokens: a folder, a tokenizer.json, a rank file, ... (all that Tokenizer.load opens).
+    """The tokenizer that made these tokens: a folder, a tokenizer.json, a rank file (all that Tokenizer.load opens).
     The run gets a copy. Samples and rows = "documents" need it."""
     dtype: str = ""
     """Integer type of token files without a sidecar, such as uint16 for those of nanoGPT."""

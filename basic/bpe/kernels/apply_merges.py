@@ -9,13 +9,16 @@ other, with one probe after the other, took 1.05 microseconds.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 
-from basic.bpe.kernels.hash_table import I64, new_table
+from basic.bpe.arrays import bytes_array
+from basic.bpe.kernels.hash_table import I64, find_whole_bytes, new_table, whole_token_table
 from basic.bpe.kernels.instructions import U64, inlined_kernel, kernel, low_bits_where, smallest16
-from basic.bpe.plain import MergeRules
+from basic.bpe.plain import JoinedRanks, MergeRules
 
 # A slot of the hash table of merges is one number: left id, right id, rank + 1.
 ID_BITS, RANK_BITS = 21, 22
@@ -31,7 +34,8 @@ MAX_SCANNED_BYTES = (1 << POSITION_BITS) - 1
 STEP = 16  # pairs that are compared at once
 _NO_PAIR = np.int32(NO_RANK << POSITION_BITS)
 
-BYTE_RANKS = 256
+ONE_AT_A_TIME = 256
+BYTE_RANKS = 257
 RESULTS = BYTE_RANKS + 256 * 256
 
 
@@ -40,13 +44,15 @@ class MergeArrays(NamedTuple):
 
     Attributes:
         slots: hash table of left id, right id and rank (uint64).
-        numbers: three tables in one array (int32). First the id of each byte, -1 if it has none. From BYTE_RANKS on
-            the rank of each pair of bytes, at the index 256 * left + right, which needs no hash. From RESULTS on the id
-            that each merge produces, by rank.
+        numbers: three tables in one array (int32). First the id of each byte, -1 if it has none. At ONE_AT_A_TIME 1 or
+            0 (see `MergeRules`). From BYTE_RANKS on the rank of each pair of bytes, at the index 256 * left + right,
+            which needs no hash. From RESULTS on the id that each merge produces, by rank.
+        whole_tokens: of `whole_token_table`.
     """
 
     slots: np.ndarray
     numbers: np.ndarray
+    whole_tokens: np.ndarray
 
 
 @kernel
@@ -81,21 +87,112 @@ def _fill_slots(slots, lefts, rights, ranks):
         slots[slot] = (key << U64(RANK_BITS)) | U64(ranks[i] + 1)
 
 
+@kernel
+def _joined_pairs(data, starts, ids, tokens, pairs):
+    """Divide each token into two tokens at all positions; writes left id, right id and rank, and returns their number.
+
+    The rank of a token is its id.
+    """
+    n = 0
+    for i in range(len(ids)):
+        start, length = starts[i], starts[i + 1] - starts[i]
+        for j in range(1, length):
+            left = find_whole_bytes(data, start, j, tokens)
+            if left >= 0:
+                right = find_whole_bytes(data, start + j, length - j, tokens)
+                if right >= 0:
+                    pairs[0, n], pairs[1, n], pairs[2, n] = left, right, ids[i]
+                    n += 1
+    return n
+
+
+@kernel
+def _last_merges(data, starts, merges, buffers, lasts):
+    """Write the two ids that the last merge of each token joins: -1 if no merges produce it, -2 if it is too long."""
+    symbols, right_of = buffers[0][0], buffers[0][3]
+    for t in range(len(starts) - 1):
+        start, length = starts[t], starts[t + 1] - starts[t]
+        lasts[0, t] = lasts[1, t] = -1
+        if length > MAX_SCANNED_BYTES:
+            lasts[0, t] = -2
+        elif length > 1 and bytes_to_ids(data, start, length, merges, symbols, 0) < 0:
+            start_pretoken(data, start, length, merges, buffers, 0)
+            num_left, left, right = length, 0, 0
+            while num_left > 1:
+                left, right = symbols[0], symbols[right_of[0]]  # of the last merge, when two are left
+                if merge_once(length, merges, buffers, 0) == 0:
+                    break
+                num_left -= 1
+            if num_left == 1:
+                lasts[0, t], lasts[1, t] = left, right
+
+
+def _token_arrays(tokens: Mapping[bytes, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The bytes of tokens, the offset of each and the end, and their ids."""
+    starts = np.zeros(len(tokens) + 1, np.int64)
+    np.cumsum(np.fromiter(map(len, tokens), np.int64, len(tokens)), out=starts[1:])
+    return bytes_array(b"".join(tokens)), starts, np.fromiter(tokens.values(), np.int64, len(tokens))
+
+
 def merges_as_arrays(rules: MergeRules) -> MergeArrays:
     """Convert merges to arrays; all ids must be less than 2**21 - 1, and the number of merges less than 2**22 - 2."""
-    byte_ids, ranks, results = rules.byte_ids, dict(rules.ranks.items()), rules.results
+    whole_tokens = _whole_token_table(rules.whole_tokens)
+    if not isinstance(rules.ranks, JoinedRanks):
+        ranks = dict(rules.ranks.items())
+        pairs = np.fromiter(chain.from_iterable(ranks), np.int64, 2 * len(ranks)).reshape(-1, 2)
+        numbers = np.fromiter(ranks.values(), np.int64, len(ranks))
+        return _merge_arrays(rules, pairs[:, 0].copy(), pairs[:, 1].copy(), numbers, whole_tokens)
+    data, starts, ids = _token_arrays(rules.ranks.ids)
+    pairs = np.empty((3, len(data)), np.int64)
+    num_pairs = _joined_pairs(data, starts, ids, _whole_token_table(rules.ranks.ids), pairs)
+    every = _merge_arrays(rules, *(row[:num_pairs].copy() for row in pairs), whole_tokens)
+    # Of all pairs with the bytes of a token, merges join one: a table of these is small.
+    lasts = last_merges(every, data, starts)
+    kept = lasts[0] >= 0
+    if (lasts[0] == -2).any():
+        return every
+    return _merge_arrays(rules, lasts[0, kept], lasts[1, kept], ids[kept], whole_tokens)
+
+
+def last_merges(merges: MergeArrays, data: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """The left and the right id that the last merge of each token joins, if one merge is applied at a time.
+
+    Args:
+        data: the bytes of all tokens, read-only.
+        starts: the offset of each token, and the end of the last one.
+
+    Returns:
+        Two rows. In the first, -1: merges do not produce the token; -2: it is longer than `MAX_SCANNED_BYTES`.
+    """
+    numbers = merges.numbers.copy()
+    numbers[ONE_AT_A_TIME] = 1
+    lasts = np.empty((2, len(starts) - 1), np.int64)
+    _last_merges(data, starts, (merges.slots, numbers), new_buffers(MAX_SCANNED_BYTES + STEP), lasts)
+    return lasts
+
+
+def _whole_token_table(tokens: Mapping[bytes, int]) -> np.ndarray:
+    return whole_token_table(*_token_arrays({token: token_id for token, token_id in tokens.items() if token}))
+
+
+def _merge_arrays(
+    rules: MergeRules, lefts: np.ndarray, rights: np.ndarray, ranks: np.ndarray, whole_tokens: np.ndarray
+) -> MergeArrays:
     slots = new_table(1 << max(2, (len(ranks) // 2).bit_length()))
     slots[:] = _EMPTY
-    pairs = np.array(list(ranks), np.int64).reshape(-1, 2)
-    _fill_slots(slots, pairs[:, 0].copy(), pairs[:, 1].copy(), np.array(list(ranks.values()), np.int64))
-    ids = np.full(256, -1, np.int32)
+    _fill_slots(slots, lefts, rights, ranks)
+    byte_ids = rules.byte_ids
+    ids = np.full(257, -1, np.int32)
     ids[list(byte_ids)] = list(byte_ids.values())
+    ids[ONE_AT_A_TIME] = rules.one_at_a_time
     byte_ranks = np.full((256, 256), NO_RANK, np.int32)
-    bytes_of = {token_id: byte for byte, token_id in byte_ids.items()}
-    for (left, right), rank in ranks.items():
-        if left in bytes_of and right in bytes_of:
-            byte_ranks[bytes_of[left], bytes_of[right]] = rank
-    return MergeArrays(slots, np.concatenate([ids, byte_ranks.reshape(-1), np.array(results, np.int32)]))
+    largest = max(max(byte_ids.values(), default=0), int(lefts.max(initial=0)), int(rights.max(initial=0)))
+    bytes_of = np.full(largest + 1, -1, np.int64)
+    bytes_of[list(byte_ids.values())] = list(byte_ids)
+    of_bytes = (bytes_of[lefts] >= 0) & (bytes_of[rights] >= 0)
+    byte_ranks[bytes_of[lefts[of_bytes]], bytes_of[rights[of_bytes]]] = ranks[of_bytes]
+    results = np.fromiter(rules.results, np.int32, len(rules.results))
+    return MergeArrays(slots, np.concatenate([ids, byte_ranks.reshape(-1), results]), whole_tokens)
 
 
 def new_buffers(length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -144,10 +241,10 @@ def merge_once(length, merges, buffers, first):
     """Apply the merge with the lowest rank, at its first position: the smallest number of the pairs.
 
     Returns:
-        1 after a merge; 0 if no merge applies; -1 if the merge creates a pair of a lower rank. That pair would have to
-        wait for the other positions of the current rank. It does not happen with merges that were learned.
+        1 after a merge; 0 if no merge applies; -1 if the merge creates a pair of a lower rank that has to wait for the
+        other positions of the current rank. It does not happen with merges that were learned.
     """
-    slots, numbers = merges
+    slots, numbers = merges[0], merges[1]
     symbols, pairs, left_of, right_of = buffers[0][0], buffers[0][1], buffers[0][2], buffers[0][3]
     best = smallest16(pairs, U64(first))
     for i in range(U64(STEP), U64(length), U64(STEP)):
@@ -169,7 +266,7 @@ def merge_once(length, merges, buffers, first):
         rank_before = _rank(slots, symbols[first + before], symbols[i])
         pairs[first + before] = (rank_before << POSITION_BITS) | before
         new_rank = min(new_rank, rank_before)
-    return 1 if new_rank >= rank else -1
+    return 1 if new_rank >= rank or numbers[ONE_AT_A_TIME] else -1
 
 
 @kernel
@@ -213,10 +310,10 @@ def merge_all(length, merges, buffers):
     """Merge a pre-token of any length, whose symbols start at 0, and leave its ids there; returns their number.
 
     The time is almost linear: a heap holds the pairs, by rank and position. All positions of a rank are removed from
-    the heap before the first is merged, since a merge may create a pair of a lower rank, which has to wait. A position
-    where the pair no longer exists is skipped.
+    the heap before the first is merged, since a merge may create a pair of a lower rank, which has to wait; only one is
+    removed if one merge is applied at a time. A position where the pair no longer exists is skipped.
     """
-    slots, numbers = merges
+    slots, numbers = merges[0], merges[1]
     symbols, left_of, right_of, heap = buffers[0][0], buffers[0][2], buffers[0][3], buffers[1]
     positions_offset, size = 3 * len(symbols), 0
     for i in range(length):
@@ -228,7 +325,7 @@ def merge_all(length, merges, buffers):
                 size += 1
     while size > 0:
         rank, n = heap[0] >> 40, 0
-        while size > 0 and heap[0] >> 40 == rank:
+        while size > 0 and heap[0] >> 40 == rank and (n == 0 or not numbers[ONE_AT_A_TIME]):
             heap[positions_offset + n] = _heap_pop(heap, size) & ((1 << 40) - 1)
             size -= 1
             n += 1

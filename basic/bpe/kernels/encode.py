@@ -34,6 +34,8 @@ from basic.bpe.kernels.hash_table import (
     STATE_LENGTH,
     WRITTEN,
     block_keys,
+    find_whole,
+    find_whole_bytes,
     in_pool,
     is_long,
     key1_in_table,
@@ -130,10 +132,12 @@ def _add_pretokens(data, position, j, num_pretokens, starts, keys, table, pool, 
         base = _find(data, start, length, key0s[k], key1, slots[k], table, pool)
         if table[base + U64(1)] != U64(0):
             continue
-        missing = bytes_to_ids(data, start, length, merges, symbols, first)
-        if missing >= 0:
-            state[PROBLEM] = missing
-            return False
+        whole = find_whole(data, start, length, key0s[k], key1, merges[2])
+        if whole < 0:
+            missing = bytes_to_ids(data, start, length, merges, symbols, first)
+            if missing >= 0:
+                state[PROBLEM] = missing
+                return False
         if length > MAX_SCANNED_BYTES:
             continue
         table[base], table[base + U64(1)] = key0s[k], key1
@@ -141,6 +145,10 @@ def _add_pretokens(data, position, j, num_pretokens, starts, keys, table, pool, 
         if is_long(key1):
             state[POOL_USED] = put_in_pool(data, start, length, pool, state[POOL_USED])
         state[ENTRIES] += 1
+        if whole >= 0:
+            table[base + U64(2)] = U64(whole)
+            table[base + U64(3)] |= U64(id_bytes)
+            continue
         new_slots[num_new], new_starts[num_new] = base, start
         new_lengths[num_new], first_symbols[num_new] = length, first
         waiting[num_new] = num_new
@@ -174,6 +182,11 @@ def _add_pretokens(data, position, j, num_pretokens, starts, keys, table, pool, 
 def _write_long_pretoken(data, start, length, merges, buffers, out, id_bytes, state):
     """Merge a pre-token that is not kept, and write its ids at byte state[WRITTEN]; False if a byte has no token."""
     symbols, written = buffers[0][0], U64(state[WRITTEN])
+    whole = find_whole_bytes(data, start, length, merges[2])
+    if whole >= 0:
+        store8(out, written, U64(whole))
+        state[WRITTEN] += id_bytes
+        return True
     missing = bytes_to_ids(data, start, length, merges, symbols, 0)
     if missing >= 0:
         state[PROBLEM] = missing
@@ -189,7 +202,7 @@ def _write_long_pretoken(data, start, length, merges, buffers, out, id_bytes, st
 @kernel
 def _encode(
     data, stop, pattern, special_data, special_starts, first_bytes, special_ids, table, pool, merge_slots,
-    merge_numbers, scratch, starts, keys, work, symbol_buffers, heap, out, id_bytes, state, start
+    merge_numbers, whole_tokens, scratch, starts, keys, work, symbol_buffers, heap, out, id_bytes, state, start
 ):  # fmt: skip
     """Encode the text from `start` to `stop` to `out`; if `start` is negative, continue where the last call stopped.
 
@@ -198,7 +211,7 @@ def _encode(
     Returns:
         The size of all ids in bytes, or a negative number: why it stopped.
     """
-    merges, buffers = (merge_slots, merge_numbers), (symbol_buffers, heap)
+    merges, buffers = (merge_slots, merge_numbers, whole_tokens), (symbol_buffers, heap)
     key0s, key1s, slots = keys[0], keys[1], keys[2]
     if start >= 0:
         state[POSITION], state[WRITTEN] = start, 0

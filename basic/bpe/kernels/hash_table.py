@@ -144,6 +144,96 @@ def put_in_pool(data, start, length, pool, offset):
     return offset + (length + 7) // 8
 
 
+# The tokens that a pre-token may become at once are in a hash table of their own, in one array: the number of slots,
+# the slots, and the bytes of long tokens. A slot has key 0, key 1, and the id with the offset of those bytes above.
+_WHOLE_SLOT, _WHOLE_ID_BITS = 3, 32
+
+
+@inlined_kernel
+def _keys_of(data, start, length):
+    """Both keys of one pre-token."""
+    if length > SHORT_BYTES:
+        return hash_of_long(data, start, length), key1_of_long(length)
+    key0, key1 = U64(0), U64(length) << U64(LENGTH_SHIFT)
+    for i in range(min(length, 8)):
+        key0 |= U64(data[start + i]) << U64(8 * i)
+    for i in range(8, length):
+        key1 |= U64(data[start + i]) << U64(8 * (i - 8))
+    return key0, key1
+
+
+@kernel
+def _whole_slot(data, start, length, key0, key1, tokens):
+    """The index of a token's slot, or of the empty slot where it belongs."""
+    bits = trailing_zeros(tokens[0])
+    slot = ((key0 ^ (key1 * _MULTIPLIER_1)) * _MULTIPLIER_0) >> (U64(64) - bits)
+    while True:
+        base = U64(1) + slot * U64(_WHOLE_SLOT)
+        if tokens[base + U64(1)] == U64(0):
+            return base
+        if tokens[base] == key0 and tokens[base + U64(1)] == key1:
+            if not is_long(key1):
+                return base
+            if in_pool(data, start, length, tokens, I64(tokens[base + U64(2)] >> U64(_WHOLE_ID_BITS))):
+                return base
+        slot = (slot + U64(1)) & (tokens[0] - U64(1))
+
+
+@kernel
+def find_whole(data, start, length, key0, key1, tokens):
+    """The id of the token that has the bytes of a pre-token, or -1.
+
+    Args:
+        key0, key1: of the pre-token.
+        tokens: of `whole_token_table`.
+    """
+    if tokens[0] == U64(0):
+        return I64(-1)
+    base = _whole_slot(data, start, length, key0, key1, tokens)
+    if tokens[base + U64(1)] == U64(0):
+        return I64(-1)
+    return I64(tokens[base + U64(2)] & U64((1 << _WHOLE_ID_BITS) - 1))
+
+
+@kernel
+def find_whole_bytes(data, start, length, tokens):
+    """`find_whole` without the keys."""
+    key0, key1 = _keys_of(data, start, length)
+    return find_whole(data, start, length, key0, key1, tokens)
+
+
+@kernel
+def _add_whole_tokens(data, starts, ids, tokens):
+    used = I64(1) + I64(tokens[0]) * _WHOLE_SLOT
+    for i in range(len(ids)):
+        start, length = starts[i], starts[i + 1] - starts[i]
+        key0, key1 = _keys_of(data, start, length)
+        base = _whole_slot(data, start, length, key0, key1, tokens)
+        tokens[base], tokens[base + U64(1)] = key0, key1
+        tokens[base + U64(2)] = U64(ids[i]) | (U64(used) << U64(_WHOLE_ID_BITS))
+        if is_long(key1):
+            used = put_in_pool(data, start, length, tokens, used)
+
+
+def whole_token_table(data: np.ndarray, starts: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """The hash table of tokens for `find_whole`; without tokens, nothing is found.
+
+    Args:
+        data: the bytes of all tokens, read-only; none is empty.
+        starts: the offset of each token, and the end of the last one (int64).
+        ids: of each token (int64).
+    """
+    if len(ids) == 0:
+        return np.zeros(1, np.uint64)
+    num_slots = 1 << (len(ids) * 5 // 4 + 1).bit_length()
+    lengths = np.diff(starts)
+    num_long_words = int(((lengths[lengths > SHORT_BYTES] + 7) // 8).sum())
+    tokens = np.zeros(1 + num_slots * _WHOLE_SLOT + num_long_words, np.uint64)
+    tokens[0] = num_slots
+    _add_whole_tokens(data, starts, ids, tokens)
+    return tokens
+
+
 @kernel
 def rehash(table, larger):
     """Copy all slots to a larger, empty table, each to the slot that its keys give."""
