@@ -117,14 +117,16 @@ def learn_more_merges(
     Args:
         inputs, special_tokens, max_token_bytes, num_workers, kernels, progress, counting: as for `train_bpe`.
         num_merges: the largest number of merges to learn, at least 0; there are fewer if no pair is left.
-        merges: of the tokenizer, in order.
+        merges: of the tokenizer, in order; if several make the same token, those that are used
+            (`Tokenizer.used_merges.merges`).
         pattern: of the tokenizer (`Tokenizer.pattern`).
 
     Returns:
         The new merges, in order.
 
     Raises:
-        InvalidInputError, TypeError, OSError: as for `train_bpe`; also if a merge needs a token that a later one makes.
+        InvalidInputError, TypeError, OSError: as for `train_bpe`; also if several merges make a token that another one
+            needs before.
     """
     learning = _Learning.checked(num_merges, merges, max_token_bytes)
     options = CountingOptions(num_workers=num_workers, kernels=kernels, progress=progress, **counting)
@@ -158,8 +160,8 @@ def merges_from_counts(
         The merges, in order.
 
     Raises:
-        InvalidInputError: a number is too small, a first merge needs a token that a later one makes, or there are too
-            many pre-tokens.
+        InvalidInputError: a number is too small, several first merges make a token that another needs before, or there
+            are too many pre-tokens.
         TypeError: a pre-token is not bytes.
 
     Example:

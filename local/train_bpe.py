@@ -78,7 +78,7 @@ def main(options: Options) -> None:
                 raise InvalidInputError(f"--vocab-size {vocab_size} is less than the {len(base)} tokens of --extend")
             special, settings["pattern"] = list(base.special_token_ids), base.pattern
             merges = learn_more_merges(
-                sources, vocab_size - len(base), base.merges, special, executor=executor, **settings
+                sources, vocab_size - len(base), base.used_merges.merges, special, executor=executor, **settings
             )
             tokenizer = base.with_merges(merges)
         seconds = time.perf_counter() - start

@@ -99,34 +99,46 @@ class NumberedMerges(NamedTuple):
 
 
 def number_merges(merges: Iterable[tuple[bytes, bytes]]) -> NumberedMerges:
-    """Number the tokens of merges. Merges with the same result have one token; a merge that is given again counts once.
+    """Number the tokens of merges, and order the merges so that a learner can apply them one after the other.
+
+    That is the order of their ranks, but a merge that needs the token of a later one comes after it, and then before
+    all others of higher rank: as in encoding, where the lowest rank that is possible is applied first. Merges with the
+    same result have one token; a merge that is given again counts once.
 
     Raises:
         TypeError: a merge is not a pair of bytes.
-        ValueError: a merge needs a token that a later merge makes. Then encoding does not apply the merges one after
-            the other, as a learner does.
+        ValueError: several merges make a token, and not all of them come before those that need it.
     """
-    tokens = [bytes([byte]) for byte in range(256)]
-    numbers = {token: number for number, token in enumerate(tokens)}
-    needed_by: dict[bytes, int] = {}  # tokens that no merge has made so far
-    triples: dict[tuple[int, int], int] = {}
+    waiting: dict[bytes, list[tuple[int, bytes, bytes]]] = defaultdict(list)  # for a token that no merge has made yet
+    ranked: dict[tuple[bytes, bytes], int] = {}
     for rank, merge in enumerate(merges):
         if not is_pair_of_bytes(merge):
             raise TypeError(f"merge {rank} must be a pair of bytes, got {merge!r}")
-        left, right = merge
-        if (needing := needed_by.get(left + right)) is not None:
-            raise ValueError(
-                f"merge {rank}, {merge!r}, makes a token that merge {needing} already needs; only merges that need "
-                "none of a later one can be continued"
-            )
-        for token in merge:
-            if token not in numbers:
-                needed_by[token] = rank
+        ranked.setdefault((merge[0], merge[1]), rank)
+    unmade = {left + right for left, right in ranked}
+    tokens = [bytes([byte]) for byte in range(256)]
+    numbers = {token: number for number, token in enumerate(tokens)}
+    triples, needed = [], set()
+    heap = [(rank, left, right) for (left, right), rank in ranked.items()]  # sorted, so it is a heap
+    while heap:
+        rank, left, right = heapq.heappop(heap)
+        if missing := [token for token in (left, right) if token in unmade]:
+            waiting[missing[0]].append((rank, left, right))
+            continue
         for token in (left, right, left + right):
             if numbers.setdefault(token, len(tokens)) == len(tokens):
                 tokens.append(token)
-        triples.setdefault((numbers[left], numbers[right]), numbers[left + right])
-    return NumberedMerges(tokens, [(left, right, new) for (left, right), new in triples.items()])
+        if left + right in needed:
+            raise ValueError(
+                f"merge {rank}, {(left, right)!r}, makes a token that another merge makes too, and that was needed "
+                "before; give only the merges that are used (Tokenizer.used_merges.merges)"
+            )
+        triples.append((numbers[left], numbers[right], numbers[left + right]))
+        needed |= {token for token in (left, right) if len(token) > 1}
+        unmade.discard(left + right)
+        for merge in waiting.pop(left + right, ()):
+            heapq.heappush(heap, merge)
+    return NumberedMerges(tokens, triples)
 
 
 def merge_rules(ids: dict[bytes, int], merges: Iterable[tuple[bytes, bytes]]) -> MergeRules:
