@@ -26,25 +26,25 @@ class MuonConfig:
     """
 
     momentum: float = 0.95
-    """Decay rate of the running mean of the gradient."""
+    """Muon: decay rate of the running mean of the gradient."""
     first_momentum: float = 0.85
-    """The momentum at the start, from which it grows linearly in momentum_warmup_steps."""
+    """Muon: the momentum at the start, from which it grows linearly in momentum_warmup_steps."""
     momentum_warmup_steps: int = 0
-    """Steps until the momentum is reached."""
+    """Muon: steps until the momentum is reached."""
     orthogonalization: Literal["polar_express", "newton_schulz"] = "polar_express"
-    """The polynomials that take the singular values of the momentum to 1."""
+    """Muon: the polynomials that take the singular values of the momentum to 1."""
     iterations: int = 5
-    """Number of polynomials."""
+    """Muon: number of polynomials."""
     normalization: Literal["none", "rows", "long_side"] = "rows"
-    """NorMuon: divide each row of the update (long_side: each column of a matrix with more columns than rows) by the
+    """Muon: divide each row of the update (long_side: each column of a matrix with more columns than rows) by the
     root of a running mean of its mean square."""
     normalization_beta: float = 0.95
-    """Decay rate of that running mean."""
+    """Muon: decay rate of the running mean of the normalization."""
     cautious: bool = True
-    """Only weights that the update moves towards 0 decay."""
+    """Muon: only weights that the update moves towards 0 decay."""
     update_scale: Literal["shape", "rms"] = "shape"
-    """Factor of the update: shape = sqrt(max(1, rows / columns)); rms = 0.2 sqrt(max(rows, columns)), for learning
-    rates like those of AdamW."""
+    """Muon: factor of the update: shape = sqrt(max(1, rows / columns)); rms = 0.2 sqrt(max(rows, columns)), for
+    learning rates like those of AdamW."""
 
     def __post_init__(self) -> None:
         check_fields(self)

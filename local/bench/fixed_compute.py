@@ -19,6 +19,7 @@ import sys
 import time
 import tomllib
 from collections import deque
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,35 +111,36 @@ def train_config(recipe: str, changes: list[str], options: argparse.Namespace) -
     return from_table(TrainConfig, {**settings, "muon": muon})
 
 
-def run(recipe: str, seed: int, settings: TrainConfig, options: argparse.Namespace) -> dict[str, Any]:
-    """Train and evaluate; see the module's docstring."""
-    device, seconds = torch.device(options.device), options.minutes * 60
-    train_tokens = open_tokens(options.work / "train.bin")
+def make_model(options: argparse.Namespace, seed: int) -> TransformerLM:
+    """A model of the size that was asked for; the output projections of its blocks start at zero."""
+    device = torch.device(options.device)
     sizes = {"d_model": options.width, "num_layers": options.depth, "num_heads": max(1, options.width // 64)}
-    config = ModelConfig(vocab_size=options.vocab_size, context_length=options.context, **sizes)
     torch.manual_seed(seed)
-    model = TransformerLM(config)
+    model = TransformerLM(ModelConfig(vocab_size=options.vocab_size, context_length=options.context, **sizes))
     if not options.random_outputs:
         with torch.no_grad():
-            for block in model.layers:
-                for weight in (block.attn.output_proj.weight, block.ffn.w2.weight):
+            for name, weight in model.named_parameters():
+                if name.endswith(("output_proj.weight", "w2.weight")):
                     weight.zero_()
-    model.to(device)
     model.activation_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    step = TrainStep(model, make_optimizer(model, settings), settings, device)
-    shuffled = settings.rows == "shuffled"
-    sampler = BatchSampler(train_tokens, settings.batch_size, options.context, seed=seed, shuffled=shuffled)
+    return model.to(device)
+
+
+def train(step: TrainStep, sampler: BatchSampler, seconds: float) -> dict[str, Any]:
+    """Take steps for a time; compiling comes before."""
+    device, settings = step.device, step.config
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     losses: deque[torch.Tensor] = deque(maxlen=100)
     in_flight: deque[torch.cuda.Event] = deque()
+    started, count = time.perf_counter(), 0
+    for _ in range(WARMUP_STEPS if device.type == "cuda" else 0):
+        inputs, targets = sampler.batch(0)
+        step((inputs.to(device), targets.to(device)), 0.0)
+    forget(step.optimizer)
+    synchronize()
+    compile_s = time.perf_counter() - started
     with read_ahead(sampler, range(STEPS), device) as batches:
         started = time.perf_counter()
-        for _ in range(WARMUP_STEPS if device.type == "cuda" else 0):
-            step(sampler_batch(sampler, device), 0.0)
-        forget(step.optimizer)
-        synchronize()
-        compile_s = time.perf_counter() - started
-        count, started = 0, time.perf_counter()
         while (elapsed := time.perf_counter() - started) < seconds:
             scheduled = settings.scheduled(1 + int(elapsed / seconds * STEPS))
             losses.append(step(next(batches), **scheduled)[0].clone())
@@ -150,33 +152,33 @@ def run(recipe: str, seed: int, settings: TrainConfig, options: argparse.Namespa
                     in_flight.popleft().synchronize()
         synchronize()
         elapsed = time.perf_counter() - started
-    tokens = count * options.batch_tokens
-    result = {
-        "recipe": recipe,
-        "seed": seed,
-        "depth": options.depth,
-        "width": options.width,
-        "batch_tokens": options.batch_tokens,
-        "minutes": options.minutes,
-        **{name: bits_per_byte(model, options.work / f"{name}.bin") for name in ("same_books", "other_books")},
+    tokens = count * sampler.batch_size * sampler.context_length
+    return {
         "train_loss": round(torch.stack(list(losses)).mean().item(), 4),
         "tokens_per_s": round(tokens / elapsed),
         "steps": count,
-        "epochs": round(tokens / len(train_tokens), 2),
-        "optimizer_share": round(optimizer_seconds(step, device) / (elapsed / count), 4),
+        "epochs": round(tokens / len(sampler.tokens), 2),
+        "optimizer_share": round(optimizer_seconds(step) / (elapsed / count), 4),
         "compile_s": round(compile_s, 1),
-        "set": options.set,
-        "torch": torch.__version__,
     }
-    if device.type == "cuda":
-        result |= {"peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)}
-        result |= {"device": torch.cuda.get_device_name()}
+
+
+def run(recipe: str, seed: int, settings: TrainConfig, options: argparse.Namespace) -> dict[str, Any]:
+    """Train and evaluate; see the module's docstring."""
+    model = make_model(options, seed)
+    step = TrainStep(model, make_optimizer(model, settings), settings, torch.device(options.device))
+    shuffled = settings.rows == "shuffled"
+    tokens = open_tokens(options.work / "train.bin")
+    sampler = BatchSampler(tokens, settings.batch_size, options.context, seed=seed, shuffled=shuffled)
+    trained = train(step, sampler, options.minutes * 60)
+    names = ("depth", "width", "batch_tokens", "minutes", "set")
+    result = {"recipe": recipe, "seed": seed, **{name: getattr(options, name) for name in names}}
+    result |= {name: bits_per_byte(model, options.work / f"{name}.bin") for name in ("same_books", "other_books")}
+    result |= {**trained, "torch": torch.__version__}
+    if model.token_embeddings.weight.is_cuda:
+        peak_gb = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        result |= {"peak_gb": peak_gb, "device": torch.cuda.get_device_name()}
     return result
-
-
-def sampler_batch(sampler: BatchSampler, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    inputs, targets = sampler.batch(0)
-    return inputs.to(device), targets.to(device)
 
 
 def forget(optimizer: torch.optim.Optimizer) -> None:
@@ -197,12 +199,13 @@ def bits_per_byte(model: TransformerLM, path: Path) -> float:
     return round(result.bits_per_byte(num_bytes), 4)
 
 
-def optimizer_seconds(step: TrainStep, device: torch.device, repeats: int = 10) -> float:
-    """Seconds of an optimizer step on the gradients of the last step; it changes the model."""
-    arguments: dict[str, Any] = {"gradient_factor": torch.ones((), device=device), "copies": step.weight_copies}
-    update = lambda: step.optimizer.step(**arguments)  # noqa: E731
+def optimizer_seconds(step: TrainStep, repeats: int = 10) -> float:
+    """Seconds of an optimizer step on the gradients of the last step; weights and state stay the same."""
+    state = [(tensor, tensor.clone()) for tensor in _tensors(step)]
+    arguments: dict[str, Any] = {"gradient_factor": torch.ones((), device=step.device), "copies": step.weight_copies}
+    update = partial(step.optimizer.step, **arguments)
     update()
-    if device.type == "cuda":
+    if step.device.type == "cuda":
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             update()
@@ -212,9 +215,20 @@ def optimizer_seconds(step: TrainStep, device: torch.device, repeats: int = 10) 
     started = time.perf_counter()
     for _ in range(repeats):
         update()
-    if device.type == "cuda":
+    if step.device.type == "cuda":
         torch.cuda.synchronize()
-    return (time.perf_counter() - started) / repeats
+    seconds = (time.perf_counter() - started) / repeats
+    with torch.no_grad():
+        for tensor, before in state:
+            tensor.copy_(before)
+    return seconds
+
+
+def _tensors(step: TrainStep) -> list[torch.Tensor]:
+    """All that an optimizer step changes; the number of steps, which is no tensor on a CPU, is of no account."""
+    parameters = [parameter for group in step.optimizer.param_groups for parameter in group["params"]]
+    values = [value for state in step.optimizer.state.values() for value in state.values()]
+    return [*parameters, *step.weight_copies.values(), *(value for value in values if isinstance(value, torch.Tensor))]
 
 
 def parse() -> argparse.Namespace:

@@ -98,8 +98,8 @@ class RunLog:
         )
         if self._progress:
             tokens_per_step = settings.batch_size * self._config.model.context_length
-            last = f"to {self._total_steps:,}" if self._total_steps else f"on for {settings.minutes:g} minutes,"
-            steps = f"steps {self._first_step + 1:,} {last} of {tokens_per_step:,} tokens each"
+            last = f" to {self._total_steps:,}" if self._total_steps else f", ... for {settings.minutes:g} minutes,"
+            steps = f"steps {self._first_step + 1:,}{last} of {tokens_per_step:,} tokens each"
             times = f"{self._num_processes} x " if self._num_processes > 1 else ""
             self.print_message(f"training in {run_dir}: {steps}, on {times}{self._device_name}")
         return self
