@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -48,10 +48,15 @@ from basic.tokenizer_files.opening import read_tokenizer
 from basic.tokenizer_files.our_folder import damaged_folder, write_folder
 from basic.tokens.info import token_dtype
 
+if TYPE_CHECKING:
+    from basic.bpe.kernels.decode import TokenBytes
+
 _NO_SPECIALS = SpecialTokens(())
 
-# A kernel call takes two microseconds; up to this length the plain path is faster.
+# The kernels are made ready for a text of at least this length.
 _MIN_KERNEL_CHARACTERS = 7
+# So many ids are decoded in the time in which the decoder with kernels is made.
+_MIN_DECODER_IDS = 1 << 14
 # In the plain path a longer text is streamed, so that the list of all its pre-tokens never exists.
 _MAX_COMPLETE_CHARACTERS = 1 << 14
 
@@ -132,6 +137,7 @@ class Tokenizer:
         self._changes: dict[tuple[bool, str], TextChanges] = {}
         self._always_changes = self.changes_text("strict")
         self._kernel_encoder: KernelEncoder | None = None
+        self._token_bytes: TokenBytes | None = None
 
     def _set_rules(self, ids: dict[bytes, int]) -> None:
         if self._merges is None:
@@ -156,7 +162,7 @@ class Tokenizer:
     def __getstate__(self) -> dict[str, Any]:
         # Another process makes its own encoder and, if needed, table of ids.
         state = {name: value for name, value in self.__dict__.items() if name != "_ids_of_tokens"}
-        return {**state, "_kernel_encoder": None}
+        return {**state, "_kernel_encoder": None, "_token_bytes": None}
 
     def __repr__(self) -> str:
         special = list(self.special_token_ids)
@@ -323,6 +329,13 @@ class Tokenizer:
             if not isinstance(text, str):
                 raise TypeError(f"text must be a string, got {type(text).__name__}: {text!r:.80}")
             text = self._text_changes(specials_as_text, errors).apply(replace_surrogates(text))
+        elif self._kernel_encoder is not None and not specials_as_text:
+            try:
+                ids = self._kernel_encoder.encode_string(text)
+            except (TypeError, UnicodeEncodeError):  # raised or handled below
+                ids = None
+            if ids is not None:
+                return ids
         length = len(text) if isinstance(text, str) else 0
         if length >= _MIN_KERNEL_CHARACTERS and (encoder := self.kernel_encoder(length)) is not None:
             data = np.frombuffer(_utf8(text), np.uint8)
@@ -517,9 +530,7 @@ class Tokenizer:
         Returns:
             The encoder that uses the kernels, or None for the plain path.
         """
-        if self.kernels is False:
-            return None
-        if not (self.kernels or loading.kernels_pay_off("encoding", num_bytes, num_mapped_bytes)):
+        if not self._may_use_kernels(num_bytes, num_mapped_bytes):
             return None
         if self._kernel_encoder is None:
             automaton = automaton_of(self.compiled_pattern.splits)
@@ -528,11 +539,26 @@ class Tokenizer:
             self._kernel_encoder = KernelEncoder(
                 self._rules,
                 automaton,
-                self.vocab,
                 [(token, self.special_token_ids[token.decode()]) for token in self.special_tokens.longest_first_bytes],
                 token_dtype(max(self.vocab_size, 1)),
             )
         return self._kernel_encoder
+
+    def _may_use_kernels(self, num_bytes: int, num_mapped_bytes: int = 0) -> bool:
+        if self.kernels is not None:
+            return self.kernels
+        return loading.kernels_pay_off("encoding", num_bytes, num_mapped_bytes)
+
+    def _kernel_decoder(self, num_ids: int) -> TokenBytes | None:
+        """The decoder that uses the kernels; None if it does not yet exist and so few ids do not need it."""
+        if self._token_bytes is None and (
+            self.kernels or (num_ids >= _MIN_DECODER_IDS and self._may_use_kernels(num_ids))
+        ):
+            loading.load_kernels("encoding")
+            from basic.bpe.kernels.decode import TokenBytes
+
+            self._token_bytes = TokenBytes(self.vocab)
+        return self._token_bytes
 
     def decode(self, ids: Iterable[int] | npt.NDArray[np.integer], *, skip_special_tokens: bool = False) -> str:
         """Decode ids to text; bytes that are not UTF-8 become U+FFFD.
@@ -564,12 +590,15 @@ class Tokenizer:
             TypeError, InvalidInputError: as for `decode`.
         """
         skipped = self._skipped_ids if skip_special_tokens else frozenset()
+        decoded = None
         if isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu":
-            encoder = self.kernel_encoder(4 * len(ids))  # a token has about four bytes
             kept = ids[~np.isin(ids, list(skipped))] if skipped else ids
-            # The kernel returns None for an unknown id; the plain path then raises the error.
-            if encoder is not None and (decoded := encoder.decode(kept)) is not None:
-                return decoded
+            decoded = decoder.decode(kept) if (decoder := self._kernel_decoder(len(ids))) is not None else None
+        elif isinstance(ids, list) and not skipped:
+            decoded = decoder.decode_list(ids) if (decoder := self._kernel_decoder(len(ids))) is not None else None
+        # The kernels return None for what is not a known id; the plain path then raises the error.
+        if decoded is not None:
+            return decoded
         ids = id_list("ids", ids)
         try:
             if skipped:

@@ -10,11 +10,12 @@ the same results. `basic.bpe.loading` decides which texts use the kernels:
     kernels/learn_merges   learn merges from counts
     kernels/apply_merges   apply merges to a new pre-token
     kernels/encode         scan, look up, copy ids
+    kernels/encode_string  the same for a short string, in one call
     kernels/decode         ids to bytes
 
-They need Numba, which is imported only when a kernel is used. They run without the interpreter's lock, so threads run
-in parallel on the same text, where processes would need copies. Each thread has its own hash table. The result does
-not depend on the number of threads.
+Numba compiles them once; `basic.bpe.native` keeps the machine code and loads it without Numba. They run without the
+interpreter's lock, so threads run in parallel on the same text, where processes would need copies. Each thread has its
+own hash table. The result does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -150,27 +151,21 @@ def learn_merges(
 
 
 class KernelEncoder:
-    """Encodes and decodes with the kernels; several threads may use it at the same time.
+    """Encodes with the kernels; several threads may use it at the same time.
 
     Args:
         rules: the merges.
         pattern: finds the pre-tokens.
-        tokens: id to bytes.
         special_tokens: bytes and id of each, the longest first.
         dtype: of the ids, uint16 or uint32.
     """
 
     def __init__(
-        self,
-        rules: MergeRules,
-        pattern: Automaton,
-        tokens: dict[int, bytes],
-        special_tokens: Sequence[tuple[bytes, int]],
-        dtype: np.dtype,
+        self, rules: MergeRules, pattern: Automaton, special_tokens: Sequence[tuple[bytes, int]], dtype: np.dtype
     ) -> None:
         load_kernels("encoding")
         from basic.bpe.kernels.apply_merges import merges_as_arrays
-        from basic.bpe.kernels.decode import TokenBytes
+        from basic.bpe.kernels.encode_string import StringEncoder
         from basic.bpe.kernels.scan import pattern_tables
 
         self._merges, self._pattern, self.dtype = merges_as_arrays(rules), pattern_tables(pattern), dtype
@@ -180,7 +175,20 @@ class KernelEncoder:
         )
         self._no_specials = (*special_token_arrays([]), np.zeros(0, np.int64))
         self._idle: list[PretokenEncoder] = []  # not in use by a thread
-        self.decode = TokenBytes(tokens).decode
+        self._strings = StringEncoder(self._pattern, self._merges, dtype, self._specials)
+
+    def encode_string(self, text: str) -> list[int] | None:
+        """Encode a short string, with special tokens, as fast as possible; None if `encode_list` must do it.
+
+        Raises:
+            TypeError: it is not a string.
+            UnicodeEncodeError: it has lone surrogates.
+        """
+        ids = self._strings.encode(text)
+        if type(ids) is list:
+            return ids
+        self._strings = self._strings.successor(ids)
+        return None
 
     def _take_encoder(self) -> PretokenEncoder:
         """An idle encoder or a new one; the caller returns it to the idle ones."""

@@ -24,15 +24,16 @@ def test_of_two_that_start_together_one_compiles_and_the_other_waits(tmp_path, m
         order.append(current_thread().name)
 
     monkeypatch.setattr(fcntl, "flock", record_flock)
-    monkeypatch.setattr(loading, "_warm_up_training", compile_kernels)
+    monkeypatch.setattr(loading, "_call_training_kernels", compile_kernels)
     with ThreadPoolExecutor(2) as executor:
-        first = executor.submit(loading.warm_up, "training", tmp_path)
+        first = executor.submit(loading.compile_kernels, "training", tmp_path)
         while not order:
             assert not first.done(), first.result()
-        second = executor.submit(loading.warm_up, "training", tmp_path)
+        second = executor.submit(loading.compile_kernels, "training", tmp_path)
         first.result()
         second.result()
-    assert order[0] == order[1] != order[2] == order[3]
+    assert len(order) == 2
+    assert order[0] == order[1]
     assert capsys.readouterr().err.count("compiling the kernels for training") == 1
 
 
@@ -44,7 +45,7 @@ def test_a_file_system_without_locks_does_not_hinder(tmp_path, monkeypatch):
 
     compiled = []
     monkeypatch.setattr(fcntl, "flock", not_supported)
-    monkeypatch.setattr(loading, "_warm_up_training", lambda: compiled.append(1))
-    loading.warm_up("training", tmp_path)
-    loading.warm_up("training", None)
+    monkeypatch.setattr(loading, "_call_training_kernels", lambda: compiled.append(1))
+    loading.compile_kernels("training", tmp_path)
+    loading.compile_kernels("training", None)
     assert compiled == [1, 1]

@@ -246,7 +246,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path, suffix):
 
 def test_kernels_are_chosen_by_the_size_of_the_decompressed_text(tmp_path, monkeypatch):
     """The plain path would need a hundred bytes of memory a byte for one pre-token of this length."""
-    monkeypatch.setattr(loading, "_loaded", set())  # as in a new process
+    monkeypatch.setattr(loading, "_loaded", set())  # as in a new process that has to compile them
+    monkeypatch.setattr(loading, "are_compiled", lambda task: False)
     path = tmp_path / "corpus.txt.zst"
     for size, choice in [(loading.MIN_BYTES_FOR_KERNELS - 1, False), (loading.MIN_BYTES_FOR_KERNELS, True)]:
         path.write_bytes(zstd.compress(b"a" * size))

@@ -67,8 +67,8 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
         *("basic.analysis.report", "basic.analysis.sweep"),
     ),
     "safetensors": ("basic.training.checkpoints.file", "basic.formats.export_llama", "basic.formats.import_model"),
-    "numba": ("basic.bpe.kernels.instructions",),
-    "llvmlite": ("basic.bpe.kernels.instructions",),
+    "numba": ("basic.bpe.native.compiler",),
+    "llvmlite": ("basic.bpe.native.compiler", "basic.bpe.native.object_files"),
     "triton": ("basic.transformer.kernels", "basic.generation.decode_kernels", "basic.generation.decoder"),
     "matplotlib": ("basic.analysis.plotting",),
     "starlette": ("basic.analysis.playground_server",),
@@ -342,7 +342,13 @@ def test_every_imported_package_is_declared(path: Path) -> None:
 
 
 # These read their own files, or the system's.
-OPENS_FILES = ("assignment_question.py", "bpe/loading.py", "bpe/kernels/instructions.py", "common/files.py")
+OPENS_FILES = (
+    "assignment_question.py",
+    "bpe/loading.py",
+    "bpe/native/object_files.py",
+    "bpe/patterns/tables.py",
+    "common/files.py",
+)
 
 
 @pytest.mark.parametrize("path", BASIC, ids=relative)
@@ -364,10 +370,12 @@ def test_adapters_can_be_copied_alone() -> None:
 
 
 def test_text_to_tokens_loads_neither_torch_nor_numba() -> None:
-    """In a real process: importing these modules loads neither; numba is loaded with the first kernel."""
+    """In a real process: importing these modules loads neither; only the compiler of kernels loads numba."""
     lines = ["import importlib, sys"]
     for module in TREE.modules:
-        if is_within(module, *TEXT_TO_TOKENS) and not is_within(module, "basic.bpe.kernels", "basic.bpe.__main__"):
+        if is_within(module, *TEXT_TO_TOKENS) and not is_within(
+            module, "basic.bpe.native.compiler", "basic.bpe.__main__"
+        ):
             lines.append(f"importlib.import_module('{module}')")
             lines.append(f"assert not {{'torch', 'numba'}} & sys.modules.keys(), '{module} loads torch or numba'")
     result = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=REPOSITORY, capture_output=True, text=True)

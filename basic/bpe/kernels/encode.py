@@ -44,20 +44,35 @@ from basic.bpe.kernels.hash_table import (
     put_in_pool,
     rehash,
 )
-from basic.bpe.kernels.instructions import U64, kernel, store8
+from basic.bpe.kernels.instructions import (
+    U64,
+    address_of,
+    bytes_at,
+    kernel,
+    new_integer,
+    new_list,
+    readonly,
+    set_list_item,
+    store8,
+    string_as_utf8,
+    string_length,
+)
 from basic.bpe.kernels.scan import (
     BLOCK,
     SCRATCH_LENGTH,
     PatternTables,
+    Scratch,
     end_of_long_pretoken,
     find_special,
     new_scratch,
     scan_block,
 )
+from basic.bpe.native.kernel import PreparedCall
 
 # Why the kernel stops before the end: the table or its pool, the output, or the buffers for a long pre-token are too
 # small; a character is not UTF-8; or a byte has no token.
-_FULL, _OUTPUT_FULL, _BUFFERS_FULL, _INVALID, _NO_TOKEN = -1, -2, -3, -4, -5
+FULL, _OUTPUT_FULL, _BUFFERS_FULL, _INVALID, NO_TOKEN = -1, -2, -3, -4, -5
+LONG_TEXT = -6  # the string is too long
 
 # Value 1 of a slot: the size of the ids in bytes, and the offsets in the pool of the ids and of the bytes of a long
 # pre-token, if they are there.
@@ -65,9 +80,9 @@ _SIZE_BITS, _OFFSET_BITS = 16, 24
 _SIZE, _OFFSET = U64((1 << _SIZE_BITS) - 1), U64((1 << _OFFSET_BITS) - 1)
 
 _MAX_SLOTS, _MAX_POOL = 1 << 19, 1 << 21  # 16 MB each
-_MARGIN_IDS = BLOCK + 16  # the most ids of a block, and those that a store writes after the last one
+MARGIN_IDS = BLOCK + 16  # the most ids of a block, and those that a store writes after the last one
 # Holds all pre-tokens of a block, each filled up to a step, and one that is not kept.
-_BUFFER_LENGTH = STEP * BLOCK + BLOCK
+BUFFER_LENGTH = STEP * BLOCK + BLOCK
 SMALL_BYTES = 1 << 13
 
 
@@ -221,9 +236,9 @@ def _encode(
         while position < segment_stop:
             state[POSITION] = position
             if (state[ENTRIES] + BLOCK) * 2 * SLOT_LENGTH > len(table) or state[POOL_USED] + BLOCK > len(pool):
-                return _FULL
+                return FULL
             state[PROBLEM] = 0
-            if state[WRITTEN] + _MARGIN_IDS * id_bytes > len(out):
+            if state[WRITTEN] + MARGIN_IDS * id_bytes > len(out):
                 return _OUTPUT_FULL
             num_pretokens, invalid = scan_block(data, position, segment_stop, pattern, scratch, starts)
             if invalid >= 0:
@@ -237,10 +252,10 @@ def _encode(
                 state[PROBLEM] = end - position
                 if end - position > len(buffers[1]) // 4:
                     return _BUFFERS_FULL
-                if state[WRITTEN] + (end - position + _MARGIN_IDS) * id_bytes > len(out):
+                if state[WRITTEN] + (end - position + MARGIN_IDS) * id_bytes > len(out):
                     return _OUTPUT_FULL
                 if not _write_long_pretoken(data, position, end - position, merges, buffers, out, id_bytes, state):
-                    return _NO_TOKEN
+                    return NO_TOKEN
                 position = end
                 continue
             block_keys(scratch[0][0], starts, num_pretokens, table, keys)
@@ -257,14 +272,14 @@ def _encode(
                         if length > MAX_SCANNED_BYTES:
                             state[WRITTEN] = I64(written)
                             if not _write_long_pretoken(data, start, length, merges, buffers, out, id_bytes, state):
-                                return _NO_TOKEN
+                                return NO_TOKEN
                             written = U64(state[WRITTEN])
                             continue
                         if not _add_pretokens(
                             data, position, j, num_pretokens, starts, keys, table, pool, merges, buffers, work,
                             id_bytes, state,
                         ):  # fmt: skip
-                            return _NO_TOKEN
+                            return NO_TOKEN
                     store8(out, written, table[base + U64(2)])
                 size = table[base + U64(3)] & _SIZE
                 if size > U64(8):
@@ -275,7 +290,7 @@ def _encode(
             state[WRITTEN] = I64(written)
             position += starts[num_pretokens]
         if special >= 0:
-            if state[WRITTEN] + _MARGIN_IDS * id_bytes > len(out):
+            if state[WRITTEN] + MARGIN_IDS * id_bytes > len(out):
                 state[POSITION], state[PROBLEM] = position, 0
                 return _OUTPUT_FULL
             store8(out, U64(state[WRITTEN]), U64(special_ids[special]))
@@ -283,6 +298,58 @@ def _encode(
             position += special_starts[special + 1] - special_starts[special]
     state[POSITION] = position
     return state[WRITTEN]
+
+
+@kernel
+def encode(
+    text, num_bytes, short_ids, long_ids, data, stop, pattern, special_data, special_starts, first_bytes,
+    special_ids, table, pool, merge_slots, merge_numbers, whole_tokens, scratch, starts, keys, work, symbol_buffers,
+    heap, out, id_bytes, state, start
+):  # fmt: skip
+    """`_encode` for bytes and, with a result that Python can use at once, for a string.
+
+    Args:
+        text: a Python string instead of `data`, or 0. It needs the interpreter's lock.
+        num_bytes: one element, work memory for a string.
+        short_ids, long_ids: `out` as uint16 and uint32, for a string.
+
+    Returns:
+        What `_encode` returns. For a string a list of ids; an int object, why it stopped; or 0 after an exception.
+    """
+    if text != 0:
+        length = string_length(text)
+        if length < 0:
+            return 0
+        if length > SMALL_BYTES:
+            return new_integer(LONG_TEXT)
+        address = string_as_utf8(text, address_of(num_bytes))
+        if address == 0:
+            return 0
+        data, stop, start = bytes_at(address, num_bytes[0]), num_bytes[0], 0
+    written = _encode(
+        data, stop, pattern, special_data, special_starts, first_bytes, special_ids, table, pool, merge_slots,
+        merge_numbers, whole_tokens, scratch, starts, keys, work, symbol_buffers, heap, out, id_bytes, state, start
+    )  # fmt: skip
+    if text == 0:
+        return written
+    if written < 0:
+        return new_integer(written)
+    count = written // id_bytes
+    result = new_list(count)
+    if result != 0:
+        for i in range(count):
+            set_list_item(result, i, new_integer(I64(short_ids[i]) if id_bytes == 2 else I64(long_ids[i])))
+    return result
+
+
+def new_work() -> tuple[Scratch, np.ndarray, np.ndarray, np.ndarray]:
+    """The work memory of `encode`."""
+    return new_scratch(), np.zeros(SCRATCH_LENGTH, np.int64), new_keys(SCRATCH_LENGTH), np.zeros((5, BLOCK), np.int64)
+
+
+def for_string(out: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The arguments of `encode` that only a string needs."""
+    return np.zeros(1, np.int64), out.view(np.uint16), out.view(np.uint32)
 
 
 class PretokenEncoder:
@@ -309,15 +376,13 @@ class PretokenEncoder:
         # 4 MB, so that it seldom grows: with a growing table a new pre-token takes up to twice as long.
         self._table, self._pool = new_table(1 << 17), np.zeros(1 << 14, np.uint64)
         self._state = np.zeros(STATE_LENGTH, np.int64)
-        self._small_ids = np.empty(SMALL_BYTES + _MARGIN_IDS, dtype)
+        self._small_ids = np.empty(SMALL_BYTES + MARGIN_IDS, dtype)
         self._small = self._small_ids.view(np.uint8)
-        self._work = (
-            new_scratch(),
-            np.zeros(SCRATCH_LENGTH, np.int64),
-            new_keys(SCRATCH_LENGTH),
-            np.zeros((5, BLOCK), np.int64),
-        )
-        self._buffers = new_buffers(_BUFFER_LENGTH)
+        self._nothing = readonly(self._small[:0])
+        self._work = new_work()
+        self._buffers = new_buffers(BUFFER_LENGTH)
+        self._call: PreparedCall | None = None
+        self._specials: tuple[np.ndarray, ...] | None = None
 
     def encode(self, data: np.ndarray, start: int, stop: int, specials: tuple[np.ndarray, ...]) -> np.ndarray:
         """Encode data[start:stop], which must start and end at safe positions.
@@ -333,39 +398,56 @@ class PretokenEncoder:
             InvalidByteError: a byte is not UTF-8 or has no token.
         """
         is_small = stop - start <= SMALL_BYTES
+        id_bytes, call = self._dtype.itemsize, self._prepared_call(specials)
+        out = self._small if is_small else np.empty(((stop - start) // 3 + 2 * MARGIN_IDS) * id_bytes, np.uint8)
+        call.set(data=data, stop=stop, out=out, start=start)
+        try:
+            status = self._run(call, data, start, stop, out)
+        finally:
+            call.set(data=self._nothing, out=self._small)  # not kept in memory
+        if is_small:
+            return self._small_ids[: status // id_bytes]
+        out.resize(status, refcheck=False)
+        return out.view(self._dtype)
+
+    def _run(self, call: PreparedCall, data: np.ndarray, start: int, stop: int, out: np.ndarray) -> int:
+        """Call the kernel until it is done, and give it what it stops for; returns the size of the ids in bytes."""
         state, id_bytes = self._state, self._dtype.itemsize
-        out = self._small if is_small else np.empty(((stop - start) // 3 + 2 * _MARGIN_IDS) * id_bytes, np.uint8)
-        buffers, begin = self._buffers, start
-        while (
-            status := _encode(
-                data, stop, self._pattern, *specials, self._table, self._pool, *self._merges,
-                *self._work, *buffers, out, id_bytes, state, begin,
-            )
-        ) < 0:  # fmt: skip
-            begin = -1
-            if status == _FULL:
+        while (status := call()) < 0:
+            if status == FULL:
                 self.grow()
             elif status == _OUTPUT_FULL:
                 # Estimate the total from the ids so far; a long pre-token may need one id for each byte.
                 written, done = int(state[WRITTEN]), int(state[POSITION]) - start
                 estimate = written * (stop - start) // max(done, 1) * 9 // 8
                 # In place if the system can remap pages, so that nothing is copied.
-                estimate = max(estimate, written + int(state[PROBLEM]) * id_bytes) + 2 * _MARGIN_IDS * id_bytes
+                estimate = max(estimate, written + int(state[PROBLEM]) * id_bytes) + 2 * MARGIN_IDS * id_bytes
                 out.resize(estimate, refcheck=False)
+                call.set(out=out)
             elif status == _BUFFERS_FULL:
                 if state[PROBLEM] > arrays.MAX_PRETOKEN_BYTES:
                     position = int(state[POSITION])
                     raise InvalidByteError(position, max_pretoken_bytes=arrays.MAX_PRETOKEN_BYTES)
-                buffers = new_buffers(int(state[PROBLEM]))  # for this call only
-            elif status == _NO_TOKEN:
+                symbols, heap = new_buffers(int(state[PROBLEM]))  # for this text only
+                call.set(symbol_buffers=symbols, heap=heap)
+                self._call = None
+            elif status == NO_TOKEN:
                 self._clear()
                 raise InvalidByteError(int(state[PROBLEM]), lacks_token=True)
             else:
                 raise InvalidByteError(int(state[PROBLEM]))
-        if is_small:
-            return self._small_ids[: status // id_bytes]
-        out.resize(status, refcheck=False)
-        return out.view(self._dtype)
+            call.set(start=-1, table=self._table, pool=self._pool)
+        return status
+
+    def _prepared_call(self, specials: tuple[np.ndarray, ...]) -> PreparedCall:
+        if self._call is None or self._specials is not specials:
+            self._call = PreparedCall(
+                encode, 0, *for_string(self._small), self._nothing, 0, self._pattern, *specials, self._table,
+                self._pool, *self._merges, *self._work, *self._buffers, self._small, self._dtype.itemsize,
+                self._state, 0,
+            )  # fmt: skip
+            self._specials = specials
+        return self._call
 
     def grow(self) -> None:
         """Double the table, or make the pool four times as large, whichever is too small; at the limit, clear both."""

@@ -6,99 +6,82 @@ instruction; the functions here generate it. The processor must be little-endian
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
-import sys
-import tempfile
-from collections.abc import Callable, Generator, Iterable
-from functools import cache
-from pathlib import Path
+import importlib
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
-import numba
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+
+from basic.bpe.native.kernel import Kernel
 
 U64 = np.uint64
-_config: Any = numba.config
 
 
-def _sources_hash() -> str:
-    """Identifies the kernels. Numba checks only the file of a function, not those of the functions that it calls."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+class _LazyModule:
+    """A module that is imported when one of its names is used: only the compiler needs Numba."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self._name), name)
 
 
-@cache
-def cache_folder() -> Path | None:
-    """The folder in which compiled kernels are kept for later processes, or None if no folder is writable.
-
-    The candidates are the user's choice for Numba, the folder of this file, and the user's folder for caches. (Numba's
-    own search fails if none of them is writable, and takes an empty XDG_CACHE_HOME for the current folder.)
-    """
-    candidates = [_config.CACHE_DIR, Path(__file__).with_name("__pycache__"), os.environ.get("XDG_CACHE_HOME")]
-    with contextlib.suppress(RuntimeError):  # no home folder
-        candidates.append(Path.home() / ".cache")
-    return first_writable_folder(candidates)
+ir: Any = _LazyModule("llvmlite.ir")
+types: Any = _LazyModule("numba.types")
+arrayobj: Any = _LazyModule("numba.np.arrayobj")
 
 
-def first_writable_folder(candidates: Iterable[str | Path | None]) -> Path | None:
-    """A subfolder for these kernels in the first candidate that is an absolute path and writable, else None."""
-    for candidate in candidates:
-        if not candidate or not Path(candidate).is_absolute():
-            continue
-        path = Path(candidate) / "basic_kernels" / _sources_hash()
-        with contextlib.suppress(OSError):
-            path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=path):
-                return path
-    print("basic: no folder for compiled kernels is writable (set NUMBA_CACHE_DIR): they are not kept", file=sys.stderr)
-    return None
-
-
-@contextlib.contextmanager
-def _numba_cache(folder: Path) -> Generator[None]:
-    before = _config.CACHE_DIR
-    _config.CACHE_DIR = str(folder)
-    try:
-        yield
-    finally:
-        _config.CACHE_DIR = before
-
-
-def kernel(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Compile a function over arrays and numbers at its first call, or load it from the cache.
+def kernel(function: Any) -> Kernel:
+    """Make a function over arrays and numbers a kernel, which is compiled when it is first called.
 
     It runs without the interpreter's lock, so threads run in parallel. Divisions are not checked.
     """
-    return compile_function(function, cache_folder(), **options)
+    return Kernel(function, {})
 
 
-def compile_function(function: Callable[..., Any], folder: Path | None, **options: Any) -> Callable[..., Any]:
-    """`kernel` with an explicit cache folder; None for no cache."""
-    # `_nrt` (undocumented) switches off reference counting of arrays. Kernels create no arrays, and the counting was
-    # twelve calls in a function that merges a pre-token, a third of the training time.
-    options |= {"nogil": True, "error_model": "numpy", "_nrt": False}
-    if folder is None:
-        return njit(**options)(function)
-    with _numba_cache(folder):
-        return njit(cache=True, **options)(function)
-
-
-def inlined_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+def inlined_kernel(function: Any) -> Kernel:
     """`kernel` for a small function with many arrays: it is inlined, because passing an array copies seven numbers.
 
     To apply merges to a new pre-token took 0.88 microseconds without inlining, and takes 0.57 with it.
     """
-    return kernel(function, forceinline=True)
+    return Kernel(function, {"forceinline": True})
 
 
-def _instruction(function: Callable[..., Any]) -> Callable[..., Any]:
+class _Instruction:
+    """A code generator that kernels call with values instead of types."""
+
+    def __init__(self, generator: Callable[..., Any]) -> None:
+        self._generator, self.__doc__ = generator, generator.__doc__
+
+    @cached_property
+    def _numba_type_(self) -> Any:
+        from basic.bpe.native.compiler import instruction_type
+
+        return instruction_type(self._generator)
+
+
+def _instruction(function: Callable[..., Any]) -> Any:
     """Make a code generator callable from kernels, which call it with values instead of types."""
-    return intrinsic(function)
+    return _Instruction(function)
+
+
+class _CFunction:
+    """A function of Python's C interface, of integers and addresses; kernels call it with the interpreter's lock."""
+
+    def __init__(self, name: str, num_arguments: int) -> None:
+        self._name, self._num_arguments = name, num_arguments
+
+    @cached_property
+    def _numba_type_(self) -> Any:
+        from basic.bpe.native.compiler import c_function_type
+
+        return c_function_type(self._name, self._num_arguments)
+
+
+def _c_function(name: str, num_arguments: int) -> Any:
+    return _CFunction(name, num_arguments)
 
 
 def readonly(array: np.ndarray) -> np.ndarray:
@@ -138,6 +121,59 @@ def store8(typing_context, array, index, value):
         return context.get_dummy_value()
 
     return types.void(array, types.uint64, types.uint64), generate
+
+
+@_instruction
+def load_address(typing_context, address):
+    """Load the 64-bit number at an address."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.load(builder.inttoptr(arguments[0], ir.IntType(64).as_pointer()))
+
+    return types.int64(types.int64), generate
+
+
+@_instruction
+def address_of(typing_context, array):
+    """The address of an array's first element."""
+
+    def generate(context, builder, signature, arguments):
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.ptrtoint(data, ir.IntType(64))
+
+    return types.int64(array), generate
+
+
+def _array_at(array_type: Any) -> Any:
+    """The type and the code of an array whose elements are at an address."""
+
+    def generate(context, builder, signature, arguments):
+        element = context.get_data_type(array_type.dtype)
+        size = ir.Constant(ir.IntType(64), context.get_abi_sizeof(element))
+        array = context.make_array(array_type)(context, builder)
+        data = builder.inttoptr(arguments[0], element.as_pointer())
+        arrayobj.populate_array(array, data=data, shape=[arguments[1]], strides=[size], itemsize=size, meminfo=None)
+        return array._getvalue()
+
+    return array_type(types.int64, types.int64), generate
+
+
+@_instruction
+def bytes_at(typing_context, address, length):
+    """The bytes at an address as a read-only array."""
+    return _array_at(types.Array(types.uint8, 1, "C", readonly=True))
+
+
+@_instruction
+def writable_bytes_at(typing_context, address, length):
+    """The bytes at an address as an array."""
+    return _array_at(types.Array(types.uint8, 1, "C"))
+
+
+@_instruction
+def int32s_at(typing_context, address, length):
+    """The int32 numbers at an address as an array."""
+    return _array_at(types.Array(types.int32, 1, "C"))
 
 
 @_instruction
@@ -233,3 +269,17 @@ def low_bits_where(typing_context, array, index, high_bits, shift):
         return builder.call(reduce, [builder.select(equal, low, ir.Constant(vector, [0] * 8))])
 
     return types.uint64(array, types.uint64, types.uint64, types.uint64), generate
+
+
+# Python's C interface. An object is its address; 0 means that an exception was raised. All are in the stable ABI.
+list_size, list_item = _c_function("PyList_Size", 1), _c_function("PyList_GetItem", 2)
+new_list, set_list_item = _c_function("PyList_New", 1), _c_function("PyList_SetItem", 3)
+as_integer, new_integer = _c_function("PyLong_AsLongLong", 1), _c_function("PyLong_FromLongLong", 1)
+new_bytes, bytes_address = _c_function("PyBytes_FromStringAndSize", 2), _c_function("PyBytes_AsString", 1)
+string_length, string_as_utf8 = _c_function("PyUnicode_GetLength", 1), _c_function("PyUnicode_AsUTF8AndSize", 2)
+allocate, free, clear_error = (
+    _c_function("PyMem_Malloc", 1),
+    _c_function("PyMem_Free", 1),
+    _c_function("PyErr_Clear", 0),
+)
+TYPE_OFFSET = object.__basicsize__ - 8  # where an object has the address of its type
