@@ -44,6 +44,7 @@ from basic.corpus.shards import (
     Segment,
     Shard,
     ShardChunks,
+    boundaries_fingerprint,
     entire_source,
     exceeds,
     group_by_special_tokens,
@@ -185,6 +186,7 @@ def build_count_table(
         **inputs_fingerprint(segments),
         "special tokens": special_tokens.tokens,
         "pattern": pattern.short_form,
+        **boundaries_fingerprint(pattern),
         "shard_bytes": shard_bytes,
     }
     if options.errors != "strict":  # not otherwise, as earlier versions did not write it

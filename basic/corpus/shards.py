@@ -22,6 +22,7 @@ from itertools import compress, groupby, pairwise
 from typing import Any, TypeVar
 
 from basic.bpe.arrays import Chunk, InvalidByteError
+from basic.bpe.patterns.cuts import safe_cuts_of
 from basic.bytes_utils import decode_blocks, invalid_byte_error
 from basic.common.errors import InvalidInputError
 from basic.corpus.files import map_bytes, release_pages
@@ -129,6 +130,15 @@ def total_text_bytes(segments: Sequence[Segment]) -> int | None:
     if not all(segment.source.is_plain for segment in segments):
         return None
     return sum(segment.num_bytes for segment in segments)
+
+
+def boundaries_fingerprint(pattern: Pattern) -> dict[str, str]:
+    """Identify the rule by which a text is divided, as a part of the identity of work.
+
+    Shards of other boundaries would overlap those that are done, or leave text out.
+    """
+    cuts = safe_cuts_of(pattern.splits)
+    return {} if cuts is None else {"shard boundaries": cuts.fingerprint}
 
 
 def inputs_fingerprint(segments: Sequence[Segment]) -> dict[str, Any]:

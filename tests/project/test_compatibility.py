@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from basic.common.errors import InvalidInputError
 from basic.common.folder_lock import FolderLock
 from basic.encoding import encode_files
 from basic.Tokenizer import Tokenizer
@@ -62,6 +63,7 @@ def move_to_this_text(work: Path, made_today: Path) -> None:
     lines, today = manifest(work), json.loads(manifest(made_today)[0])
     then = json.loads(lines[0])
     then["work"]["input_sha256"] = today["work"]["input_sha256"]
+    assert today["work"].pop("shard boundaries")  # not known then
     assert then == today
     # No newline at the end: an interrupted process has left half a line there.
     (work / "manifest.jsonl").write_bytes("\n".join([json.dumps(then), *lines[1:]]).encode())
@@ -177,43 +179,23 @@ def test_a_tokenizer_that_is_not_the_runs_own_is_refused(folder, monkeypatch):
 # --- Work folders -------------------------------------------------------------------------------------------------
 
 
-def test_finished_counts_serve_another_vocabulary(folder, monkeypatch):
-    arguments = ["stories.txt", "--special-tokens", *SPECIAL_TOKENS, "--output", "today"]
-    run_script(monkeypatch, "train_bpe", *arguments, "--vocab-size", "330", "--work", "made_today")
-    move_to_this_text(folder / "counts", folder / "made_today")
-    before = manifest(folder / "counts")
-    run_script(monkeypatch, "train_bpe", *arguments, "--overwrite", "--vocab-size", str(VOCAB_SIZE), "--work", "counts")
-    assert manifest(folder / "counts") == before  # nothing was counted again
-    for name in ("vocab.json", "merges.txt", "special_tokens.json"):
-        assert Path("today", name).read_bytes() == Path("tokenizer", name).read_bytes()
-
-
-def test_unfinished_counts_are_finished(folder):
+def test_unfinished_counts_of_other_shards_are_made_anew_on_request(folder):
+    """0.1.0 divided a text at fewer positions: today's shards would overlap its own, or leave text out."""
     options: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "special_tokens": SPECIAL_TOKENS, "shard_bytes": SHARD_BYTES}
     expected = train_bpe("stories.txt", work_folder="made_today", **options)
     move_to_this_text(folder / "counts_unfinished", folder / "made_today")
-    before = manifest(folder / "counts_unfinished")
-    assert train_bpe("stories.txt", work_folder="counts_unfinished", **options) == expected
-    after = manifest(folder / "counts_unfinished")
-    assert after[: len(before)] == before
-    # Two shards were counted before; the other two and the sum of all four are new.
-    done = sorted(json.loads(line)["file"] for line in after[len(before) :])
-    assert done == ["counts-0-000002.words", "counts-0-000003.words", "counts-1-000000.words"]
+    with pytest.raises(InvalidInputError, match=r"other work, with other shard boundaries; .* start_over=True"):
+        train_bpe("stories.txt", work_folder="counts_unfinished", **options)
+    assert train_bpe("stories.txt", work_folder="counts_unfinished", start_over=True, **options) == expected
     tokenizer = Tokenizer.load("tokenizer")
     assert (tokenizer.vocab, tokenizer.merges) == expected
 
 
-def test_an_unfinished_dataset_is_finished(folder):
+def test_an_unfinished_dataset_of_other_shards_is_made_anew_on_request(folder):
     tokenizer = Tokenizer.load("tokenizer")
     encode_files(tokenizer, "stories.txt", "made_today", shard_bytes=SHARD_BYTES)
     move_to_this_text(folder / "dataset_unfinished", folder / "made_today")
-    before = manifest(folder / "dataset_unfinished")
-    encode_files(tokenizer, "stories.txt", "dataset_unfinished", shard_bytes=SHARD_BYTES)
-    after = manifest(folder / "dataset_unfinished")
-    assert after[: len(before)] == before
-    assert sorted(json.loads(line)["file"] for line in after[len(before) :]) == ["000002.bin", "000003.bin"]
-    assert without_checksum(Path("dataset_unfinished/index.json")) == without_checksum(Path("dataset/index.json"))
-    for path in Path("dataset").glob("0*.bin"):
-        made = folder / "dataset_unfinished" / path.name
-        assert made.read_bytes() == path.read_bytes()
-        assert without_checksum(made.with_suffix(".json")) == without_checksum(path.with_suffix(".json"))
+    with pytest.raises(InvalidInputError, match="other work, with other shard boundaries"):
+        encode_files(tokenizer, "stories.txt", "dataset_unfinished", shard_bytes=SHARD_BYTES)
+    encode_files(tokenizer, "stories.txt", "dataset_unfinished", shard_bytes=SHARD_BYTES, start_over=True)
+    assert np.array_equal(open_tokens("dataset_unfinished")[:], open_tokens("dataset")[:])

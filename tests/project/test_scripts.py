@@ -91,6 +91,8 @@ def test_help_explains_every_option_and_its_default(name, monkeypatch, capsys):
             ("training/settings", "DataConfig"),
         ):
             expected |= field_docstrings(REPOSITORY / "basic" / f"{module}.py", cls)
+        assert expected.pop("muon") in shown  # a group of options
+        expected |= field_docstrings(REPOSITORY / "basic" / "training" / "settings.py", "MuonConfig")
     if name in ("train_bpe", "encode"):
         expected |= field_docstrings(REPOSITORY / "basic" / "corpus" / "text_formats.py", "DocumentOptions")
     for option, docstring in expected.items():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+import hashlib
+from functools import cache, cached_property
 
 import numpy as np
 
@@ -18,6 +19,14 @@ class SafeCuts:
     def __init__(self, automaton: Automaton) -> None:
         self._first_codes, self._class_of_range = automaton.first_codes, automaton.class_of_range
         self._is_safe = automaton.safe_pairs
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hexadecimal; other classes of characters or other pairs of them have another one."""
+        digest = hashlib.sha256(b"safe cuts")
+        for array in (self._first_codes, self._class_of_range, self._is_safe):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()[:16]
 
     def positions(self, text: str) -> np.ndarray:
         """The indices of all characters before which the text may be divided, ascending."""
