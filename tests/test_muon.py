@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -178,6 +180,35 @@ def test_a_factor_that_is_not_finite_changes_nothing() -> None:
             assert_close(optimizer.state_dict()["state"], before[1], rtol=0, atol=0)
         set_gradients(ours)
         optimizer.step()
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_ranks_that_share_the_work_do_what_one_does(size: int) -> None:
+    """Ranks as threads that meet at a barrier; there are fewer matrices of some shapes than ranks."""
+    one = matrices()
+    ranks = [[Parameter(weight.detach().clone()) for weight in one] for _ in range(size)]
+    barrier, sent, orthogonalized = threading.Barrier(size), [torch.empty(0)] * size, [0] * size
+
+    def step(rank: int) -> None:
+        def all_gather(own: Tensor) -> Tensor:
+            sent[rank] = own
+            orthogonalized[rank] += len(own)
+            barrier.wait(10)
+            joined = torch.cat(sent)
+            barrier.wait(10)
+            return joined
+
+        optimizer = Muon([{"params": ranks[rank], "rule": "muon"}], **SETTINGS)
+        optimizer.share_work(rank, size, all_gather)
+        optimizer.step()
+
+    set_gradients(one, *ranks)
+    Muon([{"params": one, "rule": "muon"}], **SETTINGS).step()
+    with ThreadPoolExecutor(size) as threads:
+        list(threads.map(step, range(size)))
+    for weights in ranks:
+        assert_close(weights, one, rtol=1e-9, atol=1e-9)
+    assert max(orthogonalized) == 4  # of six matrices in four shapes: two squares, two tall ones, one wide, one row
 
 
 def test_a_loaded_state_continues_exactly() -> None:

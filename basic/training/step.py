@@ -84,6 +84,8 @@ class TrainStep:
     ):
         self.optimizer, self.config, self.device, self.world = optimizer, config, device, world
         self.sharded = is_sharded(model)
+        if isinstance(optimizer, Muon) and world.size > 1:
+            optimizer.share_work(world.rank, world.size, world.all_gather_tensors)
         dispatch.warn_about_plain_attention(model.config.d_head, device, model.compute_dtype)
         with_kernels = dispatch.available_on(device)
         self.weight_copies: dict[Tensor, Tensor] = {}

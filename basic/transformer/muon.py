@@ -7,7 +7,7 @@ and many small ones, so a plain step moves the weights in few directions; an ort
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -89,7 +89,17 @@ class Muon(AdamW):
         defaults |= {"iterations": iterations, "normalization": normalization, "cautious": cautious}
         defaults |= {"normalization_beta": normalization_beta, "update_scale": update_scale}
         self._own_defaults = defaults
+        self._ranks: tuple[int, int, Callable[[Tensor], Tensor]] = 0, 1, lambda own: own
         super().__init__(params, lr, betas, eps, weight_decay)
+
+    def share_work(self, rank: int, size: int, all_gather: Callable[[Tensor], Tensor]) -> None:
+        """Let each of several ranks with the same parameters and gradients orthogonalize its share of the matrices.
+
+        Args:
+            rank, size: of this process, and of all.
+            all_gather: joins the tensors of all ranks, of equal shapes, along their first dimension, by rank.
+        """
+        self._ranks = rank, size, all_gather
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; the constructor calls this for each of its groups."""
@@ -146,7 +156,7 @@ class Muon(AdamW):
 
         momenta, low = [state["momentum"] for state in states], torch.bfloat16 if weights[0].is_cuda else dtype
         directions = kernels.step_momenta(gradients, momenta, weight, keep, low)
-        updated = orthogonalize(directions, polynomials(group["orthogonalization"], group["iterations"]))
+        updated = self._orthogonalize(directions, polynomials(group["orthogonalization"], group["iterations"]))
         axis, scales = _normalized_axis(updates[0], group), None
         if group["normalization"] != "none":
             scales = _normalize(updated, axis, states, active * (1 - group["normalization_beta"]))
@@ -154,6 +164,17 @@ class Muon(AdamW):
         rate = group["lr"] * active
         rates = rate * scale, rate * group["weight_decay"]
         kernels.step_weights(weights, copies, updated, scales, axis, *rates, cautious=group["cautious"])
+
+    def _orthogonalize(self, directions: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+        rank, size, all_gather = self._ranks
+        if size == 1:
+            return orthogonalize(directions, coefficients)
+        # Every rank has the same number, the last ones with matrices of zeros.
+        count = -(-len(directions) // size)
+        own = directions.new_zeros(count, *directions.shape[1:])
+        share = directions[rank * count : (rank + 1) * count]
+        own[: len(share)] = share
+        return all_gather(orthogonalize(own, coefficients).contiguous())[: len(directions)]
 
 
 def step_momenta(

@@ -108,6 +108,12 @@ class World:
         """The mean of a tensor over all ranks, in place."""
         return self.all_reduce_sum(tensor).div_(self.size) if self.size > 1 else tensor
 
+    def all_gather_tensors(self, tensor: Tensor) -> Tensor:
+        """The tensors of all ranks, of equal shapes, joined along their first dimension by rank."""
+        tensors = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(tensors, tensor)
+        return torch.cat(tensors)
+
     def all_reduce_max(self, *numbers: int) -> tuple[int, ...]:
         """The maximum of each number over all ranks; waits for all of them."""
         if self.size == 1:
