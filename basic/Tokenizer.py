@@ -112,13 +112,12 @@ class Tokenizer:
         self.settings = settings or TokenizerSettings()
         self.vocab = dict(vocab)
         self._merges = None if merges is None else list(merges)
-        ids: dict[bytes, int] = {}
-        for token_id, token in sorted(self.vocab.items()):
+        for token_id, token in self.vocab.items():
             if not isinstance(token_id, int) or not isinstance(token, bytes):
                 raise TypeError(f"vocab must map ints to bytes, but has {token_id!r}: {token!r}")
-            if token_id < 0:
-                raise InvalidInputError(f"vocab has the id {token_id}; ids must be at least 0")
-            ids.setdefault(token, token_id)
+        if (smallest := min(self.vocab, default=0)) < 0:
+            raise InvalidInputError(f"vocab has the id {smallest}; ids must be at least 0")
+        ids = {self.vocab[token_id]: token_id for token_id in sorted(self.vocab, reverse=True)}
         self._set_rules(ids)
         self._missing_bytes = missing_bytes(ids)
         self.special_token_ids: dict[str, int] = {}
@@ -153,10 +152,10 @@ class Tokenizer:
                 raise InvalidInputError(str(error)) from None
             rules = rules._replace(one_at_a_time=self.settings.one_merge_at_a_time)
         if self.settings.ignore_merges:
-            special = {token.encode() for token in self.special_tokens.tokens}
-            rules = rules._replace(
-                whole_tokens={token: token_id for token, token_id in ids.items() if token not in special}
-            )
+            whole_tokens = rules.whole_tokens or dict(ids)
+            if special := {token.encode() for token in self.special_tokens.tokens} & whole_tokens.keys():
+                whole_tokens = {token: token_id for token, token_id in ids.items() if token not in special}
+            rules = rules._replace(whole_tokens=whole_tokens)
         self._rules, self._cache = rules, PretokenCache(rules)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -240,7 +239,8 @@ class Tokenizer:
     @cached_property
     def used_merges(self) -> UsedMerges:
         """The merges that can be applied in a text, and the tokens that they do not produce."""
-        encoder = self.kernel_encoder(sum(map(len, self.vocab.values())))
+        # To merge tokens that are all different takes longer than text of their length.
+        encoder = self.kernel_encoder(8 * sum(map(len, self.vocab.values())))
         try:
             used = used_merges(self._rules, self.vocab, None if encoder is None else encoder.last_merges)
         except OverflowError:  # a token is too long for the kernels
@@ -326,8 +326,7 @@ class Tokenizer:
             before, after = self.settings.template()
             return [*before, *self.encode(text, specials_as_text=specials_as_text, errors=errors), *after]
         if self._always_changes or errors != "strict":
-            if not isinstance(text, str):
-                raise TypeError(f"text must be a string, got {type(text).__name__}: {text!r:.80}")
+            _check_text(text)
             text = self._text_changes(specials_as_text, errors).apply(replace_surrogates(text))
         elif self._kernel_encoder is not None and not specials_as_text:
             try:
@@ -336,16 +335,17 @@ class Tokenizer:
                 ids = None
             if ids is not None:
                 return ids
-        length = len(text) if isinstance(text, str) else 0
-        if length >= _MIN_KERNEL_CHARACTERS and (encoder := self.kernel_encoder(length)) is not None:
+        _check_text(text)
+        if (length := len(text)) >= _MIN_KERNEL_CHARACTERS and (encoder := self.kernel_encoder(length)) is not None:
             data = np.frombuffer(_utf8(text), np.uint8)
             try:
                 return encoder.encode_list(data, specials_as_text)
             except InvalidByteError as error:
                 raise _named_error("text", data, error) from None
-        if length > _MAX_COMPLETE_CHARACTERS or not isinstance(text, str):  # encode_stream raises the TypeError
-            return list(chain.from_iterable(self.encode_stream([text], specials_as_text=specials_as_text)))
-        return self._encode_complete(replace_surrogates(text), specials_as_text)
+        text = replace_surrogates(text)
+        if length > _MAX_COMPLETE_CHARACTERS:
+            return list(chain.from_iterable(self._encode_changed([text], specials_as_text)))
+        return self._encode_complete(text, specials_as_text)
 
     def _encode_with_spans(self, text: str, specials_as_text: bool) -> Encoding:
         ids = self.encode(text, specials_as_text=specials_as_text)
@@ -458,8 +458,8 @@ class Tokenizer:
         Special tokens inside the documents are text.
         """
         mark = SpecialTokens.document_mark(separator)
-        if changes := self._text_changes(True, errors):
-            texts = changes.for_special_tokens(mark).apply_to_stream(texts)
+        if changes := self.text_changes(mark, errors):
+            texts = changes.apply_to_stream(texts)
         batches = pretokenize_stream(texts, mark, self.compiled_pattern)
         return self._encode_batches((pretokens, special and separator) for pretokens, special in batches)
 
@@ -512,9 +512,16 @@ class Tokenizer:
         check_errors_option(errors)
         key = specials_as_text, errors
         if key not in self._changes:
-            special, replaced = self.active_special_tokens(specials_as_text), errors == "replace"
-            self._changes[key] = TextChanges(special, self.settings, self._missing_bytes if replaced else b"")
+            self._changes[key] = self.text_changes(self.active_special_tokens(specials_as_text), errors)
         return self._changes[key]
+
+    def text_changes(self, special_tokens: SpecialTokens, errors: str) -> TextChanges:
+        """How a text is changed before it is split at special tokens; false if it is not.
+
+        Args:
+            errors: whether characters with a byte that has no token are replaced ("strict" or "replace").
+        """
+        return TextChanges(special_tokens, self.settings, self._missing_bytes if errors == "replace" else b"")
 
     def active_special_tokens(self, specials_as_text: bool) -> SpecialTokens:
         """The special tokens at which a text is split; none if they are ordinary text."""
@@ -709,6 +716,11 @@ def resolve_num_threads(num_threads: int | None) -> int:
     if check_integer("num_threads", num_threads) < 1:
         raise InvalidInputError(f"num_threads={num_threads} must be at least 1")
     return num_threads
+
+
+def _check_text(text: object) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a string, got {type(text).__name__}: {text!r:.80}")
 
 
 def _named_error(name: str, data: np.ndarray, error: InvalidByteError) -> InvalidInputError:

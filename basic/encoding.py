@@ -341,8 +341,7 @@ def _write_token_file(
     """Encode a shard; return the contents of the sidecar, and the lines or rows that were left out."""
     skipped = SkippedLines()
     errors, specials_as_text = encoding.errors, encoding.specials_as_text
-    # The text of a file cannot be changed where it lies, so it is streamed.
-    encoder = None if tokenizer.changes_text(errors) else _kernel_encoder(tokenizer, shard)
+    encoder = _kernel_encoder(tokenizer, shard)
     groups = group_by_special_tokens(shard, tokenizer.active_special_tokens(specials_as_text))
     with TokenFileWriter(path, tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint) as writer:
 
@@ -351,6 +350,7 @@ def _write_token_file(
             advance(num_bytes)
 
         for segments, separator, special_tokens in groups:
+            changes = tokenizer.text_changes(special_tokens, errors)
             if encoder is not None:
                 mark = None
                 if separator is not None:
@@ -362,6 +362,8 @@ def _write_token_file(
                     errors=errors,
                     chunk_bytes=encoding.chunk_bytes,
                     on_skip=skipped,
+                    change=changes.apply_to_stream if changes else None,
+                    on_read=on_read if changes else lambda num_bytes: None,
                 )
                 try:
                     for ids, chunk_bytes in encoder.encode_chunks(
@@ -369,7 +371,8 @@ def _write_token_file(
                     ):
                         chunks.mark_done()
                         writer.write(ids)
-                        on_read(chunk_bytes)
+                        if not changes:
+                            on_read(chunk_bytes)
                 except InvalidByteError as error:
                     raise chunks.describe_error(error) from None
                 continue

@@ -245,6 +245,9 @@ class ShardChunks:
         errors: for bytes that are not UTF-8 in a stream: "strict" or "replace". Mapped bytes are not decoded here.
         chunk_bytes: the approximate size of a chunk.
         on_skip: called with the error of each line or row that is left out.
+        change: changes a stream of text, whose chunks then are those of the changed text. Positions where the text may
+            be divided are not known before, so the segments must be entire sources.
+        on_read: with `change`, called with the number of bytes of each block before it is changed.
     """
 
     def __init__(
@@ -256,7 +259,10 @@ class ShardChunks:
         errors: str = "strict",
         chunk_bytes: int = KERNEL_CHUNK_BYTES,
         on_skip: Callable[[InvalidInputError], object] = lambda error: None,
+        change: Callable[[Iterable[str]], Iterable[str]] | None = None,
+        on_read: Callable[[int], object] = lambda num_bytes: None,
     ) -> None:
+        self._change, self._on_read = change, on_read
         self._shard, self._special_tokens, self._pattern = shard, special_tokens, pattern
         self._on_skip = on_skip
         self._errors, self._chunk_bytes = errors, chunk_bytes
@@ -265,14 +271,14 @@ class ShardChunks:
 
     def __iter__(self) -> Iterator[Chunk]:
         for segment in self._shard:
-            for offset, chunk in self._mapped(segment) if segment.is_mapped else self._streamed(segment):
+            for offset, chunk in self._mapped(segment) if self._is_mapped(segment) else self._streamed(segment):
                 self._unfinished.append((segment, chunk, offset))
                 yield chunk
 
     def mark_done(self) -> None:
         """Forget the first unfinished chunk."""
         segment, chunk, _ = self._unfinished.popleft()
-        if segment.is_mapped:
+        if self._is_mapped(segment):
             release_pages(*chunk)
 
     def describe_error(self, error: InvalidByteError) -> ValueError:
@@ -286,6 +292,9 @@ class ShardChunks:
             lacks_token=error.lacks_token,
             max_pretoken_bytes=error.max_pretoken_bytes,
         )
+
+    def _is_mapped(self, segment: Segment) -> bool:
+        return segment.is_mapped and self._change is None
 
     def _mapped(self, segment: Segment) -> Iterator[tuple[int, Chunk]]:
         """Chunks, each with the offset of its array in the source."""
@@ -304,7 +313,11 @@ class ShardChunks:
     def _streamed(self, segment: Segment) -> Iterator[tuple[int, Chunk]]:
         special_tokens, pattern = self._special_tokens, self._pattern
         offset = 0 if segment.stop is None else _safe_range(segment, special_tokens, pattern)[0]
-        text = read_segment(segment, special_tokens, pattern, errors=self._errors, on_skip=self._on_skip)
+        text: Iterable[str] = read_segment(
+            segment, special_tokens, pattern, errors=self._errors, on_read=self._on_read, on_skip=self._on_skip
+        )
+        if self._change is not None:
+            text = self._change(text)
         for data, start, stop in chunks_of_stream(text, special_tokens, self._chunk_bytes, pattern):
             yield offset - start, (data, start, stop)
             offset += stop - start

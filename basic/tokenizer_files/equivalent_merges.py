@@ -94,7 +94,8 @@ def last_merge(rules: MergeRules, token: bytes) -> tuple[int, int] | None:
 
 def missing_bytes(tokens: Iterable[bytes]) -> bytes:
     """The bytes of UTF-8 that are not among the tokens, in order."""
-    return bytes(sorted({*_UTF8_BYTES}.difference(token[0] for token in tokens if len(token) == 1)))
+    tokens = tokens if isinstance(tokens, Mapping) else {token for token in tokens if len(token) == 1}
+    return bytes(byte for byte in _UTF8_BYTES if bytes([byte]) not in tokens)
 
 
 def check_all_bytes(tokens: Iterable[bytes], name: str) -> None:

@@ -37,7 +37,7 @@ class TextChanges:
     """
 
     def __init__(self, special_tokens: SpecialTokens, settings: TokenizerSettings, missing_bytes: bytes = b"") -> None:
-        self._special, self._settings, self._missing_bytes = special_tokens, settings, missing_bytes
+        self._special, self._missing_bytes = special_tokens, missing_bytes
         self._nfc = settings.normalizer == "NFC"
         tokens = special_tokens.tokens
         self._lstrip = frozenset(token for token in tokens if settings.flag(token, "lstrip"))
@@ -51,10 +51,6 @@ class TextChanges:
     def __bool__(self) -> bool:
         """Whether any text is changed."""
         return bool(self._nfc or self._lstrip or self._rstrip or self._missing_bytes)
-
-    def for_special_tokens(self, special_tokens: SpecialTokens) -> TextChanges:
-        """The same changes for a text that is split at other special tokens."""
-        return TextChanges(special_tokens, self._settings, self._missing_bytes)
 
     def apply(self, text: str) -> str:
         """The changed text."""

@@ -8,7 +8,6 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping
-from functools import partial
 from itertools import zip_longest
 
 from basic.bpe.plain import rules_of_ranks
@@ -20,7 +19,10 @@ from basic.tokenizer_files.content import TokenizerContent
 from basic.tokenizer_files.equivalent_merges import UsedMerges, check_all_bytes, used_merges
 from basic.tokenizer_files.published import find_published
 
-_LINES = re.compile(rb"(?:[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n)*+\Z")
+_LETTER = rb"[A-Za-z0-9+/]"
+_LINES = re.compile(
+    rb"(?:(?! )(?:%(x)b{4})*+(?:%(x)b{2}==|%(x)b{3}=)? [0-9]++\r?\n)*+\Z" % {b"x": _LETTER},
+)
 
 
 def read_rank_file(
@@ -82,11 +84,7 @@ def _parse(name: str, content: bytes) -> dict[bytes, int]:
     """Token to rank."""
     if _LINES.match(content):  # the fast way
         fields = content.split()
-        try:
-            tokens = list(map(partial(binascii.a2b_base64, strict_mode=True), fields[::2]))
-        except binascii.Error:
-            tokens = []
-        ranks = dict(zip(tokens, map(int, fields[1::2]), strict=False))
+        ranks = dict(zip(map(binascii.a2b_base64, fields[::2]), map(int, fields[1::2]), strict=True))
         if len(ranks) == len(fields) // 2:
             return ranks
     if b"<unk>" in content[:100]:

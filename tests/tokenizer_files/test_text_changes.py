@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from basic.common.errors import InvalidInputError
-from basic.encoding import encode_file
+from basic.encoding import encode_file, encode_files
 from basic.formats.tokenizer_json import save_tokenizer_json
 from basic.pretokenization import SpecialTokens
 from basic.Tokenizer import Tokenizer
@@ -20,8 +20,6 @@ from basic.tokenizer_files.content import TokenizerSettings
 from basic.tokenizer_files.normalization import TextChanges, begins_alone
 from basic.tokens.opening import open_tokens
 from tests.helpers.tokenizer_tools import BYTES, END
-
-pytestmark = pytest.mark.usefixtures("plain_path")
 
 MARKS = ["\u0301", "\u0323", "\u0338", "\u09be", "\u3099", "\u1161", "\u11a8", "\u0345"]
 CHANGING = [
@@ -47,10 +45,10 @@ SPECIALS = ["<s>", "<s>x", "<m>", "<r>"]
 FLAGS = {"<m>": {"lstrip": True, "special": False}, "<r>": {"lstrip": True, "rstrip": True, "normalized": True}}
 
 
-def tokenizer(settings: TokenizerSettings, specials: list[str] = SPECIALS, **options) -> Tokenizer:
+def tokenizer(settings: TokenizerSettings, specials: list[str] = SPECIALS, kernels: bool = False) -> Tokenizer:
     vocab = {**BYTES, 256: "é".encode(), 257: b"<s", 258: b"  "}
     merges = [("é".encode()[:1], "é".encode()[1:]), (b"<", b"s"), (b" ", b" ")]
-    return Tokenizer(vocab, merges, specials, settings=settings, **options)
+    return Tokenizer(vocab, merges, specials, settings=settings, kernels=kernels)
 
 
 @pytest.fixture(scope="module")
@@ -164,12 +162,16 @@ def test_a_special_token_to_be_normalised_must_be_normal():
     assert tokenizer(NFC, ["<｜begin▁of▁sentence｜>"]).encode("<｜begin▁of▁sentence｜>") == [259]
 
 
-def test_files_and_documents_are_changed_too(tmp_path):
-    ours = tokenizer(TokenizerSettings(normalizer="NFC", flags=FLAGS), [END, *SPECIALS])
+@pytest.mark.parametrize("kernels", [False, True])
+def test_files_and_documents_are_changed_too(tmp_path, kernels):
+    ours = tokenizer(TokenizerSettings(normalizer="NFC", flags=FLAGS), [END, *SPECIALS], kernels=kernels)
     text = ("e\u0301 <m>\n  <r>  a\u0323\u0301 \u1100\u1161\n" + END) * 50
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    encode_file(ours, tmp_path / "text.txt", tmp_path / "ids.bin")
+    info = encode_file(ours, tmp_path / "text.txt", tmp_path / "ids.bin", chunk_bytes=100)
     assert open_tokens(tmp_path / "ids.bin").tolist() == ours.encode(text)
+    assert info.source_bytes == len(text.encode())
+    encode_files(ours, [tmp_path / "text.txt"] * 2, tmp_path / "dataset", shard_bytes=100, num_workers=1)
+    assert open_tokens(tmp_path / "dataset")[:].tolist() == ours.encode(text) * 2
     documents = ["e\u0301 <m>", "\u0301a\u0323\u0301", END]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": each}) + "\n" for each in documents))
     encode_file(ours, tmp_path / "text.jsonl", tmp_path / "documents.bin")

@@ -128,7 +128,9 @@ def _last_merges(data, starts, merges, buffers, lasts):
 
 
 def _token_arrays(tokens: Mapping[bytes, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The bytes of tokens, the offset of each and the end, and their ids."""
+    """The bytes of tokens, the offset of each and the end, and their ids. No pre-token is an empty token."""
+    if b"" in tokens:
+        tokens = {token: token_id for token, token_id in tokens.items() if token}
     starts = np.zeros(len(tokens) + 1, np.int64)
     np.cumsum(np.fromiter(map(len, tokens), np.int64, len(tokens)), out=starts[1:])
     return bytes_array(b"".join(tokens)), starts, np.fromiter(tokens.values(), np.int64, len(tokens))
@@ -136,15 +138,18 @@ def _token_arrays(tokens: Mapping[bytes, int]) -> tuple[np.ndarray, np.ndarray, 
 
 def merges_as_arrays(rules: MergeRules) -> MergeArrays:
     """Convert merges to arrays; all ids must be less than 2**21 - 1, and the number of merges less than 2**22 - 2."""
-    whole_tokens = _whole_token_table(rules.whole_tokens)
+    whole_tokens = whole_token_table(*_token_arrays(rules.whole_tokens))
     if not isinstance(rules.ranks, JoinedRanks):
         ranks = dict(rules.ranks.items())
         pairs = np.fromiter(chain.from_iterable(ranks), np.int64, 2 * len(ranks)).reshape(-1, 2)
         numbers = np.fromiter(ranks.values(), np.int64, len(ranks))
         return _merge_arrays(rules, pairs[:, 0].copy(), pairs[:, 1].copy(), numbers, whole_tokens)
     data, starts, ids = _token_arrays(rules.ranks.ids)
+    every_token = whole_tokens
+    if rules.ranks.ids is not rules.whole_tokens:  # some are special
+        every_token = whole_token_table(data, starts, ids)
     pairs = np.empty((3, len(data)), np.int64)
-    num_pairs = _joined_pairs(data, starts, ids, _whole_token_table(rules.ranks.ids), pairs)
+    num_pairs = _joined_pairs(data, starts, ids, every_token, pairs)
     every = _merge_arrays(rules, *(row[:num_pairs].copy() for row in pairs), whole_tokens)
     # Of all pairs with the bytes of a token, merges join one: a table of these is small.
     lasts = last_merges(every, data, starts)
@@ -169,10 +174,6 @@ def last_merges(merges: MergeArrays, data: np.ndarray, starts: np.ndarray) -> np
     lasts = np.empty((2, len(starts) - 1), np.int64)
     _last_merges(data, starts, (merges.slots, numbers), new_buffers(MAX_SCANNED_BYTES + STEP), lasts)
     return lasts
-
-
-def _whole_token_table(tokens: Mapping[bytes, int]) -> np.ndarray:
-    return whole_token_table(*_token_arrays({token: token_id for token, token_id in tokens.items() if token}))
 
 
 def _merge_arrays(
