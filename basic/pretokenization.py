@@ -30,6 +30,7 @@ import regex
 from basic.bpe import arrays
 from basic.bpe.arrays import Chunk
 from basic.bpe.patterns.cuts import SafeCuts, safe_cuts_of
+from basic.bpe.patterns.longest_of import longest_of
 from basic.bpe.patterns.published import ALIASES, COVERING, PUBLISHED_SPLITS, SPELLINGS
 from basic.bpe.patterns.tables import automaton_of
 from basic.common.errors import InvalidInputError
@@ -177,9 +178,6 @@ class SpecialTokens:
 
     Attributes:
         tokens: the same strings, as a tuple.
-        pattern: finds the leftmost special token; if several start at the same position, the longest. Finds nothing if
-            there are no special tokens.
-        starts: finds every position where one starts, also inside another.
         max_length: the number of characters of the longest, 1 if there are none.
         longest_first_bytes: in UTF-8, sorted by the number of characters.
 
@@ -220,10 +218,20 @@ class SpecialTokens:
     def _prepare(self, tokens: tuple[str, ...]) -> None:
         self.tokens = tokens
         longest_first = sorted(tokens, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self.starts = re.compile(f"(?={self.pattern.pattern})")
         self.longest_first_bytes = [token.encode(errors="surrogateescape") for token in longest_first]
         self.max_length = max(map(len, tokens), default=1)
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Finds the leftmost special token; if several start at the same position, the longest. Else nothing."""
+        return re.compile(longest_of(self.tokens))
+
+    def starts(self, text: str) -> Iterator[int]:
+        """Every position where a special token starts, also inside another one."""
+        match = self.pattern.search(text)
+        while match:
+            yield match.start()
+            match = self.pattern.search(text, match.start() + 1)
 
 
 # Surrogates
@@ -449,8 +457,7 @@ def find_safe_position(
 def _candidates(text: str, cuts: SafeCuts | None, special_tokens: SpecialTokens) -> Iterator[int]:
     """The positions that can be safe, ascending; some come twice."""
     between_characters = [] if cuts is None else cuts.positions(text).tolist()
-    starts = (match.start() for match in special_tokens.starts.finditer(text))
-    return merge(between_characters, starts)
+    return merge(between_characters, special_tokens.starts(text))
 
 
 def _is_inside_special_token(text: str, index: int, special_tokens: SpecialTokens) -> bool:
@@ -458,6 +465,6 @@ def _is_inside_special_token(text: str, index: int, special_tokens: SpecialToken
 
     Which of several overlapping ones is the special token depends on all text before, so each of them counts.
     """
-    return any(
-        token in text[max(0, index - len(token) + 1) : index + len(token) - 1] for token in special_tokens.tokens
-    )
+    longest_at = special_tokens.pattern.match
+    starts = range(max(0, index - special_tokens.max_length + 1), index)
+    return any((match := longest_at(text, start)) and match.end() > index for start in starts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -70,14 +70,3 @@ class PretokenCounts(NamedTuple):
 def bytes_array(data: bytes) -> np.ndarray:
     """The bytes as a read-only uint8 array."""
     return np.frombuffer(data, np.uint8)
-
-
-def special_token_arrays(tokens: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Special tokens for the scanner: their bytes, the offset at which each starts, and the distinct first bytes.
-
-    Args:
-        tokens: the longest first.
-    """
-    starts = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
-    first_bytes = np.array(sorted({token[0] for token in tokens}), np.uint8)
-    return bytes_array(b"".join(tokens)), starts, first_bytes

@@ -5,8 +5,8 @@ the same results. `basic.bpe.loading` decides which texts use the kernels:
 
     kernels/scan           find where pre-tokens start
     kernels/hash_table     the hash table of pre-tokens
-    kernels/count          scan, look up, add one
-    kernels/sort           sort pre-tokens, sum the counts of equal ones
+    kernels/special_tokens find special tokens
+    kernels/count          scan, look up, add one; sort pre-tokens, sum the counts of equal ones
     kernels/learn_merges   learn merges from counts
     kernels/apply_merges   apply merges to a new pre-token
     kernels/encode         scan, look up, copy ids
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from basic.bpe.arrays import Chunk, InvalidByteError, PretokenCounts, bytes_array, special_token_arrays
+from basic.bpe.arrays import Chunk, InvalidByteError, PretokenCounts, bytes_array
 from basic.bpe.loading import load_kernels
 from basic.bpe.plain import MergeRules, NumberedMerges
 
@@ -56,7 +56,7 @@ def count_pretokens_in_chunks(
 
     Args:
         pattern: finds the pre-tokens.
-        special_tokens: the longest first.
+        special_tokens: their bytes.
         advance: gets the number of bytes of each finished chunk.
         max_pretokens: a hash table with more is yielded, so that memory does not grow with the text.
 
@@ -67,13 +67,13 @@ def count_pretokens_in_chunks(
         InvalidByteError: the bytes are not UTF-8. It has the first such byte.
     """
     load_kernels("training")
-    from basic.bpe.kernels.count import PretokenCounter
+    from basic.bpe.kernels.count import PretokenCounter, sort_and_sum
     from basic.bpe.kernels.scan import pattern_tables
-    from basic.bpe.kernels.sort import sort_and_sum
+    from basic.bpe.kernels.special_tokens import special_token_tables
 
     idle: list[PretokenCounter] = []
     tables = pattern_tables(pattern)
-    specials = special_token_arrays(special_tokens)
+    specials = special_token_tables(special_tokens)
 
     def count(chunk: Chunk) -> tuple[int | None, PretokenCounts | None, int]:
         counter = idle.pop() if idle else PretokenCounter(tables, specials)
@@ -97,7 +97,7 @@ def count_pretokens_in_chunks(
 def sort_pretokens(pretokens: PretokenCounts) -> PretokenCounts:
     """Sort pre-tokens by their bytes; equal ones become one with the sum of their counts."""
     load_kernels("training")
-    from basic.bpe.kernels.sort import sort_and_sum
+    from basic.bpe.kernels.count import sort_and_sum
 
     return sort_and_sum(pretokens)
 
@@ -156,7 +156,7 @@ class KernelEncoder:
     Args:
         rules: the merges.
         pattern: finds the pre-tokens.
-        special_tokens: bytes and id of each, the longest first.
+        special_tokens: bytes and id of each.
         dtype: of the ids, uint16 or uint32.
     """
 
@@ -167,13 +167,13 @@ class KernelEncoder:
         from basic.bpe.kernels.apply_merges import merges_as_arrays
         from basic.bpe.kernels.encode_string import StringEncoder
         from basic.bpe.kernels.scan import pattern_tables
+        from basic.bpe.kernels.special_tokens import special_token_tables
 
         self._merges, self._pattern, self.dtype = merges_as_arrays(rules), pattern_tables(pattern), dtype
-        self._specials = (
-            *special_token_arrays([token for token, _ in special_tokens]),
-            np.array([token_id for _, token_id in special_tokens], np.int64),
+        self._specials = special_token_tables(
+            [token for token, _ in special_tokens], [token_id for _, token_id in special_tokens]
         )
-        self._no_specials = (*special_token_arrays([]), np.zeros(0, np.int64))
+        self._no_specials = special_token_tables([])
         self._idle: list[PretokenEncoder] = []  # not in use by a thread
         self._strings = StringEncoder(self._pattern, self._merges, dtype, self._specials)
 
@@ -252,10 +252,11 @@ class KernelEncoder:
             InvalidByteError: a byte is not UTF-8 or has no token. It has the first such byte.
         """
         from basic.bpe.kernels.encode import SMALL_BYTES
+        from basic.bpe.kernels.special_tokens import special_token_tables
 
         specials = self._no_specials if specials_as_text else self._specials
         if document_mark is not None:
-            specials = (*special_token_arrays(document_mark[:1]), np.array(document_mark[1:], np.int64))
+            specials = special_token_tables(document_mark[:1], document_mark[1:])
 
         def encode(chunk: Chunk) -> tuple[np.ndarray, int]:
             encoder = self._take_encoder()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from basic.bpe.arrays import bytes_array, special_token_arrays
+from basic.bpe.arrays import bytes_array
 from basic.bpe.patterns.published import PUBLISHED_SPLITS
 from basic.bpe.patterns.tables import automaton_of
 from basic.bpe.plain import number_merges, rules_of_ranks
@@ -144,13 +144,13 @@ def _some_pattern() -> PatternTables:
 
 
 def _call_training_kernels() -> None:
-    from basic.bpe.kernels.count import PretokenCounter
+    from basic.bpe.kernels.count import PretokenCounter, sort_and_sum
     from basic.bpe.kernels.hash_table import new_table, rehash
     from basic.bpe.kernels.learn_merges import MergeLearner
-    from basic.bpe.kernels.sort import sort_and_sum
+    from basic.bpe.kernels.special_tokens import special_token_tables
 
     data = bytes_array(b"the cat and the dog, \xc3\xa9t\xc3\xa9 " + b"long" * 300)
-    counter = PretokenCounter(_some_pattern(), special_token_arrays([b"<|endoftext|>"]))
+    counter = PretokenCounter(_some_pattern(), special_token_tables([b"<|endoftext|>"]))
     counter.add_text(data, 0, len(data))
     rehash(new_table(1), new_table(2))
     learner = MergeLearner(sort_and_sum(counter.pretokens()), 3, number_merges([(b"t", b"h")]))
@@ -163,12 +163,13 @@ def _call_encoding_kernels() -> None:
     from basic.bpe.kernels.decode import TokenBytes
     from basic.bpe.kernels.encode import PretokenEncoder
     from basic.bpe.kernels.hash_table import new_table, rehash
+    from basic.bpe.kernels.special_tokens import special_token_tables
 
     data = bytes_array(b"the cat and the dog, \xc3\xa9t\xc3\xa9 " + b"long" * 300)
     tokens = {i: bytes([i]) for i in range(256)} | {256: b"th", 257: b"the"}
     merges = merges_as_arrays(rules_of_ranks({token: i for i, token in tokens.items()}, tokens))
     encoder = PretokenEncoder(_some_pattern(), merges, np.dtype(np.uint16))
-    encoder.encode(data, 0, len(data), (*special_token_arrays([b"<|endoftext|>"]), np.array([258])))
+    encoder.encode(data, 0, len(data), special_token_tables([b"<|endoftext|>"], [258]))
     rehash(new_table(1), new_table(2))
     decoder = TokenBytes(tokens)
     decoder.decode(np.arange(9))

@@ -16,7 +16,7 @@ import pytest
 import regex
 
 from basic.bpe import loading
-from basic.bpe.arrays import bytes_array, special_token_arrays
+from basic.bpe.arrays import bytes_array
 from basic.bpe.patterns.automaton import compile_splits
 from basic.bytes_utils import load_merges, load_vocab
 from basic.common.errors import InvalidInputError
@@ -298,9 +298,10 @@ def test_a_full_cache_is_emptied(pair):
     from basic.bpe.kernels.apply_merges import merges_as_arrays
     from basic.bpe.kernels.encode import PretokenEncoder
     from basic.bpe.kernels.scan import pattern_tables
+    from basic.bpe.kernels.special_tokens import special_token_tables
 
     slow = pair[1]
-    merges, no_specials = merges_as_arrays(slow._rules), (*special_token_arrays([]), np.zeros(0, np.int64))
+    merges, no_specials = merges_as_arrays(slow._rules), special_token_tables([])
     encoder = PretokenEncoder(
         pattern_tables(compile_splits(GPT2_PATTERN.splits)),
         merges,

@@ -63,10 +63,10 @@ from basic.bpe.kernels.scan import (
     PatternTables,
     Scratch,
     end_of_long_pretoken,
-    find_special,
     new_scratch,
     scan_block,
 )
+from basic.bpe.kernels.special_tokens import SpecialTokenTables, find_special
 from basic.bpe.native.kernel import PreparedCall
 
 # Why the kernel stops before the end: the table or its pool, the output, or the buffers for a long pre-token are too
@@ -216,8 +216,8 @@ def _write_long_pretoken(data, start, length, merges, buffers, out, id_bytes, st
 
 @kernel
 def _encode(
-    data, stop, pattern, special_data, special_starts, first_bytes, special_ids, table, pool, merge_slots,
-    merge_numbers, whole_tokens, scratch, starts, keys, work, symbol_buffers, heap, out, id_bytes, state, start
+    data, stop, pattern, specials, table, pool, merge_slots, merge_numbers, whole_tokens, scratch, starts, keys, work,
+    symbol_buffers, heap, out, id_bytes, state, start
 ):  # fmt: skip
     """Encode the text from `start` to `stop` to `out`; if `start` is negative, continue where the last call stopped.
 
@@ -232,7 +232,7 @@ def _encode(
         state[POSITION], state[WRITTEN] = start, 0
     position = state[POSITION]
     while position < stop:
-        segment_stop, special = find_special(data, position, stop, special_data, special_starts, first_bytes)
+        segment_stop, special = find_special(data, position, stop, specials)
         while position < segment_stop:
             state[POSITION] = position
             if (state[ENTRIES] + BLOCK) * 2 * SLOT_LENGTH > len(table) or state[POOL_USED] + BLOCK > len(pool):
@@ -293,17 +293,16 @@ def _encode(
             if state[WRITTEN] + MARGIN_IDS * id_bytes > len(out):
                 state[POSITION], state[PROBLEM] = position, 0
                 return _OUTPUT_FULL
-            store8(out, U64(state[WRITTEN]), U64(special_ids[special]))
+            store8(out, U64(state[WRITTEN]), U64(specials[6][special]))
             state[WRITTEN] += id_bytes
-            position += special_starts[special + 1] - special_starts[special]
+            position += specials[5][special]  # its length
     state[POSITION] = position
     return state[WRITTEN]
 
 
 @kernel
 def encode(
-    text, num_bytes, short_ids, long_ids, data, stop, pattern, special_data, special_starts, first_bytes,
-    special_ids, table, pool, merge_slots, merge_numbers, whole_tokens, scratch, starts, keys, work, symbol_buffers,
+    text, num_bytes, short_ids, long_ids, data, stop, pattern, specials, table, pool, merge_slots, merge_numbers, whole_tokens, scratch, starts, keys, work, symbol_buffers,
     heap, out, id_bytes, state, start
 ):  # fmt: skip
     """`_encode` for bytes and, with a result that Python can use at once, for a string.
@@ -327,7 +326,7 @@ def encode(
             return 0
         data, stop, start = bytes_at(address, num_bytes[0]), num_bytes[0], 0
     written = _encode(
-        data, stop, pattern, special_data, special_starts, first_bytes, special_ids, table, pool, merge_slots,
+        data, stop, pattern, specials, table, pool, merge_slots,
         merge_numbers, whole_tokens, scratch, starts, keys, work, symbol_buffers, heap, out, id_bytes, state, start
     )  # fmt: skip
     if text == 0:
@@ -382,14 +381,14 @@ class PretokenEncoder:
         self._work = new_work()
         self._buffers = new_buffers(BUFFER_LENGTH)
         self._call: PreparedCall | None = None
-        self._specials: tuple[np.ndarray, ...] | None = None
+        self._specials: SpecialTokenTables | None = None
 
-    def encode(self, data: np.ndarray, start: int, stop: int, specials: tuple[np.ndarray, ...]) -> np.ndarray:
+    def encode(self, data: np.ndarray, start: int, stop: int, specials: SpecialTokenTables) -> np.ndarray:
         """Encode data[start:stop], which must start and end at safe positions.
 
         Args:
             data: read-only uint8.
-            specials: of `special_token_arrays`, and their ids.
+            specials: the special tokens with their ids.
 
         Returns:
             An array of ids, which the next call overwrites if the text has at most `SMALL_BYTES`.
@@ -439,10 +438,10 @@ class PretokenEncoder:
             call.set(start=-1, table=self._table, pool=self._pool)
         return status
 
-    def _prepared_call(self, specials: tuple[np.ndarray, ...]) -> PreparedCall:
+    def _prepared_call(self, specials: SpecialTokenTables) -> PreparedCall:
         if self._call is None or self._specials is not specials:
             self._call = PreparedCall(
-                encode, 0, *for_string(self._small), self._nothing, 0, self._pattern, *specials, self._table,
+                encode, 0, *for_string(self._small), self._nothing, 0, self._pattern, specials, self._table,
                 self._pool, *self._merges, *self._work, *self._buffers, self._small, self._dtype.itemsize,
                 self._state, 0,
             )  # fmt: skip

@@ -23,6 +23,7 @@ from basic.bpe.kernels.encode import (
 from basic.bpe.kernels.hash_table import STATE_LENGTH, new_table
 from basic.bpe.kernels.instructions import readonly
 from basic.bpe.kernels.scan import PatternTables
+from basic.bpe.kernels.special_tokens import SpecialTokenTables
 from basic.bpe.native.kernel import PreparedCall, functions_are_safe
 
 # A small table has few pages that are not yet in memory; a full one is replaced by a larger one.
@@ -47,13 +48,13 @@ class StringEncoder:
         pattern: PatternTables,
         merges: MergeArrays,
         dtype: np.dtype,
-        specials: tuple[np.ndarray, ...],
+        specials: SpecialTokenTables,
         num_slots: int = _FEWEST_SLOTS,
     ) -> None:
         self._parameters, self._num_slots = (pattern, merges, dtype, specials), num_slots
         out = np.empty(SMALL_BYTES + MARGIN_IDS, dtype).view(np.uint8)
         self._call = PreparedCall(
-            encode, 0, *for_string(out), readonly(out[:0]), 0, pattern, *specials, new_table(num_slots),
+            encode, 0, *for_string(out), readonly(out[:0]), 0, pattern, specials, new_table(num_slots),
             np.zeros(1 << 14, np.uint64), *merges, *new_work(), *new_buffers(BUFFER_LENGTH), out, dtype.itemsize,
             np.zeros(STATE_LENGTH, np.int64), 0,
         )  # fmt: skip
