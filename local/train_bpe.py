@@ -24,6 +24,8 @@ class Options:
     """Size of the vocabulary: the special tokens, the 256 bytes and the merges."""
     special_tokens: tuple[str, ...] = ("<|endoftext|>",)
     """Strings that are never split; each is one token. No merge crosses them."""
+    pattern: str | None = None
+    """Finds the pre-tokens: a name (cl100k, llama3, ...) or a regular expression. None: GPT-2's, or --extend's."""
     max_token_bytes: int | None = None
     """Learn no token with more bytes. None: no limit."""
     extend: Path | None = None
@@ -53,25 +55,27 @@ def main(options: Options) -> None:
     from basic.common.outputs import reserved_outputs
     from basic.corpus.sources import TextSource, expand_inputs
     from basic.corpus.work_folder import dask_executor
+    from basic.pretokenization import resolve_pattern
     from basic.Tokenizer import Tokenizer
     from basic.tokenizer_files.our_folder import tokenizer_outputs
     from basic.train_bpe import learn_more_merges, train_bpe
 
+    pattern = resolve_pattern(options.pattern)
+    if options.extend and options.pattern:
+        raise InvalidInputError("--extend keeps the pattern of its tokenizer: leave --pattern out")
     sources = expand_inputs([TextSource(path, **asdict(options.documents)) for path in options.inputs])
     start, vocab_size = time.perf_counter(), options.vocab_size
     work = options.work or (options.output.with_name(options.output.name + ".work") if options.scheduler else None)
     names = ("max_token_bytes", "start_over", "min_count", "errors", "num_workers")
-    settings: dict[str, Any] = {name: getattr(options, name) for name in names} | {
-        "work_folder": work,
-        "progress": True,
-    }
+    settings: dict[str, Any] = {name: getattr(options, name) for name in names}
+    settings |= {"work_folder": work, "progress": True, "pattern": pattern}
     with (
         reserved_outputs(tokenizer_outputs(options.output), inputs=sources, overwrite=options.overwrite),
         dask_executor(options.scheduler) as executor,
     ):
         if options.extend is None:
             vocab, merges = train_bpe(sources, vocab_size, options.special_tokens, executor=executor, **settings)
-            tokenizer = Tokenizer(vocab, merges, options.special_tokens)
+            tokenizer = Tokenizer(vocab, merges, options.special_tokens, pattern=pattern)
         else:
             base = Tokenizer.load(options.extend).with_special_tokens(options.special_tokens)
             if vocab_size < len(base):
@@ -81,12 +85,11 @@ def main(options: Options) -> None:
                 sources, vocab_size - len(base), base.used_merges.merges, special, executor=executor, **settings
             )
             tokenizer = base.with_merges(merges)
-        seconds = time.perf_counter() - start
         tokenizer.save(options.output)
 
     special = {token.encode() for token in tokenizer.special_token_ids}
     longest = max((token for token in tokenizer.vocab.values() if token not in special), key=len)
-    print(f"trained in    {seconds:.1f} s, {peak_memory()}")
+    print(f"trained in    {time.perf_counter() - start:.1f} s, {peak_memory()}")
     print(f"tokens        {len(tokenizer):,} ({len(merges):,} {'' if options.extend is None else 'new '}merges)")
     print(f"longest token {longest.decode(errors='replace')!r}, {len(longest)} bytes")
     print(f"saved in      {options.output}/ (vocab.json, merges.txt, special_tokens.json)")

@@ -21,6 +21,7 @@ from basic.bytes_utils import load_merges, load_vocab, to_printable
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.corpus.sources import TextSource
 from basic.encoding import encode_file
+from basic.pretokenization import PATTERNS
 from basic.Tokenizer import Tokenizer
 from basic.tokens.opening import open_tokens, read_info
 
@@ -657,13 +658,17 @@ def run_script(name: str, *arguments) -> subprocess.CompletedProcess:
 
 
 def test_scripts_train_and_encode(tmp_path):
-    trained = run_script("train_bpe.py", SAMPLE, "--vocab-size", 400, "--output", tmp_path / "tokenizer")
+    trained = run_script(
+        "train_bpe.py", SAMPLE, "--vocab-size", 400, "--output", tmp_path / "tokenizer", "--pattern", "smollm"
+    )
     assert trained.returncode == 0, trained.stderr
     assert "400 (143 merges)" in trained.stdout
     encoded = run_script("encode.py", SAMPLE, tmp_path / "sample.bin", "--tokenizer", tmp_path / "tokenizer")
     assert encoded.returncode == 0, encoded.stderr
     ids = open_tokens(tmp_path / "sample.bin", verify=True)
-    assert Tokenizer.load(tmp_path / "tokenizer").decode(ids) == SAMPLE.read_bytes().decode()
+    loaded = Tokenizer.load(tmp_path / "tokenizer")
+    assert loaded.decode(ids) == SAMPLE.read_bytes().decode()
+    assert loaded.pattern == PATTERNS["starcoder"]
     failed = run_script("train_bpe.py", tmp_path / "nowhere.txt", "--output", tmp_path / "never")
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: there is no file")

@@ -170,13 +170,13 @@ def build_count_table(
         DamagedFileError: a compressed input or a table is damaged.
         OSError: a file cannot be read, or workers died (ChildProcessError).
     """
+    pattern = resolve_pattern(pattern)
     if options.executor is not None or options.work_folder is not None:
         check_can_be_divided(inputs)
     sources = expand_inputs(inputs)
     for source in sources:
         if source.known_content != "texts":  # the separator of an iterator does not matter here
             check_separator(source, special_tokens.tokens)
-    pattern = resolve_pattern(pattern)
     segments = [entire_source(source) for source in sources]
     num_workers = options.num_workers or default_num_workers()
     kernels = _use_kernels(segments, pattern, options.kernels)

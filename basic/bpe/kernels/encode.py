@@ -302,8 +302,8 @@ def _encode(
 
 @kernel
 def encode(
-    text, num_bytes, short_ids, long_ids, data, stop, pattern, specials, table, pool, merge_slots, merge_numbers, whole_tokens, scratch, starts, keys, work, symbol_buffers,
-    heap, out, id_bytes, state, start
+    text, num_bytes, short_ids, long_ids, data, stop, pattern, specials, table, pool, merge_slots, merge_numbers,
+    whole_tokens, scratch, starts, keys, work, symbol_buffers, heap, out, id_bytes, state, start
 ):  # fmt: skip
     """`_encode` for bytes and, with a result that Python can use at once, for a string.
 
