@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 import warnings
+from collections import Counter
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,38 +64,36 @@ def nasty_texts(name: str, num_texts: int) -> list[str]:
     ]
 
 
-@cache
-def scanner():
-    """A function that finds the pre-tokens of a text with the kernels."""
-    loading.load_kernels("encoding")
-    from basic.bpe.kernels import scan
+def count(pattern: Pattern, text: str) -> Counter[bytes]:
+    """The pre-tokens of a text, counted with the kernels."""
+    loading.load_kernels("training")
+    from basic.bpe.kernels.count import PretokenCounter
+    from basic.bpe.kernels.scan import pattern_tables
+    from basic.bpe.kernels.special_tokens import special_token_tables
 
-    scratch, starts = scan.new_scratch(), np.zeros(scan.SCRATCH_LENGTH, np.int64)
+    if pattern not in counters:
+        counters[pattern] = PretokenCounter(pattern_tables(automaton(pattern)), special_token_tables([]))
+    counter, data = counters[pattern], bytes_array(text.encode())
+    counter.clear()
+    assert counter.add_text(data, 0, len(data)) is None
+    return counter.pretokens().to_counter()
 
-    def find(pattern: Pattern, text: str) -> list[str]:
-        data, pattern_tables = bytes_array(text.encode()), scan.pattern_tables(automaton(pattern))
-        pretokens, position = [], 0
-        while position < len(data):
-            count, invalid = scan.scan_block(data, position, len(data), pattern_tables, scratch, starts)
-            assert invalid == -1
-            ends = (position + starts[1 : count + 1]).tolist()
-            if not ends:
-                ends = [scan.end_of_long_pretoken(data, position, len(data), pattern_tables, starts)]
-            pretokens += [data[a:b].tobytes().decode() for a, b in pairwise([position, *ends])]
-            position = ends[-1]
-        return pretokens
 
-    return find
+counters: dict[Pattern, Any] = {}
+
+
+def counted(pattern: Pattern, text: str) -> Counter[bytes]:
+    return Counter(map(str.encode, pattern.find(text)))
 
 
 @pytest.mark.parametrize("name", [*PATTERNS, *OWN])
 def test_the_scanner_finds_what_regex_finds(name):
-    pattern, find = (PATTERNS | OWN)[name], scanner()
+    pattern = (PATTERNS | OWN)[name]
     for text in nasty_texts(name, 800):
-        assert find(pattern, text) == pattern.find(text)
+        assert count(pattern, text) == counted(pattern, text)
     rng = random.Random(name)
     runs = "".join(rng.choice(NASTY) * rng.choice((1, 1, 2, 9, 400)) for _ in range(400))
-    assert find(pattern, runs) == pattern.find(runs)
+    assert count(pattern, runs) == counted(pattern, runs)
 
 
 def random_expression(rng: random.Random) -> str:
@@ -112,7 +112,7 @@ def random_expression(rng: random.Random) -> str:
 
 
 def test_random_patterns():
-    find, rng, num_compiled = scanner(), random.Random(3), 0
+    rng, num_compiled = random.Random(3), 0
     for _ in range(150):
         splits = [random_expression(rng) for _ in range(rng.choice((1, 1, 1, 2)))]
         if len(splits) > 1:
@@ -125,20 +125,20 @@ def test_random_patterns():
         num_compiled += 1
         for _ in range(8):
             text = "".join(rng.choices("aabsſ1 \n'é中", k=rng.randint(1, 14)))
-            assert find(pattern, text) == pattern.find(text), pattern
+            assert count(pattern, text) == counted(pattern, text), pattern
     assert num_compiled > 60
 
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_code_points_at_the_boundaries_of_classes(name):
     """The first and the last code point of every range of a class, beside characters that matter."""
-    pattern, find = PATTERNS[name], scanner()
+    pattern = PATTERNS[name]
     firsts = automaton(pattern).first_codes[1:]
     codes = np.unique(np.concatenate([firsts - 1, firsts]))
     characters = [chr(code) for code in codes if not 0xD800 <= code < 0xE000]
     for between in ("", " ", "a", "1 ", "'", "\n "):
         text = between.join(characters)
-        assert find(pattern, text) == pattern.find(text)
+        assert count(pattern, text) == counted(pattern, text)
 
 
 @pytest.mark.parametrize("name", [*PATTERNS, *OWN])

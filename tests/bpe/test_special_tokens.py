@@ -7,8 +7,6 @@ import re
 
 import pytest
 
-from basic.bpe import loading
-from basic.bpe.arrays import bytes_array
 from basic.bpe.patterns.longest_of import longest_of
 from basic.pretokenization import SpecialTokens, find_safe_position
 from basic.Tokenizer import Tokenizer
@@ -44,23 +42,15 @@ def test_tokens_that_begin_alike_hundreds_of_times():
 
 
 def test_the_kernel_finds_the_longest():
-    loading.load_kernels("encoding")
-    from basic.bpe.kernels.special_tokens import find_special, special_token_tables
-
     rng = random.Random(1)
-    for _ in range(300):
+    for _ in range(150):
         tokens, text = random_tokens(rng)
-        data, tables = bytes_array(text.encode()), special_token_tables([token.encode() for token in tokens])
-        found, position = [], 0
-        while position < len(data):
-            start, number = find_special(data, position, len(data), tables)
-            if number < 0:
-                assert start == len(data)
-                break
-            position = start + len(tokens[number].encode())
-            found.append((start, position))
-        expected = spans_by_definition(tokens, text)
-        assert found == [(len(text[:a].encode()), len(text[:b].encode())) for a, b in expected]
+        tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, [], tokens, kernels=True)
+        ids, position = [], 0
+        for start, stop in spans_by_definition(tokens, text):
+            ids += [*text[position:start].encode(), tokenizer.special_token_ids[text[start:stop]]]
+            position = stop
+        assert tokenizer.encode_array(text).tolist() == [*ids, *text[position:].encode()]
 
 
 @pytest.mark.parametrize("kernels", [False, True])
