@@ -220,6 +220,12 @@ def quickstart() -> Any:
     return module
 
 
+@pytest.fixture
+def without_pictures(monkeypatch) -> None:
+    """A picture takes longer than everything else that such a small quickstart does."""
+    monkeypatch.setattr("basic.analysis.plotting.plot_losses", lambda runs, path, **options: Path(path).touch())
+
+
 QUICKSTART_FILES = {
     *("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/special_tokens.json"),
     *("train.txt", "train.bin", "train.json", "valid.txt", "valid.bin", "valid.json"),
@@ -258,6 +264,7 @@ def test_quickstart_on_a_text_writes_all_files_and_replaces_an_earlier_result(qu
     assert [path.name for path in output.parent.iterdir()] == ["quick"]
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_quickstart_replaces_only_what_quickstart_has_written(quickstart, tmp_path, monkeypatch):
     """Neither a run of train.py, nor its own run that was trained further, nor a folder with its input."""
     source, output = tmp_path / "source.txt", tmp_path / "quick"
@@ -276,6 +283,7 @@ def test_quickstart_replaces_only_what_quickstart_has_written(quickstart, tmp_pa
     assert files(tmp_path) == before
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_quickstart_on_a_text_without_documents_does_not_prompt_with_an_end_of_text(quickstart, tmp_path, monkeypatch):
     source = tmp_path / "source.txt"
     source.write_text(text(60).replace(END, ""))
@@ -290,6 +298,7 @@ def test_quickstart_on_a_text_without_documents_does_not_prompt_with_an_end_of_t
     assert prompts == ["\n"] * 8
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_quickstart_compares_the_loss_with_the_entropy_of_validation_stories(quickstart, tmp_path, capsys):
     output = tmp_path / "run"
     quickstart.main(quickstart.Options(output=output, vocab_size=1000, steps=2, seed=5, device="cpu"))
@@ -317,6 +326,7 @@ def test_quickstart_compares_the_loss_with_the_entropy_of_validation_stories(qui
     assert 1.2 * exact < bigram < model  # after two steps the model is worse than the bigram model
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_quickstart_works_when_no_story_fits_into_the_context(quickstart, tmp_path, capsys):
     quickstart.main(quickstart.Options(output=tmp_path / "run", vocab_size=262, steps=1, device="cpu"))
     assert "no document fits into the context" in capsys.readouterr().out
