@@ -21,34 +21,15 @@ from typing import Any
 
 import torch
 
-from basic.bpe.stream_decoder import StreamDecoder
 from basic.common import command_line
 from basic.training.loop import train
 from basic.training.parallel.world import World, join_world
 from basic.training.records.metrics import read_records
 from basic.training.run_folder import checkpoint_paths, open_checkpoint
 from tests.helpers.fault_tools import TRAIN, VALID, VOCAB, configuration, poisoned_step
+from tests.helpers.number_tokenizer import NumberTokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-class NumberTokenizer:
-    """A tokenizer whose texts are ids."""
-
-    vocab_size = VOCAB
-    special_token_ids = {"<|endoftext|>": 0}  # noqa: RUF012
-
-    def encode(self, text: str) -> list[int]:
-        return [0] * text.count("<|endoftext|>")
-
-    def decode(self, ids) -> str:
-        return " ".join(map(str, ids))
-
-    def stream_decoder(self) -> StreamDecoder:
-        return StreamDecoder(lambda ids: self.decode(ids).encode())
-
-    def save(self, directory) -> None:
-        Path(directory).mkdir()
 
 
 def start_processes(count: int, jobs: list[dict[str, Any]]) -> list[subprocess.Popen]:
@@ -120,7 +101,7 @@ def run_job(job: dict[str, Any], world: World) -> None:
         is_last_rank = world.rank == world.size - 1
         return poisoned_step(poisoned if is_last_rank else [], math.nan)(model, *arguments)
 
-    options: dict[str, Any] = {"tokenizer": NumberTokenizer(), "resume": bool(source), "world": world}
+    options: dict[str, Any] = {"tokenizer": NumberTokenizer(VOCAB), "resume": bool(source), "world": world}
     train(config, TRAIN, VALID, run_dir, make_step=make_step, **options)
 
 

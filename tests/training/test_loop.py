@@ -14,7 +14,6 @@ import pytest
 import safetensors.torch
 import torch
 
-from basic.bpe.stream_decoder import StreamDecoder
 from basic.common.config_files import load_config
 from basic.common.errors import InvalidConfigError, InvalidInputError, NotARunError, WrongTokenizerError
 from basic.model import ModelConfig, TransformerLM
@@ -24,35 +23,15 @@ from basic.training.records.meter import TimeBudget
 from basic.training.records.metrics import read_metrics
 from basic.training.settings import MuonConfig, RunConfig, TrainConfig
 from basic.training.step import TrainStep
+from tests.helpers.number_tokenizer import END, NumberTokenizer
 
-VOCAB, CONTEXT, END = 20, 8, 0
+VOCAB, CONTEXT = 20, 8
 MODEL = ModelConfig(vocab_size=VOCAB, context_length=CONTEXT, d_model=16, num_layers=1, num_heads=2)
 # Documents of 1 to 9 tokens, each after the separator END.
 RANDOM = np.random.default_rng(0)
 TRAIN = np.concatenate([[END, *RANDOM.integers(1, VOCAB, size=RANDOM.integers(1, 10))] for _ in range(60)])
 VALID = np.concatenate([[END, *RANDOM.integers(1, VOCAB, size=RANDOM.integers(1, 10))] for _ in range(20)])
 KEYS = ["step", "tokens", "wall_s", "train_loss", "learning_rate", "gradient_norm", "tokens_per_s"]
-
-
-class NumberTokenizer:
-    """A tokenizer of numbers: the text "3 4" is [3, 4], and <|endoftext|> is END."""
-
-    def __init__(self, vocab_size: int = VOCAB) -> None:
-        self.vocab_size = vocab_size
-        self.special_token_ids = {"<|endoftext|>": END}
-
-    def encode(self, text: str) -> list[int]:
-        return [END if word == "<|endoftext|>" else int(word) for word in text.split()]
-
-    def decode(self, ids) -> str:
-        return " ".join(map(str, ids))
-
-    def stream_decoder(self) -> StreamDecoder:
-        return StreamDecoder(lambda ids: self.decode(ids).encode())
-
-    def save(self, directory) -> None:
-        Path(directory).mkdir()
-        (Path(directory) / "vocab_size.txt").write_text(str(self.vocab_size))
 
 
 def configuration(**settings: Any) -> RunConfig:
@@ -188,7 +167,7 @@ def test_with_documents_sequences_start_at_the_separator(tmp_path):
             return super().__call__(batch, *scheduled, **options)
 
     config = configuration(rows="documents")
-    train(config, TRAIN, VALID, tmp_path / "run", tokenizer=NumberTokenizer(), make_step=RecordingStep)
+    train(config, TRAIN, VALID, tmp_path / "run", tokenizer=NumberTokenizer(VOCAB), make_step=RecordingStep)
     assert len(batches) == 8
     assert all((inputs[:, 0] == END).all() for inputs, _ in batches)
 
@@ -227,7 +206,7 @@ def test_metrics_have_their_keys_and_values(tmp_path):
 
 def test_intervals_of_zero_mean_the_last_step_only(tmp_path):
     settings = dict.fromkeys(("log_interval", "eval_interval", "sample_interval", "checkpoint_interval"), 0)
-    train(configuration(**settings), TRAIN, VALID, tmp_path / "run", tokenizer=NumberTokenizer())
+    train(configuration(**settings), TRAIN, VALID, tmp_path / "run", tokenizer=NumberTokenizer(VOCAB))
     (record,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert record["step"] == 8
     assert "valid_loss" in record
@@ -254,7 +233,7 @@ def test_every_evaluation_uses_the_same_batches(tmp_path):
 
 def test_a_run_writes_configuration_tokenizer_samples_and_its_last_two_checkpoints(tmp_path):
     config = configuration(sample_interval=4, sample_tokens=5, checkpoint_interval=3)
-    run = train(config, TRAIN, VALID, tmp_path / "deep" / "run", tokenizer=NumberTokenizer())
+    run = train(config, TRAIN, VALID, tmp_path / "deep" / "run", tokenizer=NumberTokenizer(VOCAB))
     folder = tmp_path / "deep" / "run"
     assert sorted(path.name for path in folder.iterdir()) == [
         *("checkpoints", "checksums.json", "config.toml", "environment.json"),
@@ -274,7 +253,7 @@ def test_a_run_writes_configuration_tokenizer_samples_and_its_last_two_checkpoin
 
 
 def test_an_existing_run_is_refused_and_unchanged_unless_overwrite_is_given(tmp_path):
-    train(configuration(steps=2), TRAIN, VALID, tmp_path / "run", tokenizer=NumberTokenizer())
+    train(configuration(steps=2), TRAIN, VALID, tmp_path / "run", tokenizer=NumberTokenizer(VOCAB))
     (tmp_path / "run" / "notes.txt").write_text("mine")
 
     def files() -> dict[Path, bytes]:
@@ -312,11 +291,11 @@ def test_an_existing_run_is_refused_and_unchanged_unless_overwrite_is_given(tmp_
 )
 def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(tmp_path, settings):
     config = configuration(checkpoint_interval=4, eval_interval=4, **settings)
-    train(config, TRAIN, VALID, tmp_path / "uninterrupted", tokenizer=NumberTokenizer())
+    train(config, TRAIN, VALID, tmp_path / "uninterrupted", tokenizer=NumberTokenizer(VOCAB))
 
     failing = step_that_fails(7, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        train(config, TRAIN, VALID, tmp_path / "stopped", tokenizer=NumberTokenizer(), make_step=failing)
+        train(config, TRAIN, VALID, tmp_path / "stopped", tokenizer=NumberTokenizer(VOCAB), make_step=failing)
     log = tmp_path / "stopped" / "metrics.jsonl"
     assert [record["step"] for record in read_metrics(log)] == [1, 2, 3, 4, 5, 6]
     with open(log, "a") as file:
@@ -325,7 +304,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(tmp_path, setting
     with pytest.warns(
         UserWarning, match=r"stopped/metrics\.jsonl: lines that are incomplete or damaged .*: 9 \(1 of 9"
     ):
-        run = train(config, TRAIN, VALID, tmp_path / "stopped", tokenizer=NumberTokenizer(), resume=True)
+        run = train(config, TRAIN, VALID, tmp_path / "stopped", tokenizer=NumberTokenizer(VOCAB), resume=True)
 
     assert run.step == 8
     expected, resumed = saved(tmp_path / "uninterrupted", 8), saved(tmp_path / "stopped", 8)
@@ -372,7 +351,7 @@ def test_with_another_batch_size_documents_that_were_not_seen_are_next(tmp_path)
             seen.extend(map(tuple, batch[0].tolist()))
             return super().__call__(batch, *scheduled, **options)
 
-    options: dict[str, Any] = {"tokenizer": NumberTokenizer(), "make_step": RecordingStep}
+    options: dict[str, Any] = {"tokenizer": NumberTokenizer(VOCAB), "make_step": RecordingStep}
     config = configuration(rows="documents", steps=5, batch_size=8)
     train(config, TRAIN, VALID, tmp_path / "run", **options)
     for steps, batch_size in ((9, 3), (16, 1)):
@@ -550,14 +529,14 @@ def test_a_far_too_high_learning_rate_raises_floating_point_error(tmp_path):
             "needs a tokenizer .*'<|endoftext|>', got none",
         ),
         (
-            {"config": configuration(rows="documents", end_of_text="<END>"), "tokenizer": NumberTokenizer()},
+            {"config": configuration(rows="documents", end_of_text="<END>"), "tokenizer": NumberTokenizer(VOCAB)},
             InvalidConfigError,
             r"special token '<END>', got one with \['<\|endoftext\|>'\]",
         ),
         (
             {
                 "config": configuration(rows="documents"),
-                "tokenizer": NumberTokenizer(),
+                "tokenizer": NumberTokenizer(VOCAB),
                 "valid_tokens": VALID[VALID != END],
             },
             InvalidInputError,

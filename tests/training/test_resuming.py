@@ -14,7 +14,6 @@ import pytest
 import safetensors.torch
 import torch
 
-from basic.bpe.stream_decoder import StreamDecoder
 from basic.common.config_files import save_config
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.training.checkpoints.file import read_checkpoint, save_checkpoint, write_checkpoint
@@ -22,8 +21,9 @@ from basic.training.loop import train
 from basic.training.records.metrics import read_metrics
 from basic.training.run_folder import checkpoint_paths, load_run, open_checkpoint
 from basic.training.step import TrainStep
-from tests.helpers.fault_tools import TRAIN, VALID, checkpoint_names, configuration, poisoned_step
+from tests.helpers.fault_tools import TRAIN, VALID, VOCAB, checkpoint_names, configuration, poisoned_step
 from tests.helpers.forks import exit_status, run_in_fork
+from tests.helpers.number_tokenizer import NumberTokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN_PROGRAM = """
@@ -203,21 +203,6 @@ def test_changed_settings_of_a_resumed_run_are_reported_and_used(tmp_path, capsy
 def test_resuming_rewinds_the_samples_as_it_rewinds_the_metrics(tmp_path):
     """Samples at steps 2, 4, 6, a checkpoint at 3: the samples after it are written once."""
 
-    class Tokenizer:
-        vocab_size, special_token_ids = 40, {"<|endoftext|>": 0}
-
-        def encode(self, text):
-            return [0]
-
-        def decode(self, ids):
-            return " ".join(map(str, ids))
-
-        def stream_decoder(self):
-            return StreamDecoder(lambda ids: self.decode(ids).encode())
-
-        def save(self, directory):
-            Path(directory).mkdir()
-
     settings = {
         "sample_interval": 2,
         "sample_tokens": 3,
@@ -225,7 +210,7 @@ def test_resuming_rewinds_the_samples_as_it_rewinds_the_metrics(tmp_path):
         "eval_interval": 0,
         "keep_best": False,
     }
-    config, tokenizer = configuration(steps=8, **settings), Tokenizer()
+    config, tokenizer = configuration(steps=8, **settings), NumberTokenizer(VOCAB)
     train(config, TRAIN, VALID, tmp_path / "uninterrupted", tokenizer=tokenizer)
     expected = (tmp_path / "uninterrupted" / "samples.txt").read_text()
     assert re.findall(r"--- step (\d+) ---", expected) == ["2", "4", "6", "8"]
