@@ -119,6 +119,14 @@ class OutputLock(_Lock):
         super().__init__(target.with_name(f".{target.name}{LOCK_NAME}"), path)
 
 
+def remove_abandoned_lock(path: str | os.PathLike) -> None:
+    """Remove the lock file of an output, such as a killed process leaves, unless a process holds it."""
+    target = Path(os.path.realpath(path))
+    if target.with_name(f".{target.name}{LOCK_NAME}").exists():
+        with suppress(OSError):
+            OutputLock(path).close()
+
+
 def _this_process() -> bytes:
     holder = {
         "host": platform.node(),

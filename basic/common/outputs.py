@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.common.files import atomic_write, check_file_target, make_folder
-from basic.common.folder_lock import OutputLock
+from basic.common.folder_lock import OutputLock, remove_abandoned_lock
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,13 @@ def reserved_outputs(
     """
     outputs = list(outputs)
     check = partial(check_outputs, outputs, inputs=list(inputs), overwrite=overwrite, remedy=remedy)
-    check()
+    try:
+        check()
+    except OSError:
+        # A process that is killed between its last rename and its end leaves locks beside an output that is complete.
+        for output in outputs:
+            remove_abandoned_lock(output.path)
+        raise
     with ExitStack() as locks:
         for path in sorted({os.path.realpath(output.path) for output in outputs}):
             missing = [folder for folder in Path(path).parents if not folder.exists()]

@@ -97,3 +97,18 @@ def test_a_reserved_output_is_refused_to_others_and_checked_again(tmp_path, monk
     with pytest.raises(FileExistsError, match="a' already exists"), reserved_outputs([first]):
         pass
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a"]
+
+
+def test_the_lock_of_a_killed_process_beside_a_complete_output_is_removed(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"ours")
+    lock = tmp_path / ".a.bin.basic.lock"
+    lock.touch()
+    with pytest.raises(FileExistsError, match="already exists"), reserved_outputs([target(tmp_path / "a.bin")]):
+        pass
+    assert not lock.exists()
+    with reserved_outputs([target(tmp_path / "a.bin")], overwrite=True):
+        holder = lock.read_bytes()
+        with pytest.raises(FileExistsError, match="already exists"), reserved_outputs([target(tmp_path / "a.bin")]):
+            pass
+        assert lock.read_bytes() == holder, "a lock that is held stays"
+    assert not lock.exists()
