@@ -283,7 +283,10 @@ def parse_document(content: str) -> dict[str, Any]:
     if (problem := difference_from_object(document, {"version": int})) is None:
         if document["version"] != VERSION:
             raise ValueError(f"its version is {document['version']}, this library reads version {VERSION}")
-        problem = difference_from_object(document, _DOCUMENT_TYPES)
+        checked = document
+        if isinstance(document.get("iteration"), dict):  # an integer of more than 64 bits
+            checked = {**document, "iteration": unflatten_tree(document["iteration"], {})}
+        problem = difference_from_object(checked, _DOCUMENT_TYPES)
     if problem is not None:
         raise ValueError(f"its document {problem}")
     return document
