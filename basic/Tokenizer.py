@@ -35,6 +35,8 @@ from basic.pretokenization import (
     Pattern,
     SpecialTokens,
     chunks_of_array,
+    divide_stream,
+    join_strings,
     pretokenize,
     pretokenize_stream,
     replace_surrogates,
@@ -442,15 +444,24 @@ class Tokenizer:
     def encode_stream(
         self, texts: Iterable[str], *, specials_as_text: bool = False, errors: str = "strict"
     ) -> Iterator[list[int]]:
-        """As `encode_iterable`, but yields lists: the ids of some pre-tokens at a time. It never uses kernels."""
-        texts = replace_surrogates_in_stream(texts)
+        """As `encode_iterable`, but yields lists: the ids of some pre-tokens at a time."""
+        texts = replace_surrogates_in_stream(join_strings(texts))
         if changes := self._text_changes(specials_as_text, errors):
             texts = changes.apply_to_stream(texts)
         return self._encode_changed(texts, specials_as_text)
 
     def _encode_changed(self, texts: Iterable[str], specials_as_text: bool) -> Iterator[list[int]]:
         special = self.active_special_tokens(specials_as_text)
-        return self._encode_batches(pretokenize_stream(texts, special, self.compiled_pattern))
+        if (encoder := self.kernel_encoder(0)) is None:
+            yield from self._encode_batches(pretokenize_stream(texts, special, self.compiled_pattern))
+            return
+        with encoder.stream_encoder(specials_as_text) as encode:
+            for text in divide_stream(texts, special, self.compiled_pattern):
+                data = np.frombuffer(text.encode(), np.uint8)
+                try:
+                    yield encode(data)
+                except InvalidByteError as error:
+                    raise _named_error("text", data, error) from None
 
     def encode_documents(self, texts: Iterable[str], separator: str, *, errors: str = "strict") -> Iterator[list[int]]:
         """As `encode_stream`, for documents with the mark of a separator between them (`SpecialTokens.document_mark`).

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from heapq import merge
 from itertools import chain
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ _REGULAR_EXPRESSION = re.compile(r"[\\^$*+?|()\[\]{}]|\A\.\Z")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 _STREAM_CHARACTERS = 1 << 13  # pre-tokenized at a time; the list of pre-tokens takes about 15 bytes a character
+_BATCH_CHARACTERS = 1 << 15  # of joined strings: the cost of a batch is small against that of encoding it
 _SEARCH_BYTES = 1 << 12  # read at first in the search for a safe position
 
 
@@ -377,6 +379,49 @@ def chunks_of_stream(
                 start = stop
         held, size = [available[start:]], size - start
         enough = 2 * max(size, chunk_bytes)
+
+
+def join_strings(texts: Iterable[str]) -> Iterator[str]:
+    """Join short strings of a stream, because each string that is yielded has a cost.
+
+    It reads ahead about as much as it has yielded, up to a limit, and for a millisecond: no slow stream is held back.
+    """
+    batch: list[str] = []
+    size, enough, deadline = 0, 1, 0.0
+    for text in texts:
+        if not isinstance(text, str):
+            yield "".join(batch)
+            raise TypeError(f"text must be a string, got {type(text).__name__}: {text!r:.80}")
+        batch.append(text)
+        size += len(text)
+        if size >= enough or monotonic() >= deadline:
+            yield "".join(batch)
+            enough = min(2 * max(size, enough), _BATCH_CHARACTERS)
+            batch, size, deadline = [], 0, monotonic() + 0.001
+    yield "".join(batch)
+
+
+def divide_stream(texts: Iterable[str], special_tokens: SpecialTokens, pattern: Pattern) -> Iterator[str]:
+    """Divide a stream of strings at safe positions, the last ones that are known.
+
+    In memory is about one string, or twice the text up to the first safe position if that is more.
+    """
+    cuts = safe_cuts_of(pattern.splits)
+    held, size, enough = [], 0, 0
+    for text in texts:
+        held.append(text)
+        size += len(text)
+        if size < enough or cuts is None:
+            continue
+        available = "".join(held)
+        stop = cuts.last_position(available, 0, len(available) - special_tokens.max_length)
+        while stop > 0 and _is_inside_special_token(available, stop, special_tokens):
+            stop = cuts.last_position(available, 0, stop - 1)
+        if stop > 0:
+            yield available[:stop]
+        held, size = [available[stop:]], size - stop
+        enough = 2 * size
+    yield "".join(held)
 
 
 def _read_array(data: np.ndarray, start: int, length: int) -> bytes:

@@ -20,8 +20,9 @@ own hash table. The result does not depend on the number of threads.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
@@ -175,6 +176,7 @@ class KernelEncoder:
         )
         self._no_specials = special_token_tables([])
         self._idle: list[PretokenEncoder] = []  # not in use by a thread
+        self._idle_for_streams: list[PretokenEncoder] = []
         self._strings = StringEncoder(self._pattern, self._merges, dtype, self._specials)
 
     def encode_string(self, text: str) -> list[int] | None:
@@ -229,6 +231,19 @@ class KernelEncoder:
         ids = encoder.encode(data, 0, len(data), self._no_specials if specials_as_text else self._specials).tolist()
         self._idle.append(encoder)
         return ids
+
+    @contextlib.contextmanager
+    def stream_encoder(self, specials_as_text: bool) -> Generator[Callable[[np.ndarray], list[int]]]:
+        """A function that encodes the texts of one stream as `encode_list`, with a cache of fixed size."""
+        from basic.bpe.kernels.encode import PretokenEncoder
+
+        try:
+            encoder = self._idle_for_streams.pop()
+        except IndexError:
+            encoder = PretokenEncoder(self._pattern, self._merges, self.dtype, max_slots=1 << 17, max_pool=1 << 16)
+        specials = self._no_specials if specials_as_text else self._specials
+        yield lambda data: encoder.encode(data, 0, len(data), specials).tolist()
+        self._idle_for_streams.append(encoder)
 
     def encode_chunks(
         self,
