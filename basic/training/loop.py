@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -195,11 +196,7 @@ class _TrainingLoop:
                 is_logged = is_evaluated or _is_due(step, settings.log_interval, settings)
                 if is_logged:
                     nonfinite.handle(meter.synchronize())
-                    record = meter.record()
-                    if is_evaluated:
-                        valid_loss = self._evaluate(take_step, step, record["wall_s"])
-                        record["valid_loss"] = valid_loss
-                    self.log.write(record)
+                    valid_loss = self._log_interval(meter.record(), take_step if is_evaluated else None)
                 if self.tokenizer is not None and _is_due(step, settings.sample_interval, settings):
                     self._sample(self.tokenizer, step)
 
@@ -235,11 +232,15 @@ class _TrainingLoop:
         self.log.set_total_steps(steps)
         return config
 
-    def _evaluate(self, take_step: TrainStep, step: int, wall_s: float) -> float:
-        """Compute and log the validation loss."""
-        num_batches = self.config.train.eval_batches
-        valid_loss = mean_loss(take_step.loss_fn, self.valid_sampler, num_batches, self.device, self.world)
-        self.log.write({"kind": "evaluation", "step": step, "wall_s": wall_s, "valid_loss": valid_loss})
+    def _log_interval(self, record: dict[str, Any], take_step: TrainStep | None) -> float | None:
+        """Log the record of an interval; with a step, compute and log the validation loss too, and return it."""
+        valid_loss = None
+        if take_step is not None:
+            num_batches = self.config.train.eval_batches
+            valid_loss = mean_loss(take_step.loss_fn, self.valid_sampler, num_batches, self.device, self.world)
+            record["valid_loss"] = valid_loss
+            self.log.write({"kind": "evaluation", **{key: record[key] for key in ("step", "wall_s", "valid_loss")}})
+        self.log.write(record)
         return valid_loss
 
     def _sample(self, tokenizer: TextTokenizer, step: int) -> None:

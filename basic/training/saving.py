@@ -257,18 +257,13 @@ def find_checkpoint(
 
     Raises:
         NotARunError: the folder holds no run.
-        InvalidConfigError: the run was started with another model or optimizer, or has done more steps than it is to
-            have.
+        InvalidConfigError: the run was started with another model or optimizer, or has done more than all its steps.
         InvalidInputError: the run is finished.
         DamagedFileError: no checkpoint is complete.
     """
     saved = load_run_config(run_dir)
     check_same_model(saved.model, config.model, f"{run_dir} was started", "is to be resumed with")
-    if saved.train.optimizer != config.train.optimizer:
-        raise InvalidConfigError(
-            f"{run_dir} was started with optimizer = {saved.train.optimizer}, whose state {config.train.optimizer} "
-            "cannot continue; resume it with its own, or train in another folder"
-        )
+    _check_same_optimizer(saved, config, run_dir)
     newest: list[Checkpoint] = []
 
     def find_newest() -> str | None:
@@ -334,13 +329,20 @@ def resume_run(
             step = load_state(checkpoint, model, optimizer)
         for group, settings in zip(optimizer.param_groups, own, strict=True):
             group |= settings  # those of the checkpoint would undo what the user has changed
-        if (sequences := extra.get("sequences")) is None:  # saved by version 0.1.0
-            # Only then: rank 0 may be writing this file already.
+        if (sequences := extra.get("sequences")) is None:  # version 0.1.0; else rank 0 may be writing the file already
             sequences = step * load_run_config(run_dir).train.batch_size
         progress = RunProgress(step, extra["wall_s"], extra["nonfinite_steps"], sequences)
         _set_random_state(extra["random_state"])
     world.on_rank_0(lambda: _rewind_folder(run_dir, config, progress.step))
     return progress
+
+
+def _check_same_optimizer(saved: RunConfig, config: RunConfig, run_dir: Path) -> None:
+    if saved.train.optimizer != config.train.optimizer:
+        raise InvalidConfigError(
+            f"{run_dir} was started with optimizer = {saved.train.optimizer}, whose state {config.train.optimizer} "
+            "cannot continue; resume it with its own, or train in another folder"
+        )
 
 
 def _changed_settings(saved: RunConfig, config: RunConfig) -> list[str]:
