@@ -301,9 +301,7 @@ def _load_tokenizer(directory: Path) -> Tokenizer:
     try:
         return Tokenizer.load(directory)
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{directory} has no tokenizer.json (nor vocab.json with merges.txt); import the model without a tokenizer"
-        ) from None
+        raise FileNotFoundError(f"{directory} has no tokenizer.json; import the model without a tokenizer") from None
 
 
 def _load_json_object(path: Path) -> dict[str, Any]:
