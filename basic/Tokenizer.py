@@ -330,13 +330,16 @@ class Tokenizer:
         if self._always_changes or errors != "strict":
             _check_text(text)
             text = self._text_changes(specials_as_text, errors).apply(replace_surrogates(text))
-        elif self._kernel_encoder is not None and not specials_as_text:
-            try:
-                ids = self._kernel_encoder.encode_string(text)
-            except (TypeError, UnicodeEncodeError):  # raised or handled below
-                ids = None
-            if ids is not None:
-                return ids
+        elif not specials_as_text:
+            if self._kernel_encoder is None and isinstance(text, str) and len(text) >= _MIN_KERNEL_CHARACTERS:
+                self.kernel_encoder(len(text))  # makes it, if the text may use it
+            if self._kernel_encoder is not None:
+                try:
+                    ids = self._kernel_encoder.encode_string(text)
+                except (TypeError, UnicodeEncodeError):  # raised or handled below
+                    ids = None
+                if ids is not None:
+                    return ids
         _check_text(text)
         if (length := len(text)) >= _MIN_KERNEL_CHARACTERS and (encoder := self.kernel_encoder(length)) is not None:
             data = np.frombuffer(_utf8(text), np.uint8)

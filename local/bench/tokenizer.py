@@ -42,6 +42,12 @@ TASKS = [
     ("encode a file", "file", "english", 2, {"gigatoken": 1.3}),
     ("encode 100 bytes", "short", "english", 1, {"gigatoken": None, "tiktoken": 1, "tokenizers": None}),
     ("decode an array", "decode", "english", 1, {"gigatoken": None, "tiktoken": 3}),
+    ("decode a list", "decodelist", "english", 1, {"gigatoken": None, "tiktoken": 2}),
+    ("lines of 100 characters", "lines", "english", 1, {"gigatoken": None, "tiktoken": 5}),
+    *(
+        (f"{length:,} characters in a new process", f"fresh{length}", "english", 1, {"gigatoken": None, "tiktoken": 1})
+        for length in (1, 5, 50, 500, 5_000, 50_000, 500_000, 5_000_000)
+    ),
 ]
 
 
@@ -95,7 +101,7 @@ def measure(program: str, task: str, text: Path, num_threads: int, options: Opti
 
 
 def speed(result: dict[str, Any], task: str) -> str:
-    if task == "short":
+    if task == "short" or task.startswith("fresh"):
         return f"{result['median'] * 1e6:.1f} µs"
     if task.startswith("train"):
         return f"{result['median']:.2f} s"

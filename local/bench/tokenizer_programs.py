@@ -62,14 +62,26 @@ class Ours:
     def short(self, text: str) -> list[int]:
         return self.tokenizer.encode(text)
 
-    def decode(self, ids: np.ndarray) -> Any:
+    def decode(self, ids: Any) -> Any:
         return self.tokenizer.decode_bytes(ids)
+
+    def lines(self, lines: list[str]) -> Any:
+        return list(self.tokenizer.encode_iterable(lines))
 
     @staticmethod
     def train(path: Path, vocab_size: int, num_threads: int) -> list[tuple[bytes, bytes]]:
         from basic.train_bpe import train_bpe
 
         return train_bpe(path, vocab_size, [END], num_workers=num_threads)[1]
+
+
+class OursAsItComes(Ours):
+    """Without the kernels made ready before: what a new process has."""
+
+    def __init__(self, folder: Path) -> None:
+        from basic.Tokenizer import Tokenizer
+
+        self.tokenizer = Tokenizer.from_files(folder / "gpt2_vocab.json", folder / "gpt2_merges.txt", [END])
 
 
 class Gigatoken:
@@ -96,8 +108,11 @@ class Gigatoken:
     def short(self, text: str) -> Any:
         return self.tokenizer.encode(text)
 
-    def decode(self, ids: np.ndarray) -> Any:
-        return self.tokenizer.decode(ids.astype(np.uint32))
+    def decode(self, ids: Any) -> Any:
+        return self.tokenizer.decode(ids.astype(np.uint32) if isinstance(ids, np.ndarray) else ids)
+
+    def lines(self, lines: list[str]) -> Any:
+        return [self.tokenizer.encode(line) for line in lines]
 
     @staticmethod
     def train(path: Path, vocab_size: int, num_threads: int) -> list[tuple[bytes, bytes]]:
@@ -117,10 +132,13 @@ class Tiktoken:
         return self.encoding.encode_to_numpy(document.decode(), allowed_special="all")
 
     def short(self, text: str) -> list[int]:
-        return self.encoding.encode(text)
+        return self.encoding.encode(text, allowed_special="all")
 
-    def decode(self, ids: np.ndarray) -> Any:
+    def decode(self, ids: Any) -> Any:
         return self.encoding.decode_bytes(ids)
+
+    def lines(self, lines: list[str]) -> Any:
+        return [self.encoding.encode(line, allowed_special="all") for line in lines]
 
 
 class Tokenizers:
@@ -188,6 +206,10 @@ def main(name: str, task: str, path: Path, folder: Path, num_threads: int, repea
         run = lambda: [tokenizer.short(text) for _ in range(2000)]  # noqa: E731
         run()
         return {"seconds": [timed(run)[0] / 2000 for _ in range(repeats)], "bytes": 100}
+    if task.startswith("fresh"):  # the first three calls of this process
+        text = path.read_text(encoding="utf-8")[: int(task.removeprefix("fresh"))]
+        tokenizer = (OursAsItComes if name == "ours" else program)(folder)
+        return {"seconds": [timed(tokenizer.short, text)[0] for _ in range(3)], "bytes": len(text)}
     texts = documents(path, name)
     size = sum(map(len, texts))
     if task == "cold":
@@ -200,8 +222,14 @@ def main(name: str, task: str, path: Path, folder: Path, num_threads: int, repea
     tokenizer = program(folder)
     if task == "warm":
         run = lambda: [tokenizer.encode(text) for text in texts]  # noqa: E731
-    elif task == "decode":
-        ids = np.concatenate([np.asarray(tokenizer.encode(text), np.uint32) for text in texts]).astype(np.uint16)
+    elif task == "lines":
+        characters = b"".join(texts).decode(errors="ignore")[:SLOW_PEERS_BYTES]
+        lines = [characters[start : start + 100] for start in range(0, len(characters), 100)]
+        run, size = lambda: tokenizer.lines(lines), len(characters.encode())
+    elif task in ("decode", "decodelist"):
+        ids: Any = np.concatenate([np.asarray(tokenizer.encode(text), np.uint32) for text in texts]).astype(np.uint16)
+        ids = ids[: SLOW_PEERS_BYTES // 4].tolist() if task == "decodelist" else ids
+        size = len(tokenizer.decode(ids))
         run = lambda: tokenizer.decode(ids)  # noqa: E731
     elif task == "file":
         run = lambda: tokenizer.encode_file(path, num_threads)  # noqa: E731
