@@ -19,17 +19,15 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
-from basic.bpe import loading
 from basic.bpe.arrays import MAX_VOCAB_SIZE, InvalidByteError
 from basic.bpe.compiled import KernelEncoder
 from basic.bpe.patterns.tables import automaton_of
 from basic.bpe.plain import PretokenCache, is_pair_of_bytes, merge_rules, rules_of_ranks
 from basic.bpe.spans import Encoding, find_spans
-from basic.bpe.stream_decoder import StreamDecoder
 from basic.bytes_utils import decode_blocks, invalid_byte_error, load_merges, load_vocab
-from basic.common.arguments import check_errors_option, check_integer, check_text_list, id_list
+from basic.common.arguments import check_errors_option, check_text_list
 from basic.common.errors import InvalidInputError
-from basic.common.progress import default_num_workers
+from basic.common.progress import resolve_num_threads
 from basic.pretokenization import (
     GPT2_PATTERN,
     Pattern,
@@ -48,10 +46,11 @@ from basic.tokenizer_files.equivalent_merges import UsedMerges, missing_bytes, u
 from basic.tokenizer_files.normalization import UNICODE_VERSION, TextChanges
 from basic.tokenizer_files.opening import read_tokenizer
 from basic.tokenizer_files.our_folder import damaged_folder, write_folder
+from basic.tokenizer_files.vocabulary import Vocabulary
 from basic.tokens.info import token_dtype
 
 if TYPE_CHECKING:
-    from basic.bpe.kernels.decode import TokenBytes
+    pass
 
 _NO_SPECIALS = SpecialTokens(())
 
@@ -63,7 +62,7 @@ _MIN_DECODER_IDS = 1 << 14
 _MAX_COMPLETE_CHARACTERS = 1 << 14
 
 
-class Tokenizer:
+class Tokenizer(Vocabulary):
     """Byte-pair encoding over bytes, with special tokens.
 
     A text is split at its special tokens, then into pre-tokens. In each pre-token, the merge with the lowest rank (the
@@ -138,7 +137,6 @@ class Tokenizer:
         self._changes: dict[tuple[bool, str], TextChanges] = {}
         self._always_changes = self.changes_text("strict")
         self._kernel_encoder: KernelEncoder | None = None
-        self._token_bytes: TokenBytes | None = None
 
     def _set_rules(self, ids: dict[bytes, int]) -> None:
         if self._merges is None:
@@ -161,9 +159,7 @@ class Tokenizer:
         self._rules, self._cache = rules, PretokenCache(rules)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Another process makes its own encoder and, if needed, table of ids.
-        state = {name: value for name, value in self.__dict__.items() if name != "_ids_of_tokens"}
-        return {**state, "_kernel_encoder": None, "_token_bytes": None}
+        return {**super().__getstate__(), "_kernel_encoder": None}
 
     def __repr__(self) -> str:
         special = list(self.special_token_ids)
@@ -176,30 +172,11 @@ class Tokenizer:
             f"{(self.settings.normalizer and f', normalizer=NFC of Unicode {UNICODE_VERSION}') or ''})"
         )
 
-    def __len__(self) -> int:
-        """The number of tokens, also of special ones. If the ids have gaps, it is less than `vocab_size`."""
-        return len(self.vocab)
-
-    def token_to_id(self, token: str | bytes) -> int | None:
-        """The id of a token, given as its bytes or as its text (not in GPT-2's printable form); None if there is none.
-
-        Of several ids of the same bytes it is the one that `encode` uses.
-        """
-        return self._ids_of_tokens.get(token.encode(errors="surrogatepass") if isinstance(token, str) else token)
-
-    def id_to_token(self, token_id: int) -> bytes | None:
-        """The bytes of a token, which need not be UTF-8; None if no token has this id."""
-        return self.vocab.get(check_integer("token_id", token_id))
-
     @cached_property
-    def _skipped_ids(self) -> frozenset[int]:
+    def skipped_ids(self) -> frozenset[int]:
         """The ids that are left out where special tokens are skipped."""
         special = self.special_token_ids.items()
         return frozenset(token_id for token, token_id in special if self.settings.flag(token, "special"))
-
-    @cached_property
-    def _ids_of_tokens(self) -> dict[bytes, int]:
-        return {self.vocab[token_id]: token_id for token_id in sorted(self.vocab, reverse=True)}
 
     def with_special_tokens(self, special_tokens: Iterable[str]) -> Tokenizer:
         """Return a tokenizer with further special tokens, after its own; those that it has already stay as they are.
@@ -458,13 +435,15 @@ class Tokenizer:
         if (encoder := self.kernel_encoder(0)) is None:
             yield from self._encode_batches(pretokenize_stream(texts, special, self.compiled_pattern))
             return
+        start = 0
         with encoder.stream_encoder(specials_as_text) as encode:
             for text in divide_stream(texts, special, self.compiled_pattern):
                 data = np.frombuffer(text.encode(), np.uint8)
                 try:
                     yield encode(data)
                 except InvalidByteError as error:
-                    raise _named_error("text", data, error) from None
+                    raise _named_error("text", data, error, start) from None
+                start += len(data)
 
     def encode_documents(self, texts: Iterable[str], separator: str, *, errors: str = "strict") -> Iterator[list[int]]:
         """As `encode_stream`, for documents with the mark of a separator between them (`SpecialTokens.document_mark`).
@@ -499,23 +478,12 @@ class Tokenizer:
 
     def _encode_pretokens(self, pretokens: list[str], offset: int = 0) -> list[int]:
         try:
-            return list(chain.from_iterable(map(self._cache.__getitem__, pretokens)))
-        except ValueError as error:  # a byte without a token, or a pre-token that is too long
+            return self._cache.encode(pretokens)
+        except InvalidByteError as error:
             data = np.frombuffer("".join(pretokens).encode(), np.uint8)
-            missing = np.flatnonzero(np.isin(data, np.frombuffer(self._missing_bytes, np.uint8)))
-            for index in map(int, missing):
-                if not self._is_in_whole_token(pretokens, index):
-                    raise invalid_byte_error("text", data, index, offset + index, lacks_token=True) from None
+            raise _named_error("text", data, error, offset) from None
+        except ValueError as error:
             raise InvalidInputError(str(error)) from None
-
-    def _is_in_whole_token(self, pretokens: list[str], index: int) -> bool:
-        """Whether the byte at an index of the joined pre-tokens is in one that is a token itself."""
-        stop = 0
-        for pretoken in pretokens:
-            stop += len(pretoken.encode())
-            if index < stop:
-                return pretoken.encode() in self._rules.whole_tokens
-        return False
 
     def changes_text(self, errors: str = "strict") -> bool:
         """Whether a text may be changed before it is split, so that the tokens are not the text."""
@@ -551,7 +519,7 @@ class Tokenizer:
         Returns:
             The encoder that uses the kernels, or None for the plain path.
         """
-        if not self._may_use_kernels(num_bytes, num_mapped_bytes):
+        if not self.may_use_kernels(num_bytes, num_mapped_bytes):
             return None
         if self._kernel_encoder is None:
             automaton = automaton_of(self.compiled_pattern.splits)
@@ -564,73 +532,6 @@ class Tokenizer:
                 token_dtype(max(self.vocab_size, 1)),
             )
         return self._kernel_encoder
-
-    def _may_use_kernels(self, num_bytes: int, num_mapped_bytes: int = 0) -> bool:
-        if self.kernels is not None:
-            return self.kernels
-        return loading.kernels_pay_off("encoding", num_bytes, num_mapped_bytes)
-
-    def _kernel_decoder(self, num_ids: int) -> TokenBytes | None:
-        """The decoder that uses the kernels; None if it does not yet exist and so few ids do not need it."""
-        if self._token_bytes is None and (
-            self.kernels or (num_ids >= _MIN_DECODER_IDS and self._may_use_kernels(num_ids))
-        ):
-            loading.load_kernels("encoding")
-            from basic.bpe.kernels.decode import TokenBytes
-
-            self._token_bytes = TokenBytes(self.vocab)
-        return self._token_bytes
-
-    def decode(self, ids: Iterable[int] | npt.NDArray[np.integer], *, skip_special_tokens: bool = False) -> str:
-        """Decode ids to text; bytes that are not UTF-8 become U+FFFD.
-
-        Args:
-            ids: a list, a one-dimensional array or tensor, or any iterable of integers.
-            skip_special_tokens: whether to leave out the special tokens.
-
-        Raises:
-            TypeError: `ids` are not integers.
-            InvalidInputError: an id is not in the vocabulary, or an array has another shape or dtype.
-        """
-        return self.decode_bytes(ids, skip_special_tokens=skip_special_tokens).decode(errors="replace")
-
-    def decode_batch(
-        self, batch: Iterable[Iterable[int] | npt.NDArray[np.integer]], *, skip_special_tokens: bool = False
-    ) -> list[str]:
-        """Decode each of several sequences of ids, or the rows of an array or tensor, as `decode` does."""
-        return [self.decode(ids, skip_special_tokens=skip_special_tokens) for ids in batch]
-
-    def stream_decoder(self, *, skip_special_tokens: bool = False) -> StreamDecoder:
-        """Return a decoder for ids that arrive one after the other: its texts have no unfinished characters."""
-        return StreamDecoder(partial(self.decode_bytes, skip_special_tokens=skip_special_tokens))
-
-    def decode_bytes(self, ids: Iterable[int] | npt.NDArray[np.integer], *, skip_special_tokens: bool = False) -> bytes:
-        """Decode ids to bytes, which may start or end inside a character.
-
-        Raises:
-            TypeError, InvalidInputError: as for `decode`.
-        """
-        skipped = self._skipped_ids if skip_special_tokens else frozenset()
-        decoded = None
-        if isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu":
-            kept = ids[~np.isin(ids, list(skipped))] if skipped else ids
-            decoded = decoder.decode(kept) if (decoder := self._kernel_decoder(len(ids))) is not None else None
-        elif isinstance(ids, list) and not skipped:
-            decoded = decoder.decode_list(ids) if (decoder := self._kernel_decoder(len(ids))) is not None else None
-        # The kernels return None for what is not a known id; the plain path then raises the error.
-        if decoded is not None:
-            return decoded
-        ids = id_list("ids", ids)
-        try:
-            if skipped:
-                return b"".join([self.vocab[token_id] for token_id in ids if token_id not in skipped])
-            return b"".join([self.vocab[token_id] for token_id in ids])
-        except KeyError:
-            position, unknown = next((i, token_id) for i, token_id in enumerate(ids) if token_id not in self.vocab)
-            raise InvalidInputError(
-                f"id {unknown!r} at position {position} is not in the vocabulary, whose largest id is "
-                f"{self.vocab_size - 1}; are these the ids of another tokenizer?"
-            ) from None
 
     @classmethod
     def from_files(
@@ -719,33 +620,9 @@ class Tokenizer:
         )
 
 
-def resolve_num_threads(num_threads: int | None) -> int:
-    """The number of threads, by default one for each processor that this process may use.
-
-    Raises:
-        InvalidInputError: the number is less than 1.
-    """
-    if num_threads is None:
-        return default_num_workers()
-    if check_integer("num_threads", num_threads) < 1:
-        raise InvalidInputError(f"num_threads={num_threads} must be at least 1")
-    return num_threads
-
-
 def _check_text(text: object) -> None:
     if not isinstance(text, str):
         raise TypeError(f"text must be a string, got {type(text).__name__}: {text!r:.80}")
-
-
-def _named_error(name: str, data: np.ndarray, error: InvalidByteError) -> InvalidInputError:
-    return invalid_byte_error(
-        name,
-        data,
-        error.offset,
-        error.offset,
-        lacks_token=error.lacks_token,
-        max_pretoken_bytes=error.max_pretoken_bytes,
-    )
 
 
 def _utf8(text: str) -> bytes:
@@ -753,6 +630,14 @@ def _utf8(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError:
         return replace_surrogates(text).encode()
+
+
+def _named_error(name: str, data: np.ndarray, error: InvalidByteError, start: int = 0) -> InvalidInputError:
+    """The error for the user; `start` is the offset of the data in the text."""
+    limit = error.max_pretoken_bytes
+    return invalid_byte_error(
+        name, data, error.offset, start + error.offset, lacks_token=error.lacks_token, max_pretoken_bytes=limit
+    )
 
 
 def _readonly_bytes(data: bytes | bytearray | memoryview | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

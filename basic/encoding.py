@@ -25,7 +25,7 @@ from basic.common.arguments import check_errors_option, check_integer
 from basic.common.errors import DamagedFileError, InvalidInputError, WrongTokenizerError
 from basic.common.files import is_unfinished
 from basic.common.outputs import Output, check_outputs, reserved_outputs
-from basic.common.progress import default_num_workers, progress_bar
+from basic.common.progress import default_num_workers, progress_bar, resolve_num_threads
 from basic.corpus.shards import (
     KERNEL_CHUNK_BYTES,
     SHARD_BYTES,
@@ -50,7 +50,7 @@ from basic.corpus.sources import (
     warn_of_skipped,
 )
 from basic.corpus.work_folder import MANIFEST_NAME, Record, WorkFolder, is_work_folder, local_executor
-from basic.Tokenizer import Tokenizer, resolve_num_threads
+from basic.Tokenizer import Tokenizer
 from basic.tokens.flat_file import TokenFileWriter
 from basic.tokens.index import INDEX_NAME, read_index, write_index
 from basic.tokens.info import TokenFileInfo, read_sidecar, sidecar_path

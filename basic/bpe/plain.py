@@ -10,12 +10,13 @@ from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple, Protocol, overload
 
 import numpy as np
 
 from basic.bpe import arrays
+from basic.bpe.arrays import InvalidByteError
 
 # About half a megabyte of pre-tokens of everyday length, so memory stays bounded on an endless text.
 MAX_CACHED_PRETOKENS = 3072
@@ -228,6 +229,24 @@ class PretokenCache(dict[str, tuple[int, ...]]):
                 self.clear()
             self[pretoken] = merged
         return merged
+
+    def encode(self, pretokens: Iterable[str]) -> list[int]:
+        """The ids of consecutive pre-tokens.
+
+        Raises:
+            InvalidByteError: a byte has no token; it has the index of the first one in the joined pre-tokens.
+            ValueError: a pre-token is too long.
+        """
+        try:
+            return list(chain.from_iterable(map(self.__getitem__, pretokens)))
+        except ValueError:
+            start = 0
+            for data in map(str.encode, pretokens):
+                for index, byte in enumerate(data if data not in self.rules.whole_tokens else b""):
+                    if byte not in self.rules.byte_ids:
+                        raise InvalidByteError(start + index, lacks_token=True) from None
+                start += len(data)
+            raise
 
 
 def apply_merges(ids: list[int], ranks: PairRanks, results: Sequence[int], one_at_a_time: bool = False) -> list[int]:

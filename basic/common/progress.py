@@ -8,12 +8,28 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
+from basic.common.arguments import check_integer
+from basic.common.errors import InvalidInputError
+
 
 def default_num_workers() -> int:
     """The number of processors that this process may use; in a container it can be less than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def resolve_num_threads(num_threads: int | None) -> int:
+    """The number of threads, by default one for each processor that this process may use.
+
+    Raises:
+        InvalidInputError: the number is less than 1.
+    """
+    if num_threads is None:
+        return default_num_workers()
+    if check_integer("num_threads", num_threads) < 1:
+        raise InvalidInputError(f"num_threads={num_threads} must be at least 1")
+    return num_threads
 
 
 @contextmanager
