@@ -43,19 +43,35 @@ def test_recipes_train_for_a_fixed_time(script, tmp_path, monkeypatch, capsys):
     )
     monkeypatch.setattr(sys, "argv", ["fixed_compute.py", *arguments.split()])
     script.main()
-    adamw, muon = map(json.loads, capsys.readouterr().out.splitlines())
+    printed = capsys.readouterr()
+    adamw, muon = map(json.loads, printed.out.splitlines())
     assert (adamw["recipe"], muon["recipe"]) == ("adamw", "muon")
     for line in (adamw, muon):
         assert 0 < line["same_books"] < 4
         assert 0 < line["optimizer_share"] < 1
         assert line["steps"] > 0
         assert line["tokens_per_s"] > 0
+    warned = [f"the text {line['epochs']:g} times" for line in (adamw, muon) if line["epochs"] > script.MAX_EPOCHS]
+    assert all(words in line for words, line in zip(warned, printed.err.splitlines(), strict=True))
     # No byte of the text is lost, and none is in both files.
     infos = [read_info(tmp_path / "small" / f"{name}.bin") for name in ("train", "same_books")]
     separators = len("<|endoftext|>") * (2 * script.HELD_BACK_BLOCKS - 2)
     assert sum(info.source_bytes or 0 for info in infos) == len(text) + separators
     assert 0.02 < infos[1].count / infos[0].count < 0.05
     assert open_tokens(tmp_path / "small" / "train.bin").max() < 270
+
+
+def test_a_run_that_sees_its_text_too_often_is_warned_about(script, tmp_path, monkeypatch, capsys):
+    results = iter([{"epochs": 2.0}, {"epochs": 5.6}])
+    monkeypatch.setattr(script, "make_tokens", lambda *arguments: None)
+    monkeypatch.setattr(script, "run", lambda *arguments: next(results))
+    monkeypatch.setattr(sys, "argv", ["fixed_compute.py", "--recipe", "adamw", "muon", "--device", "cpu"])
+    script.main()
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 2
+    (warning,) = printed.err.splitlines()
+    assert "5.6 times" in warning
+    assert "--minutes 0.36" in warning
 
 
 def test_settings_of_all_recipes_are_valid(script, monkeypatch):
