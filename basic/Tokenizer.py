@@ -1,7 +1,7 @@
 """The tokenizer: text to ids and back, with the merges that `basic.train_bpe` learns, or those of GPT-2.
 
 The plain path of `Tokenizer.encode` is: split the text (`basic.pretokenization`), then apply the merges to each
-pre-token (`basic.bpe.plain`). Large texts use compiled kernels; `Tokenizer.kernel_encoder` decides.
+pre-token (`basic.bpe.plain`). Compiled kernels do the same faster; `Tokenizer.kernel_encoder` decides.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -49,9 +49,6 @@ from basic.tokenizer_files.our_folder import damaged_folder, write_folder
 from basic.tokenizer_files.vocabulary import Vocabulary
 from basic.tokens.info import token_dtype
 
-if TYPE_CHECKING:
-    pass
-
 _NO_SPECIALS = SpecialTokens(())
 
 # The kernels are made ready for a text of at least this length.
@@ -80,8 +77,8 @@ class Tokenizer(Vocabulary):
         pattern: finds the pre-tokens: the name of a published pattern ("cl100k", "llama3", ...), a regular expression,
             or a `Pattern` (see `basic.pretokenization.resolve_pattern`). The default is GPT-2's.
         settings: what tokenizers of other programs do beside this: normalisation, a template, ...
-        kernels: True uses the kernels for every text, False never. By default large texts use them, and once they are
-            loaded, all texts. The ids are the same.
+        kernels: True uses the kernels for every text, False never. By default all but the shortest texts use them if
+            they are compiled; if not, only a large text waits for the compiler. The ids are the same.
 
     Attributes:
         vocab: id to bytes, with the special tokens.

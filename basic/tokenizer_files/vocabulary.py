@@ -22,12 +22,12 @@ _MIN_DECODER_IDS = 1 << 14
 
 
 class Vocabulary:
-    """Ids to bytes and text, and tokens by id. Large sequences use compiled kernels.
+    """Ids to bytes and text, and tokens by id. Compiled kernels do it faster, where they are worth it.
 
     Attributes:
         vocab: id to bytes.
         vocab_size: the largest id plus one, the number of rows that an embedding of these ids needs.
-        kernels: True uses the kernels always, False never, None for large texts and once they are loaded.
+        kernels: True uses the kernels always, False never, None where they are worth it (see Tokenizer).
     """
 
     vocab: dict[int, bytes]
