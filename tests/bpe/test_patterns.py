@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import regex
 
-from basic.bpe import loading
+from basic.bpe import cache_files, loading
 from basic.bpe.arrays import bytes_array
 from basic.bpe.patterns import tables
 from basic.bpe.patterns.automaton import Automaton, compile_splits
@@ -256,7 +256,20 @@ def test_automata_are_kept_in_files(tmp_path, monkeypatch):
         tables.automaton_of.cache_clear()
         assert tables.automaton_of(splits) is not None
         assert file.read_bytes() == content, "it is written again"
+    for position in (*range(0, 200, 3), *range(len(content) - 200, len(content), 3)):  # where zip files have headers
+        flipped = content[position] ^ (1 << position % 8)
+        file.write_bytes(content[:position] + bytes([flipped]) + content[position + 1 :])
+        assert tables._read(file) is None, position
     tables.automaton_of.cache_clear()
+
+
+def test_a_cache_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_files.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("the disk is full")))
+    cache_files.write_checked(tmp_path / "new" / "one", b"data")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").touch()
+    cache_files.write_checked(tmp_path / "file" / "one", b"data")
+    assert cache_files.read_checked(tmp_path / "file" / "one") is None
 
 
 def test_sets_of_characters():

@@ -21,6 +21,8 @@ from pathlib import Path
 from struct import Struct
 from typing import NamedTuple
 
+from basic.bpe.cache_files import read_checked, write_checked
+
 # The functions of an object file (`basic.bpe.native.compiler`).
 ENTRIES = ENTRY, METHOD = "basic_kernel", "basic_method"
 
@@ -218,22 +220,10 @@ def first_writable_folder(candidates: Iterable[str | Path | None]) -> Path | Non
 def read_object(name: str) -> bytes | None:
     """An object file that `write_object` wrote; None if there is none, or it is damaged."""
     folder = cache_folder()
-    if folder is None:
-        return None
-    try:
-        content = (folder / name).read_bytes()
-    except OSError:
-        return None
-    checksum, data = content[:32], content[32:]
-    return data if hashlib.sha256(data).digest() == checksum else None
+    return None if folder is None else read_checked(folder / name)
 
 
 def write_object(name: str, data: bytes) -> None:
-    """Keep an object file; several processes may write the same one at the same time."""
-    folder = cache_folder()
-    if folder is None:
-        return
-    temporary = folder / f"{name}.{os.getpid()}"
-    with contextlib.suppress(OSError):
-        temporary.write_bytes(hashlib.sha256(data).digest() + data)
-        temporary.replace(folder / name)
+    """Keep an object file, if there is a folder for it."""
+    if (folder := cache_folder()) is not None:
+        write_checked(folder / name, data)

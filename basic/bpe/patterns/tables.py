@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import io
 import os
-import tempfile
 import warnings
-import zipfile
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import regex
 
+from basic.bpe.cache_files import read_checked, write_checked
 from basic.bpe.patterns.automaton import Automaton, compile_splits
 from basic.bpe.patterns.parser import UnsupportedPatternError
 
@@ -51,27 +50,21 @@ def _file_of(splits: tuple[str, ...]) -> Path | None:
     digest = hashlib.sha256(repr((splits, regex.__version__, np.__version__)).encode())
     for path in sources:
         digest.update(path.read_bytes())
-    return Path(folder) / "basic_patterns" / f"{digest.hexdigest()[:24]}.npz"
+    return Path(folder) / "basic_patterns" / f"{digest.hexdigest()[:24]}.automaton"
 
 
 def _read(file: Path) -> Automaton | None:
     """None if there is no complete file."""
-    try:
-        with np.load(file) as arrays:
-            start, covers = arrays["start_covers"].tolist()
-            names = ("table", "bounds", "first_codes", "class_of_range", "safe_pairs")
-            return Automaton(start=start, covers=bool(covers), **{name: arrays[name] for name in names})
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+    if (data := read_checked(file)) is None:
         return None
+    with np.load(io.BytesIO(data)) as arrays:
+        start, covers = arrays["start_covers"].tolist()
+        names = ("table", "bounds", "first_codes", "class_of_range", "safe_pairs")
+        return Automaton(start=start, covers=bool(covers), **{name: arrays[name] for name in names})
 
 
 def _write(automaton: Automaton, file: Path) -> None:
-    """Another process may write the same file at the same time."""
-    arrays = automaton._asdict()
+    arrays, data = automaton._asdict(), io.BytesIO()
     numbers = np.array([arrays.pop("start"), arrays.pop("covers")])
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as temporary:
-            np.savez(temporary, start_covers=numbers, **arrays)
-        os.chmod(temporary.name, 0o644)  # other users may share the folder
-        os.replace(temporary.name, file)
+    np.savez(data, start_covers=numbers, **arrays)
+    write_checked(file, data.getvalue())
