@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork
 
 
+import numpy as np
 import torch
 import torch._dynamo  # an optimizer imports it, which takes seconds: here once for all forks
 
@@ -32,13 +33,18 @@ import basic.analysis.plotting
 import basic.analysis.report
 import basic.analysis.sweep
 import basic.training.saving
+from basic.bpe.native import object_files
+from basic.bpe.native.kernel import Kernel
+from basic.bpe.patterns import tables
 from basic.common.files import sha256_of_file
+from basic.pretokenization import GPT2_PATTERN
 from basic.Tokenizer import Tokenizer
 from basic.training.records.metrics import read_all_records
 from basic.training.run_folder import checkpoint_paths, load_run, open_checkpoint
 
 REPOSITORY = Path(basic.__file__).resolve().parents[1]
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+TOKENIZERS = ("tokenizer", "cl100k", "settings")
 END, BYTES = "<|endoftext|>", {byte: bytes([byte]) for byte in range(256)}
 CONFIG = """
 [model]
@@ -330,6 +336,10 @@ class Tries:
 # --- Preparation --------------------------------------------------------------------------------------------------
 
 
+def _first(numbers: Any) -> int:
+    return numbers[0]
+
+
 def prepare(given: Path) -> Path:
     """Make the inputs of all commands, and an example of each kind of file."""
     given.mkdir()
@@ -351,6 +361,14 @@ def prepare(given: Path) -> Path:
         run(line.strip(), given.parent)
     plain = Tokenizer.load(given / "tokenizer")
     Tokenizer(plain.vocab, plain.merges, [END], pattern="cl100k").save(given / "cl100k")
+    document = json.loads((given / "hf" / "tokenizer.json").read_text())
+    document["normalizer"], document["model"]["ignore_merges"] = {"type": "NFC"}, True
+    (given / "settings.json").write_text(json.dumps(document))
+    Tokenizer.load(given / "settings.json").save(given / "settings")
+    (given / "cache").mkdir()
+    tables._write(tables.automaton_of(GPT2_PATTERN.splits), given / "cache" / "pattern")
+    Kernel(_first, {})(np.arange(3))
+    shutil.copy(next(object_files.cache_folder().glob("*._first.*.o")), given / "cache" / "kernel")
     shutil.copy(checkpoint_paths(given / "run")[-1], given / "last.safetensors")
     ranks = [
         Child(

@@ -13,10 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fault_commands import BYTES, END, Child, Command, Tries, checkpoint_content
+import numpy as np
+from fault_commands import BYTES, END, TOKENIZERS, Child, Command, Tries, checkpoint_content
 
+from basic.bpe.cache_files import read_checked
+from basic.bpe.patterns import tables
 from basic.common import file_sets
-from basic.common.errors import BasicError
+from basic.common.errors import BasicError, DamagedFileError
 from basic.encoding import encode_file, encode_files
 from basic.formats.import_model import _end_of_text, load_hf
 from basic.formats.tiktoken_ranks import load_tiktoken
@@ -44,7 +47,7 @@ def token_content(path: Path) -> tuple:
 
 def kinds(given: Path) -> dict[str, tuple[str, Callable[[Path], Any]]]:
     """Kind of file: an example in given/, and what it decides there."""
-    tokenizers = [f"{folder}/{path.name}" for folder in ("tokenizer", "cl100k") for path in (given / folder).iterdir()]
+    tokenizers = [f"{folder}/{path.name}" for folder in TOKENIZERS for path in (given / folder).iterdir()]
     hf = [f"hf/{path.name}" for path in (given / "hf").iterdir()]
     sharded = [f"sharded/{path.name}" for path in (given / "sharded").iterdir()]
     encode, trained = partial(_encode_again, given), partial(_train_again, given)
@@ -66,6 +69,8 @@ def kinds(given: Path) -> dict[str, tuple[str, Callable[[Path], Any]]]:
         "checkpoint": ("last.safetensors", lambda folder: checkpoint_content(folder / "last.safetensors")),
         **{name: (name, lambda folder: checkpoint_content(folder / "sharded")) for name in sorted(sharded)},
         **{name: (name, lambda folder: imported(folder / "hf")) for name in sorted(hf)},
+        "cache of a pattern": ("cache/pattern", _cached_pattern),
+        "cache of a kernel": ("cache/kernel", _cached_kernel),
         "rank file": ("ranks.tiktoken", lambda f: load_tiktoken(f / "ranks.tiktoken", pattern="gpt2").fingerprint),
         "tokenizer.json": ("hf/tokenizer.json", lambda f: load_tokenizer_json(f / "hf/tokenizer.json").fingerprint),
     }
@@ -73,7 +78,19 @@ def kinds(given: Path) -> dict[str, tuple[str, Callable[[Path], Any]]]:
 
 def _tokenizer(folder: Path) -> tuple:
     tokenizer = Tokenizer.load(folder)
-    return tokenizer.fingerprint, tokenizer.pattern
+    return tokenizer.fingerprint, tokenizer.pattern, tokenizer.settings
+
+
+def _cached_pattern(folder: Path) -> list[Any]:
+    if (automaton := tables._read(folder / "cache" / "pattern")) is None:
+        raise DamagedFileError("it is compiled again")
+    return [np.asarray(part).tolist() for part in automaton]
+
+
+def _cached_kernel(folder: Path) -> bytes:
+    if (code := read_checked(folder / "cache" / "kernel")) is None:
+        raise DamagedFileError("it is compiled again")
+    return code
 
 
 def _encode_again(given: Path, folder: Path) -> dict[str, Any]:
