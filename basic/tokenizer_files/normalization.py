@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import chain
 
@@ -37,11 +38,17 @@ class TextChanges:
     """
 
     def __init__(self, special_tokens: SpecialTokens, settings: TokenizerSettings, missing_bytes: bytes = b"") -> None:
-        self._special, self._missing_bytes = special_tokens, missing_bytes
         self._nfc = settings.normalizer == "NFC"
         tokens = special_tokens.tokens
-        self._lstrip = frozenset(token for token in tokens if settings.flag(token, "lstrip"))
-        self._rstrip = frozenset(token for token in tokens if settings.flag(token, "rstrip"))
+        # Where the text is not yet normalised, a normalised token can be missing, or be joined with what is beside it.
+        unnormalized = [token for token in tokens if not settings.flag(token, "normalized")]
+        self._after: TextChanges | None = None
+        if self._nfc and len(unnormalized) < len(tokens):
+            self._after = TextChanges(special_tokens, replace(settings, normalizer=None), missing_bytes)
+            special_tokens, missing_bytes = SpecialTokens(unnormalized), b""
+        self._special, self._missing_bytes = special_tokens, missing_bytes
+        self._lstrip = frozenset(token for token in special_tokens.tokens if settings.flag(token, "lstrip"))
+        self._rstrip = frozenset(token for token in special_tokens.tokens if settings.flag(token, "rstrip"))
         if self._nfc:
             for token in tokens:
                 _check_normal(token, settings.flag(token, "normalized"))
@@ -55,7 +62,7 @@ class TextChanges:
     def apply(self, text: str) -> str:
         """The changed text."""
         if not self._lstrip and not self._rstrip and self._segment(text) is text:
-            return text
+            return text if self._after is None else self._after.apply(text)
         return "".join(self.apply_to_stream([text]))
 
     def apply_to_stream(self, texts: Iterable[str]) -> Iterator[str]:
@@ -64,6 +71,10 @@ class TextChanges:
         The end of what has arrived is held back as long as it can change: a special token may start there, a character
         may combine with the next one, and white space may belong to a special token.
         """
+        changed = self._apply_to_stream(texts)
+        return changed if self._after is None else self._after.apply_to_stream(changed)
+
+    def _apply_to_stream(self, texts: Iterable[str]) -> Iterator[str]:
         special, held, new, new_length, strip_start = self._special, "", [], 0, False
         for text in chain(texts, [None]):
             if text is not None:

@@ -70,6 +70,17 @@ def test_a_changed_text_has_the_ids_of_the_other_program(pair, text):
     assert list(ours.encode_iterable(parts)) == list(ours.encode_iterable(text)) == ours.encode(text)
 
 
+@pytest.mark.parametrize("kernels", [False, True])
+def test_normalised_tokens_are_found_in_the_normalised_text_only(tmp_path, kernels):
+    flags = {"e": {"normalized": True}, "\u1161": {"normalized": True}, ";": {"normalized": True, "lstrip": True}}
+    ours = tokenizer(TokenizerSettings(normalizer="NFC", flags=flags), ["<s>", *flags], kernels)
+    save_tokenizer_json(ours, tmp_path / "tokenizer.json")
+    other = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("e\u0301", "e\u0323\u0301<s>\u0301e", "\u1100\u1161", "\u1100<s>\u1161\u11a8", "a \n\u037e", " ;e;\u0301"):
+        ids = other.encode(text).ids
+        assert ours.encode(text) == list(ours.encode_iterable(text)) == ours.encode_array(text).tolist() == ids, text
+
+
 def test_nfc_may_be_cut_before_every_character_that_begins_alone():
     """Of all characters, those that some character before them changes when they are normalised together."""
     befores = [
@@ -98,14 +109,16 @@ def test_nfc_may_be_cut_before_every_character_that_begins_alone():
 
 
 def by_definition(text: str, tokens: list[str], settings: TokenizerSettings) -> str:
-    parts = re.split(f"({'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True)))})", text)
-    for i in range(1, len(parts), 2):
-        if settings.flag(parts[i], "lstrip"):
-            parts[i - 1] = parts[i - 1].rstrip()
-        if settings.flag(parts[i], "rstrip"):
-            parts[i + 1] = parts[i + 1].lstrip()
-    parts[::2] = [unicodedata.normalize("NFC", part).replace("中", "\ufffd") for part in parts[::2]]
-    return "".join(parts)
+    for found in ([token for token in tokens if not settings.flag(token, "normalized")], tokens):
+        parts = re.split(f"({'|'.join(map(re.escape, sorted(found, key=len, reverse=True)))})", text)
+        for i in range(1, len(parts), 2):
+            if settings.flag(parts[i], "lstrip"):
+                parts[i - 1] = parts[i - 1].rstrip()
+            if settings.flag(parts[i], "rstrip"):
+                parts[i + 1] = parts[i + 1].lstrip()
+        parts[::2] = [unicodedata.normalize("NFC", part) for part in parts[::2]]
+        text = "".join(parts)
+    return text.replace("中", "\ufffd")
 
 
 def test_streams_are_changed_like_the_complete_text():
@@ -184,13 +197,14 @@ def test_files_and_documents_are_changed_too(tmp_path, kernels):
 # ---- vocabularies that lack bytes
 
 
-def lacking(*characters: str) -> Tokenizer:
+def lacking(*characters: str, kernels: bool | None = None) -> Tokenizer:
     missing = {*"".join(characters).encode()}
-    return Tokenizer({i: token for i, token in BYTES.items() if i not in missing}, [])
+    return Tokenizer({i: token for i, token in BYTES.items() if i not in missing}, [], kernels=kernels)
 
 
-def test_a_missing_byte_is_named_with_its_place():
-    ours = lacking("\x04")
+@pytest.mark.parametrize("kernels", [False, True])
+def test_a_missing_byte_is_named_with_its_place(kernels):
+    ours = lacking("\x04", kernels=kernels)
     for text, offset in [("a\x04", 1), ("é\n é\x04\x04", 6), ("\x04", 0), ("ab " * 9000 + "\x04", 27000)]:
         expected = rf"no token for the byte 0x04, at byte offset {offset} of 'text'; encode with errors='replace'"
         with pytest.raises(InvalidInputError, match=expected):
