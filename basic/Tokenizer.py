@@ -395,7 +395,10 @@ class Tokenizer(Vocabulary):
         """
         texts, num_threads = check_text_list("texts", texts), resolve_num_threads(num_threads)
         encode = partial(self.encode, specials_as_text=specials_as_text, template=template, errors=errors)
-        num_characters = sum(map(len, texts))
+        try:
+            num_characters = sum(map(len, texts))
+        except TypeError:  # of what is not a string; `encode` has a better message
+            num_characters = 0
         if self.kernel_encoder(num_characters) is None or num_threads == 1 or len(texts) < 2:
             return list(map(encode, texts))
         with ThreadPoolExecutor(num_threads) as executor:

@@ -339,6 +339,11 @@ def test_encode_batch_does_not_take_a_text_for_a_list_of_letters(texts):
         Tokenizer(BYTES, []).encode_batch(texts)
 
 
+def test_encode_batch_names_what_is_not_a_string():
+    with pytest.raises(TypeError, match="text must be a string, got NoneType"):
+        Tokenizer(BYTES, []).encode_batch(["abc", None])  # ty: ignore
+
+
 def test_decode_names_an_id_of_an_array_out_of_range(ours):
     with pytest.raises(InvalidInputError, match="id 65535 at position 2"):
         ours.decode(np.array([0, 1, 65535], np.uint16))

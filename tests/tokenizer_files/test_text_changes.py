@@ -76,7 +76,14 @@ def test_normalised_tokens_are_found_in_the_normalised_text_only(tmp_path, kerne
     ours = tokenizer(TokenizerSettings(normalizer="NFC", flags=flags), ["<s>", *flags], kernels)
     save_tokenizer_json(ours, tmp_path / "tokenizer.json")
     other = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    for text in ("e\u0301", "e\u0323\u0301<s>\u0301e", "\u1100\u1161", "\u1100<s>\u1161\u11a8", "a \n\u037e", " ;e;\u0301"):
+    for text in (
+        "e\u0301",
+        "e\u0323\u0301<s>\u0301e",
+        "\u1100\u1161",
+        "\u1100<s>\u1161\u11a8",
+        "a \n\u037e",
+        " ;e;\u0301",
+    ):
         ids = other.encode(text).ids
         assert ours.encode(text) == list(ours.encode_iterable(text)) == ours.encode_array(text).tolist() == ids, text
 
