@@ -25,7 +25,7 @@ from basic.bpe.patterns.tables import automaton_of
 from basic.bpe.plain import PretokenCache, is_pair_of_bytes, merge_rules, rules_of_ranks
 from basic.bpe.spans import Encoding, find_spans
 from basic.bytes_utils import decode_blocks, invalid_byte_error, load_merges, load_vocab
-from basic.common.arguments import check_errors_option, check_text_list
+from basic.common.arguments import check_errors_option, check_integer, check_text_list
 from basic.common.errors import InvalidInputError
 from basic.common.progress import resolve_num_threads
 from basic.pretokenization import (
@@ -122,7 +122,11 @@ class Tokenizer(Vocabulary):
         next_id = max(self.vocab, default=-1) + 1
         for special_token in self.special_tokens.tokens:
             token = special_token.encode()
-            token_id = special_tokens[special_token] if isinstance(special_tokens, Mapping) else ids.get(token, next_id)
+            token_id = ids.get(token, next_id)
+            if isinstance(special_tokens, Mapping):
+                token_id = check_integer(f"the id of special token {special_token!r}", special_tokens[special_token])
+                if token_id < 0:
+                    raise InvalidInputError(f"special token {special_token!r} has the id {token_id}, which is negative")
             if ids.setdefault(token, token_id) != token_id or self.vocab.setdefault(token_id, token) != token:
                 raise InvalidInputError(
                     f"special token {special_token!r} cannot have the id {token_id!r}: the token has another id, or "

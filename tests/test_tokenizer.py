@@ -339,6 +339,20 @@ def test_encode_batch_does_not_take_a_text_for_a_list_of_letters(texts):
         Tokenizer(BYTES, []).encode_batch(texts)
 
 
+@pytest.mark.parametrize("token_id", [1 << 21, 1 << 31, (1 << 32) - 2, 1 << 40])
+def test_kernels_do_not_decode_ids_for_which_their_arrays_would_be_huge(token_id):
+    tokenizer = Tokenizer({**BYTES, token_id: b"th"}, [], kernels=True)
+    assert tokenizer.decode([token_id, 101]) == tokenizer.decode(np.array([token_id, 101])) == "the"
+
+
+@pytest.mark.parametrize(
+    ("token_id", "error"), [(-1, InvalidInputError), (300.0, TypeError), (True, TypeError), ("300", TypeError)]
+)
+def test_the_id_of_a_special_token_is_a_number_from_0_on(token_id, error):
+    with pytest.raises(error, match="special token '<s>'"):
+        Tokenizer(BYTES, [], {"<s>": token_id})
+
+
 def test_encode_batch_names_what_is_not_a_string():
     with pytest.raises(TypeError, match="text must be a string, got NoneType"):
         Tokenizer(BYTES, []).encode_batch(["abc", None])  # ty: ignore

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from basic.bpe import loading
+from basic.bpe.arrays import MAX_VOCAB_SIZE
 from basic.bpe.stream_decoder import StreamDecoder
 from basic.common.arguments import check_integer, id_list
 from basic.common.errors import InvalidInputError
@@ -76,6 +77,8 @@ class Vocabulary:
 
     def _kernel_decoder(self, num_ids: int) -> TokenBytes | None:
         """The decoder that uses the kernels; None if it does not yet exist and so few ids do not need it."""
+        if self.vocab_size >= MAX_VOCAB_SIZE:  # the kernels have arrays of this length, and ids of 32 bits
+            return None
         if self._token_bytes is None and (
             self.kernels or (num_ids >= _MIN_DECODER_IDS and self.may_use_kernels(num_ids))
         ):
