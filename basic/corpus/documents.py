@@ -128,7 +128,8 @@ def parse_json_line(line: bytes, field: str, name: str, offset: int, *, errors: 
     text = next((value for value in values if isinstance(value, str)), None)
     if text is None:
         has = f"has {json.dumps(values[0]):.40} as {field!r}" if values else f"has no field {field!r}"
-        raise InvalidInputError(f"{position} {has}; the field must be one of its strings, {_string_fields(record)}")
+        allowed = f"one of its strings, {fields}" if (fields := _string_fields(record)) else "a string, and it has none"
+        raise InvalidInputError(f"{position} {has}; the field must be {allowed}")
     return replace_surrogates(text)  # "\ud800" is valid JSON, but not a character
 
 

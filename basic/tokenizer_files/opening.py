@@ -52,7 +52,7 @@ def read_tokenizer(path: str | os.PathLike, *, pattern: str | Pattern | None = N
     elif path.exists():
         content = _read_file(path, pattern)
     else:
-        content = None
+        raise FileNotFoundError(f"there is no file or folder {os.fspath(path)!r}; give the path of a tokenizer")
     if content is None:
         raise FileNotFoundError(
             f"{os.fspath(path)!r} is not the folder of a saved tokenizer: it has no {SPECIAL_TOKENS_FILE}; save a "

@@ -77,7 +77,7 @@ def test_a_field_with_dots(tmp_path, record, field, expected):
             "data.body",
             r"has no field 'data.body'; the field must be one of its strings, \['id', 'data.text', 'data.x.y'\]",
         ),
-        ("data", r"has \{'text': 'a'.* as 'data'"),
+        ("data", r'has \{"text": "a".* as .data.'),
         ("id.x", "has no field 'id.x'"),
         ("data.n", "has 5 as 'data.n'"),
     ],

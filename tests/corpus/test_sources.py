@@ -450,7 +450,7 @@ BAD = {
         b'{"content": "a", "id": 1}',
         "line 1' .* has no field 'text'; .* one of its strings, .'content'",
     ),
-    "no string": (".jsonl", b'{"text": ["a"]}', r"line 1' .* has \[\"a\"\] as 'text'; .* one of its strings, \[\]"),
+    "no string": (".jsonl", b'{"text": ["a"]}', r"line 1' .* has \[\"a\"\] as 'text'; .* a string, and it has none"),
     "null": (".jsonl", b'{"text": null, "a": "b"}', r"line 1' .* has null as 'text'; .* one of its strings, \['a'\]"),
     "a wrong byte in a line": (
         ".jsonl",

@@ -41,9 +41,10 @@ def test_all_forms_of_a_tokenizer_are_opened(tmp_path, ours):
 
 
 def test_what_is_no_tokenizer_is_named(tmp_path):
-    for path in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(FileNotFoundError, match=r"is not the folder of a saved tokenizer.* or a rank file"):
-            Tokenizer.load(path)
+    with pytest.raises(FileNotFoundError, match=r"is not the folder of a saved tokenizer.* or a rank file"):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"there is no file or folder '.*missing'"):
+        Tokenizer.load(tmp_path / "missing")
     (tmp_path / "config.json").write_text('{"mine": 1}')
     with pytest.raises(DamagedFileError, match=r"config\.json' is not a complete tokenizer\.json"):
         Tokenizer.load(tmp_path / "config.json")

@@ -26,12 +26,19 @@ let marked = null; // the index of the marked record
 
 const grouped = (value) => Math.round(value).toLocaleString("en-US");
 
-function short(value) {
+function short(value, count = 3) {
   const size = Math.abs(value);
   for (const [unit, letter] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]]) {
-    if (size >= unit) return `${Number((value / unit).toPrecision(3))}${letter}`;
+    if (size >= unit) return `${Number((value / unit).toPrecision(count))}${letter}`;
   }
-  return digits(value, 3);
+  return digits(value, count);
+}
+
+function labelsOf(ticks) { // with as many digits as tell neighbours apart
+  for (let count = 3; ; count++) {
+    const labels = ticks.map((tick) => short(tick, count));
+    if (count === 10 || new Set(labels).size === labels.length) return labels;
+  }
 }
 
 function digits(value, count) {
@@ -107,7 +114,8 @@ function yScale(chart, height) {
   const toPixel = (value) => height - margin.bottom - ((to(value) - bottom) / (top - bottom)) * (height - margin.top - margin.bottom);
   const most = Math.max(3, Math.floor(height / 38));
   const ticks = chart.logarithmic ? logarithmicTicks(Math.exp(bottom), Math.exp(top), most) : linearTicks(low, high, most);
-  return { toPixel, ticks: ticks.map((tick) => ({ y: toPixel(tick), label: short(tick) })) };
+  const labels = labelsOf(ticks);
+  return { toPixel, ticks: ticks.map((tick, i) => ({ y: toPixel(tick), label: labels[i] })) };
 }
 
 // --- Drawing ---

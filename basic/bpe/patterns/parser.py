@@ -103,7 +103,7 @@ class Parser:
             raise self._error("a bracket without its partner")
 
     def _error(self, what: str) -> UnsupportedPatternError:
-        return UnsupportedPatternError(f"{what} before {self._pattern[self._position :][:20]!r}")
+        return UnsupportedPatternError(f"{what} at {self._pattern[self._position :][:20]!r}")
 
     def _number(self, characters: CharacterSet) -> int:
         key = characters.tobytes()
