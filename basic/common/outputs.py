@@ -46,7 +46,7 @@ def check_outputs(
     overwrite: bool = False,
     remedy: str = "replace it with --overwrite",
 ) -> None:
-    """Check everything that a command will write; nothing is changed.
+    """Check everything that a command will write; at most, locks are removed that killed processes left.
 
     Args:
         inputs: files and folders that the command reads; those that do not exist, such as URLs, are skipped.
@@ -58,29 +58,39 @@ def check_outputs(
         FileExistsError: an output exists, and is not ours or not to be replaced.
         OSError: a folder exists where a file is to be written, or the reverse.
     """
-    read = {_identity(path) for path in inputs} - {None}
-    for output in outputs:
-        path = os.fspath(output.path)
-        _check_parents(Path(os.path.realpath(path)))
-        if (identity := _identity(path)) is None:
-            continue
-        if output.is_folder and not os.path.isdir(path):
-            raise NotADirectoryError(f"{path!r} is a file, but a folder is to be written; choose another name")
-        if not output.is_folder:
-            check_file_target(path)
-        if identity in read:
-            raise InvalidInputError(f"{path!r}, {output.what} to be written, is also an input; give another output")
-        if output.is_ours is None:
-            raise FileExistsError(f"{path!r} already exists; choose another name, or remove it first")
-        if output.is_folder and not any(os.scandir(path)):
-            continue
-        if not _is_ours(output):
-            raise FileExistsError(
-                f"{path!r} exists and is not {output.what} that this library wrote, so it is not replaced; give "
-                "another name, or move it away"
-            )
-        if not overwrite:
-            raise FileExistsError(f"{path!r} already exists; choose another name, or {remedy}")
+    read, outputs = {_identity(path) for path in inputs} - {None}, list(outputs)
+    try:
+        for output in outputs:
+            _check_output(output, read, overwrite, remedy)
+    except OSError:
+        # A process that is killed between its last rename and its end leaves locks beside an output that is complete.
+        for output in outputs:
+            remove_abandoned_lock(output.path)
+        raise
+
+
+def _check_output(output: Output, read: set, overwrite: bool, remedy: str) -> None:
+    path = os.fspath(output.path)
+    _check_parents(Path(os.path.realpath(path)))
+    if (identity := _identity(path)) is None:
+        return
+    if output.is_folder and not os.path.isdir(path):
+        raise NotADirectoryError(f"{path!r} is a file, but a folder is to be written; choose another name")
+    if not output.is_folder:
+        check_file_target(path)
+    if identity in read:
+        raise InvalidInputError(f"{path!r}, {output.what} to be written, is also an input; give another output")
+    if output.is_ours is None:
+        raise FileExistsError(f"{path!r} already exists; choose another name, or remove it first")
+    if output.is_folder and not any(os.scandir(path)):
+        return
+    if not _is_ours(output):
+        raise FileExistsError(
+            f"{path!r} exists and is not {output.what} that this library wrote, so it is not replaced; give "
+            "another name, or move it away"
+        )
+    if not overwrite:
+        raise FileExistsError(f"{path!r} already exists; choose another name, or {remedy}")
 
 
 def _is_ours(output: Output) -> bool:
@@ -109,13 +119,7 @@ def reserved_outputs(
     """
     outputs = list(outputs)
     check = partial(check_outputs, outputs, inputs=list(inputs), overwrite=overwrite, remedy=remedy)
-    try:
-        check()
-    except OSError:
-        # A process that is killed between its last rename and its end leaves locks beside an output that is complete.
-        for output in outputs:
-            remove_abandoned_lock(output.path)
-        raise
+    check()
     with ExitStack() as locks:
         for path in sorted({os.path.realpath(output.path) for output in outputs}):
             missing = [folder for folder in Path(path).parents if not folder.exists()]
