@@ -189,7 +189,7 @@ def naughty(tries: Tries, path: Path) -> None:
         "prompt": (strings, ["generate", "given/run", "--prompt={}", "--max-tokens=2", "--device=cpu"]),
         "path of an input": (names, ["encode", "./{}", "out/{}.bin", "--tokenizer=given/tokenizer"]),
         "path of a tokenizer": (names, ["train_bpe", "given/text.txt", "--vocab-size=260", "--output=./{}.folder"]),
-        "name of a run": (names, ["train", "--config=given/run.toml", "--steps=2", "--output=runs/{}"]),
+        "name of a run": (names, ["train", "--config=given/run.toml", "--steps=4", "--output=runs/{}"]),
         "run in a picture": (names, ["plot", "runs/{}", "given/run", "--output=out/{}.png"]),
         "run in a report": (names, ["report", "runs/{}", "--output=out/{}.html"]),
     }
@@ -220,6 +220,8 @@ def naughty(tries: Tries, path: Path) -> None:
             if result == "one line":
                 result = f"one line ({child.errors.splitlines()[-1][:50]})"
             counts[f"{use}: {result}"] += 1
+        if not any(use_and_result.startswith((f"{use}: ok", f"{use}: equal")) for use_and_result in counts):
+            tries.problem(use, "every string is refused, so nothing was tried")
     for use, count in counts.items():
         print("naughty,", f"{use}: {count}", flush=True)
 
