@@ -92,7 +92,7 @@ def main(options: Options) -> None:
     print(f"trained in    {time.perf_counter() - start:.1f} s, {peak_memory()}")
     print(f"tokens        {len(tokenizer):,} ({len(merges):,} {'' if options.extend is None else 'new '}merges)")
     print(f"longest token {longest.decode(errors='replace')!r}, {len(longest)} bytes")
-    print(f"saved in      {options.output}/ (vocab.json, merges.txt, special_tokens.json)")
+    print(f"saved in      {options.output}/ (its files and their checksums)")
     if len(tokenizer) < vocab_size:
         print(f"note: the text has no more pairs to merge, so the vocabulary is smaller than {vocab_size:,}")
 

@@ -213,11 +213,11 @@ class _TrainingLoop:
                     sequences = start.sequences + (step - start.step) * settings.batch_size
                     progress = RunProgress(step, meter.wall_s(), nonfinite.count, sequences)
                     self.checkpoints.save(self.model, self.optimizer, progress, valid_loss=valid_loss, is_last=is_last)
-                if signal_number and step < settings.steps:
-                    raise KeyboardInterrupt(
-                        f"stopped after step {step:,} by {signal.Signals(signal_number).name}, and saved; resume with: "
-                        f"uv run local/train.py --resume {self.checkpoints.run_dir}"
-                    )
+                if signal_number:
+                    resume = f"resume with: uv run local/train.py --resume {self.checkpoints.run_dir}"
+                    then = "the run is finished" if step == settings.steps else resume
+                    name = signal.Signals(signal_number).name
+                    raise KeyboardInterrupt(f"stopped after step {step:,} by {name}, and saved; {then}")
                 if is_logged:
                     meter.start_interval()
                 if step == settings.steps:

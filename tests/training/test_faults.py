@@ -51,6 +51,23 @@ def test_a_signal_finishes_the_step_saves_and_prints_how_to_resume(tmp_path, num
     assert signal.getsignal(number) is before
 
 
+def test_a_signal_in_the_last_step_stops_what_would_follow(tmp_path):
+    class InterruptedStep(TrainStep):
+        def __call__(self, batch, *scheduled, **options):
+            signal.raise_signal(signal.SIGTERM)
+            return super().__call__(batch, *scheduled, **options)
+
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 1 by SIGTERM, and saved; the run is finished"):
+        train(
+            configuration(steps=1, warmup_steps=0, eval_interval=0),
+            TRAIN,
+            VALID,
+            tmp_path / "run",
+            make_step=InterruptedStep,
+        )
+    assert checkpoint_names(tmp_path / "run") == ["step_00000001.safetensors"]
+
+
 def test_a_second_signal_ends_the_process_at_once():
     program = """
 import signal
