@@ -6,8 +6,8 @@ in memory. Training and `file` start from a file.
 
 from __future__ import annotations
 
-import base64
 import hashlib
+import importlib
 import json
 import os
 import sys
@@ -19,18 +19,19 @@ from typing import Any
 
 import numpy as np
 
-from basic.bytes_utils import load_merges, load_vocab
-
 END = "<|endoftext|>"
-PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-SLOW_PEERS_BYTES = 4_000_000  # text for programs without a pre-token cache, whose speed does not depend on the size
+# Text for programs without a pre-token cache, whose speed does not depend on the size.
+SLOW_BYTES = {"fastokens": 8_000_000, "tiktoken": 4_000_000, "quicktok": 4_000_000, "tokenizers": 1_000_000}
+LINES_BYTES = 4_000_000
+SCHEMES = {"cl100k": "gpt4"}  # gigatoken's names, where they are not ours
+QUICKTOK_NAMES = {"o200k": "o200k_base", "cl100k": "cl100k_base", "llama3": "llama3", "qwen2": "qwen3"}
 
 
 def documents(path: Path, program: str) -> list[bytes]:
     """Split the text at line ends into documents of about a megabyte."""
     data, result, start = path.read_bytes(), [], 0
-    if program in ("tiktoken", "tokenizers"):
-        data = data[: data.find(b"\n", SLOW_PEERS_BYTES) + 1 or None]
+    if program in SLOW_BYTES:
+        data = data[: data.find(b"\n", SLOW_BYTES[program]) + 1 or None]
     while start < len(data):
         stop = data.find(b"\n", start + 1_000_000) + 1 or len(data)
         result.append(data[start:stop])
@@ -38,14 +39,24 @@ def documents(path: Path, program: str) -> list[bytes]:
     return result
 
 
+def published(name: str) -> tuple[str, dict[str, int]]:
+    """The regular expression and the special tokens of a vocabulary."""
+    from basic.pretokenization import PATTERNS
+    from basic.tokenizer_files.published import PUBLISHED_RANKS
+
+    special = next(ranks.special_tokens for ranks in PUBLISHED_RANKS.values() if ranks.pattern == name)
+    return PATTERNS[name].splits[0], special
+
+
 class Ours:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, name: str, path: Path, json_file: Path) -> None:
         from basic.Tokenizer import Tokenizer
 
-        paths = folder / "gpt2_vocab.json", folder / "gpt2_merges.txt"
-        self.tokenizer = Tokenizer.from_files(*paths, [END], kernels=True)
-        self.encode(b"loads the kernels")
-        self.tokenizer._kernel_encoder._idle.clear()  # an empty cache
+        if name == "gpt2":
+            paths = path.with_name("gpt2_vocab.json"), path.with_name("gpt2_merges.txt")
+            self.tokenizer = Tokenizer.from_files(*paths, [END])
+        else:
+            self.tokenizer = Tokenizer.load(path, pattern=name)
 
     def encode(self, document: bytes) -> Any:
         return self.tokenizer.encode_array(document, num_threads=1)
@@ -69,30 +80,20 @@ class Ours:
         return list(self.tokenizer.encode_iterable(lines))
 
     @staticmethod
-    def train(path: Path, vocab_size: int, num_threads: int) -> list[tuple[bytes, bytes]]:
+    def train(path: Path, vocab_size: int, pattern: str, num_threads: int) -> list[tuple[bytes, bytes]]:
         from basic.train_bpe import train_bpe
 
-        return train_bpe(path, vocab_size, [END], num_workers=num_threads)[1]
-
-
-class OursAsItComes(Ours):
-    """Without the kernels made ready before: what a new process has."""
-
-    def __init__(self, folder: Path) -> None:
-        from basic.Tokenizer import Tokenizer
-
-        self.tokenizer = Tokenizer.from_files(folder / "gpt2_vocab.json", folder / "gpt2_merges.txt", [END])
+        return train_bpe(path, vocab_size, [END], pattern=pattern, num_workers=num_threads)[1]
 
 
 class Gigatoken:
-    def __init__(self, folder: Path) -> None:
-        import gigatoken
+    def __init__(self, name: str, path: Path, json_file: Path) -> None:
+        from gigatoken.gigatoken_rs import BPETokenizer
 
-        ranks = load_vocab(folder / "gpt2_vocab.json")
-        with tempfile.NamedTemporaryFile("w", suffix=".tiktoken") as file:
-            file.writelines(f"{base64.b64encode(ranks[i]).decode()} {i}\n" for i in range(50256))
-            file.flush()
-            self.tokenizer = gigatoken.gigatoken_rs.BPETokenizer.from_tiktoken(file.name, "gpt2", {END: 50256})
+        if name == "llama3":  # it refuses the rank file
+            self.tokenizer = BPETokenizer.from_hf(json_file)
+        else:
+            self.tokenizer = BPETokenizer.from_tiktoken(path, SCHEMES.get(name, name), published(name)[1])
 
     def encode(self, document: bytes) -> Any:
         return self.tokenizer.encode(document)
@@ -111,22 +112,21 @@ class Gigatoken:
     def decode(self, ids: Any) -> Any:
         return self.tokenizer.decode(ids.astype(np.uint32) if isinstance(ids, np.ndarray) else ids)
 
-    def lines(self, lines: list[str]) -> Any:
-        return [self.tokenizer.encode(line) for line in lines]
-
     @staticmethod
-    def train(path: Path, vocab_size: int, num_threads: int) -> list[tuple[bytes, bytes]]:
+    def train(path: Path, vocab_size: int, pattern: str, num_threads: int) -> list[tuple[bytes, bytes]]:
         import gigatoken
 
-        return gigatoken.train_bpe(path, vocab_size, [END])[1]
+        return gigatoken.train_bpe(path, vocab_size, [END])[1]  # it trains with GPT-2's pattern only
 
 
 class Tiktoken:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, name: str, path: Path, json_file: Path) -> None:
         import tiktoken
+        from tiktoken.load import load_tiktoken_bpe
 
-        ranks = {token: i for i, token in load_vocab(folder / "gpt2_vocab.json").items() if i != 50256}
-        self.encoding = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: 50256})
+        pattern, special = published(name)
+        ranks = {token: i for token, i in load_tiktoken_bpe(str(path)).items() if i not in special.values()}
+        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
     def encode(self, document: bytes) -> Any:
         return self.encoding.encode_to_numpy(document.decode(), allowed_special="all")
@@ -141,23 +141,55 @@ class Tiktoken:
         return [self.encoding.encode(line, allowed_special="all") for line in lines]
 
 
-class Tokenizers:
-    def __init__(self, folder: Path) -> None:
-        import tokenizers
+class Fastokens:
+    def __init__(self, name: str, path: Path, json_file: Path) -> None:
+        import fastokens
 
-        self.tokenizer = tokenizers.ByteLevelBPETokenizer(
-            str(folder / "gpt2_vocab.json"), str(folder / "gpt2_merges.txt")
-        )
+        pattern, special = published(name)
+        if name == "llama3":  # it refuses the rank file
+            self.tokenizer = fastokens.Tokenizer.from_file(str(json_file))
+        else:
+            self.tokenizer = fastokens.Tokenizer.from_tiktoken(str(path), pattern=pattern, special_tokens=special)
 
     def encode(self, document: bytes) -> Any:
-        return self.tokenizer.encode(document.decode()).ids
+        return np.frombuffer(self.tokenizer.encode_batch_flat([document.decode()])[0], np.uint32)
 
     def short(self, text: str) -> list[int]:
         return self.tokenizer.encode(text).ids
 
+
+class Quicktok:
+    """It has its vocabularies in the package."""
+
+    def __init__(self, name: str, path: Path, json_file: Path) -> None:
+        import quicktok
+
+        self.tokenizer = quicktok.Tokenizer(QUICKTOK_NAMES[name], "")
+
+    def encode(self, document: bytes) -> Any:
+        return self.tokenizer.encode_with_special(document.decode())
+
+    def short(self, text: str) -> list[int]:
+        return self.tokenizer.encode_with_special(text)
+
+
+class Tokenizers:
+    def __init__(self, name: str, path: Path, json_file: Path) -> None:
+        import tokenizers
+
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(json_file))
+
+    def encode(self, document: bytes) -> Any:
+        return self.tokenizer.encode(document.decode(), add_special_tokens=False).ids
+
+    def short(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
     @staticmethod
-    def train(path: Path, vocab_size: int, num_threads: int) -> list[tuple[bytes, bytes]]:
+    def train(path: Path, vocab_size: int, pattern: str, num_threads: int) -> list[tuple[bytes, bytes]]:
         from tokenizers import ByteLevelBPETokenizer
+
+        from basic.bytes_utils import load_merges
 
         tokenizer = ByteLevelBPETokenizer()
         tokenizer.train([str(path)], vocab_size, 0, False, [END])
@@ -168,17 +200,25 @@ class Tokenizers:
 
 class Rustbpe:
     @staticmethod
-    def train(path: Path, vocab_size: int, num_threads: int) -> list[tuple[bytes, bytes]]:
+    def train(path: Path, vocab_size: int, pattern: str, num_threads: int) -> list[tuple[bytes, bytes]]:
         import rustbpe
 
         tokenizer = rustbpe.Tokenizer()
         # It takes an iterator of strings; its documentation uses lines.
         with open(path, encoding="utf-8", newline="") as file:
-            tokenizer.train_from_iterator(file, vocab_size - 1, pattern=PATTERN)
+            tokenizer.train_from_iterator(file, vocab_size - 1, pattern=published(pattern)[0])
         return []  # it returns tokens, not the pairs that they were merged from
 
 
-PROGRAMS = {"ours": Ours, "gigatoken": Gigatoken, "tiktoken": Tiktoken, "tokenizers": Tokenizers, "rustbpe": Rustbpe}
+PROGRAMS = {
+    "ours": Ours,
+    "gigatoken": Gigatoken,
+    "tiktoken": Tiktoken,
+    "fastokens": Fastokens,
+    "quicktok": Quicktok,
+    "tokenizers": Tokenizers,
+    "rustbpe": Rustbpe,
+}
 
 
 def timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
@@ -187,64 +227,91 @@ def timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
+def repeated(function: Callable[[], Any], repeats: int = 3) -> list[float]:
+    return [timed(function)[0] for _ in range(repeats)]
+
+
 def digest(ids: list[Any]) -> str:
     return hashlib.sha256(b"".join(np.asarray(array, np.uint32).tobytes() for array in ids)).hexdigest()[:16]
 
 
-def main(name: str, task: str, path: Path, folder: Path, num_threads: int, repeats: int) -> dict[str, Any]:
-    program = PROGRAMS[name]
+def run_in_new_process(name: str, task: str, vocabulary: str, files: list[Path], num_threads: int) -> dict[str, Any]:
+    """The tasks that measure a process from its start on."""
+    if task == "compile":
+        from basic.bpe.loading import load_kernels
+
+        return {"seconds": {"": [timed(lambda: [load_kernels("training"), load_kernels("encoding")])[0]]}}
+    if task in ("load", "start"):
+        if name != "ours":
+            published(vocabulary)  # the imports for it are not the peer's
+        if task == "load":
+            importlib.import_module("basic.Tokenizer" if name == "ours" else name)
+        return {
+            "seconds": {
+                "": [timed(lambda: PROGRAMS[name](vocabulary, *files[1:]).short("The first ids of a text."))[0]]
+            }
+        }
+    text = files[0].read_text(encoding="utf-8")[: int(task.removeprefix("fresh"))]
+    program = PROGRAMS[name](vocabulary, *files[1:])
+    first, *next_two = repeated(lambda: program.short(text))
+    return {"seconds": {"first call": [first], "next two calls": next_two}, "bytes": len(text.encode())}
+
+
+def run_encode(program: Any, texts: list[bytes]) -> dict[str, Any]:
+    program.encode(b"ready")
+    empty, ids = timed(lambda: [program.encode(text) for text in texts])
+    digests = [digest(ids[:1]), digest(ids)]
+    del ids
+    warm = repeated(lambda: [program.encode(text) for text in texts])
+    return {"seconds": {"empty": [empty], "warm": warm}, "bytes": sum(map(len, texts)), "ids": digests}
+
+
+def main(name: str, task: str, vocabulary: str, num_threads: int, files: list[Path]) -> dict[str, Any]:
+    if task in ("compile", "load", "start") or task.startswith("fresh"):
+        return run_in_new_process(name, task, vocabulary, files, num_threads)
     if task.startswith("train"):
-        vocab_size = int(task.removeprefix("train"))
+        size = int(task.removeprefix("train"))
         if name == "ours":
             from basic.bpe import loading
 
             loading.load_kernels("training")
-        runs = [timed(program.train, path, vocab_size, num_threads) for _ in range(repeats)]
-        return {"seconds": [s for s, _ in runs], "merges": [[x.hex(), y.hex()] for x, y in runs[0][1]]}
-    if task == "short":
-        tokenizer, text = program(folder), path.read_text(encoding="utf-8")[5000:5100]
-        run = lambda: [tokenizer.short(text) for _ in range(2000)]  # noqa: E731
-        run()
-        return {"seconds": [timed(run)[0] / 2000 for _ in range(repeats)], "bytes": 100}
-    if task.startswith("fresh"):  # the first three calls of this process
-        text = path.read_text(encoding="utf-8")[: int(task.removeprefix("fresh"))]
-        tokenizer = (OursAsItComes if name == "ours" else program)(folder)
-        return {"seconds": [timed(tokenizer.short, text)[0] for _ in range(3)], "bytes": len(text)}
-    texts = documents(path, name)
+        seconds, merges = timed(PROGRAMS[name].train, files[0], size, vocabulary, num_threads)
+        pattern = "gpt2" if name == "gigatoken" else vocabulary
+        return {
+            "seconds": {"": [seconds]},
+            "merges": [[left.hex(), right.hex()] for left, right in merges],
+            "pattern": pattern,
+        }
+    texts, program = documents(files[0], name), PROGRAMS[name](vocabulary, *files[1:])
     size = sum(map(len, texts))
-    if task == "cold":
-        seconds = []
-        for _ in range(repeats):
-            tokenizer = program(folder)
-            elapsed_s, ids = timed(lambda t: [t.encode(text) for text in texts], tokenizer)
-            seconds.append(elapsed_s)
-        return {"seconds": seconds, "bytes": size, "ids": digest(ids)}
-    tokenizer = program(folder)
-    if task == "warm":
-        run = lambda: [tokenizer.encode(text) for text in texts]  # noqa: E731
-    elif task == "lines":
-        characters = b"".join(texts).decode(errors="ignore")[:SLOW_PEERS_BYTES]
+    if task == "encode":
+        return run_encode(program, texts)
+    if task == "short":
+        text = texts[0].decode()[5000:5100]
+        repeated(lambda: [program.short(text) for _ in range(2000)], 1)
+        seconds = repeated(lambda: [program.short(text) for _ in range(2000)], 5)
+        return {"seconds": {"": [s / 2000 for s in seconds]}}
+    if task == "lines":
+        characters = b"".join(texts).decode()[:LINES_BYTES]
         lines = [characters[start : start + 100] for start in range(0, len(characters), 100)]
-        run, size = lambda: tokenizer.lines(lines), len(characters.encode())
+        run, size = lambda: program.lines(lines), len(characters.encode())
     elif task in ("decode", "decodelist"):
-        ids: Any = np.concatenate([np.asarray(tokenizer.encode(text), np.uint32) for text in texts]).astype(np.uint16)
-        ids = ids[: SLOW_PEERS_BYTES // 4].tolist() if task == "decodelist" else ids
-        size = len(tokenizer.decode(ids))
-        run = lambda: tokenizer.decode(ids)  # noqa: E731
+        ids: Any = np.concatenate([np.asarray(program.encode(text), np.uint32) for text in texts[:20]])
+        ids = ids.astype(np.uint16) if ids.max() < 1 << 16 else ids
+        ids = ids[: LINES_BYTES // 4].tolist() if task == "decodelist" else ids
+        size = len(program.decode(ids))
+        run = lambda: program.decode(ids)  # noqa: E731
     elif task == "file":
-        run = lambda: tokenizer.encode_file(path, num_threads)  # noqa: E731
+        run = lambda: program.encode_file(files[0], num_threads)  # noqa: E731
     else:  # each program gets the form that it encodes in parallel
         inputs = b"".join(texts) if name == "ours" else texts
-        run = lambda: tokenizer.encode_all(inputs, num_threads)  # noqa: E731
+        run = lambda: program.encode_all(inputs, num_threads)  # noqa: E731
     run()
-    runs = [timed(run) for _ in range(repeats)]
-    result = {"seconds": [s for s, _ in runs], "bytes": size}
-    return {**result, "ids": digest(runs[0][1])} if task == "warm" else result
+    return {"seconds": {"": repeated(run, 5)}, "bytes": size}
 
 
 if __name__ == "__main__":
-    name, task, path, folder, num_threads, repeats = sys.argv[1:]
-    os.environ["RAYON_NUM_THREADS"] = num_threads
+    name, task, vocabulary, num_threads, *files = sys.argv[1:]
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(num_threads)])
-    print(json.dumps(main(name, task, Path(path), Path(folder), int(num_threads), int(repeats))))
+    print(json.dumps(main(name, task, vocabulary, int(num_threads), list(map(Path, files)))))
