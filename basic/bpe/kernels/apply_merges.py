@@ -88,22 +88,44 @@ def _fill_slots(slots, lefts, rights, ranks):
 
 
 @kernel
-def _joined_pairs(data, starts, ids, tokens, pairs):
-    """Divide each token into two tokens at all positions; writes left id, right id and rank, and returns their number.
+def _last_joins(data, starts, tokens, byte_ranks, parts, ranks, lasts):
+    """Write the two ids that tiktoken's rule joins last in each token; -1 if it does not join all its bytes.
 
-    The rank of a token is its id.
+    The rule, as it is defined: of all neighbours whose joined bytes are a token, join those with the lowest id.
+
+    Args:
+        tokens: of `whole_token_table`, with all tokens.
+        byte_ranks: the id of each pair of bytes, at the index 256 * left + right; NO_RANK if they are no token.
+        parts, ranks: work memory: where the parts of a token start, and the rank of each with the next one.
     """
-    n = 0
-    for i in range(len(ids)):
-        start, length = starts[i], starts[i + 1] - starts[i]
-        for j in range(1, length):
-            left = find_whole_bytes(data, start, j, tokens)
-            if left >= 0:
-                right = find_whole_bytes(data, start + j, length - j, tokens)
-                if right >= 0:
-                    pairs[0, n], pairs[1, n], pairs[2, n] = left, right, ids[i]
-                    n += 1
-    return n
+    for t in range(len(starts) - 1):
+        start, stop = starts[t], starts[t + 1]
+        lasts[0, t] = lasts[1, t] = -1
+        n = stop - start
+        for i in range(n):
+            parts[i] = start + i
+            ranks[i] = byte_ranks[256 * I64(data[start + i]) + I64(data[start + i + 1])] if i < n - 1 else NO_RANK
+        parts[n] = stop
+        while n > 2:
+            best = 0
+            for i in range(1, n - 1):
+                if ranks[i] < ranks[best]:
+                    best = i
+            if ranks[best] == NO_RANK:
+                break
+            n -= 1
+            for i in range(best + 1, n + 1):
+                parts[i] = parts[i + 1]
+                ranks[i] = ranks[i + 1] if i < n else NO_RANK
+            if n > 2:
+                for i in range(max(best - 1, 0), min(best + 1, n - 1)):
+                    joined = find_whole_bytes(data, parts[i], parts[i + 2] - parts[i], tokens)
+                    ranks[i] = joined if joined >= 0 else NO_RANK
+        if n == 2:
+            left = find_whole_bytes(data, start, parts[1] - start, tokens)
+            right = find_whole_bytes(data, parts[1], stop - parts[1], tokens)
+            if left >= 0 and right >= 0:
+                lasts[0, t], lasts[1, t] = left, right
 
 
 @kernel
@@ -139,24 +161,32 @@ def _token_arrays(tokens: Mapping[bytes, int]) -> tuple[np.ndarray, np.ndarray, 
 def merges_as_arrays(rules: MergeRules) -> MergeArrays:
     """Convert merges to arrays; all ids must be less than 2**21 - 1, and the number of merges less than 2**22 - 2."""
     whole_tokens = whole_token_table(*_token_arrays(rules.whole_tokens))
-    if not isinstance(rules.ranks, JoinedRanks):
-        ranks = dict(rules.ranks.items())
-        pairs = np.fromiter(chain.from_iterable(ranks), np.int64, 2 * len(ranks)).reshape(-1, 2)
-        numbers = np.fromiter(ranks.values(), np.int64, len(ranks))
-        return _merge_arrays(rules, pairs[:, 0].copy(), pairs[:, 1].copy(), numbers, whole_tokens)
-    data, starts, ids = _token_arrays(rules.ranks.ids)
-    every_token = whole_tokens
-    if rules.ranks.ids is not rules.whole_tokens:  # some are special
-        every_token = whole_token_table(data, starts, ids)
-    pairs = np.empty((3, len(data)), np.int64)
-    num_pairs = _joined_pairs(data, starts, ids, every_token, pairs)
-    every = _merge_arrays(rules, *(row[:num_pairs].copy() for row in pairs), whole_tokens)
-    # Of all pairs with the bytes of a token, merges join one: a table of these is small.
-    lasts = last_merges(every, data, starts)
-    kept = lasts[0] >= 0
-    if (lasts[0] == -2).any():
-        return every
-    return _merge_arrays(rules, lasts[0, kept], lasts[1, kept], ids[kept], whole_tokens)
+    if isinstance(rules.ranks, JoinedRanks):
+        data, starts, ids = _token_arrays(rules.ranks.ids)
+        if np.diff(starts).max(initial=0) <= MAX_SCANNED_BYTES:  # the search for a longer token's merge takes too long
+            every_token = whole_tokens
+            if rules.ranks.ids is not rules.whole_tokens:  # some are special
+                every_token = whole_token_table(data, starts, ids)
+            lasts = last_joins(data, starts, ids, every_token)
+            # Of all pairs with the bytes of a token, merges join one: a table of these is small.
+            kept = lasts[0] >= 0
+            return _merge_arrays(rules, lasts[0, kept], lasts[1, kept], ids[kept], whole_tokens)
+    ranks = dict(rules.ranks.items())
+    pairs = np.fromiter(chain.from_iterable(ranks), np.int64, 2 * len(ranks)).reshape(-1, 2)
+    numbers = np.fromiter(ranks.values(), np.int64, len(ranks))
+    return _merge_arrays(rules, pairs[:, 0].copy(), pairs[:, 1].copy(), numbers, whole_tokens)
+
+
+def last_joins(data: np.ndarray, starts: np.ndarray, ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """The left and the right id that tiktoken's rule joins last in each token, or -1; the ids are the ranks."""
+    byte_ranks = np.full(256 * 256, NO_RANK, np.int64)
+    pairs = np.diff(starts) == 2
+    first = starts[:-1][pairs]
+    byte_ranks[256 * data[first].astype(np.int64) + data[first + 1]] = ids[pairs]
+    lasts = np.empty((2, len(ids)), np.int64)
+    parts, ranks = np.empty((2, MAX_SCANNED_BYTES + 2), np.int64)
+    _last_joins(data, starts, tokens, byte_ranks, parts, ranks, lasts)
+    return lasts
 
 
 def last_merges(merges: MergeArrays, data: np.ndarray, starts: np.ndarray) -> np.ndarray:
