@@ -117,6 +117,8 @@ class Options:
     """Measure only rows whose name contains one of these."""
     other_peers: bool = True
     """Measure also the peers without a goal."""
+    cpu_time: bool = False
+    """Measure the processor's time, for a busy machine, in the rows with one thread."""
     megabytes: float = ENGLISH_BYTES / 1e6
     """Size of the English text."""
     vocabulary: Path = DATA
@@ -190,12 +192,14 @@ def installed_peers() -> dict[str, str]:
     return {module: number for module, number in result.items() if number}
 
 
-def measure(program: str, row: Row, num_threads: int, files: list[Path]) -> dict[str, Any] | None:
+def measure(program: str, row: Row, num_threads: int, files: list[Path], options: Options) -> dict[str, Any] | None:
     """Run a program in its own process; None if it cannot do the task."""
     command = [sys.executable, PROGRAMS, program, row.task, row.vocabulary, str(num_threads), *files]
     # Imports are as fast as they are for users: bytecode is kept.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment = {**environment, "RAYON_NUM_THREADS": str(num_threads)}
+    if options.cpu_time and row.num_threads == 1:
+        environment["CPU_TIME"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         if row.task == "compile":
             environment["NUMBA_CACHE_DIR"] = folder
@@ -210,12 +214,12 @@ def run_row(row: Row, options: Options, files: list[Path], peers: dict[str, str]
     for number in range(options.rounds if row.peer else 1):
         programs = {"ours": row.num_threads, **({row.peer: row.num_threads} if row.peer in peers else {})}
         for program, num_threads in programs.items():
-            if (result := measure(program, row, num_threads, files)) is not None:
+            if (result := measure(program, row, num_threads, files, options)) is not None:
                 row.results.setdefault(program, []).append(result)
-        if row.peer == "ours" and (result := measure("ours", row, 1, files)) is not None:
+        if row.peer == "ours" and (result := measure("ours", row, 1, files, options)) is not None:
             row.results.setdefault("ours, one thread", []).append(result)
         for program in row.others if number == 0 and options.other_peers else ():
-            if program in peers and (result := measure(program, row, row.num_threads, files)) is not None:
+            if program in peers and (result := measure(program, row, row.num_threads, files, options)) is not None:
                 row.results[program] = [result]
 
 
