@@ -171,7 +171,7 @@ def find_vocabularies(folder: Path, options: Options) -> dict[str, Path]:
 
 
 def write_json_files(vocabularies: dict[str, Path], folder: Path) -> None:
-    """Write each tokenizer as tokenizer.json, for the tokenizers package, which does not open rank files."""
+    """Write each tokenizer as tokenizer.json, for the peers that do not open its rank file."""
     from basic.formats.tokenizer_json import save_tokenizer_json
     from basic.Tokenizer import Tokenizer
 
@@ -286,9 +286,11 @@ def main(options: Options) -> None:
         folder = Path(name)
         texts, vocabularies = make_texts(folder, int(options.megabytes * 1e6)), find_vocabularies(folder, options)
         chosen = [row for row in rows() if not options.only or any(text in row.name for text in options.only)]
-        if options.other_peers and "tokenizers" in peers and any("tokenizers" in row.others for row in chosen):
-            used = {row.vocabulary for row in chosen}
-            write_json_files({name: path for name, path in vocabularies.items() if name in used}, folder)
+        others = options.other_peers and "tokenizers" in peers
+        needed = {
+            row.vocabulary for row in chosen if row.vocabulary == "llama3" or (others and "tokenizers" in row.others)
+        }
+        write_json_files({name: path for name, path in vocabularies.items() if name in needed}, folder)
         for row in chosen:
             if row.vocabulary in vocabularies or row.task.startswith("train"):
                 vocabulary = vocabularies.get(row.vocabulary, Path())
