@@ -287,7 +287,7 @@ def test_other_work_is_refused_and_can_be_started_over(tmp_path, corpus):
         count_pretokens(corpus[:2], SPECIAL, work_folder=folder, kernels=False)
     with pytest.raises(InvalidInputError, match="with other special tokens;"):
         count_pretokens(corpus, SpecialTokens([]), work_folder=folder, kernels=False)
-    with pytest.raises(InvalidInputError, match="with other pattern;"):
+    with pytest.raises(InvalidInputError, match="with other pattern, shard boundaries;"):
         count_pretokens(corpus, SPECIAL, pattern=r"\w+|\W", work_folder=folder)
     os.utime(corpus[0], ns=(1, 1))
     with pytest.raises(InvalidInputError, match="with other input_sha256;"):

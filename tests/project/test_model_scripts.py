@@ -230,7 +230,8 @@ def test_a_small_sweep_generates_its_stories_once_and_writes_a_table_and_a_plot(
         f"""config = "{REPOSITORY}/local/configs/small.toml"
         settings.train.max_learning_rate = 0.001
         [small]
-        settings = {{ model.d_model = 8, train.steps = 2, train.device = "cpu", train.eval_batches = 1 }}
+        settings.model.d_model = 8
+        settings.train = {{ steps = 2, warmup_steps = 0, device = "cpu", eval_batches = 1 }}
         grid.train.seed = [1, 2]
         """
     )

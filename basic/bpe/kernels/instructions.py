@@ -6,7 +6,6 @@ instruction; the functions here generate it. The processor must be little-endian
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -21,16 +20,32 @@ U64 = np.uint64
 class _LazyModule:
     """A module that is imported when one of its names is used: only the compiler needs Numba."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, import_module: Callable[[], Any]) -> None:
+        self._import_module = import_module
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(importlib.import_module(self._name), name)
+        return getattr(self._import_module(), name)
 
 
-ir: Any = _LazyModule("llvmlite.ir")
-types: Any = _LazyModule("numba.types")
-arrayobj: Any = _LazyModule("numba.np.arrayobj")
+@_LazyModule
+def ir() -> Any:
+    from llvmlite import ir
+
+    return ir
+
+
+@_LazyModule
+def types() -> Any:
+    from numba import types
+
+    return types
+
+
+@_LazyModule
+def arrayobj() -> Any:
+    from numba.np import arrayobj
+
+    return arrayobj
 
 
 def kernel(function: Any) -> Kernel:
