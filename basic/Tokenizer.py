@@ -55,6 +55,8 @@ _NO_SPECIALS = SpecialTokens(())
 _MIN_KERNEL_CHARACTERS = 7
 # So many ids are decoded in the time in which the decoder with kernels is made.
 _MIN_DECODER_IDS = 1 << 14
+# The tables of the kernels are made after so many bytes of text for each token of the vocabulary.
+_PLAIN_BYTES_PER_TOKEN = 4
 # In the plain path a longer text is streamed, so that the list of all its pre-tokens never exists.
 _MAX_COMPLETE_CHARACTERS = 1 << 14
 
@@ -138,6 +140,7 @@ class Tokenizer(Vocabulary):
         self._changes: dict[tuple[bool, str], TextChanges] = {}
         self._always_changes = self.changes_text("strict")
         self._kernel_encoder: KernelEncoder | None = None
+        self._plain_bytes = 0  # of the texts so far that were too short for kernels
 
     def _set_rules(self, ids: dict[bytes, int]) -> None:
         if self._merges is None:
@@ -308,16 +311,13 @@ class Tokenizer(Vocabulary):
         if self._always_changes or errors != "strict":
             _check_text(text)
             text = self._text_changes(specials_as_text, errors).apply(replace_surrogates(text))
-        elif not specials_as_text:
-            if self._kernel_encoder is None and isinstance(text, str) and len(text) >= _MIN_KERNEL_CHARACTERS:
-                self.kernel_encoder(len(text))  # makes it, if the text may use it
-            if self._kernel_encoder is not None:
-                try:
-                    ids = self._kernel_encoder.encode_string(text)
-                except (TypeError, UnicodeEncodeError):  # raised or handled below
-                    ids = None
-                if ids is not None:
-                    return ids
+        elif self._kernel_encoder is not None and not specials_as_text:
+            try:
+                ids = self._kernel_encoder.encode_string(text)
+            except (TypeError, UnicodeEncodeError):  # raised or handled below
+                ids = None
+            if ids is not None:
+                return ids
         _check_text(text)
         if (length := len(text)) >= _MIN_KERNEL_CHARACTERS and (encoder := self.kernel_encoder(length)) is not None:
             data = np.frombuffer(_utf8(text), np.uint8)
@@ -327,7 +327,7 @@ class Tokenizer(Vocabulary):
                 raise _named_error("text", data, error) from None
         text = replace_surrogates(text)
         if length > _MAX_COMPLETE_CHARACTERS:
-            return list(chain.from_iterable(self._encode_changed([text], specials_as_text)))
+            return list(chain.from_iterable(self._encode_plain([text], specials_as_text)))
         return self._encode_complete(text, specials_as_text)
 
     def _encode_with_spans(self, text: str, specials_as_text: bool) -> Encoding:
@@ -372,7 +372,7 @@ class Tokenizer(Vocabulary):
             array = np.frombuffer("".join(text).encode(), np.uint8)
         if (encoder := self.kernel_encoder(len(array))) is None:
             text = decode_blocks([array.tobytes()], "data", errors=errors)
-            ids = chain.from_iterable(self._encode_changed(text, specials_as_text))
+            ids = chain.from_iterable(self._encode_plain(text, specials_as_text))
             return np.fromiter(ids, token_dtype(max(self.vocab_size, 1)))
         special = self.active_special_tokens(specials_as_text)
         chunks = chunks_of_array(array, special, len(array) // num_threads + 1, self.compiled_pattern)
@@ -437,7 +437,7 @@ class Tokenizer(Vocabulary):
     def _encode_changed(self, texts: Iterable[str], specials_as_text: bool) -> Iterator[list[int]]:
         special = self.active_special_tokens(specials_as_text)
         if (encoder := self.kernel_encoder(0)) is None:
-            yield from self._encode_batches(pretokenize_stream(texts, special, self.compiled_pattern))
+            yield from self._encode_plain(texts, specials_as_text)
             return
         start = 0
         with encoder.stream_encoder(specials_as_text) as encode:
@@ -448,6 +448,10 @@ class Tokenizer(Vocabulary):
                 except InvalidByteError as error:
                     raise _named_error("text", data, error, start) from None
                 start += len(data)
+
+    def _encode_plain(self, texts: Iterable[str], specials_as_text: bool) -> Iterator[list[int]]:
+        special = self.active_special_tokens(specials_as_text)
+        return self._encode_batches(pretokenize_stream(texts, special, self.compiled_pattern))
 
     def encode_documents(self, texts: Iterable[str], separator: str, *, errors: str = "strict") -> Iterator[list[int]]:
         """As `encode_stream`, for documents with the mark of a separator between them (`SpecialTokens.document_mark`).
@@ -517,7 +521,7 @@ class Tokenizer(Vocabulary):
         """Choose between kernels and the plain path.
 
         Args:
-            num_bytes: of the text.
+            num_bytes: of the text; 0 for a stream of unknown length.
             num_mapped_bytes: address space that reading the text will need.
 
         Returns:
@@ -526,6 +530,11 @@ class Tokenizer(Vocabulary):
         if not self.may_use_kernels(num_bytes, num_mapped_bytes):
             return None
         if self._kernel_encoder is None:
+            # Its tables take as long to make as the plain path to encode some bytes a token. So the first short texts,
+            # which may be the only ones, do not wait for them.
+            self._plain_bytes += num_bytes
+            if self.kernels is None and num_bytes and self._plain_bytes < _PLAIN_BYTES_PER_TOKEN * len(self.vocab):
+                return None
             automaton = automaton_of(self.compiled_pattern.splits)
             if automaton is None or max(self.vocab_size, len(self._rules.results)) >= MAX_VOCAB_SIZE:
                 return None
