@@ -17,35 +17,21 @@ from basic.bpe.native.kernel import Kernel
 U64 = np.uint64
 
 
-class _LazyModule:
-    """A module that is imported when one of its names is used: only the compiler needs Numba."""
+class _ModuleOfCompiler:
+    """A module that the compiler imports, which is done when one of its names is used: only compiling needs Numba."""
 
-    def __init__(self, import_module: Callable[[], Any]) -> None:
-        self._import_module = import_module
+    def __init__(self, name: str) -> None:
+        self._name = name
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._import_module(), name)
+        from basic.bpe.native import compiler
+
+        return getattr(getattr(compiler, self._name), name)
 
 
-@_LazyModule
-def ir() -> Any:
-    from llvmlite import ir
-
-    return ir
-
-
-@_LazyModule
-def types() -> Any:
-    from numba import types
-
-    return types
-
-
-@_LazyModule
-def arrayobj() -> Any:
-    from numba.np import arrayobj
-
-    return arrayobj
+ir: Any = _ModuleOfCompiler("ir")
+types: Any = _ModuleOfCompiler("types")
+arrayobj: Any = _ModuleOfCompiler("arrayobj")
 
 
 def kernel(function: Any) -> Kernel:

@@ -20,7 +20,7 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.core.cpu import CPUContext
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
-from numba.np.arrayobj import populate_array
+from numba.np import arrayobj
 
 from basic.bpe.native.object_files import ENTRY, METHOD
 
@@ -165,7 +165,7 @@ def _reader(argument_types: list[Any]) -> Any:
             for length in shape[:0:-1]:
                 strides.insert(0, builder.mul(strides[0], length))
             array = context.make_array(numba_type)(context, builder)
-            populate_array(array, data=data, shape=shape, strides=strides, itemsize=size, meminfo=None)
+            arrayobj.populate_array(array, data=data, shape=shape, strides=strides, itemsize=size, meminfo=None)
             return array._getvalue()
 
         return make(all_types)
