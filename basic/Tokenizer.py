@@ -429,7 +429,8 @@ class Tokenizer(Vocabulary):
         self, texts: Iterable[str], *, specials_as_text: bool = False, errors: str = "strict"
     ) -> Iterator[list[int]]:
         """As `encode_iterable`, but yields lists: the ids of some pre-tokens at a time."""
-        texts = replace_surrogates_in_stream(join_strings(texts))
+        # A call of a kernel has a cost; the plain path, which is also for little memory, reads no further than it must.
+        texts = replace_surrogates_in_stream(texts if self.kernel_encoder(0) is None else join_strings(texts))
         if changes := self._text_changes(specials_as_text, errors):
             texts = changes.apply_to_stream(texts)
         return self._encode_changed(texts, specials_as_text)
