@@ -429,17 +429,19 @@ class Tokenizer(Vocabulary):
         self, texts: Iterable[str], *, specials_as_text: bool = False, errors: str = "strict"
     ) -> Iterator[list[int]]:
         """As `encode_iterable`, but yields lists: the ids of some pre-tokens at a time."""
+        encoder = self.kernel_encoder(0)
         # A call of a kernel has a cost; the plain path, which is also for little memory, reads no further than it must.
-        texts = replace_surrogates_in_stream(texts if self.kernel_encoder(0) is None else join_strings(texts))
+        texts = replace_surrogates_in_stream(texts if encoder is None else join_strings(texts))
         if changes := self._text_changes(specials_as_text, errors):
             texts = changes.apply_to_stream(texts)
-        return self._encode_changed(texts, specials_as_text)
+        if encoder is None:
+            return self._encode_plain(texts, specials_as_text)
+        return self._encode_with_kernels(encoder, texts, specials_as_text)
 
-    def _encode_changed(self, texts: Iterable[str], specials_as_text: bool) -> Iterator[list[int]]:
+    def _encode_with_kernels(
+        self, encoder: KernelEncoder, texts: Iterable[str], specials_as_text: bool
+    ) -> Iterator[list[int]]:
         special = self.active_special_tokens(specials_as_text)
-        if (encoder := self.kernel_encoder(0)) is None:
-            yield from self._encode_plain(texts, specials_as_text)
-            return
         start = 0
         with encoder.stream_encoder(specials_as_text) as encode:
             for text in divide_stream(texts, special, self.compiled_pattern):
