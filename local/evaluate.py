@@ -38,7 +38,7 @@ class Options:
 def main(options: Options) -> None:
     from basic.analysis.evaluation import evaluate_tokens
     from basic.Tokenizer import Tokenizer
-    from basic.training.devices import activation_dtype, choose_device
+    from basic.training.parallel.devices import activation_dtype, choose_device
     from basic.training.records.environment import check_run_tokenizer
     from basic.training.run_folder import load_run
 

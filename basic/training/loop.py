@@ -30,7 +30,13 @@ from basic.common.stop_signals import StopSignals
 from basic.generation.text import SavableTokenizer, TextTokenizer, complete, tokenizer_for_samples
 from basic.model import RotaryPositionalEmbedding, TransformerLM
 from basic.training.batches import BatchSampler, check_token_ids, check_tokenizer_size, document_starts, read_ahead
-from basic.training.devices import activation_dtype, choose_device, device_name, reduce_dtype, training_flops_per_token
+from basic.training.parallel.devices import (
+    activation_dtype,
+    choose_device,
+    device_name,
+    reduce_dtype,
+    training_flops_per_token,
+)
 from basic.training.parallel.world import SINGLE_PROCESS, World, is_sharded
 from basic.training.records.environment import append_environment, check_environment, describe_environment
 from basic.training.records.log import NullLog, RunLog

@@ -38,7 +38,7 @@ from basic.training.checkpoints.sharded import (
     without_values,
 )
 from basic.training.checkpoints.state import check_shapes, rename_wrapped_keys, without_wrappers
-from basic.training.devices import activation_dtype, choose_device
+from basic.training.parallel.devices import activation_dtype, choose_device
 from basic.training.records.metrics import read_metrics
 from basic.training.settings import RunConfig
 

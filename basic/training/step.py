@@ -13,7 +13,7 @@ from torch.nn import Module, ModuleList, Parameter
 
 from basic.model import Embedding, Linear, TransformerLM
 from basic.training.batches import BatchSampler, to_device
-from basic.training.devices import reduce_dtype
+from basic.training.parallel.devices import reduce_dtype
 from basic.training.parallel.world import SINGLE_PROCESS, World, is_sharded
 from basic.training.settings import MuonConfig, TrainConfig
 from basic.transformer.kernels import dispatch

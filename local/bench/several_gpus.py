@@ -37,7 +37,7 @@ def measure(options: argparse.Namespace) -> None:
     """Run one case, in the processes that torchrun has started or in this process alone, and print its result."""
     import torch
 
-    from basic.training.devices import choose_device
+    from basic.training.parallel.devices import choose_device
     from basic.training.parallel.world import join_world
 
     with join_world(os.environ) as world:
@@ -82,7 +82,7 @@ def make_step(options: argparse.Namespace, device: Any, world: Any) -> tuple[Any
     from training import SIZES
 
     from basic.model import ModelConfig, TransformerLM
-    from basic.training.devices import reduce_dtype
+    from basic.training.parallel.devices import reduce_dtype
     from basic.training.settings import TrainConfig
     from basic.training.step import TrainStep
     from basic.transformer.optimizer import AdamW

@@ -19,7 +19,7 @@ import pytest
 from basic.common.config_files import to_table
 from basic.common.errors import InvalidConfigError
 from basic.model import ModelConfig, TransformerLM
-from basic.training.devices import PEAK_BF16_FLOPS, training_flops_per_token
+from basic.training.parallel.devices import PEAK_BF16_FLOPS, training_flops_per_token
 from basic.training.records.log import RunLog
 from basic.training.records.metrics import encode_record
 from basic.training.records.trackers import check_trackers, open_trackers, tracker_values

@@ -11,7 +11,7 @@ from basic.common.config_files import save_config
 from basic.common.errors import InvalidConfigError, InvalidInputError, NotARunError
 from basic.model import ModelConfig, TransformerLM
 from basic.training.checkpoints.file import save_checkpoint
-from basic.training.devices import choose_device
+from basic.training.parallel.devices import choose_device
 from basic.training.records.metrics import read_metrics
 from basic.training.run_folder import create_run_folder, load_run
 from basic.training.settings import DataConfig, RunConfig, TrainConfig

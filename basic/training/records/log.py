@@ -18,7 +18,7 @@ from tqdm import tqdm
 from basic.common.command_line import escape
 from basic.common.config_files import to_table
 from basic.common.files import sync_folder
-from basic.training.devices import PEAK_BF16_FLOPS
+from basic.training.parallel.devices import PEAK_BF16_FLOPS
 from basic.training.records.metrics import encode_record, read_all_records
 from basic.training.records.trackers import Tracker, open_trackers
 from basic.training.settings import RunConfig
@@ -41,7 +41,7 @@ class RunLog:
         config: of the run.
         first_step: number of steps done before.
         flops_per_token: floating-point operations of training per token; with 0, no MFU is shown.
-        device_name: name of the device of each rank, from `basic.training.devices.device_name`.
+        device_name: name of the device of each rank, from `basic.training.parallel.devices.device_name`.
         num_processes: number of ranks that train together.
         progress: show progress on stderr: a live line in a terminal, else a line every few seconds.
         clock: returns the time in seconds.

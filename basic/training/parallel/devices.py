@@ -6,6 +6,8 @@ GPU utilisation is given as MFU, model FLOPs utilisation: the operations per sec
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from basic.common.errors import InvalidConfigError
@@ -79,3 +81,15 @@ def reduce_dtype(config: TrainConfig) -> torch.dtype | None:
     if config.reduce_precision == "auto":
         return None if config.gradient_accumulation == 1 else torch.float32
     return torch.bfloat16 if config.reduce_precision == "bfloat16" else torch.float32
+
+
+def matmul_flops_per_s(device: torch.device) -> float:
+    """Measure the floating-point operations per second of a large matrix multiplication; takes less than a second."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    matrix, best_s = torch.ones(size, size, dtype=dtype, device=device), float("inf")
+    for _ in range(4):  # the first one loads libraries
+        started = time.perf_counter()
+        product = matrix @ matrix
+        product[0, 0].item()  # waits for the device
+        best_s = min(best_s, time.perf_counter() - started)
+    return 2 * size**3 / best_s

@@ -1,0 +1,125 @@
+"""Recipes: one number, the depth or the minutes, sets all sizes and rates of a run by stated rules.
+
+`handout` is what the assignment asks for: Llama's architecture, AdamW, a cosine, random windows. `modern` is what
+reached the lowest loss in equal time: Muon, a trapezoid, each window once (docs/benchmarks/fixed_compute.md has the
+measurements behind each rule). A recipe is only the default of settings: a configuration file or an option overrides
+any of them, and the run's config.toml has them all.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from basic.common.errors import InvalidConfigError
+from basic.model import ModelConfig
+
+RecipeName = Literal["handout", "modern"]
+
+MAX_DEPTH = 64
+_HEAD_SIZE = 64
+"""Features of a head, and of the model for each block of the modern recipe."""
+_MAX_CONTEXT = 1024
+_TOKENS_PER_PARAMETER = 2.0
+"""Of the modern recipe: tokens to train on for each parameter of the blocks and the output matrix."""
+_UTILISATION = 0.4
+"""Share of the speed of a large matrix multiplication that training reaches."""
+
+
+def recipe_settings(
+    name: RecipeName,
+    *,
+    vocab_size: int,
+    depth: int | None = None,
+    minutes: float | None = None,
+    matmul_flops_per_s: float | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The settings of a recipe, as the tables "model" and "train" of a run's configuration.
+
+    Args:
+        name: of the recipe.
+        vocab_size: of the tokenizer.
+        depth: number of blocks; None for the depth whose training takes these minutes.
+        minutes: time that the run takes (`TrainConfig.minutes`); None for as many steps as suit the depth.
+        matmul_flops_per_s: speed of the device in large matrix multiplications, from
+            `basic.training.parallel.devices.matmul_flops_per_s`; needed without a depth.
+
+    Returns:
+        All settings that the recipe sets, for `basic.common.config_files.from_table` with the user's own put over them.
+
+    Raises:
+        InvalidConfigError: neither depth nor minutes are given, or one is out of its range.
+    """
+    if name not in ("handout", "modern"):
+        raise InvalidConfigError(f"recipe must be handout or modern, got {name!r}")
+    if depth is None:
+        if minutes is None:
+            raise InvalidConfigError(f"the recipe {name} needs a depth (number of blocks) or minutes; give one of them")
+        if not minutes > 0:
+            raise InvalidConfigError(f"minutes must be above 0, got {minutes}")
+        if matmul_flops_per_s is None:
+            raise TypeError("without a depth, matmul_flops_per_s is needed")
+        depth = depth_for(name, vocab_size, 60 * minutes * matmul_flops_per_s * _UTILISATION)
+    if not 1 <= depth <= MAX_DEPTH:
+        raise InvalidConfigError(f"depth must be from 1 to {MAX_DEPTH} blocks, got {depth}")
+    tables = (_handout if name == "handout" else _modern)(vocab_size, depth)
+    if minutes is not None:
+        tables["train"] |= {"steps": 0, "minutes": minutes}
+    return tables
+
+
+def depth_for(name: RecipeName, vocab_size: int, flops: float) -> int:
+    """The largest depth whose training needs at most so many floating-point operations; at least 1."""
+    depth = 1
+    while depth < MAX_DEPTH and training_flops(name, vocab_size, depth + 1) <= flops:
+        depth += 1
+    return depth
+
+
+def training_flops(name: RecipeName, vocab_size: int, depth: int) -> float:
+    """The floating-point operations of all steps that suit a depth: 6 for each parameter and token, and attention."""
+    tables = recipe_settings(name, vocab_size=vocab_size, depth=depth)
+    config, train = ModelConfig(**tables["model"]), tables["train"]
+    tokens = train["steps"] * train["batch_size"] * config.context_length
+    return tokens * (6 * num_matrix_parameters(config) + 6 * depth * config.context_length * config.d_model)
+
+
+def num_matrix_parameters(config: ModelConfig) -> int:
+    """Parameters that are multiplied with every token: the matrices of the blocks and the output matrix."""
+    assert config.d_ff is not None  # set by ModelConfig
+    attention = 2 * config.d_model**2 + 2 * config.d_model * config.kv_heads * config.d_head
+    feed_forward = (3 if config.ffn == "swiglu" else 2) * config.d_model * config.d_ff
+    return config.num_layers * (attention + feed_forward) + config.vocab_size * config.d_model
+
+
+def _handout(vocab_size: int, depth: int) -> dict[str, dict[str, Any]]:
+    """The assignment's model and steps, for TinyStories at depth 4; other depths keep its proportions."""
+    model: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "context_length": 256,
+        "d_model": 128 * depth,
+        "num_layers": depth,
+    }
+    model |= {"num_heads": 4 * depth, "d_ff": 336 * depth}
+    train: dict[str, Any] = {"steps": 5000, "batch_size": 256, "max_learning_rate": 2e-3, "min_learning_rate": 2e-4}
+    return {"model": model, "train": train | {"warmup_share": 0.05}}
+
+
+def _modern(vocab_size: int, depth: int) -> dict[str, dict[str, Any]]:
+    """A width of 64 a block, and everything else from it."""
+    context = min(_MAX_CONTEXT, 1 << (128 * depth).bit_length() - 1)
+    model: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "context_length": context,
+        "d_model": _HEAD_SIZE * depth,
+        "num_layers": depth,
+    }
+    model |= {"num_heads": depth}
+    batch_size = max(1, 1024 * depth**2 // context)
+    tokens = _TOKENS_PER_PARAMETER * num_matrix_parameters(ModelConfig(**model))
+    # Muon's rate suits every width. That of AdamW shrinks with the root of the width; factors are relative to Muon's.
+    narrow = (8 / depth) ** 0.5
+    train: dict[str, Any] = {"optimizer": "muon", "max_learning_rate": 0.02, "min_learning_rate": 0.0}
+    train |= {"embedding_rate_factor": 15 * narrow, "head_rate_factor": 0.2 * narrow, "gain_rate_factor": 0.2}
+    train |= {"beta1": 0.8, "schedule": "trapezoid", "warmup_share": 0.0, "decay_share": 0.65, "rows": "shuffled"}
+    train |= {"batch_size": batch_size, "steps": max(1, round(tokens / (batch_size * context)))}
+    return {"model": model, "train": train}
