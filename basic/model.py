@@ -1,4 +1,4 @@
-"""The Transformer language model: Llama's architecture (RMSNorm, RoPE, SwiGLU, no biases).
+"""The Transformer language model: Llama's architecture (RMSNorm, RoPE, SwiGLU), and what its relatives add to it.
 
 The modules have the parameters; the formulas are in `basic.transformer.functional`, one function each. Attention,
 SwiGLU and the loss are called through `dispatch`, which calls a GPU kernel where there is one, else the function of the
@@ -38,8 +38,8 @@ class ModelConfig:
 
     Raises:
         TypeError: a setting has another type.
-        InvalidConfigError: a size is not positive, `num_heads` does not divide `d_model`, `num_kv_heads` does not
-            divide `num_heads`, or the head size is odd with RoPE.
+        InvalidConfigError: a size is not positive, `num_heads` does not divide `d_model` (without `head_dim`),
+            `num_kv_heads` does not divide `num_heads`, the head size is odd with RoPE, or a number is out of its range.
     """
 
     vocab_size: int
@@ -51,14 +51,26 @@ class ModelConfig:
     num_layers: int
     """Number of Transformer blocks."""
     num_heads: int
-    """Number of attention heads, each with d_model / num_heads features."""
+    """Number of attention heads."""
     num_kv_heads: int | None = None
     """Number of heads of keys and values, each shared by a group of query heads; None for num_heads."""
+    head_dim: int | None = None
+    """Features of a head; None for d_model / num_heads."""
     d_ff: int | None = None
     """Features inside the feed-forward layer; None for the multiple of 64 nearest to 8/3 d_model, or for 4 d_model with
     `ffn="silu"`, which has two matrices instead of three."""
     rope_theta: float = 10_000.0
     """Base of RoPE's wavelengths, in tokens / (2 pi)."""
+    rope_scaling: tuple[float, ...] = ()
+    """Slower rotations, for a context longer than the model was first trained with. One number, linear: divide all
+    angles by it. Four numbers, Llama 3: the divisor of long wavelengths, then those wavelengths and the short ones,
+    which are kept, as fractions 1/low and 1/high of the fourth number, the earlier context in tokens."""
+    sliding_window: int | None = None
+    """Number of tokens that a token attends to, itself and the last ones before it; None for all before it."""
+    qkv_bias: bool = False
+    """Whether the projections to queries, keys and values have a bias."""
+    qk_norm: bool = False
+    """Whether each head of queries and keys is normalised (RMSNorm, with gains that the heads share) before RoPE."""
     norm: Literal["pre", "post", "none"] = "pre"
     """Position of RMSNorm: before each sublayer, after each residual sum, or no norm."""
     norm_eps: float = 1e-5
@@ -72,7 +84,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        sizes = ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "d_ff")
+        sizes = ["vocab_size", "context_length", "d_model", "num_layers", "num_heads", "d_ff"]
+        sizes += [name for name in ("head_dim", "sliding_window") if getattr(self, name) is not None]
         if self.d_ff is None:
             # Three matrices of 8/3 d_model features have as many parameters as two of 4 d_model.
             d_ff = 4 * self.d_model if self.ffn == "silu" else max(64, round(self.d_model * 8 / 3 / 64) * 64)
@@ -80,14 +93,17 @@ class ModelConfig:
         for name in sizes:
             if not getattr(self, name) >= 1:
                 raise InvalidConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        _check_heads(self.d_model, self.num_heads, self.kv_heads)
+        _check_heads(self.d_model, self.num_heads, self.kv_heads, self.head_dim)
         if self.positions == "rope" and self.d_head % 2:
             raise InvalidConfigError(
                 f"RoPE rotates pairs of features, so the head size must be even, got {self.d_head} "
                 f"(d_model={self.d_model} / num_heads={self.num_heads}); change one of them or use positions='none'"
+                if self.head_dim is None
+                else f"RoPE rotates pairs of features, so head_dim must be even, got {self.head_dim}"
             )
         if not self.rope_theta > 0:
             raise InvalidConfigError(f"rope_theta must be a number > 0, got {self.rope_theta}")
+        check_rope_scaling(self.rope_scaling)
         if not self.norm_eps >= 0:
             raise InvalidConfigError(f"norm_eps must be a number >= 0, got {self.norm_eps}")
 
@@ -97,8 +113,8 @@ class ModelConfig:
 
     @property
     def d_head(self) -> int:
-        """Features of one attention head."""
-        return self.d_model // self.num_heads
+        """Features of one attention head, never None."""
+        return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
     def kv_heads(self) -> int:
@@ -107,22 +123,25 @@ class ModelConfig:
 
 
 class Linear(Module):
-    """x W^T, without a bias.
+    """x W^T, and on request plus a bias, which starts at zero.
 
     Args:
         d_in: features of the input.
         d_out: features of the output; the weight is (d_out, d_in).
+        bias: whether there is one.
     """
 
-    def __init__(self, d_in: int, d_out: int):
+    def __init__(self, d_in: int, d_out: int, *, bias: bool = False):
         super().__init__()
         d_in, d_out = check_size("d_in", d_in), check_size("d_out", d_out)
         self.weight = Parameter(torch.empty(d_out, d_in))
         std = (2 / (d_in + d_out)) ** 0.5
         trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
+        self.bias = Parameter(torch.zeros(d_out)) if bias else None
 
     def forward(self, x: Float[Tensor, " ... d_in"]) -> Float[Tensor, " ... d_out"]:
-        return linear(x, self.weight)
+        y = linear(x, self.weight)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class Embedding(Module):
@@ -177,22 +196,24 @@ class RotaryPositionalEmbedding(Module):
         theta: base of the wavelengths.
         d_k: features of a query or key, even.
         max_seq_len: positions are 0 .. max_seq_len - 1.
+        scaling: as `ModelConfig.rope_scaling`.
 
     Raises:
         TypeError: a size is not an integer.
         InvalidInputError: `d_k` is odd, or an argument is out of its range.
     """
 
-    def __init__(self, theta: float, d_k: int, max_seq_len: int):
+    def __init__(self, theta: float, d_k: int, max_seq_len: int, scaling: tuple[float, ...] = ()):
         super().__init__()
         d_k, max_seq_len = check_size("d_k", d_k), check_size("max_seq_len", max_seq_len)
         if not check_number("theta", theta) > 0:
             raise InvalidInputError(f"theta must be a number > 0, got {theta}")
         if d_k % 2:
             raise InvalidInputError(f"RoPE rotates pairs of features, so d_k must be even, got {d_k}")
-        self.theta, self.d_k, self.max_seq_len = theta, d_k, max_seq_len
+        check_rope_scaling(scaling)
+        self.theta, self.d_k, self.max_seq_len, self.scaling = theta, d_k, max_seq_len, scaling
         # The default device, as for parameters.
-        cos, sin = rope_tables(theta, d_k, max_seq_len, dtype=torch.float32, device=torch.get_default_device())
+        cos, sin = rope_tables(theta, d_k, max_seq_len, scaling, dtype=torch.float32, device=torch.get_default_device())
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -201,7 +222,8 @@ class RotaryPositionalEmbedding(Module):
         # tables cast to float64 would keep the error of float32: compute the tables again.
         super()._apply(fn, recurse)
         dtype = torch.promote_types(self.cos.dtype, torch.float32)
-        self.cos, self.sin = rope_tables(self.theta, self.d_k, self.max_seq_len, dtype=dtype, device=self.cos.device)
+        sizes = self.theta, self.d_k, self.max_seq_len, self.scaling
+        self.cos, self.sin = rope_tables(*sizes, dtype=dtype, device=self.cos.device)
         return self
 
     def tables(
@@ -296,16 +318,21 @@ class MultiHeadSelfAttention(Module):
 
     Args:
         d_model: features of a token.
-        num_heads: number of heads, each with d_model / num_heads features.
+        num_heads: number of heads.
         rope: rotates queries and keys; None for no positions.
         num_kv_heads: number of heads of keys and values, each shared by a group of neighbouring query heads; None for
             num_heads.
+        head_dim: features of a head; None for d_model / num_heads.
+        bias: whether queries, keys and values have one.
+        norm_eps: normalise queries and keys with this number added to their mean square; None for no norm.
+        sliding_window: number of tokens that a token attends to, itself included; None for all before it.
 
     Raises:
         InvalidConfigError: `num_heads` does not divide `d_model`, or `num_kv_heads` does not divide `num_heads`.
 
     Source: Vaswani et al. 2017, section 3.2.2; Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer
-    Models" (groups).
+    Models" (groups); Dehghani et al. 2023, "Scaling Vision Transformers to 22 Billion Parameters", section 2 (norm);
+    Child et al. 2019, "Generating Long Sequences with Sparse Transformers" (window).
     """
 
     def __init__(
@@ -314,18 +341,26 @@ class MultiHeadSelfAttention(Module):
         num_heads: int,
         rope: RotaryPositionalEmbedding | None = None,
         num_kv_heads: int | None = None,
+        *,
+        head_dim: int | None = None,
+        bias: bool = False,
+        norm_eps: float | None = None,
+        sliding_window: int | None = None,
     ):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         d_model, num_heads = check_size("d_model", d_model), check_size("num_heads", num_heads)
         num_kv_heads = check_integer("num_kv_heads", num_kv_heads)
-        _check_heads(d_model, num_heads, num_kv_heads)
-        kv_features = num_kv_heads * (d_model // num_heads)
-        self.num_heads, self.rope = num_heads, rope
-        self.q_proj = Linear(d_model, d_model)
-        self.k_proj = Linear(d_model, kv_features)
-        self.v_proj = Linear(d_model, kv_features)
-        self.output_proj = Linear(d_model, d_model)
+        _check_heads(d_model, num_heads, num_kv_heads, head_dim)
+        head_dim = d_model // num_heads if head_dim is None else check_size("head_dim", head_dim)
+        self.num_heads, self.num_kv_heads, self.rope = num_heads, num_kv_heads, rope
+        self.sliding_window = None if sliding_window is None else check_size("sliding_window", sliding_window)
+        self.q_proj = Linear(d_model, num_heads * head_dim, bias=bias)
+        self.k_proj = Linear(d_model, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = Linear(d_model, num_kv_heads * head_dim, bias=bias)
+        self.output_proj = Linear(num_heads * head_dim, d_model)
+        self.q_norm = None if norm_eps is None else RMSNorm(head_dim, norm_eps)
+        self.k_norm = None if norm_eps is None else RMSNorm(head_dim, norm_eps)
 
     def forward(
         self,
@@ -348,10 +383,22 @@ class MultiHeadSelfAttention(Module):
             rope = self.rope.tables(x, token_positions, first_position=0 if cache is None else cache.length)
         extend_cache, num_cached = (None, 0) if cache is None else (partial(cache.extend, layer), cache.length)
         w_q, w_k, w_v = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
+        changes_heads = self.q_proj.bias is not None or self.q_norm is not None
         attended = dispatch.causal_self_attention(
-            x, w_q, w_k, w_v, self.num_heads, rope, extend_cache, num_cached=num_cached
-        )
+            x, w_q, w_k, w_v, self.num_heads, rope, extend_cache, num_cached=num_cached,
+            change_heads=self._change_heads if changes_heads else None, window=self.sliding_window,
+        )  # fmt: skip
         return self.output_proj(attended)
+
+    def _change_heads(self, qkv: Float[Tensor, " ... heads head_dim"]) -> Float[Tensor, " ... heads head_dim"]:
+        """Add the biases to the heads of queries, keys and values, and normalise those of queries and keys."""
+        biases = self.q_proj.bias, self.k_proj.bias, self.v_proj.bias
+        if biases[0] is not None:
+            qkv = qkv + torch.cat(biases).view(qkv.shape[-2:]).to(qkv.dtype)  # ty: ignore[invalid-argument-type]
+        if self.q_norm is None or self.k_norm is None:
+            return qkv
+        q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), -2)
+        return torch.cat((self.q_norm(q), self.k_norm(k), v), -2)
 
 
 class SwiGLU(Module):
@@ -398,7 +445,16 @@ class TransformerBlock(Module):
         assert config.d_ff is not None  # set by __post_init__
         self.post_norm = config.norm == "post"
         self.ln1 = make_norm(config)
-        self.attn = MultiHeadSelfAttention(config.d_model, config.num_heads, rope, config.kv_heads)
+        self.attn = MultiHeadSelfAttention(
+            config.d_model,
+            config.num_heads,
+            rope,
+            config.kv_heads,
+            head_dim=config.head_dim,
+            bias=config.qkv_bias,
+            norm_eps=config.norm_eps if config.qk_norm else None,
+            sliding_window=config.sliding_window,
+        )
         self.ln2 = make_norm(config)
         self.ffn = feed_forward(config.d_model, config.d_ff)
 
@@ -432,7 +488,9 @@ class TransformerLM(Module):
         self.token_embeddings = Embedding(config.vocab_size, config.d_model, std=embedding_std)
         rope = None
         if config.positions == "rope":
-            rope = RotaryPositionalEmbedding(config.rope_theta, config.d_head, config.context_length)
+            rope = RotaryPositionalEmbedding(
+                config.rope_theta, config.d_head, config.context_length, config.rope_scaling
+            )
         self.layers = ModuleList(TransformerBlock(config, rope) for _ in range(config.num_layers))
         self.ln_final = make_norm(config)
         self.lm_head = Linear(config.d_model, config.vocab_size)
@@ -515,14 +573,15 @@ class TransformerLM(Module):
         """Floating-point operations of the matrix multiplications in a forward pass, for each token.
 
         (m, k) times (k, n) counts 2 m k n. Attention counts in full, without the half that the mask removes, since the
-        plain operations compute it.
+        plain operations compute it; a sliding window counts as the number of keys.
 
         Args:
             context_length: length of the sequence; by default the configuration's.
         """
         context_length = context_length or self.config.context_length
         in_matrices = sum(module.weight.numel() for module in self.modules() if isinstance(module, Linear))
-        in_attention = 2 * context_length * self.config.d_model * self.config.num_layers
+        num_keys = min(context_length, self.config.sliding_window or context_length)
+        in_attention = 2 * num_keys * self.config.num_heads * self.config.d_head * self.config.num_layers
         return 2 * (in_matrices + in_attention)
 
 
@@ -531,11 +590,21 @@ def make_norm(config: ModelConfig) -> Module:
     return Identity() if config.norm == "none" else RMSNorm(config.d_model, config.norm_eps)
 
 
-def _check_heads(d_model: int, num_heads: int, num_kv_heads: int) -> None:
-    if d_model % num_heads:
+def check_rope_scaling(scaling: tuple[float, ...]) -> None:
+    if not (len(scaling) in (0, 1, 4) and all(0 < number < float("inf") for number in scaling)) or (
+        len(scaling) == 4 and not scaling[1] < scaling[2]
+    ):
+        raise InvalidConfigError(
+            "rope_scaling must be empty, the divisor of all angles, or Llama 3's four numbers (divisor, low < high "
+            f"frequency factor, earlier context length), all > 0; got {scaling}"
+        )
+
+
+def _check_heads(d_model: int, num_heads: int, num_kv_heads: int, head_dim: int | None) -> None:
+    if head_dim is None and d_model % num_heads:
         raise InvalidConfigError(
             f"d_model={d_model} must be divisible by num_heads={num_heads}; change one of them (the remainder is "
-            f"{d_model % num_heads})"
+            f"{d_model % num_heads}), or give head_dim"
         )
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise InvalidConfigError(

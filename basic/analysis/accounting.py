@@ -6,7 +6,8 @@ Each formula is a string of factors ("3 L d F"), so that it can be printed and e
     T tokens in a sequence    h heads       V token ids (vocab_size)
     d features (d_model)      k = d / h
 
-The formulas hold for the architecture of the assignment: pre-norm, SwiGLU, untied embeddings, no grouped queries.
+The formulas hold for the architecture of the assignment: pre-norm, SwiGLU, untied embeddings, no grouped queries, and
+none of the additions of other models (biases, QK-norm, a sliding window).
 """
 
 from __future__ import annotations
@@ -112,7 +113,14 @@ def evaluate_formula(formula: str, config: ModelConfig, batch_size: int = 1) -> 
     Raises:
         InvalidInputError: the formulas do not hold for the configuration's architecture.
     """
-    supported = {"norm": "pre", "ffn": "swiglu", "tied_embeddings": False, "kv_heads": config.num_heads}
+    supported = {
+        "norm": "pre",
+        "ffn": "swiglu",
+        "tied_embeddings": False,
+        "kv_heads": config.num_heads,
+        "head_dim": None,
+    }
+    supported = {**supported, "qkv_bias": False, "qk_norm": False, "sliding_window": None}
     for name, required in supported.items():
         if getattr(config, name) != required:
             raise InvalidInputError(

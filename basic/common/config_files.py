@@ -64,10 +64,10 @@ def save_config(config: Any, path: str | os.PathLike) -> None:
 
 
 def to_table(config: Any) -> dict[str, Any]:
-    """Convert a dataclass to nested dictionaries, without fields that are None (TOML has no null)."""
+    """Convert a dataclass to nested dictionaries and lists, without fields that are None (TOML has no null)."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {
-        name: to_table(value) if dataclasses.is_dataclass(value) else value
+        name: to_table(value) if dataclasses.is_dataclass(value) else list(value) if type(value) is tuple else value
         for name, value in values.items()
         if value is not None
     }

@@ -3,9 +3,9 @@
 A step reads every weight once and computes almost nothing. Its time is that of reading the weights from memory, plus
 some microseconds for each kernel launch. The launches of a layer are
 
-    project     RMSNorm, then the matrix multiplication with the packed weights of queries, keys and values
-    attend      RoPE, the new key and value into the cache, attention to some of the keys; the last program of a head
-                combines the partial results
+    project     RMSNorm, then the matrix multiplication with the packed weights of queries, keys and values, and biases
+    attend      RMSNorm of queries and keys if the model has it, RoPE, the new key and value into the cache, attention
+                to some of the keys; the last program of a head combines the partial results
     project     the output projection, added to the residual stream
     gate        RMSNorm, then the matrix multiplications with W1 and W3, SiLU and the product of the two
     project     the matrix multiplication with W2, added to the residual stream
@@ -94,9 +94,9 @@ def embed(EMBEDDING, TOKENS, POSITIONS, X, capacity, K, BLOCK_K: tl.constexpr, O
 
 
 @triton.jit
-def project(X, W, GAIN, Y, R, K, N, eps, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-            NORM: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """Y = norm(X) W^T, or Y += X W^T; with a single row, BLOCK_K must be at least K."""
+def project(X, W, GAIN, BIASES, Y, R, K, N, eps, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+            NORM: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """Y = norm(X) W^T (+ BIASES), or Y += X W^T; with a single row, BLOCK_K must be at least K."""
     rows = tl.arange(0, ROWS)
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     pointers = Y + rows[None, :] * N + outputs[:, None]
@@ -121,6 +121,9 @@ def project(X, W, GAIN, Y, R, K, N, eps, ROWS: tl.constexpr, BLOCK_N: tl.constex
             addend = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         sums = sums.to(Y.dtype.element_ty).to(tl.float32) + addend
+    if BIAS:
+        biases = tl.load(BIASES + outputs, mask=outputs < N, other=0.0).to(tl.float32)
+        sums = sums.to(Y.dtype.element_ty).to(tl.float32) + biases[:, None]
     tl.store(pointers, sums.to(Y.dtype.element_ty), mask=mask)
 
 
@@ -149,8 +152,10 @@ def gate(X, W, GAIN, Y, R, K, N, eps, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 
 
 @triton.jit
-def _load_rotated(pointer, cos, sin, features, D: tl.constexpr, WIDTH: tl.constexpr):
+def _load_rotated(pointer, gain, cos, sin, features, eps, D: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr):
     x = tl.load(pointer + features, mask=features < D, other=0.0).to(tl.float32)
+    if NORM:
+        x = (x * (1 / tl.sqrt(tl.sum(x * x, 0) / D + eps)) * gain).to(pointer.dtype.element_ty).to(tl.float32)
     even, odd = tl.split(tl.reshape(x, (WIDTH // 2, 2)))
     rotated = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (WIDTH,))
     return rotated.to(pointer.dtype.element_ty)
@@ -164,16 +169,16 @@ def _load_keys(pointer, keys, position, features, D: tl.constexpr):
 
 
 @triton.jit
-def attend(QKV, KEYS, VALUES, COS, SIN, POSITIONS, PARTIALS, FINISHED, ATTENDED, H, capacity, scale,
-           GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-           EARLY: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+def attend(QKV, Q_GAIN, K_GAIN, KEYS, VALUES, COS, SIN, POSITIONS, PARTIALS, FINISHED, ATTENDED, H, capacity, scale,
+           eps, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+           NORM: tl.constexpr, WINDOW: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Attention of one head of one sequence to a split of its keys; the last program to finish combines the splits.
 
     The cache is (R, H / GROUP, capacity, D): GROUP neighbouring query heads share a head of keys and values, and each
-    reads them from the GPU's cache. Features are padded to WIDTH, a power of two. Blocks of keys are dealt out to the
-    splits in turn, so that all splits have work from the first keys on. PARTIALS has each split's sum of weighted
-    values, maximum and sum of weights. FINISHED counts the programs of a head that have finished; it is zero before and
-    after the launch.
+    reads them from the GPU's cache. With WINDOW > 0, only blocks with some of the last WINDOW keys are read. Features
+    are padded to WIDTH, a power of two. Blocks of keys are dealt out to the splits in turn, so that all splits have
+    work from the first keys on. PARTIALS has each split's sum of weighted values, maximum and sum of weights. FINISHED
+    counts the programs of a head that have finished; it is zero before and after the launch.
 
     The previous step has written the positions and the old keys, so with EARLY they are loaded before the wait for the
     previous kernel. This is faster as long as the waiting programs leave room for the others: with small batches.
@@ -191,20 +196,27 @@ def attend(QKV, KEYS, VALUES, COS, SIN, POSITIONS, PARTIALS, FINISHED, ATTENDED,
     cache = (row.to(tl.int64) * kv_heads + kv_head) * capacity * D
     KEYS += cache
     VALUES += cache
-    keys = split * BLOCK + tl.arange(0, BLOCK)
+    first = split * BLOCK
+    if WINDOW > 0:
+        first += tl.maximum(position - WINDOW + 1, 0) // BLOCK * BLOCK
+    keys = first + tl.arange(0, BLOCK)
     k = _load_keys(KEYS, keys, position, features, D)
     v = _load_keys(VALUES, keys, position, features, D)
     if EARLY:
         _wait_for_previous_kernel(OVERLAP)
-    q = _load_rotated(packed + head * D, cos, sin, features, D, WIDTH).to(tl.float32)
-    k_new = _load_rotated(packed + (H + kv_head) * D, cos, sin, features, D, WIDTH)
+    q_gain, k_gain = 1.0, 1.0
+    if NORM:
+        q_gain = tl.load(Q_GAIN + features, mask=features < D, other=0.0)
+        k_gain = tl.load(K_GAIN + features, mask=features < D, other=0.0)
+    q = _load_rotated(packed + head * D, q_gain, cos, sin, features, eps, D, WIDTH, NORM).to(tl.float32)
+    k_new = _load_rotated(packed + (H + kv_head) * D, k_gain, cos, sin, features, eps, D, WIDTH, NORM)
     v_new = tl.load(packed + (H + kv_heads + kv_head) * D + features, mask=features < D, other=0.0)
     if (split == 0) & (head % GROUP == 0):
         tl.store(KEYS + position * D + features, k_new, mask=features < D)
         tl.store(VALUES + position * D + features, v_new, mask=features < D)
     maximum, total = -1e30, 0.0
     weighted = tl.zeros([WIDTH], tl.float32)
-    for start in range(split * BLOCK, position + 1, SPLITS * BLOCK):
+    for start in range(first, position + 1, SPLITS * BLOCK):
         keys = start + tl.arange(0, BLOCK)
         # The new key may not be in memory yet: insert it here.
         is_new = keys == position
@@ -214,7 +226,10 @@ def attend(QKV, KEYS, VALUES, COS, SIN, POSITIONS, PARTIALS, FINISHED, ATTENDED,
         k = _load_keys(KEYS, keys, position, features, D)
         v = _load_keys(VALUES, keys, position, features, D)
         keys -= SPLITS * BLOCK
-        scores = tl.where(keys <= position, tl.sum(k_wide * q[None, :], 1) * scale, -1e30)
+        visible = keys <= position
+        if WINDOW > 0:
+            visible &= keys > position - WINDOW
+        scores = tl.where(visible, tl.sum(k_wide * q[None, :], 1) * scale, -1e30)
         new_maximum = tl.maximum(maximum, tl.max(scores, 0))
         weights = tl.exp2(scores - new_maximum)
         rescale = tl.exp2(maximum - new_maximum)

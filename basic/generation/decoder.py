@@ -50,15 +50,16 @@ class Decoder:
 
         weights = model.state_dict()
 
-        def pack(*names: str) -> Tensor:
-            return torch.cat([weights[f"{name}.weight"].to(self.dtype) for name in names])
+        def pack(*names: str, kind: str = "weight") -> Tensor:
+            return torch.cat([weights[f"{name}.{kind}"].to(self.dtype) for name in names])
 
         self.embedding = pack("token_embeddings")
         self.head = self.embedding if config.tied_embeddings else pack("lm_head")
+        projections = [[f"layers.{i}.attn.{name}_proj" for name in "qkv"] for i in range(config.num_layers)]
         self.layers = [
             (
                 weights[f"layers.{i}.ln1.weight"],
-                pack(*(f"layers.{i}.attn.{name}_proj" for name in "qkv")),
+                pack(*projections[i]),
                 pack(f"layers.{i}.attn.output_proj"),
                 weights[f"layers.{i}.ln2.weight"],
                 pack(f"layers.{i}.ffn.w1", f"layers.{i}.ffn.w3"),
@@ -66,6 +67,10 @@ class Decoder:
             )
             for i in range(config.num_layers)
         ]
+        self.biases = [pack(*names, kind="bias") if config.qkv_bias else None for names in projections]
+        self.gains = [(weights[f"layers.{i}.attn.q_norm.weight"], weights[f"layers.{i}.attn.k_norm.weight"])
+                      if config.qk_norm else (self.embedding, self.embedding)
+                      for i in range(config.num_layers)]  # fmt: skip
         self.ln_final = weights["ln_final.weight"]
         rope = next(module for module in model.modules() if isinstance(module, RotaryPositionalEmbedding))
         self.cos, self.sin = rope.cos, rope.sin
@@ -78,7 +83,7 @@ class Decoder:
         self.qkv = buffer(batch_size, (config.num_heads + 2 * config.kv_heads) * config.d_head)
         self.partials = buffer(batch_size, config.num_heads, self.splits, config.d_head + 2, dtype=torch.float32)
         self.num_finished = buffer(batch_size, config.num_heads, dtype=torch.int32)
-        self.attended = buffer(batch_size, config.d_model)
+        self.attended = buffer(batch_size, config.num_heads * config.d_head)
         assert config.d_ff is not None  # set by ModelConfig
         self.gated = buffer(batch_size, config.d_ff)
         self.logits = buffer(batch_size, config.vocab_size)
@@ -128,12 +133,13 @@ class Decoder:
             self.embedding, self.tokens, self.positions, self.x, capacity + 1, d_model,
             BLOCK_K=triton.next_power_of_2(d_model), **self._options(4))  # fmt: skip
         for layer, (ln1, qkv, output, ln2, w13, w2) in enumerate(self.layers):
-            self._project(self.x, qkv, ln1, self.qkv, norm=True)
+            self._project(self.x, qkv, ln1, self.qkv, norm=True, biases=self.biases[layer])
             decode_kernels.attend[batch_size, config.num_heads, self.splits](
-                self.qkv, self.cache.keys[layer], self.cache.values[layer], self.cos, self.sin, self.positions,
-                self.partials, self.num_finished, self.attended, config.num_heads, capacity, scale,
+                self.qkv, *self.gains[layer], self.cache.keys[layer], self.cache.values[layer], self.cos, self.sin,
+                self.positions, self.partials, self.num_finished, self.attended, config.num_heads, capacity, scale, eps,
                 GROUP=config.num_heads // config.kv_heads, D=config.d_head,
-                WIDTH=triton.next_power_of_2(config.d_head), SPLITS=self.splits, BLOCK=64, EARLY=batch_size <= 2,
+                WIDTH=triton.next_power_of_2(config.d_head), SPLITS=self.splits, BLOCK=64,
+                NORM=config.qk_norm, WINDOW=config.sliding_window or 0, EARLY=batch_size <= 2,
                 **self._options(4))  # fmt: skip
             self._project(self.attended, output, ln1, self.x, add=True)
             block_n, block_k, warps = self.tiles(d_ff, d_model, self.padded_batch)
@@ -148,13 +154,14 @@ class Decoder:
             **self._options(16))  # fmt: skip
 
     def _project(
-        self, x: Tensor, weight: Tensor, gain: Tensor, y: Tensor, *, norm: bool = False, add: bool = False
-    ) -> None:
+        self, x: Tensor, weight: Tensor, gain: Tensor, y: Tensor, *, norm: bool = False, add: bool = False,
+        biases: Tensor | None = None,
+    ) -> None:  # fmt: skip
         n, k = weight.shape
         block_n, block_k, warps = self.tiles(n, k, self.padded_batch)
         decode_kernels.project[triton.cdiv(n, block_n),](
-            x, weight, gain, y, self.batch_size, k, n, self.config.norm_eps,
-            ROWS=self.padded_batch, BLOCK_N=block_n, BLOCK_K=block_k, NORM=norm, ADD=add,
+            x, weight, gain, gain if biases is None else biases, y, self.batch_size, k, n, self.config.norm_eps,
+            ROWS=self.padded_batch, BLOCK_N=block_n, BLOCK_K=block_k, NORM=norm, ADD=add, BIAS=biases is not None,
             **self._options(warps))  # fmt: skip
 
     def _options(self, warps: int) -> dict[str, int | bool]:

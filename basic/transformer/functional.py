@@ -249,14 +249,36 @@ def linear_cross_entropy(
 
 
 def rope_tables(
-    theta: float, d_k: int, max_seq_len: int, *, dtype: torch.dtype, device: torch.device | str | None = None
+    theta: float,
+    d_k: int,
+    max_seq_len: int,
+    scaling: tuple[float, ...] = (),
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
 ) -> tuple[Float[Tensor, " max_seq_len half"], Float[Tensor, " max_seq_len half"]]:
     """Cosines and sines of the angles position * theta ** (-2i / d_k), for every position and pair i.
 
     The angles are computed in float64, because in float32 they are off by a thousandth at position 16,384 already;
     and on the CPU, because not every device has float64.
+
+    Args:
+        scaling: (factor,) divides all angles; (factor, low, high, context) divides those that turn less than `low`
+            times in `context` tokens, keeps those that turn more than `high` times, and goes from one to the other
+            linearly in the number of turns between them.
+
+    Source: Chen et al. 2023, "Extending Context Window of Large Language Models via Position Interpolation", eq. 4
+    (one number); Llama Team 2024, "The Llama 3 Herd of Models", and Meta's `apply_scaling` (four numbers).
     """
     frequencies = theta ** (-torch.arange(0, d_k, 2, dtype=torch.float64, device="cpu") / d_k)
+    if scaling:
+        factor, *bounds = scaling
+        kept: Tensor | float = 0.0  # the share of the unscaled angle
+        if bounds:
+            low, high, context = bounds
+            turns = frequencies * context / (2 * math.pi)
+            kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * kept + frequencies * (1 - kept) / factor
     positions = torch.arange(max_seq_len, dtype=torch.float64, device="cpu")
     angles = einsum(positions, frequencies, "position, pair -> position pair")
     return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
@@ -278,12 +300,15 @@ def rotate_pairs(
     return rearrange(rotated, "... pair two -> ... (pair two)").to(x.dtype)
 
 
-def causal_mask(queries: int, keys: int, *, device: torch.device | str | None = None) -> Bool[Tensor, " queries keys"]:
-    """True where a query may attend to a key: to its own position and those before.
+def causal_mask(
+    queries: int, keys: int, window: int | None = None, *, device: torch.device | str | None = None
+) -> Bool[Tensor, " queries keys"]:
+    """True where a query may attend to a key: to its own position and those before, `window` together.
 
     The queries are at the last of the keys' positions.
     """
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return causal if window is None else causal.triu(keys - queries - window + 1)
 
 
 def scaled_dot_product_attention(
@@ -321,6 +346,9 @@ def causal_self_attention(
     num_heads: int,
     rope: tuple[Float[Tensor, "... seq half"], Float[Tensor, "... seq half"]] | None = None,
     extend_cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    *,
+    change_heads: Callable[[Tensor], Tensor] | None = None,
+    window: int | None = None,
 ) -> Float[Tensor, " ... seq q_features"]:
     """Causal attention with several heads, without the output projection.
 
@@ -333,21 +361,30 @@ def causal_self_attention(
             no rotation.
         extend_cache: takes the new keys and values (..., kv head, seq, d) and returns them behind those of earlier
             tokens; None if there are no earlier tokens.
+        change_heads: takes the projections (..., seq, head, d), heads of queries, then of keys, then of values, and
+            returns what RoPE and attention are to use instead, such as with biases and norms.
+        window: number of keys that a query may attend to, its own included; None for all before it.
 
     Source: Vaswani et al. 2017, section 3.2.2; Ainslie et al. 2023, "GQA".
     """
     d_head = w_q.shape[0] // num_heads
     num_kv_heads = w_k.shape[0] // d_head
     # One matrix multiplication; its heads are those of the queries, then of the keys, then of the values.
-    qkv = rearrange(linear(x, w_q, w_k, w_v), "... seq (head d) -> ... head seq d", d=d_head)
+    qkv = rearrange(linear(x, w_q, w_k, w_v), "... (head d) -> ... head d", d=d_head)
+    if change_heads is not None:
+        qkv = change_heads(qkv)
+    qkv = rearrange(qkv, "... seq head d -> ... head seq d")
     q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=-3)
     if rope is not None:
         cos, sin = (table.unsqueeze(-3) for table in rope)  # the same for every head
         q, k = rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
     if extend_cache is not None:
         k, v = extend_cache(k, v)
+    if window is not None:  # what no query may attend to is not computed
+        num_keys = min(k.shape[-2], q.shape[-2] + window - 1)
+        k, v = k[..., -num_keys:, :], v[..., -num_keys:, :]
     # A single query, as in decoding, may attend to all keys.
-    mask = causal_mask(q.shape[-2], k.shape[-2], device=q.device) if q.shape[-2] > 1 else None
+    mask = causal_mask(q.shape[-2], k.shape[-2], window, device=q.device) if q.shape[-2] > 1 else None
     if num_kv_heads == num_heads:
         attended = scaled_dot_product_attention(q, k, v, mask)
         return rearrange(attended, "... head seq d -> ... seq (head d)")

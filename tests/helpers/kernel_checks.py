@@ -48,9 +48,13 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 def check_attention(
-    seq: int, head_size: int, dtype: torch.dtype, device: str, *, batch: int = 2, heads: int = 2, group: int = 1
-) -> None:
-    """RoPE and attention, output and gradients, with a strided output gradient and an identity projection."""
+    seq: int, head_size: int, dtype: torch.dtype, device: str, *, batch: int = 2, heads: int = 2, group: int = 1,
+    window: int = 0
+) -> None:  # fmt: skip
+    """RoPE and attention, output and gradients, with a strided output gradient and an identity projection.
+
+    Also without a projection, which gives the same.
+    """
     torch.manual_seed(seq + head_size)
     kv_heads = heads // group
     packed = heads + 2 * kv_heads
@@ -59,27 +63,34 @@ def check_attention(
     cos, sin = functional.rope_tables(1e4, head_size, seq + 3, dtype=torch.float32, device=device)
     weight = torch.eye(packed * head_size, device=device, dtype=dtype).requires_grad_()
     with poisoned():
-        output = operators.rotary_attention(qkv.flatten(2), weight, cos, sin, heads, kv_heads)[0]
+        output = operators.rotary_attention(qkv.flatten(2), weight, cos, sin, heads, kv_heads, window)[0]
         output.backward(d_output)
+        projected = qkv.detach().flatten(2).requires_grad_()
+        same = operators.rotary_attention(projected, None, cos, sin, heads, kv_heads, window)[0]
+        same.backward(d_output)
     wide = qkv.detach().double().requires_grad_()
     q, k, v = wide.transpose(1, 2).split((heads, kv_heads, kv_heads), 1)
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     q, k = (functional.rotate_pairs(x, cos[:seq].double(), sin[:seq].double()) for x in (q, k))
-    mask = functional.causal_mask(seq, seq, device=device)
+    mask = functional.causal_mask(seq, seq, window or None, device=device)
     expected = functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
     expected.backward(d_output.double())
     assert qkv.grad is not None
     assert wide.grad is not None
     assert_close(output, expected, dtype)
+    assert_close(same, expected, dtype)
+    assert projected.grad is not None
+    assert (projected.grad.view(qkv.shape) - qkv.grad).abs().max() < 0.05
     if seq == 1:
         # The only attention weight is 1: the gradients of queries and keys are zero up to rounding.
         assert qkv.grad[:, :, :-kv_heads].abs().max() < 0.05
         assert_close(qkv.grad[:, :, -kv_heads:], wide.grad[:, :, -kv_heads:], dtype)
         return
-    for ours, expected in zip(
-        operators.split_heads(qkv.grad, heads), operators.split_heads(wide.grad, heads), strict=True
+    for ours, also_ours, expected in zip(
+        *(operators.split_heads(x.view(qkv.shape), heads) for x in (qkv.grad, projected.grad, wide.grad)), strict=True
     ):
         assert_close(ours, expected, dtype)
+        assert_close(also_ours, expected, dtype)
     assert weight.grad is not None
     assert_close(weight.grad, wide.grad.flatten(2).flatten(0, 1).T @ wide.detach().flatten(2).flatten(0, 1), dtype)
 
@@ -88,7 +99,8 @@ def check_attention_finds_nan(dtype: torch.dtype, device: str) -> None:
     for i in range(3):
         qkv = torch.randn(1, 40, 3, 1, 16, device=device).to(dtype)
         qkv[0, 20, i, 0, 3] = math.nan
-        output, _ = flash_attention.forward(*qkv.unbind(2))
+        q, k, v = qkv.unbind(2)
+        output, _ = flash_attention.forward(q, k, v)
         assert output[0, 20].isnan().any()
 
 
@@ -279,7 +291,9 @@ def check_registrations(dtype: torch.dtype, device: str) -> None:
     saved = features.detach(), weight_qkv.detach(), qkv, cos, sin, output, log_sums
     cases = [
         (operators.rotary_attention, attention),
+        (operators.rotary_attention, (qkv.flatten(2).requires_grad_(), None, *attention[2:], 5)),
         (operators.rotary_attention_backward, (*saved, output)),
+        (operators.rotary_attention_backward, (None, None, *saved[2:], output, 5)),
         (operators.swiglu_linear, (x, weight2)),
         (operators.swiglu_linear_backward, (x.detach(), weight2.detach(), x.detach()[:, :11])),
         (operators.linear_cross_entropy, (x, weight, targets, 4, True)),
@@ -313,6 +327,9 @@ def check_decoder(
     """The logits of every step against those of a full forward pass, and the chosen ids; prompts differ in length."""
     torch.manual_seed(0)
     model = TransformerLM(config).to(device)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "q_norm.weight", "k_norm.weight")):
+            parameter.add_(torch.randn_like(parameter) / 2)
     model.activation_dtype = dtype
     batch_size, shortest, longest = len(prompt_lengths), min(prompt_lengths), max(prompt_lengths)
     tokens = torch.randint(config.vocab_size, (batch_size, longest), device=device)

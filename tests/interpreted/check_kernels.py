@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,11 @@ FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 def test_attention(seq, head_size, dtype, heads, group):
     batch = 1 if seq > 100 else 2
     kernel_checks.check_attention(seq, head_size, dtype, "cpu", batch=batch, heads=heads, group=group)
+
+
+@pytest.mark.parametrize(("seq", "window", "group"), [(131, 2, 1), (99, 20, 2), (131, 64, 1), (200, 100, 1), (5, 9, 3)])
+def test_attention_in_a_window(seq, window, group):
+    kernel_checks.check_attention(seq, 16, FLOAT32, "cpu", batch=1, heads=group, group=group, window=window)
 
 
 def test_attention_finds_nan():
@@ -90,6 +96,8 @@ def test_registrations():
         ([3, 1, 5], FLOAT32, {}),
         ([1], FLOAT32, {"num_heads": 4, "num_kv_heads": 2, "tied_embeddings": True}),
         ([3, 1, 5], FLOAT32, {"num_heads": 4, "num_kv_heads": 1}),
+        ([1], FLOAT32, {"head_dim": 10, "qkv_bias": True, "qk_norm": True, "sliding_window": 3}),
+        ([3, 1, 5], FLOAT16, {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32, "qkv_bias": True, "qk_norm": True}),
     ],
 )
 def test_decoder(prompt_lengths, dtype, changes):
@@ -98,6 +106,22 @@ def test_decoder(prompt_lengths, dtype, changes):
     sizes = {"vocab_size": 37, "context_length": 12, "d_model": 48, "num_layers": 1, "num_heads": 3, "d_ff": 60}
     config = ModelConfig(**(sizes | changes))
     kernel_checks.check_decoder(config, prompt_lengths, 5, dtype, "cpu", **options)
+
+
+@pytest.mark.parametrize("window", [1, 65, 100])
+def test_decoder_skips_the_keys_before_a_window(window):
+    """Blocks have 64 keys."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 37,
+        "context_length": 300,
+        "d_model": 16,
+        "num_layers": 1,
+        "num_heads": 1,
+        "d_ff": 16,
+    }
+    options = {"tiles": lambda n, k, batch: (32, 64, 1), "splits": 2}
+    config = ModelConfig(**(sizes | {"sliding_window": window}))
+    kernel_checks.check_decoder(config, [190], 5, FLOAT32, "cpu", **options)
 
 
 def test_decoder_finds_nan():

@@ -137,6 +137,8 @@ def causal_self_attention(
     rope: tuple[Float[Tensor, "... seq half"], Float[Tensor, "... seq half"]] | None = None,
     extend_cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     *,
+    change_heads: Callable[[Tensor], Tensor] | None = None,
+    window: int | None = None,
     num_cached: int = 0,
 ) -> Float[Tensor, " ... seq q_features"]:
     """See `functional.causal_self_attention`.
@@ -151,13 +153,18 @@ def causal_self_attention(
     same_positions = rope is None or rope[0].ndim == 2
     complete = extend_cache is None or (num_cached == 0 and not torch.is_grad_enabled())
     if operators is None or not complete or x.ndim != 3 or d_head not in _HEAD_SIZES or not same_positions:
-        return functional.causal_self_attention(x, w_q, w_k, w_v, num_heads, rope, extend_cache)
+        return functional.causal_self_attention(
+            x, w_q, w_k, w_v, num_heads, rope, extend_cache, change_heads=change_heads, window=window
+        )
     if rope is None:
         # Rotate by zero: attention without positions is for experiments, which need no kernel of their own.
         angles = torch.zeros(x.shape[1], d_head // 2, device=x.device)
         rope = angles + 1, angles
     weight = torch.cat((w_q, w_k, w_v)).to(x.dtype)
-    attended, _, qkv = operators.rotary_attention(x, weight, *rope, num_heads, len(w_k) // d_head)
+    if change_heads is not None:
+        x, weight = change_heads((x @ weight.T).unflatten(-1, (-1, d_head))).flatten(-2), None
+    window = 0 if window is None or window >= x.shape[1] else window  # else the kernels would be compiled for it
+    attended, _, qkv = operators.rotary_attention(x, weight, *rope, num_heads, len(w_k) // d_head, window)
     if extend_cache is not None:
         _, k, v = operators.split_heads(qkv, num_heads)
         extend_cache(k.transpose(1, 2), v.transpose(1, 2))

@@ -9,6 +9,9 @@ which saves a pass over them.
 The causal mask also masks the end of the sequence, since a key beyond the end is after every real query. Loads are
 masked (CHECK) only if the sequence length is no multiple of the tile sizes.
 
+With a sliding window (WINDOW > 0), a query attends to the last WINDOW keys, its own included. Tiles outside the window
+are skipped, and those that it cuts are masked.
+
 Neighbouring query heads may share a head of keys and values (grouped-query attention, GROUP query heads each). Their
 gradients of a key are added up in one program, which loops over the group.
 
@@ -74,10 +77,34 @@ def _load_vector(pointer, rows, T, CHECK: tl.constexpr):
 
 
 @triton.jit
+def _first_key(first_row, N: tl.constexpr, WINDOW: tl.constexpr):
+    """The first key of the first tile of keys that a tile of queries attends to."""
+    if WINDOW == 0:
+        return 0
+    return tl.maximum(first_row - WINDOW + 1, 0) // N * N
+
+
+@triton.jit
+def _visible(rows, keys, WINDOW: tl.constexpr):
+    """Whether a query may attend to a key."""
+    if WINDOW == 0:
+        return rows >= keys
+    return (rows >= keys) & (rows - keys < WINDOW)
+
+
+@triton.jit
+def _cuts(first_key, first_row, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr):
+    """Whether the mask cuts the tile of these keys and queries."""
+    if WINDOW == 0:
+        return first_key + N > first_row
+    return (first_key + N > first_row) | (first_key + WINDOW < first_row + M)
+
+
+@triton.jit
 def _forward(Q, K, V, OUT, LOG_SUMS,
              q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head, o_batch, o_stride, o_head,
              H, T, scale, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-             CHECK: tl.constexpr):  # fmt: skip
+             CHECK: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
     # The last tiles have the most keys. They start first, so that none of them runs alone at the end.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
@@ -90,12 +117,14 @@ def _forward(Q, K, V, OUT, LOG_SUMS,
     maximum = tl.full([M], -float("inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     weighted = tl.zeros([M, WIDTH], tl.float32)
-    for start in range(0, tl.minimum((tile + 1) * M, T), N):
+    for start in range(_first_key(tile * M, N, WINDOW), tl.minimum((tile + 1) * M, T), N):
         keys = start + tl.arange(0, N)
         k = _load_tile(K, keys, k_stride, columns, T, D, WIDTH, CHECK)
         scores = dot(q, tl.trans(k))
-        if start + N > tile * M:  # on the diagonal, mask the keys after each query
-            scores = tl.where(rows[:, None] >= keys[None, :], scores, -1e30)
+        # On the diagonal, mask the keys after each query. A query all of whose keys are masked in the first tile gets
+        # weights of 1, which the rescaling makes 0 in the tile of its own key.
+        if _cuts(start, tile * M, M, N, WINDOW):
+            scores = tl.where(_visible(rows[:, None], keys[None, :], WINDOW), scores, -1e30)
         new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale)
         weights = tl.exp2(scores * scale - new_maximum[:, None])  # one multiply-add per score
         rescale = tl.exp2(maximum - new_maximum)
@@ -123,7 +152,7 @@ def _key_gradients(Q, K, V, DO, DK, DV, LOG_SUMS, DELTAS, COS, SIN,
                    q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
                    do_batch, do_stride, do_head, dk_batch, dk_stride, dk_head, dv_batch, dv_stride, dv_head,
                    H, T, scale, out_scale, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-                   M: tl.constexpr, N: tl.constexpr, CHECK: tl.constexpr):  # fmt: skip
+                   M: tl.constexpr, N: tl.constexpr, CHECK: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
     kv_heads = H // GROUP
     batch, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
     head = kv_head * GROUP  # the first of those that share this key
@@ -143,8 +172,9 @@ def _key_gradients(Q, K, V, DO, DK, DV, LOG_SUMS, DELTAS, COS, SIN,
     dv = tl.zeros([N, WIDTH], tl.float32)
     # One loop, with a mask that only the diagonal needs. With two loops over both sums, the assembler lets no matrix
     # multiplication begin before the last one has ended (its note C7515), and the kernel takes 1/6 to 1/3 longer.
+    last = T if WINDOW == 0 else tl.minimum(T, (tile + 1) * N + WINDOW - 1)
     for _ in range(GROUP):
-        for start in range(tile * N // M * M, T, M):
+        for start in range(tile * N // M * M, last, M):
             rows = start + tl.arange(0, M)
             # Queries beyond the end are loaded as zeros, and add zeros.
             q = _load_tile(Q, rows, q_stride, columns, T, D, WIDTH, CHECK)
@@ -155,7 +185,7 @@ def _key_gradients(Q, K, V, DO, DK, DV, LOG_SUMS, DELTAS, COS, SIN,
             scores = dot(k, tl.trans(q))
             dweights = dot(v, tl.trans(do))
             weights = tl.exp2(scores * scale - log_sums[None, :])
-            weights = tl.where(rows[None, :] >= keys[:, None], weights, 0.0)
+            weights = tl.where(_visible(rows[None, :], keys[:, None], WINDOW), weights, 0.0)
             dscores = weights * (dweights - deltas[None, :])
             dv = dot(weights.to(do.dtype), do, dv)
             dk = dot(dscores.to(q.dtype), q, dk)
@@ -172,7 +202,7 @@ def _query_gradients(Q, K, V, OUT, DO, DQ, LOG_SUMS, DELTAS, COS, SIN,
                      q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
                      o_batch, o_stride, o_head, do_batch, do_stride, do_head, dq_batch, dq_stride, dq_head,
                      H, T, scale, out_scale, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-                     M: tl.constexpr, N: tl.constexpr, CHECK: tl.constexpr):  # fmt: skip
+                     M: tl.constexpr, N: tl.constexpr, CHECK: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     Q += batch * q_batch + head * q_head
@@ -192,24 +222,25 @@ def _query_gradients(Q, K, V, OUT, DO, DQ, LOG_SUMS, DELTAS, COS, SIN,
     deltas = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(DELTAS + rows, deltas, mask=rows < T)
     dq = tl.zeros([M, WIDTH], tl.float32)
-    for start in range(0, tl.minimum((tile + 1) * M, T), N):
+    for start in range(_first_key(tile * M, N, WINDOW), tl.minimum((tile + 1) * M, T), N):
         keys = start + tl.arange(0, N)
         k = _load_tile(K, keys, k_stride, columns, T, D, WIDTH, CHECK)
         v = _load_tile(V, keys, v_stride, columns, T, D, WIDTH, CHECK)
         weights = tl.exp2(dot(q, tl.trans(k)) * scale - log_sums[:, None])
-        if start + N > tile * M:
-            weights = tl.where(rows[:, None] >= keys[None, :], weights, 0.0)
+        if _cuts(start, tile * M, M, N, WINDOW):
+            weights = tl.where(_visible(rows[:, None], keys[None, :], WINDOW), weights, 0.0)
         dscores = weights * (dot(do, tl.trans(v)) - deltas[:, None])
         dq = dot(dscores.to(k.dtype), k, dq)
     _store_tile(DQ, _rotate_back(dq * out_scale, rows, COS, SIN, T, D, WIDTH), rows, dq_stride, columns, T, D)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> tuple[Tensor, Tensor]:
     """Causal attention.
 
     Args:
         q: (B, T, H, D), the last dimension contiguous, D even and at most 256.
         k, v: the same, or with fewer heads, each shared by a group of neighbouring query heads.
+        window: number of keys that a query attends to, its own included; 0 for all.
 
     Returns:
         The output (B, T, H, D), contiguous, and `log_sums` (B, H, T): the base-2 logarithm of each query's sum of
@@ -223,14 +254,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     scale = LOG2_E / math.sqrt(D)  # the kernels use exp2
     _forward[triton.cdiv(T, M), B * H](
         q, k, v, o, log_sums, *_strides(q, k, v, o), H, T, scale,
-        GROUP=H // k.shape[2], D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0,
+        GROUP=H // k.shape[2], D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0, WINDOW=window,
         num_warps=warps, num_stages=stages, maxnreg=registers)  # fmt: skip
     return o, log_sums
 
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sums: Tensor, do: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-    cos: Tensor, sin: Tensor,
+    cos: Tensor, sin: Tensor, window: int = 0,
 ) -> None:  # fmt: skip
     """Compute the gradients of queries and keys before their rotation, and of values.
 
@@ -239,6 +270,7 @@ def backward(
         do: gradient of the output.
         dq, dk, dv: outputs, of the shapes of q, k, v, the last dimension contiguous.
         cos, sin: that queries and keys were rotated by, float32 (at least T, D / 2), contiguous.
+        window: as for `forward`.
     """
     B, T, H, D = q.shape
     width, kv_heads = _padded(D), k.shape[2]
@@ -247,12 +279,12 @@ def backward(
     M, N, warps, stages, registers = _QUERY_GRADIENT_TILES[width]
     _query_gradients[triton.cdiv(T, M), B * H](
         q, k, v, o, do, dq, log_sums, deltas, cos, sin, *_strides(q, k, v, o, do, dq), H, T, scale, out_scale,
-        GROUP=H // kv_heads, D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0,
+        GROUP=H // kv_heads, D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0, WINDOW=window,
         num_warps=warps, num_stages=stages, maxnreg=registers)  # fmt: skip
     M, N, warps, stages, registers = _KEY_GRADIENT_TILES[width]
     _key_gradients[triton.cdiv(T, N), B * kv_heads](
         q, k, v, do, dk, dv, log_sums, deltas, cos, sin, *_strides(q, k, v, do, dk, dv), H, T, scale, out_scale,
-        GROUP=H // kv_heads, D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0,
+        GROUP=H // kv_heads, D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0, WINDOW=window,
         num_warps=warps, num_stages=stages, maxnreg=registers)  # fmt: skip
 
 

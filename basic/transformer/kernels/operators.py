@@ -20,19 +20,24 @@ replay of the graph repeats only what they did on the device."""
 
 @torch.library.custom_op("basic::rotary_attention", mutates_args=())
 def rotary_attention(
-    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
+    x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int, window: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project x (B, T, d_model) to queries, keys and values, rotate them by RoPE, and compute causal attention.
 
     The projection is in the operator because only attention uses it, so that it can be rotated in place.
 
+    Args:
+        weight: of the projection; None if x is projected, (B, T, (H + 2 KV heads) D).
+        window: number of keys that a query attends to; 0 for all.
+
     Returns:
         The output (B, T, H, D); and for the backward pass, the logarithms of the softmax's sums and the rotated queries
         and keys with the values, (B, T, H + 2 KV heads, D).
     """
-    qkv = (x @ weight.T).view(*x.shape[:2], num_heads + 2 * num_kv_heads, -1)
+    projected = x.clone(memory_format=torch.contiguous_format) if weight is None else x @ weight.T
+    qkv = projected.view(*x.shape[:2], num_heads + 2 * num_kv_heads, -1)
     rope.rotate_packed(qkv[:, :, : num_heads + num_kv_heads], cos, sin)
-    o, log_sums = flash_attention.forward(*split_heads(qkv, num_heads))
+    o, log_sums = flash_attention.forward(*split_heads(qkv, num_heads), window)
     return o, log_sums, qkv
 
 
@@ -44,11 +49,11 @@ def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
 
 @rotary_attention.register_fake
 def _(
-    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
+    x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int, window: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, T, _ = x.shape
+    B, T, features = x.shape
     heads = num_heads + 2 * num_kv_heads
-    D = weight.shape[0] // heads
+    D = (features if weight is None else weight.shape[0]) // heads
     return (
         x.new_empty((B, T, num_heads, D)),
         x.new_empty((B, num_heads, T), dtype=torch.float32),
@@ -58,33 +63,40 @@ def _(
 
 @torch.library.custom_op("basic::rotary_attention_backward", mutates_args=())
 def rotary_attention_backward(
-    x: Tensor, weight: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, o: Tensor, log_sums: Tensor, do: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gradients of x and of the weight."""
+    x: Tensor | None, weight: Tensor | None, qkv: Tensor, cos: Tensor, sin: Tensor, o: Tensor, log_sums: Tensor,
+    do: Tensor, window: int = 0
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of x and of the weight (empty without a weight)."""
     for callback in before_attention_gradients:
         callback()
     do = do if do.stride(-1) == 1 else do.contiguous()
     dqkv = torch.empty_like(qkv)
     q_k_v, gradients = split_heads(qkv, o.shape[2]), split_heads(dqkv, o.shape[2])
-    flash_attention.backward(*q_k_v, o, log_sums, do, *gradients, cos, sin)
+    flash_attention.backward(*q_k_v, o, log_sums, do, *gradients, cos, sin, window)
+    if x is None or weight is None:
+        return dqkv.flatten(2), qkv.new_empty(0)
     return _linear_backward(x, weight, dqkv)
 
 
 @rotary_attention_backward.register_fake
 def _(
-    x: Tensor, weight: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, o: Tensor, log_sums: Tensor, do: Tensor
-) -> tuple[Tensor, Tensor]:
+    x: Tensor | None, weight: Tensor | None, qkv: Tensor, cos: Tensor, sin: Tensor, o: Tensor, log_sums: Tensor,
+    do: Tensor, window: int = 0
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if x is None or weight is None:
+        return qkv.new_empty(qkv.flatten(2).shape), qkv.new_empty(0)
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _save_attention(ctx, inputs, output) -> None:
-    x, weight, cos, sin = inputs[:4]
+    x, weight, cos, sin, _, _, ctx.window = inputs
     o, log_sums, qkv = output
-    ctx.save_for_backward(x, weight, qkv, cos, sin, o, log_sums)
+    ctx.save_for_backward(None if weight is None else x, weight, qkv, cos, sin, o, log_sums)
 
 
 def _attention_gradient(ctx, do, _log_sums, _qkv):
-    return *rotary_attention_backward(*ctx.saved_tensors, do), None, None, None, None
+    dx, dweight = rotary_attention_backward(*ctx.saved_tensors, do, ctx.window)
+    return dx, dweight if ctx.needs_input_grad[1] else None, None, None, None, None, None
 
 
 rotary_attention.register_autograd(_attention_gradient, setup_context=_save_attention)
