@@ -493,6 +493,9 @@ def main(name: tyro.conf.Positional[str] = "all", corpora: tyro.conf.OmitArgPref
         print(answer(), end="\n\n\n", flush=True)
 
 
+def command() -> None:
+    tyro.cli(main, description=f"Answer the assignment's written questions: all, or one of {', '.join(questions())}.")
+
+
 if __name__ == "__main__":
-    description = f"Answer the assignment's written questions: all, or one of {', '.join(questions())}."
-    command_line.run(lambda: tyro.cli(main, description=description))
+    command_line.run(command)

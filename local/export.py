@@ -1,56 +1,6 @@
-"""Export a trained model for other programs: `uv run local/export.py runs/quickstart --to hf my_llama`.
+"""`basic export` for a clone: `uv run local/export.py --help`."""
 
-hf: a folder that transformers loads with AutoModelForCausalLM and AutoTokenizer.
-tiktoken: the tokenizer alone, as a rank file.
-"""
-
-from __future__ import annotations
-
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
-
-import tyro
-
-from basic.common import command_line
-from basic.common.errors import InvalidInputError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    run: tyro.conf.Positional[Path]
-    """Run folder, such as runs/quickstart."""
-    output: tyro.conf.Positional[Path]
-    """hf: the folder to create; tiktoken: the file to write. It must not exist."""
-    to: Literal["hf", "tiktoken"] = "hf"
-    """Format of the export."""
-
-
-def main(options: Options) -> None:
-    from basic.common.files import make_folder
-    from basic.common.outputs import Output, check_outputs
-    from basic.formats.export_llama import export_hf
-    from basic.formats.tiktoken_ranks import save_tiktoken
-    from basic.Tokenizer import Tokenizer
-    from basic.training.records.environment import check_run_tokenizer
-    from basic.training.run_folder import load_run
-
-    check_outputs([Output(options.output, "an export", is_folder=options.to == "hf")])
-    run = load_run(options.run, device="cpu")
-    tokenizer = None if run.tokenizer_path is None else Tokenizer.load(run.tokenizer_path)
-    check_run_tokenizer(options.run, None if tokenizer is None else tokenizer.fingerprint)
-    make_folder(options.output.parent)
-    if options.to == "hf":
-        export_hf(run.model, options.output, tokenizer, end_of_text=run.config.train.end_of_text)
-        print(f"wrote {options.output}: {', '.join(sorted(path.name for path in options.output.iterdir()))}")
-        return
-    if tokenizer is None:
-        raise InvalidInputError(f"{options.run} has no tokenizer/ folder, so there is no tokenizer to export")
-    save_tiktoken(tokenizer, options.output)
-    print(f"wrote {options.output}; also pass these to tiktoken.Encoding:")
-    print(f"  pat_str={tokenizer.compiled_pattern.splits[0]!r}")
-    print(f"  special_tokens={tokenizer.special_token_ids!r}")
-
+from basic.__main__ import main
 
 if __name__ == "__main__":
-    command_line.run(lambda: main(command_line.parse(Options, __doc__)))
+    main("export")

@@ -1,42 +1,6 @@
-"""Write a report of a run as one self-contained HTML file: `uv run local/report.py runs/quickstart`.
+"""`basic report` for a clone: `uv run local/report.py --help`."""
 
-It has interactive curves, the samples over time, the tokenizer, the settings and the machine.
-"""
-
-from __future__ import annotations
-
-from dataclasses import dataclass
-from pathlib import Path
-
-import tyro
-
-from basic.common import command_line
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    run: tyro.conf.Positional[Path]
-    """Run folder, such as runs/quickstart."""
-    output: Path | None = None
-    """HTML file to write; None: report.html in the run folder."""
-    overwrite: bool = False
-    """Replace the report that exists."""
-    entropy: float | None = None
-    """Entropy of the data in nats per token, if it is known; drawn as a line."""
-
-
-def main(options: Options) -> None:
-    from basic.analysis.report import report_output, report_page
-    from basic.common.files import atomic_write
-    from basic.common.outputs import reserved_outputs
-
-    output = options.output or options.run / "report.html"
-    with reserved_outputs([report_output(output)], overwrite=options.overwrite):
-        page = report_page(options.run, floor_nats=options.entropy).encode()
-        with atomic_write(output) as file:
-            file.write(page)
-    print(f"wrote {output} ({len(page) / 1e3:,.0f} kB); open it in any browser")
-
+from basic.__main__ import main
 
 if __name__ == "__main__":
-    command_line.run(lambda: main(command_line.parse(Options, __doc__)))
+    main("report")

@@ -9,6 +9,8 @@ from typing import Any
 # Tests run in parallel: waiting threads must not occupy the cores, also in processes that tests start. OpenMP reads
 # this variable when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Messages name commands as the user types them: with `uv run` if that started the process.
+os.environ.pop("UV_RUN_RECURSION_DEPTH", None)
 
 import pytest
 import torch

@@ -199,7 +199,7 @@ class Playground:
 
     def _require_model(self) -> tuple[Run, Tokenizer]:
         if self._run is None:
-            raise InvalidInputError("there is no model; start the playground with a run: local/playground.py runs/NAME")
+            raise InvalidInputError("there is no model; start the playground with a run: `basic playground runs/NAME`")
         return self._run, _with_deadline(self._model_tokenizer)
 
     def _tokenizer_sources(self) -> dict[str, Path | tuple[Path, Path]]:

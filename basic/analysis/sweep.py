@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from basic.analysis.evaluation import evaluate_tokens
-from basic.common.config_files import flatten_settings, from_table, load_table, to_table
+from basic.common.config_files import flatten_settings, from_table, load_table, to_table, toml_path
 from basic.common.errors import DamagedFileError, InvalidConfigError
 from basic.common.files import atomic_write, load_json, make_folder, open_file
 from basic.common.folder_lock import FolderLock
@@ -86,8 +86,8 @@ def read_sweep(path: str | os.PathLike, *, small: bool = False) -> list[SweepRun
         FileNotFoundError: the file, or the configuration file that it names, does not exist.
         InvalidConfigError: the file is not TOML, a key is unknown or missing, or a value is out of its range.
     """
-    path = Path(path)
-    table = load_table(path, "sweep", "local/experiments/learning_rate.toml")
+    path = toml_path(path, "sweep")
+    table = load_table(path, "sweep")
     try:
         small_table = table.pop("small", {})
         if not isinstance(small_table, dict):
@@ -101,7 +101,7 @@ def read_sweep(path: str | os.PathLike, *, small: bool = False) -> list[SweepRun
             table |= small_table
         if not isinstance(table.get("config"), str):
             raise InvalidConfigError("the key 'config' is missing or no string: the path of the base configuration")
-        base = load_table(path.parent / table["config"], "configuration", "../configs/small.toml")
+        base = load_table(path.parent / table["config"], "configuration")
         settings = flatten_settings(base) | flatten_settings(table.get("settings", {}))
         return _expand(settings, flatten_settings(table.get("grid", {})), table.get("variants", [{}]))
     except ValueError as error:

@@ -22,7 +22,22 @@ TRACEBACK_OPTION = "--traceback"
 _CONTROL_CHARACTER = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")
 
 # What Python writes before a message of the system: "[Errno 2] No such file or directory".
+_COMMAND = re.compile(r"`basic ([a-z]+(?:-[a-z]+)*)")
 _ERROR_NUMBER = re.compile(r"^\[(Errno|WinError) -?\d+\] ")
+
+
+def command(name: str) -> str:
+    """What a user types for a command: `basic train`, or local/train.py if the process was started as such a script."""
+    started = Path(sys.argv[0])
+    by_uv = "uv run " if "UV_RUN_RECURSION_DEPTH" in os.environ else ""
+    if started.parent.name == "local" and started.suffix == ".py":
+        return f"{by_uv}local/{name.replace('-', '_')}.py"
+    return f"{by_uv}{'python -m ' if sys.argv[0].startswith('python -m') else ''}basic {name}"
+
+
+def as_started(text: str) -> str:
+    """Put what the user types for a command in place of every `` `basic NAME`` that follows a backtick."""
+    return _COMMAND.sub(lambda match: "`" + command(match[1]), text)
 
 
 def run(script: Callable[[], object]) -> None:
@@ -45,14 +60,14 @@ def run(script: Callable[[], object]) -> None:
         if with_traceback:
             raise
         # The terminal shows ^C, so the message starts on a new line.
-        print("\n" * sys.stderr.isatty() + escape(str(interrupt) or "interrupted"), file=sys.stderr)
+        print("\n" * sys.stderr.isatty() + escape(as_started(str(interrupt)) or "interrupted"), file=sys.stderr)
         sys.exit(130)
     except (BasicError, OSError, FloatingPointError, MemoryError) as error:
         if isinstance(error, BrokenPipeError) and (_reader_has_ended(sys.stdout) or _reader_has_ended(sys.stderr)):
             sys.exit(128 + 13)  # SIGPIPE, which Windows does not have
         if with_traceback:
             raise
-        sys.exit("error: " + escape(" ".join(_ERROR_NUMBER.sub("", str(error)).splitlines())))
+        sys.exit("error: " + escape(as_started(" ".join(_ERROR_NUMBER.sub("", str(error)).splitlines()))))
     finally:
         try:
             if sys.stdout is not None:
@@ -96,6 +111,7 @@ def parse(options: type[Options], description: str | None, **settings: object) -
             str_from_instance=lambda value: [str(value)],
         )
 
+    description = as_started(description or "")
     return tyro.cli(options, description=description, registry=registry, **settings)  # ty: ignore[no-matching-overload]
 
 
@@ -142,7 +158,7 @@ def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """Format a warning as one line, without its position in the code."""
-    text = escape(" ".join(str(message).splitlines()))
+    text = escape(as_started(" ".join(str(message).splitlines())))
     return f"warning: {text.removeprefix('warning: ')}\n"
 
 

@@ -10,6 +10,7 @@ import os
 import tomllib
 import types
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from basic.common.arguments import check_integer, check_number, describe
@@ -17,6 +18,11 @@ from basic.common.errors import InvalidConfigError
 from basic.common.files import atomic_write, decode_utf8, read_file
 
 T = TypeVar("T")
+
+# The configurations, sweeps and notebooks of local/, which are in the wheel and in a clone.
+_PACKAGE = Path(__file__).parents[1]
+INCLUDED = _PACKAGE / "local" if (_PACKAGE / "local").is_dir() else _PACKAGE.parent / "local"
+_FOLDERS = {"configuration": "configs", "sweep": "experiments"}
 
 
 def load_config(path: str | os.PathLike, cls: type[T]) -> T:
@@ -27,18 +33,30 @@ def load_config(path: str | os.PathLike, cls: type[T]) -> T:
         InvalidConfigError: the file is not TOML, a key is unknown or missing, or a value has the wrong type or is out
             of its range; the message starts with the file's path.
     """
-    table = load_table(path, "configuration", "local/configs/small.toml")
+    table = load_table(path, "configuration")
     try:
         return from_table(cls, table)
     except ValueError as error:
         raise InvalidConfigError(f"{os.fspath(path)}: {error}") from error
 
 
-def load_table(path: str | os.PathLike, what: str, example: str) -> dict[str, Any]:
+def toml_path(path: str | os.PathLike, what: str) -> Path:
+    """The path itself, or the file of this name that is included in the package, such as tinystories.
+
+    Args:
+        what: configuration or sweep.
+    """
+    path = Path(path)
+    included = INCLUDED / _FOLDERS[what] / f"{path}.toml"
+    return included if path.name == str(path) and not path.exists() and included.is_file() else path
+
+
+def load_table(path: str | os.PathLike, what: str) -> dict[str, Any]:
     """Read a TOML file.
 
     Args:
-        what, example: its name in messages, and another such file.
+        path: a file, or the name of an included one.
+        what: configuration or sweep.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -46,10 +64,11 @@ def load_table(path: str | os.PathLike, what: str, example: str) -> dict[str, An
         OSError: it cannot be read.
     """
     try:
-        return tomllib.loads(decode_utf8(read_file(path)))
+        return tomllib.loads(decode_utf8(read_file(toml_path(path, what))))
     except FileNotFoundError:
+        names = ", ".join(sorted(included.stem for included in (INCLUDED / _FOLDERS[what]).glob("*.toml")))
         raise FileNotFoundError(
-            f"there is no {what} {os.fspath(path)!r}; give a TOML file, such as {example}"
+            f"there is no {what} {os.fspath(path)!r}; give a TOML file, or the name of an included one: {names}"
         ) from None
     except (ValueError, RecursionError) as error:  # also of tables that are nested too deeply
         raise InvalidConfigError(f"{os.fspath(path)}: {error}") from error

@@ -56,7 +56,7 @@ def read_tokenizer(path: str | os.PathLike, *, pattern: str | Pattern | None = N
     if content is None:
         raise FileNotFoundError(
             f"{os.fspath(path)!r} is not the folder of a saved tokenizer: it has no {SPECIAL_TOKENS_FILE}; save a "
-            "tokenizer there (local/train_bpe.py does), or give a tokenizer.json, a folder with it or with vocab.json "
+            "tokenizer there (`basic train-bpe` does), or give a tokenizer.json, a folder with it or with vocab.json "
             "and merges.txt, or a rank file"
         )
     if pattern is not None and resolve_pattern(pattern) != resolve_pattern(content.pattern):

@@ -49,7 +49,7 @@ def open_tokens(
     """
     path, index = Path(path), _find_index(path)
     if not path.exists():
-        raise FileNotFoundError(f"there is no token file {str(path)!r}; local/encode.py makes one from a text")
+        raise FileNotFoundError(f"there is no token file {str(path)!r}; `basic encode` makes one from a text")
     try:
         dtype = None if dtype is None else np.dtype(dtype)
     except TypeError:
@@ -60,7 +60,7 @@ def open_tokens(
         check_regular_file(path)
         if path.suffix != ".npy" and _is_text(path, dtype):
             raise InvalidInputError(
-                f"{path} is a text, not token ids; local/encode.py makes a token file from it (to read its bytes as "
+                f"{path} is a text, not token ids; `basic encode` makes a token file from it (to read its bytes as "
                 "ids, give dtype=uint8)"
             )
     if made_by is not None and path.suffix != ".npy":
@@ -144,6 +144,6 @@ def _find_index(path: str | os.PathLike) -> Path | None:
         if not path.is_file():
             raise FileNotFoundError(
                 f"there is no {str(path)!r}: the folder is not a token dataset, or is not complete yet; "
-                "run local/encode.py again, which resumes it"
+                "run `basic encode` again, which resumes it"
             )
     return path if path.suffix == ".json" else None

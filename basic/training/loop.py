@@ -220,7 +220,7 @@ class _TrainingLoop:
                     progress = RunProgress(step, meter.wall_s(), nonfinite.count, sequences)
                     self.checkpoints.save(self.model, self.optimizer, progress, valid_loss=valid_loss, is_last=is_last)
                 if signal_number:
-                    resume = f"resume with: uv run local/train.py --resume {self.checkpoints.run_dir}"
+                    resume = f"resume with: `basic train --resume {self.checkpoints.run_dir}`"
                     then = "the run is finished" if step == settings.steps else resume
                     name = signal.Signals(signal_number).name
                     raise KeyboardInterrupt(f"stopped after step {step:,} by {name}, and saved; {then}")

@@ -11,7 +11,7 @@ from basic.common.errors import InvalidConfigError
 from basic.model import ModelConfig
 from basic.transformer.optimizer import cosine_schedule, trapezoid_schedule
 
-# The docstrings of the fields are the texts of `local/train.py --help`.
+# The docstrings of the fields are the texts of `basic train --help`.
 
 
 _DEFAULT_WARMUP_STEPS = 100

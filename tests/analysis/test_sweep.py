@@ -110,7 +110,7 @@ def test_missing_keys_and_files_are_errors(tmp_path):
     with pytest.raises(InvalidConfigError, match="the key 'config' is missing"):
         read_sweep(tmp_path / "other.toml")
     (tmp_path / "other.toml").write_text("config = 'none.toml'")
-    message = r"there is no sweep '.*absent\.toml'; give a TOML file, such as local/experiments/learning_rate\.toml"
+    message = r"there is no sweep '.*absent\.toml'; give a TOML file, or the name of an included"
     with pytest.raises(FileNotFoundError, match=message):
         read_sweep(tmp_path / "absent.toml")
     with pytest.raises(FileNotFoundError, match=r"there is no configuration '.*none\.toml'; give"):

@@ -2,7 +2,7 @@
 
 import ast
 import dataclasses
-import importlib.util
+import importlib
 import io
 import itertools
 import json
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from basic.__main__ import COMMANDS, main
 from basic.common.config_files import load_config, save_config
 from basic.common.errors import InvalidInputError
 from basic.corpus.stories.grammar import stories
@@ -33,14 +34,8 @@ END = "<|endoftext|>"
 
 
 def script(name: str) -> ModuleType:
-    """The script as a module, without running it."""
-    spec = importlib.util.spec_from_file_location(f"local_{name}", REPOSITORY / "local" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where tyro looks up annotations
-    spec.loader.exec_module(module)
-    return module
+    """The module of the command that local/NAME.py starts."""
+    return importlib.import_module(COMMANDS[name.replace("_", "-")][0])
 
 
 def run_script(monkeypatch, name: str, *arguments: str | Path) -> None:
@@ -82,7 +77,8 @@ def test_help_explains_every_option_and_its_default(name, monkeypatch, capsys):
         run_script(monkeypatch, name, "--help")
     assert caught.value.code == 0
     shown = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
-    expected = field_docstrings(REPOSITORY / "local" / f"{name}.py", "Options")
+    source = REPOSITORY / "local" / "picture.py" if name == "picture" else Path(str(script(name).__file__))
+    expected = field_docstrings(source, "Options")
     if name == "train":
         del expected["run"]
         for module, cls in (
@@ -101,6 +97,35 @@ def test_help_explains_every_option_and_its_default(name, monkeypatch, capsys):
     if name in ("quickstart", "train", "generate"):
         assert "--seed" in shown
         assert "--device" in shown
+
+
+def test_every_command_has_a_script_and_the_list_of_commands_is_fast():
+    scripts = {name.replace("-", "_") for name in COMMANDS} - {"questions"}  # python -m basic.assignment_question
+    assert scripts | {"picture"} == set(SCRIPTS)
+    program = "import sys; sys.argv = ['basic', '--help']; from basic.__main__ import main; main()"
+    program += "; assert not {'tyro', 'numpy', 'torch'} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(re.search(rf"^  {name} +\w", done.stdout, re.M) for name in COMMANDS)
+
+
+def test_messages_and_help_name_the_way_the_user_started(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for start, shown in ((["/bin/basic"], "basic"), (["/lib/basic/__main__.py"], "python -m basic")):
+        monkeypatch.setattr(sys, "argv", [*start, "train", "--help"])
+        with pytest.raises(SystemExit, match="0"):
+            main()
+        printed = capsys.readouterr().out
+        assert f"usage: {shown} train " in printed
+        assert f"`{shown} train --config tinystories`" in printed
+        monkeypatch.setattr(
+            sys, "argv", [*start, "train", "--config", "small", "--train-tokens", "x.bin", "--tokenizer="]
+        )
+        with pytest.raises(SystemExit, match=f"there is no token file 'x.bin'; `{shown} encode` makes one"):
+            main()
+    monkeypatch.setattr(sys, "argv", ["basic", "trian"])
+    with pytest.raises(SystemExit, match="error: there is no command 'trian'; the commands are quickstart, train-bpe"):
+        main()
 
 
 # --- Errors ---------------------------------------------------------------------------------------------------
@@ -132,7 +157,10 @@ def corpus(tmp_path) -> Path:
             ["train", "--config", "unknown.toml"],
             "unknown.toml: unknown key 'modle'; the keys here are model, train, data",
         ),
-        (["train", "--config", "run.toml"], "data.valid_tokens is not set; give a token file made by local/encode.py"),
+        (
+            ["train", "--config", "run.toml"],
+            "data.valid_tokens is not set; give a token file made by `local/encode.py`",
+        ),
         (["train", "--config", "run.toml", "--valid-tokens", "no.bin"], "there is no token file 'x.bin'"),
         (["generate", "foreign"], "foreign is not a run: it has no config.toml"),
         (["plot", "foreign"], "foreign is not a run: it has no config.toml"),
@@ -203,8 +231,8 @@ def test_an_error_has_status_1_and_no_traceback(tmp_path):
 # --- Quickstart -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def quickstart() -> Any:
+@pytest.fixture
+def quickstart(monkeypatch) -> Any:
     """The script with a smaller model and fewer stories."""
     module: Any = script("quickstart")
     configure = module.configure
@@ -215,8 +243,9 @@ def quickstart() -> Any:
         train = dataclasses.replace(config.train, batch_size=4, eval_batches=2, log_interval=2, sample_tokens=8)
         return dataclasses.replace(config, model=model, train=train)
 
-    module.configure = smaller
-    module.TRAIN_STORIES, module.VALID_STORIES = 300, 40
+    monkeypatch.setattr(module, "configure", smaller)
+    monkeypatch.setattr(module, "TRAIN_STORIES", 300)
+    monkeypatch.setattr(module, "VALID_STORIES", 40)
     return module
 
 

@@ -39,7 +39,7 @@ def test_a_signal_finishes_the_step_saves_and_prints_how_to_resume(tmp_path, num
     before = signal.getsignal(number)
     config = configuration(steps=6, eval_interval=0)
     train(config, TRAIN, VALID, tmp_path / "uninterrupted")
-    message = rf"after step 3 by {number.name}, .* --resume {re.escape(str(tmp_path / 'run'))}$"
+    message = rf"after step 3 by {number.name}, .* --resume {re.escape(str(tmp_path / 'run'))}`$"
     with pytest.raises(KeyboardInterrupt, match=message):
         train(config, TRAIN, VALID, tmp_path / "run", make_step=InterruptedStep)
     assert checkpoint_names(tmp_path / "run") == ["step_00000003.safetensors"]

@@ -1,6 +1,6 @@
 """The ranks that train one model together, one GPU each; no other module calls torch.distributed for training.
 
-`torchrun --nproc-per-node N local/train.py ...` starts N processes and sets environment variables. `join_world` reads
+`torchrun --nproc-per-node N -m basic train ...` starts N processes and sets environment variables. `join_world` reads
 them and returns a `World`, whose methods are all that the rest of the library calls. Without torchrun it is a world of
 one process, in which every collective returns its input.
 

@@ -1,0 +1,66 @@
+"""The command `basic`, which is also `python -m basic`; the scripts in local/ start one of its commands."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from basic.common import command_line
+
+# The modules are imported when they are needed: importing torch takes seconds.
+COMMANDS = {
+    "quickstart": ("basic.commands.quickstart", "from nothing to a small model that writes stories, in minutes"),
+    "train-bpe": ("basic.commands.train_bpe", "train a tokenizer on text"),
+    "encode": ("basic.commands.encode", "encode text into token ids"),
+    "train": ("basic.commands.train", "train a model"),
+    "generate": ("basic.commands.generate", "continue a prompt with a model"),
+    "evaluate": ("basic.commands.show.evaluate", "loss, perplexity and bits per byte of a model on a file"),
+    "plot": ("basic.commands.show.plot", "the losses of runs as a picture"),
+    "report": ("basic.commands.show.report", "curves, samples and settings of a run as one HTML file"),
+    "playground": ("basic.commands.show.playground", "a web page to explore a model and tokenizers"),
+    "sweep": ("basic.commands.sweep", "train and compare runs with different settings"),
+    "export": ("basic.commands.convert.export_model", "a model or tokenizer for other programs"),
+    "import": ("basic.commands.convert.import_model", "a run from the model of another program"),
+    "consolidate": ("basic.commands.convert.consolidate", "one file from the sharded checkpoint of several GPUs"),
+    "questions": ("basic.assignment_question", "the assignment's written questions, answered"),
+}
+
+
+def main(name: str | None = None) -> None:
+    """Run a command with the arguments of the process.
+
+    Args:
+        name: the command; None: the first argument names it.
+    """
+    if name is None:
+        sys.argv[0] = "python -m basic" if Path(sys.argv[0]).name == "__main__.py" else "basic"
+        name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+        if name in ("-h", "--help"):
+            print(overview())
+            return
+        if name == "--version":
+            from importlib.metadata import version
+
+            print(f"basic {version('basic')}")
+            return
+        if name.replace("_", "-") not in COMMANDS:
+            sys.exit(
+                f"error: there is no command {command_line.escape(name)!r}; the commands are {', '.join(COMMANDS)}"
+            )
+        name = name.replace("_", "-")
+        sys.argv[:2] = [f"{sys.argv[0]} {name}"]
+    module, _ = COMMANDS[name]
+    command_line.run(lambda: import_module(module).command())
+
+
+def overview() -> str:
+    """The help text: a line for each command."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    usage = f"usage: {command_line.command('COMMAND')} [OPTIONS]"
+    return "\n".join([usage, "", *lines, "", "COMMAND --help lists its options."])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The commands: `basic NAME`, `python -m basic NAME` and, in a clone, `uv run local/NAME.py` call these modules."""

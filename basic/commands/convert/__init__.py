@@ -1,0 +1,1 @@
+"""Commands that turn a run into files of other programs, and back."""

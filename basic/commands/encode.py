@@ -1,0 +1,84 @@
+"""Encode text of any size into token ids: `basic encode data/TinyStories-valid.txt runs/valid.bin`.
+
+If the output is a folder, it gets several token files and an index (`basic encode "data/*.jsonl.zst" data/train`), and
+--train-tokens of `basic train` takes the folder. The same command resumes an interrupted one.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from basic.common import command_line
+from basic.common.errors import InvalidInputError
+from basic.corpus.text_formats import DocumentOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT [INPUT ...] OUTPUT")]
+    """Inputs: UTF-8 text under any name, JSON lines (.jsonl, .ndjson, .json), either also as .gz, .zst, .xz or .bz2, or
+    Parquet tables; files, globs in quotation marks, URLs (s3://bucket/*.jsonl.zst), or - for standard input, encoded in
+    this order. Output, at the end: a token file NAME.bin, which gets a sidecar NAME.json, or a folder."""
+    tokenizer: Path = Path("runs/tokenizer")
+    """The tokenizer: a folder that train-bpe wrote, a run, a tokenizer.json or a Hugging Face folder, or a
+    rank file of tiktoken."""
+    errors: Literal["strict", "replace"] = "strict"
+    """Bytes that are not UTF-8: end with an error, or encode U+FFFD instead."""
+    overwrite: bool = False
+    """Token file: replace the one that exists. (A folder is resumed; see --start-over.)"""
+    shard_bytes: int = 1 << 27
+    """Output folder: approximate size of the text in one token file, in bytes."""
+    start_over: bool = False
+    """Delete what an earlier command wrote into the output folder, and encode everything again."""
+    scheduler: str | None = None
+    """Address of a Dask scheduler, such as tcp://10.0.0.1:8786, whose workers encode; all must see the output."""
+    documents: tyro.conf.OmitArgPrefixes[DocumentOptions]
+
+
+def main(options: Options) -> None:
+    from basic.common.files import make_folder
+    from basic.corpus.sources import TextSource
+    from basic.corpus.work_folder import dask_executor
+    from basic.encoding import encode_file, encode_files
+    from basic.Tokenizer import Tokenizer
+
+    if len(options.paths) < 2:
+        raise InvalidInputError("at least two paths are needed: INPUT [INPUT ...] OUTPUT")
+    inputs, output = options.paths[:-1], Path(options.paths[-1])
+    tokenizer = Tokenizer.load(command_line.tokenizer_folder(options.tokenizer))
+    make_folder(output.parent)
+    start = time.perf_counter()
+    sources = [TextSource(path, **asdict(options.documents)) for path in inputs]
+    if output.suffix == ".bin" and options.scheduler is None:
+        info = encode_file(
+            tokenizer, sources, output, errors=options.errors, overwrite=options.overwrite, progress=True
+        )
+    else:
+        with dask_executor(options.scheduler) as executor:
+            info = encode_files(
+                tokenizer,
+                sources,
+                output,
+                executor=executor,
+                start_over=options.start_over,
+                shard_bytes=options.shard_bytes,
+                errors=options.errors,
+                progress=True,
+            )
+    seconds = time.perf_counter() - start
+    print(f"text     {info.source_bytes:,} bytes, {info.source_bytes / seconds / 1e6:.2f} MB/s")
+    print(f"tokens   {info.count:,}, {info.source_bytes / max(info.count, 1):.3f} bytes per token, {info.dtype}")
+    print(
+        f"saved as {output}, with its index"
+        if output.is_dir()
+        else f"saved as {output} and {output.with_suffix('.json')}"
+    )
+
+
+def command() -> None:
+    main(command_line.parse(Options, __doc__))

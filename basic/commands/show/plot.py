@@ -1,0 +1,59 @@
+"""Plot the losses of one or more runs: `basic plot runs/quickstart`.
+
+Several runs are labelled by the settings in which they differ, or by the names of their folders.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from basic.common import command_line
+from basic.common.errors import InvalidInputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders, such as runs/quickstart."""
+    output: Path | None = None
+    """Image file to write (.png, .svg or .pdf); None: loss.png in the run folder, or for several runs a file beside the
+    first, such as runs/losses_of_my_other.png."""
+    overwrite: bool = False
+    """Replace the picture that exists."""
+    entropy: float | None = None
+    """Entropy of the data in nats per token, if it is known; drawn as a line."""
+
+
+def main(options: Options) -> None:
+    from basic.analysis.plotting import picture_output, plot_losses, run_labels
+    from basic.common.config_files import to_table
+    from basic.common.outputs import reserved_outputs
+    from basic.training.records.metrics import read_metrics
+    from basic.training.run_folder import load_run_config
+
+    if not options.runs:
+        raise InvalidInputError("no run given; name at least one folder, such as runs/quickstart")
+    runs = list(dict.fromkeys(options.runs))  # without duplicates
+    output = options.output or default_output(runs)
+    with reserved_outputs([picture_output(output)], overwrite=options.overwrite):
+        labels = run_labels({str(run): to_table(load_run_config(run)) for run in runs})
+        records = [read_metrics(run / "metrics.jsonl") for run in runs]
+        plot_losses(dict(zip(labels, records, strict=True)), output, floor_nats=options.entropy)
+    print(f"wrote {output}")
+
+
+def default_output(runs: list[Path]) -> Path:
+    """The run's own loss.png, which the plot of several runs must not replace."""
+    if len(runs) == 1:
+        return runs[0] / "loss.png"
+    names = [run.resolve().name for run in runs]
+    if len(names) > 4:
+        names[3:] = [f"and_{len(names) - 3}_more"]
+    return runs[0].resolve().parent / f"losses_of_{'_'.join(names)}.png"
+
+
+def command() -> None:
+    main(command_line.parse(Options, __doc__))

@@ -1,0 +1,83 @@
+"""Train all runs of a sweep and compare them: `basic sweep learning_rate --small`.
+
+The same command skips finished runs and resumes an interrupted one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from basic.common import command_line
+from basic.common.errors import InvalidInputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    sweeps: tyro.conf.Positional[tuple[Path, ...]]
+    """TOML files of sweeps, whose format stands in basic/analysis/sweep.py, or names of those that are included:
+    learning_rate, batch_size, ablations, optimizer."""
+    small: bool = False
+    """Run the small versions, for a CPU, on embedded stories, which are generated if they do not exist."""
+    output: Path = Path("runs")
+    """Folder that gets one folder for each sweep."""
+    plan: bool = False
+    """Only print the names of the runs."""
+
+
+def main(options: Options) -> None:
+    from basic.analysis.sweep import plot_sweep, read_sweep, result_table, run_sweep
+
+    if not options.sweeps:
+        raise InvalidInputError("no sweep given; name at least one file, or an included one, such as learning_rate")
+    sweeps = {path.stem: read_sweep(path, small=options.small) for path in options.sweeps}
+    for name, runs in sweeps.items():
+        if options.plan:
+            print(name, *(f"  {run.name}" for run in runs), sep="\n")
+            continue
+        folder = options.output / (f"{name}_small" if options.small else name)
+        print(f"{name}: {len(runs)} runs in {folder}")
+        results = run_sweep(runs, folder, open_data, progress=True)
+        picture = plot_sweep(runs, folder)
+        print(f"\n{result_table(results)}\nwrote {folder / 'table.md'}" + f" and {picture}" * bool(picture))
+
+
+def open_data(data):
+    """Open the token files and the tokenizer of a run; generate those of the stories if they do not exist."""
+    from basic.analysis.sweep import SweepData
+    from basic.Tokenizer import Tokenizer
+    from basic.tokens.opening import open_tokens
+
+    folder = Path(data.train_tokens).parent
+    if folder.name == "small_stories" and not (folder / "valid.bin").is_file():
+        make_stories(folder)
+    tokenizer = Tokenizer.load(command_line.tokenizer_folder(Path(data.tokenizer))) if data.tokenizer else None
+    made_by = None if tokenizer is None else tokenizer.fingerprint
+    paths = data.train_tokens, data.valid_tokens
+    return SweepData(*(open_tokens(path, dtype=data.dtype or None, made_by=made_by) for path in paths), tokenizer)
+
+
+def make_stories(folder: Path, *, num_train: int = 20_000, num_valid: int = 400, vocab_size: int = 1024) -> None:
+    """Write the embedded stories, train a tokenizer and encode them; valid.bin is written last."""
+    from basic.common.files import make_folder
+    from basic.common.folder_lock import FolderLock
+    from basic.corpus.train_valid import write_stories
+    from basic.encoding import encode_file
+    from basic.Tokenizer import Tokenizer
+    from basic.train_bpe import train_bpe
+
+    end = "<|endoftext|>"
+    make_folder(folder)
+    with FolderLock(folder):
+        write_stories(folder, num_train, num_valid, separator=end, progress=True)
+        vocab, merges = train_bpe(folder / "train.txt", vocab_size, [end], kernels=False, progress=True)
+        tokenizer = Tokenizer(vocab, merges, [end], kernels=False)
+        tokenizer.save(folder / "tokenizer")
+        for split in ("train", "valid"):
+            encode_file(tokenizer, folder / f"{split}.txt", folder / f"{split}.bin", progress=True)
+
+
+def command() -> None:
+    main(command_line.parse(Options, __doc__))
