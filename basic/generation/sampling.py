@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
-from basic.common.arguments import check_integer, id_list
+from basic.common.arguments import check_integer, check_size, id_list
 from basic.common.config_files import check_fields
 from basic.common.errors import InvalidInputError, WrongTokenizerError
 from basic.model import KVCache, TransformerLM
-from basic.transformer.functional import at_least_float32, softmax
+from basic.transformer.functional import at_least_float32, softmax, token_losses
 from basic.transformer.kernels import dispatch
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ class Sampling:
         TypeError: a setting is not a number.
         InvalidInputError: a setting is out of its range.
 
-    Source: Holtzman et al. 2019 (top-p); Fan et al. 2018 (top-k).
+    Source: Holtzman et al. 2019 (top-p); Fan et al. 2018 (top-k); Nguyen et al. 2024 (min-p); Keskar et al. 2019
+    (repetition penalty).
     """
 
     temperature: float = 1.0
@@ -49,7 +50,15 @@ class Sampling:
     """Draw among the k likeliest tokens, >= 1; None for all. Applied before top_p."""
     top_p: float | None = None
     """Draw among the fewest likeliest tokens that together have at least this probability, above 0 and at most 1; None
+    for all. Applied before min_p."""
+    min_p: float | None = None
+    """Draw among the tokens with at least this share of the likeliest token's probability, above 0 and at most 1; None
     for all."""
+    repetition_penalty: float = 1.0
+    """Divides the logit of each token that occurs in the prompt or the new text if it is above 0, else multiplies it;
+    above 0. 1 changes nothing, 1.1 makes repetitions rarer."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time that it occurs in the new text; 0 changes nothing."""
     seed: int | None = None
     """Makes the draws repeatable; None for different draws each time."""
 
@@ -63,11 +72,41 @@ class Sampling:
             raise InvalidInputError(f"top_k must be at least 1 (None for all tokens), got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InvalidInputError(f"top_p must be above 0 and at most 1 (None for all tokens), got {self.top_p}")
+        if self.min_p is not None and not 0 < self.min_p <= 1:
+            raise InvalidInputError(f"min_p must be above 0 and at most 1 (None for all tokens), got {self.min_p}")
+        if not self.repetition_penalty > 0:
+            raise InvalidInputError(f"repetition_penalty must be above 0 (1 for none), got {self.repetition_penalty}")
         if self.seed is not None and not -(2**63) <= self.seed < 2**64:  # what torch's generators accept
             raise InvalidInputError(f"seed must have at most 64 bits, got {self.seed}")
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the choice depends on which tokens there are already."""
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0
+
+    def penalized(
+        self,
+        logits: Float[Tensor, " batch vocab_size"],
+        tokens: Int64[Tensor, " batch length"],
+        is_new: Bool[Tensor, " batch length"],
+    ) -> Float[Tensor, " batch vocab_size"]:
+        """The logits after both penalties, in at least float32.
+
+        Args:
+            tokens: the ids so far, of the prompt and the new ones.
+            is_new: which of them are new.
+        """
+        logits = at_least_float32(logits)
+        counts = torch.zeros_like(logits).scatter_add_(-1, tokens, torch.ones_like(tokens, dtype=logits.dtype))
+        scaled = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
+        new_counts = torch.zeros_like(logits).scatter_add_(-1, tokens, is_new.to(logits.dtype))
+        return torch.where(counts > 0, scaled, logits) - self.frequency_penalty * new_counts
+
     def probabilities(self, logits: Float[Tensor, " ... vocab_size"]) -> Float[Tensor, " ... vocab_size"]:
-        """The distribution that the next token is drawn from, in at least float32; NaN if a logit is NaN."""
+        """The distribution that the next token is drawn from, in at least float32; NaN if a logit is NaN.
+
+        The penalties are left out: they need the tokens so far (`penalized`).
+        """
         logits = at_least_float32(logits)
         if self.temperature == 0:  # the first of the likeliest tokens has probability 1
             certain = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
@@ -88,6 +127,10 @@ class Sampling:
             in_nucleus[..., 0] = True
             nucleus = torch.zeros_like(probabilities).scatter_(-1, ids, descending * in_nucleus)
             probabilities = nucleus / nucleus.sum(-1, keepdim=True)
+        if self.min_p is not None:
+            is_kept = probabilities >= self.min_p * probabilities.amax(-1, keepdim=True)
+            probabilities = probabilities.where(is_kept | probabilities.isnan(), 0)
+            probabilities = probabilities / probabilities.sum(-1, keepdim=True)
         return probabilities
 
     def draw(
@@ -110,7 +153,7 @@ def next_token_probabilities(
 
     Args:
         logits: the model's scores.
-        sampling: fields of `Sampling`.
+        sampling: fields of `Sampling`; the penalties, which need the tokens so far, have no effect.
 
     Returns:
         Probabilities in at least float32, which sum to one along the last dimension.
@@ -118,16 +161,48 @@ def next_token_probabilities(
     return Sampling(**sampling).probabilities(logits)
 
 
+@overload
 def generate(
     model: TransformerLM,
     prompts: Iterable[Ids] | np.ndarray | Tensor,
     max_new_tokens: int,
     *,
+    num_samples: int = 1,
+    log_probabilities: Literal[False] = False,
     end_id: int | None = None,
     vocab_size: int | None = None,
     use_cache: bool = True,
     **sampling: Any,
-) -> list[list[int]]:
+) -> list[list[int]]: ...
+
+
+@overload
+def generate(
+    model: TransformerLM,
+    prompts: Iterable[Ids] | np.ndarray | Tensor,
+    max_new_tokens: int,
+    *,
+    num_samples: int = 1,
+    log_probabilities: Literal[True],
+    end_id: int | None = None,
+    vocab_size: int | None = None,
+    use_cache: bool = True,
+    **sampling: Any,
+) -> tuple[list[list[int]], list[list[float]]]: ...
+
+
+def generate(
+    model: TransformerLM,
+    prompts: Iterable[Ids] | np.ndarray | Tensor,
+    max_new_tokens: int,
+    *,
+    num_samples: int = 1,
+    log_probabilities: bool = False,
+    end_id: int | None = None,
+    vocab_size: int | None = None,
+    use_cache: bool = True,
+    **sampling: Any,
+) -> list[list[int]] | tuple[list[list[int]], list[list[float]]]:
     """Continue each prompt by up to `max_new_tokens` ids; the prompts may differ in length.
 
     On a GPU, single steps use the kernels of `basic.generation.decoder` if those support the model.
@@ -136,13 +211,17 @@ def generate(
         prompts: at least one id each, as lists, arrays or tensors, or the rows of one array; of a prompt longer than
             the context, the last ids are used.
         max_new_tokens: >= 0; the model sees the last `context_length` ids only.
+        num_samples: continuations of each prompt, computed together.
+        log_probabilities: also return the logarithm of each new id's probability.
         end_id: a sequence ends when this id is drawn.
         vocab_size: draw only ids below this, if the model's vocabulary is larger than the tokenizer's.
         use_cache: keep keys and values of earlier tokens; without, the ids are the same, only slower.
-        sampling: fields of `Sampling`: temperature, top_k, top_p, seed.
+        sampling: fields of `Sampling`: temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, seed.
 
     Returns:
-        The new ids of each sequence, without `end_id`.
+        The new ids of each sequence, without `end_id`: all samples of the first prompt, then those of the second. With
+        `log_probabilities` also the natural logarithm of the probability that the model itself gives each of these ids,
+        at temperature 1 and without penalties and truncation.
 
     Raises:
         TypeError: the prompts are not sequences of integers.
@@ -154,14 +233,23 @@ def generate(
     """
     settings = Sampling(**sampling)
     check_max_new_tokens(max_new_tokens)
-    id_lists = _prompt_lists(prompts, model.config.vocab_size)
+    prompt_lists = _prompt_lists(prompts, model.config.vocab_size)
+    id_lists = [ids for ids in prompt_lists for _ in range(check_size("num_samples", num_samples))]
     sequences: list[list[int]] = [[] for _ in id_lists]
+    logarithms: list[list[float]] = [[] for _ in id_lists]
     for new_ids in continue_ids(
-        model, id_lists, max_new_tokens, settings, end_id=end_id, vocab_size=vocab_size, use_cache=use_cache
+        model,
+        id_lists,
+        max_new_tokens,
+        settings,
+        end_id=end_id,
+        vocab_size=vocab_size,
+        use_cache=use_cache,
+        log_probabilities=logarithms if log_probabilities else None,
     ):
         for sequence, ids in zip(sequences, new_ids, strict=True):
             sequence += ids
-    return sequences
+    return (sequences, logarithms) if log_probabilities else sequences
 
 
 def check_max_new_tokens(max_new_tokens: int) -> None:
@@ -215,6 +303,8 @@ def continue_ids(
     end_id: int | None,
     vocab_size: int | None,
     use_cache: bool = True,
+    log_probabilities: list[list[float]] | None = None,
+    has_ended: Callable[[int, list[int]], bool] = lambda index, new_ids: False,
     make_decoder: Callable[..., Any] = make_decoder,
     steps_per_read: int = 32,
 ) -> Iterator[list[list[int]]]:
@@ -226,6 +316,8 @@ def continue_ids(
 
     Args:
         prompts: not empty.
+        log_probabilities: a list for each prompt, to which those of its new ids are added (see `generate`).
+        has_ended: called with the index of a sequence and its new ids, after they are yielded; whether to end it.
         make_decoder: a function like this module's.
         steps_per_read: greedy steps after which the new ids are read, which waits for the GPU.
     """
@@ -238,6 +330,8 @@ def continue_ids(
     tokens = torch.zeros(len(prompts), max(lengths) + max_new_tokens, dtype=torch.int64, device=device)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
+    logarithms = torch.zeros(tokens.shape if log_probabilities is not None else (0, 0), device=device)
+    needs_logits = sampling.temperature != 0 or sampling.has_penalties or log_probabilities is not None
     generator = torch.Generator(device)
     if sampling.seed is None:
         generator.seed()
@@ -251,10 +345,15 @@ def continue_ids(
     @torch.inference_mode()  # not around the loop: the mode would be on in the caller's code between two steps
     def extend(length: int) -> int:
         """Fill in `tokens[:, length]`, and with greedy decoding some columns after it; return the new length."""
-        if decoder is not None and sampling.temperature == 0 and decoder.cache.length == length - 1 < context:
+        if decoder is not None and not needs_logits and decoder.cache.length == length - 1 < context:
             return _decode_greedily(decoder, tokens, length, steps_per_read)
-        logits = _next_logits(model, tokens[:, :length], cache, decoder)[:, :vocab_size]
-        drawn = sampling.draw(logits, generator)
+        logits = penalized = _next_logits(model, tokens[:, :length], cache, decoder)
+        if sampling.has_penalties:
+            is_new = torch.arange(length, device=device) >= prompt_lengths.unsqueeze(-1)
+            penalized = sampling.penalized(logits, tokens[:, :length], is_new)
+        drawn = sampling.draw(penalized[:, :vocab_size], generator)
+        if log_probabilities is not None:
+            logarithms[:, length] = -token_losses(logits[:, :vocab_size], drawn.clamp(min=0))
         tokens[:, length] = torch.where(length < prompt_lengths, tokens[:, length], drawn)
         return length + 1
 
@@ -272,8 +371,13 @@ def continue_ids(
             remaining[index] -= len(drawn)
             if end_id in drawn:
                 drawn, remaining[index] = drawn[: drawn.index(end_id)], 0
+            if log_probabilities is not None and drawn:
+                log_probabilities[index].append(logarithms[index, length].item())
             new_ids.append(drawn)
         yield new_ids
+        for index, ids in enumerate(new_ids):
+            if remaining[index] and has_ended(index, ids):
+                remaining[index] = 0
         length = end
 
 

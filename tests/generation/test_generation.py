@@ -286,6 +286,11 @@ def test_probabilities_are_computed_in_at_least_float32(dtype, wide):
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1.*got 0.0"),
         ({"top_p": 1.1}, "top_p must be .*got 1.1"),
         ({"top_p": math.nan}, "top_p must be .*got nan"),
+        ({"min_p": 0.0}, "min_p must be above 0 and at most 1.*got 0.0"),
+        ({"min_p": 1.5}, "min_p must be .*got 1.5"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0.*got 0.0"),
+        ({"frequency_penalty": math.inf}, "frequency_penalty must be .*got inf"),
+        ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
     ],
 )
 def test_settings_out_of_range_are_named(model, settings, message):
