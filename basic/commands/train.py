@@ -1,7 +1,8 @@
 """Train a model from a configuration file: `basic train --config tinystories`.
 
 Every setting of the file can be overridden: `--batch-size 32 --num-layers 6`. `--resume runs/NAME` resumes a run and
-needs no other option. An error is one line; --traceback shows where it comes from.
+needs no other option. `--init-from runs/NAME` begins with the weights of another model. An error is one line;
+--traceback shows where it comes from.
 
 On several GPUs: `torchrun --nproc-per-node 4 -m basic train ...`, with the same options.
 """
@@ -20,8 +21,9 @@ import tyro
 from basic.common import command_line
 from basic.common.config_files import load_config
 from basic.common.errors import InvalidConfigError, InvalidInputError
+from basic.formats.initial_model import InitialModel, open_initial_model
 from basic.training.parallel.world import World, join_world
-from basic.training.run_folder import load_run_config
+from basic.training.run_folder import checkpoint_paths, load_run_config
 from basic.training.settings import RunConfig
 
 
@@ -42,33 +44,44 @@ class Options:
     """Compare all token files with their checksums before training."""
 
 
-def parse(arguments: list[str]) -> Options:
-    """Parse the options. --config and --resume are parsed first, because their file has the defaults of the others."""
+def parse(arguments: list[str]) -> tuple[Options, InitialModel | None]:
+    """Parse the options, and open the model of --init-from.
+
+    --config, --resume and --init-from are parsed first, because they have the defaults of the other options.
+    """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--init-from")
+    source, arguments = first.parse_known_args(arguments)
     first.add_argument("--config", type=Path)
     first.add_argument("--resume", type=Path, nargs="?")
     given, others = first.parse_known_args(arguments)
+    initial = None if source.init_from is None else open_initial_model(source.init_from)
+    if initial is not None and given.resume is not None:
+        raise InvalidInputError("--resume continues with the weights of the run itself; leave --init-from out")
     if given.config is not None and given.resume is not None:
         raise InvalidInputError("--resume takes the settings from the run itself; leave --config out")
     if given.resume is not None:
         default = Options(run=load_run_config(given.resume), output=given.resume)
-    elif given.config is not None:
-        config = load_config(given.config, RunConfig)
-        default = Options(run=config, config=given.config, output=Path("runs") / given.config.stem)
+    elif initial is not None or given.config is not None:
+        output = None if given.config is None else Path("runs") / given.config.stem
+        config = load_config(given.config, RunConfig) if initial is None else initial.run_config(given.config)
+        default = Options(run=config, config=given.config, output=output)
     elif any(other.partition("=")[0] in ("-h", "--help", "--vocab-size") for other in others):
-        return command_line.parse(Options, __doc__, args=arguments)
+        return command_line.parse(Options, __doc__, args=arguments), None
     else:
-        raise InvalidInputError(f"give --config FILE or --resume FOLDER; got {' '.join(others) or 'neither'}")
-    return command_line.parse(Options, __doc__, args=arguments, default=default)
+        raise InvalidInputError(
+            f"give --config FILE, --init-from MODEL or --resume FOLDER; got {' '.join(others) or 'none of them'}"
+        )
+    return command_line.parse(Options, __doc__, args=arguments, default=default), initial
 
 
 def command() -> None:
-    options = parse(sys.argv[1:])
+    options, initial = parse(sys.argv[1:])
     with join_world(os.environ) as world:
-        start(options, world)
+        start(options, initial, world)
 
 
-def start(options: Options, world: World) -> None:
+def start(options: Options, initial: InitialModel | None, world: World) -> None:
     from basic.Tokenizer import Tokenizer
     from basic.tokens.opening import open_tokens
     from basic.training.loop import train
@@ -90,7 +103,12 @@ def start(options: Options, world: World) -> None:
         open_tokens(path, dtype=data.dtype or None, verify=options.verify, made_by=made_by)
         for path in (data.train_tokens, data.valid_tokens)
     ]
+    if initial is None and options.run.train.init_from and not checkpoint_paths(output):
+        initial = open_initial_model(options.run.train.init_from)  # a run that was stopped before its first checkpoint
+    if initial is not None:
+        initial.check_tokenizer(tokenizer)
     how: dict[str, Any] = {"resume": options.resume is not None, "overwrite": options.overwrite, "progress": True}
+    how["init_from"] = None if initial is None else initial.model
     run = train(options.run, tokens[0], tokens[1], output, tokenizer=tokenizer, world=world, **how)
     if world.is_rank_0:
         print(f"trained {run.model.num_parameters:,} parameters for {run.step:,} steps; everything is in {output}")

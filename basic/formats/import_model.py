@@ -61,7 +61,7 @@ def import_hf(
     model = load_hf(directory, context_length=context_length, unpickle=unpickle)
     tokenizer = _load_tokenizer(directory) if with_tokenizer else None
     train = TrainConfig(steps=1)  # a required setting; the checkpoint is at step 0
-    if tokenizer is not None and (end_of_text := _end_of_text(directory, tokenizer)) is not None:
+    if tokenizer is not None and (end_of_text := find_end_of_text(directory, tokenizer)) is not None:
         train = dataclasses.replace(train, end_of_text=end_of_text)
     _write_run(run_dir, RunConfig(model=model.config, train=train), model, tokenizer)
 
@@ -285,7 +285,7 @@ def _load_pickle(path: str | os.PathLike) -> Any:
         raise DamagedFileError(message) from error
 
 
-def _end_of_text(directory: Path, tokenizer: Tokenizer) -> str | None:
+def find_end_of_text(directory: Path, tokenizer: Tokenizer) -> str | None:
     """Return the special token that is the EOS token in generation_config.json, or else in config.json."""
     texts = {token_id: text for text, token_id in tokenizer.special_token_ids.items()}
     for name in ("generation_config.json", "config.json"):

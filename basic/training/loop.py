@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 
 from basic.common.arguments import check_type, id_array
 from basic.common.command_line import print_text
-from basic.common.errors import BasicError, InvalidConfigError, InvalidInputError, failures_of
+from basic.common.errors import BasicError, InvalidConfigError, InvalidInputError
 from basic.common.files import make_folder
 from basic.common.folder_lock import FolderLock
 from basic.common.stop_signals import StopSignals
@@ -32,7 +32,9 @@ from basic.model import RotaryPositionalEmbedding, TransformerLM
 from basic.training.batches import BatchSampler, check_token_ids, check_tokenizer_size, document_starts, read_ahead
 from basic.training.parallel.devices import (
     activation_dtype,
+    advice_on_failures,
     choose_device,
+    deterministic_on_cpu,
     device_name,
     reduce_dtype,
     training_flops_per_token,
@@ -42,7 +44,7 @@ from basic.training.records.environment import append_environment, check_environ
 from basic.training.records.log import NullLog, RunLog
 from basic.training.records.meter import Meter, StepMetrics, TimeBudget
 from basic.training.records.trackers import check_trackers
-from basic.training.run_folder import Run, create_run_folder, load_run_config, save_run_config
+from basic.training.run_folder import Run, check_same_model, create_run_folder, load_run_config, save_run_config
 from basic.training.saving import CheckpointManager, RunProgress, find_checkpoint, format_sample, resume_run
 from basic.training.settings import RunConfig, TrainConfig
 from basic.training.step import TrainStep, make_optimizer, mean_loss
@@ -60,6 +62,7 @@ def train(
     overwrite: bool = False,
     progress: bool = False,
     world: World = SINGLE_PROCESS,
+    init_from: TransformerLM | None = None,
     make_step: Callable[..., TrainStep] = TrainStep,
 ) -> Run:
     """Train a model and save everything about the run in a folder (see `basic.training.run_folder`).
@@ -74,6 +77,8 @@ def train(
         progress: show progress on stderr.
         world: the ranks that train together. Each calls this function with the same arguments; rank 0 writes the
             folder.
+        init_from: a model whose weights begin the run, with the configuration of this one (its context length aside).
+            None for random weights. A resumed run needs it only if it has no checkpoint yet.
         make_step: called like `TrainStep`, whose subclasses tests pass here.
 
     Raises:
@@ -98,6 +103,11 @@ def train(
         raise InvalidInputError("a run cannot be both resumed and overwritten; choose one")
     run_dir, settings = Path(run_dir), config.train
     settings.check_schedule()
+    if init_from is not None:
+        source = settings.init_from or "the model of init_from"
+        check_same_model(
+            init_from.config, config.model, f"{source} was made", "this run has", may_differ=("context_length",)
+        )
     warn = partial(print_text, file=sys.stderr) if world.is_rank_0 else lambda message: None
     device = choose_device(world.device_name(settings.device))
     check_trackers(settings.trackers)
@@ -111,10 +121,14 @@ def train(
         if resume:
             check_environment(run_dir, environment, warn)
             checkpoint = find_checkpoint(run_dir, config, warn, world)
+            if checkpoint is None and settings.init_from and init_from is None:
+                raise InvalidInputError(f"{run_dir} begins with the weights of {settings.init_from}; give init_from")
         else:
             world.on_rank_0(lambda: create_run_folder(run_dir, config, tokenizer, overwrite=overwrite))
         torch.manual_seed(settings.seed)
         model = TransformerLM(config.model)
+        if init_from is not None and checkpoint is None:
+            model.load_state_dict(init_from.state_dict())
         flops_per_token = training_flops_per_token(model)
         model.activation_dtype = activation_dtype(settings, device)
         if settings.parallel == "sharded" and world.size > 1:
@@ -151,7 +165,7 @@ def train(
             device=device,
             make_step=make_step,
         )
-        with _deterministic_on_cpu(device), _advice_on_failures(config), log, checkpoints, world.detect_hangs():
+        with deterministic_on_cpu(device), advice_on_failures(config), log, checkpoints, world.detect_hangs():
             config = loop.run(start)
     tokenizer_path = run_dir / "tokenizer" if tokenizer is not None else None
     return Run(model.eval(), config, tokenizer_path, config.train.steps)
@@ -297,41 +311,6 @@ class _NonfiniteSteps:
                     f"on_nonfinite = skip, max_nonfinite_steps above {self.max_count}"
                 )
             self.log.print_message(f"warning: {message}; skipped, number {self.count} of at most {self.max_count}")
-
-
-@contextmanager
-def _deterministic_on_cpu(device: torch.device) -> Generator[None]:
-    """Make sums on a CPU deterministic: otherwise two threads add to an embedding's gradient in a random order."""
-    before = torch.are_deterministic_algorithms_enabled()
-    if device.type == "cpu":
-        torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-@contextmanager
-def _advice_on_failures(config: RunConfig) -> Generator[None]:
-    """Turn an out-of-memory error into a MemoryError, and one of torch.compile into a DependencyError, with advice."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:  # on a CPU, torch raises a plain RuntimeError
-        of_compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
-        if of_compiler or "Failed to find C compiler" in str(error):  # the second is Triton's
-            with failures_of("compiling", "install gcc and g++, or train on the CPU without --compile"):
-                raise
-        on_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-        if not (on_cpu or isinstance(error, torch.OutOfMemoryError)):
-            raise
-        batch_size, accumulation = config.train.batch_size, config.train.gradient_accumulation
-        more = next((n for n in range(accumulation + 1, batch_size + 1) if batch_size % n == 0), None)
-        remedy = "a smaller model" if more is None else f"gradient_accumulation = {more} for the same result"
-        raise MemoryError(
-            f"out of memory with batch_size = {batch_size}, gradient_accumulation = {accumulation}, context_length = "
-            f"{config.model.context_length}; try {remedy}, or lower batch_size or context_length "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-        ) from error
 
 
 def _time_budget(settings: TrainConfig, meter: Meter) -> TimeBudget:

@@ -17,15 +17,16 @@ import itertools
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
+from basic.common.arguments import check_integer
 from basic.common.config_files import from_table, load_config, save_config
-from basic.common.errors import DamagedFileError, InvalidConfigError, NotARunError
+from basic.common.errors import DamagedFileError, InvalidConfigError, InvalidInputError, NotARunError
 from basic.common.file_sets import CHECKSUMS_NAME, check_checksums, remove_set, write_checksums
 from basic.common.files import read_file, temporary_folder
 from basic.generation.text import SavableTokenizer
@@ -88,29 +89,35 @@ def save_run_config(run_dir: Path, config: RunConfig) -> None:
     write_checksums(run_dir, ["config.toml"])
 
 
-def load_run(path: str | os.PathLike, *, device: str = "auto") -> Run:
-    """Load the model of a run, in evaluation mode, from its newest complete checkpoint.
+def load_run(path: str | os.PathLike, *, checkpoint: int | Literal["best"] | None = None, device: str = "auto") -> Run:
+    """Load the model of a run, in evaluation mode, from its newest complete checkpoint or another one.
 
     A warning names every newer checkpoint that is damaged.
 
     Args:
+        path: the folder of the run.
+        checkpoint: the step of a checkpoint; "best" for the one with the lowest validation loss; None for the newest.
         device: cpu, cuda, ...; "auto" is a GPU if there is one, else the CPU.
 
     Raises:
         NotARunError: the folder is not a run, or has no checkpoint yet.
+        FileNotFoundError: it does not have this checkpoint (the message lists those that it has).
         InvalidInputError: the configuration or the device is not valid, or the checkpoint does not fit the
             configuration.
-        DamagedFileError: no checkpoint is complete, or config.toml is damaged.
+        DamagedFileError: no checkpoint, or not the one that was asked for, is complete, or config.toml is damaged.
     """
     run_dir = Path(path)
     config = load_run_config(run_dir)
-    checkpoint = newest_checkpoint(run_dir, warnings.warn)
-    check_model_config(config.model, checkpoint, run_dir)
+    if checkpoint is None:
+        opened = newest_checkpoint(run_dir, warnings.warn)
+    else:
+        opened = open_checkpoint(find_checkpoint_path(run_dir, checkpoint))
+    check_model_config(config.model, opened, run_dir)
     try:
         model = TransformerLM(config.model)
     except (MemoryError, RuntimeError) as error:
         raise InvalidConfigError(f"the model of {run_dir / 'config.toml'} does not fit into memory: {error}") from error
-    step = load_state(checkpoint, model)
+    step = load_state(opened, model)
     chosen = choose_device(device)
     model.to(chosen).eval()
     model.activation_dtype = activation_dtype(config.train, chosen)
@@ -249,17 +256,20 @@ def model_for_checks(config: ModelConfig, num_saved_blocks: int, path: Path) -> 
         raise InvalidConfigError(f"{path} has sizes that no model can have: {str(error).splitlines()[0]}") from error
 
 
-def check_same_model(saved: ModelConfig, given: ModelConfig, before: str, now: str) -> None:
+def check_same_model(
+    saved: ModelConfig, given: ModelConfig, before: str, now: str, *, may_differ: Collection[str] = ()
+) -> None:
     """Check that two model configurations are equal.
 
     Args:
         before, now: what has them, for the message: "runs/a was started", "config.toml has".
+        may_differ: names of settings that are not compared.
 
     Raises:
         InvalidConfigError: they differ; the message names the first setting that does.
     """
     for name in (field.name for field in fields(ModelConfig)):
-        if getattr(saved, name) != getattr(given, name):
+        if name not in may_differ and getattr(saved, name) != getattr(given, name):
             raise InvalidConfigError(
                 f"{before} with model.{name} = {getattr(saved, name)}, but {now} {getattr(given, name)}; give it the "
                 "model that it was trained with, or train this one in another folder"
@@ -275,6 +285,30 @@ def checkpoint_paths(run_dir: Path) -> list[Path]:
 def checkpoint_step(path: Path) -> int:
     """Return the number of steps done when a checkpoint was saved."""
     return int(path.stem.removeprefix("step_"))
+
+
+def find_checkpoint_path(run_dir: Path, checkpoint: int | str) -> Path:
+    """Return the path of a checkpoint of a run.
+
+    Args:
+        checkpoint: its step, or "best" for the one with the lowest validation loss.
+
+    Raises:
+        FileNotFoundError: the run does not have it.
+        InvalidInputError: `checkpoint` is something else.
+    """
+    paths = {checkpoint_step(path): path for path in checkpoint_paths(run_dir)}
+    remedy = f"give one of {', '.join(map(str, paths)) or 'none: it has no checkpoint'}, or leave it out for the newest"
+    if isinstance(checkpoint, str):
+        if checkpoint != "best":
+            raise InvalidInputError(f"checkpoint must be a step or 'best', got {checkpoint!r}; {remedy}")
+        losses = valid_losses(run_dir)
+        if not losses:
+            raise FileNotFoundError(f"{run_dir} has no checkpoint whose validation loss was measured; {remedy}")
+        return paths[min(losses, key=lambda step: losses[step])]
+    if check_integer("checkpoint", checkpoint) not in paths:
+        raise FileNotFoundError(f"{run_dir} has no checkpoint of step {checkpoint}; {remedy}")
+    return paths[checkpoint]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -293,6 +327,26 @@ def read_checkpoint_document(path: Path) -> dict[str, Any]:
         DamagedFileError: it has no document.
     """
     return read_sharded_document(path) if path.is_dir() else read_document(path)
+
+
+def valid_losses(run_dir: Path) -> dict[int, float]:
+    """Return the validation loss of each checkpoint for which it was measured, by step.
+
+    A checkpoint contains its own loss. Those of version 0.1.0 do not, so the log is asked for them.
+    """
+    metrics = run_dir / "metrics.jsonl"
+    records = read_metrics(metrics) if metrics.exists() else []
+    logged = {record["step"]: record.get("valid_loss") for record in records}
+    losses = {}
+    for path in checkpoint_paths(run_dir):
+        try:
+            extra = read_checkpoint_document(path).get("extra")
+        except DamagedFileError:
+            continue
+        loss = (extra if isinstance(extra, dict) else {}).get("valid_loss", logged.get(checkpoint_step(path)))
+        if isinstance(loss, float):  # none was measured, or it is not finite and so no number in JSON
+            losses[checkpoint_step(path)] = loss
+    return losses
 
 
 def newest_checkpoint(run_dir: Path, report: Callable[[str], None]) -> Checkpoint:

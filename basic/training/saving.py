@@ -21,7 +21,7 @@ from basic.training.checkpoints.file import Checkpoint, load_state
 from basic.training.checkpoints.sharded import load_sharded_state, remove_checkpoint
 from basic.training.parallel.world import SINGLE_PROCESS, World, is_sharded
 from basic.training.records.log import NullLog, RunLog
-from basic.training.records.metrics import describe_lost_records, encode_record, read_all_records, read_metrics
+from basic.training.records.metrics import describe_lost_records, encode_record, read_all_records
 from basic.training.run_folder import (
     check_model_config,
     check_same_model,
@@ -30,9 +30,9 @@ from basic.training.run_folder import (
     load_run_config,
     newest_checkpoint,
     open_checkpoint,
-    read_checkpoint_document,
     save_run_config,
     set_aside,
+    valid_losses,
 )
 from basic.training.settings import RunConfig, TrainConfig
 
@@ -82,7 +82,7 @@ class CheckpointManager:
         self._last_save_s = time.monotonic()
         self._retry_at_s = math.inf
         self._step = 0
-        self._valid_losses = _valid_losses(run_dir)
+        self._valid_losses = valid_losses(run_dir)
         if world.is_rank_0:
             for leftover in (run_dir / "checkpoints").glob(".step_*.tmp"):  # of a killed process
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -220,26 +220,6 @@ class CheckpointManager:
             if checkpoint_step(path) not in kept:
                 remove_checkpoint(path)
                 self._valid_losses.pop(checkpoint_step(path), None)
-
-
-def _valid_losses(run_dir: Path) -> dict[int, float]:
-    """Return the validation loss of each checkpoint for which it was measured, by step.
-
-    A checkpoint contains its own loss. Those of version 0.1.0 do not, so the log is asked for them.
-    """
-    metrics = run_dir / "metrics.jsonl"
-    records = read_metrics(metrics) if metrics.exists() else []
-    logged = {record["step"]: record.get("valid_loss") for record in records}
-    losses = {}
-    for path in checkpoint_paths(run_dir):
-        try:
-            extra = read_checkpoint_document(path).get("extra")
-        except DamagedFileError:
-            continue
-        loss = (extra if isinstance(extra, dict) else {}).get("valid_loss", logged.get(checkpoint_step(path)))
-        if isinstance(loss, float):  # none was measured, or it is not finite and so no number in JSON
-            losses[checkpoint_step(path)] = loss
-    return losses
 
 
 def find_checkpoint(

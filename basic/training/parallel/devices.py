@@ -1,4 +1,4 @@
-"""Devices, their data types and their peak speeds.
+"""Devices, their data types, their peak speeds and their failures.
 
 GPU utilisation is given as MFU, model FLOPs utilisation: the operations per second that training needs
 (`training_flops_per_token` x tokens per second), divided by the GPU's peak in bfloat16 (`PEAK_BF16_FLOPS`).
@@ -7,12 +7,14 @@ GPU utilisation is given as MFU, model FLOPs utilisation: the operations per sec
 from __future__ import annotations
 
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import torch
 
-from basic.common.errors import InvalidConfigError
+from basic.common.errors import InvalidConfigError, failures_of
 from basic.model import TransformerLM
-from basic.training.settings import TrainConfig
+from basic.training.settings import RunConfig, TrainConfig
 
 PEAK_BF16_FLOPS = {
     "NVIDIA A10": 125e12,
@@ -93,3 +95,38 @@ def matmul_flops_per_s(device: torch.device) -> float:
         product[0, 0].item()  # waits for the device
         best_s = min(best_s, time.perf_counter() - started)
     return 2 * size**3 / best_s
+
+
+@contextmanager
+def deterministic_on_cpu(device: torch.device) -> Generator[None]:
+    """Make sums on a CPU deterministic: otherwise two threads add to an embedding's gradient in a random order."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def advice_on_failures(config: RunConfig) -> Generator[None]:
+    """Turn an out-of-memory error into a MemoryError, and one of torch.compile into a DependencyError, with advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # on a CPU, torch raises a plain RuntimeError
+        of_compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+        if of_compiler or "Failed to find C compiler" in str(error):  # the second is Triton's
+            with failures_of("compiling", "install gcc and g++, or train on the CPU without --compile"):
+                raise
+        on_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+        if not (on_cpu or isinstance(error, torch.OutOfMemoryError)):
+            raise
+        batch_size, accumulation = config.train.batch_size, config.train.gradient_accumulation
+        more = next((n for n in range(accumulation + 1, batch_size + 1) if batch_size % n == 0), None)
+        remedy = "a smaller model" if more is None else f"gradient_accumulation = {more} for the same result"
+        raise MemoryError(
+            f"out of memory with batch_size = {batch_size}, gradient_accumulation = {accumulation}, context_length = "
+            f"{config.model.context_length}; try {remedy}, or lower batch_size or context_length "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        ) from error
