@@ -45,7 +45,7 @@ class InitialModel(NamedTuple):
         if config_path is None:
             train = replace(_DEFAULTS, init_from=self.source, **ends)
             return RunConfig(model=self.model.config, train=train, data=DataConfig(**data))
-        table = load_table(config_path, "configuration", "local/configs/small.toml")
+        table = load_table(config_path, "configuration")
         defaults = {"model": to_table(self.model.config), "train": ends, "data": data}
         for name, values in defaults.items():
             table[name] = {**values, **table.get(name, {})}
