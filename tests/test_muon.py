@@ -211,6 +211,21 @@ def test_ranks_that_share_the_work_do_what_one_does(size: int) -> None:
     assert max(orthogonalized) == 4  # of six matrices in four shapes: two squares, two tall ones, one wide, one row
 
 
+@pytest.mark.parametrize(("rows", "size"), [(5, 4), (6, 2), (3, 4), (1, 2)])
+def test_shards_of_rows_are_joined(rows: int, size: int) -> None:
+    whole = torch.arange(2.0 * rows * 3).reshape(2, rows, 3)
+    shards = list(whole.chunk(size, 1))
+    shards += [whole[:, :0]] * (size - len(shards))
+    optimizers = [Muon([Parameter(torch.ones(2, 2))]) for _ in shards]
+    padded: list[torch.Tensor] = []
+    for rank, (optimizer, shard) in enumerate(zip(optimizers, shards, strict=True)):
+        optimizer.share_work(rank, size, lambda own: padded.append(own) or own.repeat(size, 1, 1))
+        optimizer._join_rows(shard, rows)
+        assert torch.equal(whole[:, optimizer._own_rows(rows)], shard)
+    optimizers[0].share_work(0, size, lambda own: torch.cat(padded))
+    assert torch.equal(optimizers[0]._join_rows(shards[0], rows), whole)
+
+
 def test_a_loaded_state_continues_exactly() -> None:
     ours = matrices(torch.float32)
     optimizer = Muon([{"params": ours, "rule": "muon"}], **SETTINGS)

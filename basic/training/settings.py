@@ -274,11 +274,6 @@ class TrainConfig:
                 f"max_learning_rate={self.max_learning_rate} must be at least "
                 f"min_learning_rate={self.min_learning_rate}; change one of them"
             )
-        if self.optimizer == "muon" and self.parallel == "sharded":
-            raise InvalidConfigError(
-                "optimizer = muon needs whole matrices, but parallel = sharded stores slices; use parallel = "
-                "replicated, or optimizer = adamw"
-            )
         if self.batch_size % self.gradient_accumulation:
             raise InvalidConfigError(
                 f"batch_size={self.batch_size} must be divisible by gradient_accumulation={self.gradient_accumulation}"

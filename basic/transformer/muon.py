@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
 from basic.transformer.kernels import dispatch
-from basic.transformer.optimizer import AdamW, Update
+from basic.transformer.optimizer import AdamW, Update, local_shard
 
 _MAX_STACKED = 1 << 26
 """Numbers of matrices of one shape that are updated together: more would need more memory and not be faster."""
@@ -93,7 +94,9 @@ class Muon(AdamW):
         super().__init__(params, lr, betas, eps, weight_decay)
 
     def share_work(self, rank: int, size: int, all_gather: Callable[[Tensor], Tensor]) -> None:
-        """Let each of several ranks with the same parameters and gradients orthogonalize its share of the matrices.
+        """Let each of several ranks orthogonalize its share of the matrices and send the result to the others.
+
+        The ranks have the same parameters and gradients, or shards of their rows (FSDP2); then they send those first.
 
         Args:
             rank, size: of this process, and of all.
@@ -136,31 +139,41 @@ class Muon(AdamW):
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(update.parameter)
         if group["normalization"] != "none" and "mean_squares" not in state:
-            state["mean_squares"] = update.parameter.new_zeros(update.parameter.shape[_normalized_axis(update, group)])
+            # Of the whole matrix on every rank, also if the matrix is sharded.
+            size = update.parameter.shape[_normalized_axis(update, group)]
+            state["mean_squares"] = local_shard(update.parameter).new_zeros(size)
 
     def _update_matrices(self, updates: list[Update], group: dict[str, Any], gradient_factor: Tensor | None) -> None:
         """Update matrices of one shape; nothing waits for the device, so that a CUDA graph can be captured."""
-        weights = [update.parameter.detach() for update in updates]
+        weights = [local_shard(update.parameter.detach()) for update in updates]
         gradients = [update.gradient for update in updates]
         copies = [update.copy.detach() for update in updates if update.copy is not None]  # of all, or of none
         states = [self.state[update.parameter] for update in updates]
-        (rows, columns), dtype = weights[0].shape, weights[0].dtype
+        (rows, columns), dtype = updates[0].parameter.shape, weights[0].dtype
+        is_sharded = local_shard(updates[0].parameter) is not updates[0].parameter
         factor = weights[0].new_ones(()) if gradient_factor is None else gradient_factor.to(dtype)
         # 1, or 0 after a gradient that is not finite: then every number below is such that nothing changes.
         active = factor.isfinite().to(dtype)
         keep = 1 - active * (1 - group["momentum"])
         weight = factor.nan_to_num(0, 0, 0) * (1 - keep)
         kernels: Any = _PLAIN
-        if all(update.uses_kernel for update in updates):
+        if all(update.uses_kernel for update in updates) and weights[0].numel():
             from basic.transformer.kernels import muon as kernels  # imported late: it needs Triton
 
-        momenta, low = [state["momentum"] for state in states], torch.bfloat16 if weights[0].is_cuda else dtype
+        momenta = [local_shard(state["momentum"]) for state in states]
+        low = torch.bfloat16 if weights[0].is_cuda else dtype
         directions = kernels.step_momenta(gradients, momenta, weight, keep, low)
+        if is_sharded:
+            directions = self._join_rows(directions, rows)
         updated = self._orthogonalize(directions, polynomials(group["orthogonalization"], group["iterations"]))
         axis, scales = _normalized_axis(updates[0], group), None
         if group["normalization"] != "none":
             scales = _normalize(updated, axis, states, active * (1 - group["normalization_beta"]))
         scale = max(1, rows / columns) ** 0.5 if group["update_scale"] == "shape" else 0.2 * max(rows, columns) ** 0.5
+        if is_sharded:
+            own = self._own_rows(rows)
+            updated = updated[:, own].contiguous()
+            scales = scales[:, own].contiguous() if scales is not None and axis == 0 else scales
         rate = group["lr"] * active
         rates = rate * scale, rate * group["weight_decay"]
         kernels.step_weights(weights, copies, updated, scales, axis, *rates, cautious=group["cautious"])
@@ -175,6 +188,19 @@ class Muon(AdamW):
         share = directions[rank * count : (rank + 1) * count]
         own[: len(share)] = share
         return all_gather(orthogonalize(own, coefficients).contiguous())[: len(directions)]
+
+    def _own_rows(self, rows: int) -> slice:
+        """Those of a sharded matrix that this rank has; FSDP2 gives the last ranks fewer, or none."""
+        rank, size, _ = self._ranks
+        count = -(-rows // size)
+        return slice(min(rank * count, rows), min((rank + 1) * count, rows))
+
+    def _join_rows(self, shards: Tensor, rows: int) -> Tensor:
+        """Matrices (n, rows, columns) from each rank's rows of all of them."""
+        _, size, all_gather = self._ranks
+        padded = shards.new_zeros(len(shards), -(-rows // size), shards.shape[2])
+        padded[:, : shards.shape[1]] = shards
+        return rearrange(all_gather(padded), "(rank n) row column -> n (rank row) column", rank=size)[:, :rows]
 
 
 def step_momenta(

@@ -574,7 +574,6 @@ def test_arguments_that_do_not_fit_together_are_refused_before_anything_is_writt
         ({"beta1": 1.0}, "beta1 must be at least 0 and below 1, got 1.0"),
         ({"beta2": -0.5}, "beta2 must be at least 0 and below 1, got -0.5"),
         ({"max_gradient_norm": 0.0}, "max_gradient_norm must be above 0, got 0.0"),
-        ({"optimizer": "muon", "parallel": "sharded"}, "optimizer = muon needs whole matrices, but parallel = sharded"),
         ({"decay_share": 1.5}, "decay_share must be from 0 to 1, got 1.5"),
         ({"warmup_share": 0.1}, "warmup_steps=3 and warmup_share=0.1 say the same; leave one out"),
         ({"gradient_accumulation": 3}, "batch_size=4 must be divisible by gradient_accumulation=3"),

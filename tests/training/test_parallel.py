@@ -35,14 +35,15 @@ def assert_equal_checkpoints(run_dir: Path, other_dir: Path) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_two_processes_train_as_one_does_and_end_when_one_is_killed(tmp_path, monkeypatch, capsys):
     names = (
-        "one replicated sharded r_s s_s s_1 half_replicated half_sharded half_one narrow narrow_one wide muon muon_one"
+        "one replicated sharded r_s s_s s_1 half_replicated half_sharded half_one narrow narrow_one wide "
+        "muon muon_sharded muon_s_s muon_one"
     )
     run = {name: tmp_path / name for name in f"{names} bad_one bad_replicated bad_sharded long".split()}
     sharded = {"parallel": "sharded", "gradient_accumulation": 2}
     short = {"steps": 6, "sample_interval": 0, "checkpoint_interval": 0}
     half, narrow = {**short, "reduce_precision": "bfloat16"}, {**short, "precision": "bfloat16"}
     wide = {**narrow, "reduce_precision": "float32"}
-    muon = {**short, "optimizer": "muon", "rows": "shuffled", "max_learning_rate": 0.02}
+    muon = {"sample_interval": 0, "optimizer": "muon", "rows": "shuffled", "max_learning_rate": 0.02}
     bad = {**short, "poisoned": [2, 4], "on_nonfinite": "skip", "max_nonfinite_steps": 2}
     processes = start_processes(
         2,
@@ -56,6 +57,8 @@ def test_two_processes_train_as_one_does_and_end_when_one_is_killed(tmp_path, mo
             {"run": str(run["narrow"]), **narrow},
             {"run": str(run["wide"]), **wide},
             {"run": str(run["muon"]), **muon},
+            {"run": str(run["muon_sharded"]), "parallel": "sharded", **muon},
+            {"run": str(run["muon_s_s"]), "from": str(run["muon_sharded"]), "parallel": "sharded", **muon},
             {"run": str(run["bad_replicated"]), **bad},
             {"run": str(run["bad_sharded"]), "parallel": "sharded", **bad},
             {"run": str(run["long"]), "steps": 10**6, "eval_interval": 0, "sample_interval": 0},
@@ -85,7 +88,9 @@ def test_two_processes_train_as_one_does_and_end_when_one_is_killed(tmp_path, mo
         assert 1e-7 < differences.max() < 1e-2, name
     assert losses(run["wide"]) != losses(run["narrow"])
     np.testing.assert_allclose(losses(run["wide"]), losses(run["narrow_one"]), atol=1e-2, rtol=0)
-    np.testing.assert_allclose(losses(run["muon"]), losses(run["muon_one"]), atol=1e-4, rtol=0)
+    for name in ("muon", "muon_sharded", "muon_s_s"):
+        np.testing.assert_allclose(losses(run[name]), losses(run["muon_one"]), atol=1e-4, rtol=0)
+    assert_equal_checkpoints(run["muon_s_s"], run["muon_sharded"])
     for name in ("bad_one", "bad_replicated", "bad_sharded"):
         skipped = [record["step"] for record in read_records(run[name] / "metrics.jsonl", "nonfinite")]
         assert skipped == [2, 4], name
