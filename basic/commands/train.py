@@ -4,6 +4,8 @@ Every setting of the file can be overridden: `--batch-size 32 --num-layers 6`. `
 needs no other option. `--init-from runs/NAME` begins with the weights of another model. An error is one line;
 --traceback shows where it comes from.
 
+Without a configuration, on your own text: `basic train --text my.txt --minutes 10`; add --help to it for its options.
+
 On several GPUs: `torchrun --nproc-per-node 4 -m basic train ...`, with the same options.
 """
 
@@ -18,6 +20,8 @@ from typing import Any
 
 import tyro
 
+from basic.commands import own_text
+from basic.commands.show.report import leave_report
 from basic.common import command_line
 from basic.common.config_files import load_config
 from basic.common.errors import InvalidConfigError, InvalidInputError
@@ -70,12 +74,15 @@ def parse(arguments: list[str]) -> tuple[Options, InitialModel | None]:
         return command_line.parse(Options, __doc__, args=arguments), None
     else:
         raise InvalidInputError(
-            f"give --config FILE, --init-from MODEL or --resume FOLDER; got {' '.join(others) or 'none of them'}"
+            f"give --text TEXT, --config FILE, --init-from MODEL or --resume FOLDER; got {' '.join(others) or 'none of them'}"
         )
     return command_line.parse(Options, __doc__, args=arguments, default=default), initial
 
 
 def command() -> None:
+    if any(argument.partition("=")[0] == "--text" for argument in sys.argv[1:]):
+        own_text.command(sys.argv[1:])
+        return
     options, initial = parse(sys.argv[1:])
     with join_world(os.environ) as world:
         start(options, initial, world)
@@ -85,6 +92,8 @@ def start(options: Options, initial: InitialModel | None, world: World) -> None:
     from basic.Tokenizer import Tokenizer
     from basic.tokens.opening import open_tokens
     from basic.training.loop import train
+    from basic.training.parallel.devices import choose_device
+    from basic.training.records.metrics import read_metrics
 
     output, data = options.output or Path("runs/unnamed"), options.run.data
     if options.resume is not None and output != options.resume:
@@ -107,8 +116,15 @@ def start(options: Options, initial: InitialModel | None, world: World) -> None:
         initial = open_initial_model(options.run.train.init_from)  # a run that was stopped before its first checkpoint
     if initial is not None:
         initial.check_tokenizer(tokenizer)
+    is_new = options.overwrite or not (output / "config.toml").exists()
+    if world.size == 1 and options.run.train.minutes is None and (is_new or options.resume is not None):
+        options.run.train.check_schedule()
+        records = [] if is_new else read_metrics(output / "metrics.jsonl")
+        steps_left = options.run.train.steps - (records[-1]["step"] if records else 0)
+        own_text.announce(options.run, steps_left, choose_device(options.run.train.device))
     how: dict[str, Any] = {"resume": options.resume is not None, "overwrite": options.overwrite, "progress": True}
     how["init_from"] = None if initial is None else initial.model
     run = train(options.run, tokens[0], tokens[1], output, tokenizer=tokenizer, world=world, **how)
     if world.is_rank_0:
+        leave_report(output)
         print(f"trained {run.model.num_parameters:,} parameters for {run.step:,} steps; everything is in {output}")

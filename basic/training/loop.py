@@ -48,7 +48,6 @@ from basic.training.run_folder import Run, check_same_model, create_run_folder, 
 from basic.training.saving import CheckpointManager, RunProgress, find_checkpoint, format_sample, resume_run
 from basic.training.settings import RunConfig, TrainConfig
 from basic.training.step import TrainStep, make_optimizer, mean_loss
-from basic.transformer.optimizer import AdamW
 
 
 def train(
@@ -63,6 +62,9 @@ def train(
     progress: bool = False,
     world: World = SINGLE_PROCESS,
     init_from: TransformerLM | None = None,
+    optimizer: Callable[[TransformerLM], torch.optim.Optimizer] | None = None,
+    schedule: Callable[[int], float] | None = None,
+    on_step: Callable[[int, torch.Tensor, TransformerLM], object] | None = None,
     make_step: Callable[..., TrainStep] = TrainStep,
 ) -> Run:
     """Train a model and save everything about the run in a folder (see `basic.training.run_folder`).
@@ -79,6 +81,12 @@ def train(
             folder.
         init_from: a model whose weights begin the run, with the configuration of this one (its context length aside).
             None for random weights. A resumed run needs it only if it has no checkpoint yet.
+        optimizer: makes an optimizer of one's own, in place of that of the configuration, for example
+            `lambda model: torch.optim.SGD(model.parameters(), lr=0.1)`. Its state is in the checkpoints. The learning
+            rate of a group is that of the schedule, times the group's `rate_factor` if it has one.
+        schedule: the learning rate of a step, counted from 1, in place of the configuration's.
+        on_step: called after each step with its number, its loss on the device, and the model. To resume a run, give
+            the same three functions again: a run folder has no code.
         make_step: called like `TrainStep`, whose subclasses tests pass here.
 
     Raises:
@@ -134,10 +142,11 @@ def train(
         if settings.parallel == "sharded" and world.size > 1:
             world.shard(model, device, model.activation_dtype, reduce_dtype(settings))
         model.to(device)
-        optimizer = make_optimizer(model, settings)
+        own_optimizer = None if optimizer is None else _own_optimizer(optimizer, model, world)
+        optimizer_in_use = own_optimizer or make_optimizer(model, settings)
         start = RunProgress()
         if resume:
-            start = resume_run(run_dir, config, checkpoint, model, optimizer, world)
+            start = resume_run(run_dir, config, checkpoint, model, optimizer_in_use, world)
             train_sampler.sequence_offset = start.sequences - start.step * settings.batch_size
         world.on_rank_0(lambda: append_environment(run_dir, environment, start.step))
         log = NullLog()
@@ -155,7 +164,9 @@ def train(
         loop = _TrainingLoop(
             config=config,
             model=model,
-            optimizer=optimizer,
+            optimizer=optimizer_in_use,
+            schedule=schedule,
+            on_step=on_step,
             train_sampler=train_sampler,
             valid_sampler=valid_sampler,
             tokenizer=tokenizer_for_samples(tokenizer, settings.end_of_text, warn),
@@ -171,6 +182,17 @@ def train(
     return Run(model.eval(), config, tokenizer_path, config.train.steps)
 
 
+def _own_optimizer(
+    make: Callable[[TransformerLM], torch.optim.Optimizer], model: TransformerLM, world: World
+) -> torch.optim.Optimizer:
+    """The optimizer that a user's function makes."""
+    if world.size > 1:
+        raise InvalidInputError("an optimizer of one's own trains in one process; leave torchrun out")
+    own = make(model)
+    check_type("optimizer", own, torch.optim.Optimizer, "give a function that makes one: optimizer=lambda model: ...")
+    return own
+
+
 def _lock_run_folder(run_dir: Path, stack: ExitStack) -> None:
     """Take the lock of a run's folder until the stack is closed; the folder is created if it does not exist."""
     make_folder(run_dir)
@@ -183,7 +205,9 @@ class _TrainingLoop:
 
     config: RunConfig
     model: TransformerLM
-    optimizer: AdamW
+    optimizer: torch.optim.Optimizer
+    schedule: Callable[[int], float] | None
+    on_step: Callable[[int, torch.Tensor, TransformerLM], object] | None
     train_sampler: BatchSampler
     valid_sampler: BatchSampler
     tokenizer: SavableTokenizer | None
@@ -208,15 +232,28 @@ class _TrainingLoop:
         with StopSignals() as stop, read_ahead(self.train_sampler, steps, self.device) as batches:
             for step, batch in enumerate(batches, start.step + 1):
                 scheduled = settings.scheduled(step)
-                nonfinite.handle(meter.add(*take_step(batch, **scheduled), scheduled["learning_rate"]))
-                self.log.update_progress(step)
+                if self.schedule is not None:
+                    scheduled["learning_rate"] = float(self.schedule(step))
+                loss, gradient_norm = take_step(batch, **scheduled)
+                nonfinite.handle(meter.add(loss, gradient_norm, scheduled["learning_rate"]))
+                if self.on_step is not None:
+                    self.on_step(step, loss, self.model)
+                self.log.update_progress(step, meter.latest.loss if meter.latest is not None else None)
 
                 valid_loss = None
                 is_evaluated = _is_due(step, settings.eval_interval, settings)
-                is_logged = is_evaluated or _is_due(step, settings.log_interval, settings)
+                # The first step shows the loss before training. It compiles and tunes, which is no part of a speed.
+                is_logged = (
+                    is_evaluated
+                    or (step == 1 and settings.log_interval > 0)
+                    or _is_due(step, settings.log_interval, settings)
+                )
                 if is_logged:
                     nonfinite.handle(meter.synchronize())
-                    valid_loss = self._log_interval(meter.record(), take_step if is_evaluated else None)
+                    record = meter.record()
+                    if step == 1:
+                        del record["tokens_per_s"]
+                    valid_loss = self._log_interval(record, take_step if is_evaluated else None)
                 if self.tokenizer is not None and _is_due(step, settings.sample_interval, settings):
                     self._sample(self.tokenizer, step)
 

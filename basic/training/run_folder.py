@@ -19,6 +19,8 @@ import re
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import fields, replace
+from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,7 +31,7 @@ from basic.common.config_files import from_table, load_config, save_config
 from basic.common.errors import DamagedFileError, InvalidConfigError, InvalidInputError, NotARunError
 from basic.common.file_sets import CHECKSUMS_NAME, check_checksums, remove_set, write_checksums
 from basic.common.files import read_file, temporary_folder
-from basic.generation.text import SavableTokenizer
+from basic.generation.text import SavableTokenizer, complete
 from basic.model import ModelConfig, TransformerLM
 from basic.training.checkpoints.file import Checkpoint, load_state, read_checkpoint, read_document
 from basic.training.checkpoints.sharded import (
@@ -58,10 +60,46 @@ class Run(NamedTuple):
     step: int
     """Number of optimizer steps that the model was trained for."""
 
+    @property
+    def tokenizer(self) -> Any:
+        """The run's `basic.Tokenizer.Tokenizer`.
+
+        Raises:
+            InvalidInputError: the run has none.
+        """
+        if self.tokenizer_path is None:
+            raise InvalidInputError("the run has no tokenizer/ folder; its model continues ids, with basic.generation")
+        return _load_tokenizer(self.tokenizer_path)
+
+    def complete(self, prompts: Any = "", max_new_tokens: int = 200, **sampling: Any) -> Any:
+        """Continue a text, or each of a list of texts; "" is the start of a document.
+
+        Args:
+            sampling: fields of `basic.generation.sampling.Sampling`: temperature, top_k, top_p, seed.
+
+        Returns:
+            The continuation without the prompt, or the list of them.
+
+        Raises:
+            TypeError, InvalidInputError: as `basic.generation.complete`, or the run has no tokenizer.
+        """
+        end = self.config.train.end_of_text
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = [self.with_document_start(text) or end for text in texts]
+        continued = complete(self.model, self.tokenizer, texts, max_new_tokens, end_of_text=end, **sampling)
+        return continued[0] if isinstance(prompts, str) else continued
+
     def with_document_start(self, prompt: str) -> str:
         """Put the separator before a prompt, if every sequence that the model was trained on starts with one."""
         separator = self.config.train.end_of_text if self.config.train.rows == "documents" else ""
         return separator + prompt.removeprefix(separator)
+
+
+@lru_cache(maxsize=4)
+def _load_tokenizer(path: Path) -> Any:
+    # Training never imports a tokenizer (tests/project/test_architecture.py); this module is imported by its name when
+    # a user asks for the tokenizer of a run.
+    return import_module("basic.Tokenizer").Tokenizer.load(path)
 
 
 def load_run_config(run_dir: Path) -> RunConfig:

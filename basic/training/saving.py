@@ -35,6 +35,7 @@ from basic.training.run_folder import (
     valid_losses,
 )
 from basic.training.settings import RunConfig, TrainConfig
+from basic.transformer.optimizer import AdamW
 
 _RUN_STATE = {"wall_s": (float, int), "nonfinite_steps": int, "random_state": dict}
 RETRY_S = 10.0
@@ -307,8 +308,9 @@ def resume_run(
             step = load_sharded_state(checkpoint, model, optimizer, world)
         else:
             step = load_state(checkpoint, model, optimizer)
-        for group, settings in zip(optimizer.param_groups, own, strict=True):
-            group |= settings  # those of the checkpoint would undo what the user has changed
+        if isinstance(optimizer, AdamW):  # another one may keep state in its groups
+            for group, settings in zip(optimizer.param_groups, own, strict=True):
+                group |= settings  # those of the checkpoint would undo what the user has changed
         if (sequences := extra.get("sequences")) is None:  # version 0.1.0; else rank 0 may be writing the file already
             sequences = step * load_run_config(run_dir).train.batch_size
         progress = RunProgress(step, extra["wall_s"], extra["nonfinite_steps"], sequences)

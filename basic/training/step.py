@@ -68,7 +68,8 @@ class TrainStep:
     """Compute the gradients of a batch's mean loss, clip them, and update the weights, without waiting for the device.
 
     Args:
-        model, optimizer: changed by every call. Load weights before: the step may compute with copies of them.
+        model, optimizer: changed by every call. Load weights before: the step may compute with copies of them. The
+            optimizer is that of `make_optimizer`, or any other of torch's kind.
         config: of the run.
         device: of the model.
         world: the ranks that compute the step together, each with its own sequences of the batch.
@@ -77,7 +78,7 @@ class TrainStep:
     def __init__(
         self,
         model: TransformerLM,
-        optimizer: AdamW,
+        optimizer: torch.optim.Optimizer,
         config: TrainConfig,
         device: torch.device,
         world: World = SINGLE_PROCESS,
@@ -90,9 +91,14 @@ class TrainStep:
         with_kernels = dispatch.available_on(device)
         self.weight_copies: dict[Tensor, Tensor] = {}
         reduce_precision = reduce_dtype(config)
+        is_ours = isinstance(optimizer, AdamW)
         if not self.sharded:
             world.broadcast_weights(model)
-            in_float32 = config.gradient_accumulation > 1 or (world.size > 1 and reduce_precision == torch.float32)
+            in_float32 = (
+                not is_ours
+                or config.gradient_accumulation > 1
+                or (world.size > 1 and reduce_precision == torch.float32)
+            )
             gradient_dtype = torch.float32 if in_float32 else model.compute_dtype
             model, self.weight_copies = _with_weight_copies(model, gradient_dtype)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -105,7 +111,7 @@ class TrainStep:
         self.backward = world.make_backward(model, model_segments(model), reduce_precision)
         # Without its kernel, AdamW reads numbers from the device, which a CUDA graph cannot capture. FSDP2 allocates
         # and frees the weights it gathers during the step, which cannot be captured either.
-        can_capture = with_kernels and config.gradient_accumulation == 1 and not self.sharded
+        can_capture = is_ours and with_kernels and config.gradient_accumulation == 1 and not self.sharded
         # On the device, so that a captured graph reads the numbers of the step.
         self.learning_rate, self.momentum, self.weight_decay_factor = (torch.zeros((), device=device) for _ in range(3))
         self.num_calls = 0
@@ -173,6 +179,9 @@ class TrainStep:
             total_loss = self.world.all_reduce_mean(total_loss)  # after the gradients, which are sent first
             # A non-finite number on any rank makes the norm non-finite. Then no rank changes a weight.
             factor = torch.where(torch.isfinite(total_loss + norm), factor, torch.nan)
+        if not isinstance(self.optimizer, AdamW):
+            self._update_with(self.optimizer, factor)
+            return total_loss, norm
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * group.get("rate_factor", 1.0)
             if group.get("rule") == "muon":
@@ -181,6 +190,17 @@ class TrainStep:
                 group["weight_decay"] = self.weight_decay_factor * group["base_weight_decay"]
         self.optimizer.step(gradient_factor=factor, copies=self.weight_copies)
         return total_loss, norm
+
+    def _update_with(self, optimizer: torch.optim.Optimizer, factor: Tensor) -> None:
+        """Update with an optimizer of the user, which knows neither factors nor numbers on the device."""
+        if not factor.isfinite():
+            return
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad *= factor
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate.item() * group.get("rate_factor", 1.0)
+        optimizer.step()
 
     def _clear_gradients(self) -> None:
         for parameter in self.parameters:

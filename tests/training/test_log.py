@@ -178,6 +178,20 @@ def test_outside_a_terminal_there_is_a_line_every_ten_seconds(tmp_path, capsys):
     ]
 
 
+def test_outside_a_terminal_slow_steps_show_their_loss_before_the_first_record(tmp_path, capsys):
+    now_s = 0.0
+    with make_log(tmp_path, progress=True, clock=lambda: now_s) as log:
+        for step in range(1, 4):
+            now_s += 8
+            log.update_progress(step, loss=4 / step)
+        now_s = 5000.0
+        log.update_progress(4, loss=1.0)
+        now_s += 99  # less than a fiftieth of the time since the start
+        log.update_progress(5, loss=1.0)
+    steps = [line.partition(",")[0] for line in capsys.readouterr().err.splitlines()[1:]]
+    assert steps == ["step 1/100: loss 4.000", "step 3/100: loss 1.333", "step 4/100: loss 1.000"]
+
+
 @pytest.fixture
 def terminal(monkeypatch):
     """A function that makes stderr a terminal of this size, and returns a function that reads its output."""
@@ -213,11 +227,24 @@ def test_a_terminal_has_one_live_line_with_messages_above_it(tmp_path, terminal)
     text = written()
     assert "on NVIDIA H200\n" in text
     assert "a checkpoint was saved\n" in text
-    assert text.count("\n") == 3  # the header, the message, and the end of the live line
+    assert text.count("\n") == 4  # the header, that steps are tuned, the message, and the end of the live line
     last = text.split("\r")[-1]
     assert re.fullmatch(
         r"training 40/100 \|.{20}\| \d\d:\d\d left, loss 0.200, validation 2.500, 34.1k tokens/s, 25.0% MFU *\n", last
     )
+
+
+def test_a_foreign_warning_is_a_line_above_the_live_line(tmp_path, terminal):
+    written = terminal(24, 100)
+    with make_log(tmp_path, progress=True) as log:
+        log.update_progress(1, loss=2.5)
+        print("somebody's warning", file=sys.stderr)
+        log.update_progress(2, loss=2.25)
+    text = written()
+    assert "loss 2.250" in text
+    before, after = text.split("somebody's warning\n")
+    assert before.endswith("\r")  # the live line was erased
+    assert after.startswith("\r") or after.startswith("training 1/100")
 
 
 def test_a_terminal_of_unknown_size_gets_lines(tmp_path, terminal):

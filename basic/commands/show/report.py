@@ -5,12 +5,16 @@ It has interactive curves, the samples over time, the tokenizer, the settings an
 
 from __future__ import annotations
 
+import warnings
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import tyro
 
 from basic.common import command_line
+from basic.common.errors import BasicError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,15 @@ def main(options: Options) -> None:
         with atomic_write(output) as file:
             file.write(page)
     print(f"wrote {output} ({len(page) / 1e3:,.0f} kB); open it in any browser")
+
+
+def leave_report(run_dir: Path, *, entropy: float | None = None) -> None:
+    """Write report.html at the end of a training; a failure is a warning, because the run itself is complete."""
+    try:
+        with redirect_stdout(StringIO()):
+            main(Options(run=run_dir, overwrite=True, entropy=entropy))
+    except (BasicError, OSError) as error:
+        warnings.warn(f"there is no report of {run_dir}: {error}", stacklevel=2)
 
 
 def command() -> None:

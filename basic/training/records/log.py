@@ -9,11 +9,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
+from tqdm.contrib import DummyTqdmFile
 
 from basic.common.command_line import escape
 from basic.common.config_files import to_table
@@ -23,8 +24,9 @@ from basic.training.records.metrics import encode_record, read_all_records
 from basic.training.records.trackers import Tracker, open_trackers
 from basic.training.settings import RunConfig
 
-_LINE_INTERVAL_S = 10.0
-"""Minimum time between two progress lines outside a terminal, so that the output of a long run stays readable."""
+_LINE_INTERVAL_S, _LINES_PER_RUN_TIME = 10.0, 50
+"""Time between two progress lines outside a terminal: at least so many seconds, and at least the time since the start
+divided by this number, so that the output of a long run stays readable."""
 
 
 class RunLog:
@@ -68,7 +70,9 @@ class RunLog:
         self._peak_flops = PEAK_BF16_FLOPS.get(device_name, 0.0) * num_processes
         self._device_name, self._num_processes = device_name, num_processes
         self._progress, self._clock = progress, clock
+        self._stderr = sys.stderr
         self._live = progress and _is_terminal(sys.stderr)
+        self._redirected = ExitStack()
         self._lock = threading.Lock()  # checkpoints are logged from their own thread
         self._unwritten: deque[bytes] = deque()
         self._warned = False
@@ -96,18 +100,24 @@ class RunLog:
             bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}",
             disable=not self._live,
         )
+        if self._live:  # warnings of other packages go above the live line
+            above: Any = DummyTqdmFile(self._stderr)
+            self._redirected.enter_context(redirect_stderr(above))
         if self._progress:
             tokens_per_step = settings.batch_size * self._config.model.context_length
             last = f" to {self._total_steps:,}" if self._total_steps else f", ... for {settings.minutes:g} minutes,"
             steps = f"steps {self._first_step + 1:,}{last} of {tokens_per_step:,} tokens each"
             times = f"{self._num_processes} x " if self._num_processes > 1 else ""
             self.print_message(f"training in {run_dir}: {steps}, on {times}{self._device_name}")
+            if settings.compile or self._device_name != "cpu":
+                self.print_message("the first steps compile and tune, up to a minute, which no speed includes")
         return self
 
     def __exit__(self, *exception: object) -> None:
         with self._lock:
             self._write_lines()
         self._file.close()
+        self._redirected.close()
         self._bar.close()
         if self._unwritten:
             self.print_message(f"warning: the last {len(self._unwritten)} lines of {self._path} could not be written")
@@ -142,7 +152,7 @@ class RunLog:
     def print_message(self, text: str) -> None:
         """Print a line to stderr, above the live line if there is one."""
         with suppress(OSError):  # stderr may be a file on the full disk
-            tqdm.write(escape(text), file=sys.stderr)  # it may quote another program's error
+            tqdm.write(escape(text), file=self._stderr)  # it may quote another program's error
 
     def set_total_steps(self, steps: int) -> None:
         """Set the number of steps of a run that began without one."""
@@ -150,10 +160,14 @@ class RunLog:
         if self._progress:
             self.print_message(f"the run takes {steps:,} steps")
 
-    def update_progress(self, steps_done: int) -> None:
-        """Set the number of steps in the live line; this is cheap and does not wait for the device."""
+    def update_progress(self, steps_done: int, loss: float | None = None) -> None:
+        """Show the number of steps and the newest loss that is known; this does not wait for the device."""
         if self._live:
+            if loss is not None and "tokens_per_s" not in self._latest:
+                self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             self._bar.update(steps_done - self._bar.n)
+        elif self._progress and loss is not None and self._is_time_for_a_line():
+            self._print_line({"step": steps_done, "train_loss": loss})
 
     def _write_lines(self) -> None:
         """Write the unwritten lines to the file, as many complete ones as the disk has space for."""
@@ -194,9 +208,16 @@ class RunLog:
         if self._live:
             self._bar.set_postfix_str(", ".join(self._format_metrics(self._latest)))
             return
+        if self._is_time_for_a_line() or record["step"] == self._total_steps:
+            self._print_line(record)
+
+    def _is_time_for_a_line(self) -> bool:
+        now_s = self._clock()
+        interval_s = max(_LINE_INTERVAL_S, (now_s - self._started_s) / _LINES_PER_RUN_TIME)
+        return now_s - self._last_line_s >= interval_s
+
+    def _print_line(self, record: Mapping[str, Any]) -> None:
         now_s, steps_done = self._clock(), record["step"]
-        if now_s - self._last_line_s < _LINE_INTERVAL_S and steps_done != self._total_steps:
-            return
         self._last_line_s = now_s
         metrics, total = self._format_metrics(record), ""
         if self._total_steps:
@@ -237,7 +258,7 @@ class NullLog:
     def set_total_steps(self, steps: int) -> None:
         pass
 
-    def update_progress(self, steps_done: int) -> None:
+    def update_progress(self, steps_done: int, loss: float | None = None) -> None:
         pass
 
     def print_message(self, text: str) -> None:

@@ -1,0 +1,292 @@
+"""Train on your own text, without a configuration: `basic train --text my.txt --minutes 10`.
+
+Splits off a part for validation, trains a tokenizer, encodes the text, chooses a model and a batch that fit this
+machine, the time and the amount of text, trains, and writes samples and a report. `basic train --help` lists the
+options with which every setting is chosen by hand.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from basic.commands.prepare_text import END, PreparedText, prepare_text
+from basic.commands.show.report import leave_report
+from basic.common import command_line
+from basic.common.config_files import from_table
+from basic.common.errors import InvalidConfigError, InvalidInputError
+from basic.model import TransformerLM
+from basic.training.loop import train
+from basic.training.parallel.devices import activation_dtype, choose_device, matmul_flops_per_s
+from basic.training.recipes import MAX_DEPTH, depth_for, num_matrix_parameters, recipe_settings, training_flops
+from basic.training.run_folder import Run
+from basic.training.settings import DataConfig, RunConfig
+from basic.training.step import TrainStep, make_optimizer
+
+RECIPE = "modern"
+MAX_EPOCHS = 30
+"""A text is seen at most so often: more only learns it by heart."""
+MAX_PARAMETERS_PER_TOKEN = 4.0
+"""Parameters that are multiplied with every token, for each token of the text."""
+HOUR_S = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    text: tuple[str, ...]
+    """UTF-8 text, or JSON lines or Parquet tables, also compressed: files, globs in quotation marks, and folders. A
+    file is a document; so is what stands between two <|endoftext|>, a JSON line and a row."""
+    minutes: float = 10.0
+    """Time for the training; the tokenizer and the token files, made once for a text, take extra time."""
+    valid_fraction: float = 0.1
+    """Share of the text that is kept for validation, in whole documents where there are several."""
+    output: Path | None = None
+    """Run folder to create; None: runs/ and the name of the text. Must not contain another run."""
+    overwrite: bool = False
+    """Delete the run in the output folder and start again; other files in the folder remain."""
+    data: Path = Path("data")
+    """Gets a folder with the tokenizer and the tokens of the text, which later runs on the same text use."""
+    vocab_size: int | None = None
+    """Size of the tokenizer's vocabulary; None: 512 to 32768, from the size of the text."""
+    depth: int | None = None
+    """Number of Transformer blocks, from which all other sizes follow; None: what fits the machine and the time."""
+    seed: int = 0
+    """Seed of the initial weights, the batches and the samples."""
+    device: str = "auto"
+    """cpu, cuda, mps ...; auto: the fastest one available."""
+
+
+def command(arguments: list[str]) -> None:
+    """`basic train --text ...`."""
+    options = command_line.parse(Options, __doc__, args=arguments)
+    settings = {name: getattr(options, name) for name in ("minutes", "valid_fraction", "overwrite", "data")}
+    settings |= {name: getattr(options, name) for name in ("vocab_size", "depth", "seed", "device")}
+    run_dir = options.output or default_output(options.text)
+    run = train_text(options.text, run_dir, **settings, progress=True, confirm=True)
+    samples = run.complete([""] * 2, 200, temperature=0.8, top_p=0.95, seed=options.seed)
+    for number, sample in enumerate(samples, 1):
+        command_line.print_text(f"\nsample {number}: {sample.strip()}")
+    print(f"\neverything is in {run_dir}; its curves and samples: {run_dir / 'report.html'}")
+    for next_command in (f"`basic generate {run_dir}`", f"`basic playground {run_dir}`"):
+        print(f"next: {command_line.as_started(next_command)}")
+
+
+def train_text(
+    text: str | os.PathLike | Sequence[str | os.PathLike],
+    output: str | os.PathLike | None = None,
+    *,
+    minutes: float = 10.0,
+    valid_fraction: float = 0.1,
+    overwrite: bool = False,
+    data: str | os.PathLike = "data",
+    vocab_size: int | None = None,
+    depth: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool = False,
+    confirm: bool = False,
+) -> Run:
+    """Train a tokenizer and a model on a text, with all sizes chosen for this machine and time.
+
+    Args:
+        text: a file, a glob or a folder, or several.
+        output: the run folder; by default runs/ and the name of the text.
+        minutes: of the training.
+        valid_fraction: share of the text for validation, see `basic.commands.prepare_text`.
+        overwrite: remove the run that the folder contains.
+        data: gets a folder with the tokenizer and the tokens of the text; with the same text they are used again.
+        vocab_size, depth: None to choose them.
+        progress: print what is chosen, and show the progress.
+        confirm: ask a person at a terminal before a training of more than an hour.
+
+    Raises:
+        InvalidInputError: the text is too short, or an argument is out of its range.
+        FileNotFoundError: there is no such file.
+        FileExistsError: `output` contains a run.
+    """
+    texts = [os.fspath(each) for each in ([text] if isinstance(text, str | os.PathLike) else text)]
+    if not texts:
+        raise InvalidInputError("there is no text; give a file, a glob or a folder")
+    if not 0 < minutes < float("inf"):
+        raise InvalidInputError(f"minutes must be above 0, got {minutes}")
+    run_dir, say = Path(output or default_output(texts)), print if progress else lambda line: None
+    if (run_dir / "config.toml").exists() and not overwrite:
+        raise FileExistsError(
+            f"{run_dir} already contains a run; add --overwrite to replace it, give another folder with --output, or "
+            f"continue it with `basic train --resume {run_dir}`"
+        )
+    prepared = prepare_text(texts, Path(data), valid_fraction=valid_fraction, vocab_size=vocab_size, progress=progress)
+    size, where = prepared.tokenizer.vocab_size, prepared.folder
+    found = "found in" if prepared.was_there else "written to"
+    say(f"text    {len(prepared.train_tokens):,} tokens for training, {len(prepared.valid_tokens):,} for validation,")
+    say(f"        vocabulary {size:,}, {found} {where}")
+    config, line = choose(prepared, minutes, device, depth=depth, seed=seed)
+    say(f"model   {line}")
+    if confirm and minutes * 60 > HOUR_S:
+        confirm_start(minutes * 60)
+    settings: dict[str, Any] = {"tokenizer": prepared.tokenizer, "overwrite": overwrite, "progress": progress}
+    run = train(config, prepared.train_tokens, prepared.valid_tokens, run_dir, **settings)
+    leave_report(run_dir)
+    return run
+
+
+def default_output(texts: Sequence[str]) -> Path:
+    """runs/ and the name of the first text."""
+    first = Path(texts[0])
+    return Path("runs") / ((first.name.partition(".")[0] if first.exists() else "") or "text")
+
+
+def choose(
+    prepared: PreparedText, minutes: float, device_name: str, *, depth: int | None, seed: int
+) -> tuple[RunConfig, str]:
+    """Choose the largest model of the recipe that learns enough in the time, by the speed of steps on this machine.
+
+    Returns:
+        The configuration, and a line that says what was chosen and measured.
+    """
+    device, vocab_size = choose_device(device_name), prepared.tokenizer.vocab_size
+    num_tokens = len(prepared.train_tokens)
+    configure = partial(_configure, prepared, device_name=device_name, seed=seed)
+    given = depth is not None
+    if depth is None:
+        budget = 60 * minutes * matmul_flops_per_s(device)
+        depth = depth_for(RECIPE, vocab_size, budget)
+        while depth > 1 and num_matrix_parameters(configure(depth).model) > MAX_PARAMETERS_PER_TOKEN * num_tokens:
+            depth -= 1
+    while True:
+        config = configure(depth)
+        step_s, config = time_steps(config, device)
+        steps, wanted = 60 * minutes / step_s, config.train.steps
+        if given or depth == 1 or steps >= wanted:
+            break
+        flops_per_s = training_flops(RECIPE, vocab_size, depth) / wanted / step_s
+        depth = min(depth - 1, depth_for(RECIPE, vocab_size, 60 * minutes * flops_per_s))
+    tokens_per_step = config.train.batch_size * config.model.context_length
+    most = max(20, round(MAX_EPOCHS * num_tokens / tokens_per_step))
+    is_short, steps = steps > most, max(1, round(min(steps, most)))
+    intervals = {"log_interval": max(1, steps // 200), "eval_interval": max(1, steps // 20)}
+    intervals |= {"sample_interval": max(1, steps // 4), "checkpoint_interval": max(1, steps // 4)}
+    budget_settings = {"steps": steps} if is_short else {"steps": 0, "minutes": minutes}
+    config = replace(config, train=replace(config.train, **intervals, **budget_settings, eval_batches=4))
+    model, train_config = config.model, config.train
+    blocks = f"{model.num_layers} block{'s'[: model.num_layers > 1]} of {model.d_model} features"
+    line = (
+        f"{blocks}, {_num_parameters(config) / 1e6:.2f}M parameters; {train_config.batch_size} sequences of "
+        f"{model.context_length} tokens a step, {step_s:.3g} s on {device}: about {steps:,} steps in "
+        f"{steps * step_s / 60:.1f} minutes"
+    )
+    if is_short:
+        line += f" (the text is seen {MAX_EPOCHS} times; more would only learn it by heart)"
+    return config, line
+
+
+def _configure(prepared: PreparedText, depth: int, *, device_name: str, seed: int) -> RunConfig:
+    """The recipe's run of a depth, with sequences that fit into the text."""
+    if not 1 <= depth <= MAX_DEPTH:
+        raise InvalidConfigError(f"depth must be from 1 to {MAX_DEPTH}, got {depth}")
+    tables = recipe_settings(RECIPE, vocab_size=prepared.tokenizer.vocab_size, depth=depth)
+    shortest = min(len(prepared.train_tokens), len(prepared.valid_tokens))
+    if shortest < 16:
+        raise InvalidInputError(
+            f"the text is too short: {len(prepared.train_tokens):,} tokens for training and "
+            f"{len(prepared.valid_tokens):,} for validation; give at least some ten thousand characters"
+        )
+    context, longest = tables["model"]["context_length"], 1 << (shortest - 1).bit_length() - 1
+    if longest < context:  # the same number of tokens a step
+        tables["train"]["batch_size"] *= context // longest
+        tables["model"]["context_length"] = longest
+    tables["train"] |= {"seed": seed, "device": device_name, "end_of_text": END}
+    folder = prepared.folder
+    data = DataConfig(
+        train_tokens=str(folder / "train.bin"),
+        valid_tokens=str(folder / "valid.bin"),
+        tokenizer=str(folder / "tokenizer"),
+    )
+    return replace(from_table(RunConfig, tables), data=data)
+
+
+def _num_parameters(config: RunConfig) -> int:
+    with torch.device("meta"):
+        return TransformerLM(config.model).num_parameters
+
+
+def time_steps(config: RunConfig, device: torch.device) -> tuple[float, RunConfig]:
+    """Time some steps of a run with random ids; where memory is too small, with more micro-batches.
+
+    Returns:
+        The seconds of a step, and the configuration with as many micro-batches as it needs.
+    """
+    while True:
+        try:
+            return _step_seconds(config, device), config
+        except (RuntimeError, MemoryError) as error:  # on a CPU, torch raises a plain RuntimeError
+            batch_size, accumulation = config.train.batch_size, config.train.gradient_accumulation
+            is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+            more = next((n for n in range(2 * accumulation, batch_size + 1) if batch_size % n == 0), None)
+            if not is_memory or more is None:
+                raise
+            config = replace(config, train=replace(config.train, gradient_accumulation=more))
+
+
+def _step_seconds(config: RunConfig, device: torch.device) -> float:
+    """The mean time of some steps after those that compile and tune; about a second."""
+    settings = config.train.before_planning
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        model = TransformerLM(config.model)
+        model.activation_dtype = activation_dtype(settings, device)
+        take_step = TrainStep(model.to(device), make_optimizer(model, settings), settings, device)
+        shape = settings.batch_size, config.model.context_length
+        ids = torch.randint(config.model.vocab_size, shape)
+    scheduled = settings.scheduled(1)
+    for _ in range(5 if device.type == "cuda" else 2):
+        loss, _ = take_step((ids, ids), **scheduled)
+    loss.item()
+    num_steps, started_s = 0, time.perf_counter()
+    while num_steps < 2 or (time.perf_counter() - started_s < 1 and num_steps < 200):
+        loss, _ = take_step((ids, ids), **scheduled)
+        num_steps += 1
+        loss.item()  # waits for the device
+    return (time.perf_counter() - started_s) / num_steps
+
+
+def announce(config: RunConfig, steps_left: int, device: torch.device) -> None:
+    """Say how long a run will take on this machine; if it is more than an hour, ask a person at a terminal."""
+    tokens = steps_left * config.train.batch_size * config.model.context_length
+    if tokens * 6 * num_matrix_parameters(config.model) < 2e12:
+        return  # less than a minute on any machine
+    with suppress(RuntimeError, MemoryError):  # the run itself reports what is wrong
+        small = max(1, config.train.batch_size // config.train.gradient_accumulation // 16)
+        part = replace(config.train, batch_size=small, gradient_accumulation=1, cuda_graph=False, compile=False)
+        on_gpu = device.type != "cpu"
+        step_s, _ = time_steps(config if on_gpu else replace(config, train=part), device)
+        seconds = steps_left * step_s * (1 if on_gpu else config.train.batch_size / small)
+        print(f"the run will take about {_duration(seconds)} on this machine ({device})", file=sys.stderr)
+        if seconds > HOUR_S:
+            confirm_start(seconds)
+
+
+def confirm_start(seconds: float) -> None:
+    """Ask a person at a terminal whether to start; without one, start.
+
+    Raises:
+        KeyboardInterrupt: the answer is no.
+    """
+    if sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
+        print(f"Start it? It takes about {_duration(seconds)}. [Y/n] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("", "y", "yes"):
+            raise KeyboardInterrupt("not started; fewer --steps, --minutes or a smaller model take less time")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 2 * HOUR_S else f"{seconds / HOUR_S:.1f} hours"

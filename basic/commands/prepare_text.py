@@ -1,0 +1,140 @@
+"""From texts to a folder with training and validation text, tokenizer and token files, made once for each text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from basic.common.errors import InvalidInputError
+from basic.common.files import atomic_folder, make_folder, sha256_of_file
+from basic.corpus.sources import STANDARD_INPUT, TextSource, expand_inputs, read_text
+from basic.corpus.train_valid import split_text
+from basic.encoding import encode_file
+from basic.Tokenizer import Tokenizer
+from basic.tokens.opening import open_tokens
+from basic.train_bpe import train_bpe
+
+END = "<|endoftext|>"
+SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 512, 32_768
+
+
+@dataclass(frozen=True)
+class PreparedText:
+    """What a run needs of a text."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    train_tokens: Any
+    valid_tokens: Any
+    was_there: bool
+    """Whether an earlier call made it."""
+
+
+def prepare_text(
+    inputs: Sequence[str],
+    parent: Path,
+    *,
+    valid_fraction: float = 0.1,
+    vocab_size: int | None = None,
+    progress: bool = False,
+) -> PreparedText:
+    """Split texts into training and validation documents, train a tokenizer, and encode both.
+
+    Args:
+        inputs: local files, globs and folders, whose files are documents; `<|endoftext|>` ends a document too.
+        parent: gets a folder, whose name has a checksum of the contents and the settings: with the same ones, its files
+            are used again.
+        valid_fraction: of the text, for validation. One file is split after a document in its last part, or after a
+            line if no document ends there; of several files, every n-th document is for validation.
+        vocab_size: of the tokenizer; None: the square root of the number of bytes, as a power of 2 (1024 for 1 MB).
+
+    Raises:
+        InvalidInputError: an input is no text or has none, or is no local file, or a setting is out of its range.
+        FileNotFoundError: there is no such file.
+    """
+    if not 0 < valid_fraction <= 0.5:
+        raise InvalidInputError(f"valid_fraction must be above 0 and at most 0.5, got {valid_fraction}")
+    for given in inputs:
+        if given == STANDARD_INPUT or TextSource(given).is_remote:
+            raise InvalidInputError(
+                f"{given!r} is no local file; `basic train-bpe` and `basic encode` also take URLs and standard input, "
+                "and `basic train --config` their token files"
+            )
+    sources = expand_inputs(list(_files(inputs)))
+    contents = [sha256_of_file(Path(source)) for source in sources]
+    identity = json.dumps([1, contents, valid_fraction, vocab_size])
+    first = Path(inputs[0])
+    name = first.name.partition(".")[0] if first.exists() else "texts"
+    folder = parent / f"{name or 'text'}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    was_there = folder.exists()
+    if not was_there:
+        make_folder(parent)
+        with atomic_folder(folder) as new:
+            _make(sources, new, valid_fraction, vocab_size, progress)
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    made_by = tokenizer.fingerprint
+    tokens = (open_tokens(folder / f"{split}.bin", made_by=made_by) for split in ("train", "valid"))
+    return PreparedText(folder, tokenizer, *tokens, was_there)
+
+
+def _files(inputs: Sequence[str]) -> Iterator[str]:
+    """The inputs, with the files in a folder in its place, without hidden ones."""
+    for given in inputs:
+        folder = Path(given)
+        if not folder.is_dir():
+            yield given
+            continue
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+        if not paths:
+            raise InvalidInputError(f"the folder {given!r} has no files; give one with texts")
+        yield from map(str, paths)
+
+
+def _make(
+    sources: list[TextSource], folder: Path, valid_fraction: float, vocab_size: int | None, progress: bool
+) -> None:
+    train, valid, joined = folder / "train.txt", folder / "valid.txt", folder / "joined.txt"
+    if len(sources) == 1:
+        split_text(sources[0], folder, valid_fraction=valid_fraction)
+    elif not _split_documents(sources, folder, valid_fraction):
+        train.rename(joined)
+        split_text(joined, folder, valid_fraction=valid_fraction)
+        joined.unlink()
+    if vocab_size is None:
+        vocab_size = 1 << round(math.log2(max(1, train.stat().st_size + valid.stat().st_size)) / 2)
+        vocab_size = min(max(vocab_size, SMALLEST_VOCABULARY), LARGEST_VOCABULARY)
+    vocab, merges = train_bpe(train, vocab_size, [END], progress=progress)
+    tokenizer = Tokenizer(vocab, merges, [END])
+    tokenizer.save(folder / "tokenizer")
+    for path in (train, valid):
+        encode_file(tokenizer, path, path.with_suffix(".bin"), progress=progress)
+
+
+def _split_documents(sources: list[TextSource], folder: Path, valid_fraction: float) -> bool:
+    """Write every n-th document to valid.txt and the others to train.txt; False if there are less than n."""
+    every, num_documents = round(1 / valid_fraction), 0
+    with (folder / "train.txt").open("xb") as train, (folder / "valid.txt").open("xb") as valid:
+        for document in _documents(sources):
+            num_documents += 1
+            (valid if num_documents % every == 0 else train).write((document + END).encode())
+    if num_documents >= every:
+        return True
+    (folder / "valid.txt").unlink()
+    return False
+
+
+def _documents(sources: list[TextSource]) -> Iterator[str]:
+    """The documents of all sources, without empty ones. Memory holds the longest."""
+    for source in sources:
+        rest = ""
+        for text in read_text(source):
+            *documents, rest = (rest + text).split(END)
+            yield from filter(str.strip, documents)
+        if rest.strip():
+            yield rest

@@ -1,0 +1,173 @@
+"""A text becomes documents for training and validation, a tokenizer, token files, and a run of fitting size."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from basic.__main__ import main
+from basic.commands import own_text
+from basic.commands.prepare_text import END, prepare_text
+from basic.common.errors import InvalidInputError
+from basic.corpus.stories.grammar import stories
+from basic.training import load_run, train_text
+from basic.training.settings import RunConfig
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    """A folder with 40 files of a story each, a hidden one, and my.txt with all of them."""
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "many" / "more").mkdir(parents=True)
+    all_stories = [story.text for story in stories(3, 40)]
+    for number, story in enumerate(all_stories):
+        (folder / "many" / ("more" if number % 2 else "") / f"{number:02}.txt").write_text(story)
+    (folder / "many" / ".hidden").write_bytes(b"\xff")
+    (folder / "my.txt").write_text(END.join(all_stories))
+    return folder
+
+
+def documents(path: Path) -> list[str]:
+    return [document for document in path.read_text().split(END) if document]
+
+
+def test_a_folder_is_split_into_whole_documents(texts, tmp_path):
+    prepared = prepare_text([str(texts / "many")], tmp_path / "data", valid_fraction=0.2)
+    train, valid = (documents(prepared.folder / f"{split}.txt") for split in ("train", "valid"))
+    assert len(valid) == 8
+    assert sorted(train + valid) == sorted(story.text for story in stories(3, 40))
+    assert prepared.tokenizer.vocab_size == 512
+    assert prepared.tokenizer.decode(prepared.valid_tokens).split(END)[:-1] == valid
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {prepared.folder.name}
+    assert re.fullmatch(r"many-[0-9a-f]{8}", prepared.folder.name)
+
+
+def test_a_later_call_uses_the_files_again_unless_the_text_or_a_setting_differs(texts, tmp_path):
+    copy = tmp_path / "my.txt"
+    copy.write_bytes((texts / "my.txt").read_bytes())
+    first = prepare_text([str(copy)], tmp_path, vocab_size=300)
+    times = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")}
+    again = prepare_text([str(copy)], tmp_path, vocab_size=300)
+    assert (first.was_there, again.was_there, again.folder) == (False, True, first.folder)
+    assert {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")} == times
+    assert len(documents(first.folder / "train.txt")) + len(documents(first.folder / "valid.txt")) == 40
+    assert prepare_text([str(copy)], tmp_path, vocab_size=301).folder != first.folder
+    copy.write_text(copy.read_text() + " And so on.")
+    assert not prepare_text([str(copy)], tmp_path, vocab_size=300).was_there
+
+
+def test_few_files_are_split_inside_the_last_one(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"a line of {name}\n" * 200)
+    prepared = prepare_text([str(tmp_path / "*.txt")], tmp_path / "data")
+    train, valid = ((prepared.folder / f"{split}.txt").read_text() for split in ("train", "valid"))
+    assert train + valid == "a line of a\n" * 200 + END + "a line of b\n" * 200 + END
+    assert 0 < len(valid) < 0.12 * len(train + valid)
+
+
+def test_what_cannot_be_prepared_is_refused_and_leaves_nothing(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for given, message in (("-", "'-' is no local file"), (str(tmp_path / "empty"), "has no files")):
+        with pytest.raises(InvalidInputError, match=message):
+            prepare_text([given], tmp_path / "data")
+    with pytest.raises(InvalidInputError, match="valid_fraction must be above 0 and at most"):
+        prepare_text(["my.txt"], tmp_path / "data", valid_fraction=1.0)
+    with pytest.raises(FileNotFoundError):
+        prepare_text(["missing.txt"], tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.fixture
+def quick(monkeypatch) -> list[RunConfig]:
+    """Steps are said to take a second on a slow machine; the configurations that were timed."""
+    timed: list[RunConfig] = []
+
+    def time_steps(config: RunConfig, device: torch.device) -> tuple[float, RunConfig]:
+        timed.append(config)
+        return 0.01 * config.model.num_layers**4, config
+
+    monkeypatch.setattr(own_text, "time_steps", time_steps)
+    monkeypatch.setattr(own_text, "matmul_flops_per_s", lambda device: 1e12)
+    return timed
+
+
+def test_the_measured_time_of_steps_decides_the_depth(texts, tmp_path, quick, monkeypatch):
+    prepared = prepare_text([str(texts / "my.txt")], tmp_path)
+    monkeypatch.setattr(own_text, "MAX_PARAMETERS_PER_TOKEN", 1e9)
+    monkeypatch.setattr(own_text, "MAX_EPOCHS", 10**9)
+    config, line = own_text.choose(prepared, 60, "cpu", depth=None, seed=1)
+    depths = [timed.model.num_layers for timed in quick]
+    assert depths == sorted(set(depths), reverse=True)
+    assert len(depths) > 1
+    model, settings = config.model, config.train
+    assert model.num_layers == depths[-1]
+    assert model.vocab_size == prepared.tokenizer.vocab_size
+    assert (settings.steps, settings.minutes, settings.seed) == (0, 60, 1)
+    assert f"{model.num_layers} blocks of {model.d_model} features" in line
+    assert f"{settings.batch_size} sequences of {model.context_length} tokens a step" in line
+
+
+def test_a_short_text_gets_a_small_model_and_few_steps(texts, tmp_path, quick):
+    prepared = prepare_text([str(texts / "my.txt")], tmp_path)
+    config, line = own_text.choose(prepared, 60, "cpu", depth=None, seed=0)
+    tokens = config.train.steps * config.train.batch_size * config.model.context_length
+    assert config.model.num_layers == 1
+    assert tokens <= 1.05 * own_text.MAX_EPOCHS * len(prepared.train_tokens)
+    assert config.model.context_length < len(prepared.valid_tokens)
+    assert "more would only learn it by heart" in line
+
+
+def test_too_short_a_text_is_an_error(tmp_path, quick):
+    (tmp_path / "short.txt").write_text("a few words only")
+    with pytest.raises(InvalidInputError, match=r"the text is too short: .*at least some ten thousand"):
+        train_text(tmp_path / "short.txt", tmp_path / "run", data=tmp_path / "data")
+
+
+def test_basic_train_with_a_text_leaves_a_complete_run(texts, tmp_path, quick, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    smaller = own_text._configure
+
+    def configure(*arguments, **options) -> RunConfig:
+        config = smaller(*arguments, **options)
+        model = replace(config.model, d_model=16, num_heads=1, context_length=16)
+        return replace(config, model=model, train=replace(config.train, batch_size=2, sample_tokens=8))
+
+    monkeypatch.setattr(own_text, "_configure", configure)
+    monkeypatch.setattr(own_text, "MAX_EPOCHS", 0)
+    command = ["basic", "train", "--text", str(texts / "many"), "--minutes", "1", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", list(command))
+    main()
+    printed = capsys.readouterr().out
+    assert re.search(r"^text .* tokens for training", printed)
+    assert "sample 2: " in printed
+    assert "next: `basic generate runs/many`" in printed
+    run = load_run("runs/many", device="cpu")
+    assert run.step == 20
+    assert {path.name for path in Path("runs/many").iterdir()} >= {"report.html", "samples.txt", "tokenizer"}
+    assert run.tokenizer.encode(run.complete("Once", 5, seed=0)) is not None
+    assert [len(run.tokenizer.encode(text)) for text in run.complete(["", "a"], 0)] == [0, 0]
+    monkeypatch.setattr(sys, "argv", list(command))
+    with pytest.raises(SystemExit, match="runs/many already contains a run; add --overwrite to replace it"):
+        main()
+
+
+def test_a_person_is_asked_before_more_than_an_hour(monkeypatch):
+    asked = []
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for answer, starts in (("\n", True), ("y\n", True), ("n\n", False), ("", True)):
+        monkeypatch.setattr(sys.stdin, "readline", lambda answer=answer: asked.append(answer) or answer, raising=False)
+        if starts:
+            own_text.confirm_start(7200)
+        else:
+            with pytest.raises(KeyboardInterrupt, match="not started"):
+                own_text.confirm_start(7200)
+    assert len(asked) == 4
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
+    own_text.confirm_start(7200)
+    assert len(asked) == 4
