@@ -73,9 +73,8 @@ def parse(arguments: list[str]) -> tuple[Options, InitialModel | None]:
     elif any(other.partition("=")[0] in ("-h", "--help", "--vocab-size") for other in others):
         return command_line.parse(Options, __doc__, args=arguments), None
     else:
-        raise InvalidInputError(
-            f"give --text TEXT, --config FILE, --init-from MODEL or --resume FOLDER; got {' '.join(others) or 'none of them'}"
-        )
+        got = " ".join(others) or "none of them"
+        raise InvalidInputError(f"give --text TEXT, --config FILE, --init-from MODEL or --resume FOLDER; got {got}")
     return command_line.parse(Options, __doc__, args=arguments, default=default), initial
 
 
