@@ -55,8 +55,6 @@ _NO_SPECIALS = SpecialTokens(())
 _MIN_KERNEL_CHARACTERS = 7
 # So many ids are decoded in the time in which the decoder with kernels is made.
 _MIN_DECODER_IDS = 1 << 14
-# The tables of the kernels are made after so many bytes of text for each token of the vocabulary.
-_PLAIN_BYTES_PER_TOKEN = 4
 # In the plain path a longer text is streamed, so that the list of all its pre-tokens never exists.
 _MAX_COMPLETE_CHARACTERS = 1 << 14
 
@@ -112,12 +110,13 @@ class Tokenizer(Vocabulary):
         self.settings = settings or TokenizerSettings()
         self.vocab = dict(vocab)
         self._merges = None if merges is None else list(merges)
-        for token_id, token in self.vocab.items():
-            if not isinstance(token_id, int) or not isinstance(token, bytes):
-                raise TypeError(f"vocab must map ints to bytes, but has {token_id!r}: {token!r}")
+        if not {*map(type, self.vocab)} <= {int} or not {*map(type, self.vocab.values())} <= {bytes}:
+            for token_id, token in self.vocab.items():
+                if not isinstance(token_id, int) or not isinstance(token, bytes):
+                    raise TypeError(f"vocab must map ints to bytes, but has {token_id!r}: {token!r}")
         if (smallest := min(self.vocab, default=0)) < 0:
             raise InvalidInputError(f"vocab has the id {smallest}; ids must be at least 0")
-        ids = {self.vocab[token_id]: token_id for token_id in sorted(self.vocab, reverse=True)}
+        ids = self._ids_of_tokens
         self._set_rules(ids)
         self._missing_bytes = missing_bytes(ids)
         self.special_token_ids: dict[str, int] = {}
@@ -140,7 +139,6 @@ class Tokenizer(Vocabulary):
         self._changes: dict[tuple[bool, str], TextChanges] = {}
         self._always_changes = self.changes_text("strict")
         self._kernel_encoder: KernelEncoder | None = None
-        self._plain_bytes = 0  # of the texts so far that were too short for kernels
 
     def _set_rules(self, ids: dict[bytes, int]) -> None:
         if self._merges is None:
@@ -533,11 +531,6 @@ class Tokenizer(Vocabulary):
         if not self.may_use_kernels(num_bytes, num_mapped_bytes):
             return None
         if self._kernel_encoder is None:
-            # Its tables take as long to make as the plain path to encode some bytes a token. So the first short texts,
-            # which may be the only ones, do not wait for them.
-            self._plain_bytes += num_bytes
-            if self.kernels is None and num_bytes and self._plain_bytes < _PLAIN_BYTES_PER_TOKEN * len(self.vocab):
-                return None
             automaton = automaton_of(self.compiled_pattern.splits)
             if automaton is None or max(self.vocab_size, len(self._rules.results)) >= MAX_VOCAB_SIZE:
                 return None
@@ -567,7 +560,9 @@ class Tokenizer(Vocabulary):
             OSError: a file cannot be read.
         """
         vocab, merges = load_vocab(vocab_filepath), load_merges(merges_filepath)
-        return cls(vocab, merges, special_tokens, pattern=pattern, kernels=kernels)
+        tokenizer = cls(vocab, merges, special_tokens, pattern=pattern, kernels=kernels)
+        tokenizer.kernel_encoder(0)  # now, so that the first text does not wait for it
+        return tokenizer
 
     def content(self) -> TokenizerContent:
         """The parts of the tokenizer, as they are written to files."""
@@ -622,6 +617,7 @@ class Tokenizer(Vocabulary):
             raise InvalidInputError(f"{os.fspath(path)!r}: {error}") from error
         if is_ours:
             tokenizer._decisive_settings = content.settings  # saving has left out the others
+        tokenizer.kernel_encoder(0)  # now, so that the first text does not wait for it
         return tokenizer
 
     @classmethod

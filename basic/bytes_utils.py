@@ -112,8 +112,9 @@ def bytes_to_unicode() -> dict[int, str]:
 
 
 @functools.cache
-def _unicode_to_bytes() -> dict[str, int]:
-    return {character: byte for byte, character in bytes_to_unicode().items()}
+def _printable_to_latin1() -> dict[int, int]:
+    """For `str.translate`: each printable character becomes the one of Latin-1 with its byte, all others none of it."""
+    return dict.fromkeys(range(256), 0xFFFF) | {ord(character): byte for byte, character in bytes_to_unicode().items()}
 
 
 def to_printable(token: bytes) -> str:
@@ -128,8 +129,10 @@ def from_printable(printable: str) -> bytes:
     Raises:
         KeyError: a character stands for no byte.
     """
-    values = _unicode_to_bytes()
-    return bytes([values[character] for character in printable])
+    try:
+        return printable.translate(_printable_to_latin1()).encode("latin-1")
+    except UnicodeEncodeError as error:
+        raise KeyError(printable[error.start]) from None
 
 
 def save_vocab(vocab: dict[int, bytes], path: str | os.PathLike) -> None:

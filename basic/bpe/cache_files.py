@@ -1,12 +1,18 @@
-"""Files that keep compiled kernels and patterns for later processes. A damaged one is not used, but made again."""
+"""Files that keep compiled kernels, patterns and merges for later processes. A damaged one is made again."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 _CHECKSUM_BYTES = hashlib.sha256().digest_size
 
@@ -33,3 +39,21 @@ def write_checked(path: Path, data: bytes) -> None:
             os.replace(temporary, path)
         except OSError:  # the disk is full
             os.unlink(temporary)
+
+
+def kept_arrays(path: Path | None, make: Callable[[], Mapping[str, npt.ArrayLike]]) -> dict[str, np.ndarray]:
+    """The arrays of a file, by name; if there is none, they are made and kept there.
+
+    Args:
+        path: None keeps nothing.
+    """
+    data = None if path is None else read_checked(path)
+    if data is None:
+        file = io.BytesIO()
+        arrays: Any = make()
+        np.savez(file, **arrays)
+        data = file.getvalue()
+        if path is not None:
+            write_checked(path, data)
+    with np.load(io.BytesIO(data)) as kept:
+        return dict(kept)

@@ -73,14 +73,14 @@ PUBLISHED_RANKS = {
 }
 
 
-def find_published(sha256: str, ids: dict[bytes, int]) -> tuple[str, dict[str, int]] | None:
+def find_published(sha256: str, vocab: dict[int, bytes]) -> tuple[str, dict[str, int]] | None:
     """The pattern and the special tokens that belong to a rank file; None if it is not known.
 
     A file is known if it is a published one, or if it has special tokens of only one of them, at their published ids.
 
     Args:
         sha256: of the file.
-        ids: token to id, of all lines.
+        vocab: id to token, of all lines.
     """
     for published in PUBLISHED_RANKS.values():
         if published.sha256 == sha256:
@@ -88,6 +88,6 @@ def find_published(sha256: str, ids: dict[bytes, int]) -> tuple[str, dict[str, i
     found: dict[str, dict[str, int]] = {}
     for published in PUBLISHED_RANKS.values():
         for token, token_id in published.special_tokens.items():
-            if ids.get(token.encode()) == token_id:
+            if vocab.get(token_id) == token.encode():
                 found.setdefault(published.pattern, {})[token] = token_id
     return next(iter(found.items())) if len(found) == 1 else None

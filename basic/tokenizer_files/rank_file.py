@@ -5,11 +5,14 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import marshal
 import os
 import re
 from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 
+from basic.bpe.cache_files import read_checked, write_checked
+from basic.bpe.native.object_files import cache_folder
 from basic.bpe.plain import rules_of_ranks
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.common.files import read_file
@@ -23,6 +26,9 @@ _LETTER = rb"[A-Za-z0-9+/]"
 _LINES = re.compile(
     rb"(?:(?! )(?:%(x)b{4})*+(?:%(x)b{2}==|%(x)b{3}=)? [0-9]++\r?\n)*+\Z" % {b"x": _LETTER},
 )
+
+# What is read from a file of this size is kept for later processes.
+_MIN_KEPT_BYTES = 1 << 18
 
 
 def read_rank_file(
@@ -48,21 +54,15 @@ def read_rank_file(
     name = os.fspath(path)
     if content is None:
         content = read_file(path)
-    ranks = _parse(name, content)
-    vocab = {rank: token for token, rank in ranks.items()}
-    if len(vocab) < len(ranks):
-        token = next(token for token, rank in ranks.items() if vocab[rank] != token)
-        raise DamagedFileError(f"{name!r}: the tokens {token!r} and {vocab[ranks[token]]!r} have the same rank")
-    try:
-        check_all_bytes(ranks, "the file")
-    except InvalidInputError as error:
-        raise InvalidInputError(f"{name!r}: {error}") from error
-    published = find_published(hashlib.sha256(content.replace(b"\r\n", b"\n")).hexdigest(), ranks)
+    digest = hashlib.sha256(content.replace(b"\r\n", b"\n")).hexdigest()
+    vocab = _kept_vocab(name, content, digest)
+    published = find_published(digest, vocab)
     if special_tokens is None:
         special_tokens = {} if published is None else published[1]
         for token_id in special_tokens.values():  # no merge makes them, also where the file has them
             vocab.pop(token_id, None)
     elif isinstance(special_tokens, Mapping):
+        ranks = {token: rank for rank, token in vocab.items()}
         for token, token_id in special_tokens.items():
             if ranks.get(token.encode(), token_id) != token_id or vocab.get(token_id, token.encode()) != token.encode():
                 raise InvalidInputError(
@@ -78,6 +78,26 @@ def read_rank_file(
             )
         pattern = published[0]
     return TokenizerContent(vocab=vocab, merges=None, special_tokens=special_tokens, pattern=pattern)
+
+
+def _kept_vocab(name: str, content: bytes, digest: str) -> dict[int, bytes]:
+    """Rank to token; once a large file has been checked, from a file that takes a fifth of the time."""
+    folder = cache_folder() if len(content) >= _MIN_KEPT_BYTES else None
+    path = folder and folder / f"ranks.{digest[:32]}.{marshal.version}"
+    if path is not None and (data := read_checked(path)) is not None:
+        return marshal.loads(data)
+    ranks = _parse(name, content)
+    vocab = {rank: token for token, rank in ranks.items()}
+    if len(vocab) < len(ranks):
+        token = next(token for token, rank in ranks.items() if vocab[rank] != token)
+        raise DamagedFileError(f"{name!r}: the tokens {token!r} and {vocab[ranks[token]]!r} have the same rank")
+    try:
+        check_all_bytes(ranks, "the file")
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{name!r}: {error}") from error
+    if path is not None:
+        write_checked(path, marshal.dumps(vocab))
+    return vocab
 
 
 def _parse(name: str, content: bytes) -> dict[bytes, int]:

@@ -92,7 +92,6 @@ class Compared:
 
     def __init__(self, path: Path) -> None:
         self.ours = Tokenizer.load(path)
-        self.ours.kernel_encoder(1 << 30)  # its tables, which are else made after some text
         special = self.ours.special_token_ids
         if path.is_dir():
             other = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))

@@ -314,7 +314,7 @@ def test_a_full_cache_is_emptied(pair):
     text = "".join(rng.choices(pretokens, k=100_000))
     ids = encoder.encode(bytes_array(text.encode()), 0, len(text), no_specials)
     assert ids.tolist() == slow.encode(text, specials_as_text=True)
-    assert (len(encoder._table), len(encoder._pool)) == (4 << 17, 1 << 14), "the sizes of the start"
+    assert (len(encoder._table), len(encoder._pool)) == (4 << 16, 1 << 14), "the largest sizes"
 
 
 def test_the_vocabulary_alone_determines_the_ids(trained):

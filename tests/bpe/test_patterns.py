@@ -259,7 +259,7 @@ def test_automata_are_kept_in_files(tmp_path, monkeypatch):
     for position in (*range(0, 200, 3), *range(len(content) - 200, len(content), 3)):  # where zip files have headers
         flipped = content[position] ^ (1 << position % 8)
         file.write_bytes(content[:position] + bytes([flipped]) + content[position + 1 :])
-        assert tables._read(file) is None, position
+        assert cache_files.read_checked(file) is None, position
     tables.automaton_of.cache_clear()
 
 

@@ -1,11 +1,14 @@
 """Ranks, merges in any order, whole tokens and missing bytes: the kernels give the ids of the plain path."""
 
+import base64
 import random
 
 import pytest
 
+from basic.bpe.kernels import apply_merges
 from basic.common.errors import InvalidInputError
 from basic.Tokenizer import Tokenizer
+from basic.tokenizer_files import rank_file
 from basic.tokenizer_files.content import TokenizerSettings
 from basic.tokenizer_files.equivalent_merges import used_merges
 from tests.helpers.tokenizer_tools import BYTES
@@ -68,3 +71,35 @@ def test_a_whole_token_may_have_bytes_without_tokens():
         with pytest.raises(InvalidInputError, match="no token for the byte 0x21, at byte offset 4 of"):
             ours.encode_array("!? a!")
         assert ours.encode_array("!?").tolist() == [300]
+
+
+def test_what_is_kept_of_a_rank_file(tmp_path, monkeypatch):
+    """A rank file is parsed, and the merges of its ranks are found, once; damage to what is kept has no effect."""
+    random_ = random.Random(5)
+    vocab = {**BYTES, **dict(enumerate({bytes(random_.choices(b"abc", k=9)) for _ in range(500)}, 300)), 256: b"ab"}
+    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in vocab.items()]
+    (tmp_path / "x.tiktoken").write_bytes(b"".join(lines))
+    (tmp_path / "kept").mkdir()
+    for module in (rank_file, apply_merges):
+        monkeypatch.setattr(module, "cache_folder", lambda: tmp_path / "kept")
+    monkeypatch.setattr(rank_file, "_MIN_KEPT_BYTES", 0)
+    monkeypatch.setattr(apply_merges, "_MIN_KEPT_TOKENS", 0)
+
+    def ids() -> list[int]:
+        tokenizer = Tokenizer.load(tmp_path / "x.tiktoken", pattern="gpt2")
+        tokenizer.kernels = True
+        assert tokenizer.vocab == vocab
+        return tokenizer.encode("abacab " + "".join(random.Random(6).choices("abc", k=3000)))
+
+    expected = ids()
+    paths = list((tmp_path / "kept").iterdir())
+    assert {path.name.split(".")[0] for path in paths} == {"ranks", "joins"}
+    with monkeypatch.context() as patch:
+        patch.setattr(rank_file, "_parse", lambda *_: pytest.fail("it is parsed again"))
+        patch.setattr(apply_merges, "last_joins", lambda *_: pytest.fail("they are found again"))
+        assert ids() == expected
+    for path in paths:
+        data = path.read_bytes()
+        path.write_bytes(data[:-9] + b"x" * 9)
+        assert ids() == expected
+        assert path.read_bytes() == data, "it is written again"

@@ -9,6 +9,7 @@ other, with one probe after the other, took 1.05 microseconds.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from itertools import chain
 from typing import NamedTuple
@@ -16,8 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from basic.bpe.arrays import bytes_array
+from basic.bpe.cache_files import kept_arrays
 from basic.bpe.kernels.hash_table import I64, find_whole_bytes, new_table, whole_token_table
 from basic.bpe.kernels.instructions import U64, inlined_kernel, kernel, low_bits_where, smallest16
+from basic.bpe.native.object_files import cache_folder
 from basic.bpe.plain import JoinedRanks, MergeRules
 
 # A slot of the hash table of merges is one number: left id, right id, rank + 1.
@@ -33,6 +36,9 @@ POSITION_BITS = 8
 MAX_SCANNED_BYTES = (1 << POSITION_BITS) - 1
 STEP = 16  # pairs that are compared at once
 _NO_PAIR = np.int32(NO_RANK << POSITION_BITS)
+
+# The merges of at least so many tokens are kept in a file.
+_MIN_KEPT_TOKENS = 1 << 14
 
 ONE_AT_A_TIME = 256
 BYTE_RANKS = 257
@@ -160,14 +166,16 @@ def _token_arrays(tokens: Mapping[bytes, int]) -> tuple[np.ndarray, np.ndarray, 
 
 def merges_as_arrays(rules: MergeRules) -> MergeArrays:
     """Convert merges to arrays; all ids must be less than 2**21 - 1, and the number of merges less than 2**22 - 2."""
-    whole_tokens = whole_token_table(*_token_arrays(rules.whole_tokens))
+    arrays = _token_arrays(rules.whole_tokens)
+    whole_tokens = whole_token_table(*arrays)
     if isinstance(rules.ranks, JoinedRanks):
-        data, starts, ids = _token_arrays(rules.ranks.ids)
+        every_token = whole_tokens
+        if rules.ranks.ids is not rules.whole_tokens:  # some are special
+            arrays = _token_arrays(rules.ranks.ids)
+            every_token = None
+        data, starts, ids = arrays
         if np.diff(starts).max(initial=0) <= MAX_SCANNED_BYTES:  # the search for a longer token's merge takes too long
-            every_token = whole_tokens
-            if rules.ranks.ids is not rules.whole_tokens:  # some are special
-                every_token = whole_token_table(data, starts, ids)
-            lasts = last_joins(data, starts, ids, every_token)
+            lasts = _kept_last_joins(data, starts, ids, every_token)
             # Of all pairs with the bytes of a token, merges join one: a table of these is small.
             kept = lasts[0] >= 0
             return _merge_arrays(rules, lasts[0, kept], lasts[1, kept], ids[kept], whole_tokens)
@@ -175,6 +183,18 @@ def merges_as_arrays(rules: MergeRules) -> MergeArrays:
     pairs = np.fromiter(chain.from_iterable(ranks), np.int64, 2 * len(ranks)).reshape(-1, 2)
     numbers = np.fromiter(ranks.values(), np.int64, len(ranks))
     return _merge_arrays(rules, pairs[:, 0].copy(), pairs[:, 1].copy(), numbers, whole_tokens)
+
+
+def _kept_last_joins(data: np.ndarray, starts: np.ndarray, ids: np.ndarray, tokens: np.ndarray | None) -> np.ndarray:
+    """`last_joins`, of a large vocabulary from a file: it is half of what a tokenizer's tables cost."""
+
+    def make() -> dict[str, np.ndarray]:
+        table = whole_token_table(data, starts, ids) if tokens is None else tokens
+        return {"lasts": last_joins(data, starts, ids, table).astype(np.int32)}
+
+    folder = cache_folder() if len(ids) >= _MIN_KEPT_TOKENS else None
+    digest = hashlib.sha256(data.tobytes() + starts.tobytes() + ids.tobytes()).hexdigest()
+    return kept_arrays(folder and folder / f"joins.{digest[:32]}", make)["lasts"].astype(np.int64)
 
 
 def last_joins(data: np.ndarray, starts: np.ndarray, ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:

@@ -79,6 +79,7 @@ LONG_TEXT = -6  # the string is too long
 _SIZE_BITS, _OFFSET_BITS = 16, 24
 _SIZE, _OFFSET = U64((1 << _SIZE_BITS) - 1), U64((1 << _OFFSET_BITS) - 1)
 
+_FEWEST_SLOTS, _USUAL_SLOTS = 1 << 14, 1 << 17
 _MAX_SLOTS, _MAX_POOL = 1 << 19, 1 << 21  # 16 MB each
 MARGIN_IDS = BLOCK + 16  # the most ids of a block, and those that a store writes after the last one
 # Holds all pre-tokens of a block, each filled up to a step, and one that is not kept.
@@ -372,8 +373,8 @@ class PretokenEncoder:
     ) -> None:
         self._pattern, self._merges, self._dtype = pattern, merges, dtype
         self._max_slots, self._max_pool = max_slots, max_pool
-        # 4 MB, so that it seldom grows: with a growing table a new pre-token takes up to twice as long.
-        self._table, self._pool = new_table(1 << 17), np.zeros(1 << 14, np.uint64)
+        # Half a megabyte, because the first text may be short, and the system has to clear this memory.
+        self._table, self._pool = new_table(_FEWEST_SLOTS), np.zeros(1 << 14, np.uint64)
         self._state = np.zeros(STATE_LENGTH, np.int64)
         self._small_ids = np.empty(SMALL_BYTES + MARGIN_IDS, dtype)
         self._small = self._small_ids.view(np.uint8)
@@ -449,10 +450,12 @@ class PretokenEncoder:
         return self._call
 
     def grow(self) -> None:
-        """Double the table, or make the pool four times as large, whichever is too small; at the limit, clear both."""
+        """Make the table or the pool larger, whichever is too small; at the limit, clear both."""
         table_is_full = (int(self._state[ENTRIES]) + BLOCK) * 2 * SLOT_LENGTH > len(self._table)
         if table_is_full and len(self._table) < self._max_slots * SLOT_LENGTH:
-            larger = new_table(len(self._table) // SLOT_LENGTH * 2)
+            # At first to 4 MB, so that it seldom grows: with a growing table a new pre-token takes up to twice as long.
+            num_slots = max(2 * (len(self._table) // SLOT_LENGTH), _USUAL_SLOTS)
+            larger = new_table(min(num_slots, self._max_slots))
             rehash(self._table, larger)
             self._table = larger
         elif not table_is_full and len(self._pool) < self._max_pool:

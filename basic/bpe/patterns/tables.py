@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import regex
 
-from basic.bpe.cache_files import read_checked, write_checked
+from basic.bpe.cache_files import kept_arrays
 from basic.bpe.patterns.automaton import Automaton, compile_splits
 from basic.bpe.patterns.parser import UnsupportedPatternError
 
@@ -24,11 +24,8 @@ def automaton_of(splits: tuple[str, ...]) -> Automaton | None:
     Args:
         splits: regular expressions, applied one after the other.
     """
-    file = _file_of(splits)
-    if file is not None and (automaton := _read(file)) is not None:
-        return automaton
     try:
-        automaton = compile_splits(splits)
+        arrays: Any = kept_arrays(_file_of(splits), lambda: compile_splits(splits)._asdict())
     except UnsupportedPatternError as error:
         warnings.warn(
             f"the pattern {', '.join(map(repr, splits))} has no kernels, the regex package finds its pre-tokens: there "
@@ -36,9 +33,8 @@ def automaton_of(splits: tuple[str, ...]) -> Automaton | None:
             stacklevel=2,
         )
         return None
-    if file is not None:
-        _write(automaton, file)
-    return automaton
+    start, covers = int(arrays.pop("start")), bool(arrays.pop("covers"))
+    return Automaton(start=start, covers=covers, **arrays)
 
 
 def _file_of(splits: tuple[str, ...]) -> Path | None:
@@ -51,20 +47,3 @@ def _file_of(splits: tuple[str, ...]) -> Path | None:
     for path in sources:
         digest.update(path.read_bytes())
     return Path(folder) / "basic_patterns" / f"{digest.hexdigest()[:24]}.automaton"
-
-
-def _read(file: Path) -> Automaton | None:
-    """None if there is no complete file."""
-    if (data := read_checked(file)) is None:
-        return None
-    with np.load(io.BytesIO(data)) as arrays:
-        start, covers = arrays["start_covers"].tolist()
-        names = ("table", "bounds", "first_codes", "class_of_range", "safe_pairs")
-        return Automaton(start=start, covers=bool(covers), **{name: arrays[name] for name in names})
-
-
-def _write(automaton: Automaton, file: Path) -> None:
-    arrays, data = automaton._asdict(), io.BytesIO()
-    numbers = np.array([arrays.pop("start"), arrays.pop("covers")])
-    np.savez(data, start_covers=numbers, **arrays)
-    write_checked(file, data.getvalue())
