@@ -1,4 +1,7 @@
-"""Import models as runs: a Llama in Hugging Face format, or a state dict with our parameter names.
+"""Open the models of other programs, and import them as runs.
+
+They are a folder in Hugging Face format or a GGUF file, of Llama and its relatives; or a state dict with our parameter
+names.
 
 Pickles (pytorch_model.bin, *.pt) are opened only on request, and then by `torch.load(weights_only=True)`, which creates
 only tensors and plain containers and refuses everything else.
@@ -12,7 +15,7 @@ import pickle
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +24,10 @@ from torch import Tensor
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.common.files import atomic_folder, check_regular_file, load_json
 from basic.common.outputs import Output, check_outputs, reserved_outputs
-from basic.formats.llama_names import from_hf_row_order, hf_name, model_config
+from basic.formats.gguf_file import GGUFFile, is_gguf
+from basic.formats.gguf_names import ROPE_DIVISORS, gguf_config, gguf_name
+from basic.formats.gguf_tokenizer import read_gguf_tokenizer
+from basic.formats.hf_names import from_hf_row_order, hf_name, model_config
 from basic.model import ModelConfig, TransformerLM
 from basic.Tokenizer import Tokenizer
 from basic.training.batches import check_tokenizer_size
@@ -34,36 +40,87 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _ROPE_BUFFER = ".rotary_emb.inv_freq"  # in files of old versions; it follows from rope_theta
 
 
-def import_hf(
-    directory: str | os.PathLike,
-    run_dir: str | os.PathLike,
+class OpenedModel(NamedTuple):
+    """A model of another program, in float32 on the CPU."""
+
+    model: TransformerLM
+    tokenizer: Tokenizer | None
+    end_of_text: str | None
+    """The special token that ends a text, if the model names one that its tokenizer has."""
+
+
+def open_model(
+    source: str | os.PathLike,
     *,
     context_length: int | None = None,
     with_tokenizer: bool = True,
     unpickle: bool = False,
-) -> None:
-    """Convert a Llama in Hugging Face format to a run folder, which opens like that of a model trained here.
+) -> OpenedModel:
+    """Load a model of another program with its tokenizer.
 
     Args:
-        directory: contains config.json, model.safetensors (or its shards and their index), and tokenizer.json.
-        run_dir: must not exist; its parent folder must. It appears when it is complete.
-        context_length, unpickle: as for `load_hf`.
-        with_tokenizer: also convert the tokenizer, which must be byte-level BPE.
+        source: a folder in Hugging Face format, or a GGUF file, whose weights are dequantised.
+        context_length: a shorter context length for the model; None: the one in the file.
+        with_tokenizer: also load the tokenizer, which must be byte-level BPE.
+        unpickle: as for `load_hf`.
 
     Raises:
-        FileNotFoundError, DamagedFileError: as for `load_hf`; also for tokenizer.json.
-        InvalidInputError: as for `load_hf`; also if our tokenizer cannot represent tokenizer.json.
+        FileNotFoundError: a file is missing.
+        DamagedFileError: a file is incomplete or not of its format.
+        InvalidInputError: our model cannot represent the model, or our tokenizer the tokenizer (the message names the
+            field), a weight does not match the configuration (the message names the tensor), or the package gguf is
+            missing.
         WrongTokenizerError: the tokenizer has more ids than the model.
+    """
+    tokenizer = None
+    if is_gguf(source):
+        file = GGUFFile(source)
+        if with_tokenizer:
+            tokenizer = read_gguf_tokenizer(file.fields)
+        model = _load_gguf(file, context_length)
+        end_ids: list[Any] = [file.fields.get("tokenizer.ggml.eos_token_id")]
+    else:
+        directory = Path(source)
+        model = load_hf(directory, context_length=context_length, unpickle=unpickle)
+        if with_tokenizer:
+            tokenizer = _load_tokenizer(directory)
+        end_ids = _end_ids(directory)
+    if tokenizer is None:
+        return OpenedModel(model, None, None)
+    check_tokenizer_size(tokenizer.vocab_size, model.config.vocab_size, "import the model without it")
+    texts = {token_id: text for text, token_id in tokenizer.special_token_ids.items()}
+    return OpenedModel(model, tokenizer, next((texts[i] for i in end_ids if type(i) is int and i in texts), None))
+
+
+def load_model(
+    source: str | os.PathLike, *, context_length: int | None = None, unpickle: bool = False
+) -> TransformerLM:
+    """Load a model of another program without its tokenizer; arguments and errors are those of `open_model`."""
+    return open_model(source, context_length=context_length, with_tokenizer=False, unpickle=unpickle).model
+
+
+def import_run(source: str | os.PathLike, run_dir: str | os.PathLike, **options: Any) -> None:
+    """Convert a model of another program to a run folder, which opens like that of a model trained here.
+
+    Args:
+        source: as for `open_model`.
+        run_dir: must not exist; its parent folder must. It appears when it is complete.
+        options: the other arguments of `open_model`.
+
+    Raises:
+        FileNotFoundError, DamagedFileError, InvalidInputError, WrongTokenizerError: as for `open_model`.
         FileExistsError: the run folder exists.
     """
-    check_outputs([Output(run_dir, "a run", is_folder=True)], inputs=[directory])
-    directory = Path(directory)
-    model = load_hf(directory, context_length=context_length, unpickle=unpickle)
-    tokenizer = _load_tokenizer(directory) if with_tokenizer else None
+    check_outputs([Output(run_dir, "a run", is_folder=True)], inputs=[source])
+    model, tokenizer, end_of_text = open_model(source, **options)
     train = TrainConfig(steps=1)  # a required setting; the checkpoint is at step 0
-    if tokenizer is not None and (end_of_text := find_end_of_text(directory, tokenizer)) is not None:
+    if end_of_text is not None:
         train = dataclasses.replace(train, end_of_text=end_of_text)
     _write_run(run_dir, RunConfig(model=model.config, train=train), model, tokenizer)
+
+
+import_hf = import_run
+"""The name from when it opened only folders in Hugging Face format."""
 
 
 def import_pt(path: str | os.PathLike, run_dir: str | os.PathLike, config: RunConfig) -> None:
@@ -71,7 +128,7 @@ def import_pt(path: str | os.PathLike, run_dir: str | os.PathLike, config: RunCo
 
     Args:
         path: contains the state dict, or a dictionary with it among its values.
-        run_dir: as for `import_hf`.
+        run_dir: as for `import_run`.
         config: configuration of the run; the tokenizer that it names is copied.
 
     Raises:
@@ -83,6 +140,8 @@ def import_pt(path: str | os.PathLike, run_dir: str | os.PathLike, config: RunCo
     """
     check_outputs([Output(run_dir, "a run", is_folder=True)], inputs=[path])
     tokenizer = Tokenizer.load(config.data.tokenizer) if config.data.tokenizer else None
+    if tokenizer is not None:
+        check_tokenizer_size(tokenizer.vocab_size, config.model.vocab_size, "import the model without it")
     state = _read_state_dict(path)
     model = model_for_checks(config.model, _count_blocks(state), Path("the configuration"))
     names = {name: name for name in model.state_dict()}
@@ -93,8 +152,6 @@ def import_pt(path: str | os.PathLike, run_dir: str | os.PathLike, config: RunCo
 def _write_run(
     run_dir: str | os.PathLike, config: RunConfig, model: TransformerLM, tokenizer: Tokenizer | None
 ) -> None:
-    if tokenizer is not None:
-        check_tokenizer_size(tokenizer.vocab_size, model.config.vocab_size, "import the model without it")
     with reserved_outputs([Output(run_dir, "a run", is_folder=True)]), atomic_folder(run_dir) as folder:
         create_run_folder(folder, config, tokenizer)
         save_checkpoint(model, None, 0, folder / "checkpoints" / "step_00000000.safetensors")
@@ -103,7 +160,7 @@ def _write_run(
 def load_hf(
     directory: str | os.PathLike, *, context_length: int | None = None, unpickle: bool = False
 ) -> TransformerLM:
-    """Load a Llama in Hugging Face format, in float32 on the CPU.
+    """Load a Llama or one of its relatives in Hugging Face format, in float32 on the CPU.
 
     Args:
         directory: contains config.json and model.safetensors, or its shards and model.safetensors.index.json.
@@ -119,18 +176,14 @@ def load_hf(
     directory = Path(directory)
     path = directory / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{directory} is not a model folder of transformers: it has no config.json")
+        hint = "; it is a run, which load_run opens" if (directory / "config.toml").is_file() else ""
+        raise FileNotFoundError(f"{directory} is not a model folder of transformers: it has no config.json{hint}")
     fields = _load_json_object(path)
     try:
         config = model_config(fields)
     except InvalidInputError as error:
         raise InvalidInputError(f"{path}: {error}") from error
-    if context_length is not None:
-        if not 1 <= context_length <= config.context_length:
-            raise InvalidInputError(
-                f"context_length must be 1 to {config.context_length} for this model, got {context_length}"
-            )
-        config = dataclasses.replace(config, context_length=context_length)
+    config = _shortened(config, context_length)
     files = _weight_files(directory, unpickle)
     read_names = _names_in_pickle if unpickle else _names_in_safetensors
     read_tensors = _read_pickle if unpickle else _read_safetensors
@@ -141,6 +194,38 @@ def load_hf(
     weights = _match_weights(model, names, tensors)
     ordered = {name: from_hf_row_order(name, weight, config.d_head) for name, weight in weights.items()}
     return _load_weights(config, ordered, names)
+
+
+def _load_gguf(file: GGUFFile, context_length: int | None) -> TransformerLM:
+    """Load a model of a GGUF file, in float32 on the CPU."""
+    special = dict(file.tensors(["token_embd.weight", ROPE_DIVISORS]))
+    if "token_embd.weight" not in special:
+        raise InvalidInputError(f"{file.path} has no tensor 'token_embd.weight'")
+    divisors = torch.from_numpy(special[ROPE_DIVISORS].copy()) if ROPE_DIVISORS in special else None
+    embedding_rows, tied = len(special["token_embd.weight"]), "output.weight" not in file.names
+    try:
+        config = _shortened(gguf_config(file.fields, embedding_rows, divisors, tied), context_length)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{file.path}: {error}") from error
+    saved = [name.replace("blk.", "layers.", 1) for name in file.names]
+    model = model_for_checks(config, _count_blocks(saved), file.path)
+    names = {gguf_name(name): name for name in model.state_dict()}
+    tensors = ((file.path, name, torch.from_numpy(values)) for name, values in file.tensors() if name != ROPE_DIVISORS)
+    weights = _match_weights(model, names, tensors)
+    if file.fields["general.architecture"] != "llama":
+        weights = {name: from_hf_row_order(name, weight, config.d_head) for name, weight in weights.items()}
+    return _load_weights(config, weights, names)
+
+
+def _shortened(config: ModelConfig, context_length: int | None) -> ModelConfig:
+    """The configuration with a shorter context length."""
+    if context_length is None:
+        return config
+    if not 1 <= context_length <= config.context_length:
+        raise InvalidInputError(
+            f"context_length must be 1 to {config.context_length} for this model, got {context_length}"
+        )
+    return dataclasses.replace(config, context_length=context_length)
 
 
 def _count_blocks(names: Iterable[str]) -> int:
@@ -285,16 +370,14 @@ def _load_pickle(path: str | os.PathLike) -> Any:
         raise DamagedFileError(message) from error
 
 
-def find_end_of_text(directory: Path, tokenizer: Tokenizer) -> str | None:
-    """Return the special token that is the EOS token in generation_config.json, or else in config.json."""
-    texts = {token_id: text for text, token_id in tokenizer.special_token_ids.items()}
+def _end_ids(directory: Path) -> list[Any]:
+    """The ids that may be the EOS token, those of generation_config.json first."""
+    ids: list[Any] = []
     for name in ("generation_config.json", "config.json"):
         if (directory / name).is_file():
-            ids = _load_json_object(directory / name).get("eos_token_id")
-            for token_id in ids if isinstance(ids, list) else [ids]:
-                if isinstance(token_id, int) and token_id in texts:
-                    return texts[token_id]
-    return None
+            found = _load_json_object(directory / name).get("eos_token_id")
+            ids += found if isinstance(found, list) else [found]
+    return ids
 
 
 def _load_tokenizer(directory: Path) -> Tokenizer:

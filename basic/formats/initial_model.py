@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from basic.common.config_files import from_table, load_table, to_table
 from basic.common.errors import InvalidInputError, WrongTokenizerError
-from basic.formats.import_model import find_end_of_text, load_hf
+from basic.formats.gguf_file import is_gguf
+from basic.formats.import_model import open_model
 from basic.model import TransformerLM
 from basic.Tokenizer import Tokenizer
 from basic.training.run_folder import checkpoint_step, find_checkpoint_path, load_run
@@ -74,7 +75,7 @@ def open_initial_model(source: str | os.PathLike) -> InitialModel:
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        NotARunError, DamagedFileError, InvalidInputError: as for `load_run`, `load_hf` and `Tokenizer.load`.
+        NotARunError, DamagedFileError, InvalidInputError: as for `load_run` and `open_model`.
     """
     path = Path(source)
     if not path.exists():
@@ -86,9 +87,12 @@ def open_initial_model(source: str | os.PathLike) -> InitialModel:
         tokenizer = None if run.tokenizer_path is None else Tokenizer.load(run.tokenizer_path)
         saved = str(find_checkpoint_path(run_dir, run.step))
         return InitialModel(run.model, saved, tokenizer, run.tokenizer_path, run.config.train.end_of_text)
+    if is_gguf(path):
+        raise InvalidInputError(
+            f"{path} is a GGUF file; import it first (basic import {path} --output runs/NAME), and give that run"
+        )
     if not path.is_dir():
         raise InvalidInputError(f"{path} is no run, checkpoint of a run, or model folder of transformers")
     has_tokenizer = (path / "tokenizer.json").is_file()
-    tokenizer = Tokenizer.load(path) if has_tokenizer else None
-    end_of_text = None if tokenizer is None else find_end_of_text(path, tokenizer)
-    return InitialModel(load_hf(path), os.fspath(source), tokenizer, path if has_tokenizer else None, end_of_text)
+    model, tokenizer, end_of_text = open_model(path, with_tokenizer=has_tokenizer)
+    return InitialModel(model, os.fspath(source), tokenizer, path if has_tokenizer else None, end_of_text)

@@ -21,7 +21,7 @@ from basic.bpe.patterns import tables
 from basic.common import file_sets
 from basic.common.errors import BasicError, DamagedFileError
 from basic.encoding import encode_file, encode_files
-from basic.formats.import_model import _end_of_text, load_hf
+from basic.formats.import_model import open_model
 from basic.formats.tiktoken_ranks import load_tiktoken
 from basic.formats.tokenizer_json import load_tokenizer_json
 from basic.Tokenizer import Tokenizer
@@ -36,9 +36,10 @@ from basic.training.run_folder import load_run_config
 
 def imported(folder: Path) -> tuple:
     """What local/import.py takes from a folder of transformers, without writing it."""
-    model, tokenizer = load_hf(folder), load_tokenizer_json(folder / "tokenizer.json")
+    model, tokenizer, end_of_text = open_model(folder)
+    assert tokenizer is not None
     state = [(name, tensor.numpy().tobytes()) for name, tensor in model.state_dict().items()]
-    return state, model.config, tokenizer.fingerprint, _end_of_text(folder, tokenizer)
+    return state, model.config, tokenizer.fingerprint, end_of_text
 
 
 def token_content(path: Path) -> tuple:

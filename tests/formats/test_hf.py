@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.utils import logging
 
 from basic.common.errors import DamagedFileError, InvalidInputError, WrongTokenizerError
-from basic.formats.export_llama import export_hf
+from basic.formats.export_model import export_hf
+from basic.formats.hf_names import model_config
 from basic.formats.import_model import import_hf, import_pt, load_hf
-from basic.formats.llama_names import model_config
 from basic.generation.sampling import generate
 from basic.generation.text import complete
 from basic.model import ModelConfig, TransformerLM
@@ -264,22 +264,25 @@ def test_tokenizer_with_more_ids_than_the_model_is_an_error(tokenizer, tmp_path)
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("model_type", "mistral", "model_type is 'mistral'; only 'llama' can be read"),
+        ("model_type", "gpt2", "model_type is 'gpt2'; only 'llama', 'mistral', 'qwen2', 'qwen3' can be read"),
         ("model_type", None, "model_type is None"),
         ("hidden_act", "gelu", "hidden_act is 'gelu'; only 'silu'"),
         ("attention_bias", True, "attention_bias is True"),
         ("mlp_bias", True, "mlp_bias is True"),
-        ("sliding_window", 4096, "sliding_window is 4096"),
+        ("sliding_window", 4096, "sliding_window is 4096; a 'llama' has none"),
         ("quantization_config", {"bits": 4}, r"quantization_config is \{'bits': 4\}"),
         ("partial_rotary_factor", 0.5, "partial_rotary_factor is 0.5"),
-        ("head_dim", 16, "head_dim is 16; only hidden_size / num_attention_heads = 8"),
-        ("rope_scaling", {"type": "linear", "factor": 2.0}, "rope_scaling is .*'linear'.*; only the default type"),
-        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}, "rope_scaling is .*'llama3'"),
+        ("head_dim", "8", "head_dim must be an integer, got '8'"),
+        ("head_dim", 7, ".*head_dim must be even, got 7"),
+        ("rope_scaling", {"type": "linear"}, "rope_scaling is .*'linear'.*, which lacks factor"),
+        ("rope_scaling", {"type": "linear", "factor": "2"}, r"rope_scaling\[0\] must be a number, got '2'"),
+        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}, "rope_scaling is .*, which lacks low_freq_factor, "),
+        ("rope_scaling", {"type": "dynamic", "factor": 2.0}, "rope_scaling is .*; only the rope_type 'default', "),
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}, "rope_parameters is .*'yarn'"),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 1.0, "mscale": 2.0}, ".*with 'yarn' only .'factor', "),
         ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}, "rope_parameters is .*0.5"),
         ("rope_parameters", "default", "rope_parameters is 'default'"),
         ("hidden_size", "32", r"d_model must be an integer, got '32' \(.*hidden_size is our d_model"),
-        ("hidden_size", 30, r"d_model=30 must be divisible by num_heads=4"),
         ("num_key_value_heads", 3, "num_kv_heads=3 must be at least 1 and divide num_heads=4"),
         ("tie_word_embeddings", 1, "tied_embeddings must be true or false, got 1"),
     ],

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from basic.common.errors import InvalidInputError
-from basic.formats.export_llama import export_hf
+from basic.formats.export_model import export_hf
 from basic.formats.import_model import import_pt, load_hf
 from basic.model import ModelConfig, TransformerLM
 from basic.training.settings import RunConfig, TrainConfig

@@ -38,7 +38,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "encoding": {"Tokenizer", "bpe", "common", "corpus", "tokens"},
     "generation": {"common", "model", "transformer"},
     "training": {"common", "generation", "model", "tokens", "transformer"},
-    "formats": {"Tokenizer", "common", "model", "pretokenization", "tokenizer_files", "training"},
+    "formats": {
+        *("Tokenizer", "bytes_utils", "common", "model", "pretokenization", "tokenizer_files"),
+        "training",
+        "transformer",
+    },
     "analysis": {"Tokenizer", "common", "generation", "model", "tokens", "training", "transformer"},
 }
 MAY_IMPORT["assignment_question"] = set(MAY_IMPORT)
@@ -49,14 +53,15 @@ MAY_IMPORT["commands"] = set(MAY_IMPORT)
 PUBLIC_NAMES = {
     "basic.training": "train load_run TrainConfig RunConfig DataConfig read_metrics",
     "basic.generation": "generate complete stream",
-    "basic.formats": "save_tokenizer_json save_tiktoken load_tiktoken export_hf import_hf import_pt",
+    "basic.formats": "save_tokenizer_json save_tiktoken load_tiktoken export_hf export_gguf "
+    "import_hf import_run import_pt load_model",
 }
 
 # Text to tokens never imports torch, and training never imports the tokenizer, directly or indirectly.
 TEXT_TO_TOKENS = (
     *("basic.bytes_utils", "basic.pretokenization", "basic.train_bpe", "basic.Tokenizer", "basic.encoding"),
     *("basic.common", "basic.bpe", "basic.corpus", "basic.tokens", "basic.tokenizer_files"),
-    *("basic.formats.tokenizer_json", "basic.formats.tiktoken_ranks"),
+    *("basic.formats.tokenizer_json", "basic.formats.tiktoken_ranks", "basic.formats.gguf_tokenizer"),
 )
 TOKENIZERS = ("basic.Tokenizer", "basic.pretokenization", "basic.train_bpe", "basic.bpe", "basic.corpus")
 
@@ -64,11 +69,12 @@ TOKENIZERS = ("basic.Tokenizer", "basic.pretokenization", "basic.train_bpe", "ba
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "torch": (
         *("basic.model", "basic.transformer", "basic.generation", "basic.training", "basic.assignment_question"),
-        *("basic.formats.export_llama", "basic.formats.import_model", "basic.formats.llama_names"),
+        *("basic.formats.export_model", "basic.formats.import_model", "basic.formats.hf_names"),
+        "basic.formats.gguf_names",
         *("basic.analysis.accounting", "basic.analysis.evaluation", "basic.analysis.playground"),
         *("basic.analysis.report", "basic.analysis.sweep", "basic.commands"),
     ),
-    "safetensors": ("basic.training.checkpoints.file", "basic.formats.export_llama", "basic.formats.import_model"),
+    "safetensors": ("basic.training.checkpoints.file", "basic.formats.export_model", "basic.formats.import_model"),
     "numba": ("basic.bpe.native.compiler",),
     "llvmlite": ("basic.bpe.native.compiler", "basic.bpe.native.object_files"),
     "triton": ("basic.transformer.kernels", "basic.generation.decode_kernels", "basic.generation.decoder"),
@@ -79,6 +85,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "fsspec": ("basic.corpus.files",),
     "aiohttp": ("basic.corpus.files",),
     "pyarrow": ("basic.corpus.documents",),
+    "gguf": ("basic.formats.gguf_file",),
     "wandb": ("basic.training.records.trackers",),
     "tensorboard": ("basic.training.records.trackers",),
 }

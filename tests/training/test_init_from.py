@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from basic.common.errors import InvalidConfigError, InvalidInputError, NotARunError, WrongTokenizerError
-from basic.formats.export_llama import export_hf
+from basic.formats.export_model import export_hf
 from basic.formats.initial_model import open_initial_model
 from basic.model import TransformerLM
 from basic.Tokenizer import Tokenizer

@@ -1,6 +1,7 @@
 """Export a trained model for other programs: `basic export runs/quickstart --to hf my_llama`.
 
 hf: a folder that transformers loads with AutoModelForCausalLM and AutoTokenizer.
+gguf: a file for llama.cpp and Ollama, with the tokenizer.
 tiktoken: the tokenizer alone, as a rank file.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -21,15 +22,20 @@ class Options:
     run: tyro.conf.Positional[Path]
     """Run folder, such as runs/quickstart."""
     output: tyro.conf.Positional[Path]
-    """hf: the folder to create; tiktoken: the file to write. It must not exist."""
-    to: Literal["hf", "tiktoken"] = "hf"
+    """hf: the folder to create; gguf, tiktoken: the file to write. It must not exist."""
+    to: Literal["hf", "gguf", "tiktoken"] = "hf"
     """Format of the export."""
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = None
+    """Type of the weights. hf: None for float32, as they were trained; gguf: None for float16. q8_0, for gguf only, has
+    8 bits and a scale for each 32 numbers."""
+    tokenizer: bool = True
+    """Whether to export the tokenizer with the model."""
 
 
 def main(options: Options) -> None:
     from basic.common.files import make_folder
     from basic.common.outputs import Output, check_outputs
-    from basic.formats.export_llama import export_hf
+    from basic.formats.export_model import export_gguf, export_hf
     from basic.formats.tiktoken_ranks import save_tiktoken
     from basic.Tokenizer import Tokenizer
     from basic.training.records.environment import check_run_tokenizer
@@ -40,8 +46,17 @@ def main(options: Options) -> None:
     tokenizer = None if run.tokenizer_path is None else Tokenizer.load(run.tokenizer_path)
     check_run_tokenizer(options.run, None if tokenizer is None else tokenizer.fingerprint)
     make_folder(options.output.parent)
+    exported = (run.model, options.output, tokenizer if options.tokenizer else None)
+    end_of_text = run.config.train.end_of_text
+    if options.to == "gguf":
+        types: dict[str | None, Any] = {"float32": "F32", "bfloat16": "BF16", "q8_0": "Q8_0"}
+        export_gguf(*exported, end_of_text=end_of_text, matrix_type=types.get(options.dtype, "F16"))
+        print(f"wrote {options.output} ({options.output.stat().st_size / 1e6:,.1f} MB)")
+        return
     if options.to == "hf":
-        export_hf(run.model, options.output, tokenizer, end_of_text=run.config.train.end_of_text)
+        if options.dtype == "q8_0":
+            raise InvalidInputError("--dtype q8_0 is for --to gguf; a Hugging Face folder takes the other types")
+        export_hf(*exported, end_of_text=end_of_text, dtype=options.dtype)
         print(f"wrote {options.output}: {', '.join(sorted(path.name for path in options.output.iterdir()))}")
         return
     if tokenizer is None:

@@ -1,7 +1,8 @@
 """Convert the weights of another program to a run: `basic import my_llama --output runs/my_llama`.
 
-The source is the folder of a Llama model as transformers saves it: config.json, the weights as safetensors (one file,
-or several with an index) and tokenizer.json. All commands open the result like a run that was trained here.
+The source is a Llama, Mistral, Qwen 2 or Qwen 3 model: a folder as transformers saves it (config.json, the weights as
+safetensors in one file or several with an index, and tokenizer.json), or a GGUF file. All commands open the result like
+a run that was trained here.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from basic.common.errors import InvalidInputError
 @dataclass(frozen=True, kw_only=True)
 class Options:
     source: tyro.conf.Positional[Path]
-    """Folder of a Llama model; with --unpickle and --config also a .pt file, a state dict with this library's keys."""
+    """Folder or GGUF file of a model; with --unpickle and --config also a .pt file, a state dict with this library's
+    keys."""
     output: Path
     """Run folder to create, such as runs/my_llama; must not exist."""
     context_length: int | None = None
-    """Llama: context length of the run; None: that of the model."""
+    """Context length of the run, if it is to be shorter than that of the model; None for the same."""
     tokenizer: bool = True
-    """Llama: also import the tokenizer, which must be byte-level BPE; a run without one works on token ids only."""
+    """Also import the tokenizer, which must be byte-level BPE; a run without one works on token ids only."""
     config: Path | None = None
     """.pt file: the configuration of the run, a TOML file as for training, with its model and its tokenizer."""
     unpickle: bool = False
@@ -35,15 +37,16 @@ class Options:
 def main(options: Options) -> None:
     from basic.common.config_files import load_config
     from basic.common.files import make_folder
-    from basic.formats.import_model import import_hf, import_pt
+    from basic.formats.gguf_file import is_gguf
+    from basic.formats.import_model import import_pt, import_run
     from basic.training.run_folder import load_run
     from basic.training.settings import RunConfig
 
     if not options.source.exists():
         raise FileNotFoundError(f"there is no file or folder {str(options.source)!r}")
     make_folder(options.output.parent)
-    if options.source.is_dir():
-        import_hf(
+    if options.source.is_dir() or is_gguf(options.source):
+        import_run(
             options.source,
             options.output,
             context_length=options.context_length,
@@ -52,8 +55,8 @@ def main(options: Options) -> None:
         )
     elif options.config is None or not options.unpickle:
         raise InvalidInputError(
-            f"{options.source} is a file; if it is a state dict written by torch.save, add --unpickle and "
-            "--config FILE.toml, the configuration of its model"
+            f"{options.source} is a file, and not a GGUF file; if it is a state dict written by torch.save, add "
+            "--unpickle and --config FILE.toml, the configuration of its model"
         )
     else:
         import_pt(options.source, options.output, load_config(options.config, RunConfig))

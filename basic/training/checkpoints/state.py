@@ -30,12 +30,12 @@ def collect_state(model: Module, optimizer: Optimizer | None, iteration: int, ex
     }
 
 
-# torch.compile and DistributedDataParallel put the names of the parameters behind these.
-_WRAPPERS = ("_orig_mod", "module")
+# torch.compile, DistributedDataParallel, FSDP and activation checkpointing put parameters' names behind these.
+_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def without_wrappers(key: str) -> str:
-    """The key of a state dict without what torch.compile and DistributedDataParallel add to it."""
+    """The key of a state dict without what wrappers of modules add to it, anywhere in it."""
     return ".".join(name for name in key.split(".") if name not in _WRAPPERS)
 
 
