@@ -194,11 +194,11 @@ class KernelEncoder:
 
     def _take_encoder(self) -> PretokenEncoder:
         """An idle encoder or a new one; the caller returns it to the idle ones."""
-        from basic.bpe.kernels.encode import PretokenEncoder
-
         try:
             return self._idle.pop()
         except IndexError:
+            from basic.bpe.kernels.encode import PretokenEncoder
+
             return PretokenEncoder(self._pattern, self._merges, self.dtype)
 
     def last_merges(self, tokens: Sequence[bytes]) -> list[tuple[int, int] | None]:
@@ -227,7 +227,7 @@ class KernelEncoder:
         Raises:
             InvalidByteError: a byte is not UTF-8 or has no token.
         """
-        encoder = self._idle.pop() if self._idle else self._take_encoder()
+        encoder = self._take_encoder()
         ids = encoder.encode(data, 0, len(data), self._no_specials if specials_as_text else self._specials).tolist()
         self._idle.append(encoder)
         return ids

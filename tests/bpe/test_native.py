@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import subprocess
 import sys
@@ -57,6 +58,54 @@ def test_a_damaged_object_file_is_not_used(monkeypatch, tmp_path):
     (tmp_path / "one.o").write_bytes((tmp_path / "one.o").read_bytes()[:-1])
     assert object_files.read_object("one.o") is None
     assert object_files.read_object("two.o") is None
+
+
+def test_machine_code_of_changed_sources_is_neither_used_nor_kept(monkeypatch, tmp_path):
+    """A process that runs while the package is updated has the old modules in memory."""
+    monkeypatch.setattr(object_files, "cache_folder", lambda: tmp_path)
+    object_files.write_object("one.o", b"machine code")
+    changed = {path: time_ns + 1 for path, time_ns in object_files._sources().items()}
+    monkeypatch.setattr(object_files, "_sources", lambda: changed)
+    object_files.write_object("two.o", b"machine code")
+    assert object_files.read_object("one.o") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["one.o"]
+
+
+def test_code_that_a_garbage_collection_runs_changes_no_ids():
+    """To make the list of ids can collect garbage, whose finalizers may encode, or let other threads run."""
+    tokenizer = Tokenizer(BYTES, [], kernels=True)
+    assert tokenizer.kernel_encoder(1 << 20) is not None
+    calls, kept = [], []
+
+    class Garbage:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            calls.append(tokenizer.encode("0123456789"))
+
+    threshold = gc.get_threshold()
+    gc.set_threshold(50)
+    try:
+        for number in range(2000):  # the lists are kept, so that memory for each is allocated anew
+            if number % 100 == 0:
+                Garbage()
+            kept.append(tokenizer.encode("abcdefghij"))
+    finally:
+        gc.set_threshold(*threshold)
+    assert all(ids == list(b"abcdefghij") for ids in kept)
+    assert calls == len(calls) * [list(b"0123456789")]
+    assert len(calls) > 10
+
+
+def test_a_string_without_tokens_leaves_nothing_in_the_table():
+    tokenizer = Tokenizer({i: bytes([i]) for i in b"abc de"}, [], kernels=True)
+    encoder = tokenizer.kernel_encoder(1 << 20)
+    assert encoder is not None
+    encode = encoder._strings.encode
+    assert encode("abc") == list(b"abc")
+    assert not isinstance(encode("abcde x"), list)
+    assert encode("abcde") == list(b"abcde")
 
 
 def test_strings_until_the_table_is_replaced():

@@ -25,6 +25,7 @@ from basic.bpe.kernels.apply_merges import (
     start_pretoken,
 )
 from basic.bpe.kernels.hash_table import (
+    CALLS,
     ENTRIES,
     I64,
     POOL_USED,
@@ -52,6 +53,7 @@ from basic.bpe.kernels.instructions import (
     new_integer,
     new_list,
     readonly,
+    release,
     set_list_item,
     store8,
     string_as_utf8,
@@ -72,7 +74,7 @@ from basic.bpe.native.kernel import PreparedCall
 # Why the kernel stops before the end: the table or its pool, the output, or the buffers for a long pre-token are too
 # small; a character is not UTF-8; or a byte has no token.
 FULL, _OUTPUT_FULL, _BUFFERS_FULL, _INVALID, NO_TOKEN = -1, -2, -3, -4, -5
-LONG_TEXT = -6  # the string is too long
+LONG_TEXT, INTERRUPTED = -6, -7  # the string is too long; another call came between
 
 # Value 1 of a slot: the size of the ids in bytes, and the offsets in the pool of the ids and of the bytes of a long
 # pre-token, if they are there.
@@ -326,17 +328,25 @@ def encode(
         if address == 0:
             return 0
         data, stop, start = bytes_at(address, num_bytes[0]), num_bytes[0], 0
+        state[CALLS] += 1
+    call = state[CALLS]
     written = _encode(
         data, stop, pattern, specials, table, pool, merge_slots,
         merge_numbers, whole_tokens, scratch, starts, keys, work, symbol_buffers, heap, out, id_bytes, state, start
     )  # fmt: skip
     if text == 0:
         return written
+    if written == NO_TOKEN:
+        table[:], state[ENTRIES], state[POOL_USED] = U64(0), 0, 0  # it may have entries without ids
     if written < 0:
         return new_integer(written)
     count = written // id_bytes
     result = new_list(count)
     if result != 0:
+        # A new list can collect garbage, whose finalizers run Python code, here or in another thread.
+        if state[CALLS] != call:
+            release(result)
+            return new_integer(INTERRUPTED)
         for i in range(count):
             set_list_item(result, i, new_integer(I64(short_ids[i]) if id_bytes == 2 else I64(long_ids[i])))
     return result

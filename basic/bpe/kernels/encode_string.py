@@ -14,7 +14,6 @@ from basic.bpe.kernels.encode import (
     FULL,
     LONG_TEXT,
     MARGIN_IDS,
-    NO_TOKEN,
     SMALL_BYTES,
     encode,
     for_string,
@@ -68,6 +67,4 @@ class StringEncoder:
         """
         if status == FULL:
             return StringEncoder(*self._parameters, min(4 * self._num_slots, _MOST_SLOTS))
-        if status == NO_TOKEN:  # the table may have entries without ids
-            return StringEncoder(*self._parameters, self._num_slots)
         return self

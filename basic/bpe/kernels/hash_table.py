@@ -22,9 +22,9 @@ from basic.bpe.kernels.scan import BEFORE
 I64 = np.int64
 
 DONE, FULL, INVALID = 0, 1, 2  # return values of kernels
-# Indices in the state of a kernel (int64): the offset in the text, used slots and pool elements, ids written, and the
-# amount of memory that it needs or the offset of an invalid byte.
-POSITION, ENTRIES, POOL_USED, WRITTEN, PROBLEM = 0, 1, 2, 3, 4
+# Indices in the state of a kernel (int64): the offset in the text, used slots and pool elements, ids written, the
+# amount of memory that it needs or the offset of an invalid byte, and calls for a string.
+POSITION, ENTRIES, POOL_USED, WRITTEN, PROBLEM, CALLS = 0, 1, 2, 3, 4, 5
 STATE_LENGTH = 8
 
 SLOT_LENGTH = 4

@@ -278,9 +278,6 @@ new_list, set_list_item = _c_function("PyList_New", 1), _c_function("PyList_SetI
 as_integer, new_integer = _c_function("PyLong_AsLongLong", 1), _c_function("PyLong_FromLongLong", 1)
 new_bytes, bytes_address = _c_function("PyBytes_FromStringAndSize", 2), _c_function("PyBytes_AsString", 1)
 string_length, string_as_utf8 = _c_function("PyUnicode_GetLength", 1), _c_function("PyUnicode_AsUTF8AndSize", 2)
-allocate, free, clear_error = (
-    _c_function("PyMem_Malloc", 1),
-    _c_function("PyMem_Free", 1),
-    _c_function("PyErr_Clear", 0),
-)
+allocate, free = _c_function("PyMem_Malloc", 1), _c_function("PyMem_Free", 1)
+clear_error, release = _c_function("PyErr_Clear", 0), _c_function("Py_DecRef", 1)
 TYPE_OFFSET = object.__basicsize__ - 8  # where an object has the address of its type

@@ -181,11 +181,20 @@ def processor() -> str:
     return "\n".join(names)
 
 
-def _version() -> str:
-    """Identifies the machine code: the sources of the kernels, the compiler's part of this package, the processor."""
+def _sources() -> dict[Path, int]:
+    """The files that the machine code depends on (the kernels, the compiler's part), and when each was changed."""
     folder = Path(__file__).parents[1]
-    sources = [path for name in ("kernels", "native", "patterns") for path in sorted((folder / name).glob("*.py"))]
-    content = b"".join(path.read_bytes() for path in sources) + processor().encode()
+    paths = [path for name in ("kernels", "native", "patterns") for path in sorted((folder / name).glob("*.py"))]
+    return {path: path.stat().st_mtime_ns for path in paths}
+
+
+# Machine code of sources that were replaced since (an update, a branch) does not fit the modules in memory.
+_SOURCES_AT_IMPORT = _sources()
+
+
+def _version() -> str:
+    """Identifies the machine code: its sources and the processor."""
+    content = b"".join(path.read_bytes() for path in _sources()) + processor().encode()
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -219,11 +228,16 @@ def first_writable_folder(candidates: Iterable[str | Path | None]) -> Path | Non
 
 def read_object(name: str) -> bytes | None:
     """An object file that `write_object` wrote; None if there is none, or it is damaged."""
-    folder = cache_folder()
-    return None if folder is None else read_checked(folder / name)
+    path = _path_of(name)
+    return None if path is None else read_checked(path)
 
 
 def write_object(name: str, data: bytes) -> None:
     """Keep an object file, if there is a folder for it."""
-    if (folder := cache_folder()) is not None:
-        write_checked(folder / name, data)
+    if (path := _path_of(name)) is not None:
+        write_checked(path, data)
+
+
+def _path_of(name: str) -> Path | None:
+    folder = cache_folder()
+    return None if folder is None or _sources() != _SOURCES_AT_IMPORT else folder / name
