@@ -80,7 +80,7 @@ settings.load_profile("repeatable")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the longest tests first: the others run beside them, and at the end no process waits for a long one."""
-    items.sort(key=lambda item: not (item.get_closest_marker("long") or item.path.suffix == ".ipynb"))
+    items.sort(key=lambda item: not item.get_closest_marker("long"))
 
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

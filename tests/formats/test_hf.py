@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,6 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging
 
 from basic.common.errors import DamagedFileError, InvalidInputError, WrongTokenizerError
 from basic.formats.export_model import export_hf
@@ -28,8 +27,6 @@ from basic.training.run_folder import load_run
 from basic.training.settings import DataConfig, RunConfig, TrainConfig
 from tests.conftest import SHARED_DATA, shared_data
 
-logging.disable_progress_bar()
-
 END, OTHER = "<|endoftext|>", "<|endoftext|><|end|>"
 CONTEXT = 16
 SIZES: dict[str, Any] = {"context_length": CONTEXT, "d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 24}
@@ -37,6 +34,15 @@ NOT_DEFAULT: dict[str, Any] = {"num_kv_heads": 2, "tied_embeddings": True, "rope
 all_kinds = pytest.mark.parametrize(
     "changes", [{}, NOT_DEFAULT, {"num_kv_heads": 1}], ids=["defaults", "not defaults", "one KV head"]
 )
+
+
+@cache
+def transformers() -> Any:
+    """Imported by the first test that compares with it: every process collects all tests, and it takes seconds."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
 
 
 def random_model(changes: dict[str, Any], vocab_size: int = 50) -> TransformerLM:
@@ -91,21 +97,25 @@ def export_with_changes(folder: Path, model: TransformerLM, changes: dict[str, A
 def test_llama_of_transformers_loads(changes, max_shard_size, tmp_path):
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=50, **SIZES, **changes)
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=50,
-            max_position_embeddings=CONTEXT,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=config.num_kv_heads,
-            intermediate_size=24,
-            rms_norm_eps=config.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=config.tied_embeddings,
-            initializer_range=0.3,
+    theirs = (
+        transformers()
+        .LlamaForCausalLM(
+            transformers().LlamaConfig(
+                vocab_size=50,
+                max_position_embeddings=CONTEXT,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=config.num_kv_heads,
+                intermediate_size=24,
+                rms_norm_eps=config.norm_eps,
+                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+                tie_word_embeddings=config.tied_embeddings,
+                initializer_range=0.3,
+            )
         )
-    ).eval()
+        .eval()
+    )
     theirs.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     assert (tmp_path / "model.safetensors").exists() == (max_shard_size == "1GB")
     ours = load_hf(tmp_path)
@@ -153,10 +163,10 @@ def test_old_config_json_and_shorter_context(tmp_path):
 def test_exported_model_opens_in_transformers_and_round_trips_bit_for_bit(changes, tokenizer, tmp_path):
     ours = random_model(changes, tokenizer.vocab_size + 3)
     export_hf(ours, tmp_path / "hf", tokenizer)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    loaded: Any = transformers().AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     theirs, report = loaded
     assert not any(report.values())  # no missing, unexpected or mismatched tensors
-    assert isinstance(theirs, LlamaForCausalLM)
+    assert isinstance(theirs, transformers().LlamaForCausalLM)
     assert theirs.get_input_embeddings().padding_idx is None  # that embedding would not be trained
     assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == tokenizer.special_token_ids[END] == 0
     assert_same_behaviour(ours, theirs)
@@ -179,7 +189,7 @@ def real_and_naughty_texts() -> list[str]:
 
 def test_exported_tokenizer_gives_our_ids(tokenizer, tmp_path):
     export_hf(random_model({}, tokenizer.vocab_size), tmp_path / "hf", tokenizer)
-    theirs: Any = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    theirs: Any = transformers().AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert (
         json.loads((tmp_path / "hf/tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     )
@@ -195,7 +205,7 @@ def test_exported_tokenizer_gives_our_ids_on_real_and_naughty_texts(tokenizer, t
     texts = real_and_naughty_texts()
     assert len(texts) > 500
     export_hf(random_model({}, tokenizer.vocab_size), tmp_path / "hf", tokenizer)
-    theirs: Any = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    theirs: Any = transformers().AutoTokenizer.from_pretrained(tmp_path / "hf")
     for text, ids in zip(texts, theirs(texts)["input_ids"], strict=True):
         assert ids == tokenizer.encode(text)
     with_specials = [OTHER.join(texts[i : i + 50]) for i in range(0, len(texts), 50)]

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
+from triton.runtime import interpreter
 
 from basic.model import ModelConfig, TransformerLM
 from basic.training.loop import make_optimizer
@@ -17,6 +19,20 @@ from basic.transformer.kernels.interpreter import INTERPRETED
 from tests.helpers import kernel_checks
 
 assert INTERPRETED, "run this through tests/interpreted/test_kernels.py, which sets TRITON_INTERPRET=1"
+
+# Half of the interpreter's time: it adapts triton.language again for each call of a function by a kernel, and looks for
+# overflows of small numbers.
+patch_lang = interpreter._patch_lang
+
+
+def patch_lang_once(function: Any) -> Any:
+    modules = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+    is_patched = not any(tl.core.is_builtin(module.load) for module in modules)
+    return interpreter._LangPatchScope() if is_patched else patch_lang(function)
+
+
+interpreter._patch_lang = patch_lang_once
+interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 

@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import cache, cached_property
 from pathlib import Path
 
 import pytest
@@ -94,13 +95,20 @@ MAX_ENTRIES = 10
 NOT_COUNTED = {"__init__.py", "__main__.py", "py.typed", "__pycache__"}
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Yield the full name of every import, also in functions and for type checkers: `from a import b` is a.b."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imports(path: Path) -> list[str]:
+    """The full name of every import, also in functions and for type checkers: `from a import b` is a.b."""
+    return imports_of(path.read_text(encoding="utf-8"))
+
+
+@cache
+def imports_of(source: str) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            yield from (f"{full_module(node)}.{alias.name}" for alias in node.names)
+            found += [f"{full_module(node)}.{alias.name}" for alias in node.names]
+    return found
 
 
 def full_module(node: ast.ImportFrom) -> str:
@@ -130,7 +138,10 @@ class SourceTree:
         for path in sorted((root / "basic").rglob("*.py")):
             names = path.relative_to(root).with_suffix("").parts
             self.modules[".".join(names[:-1] if names[-1] == "__init__" else names)] = path
-        self.our_imports = {module: self._imports_of(path) for module, path in self.modules.items()}
+
+    @cached_property
+    def our_imports(self) -> dict[str, set[str]]:
+        return {module: self._imports_of(path) for module, path in self.modules.items()}
 
     def _imports_of(self, path: Path) -> set[str]:
         found = set()
