@@ -146,7 +146,7 @@ def ids_by_definition(tokenizer: Tokenizer, documents: list[str]) -> list[int]:
 
 
 @pytest.mark.parametrize(("kernels", "pattern"), [(False, None), (True, None), (False, r"\w+|\W")])
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     documents=JSON_DOCUMENTS,
     suffix=st.sampled_from(SUFFIXES),

@@ -39,7 +39,7 @@ all_kinds = pytest.mark.parametrize(
 @cache
 def transformers() -> Any:
     """Imported by the first test that compares with it: every process collects all tests, and it takes seconds."""
-    import transformers
+    import transformers.utils.logging
 
     transformers.utils.logging.disable_progress_bar()
     return transformers
