@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import logging
 
 from basic.common.errors import InvalidInputError
 from basic.formats.export_model import export_hf
@@ -18,8 +16,7 @@ from basic.formats.hf_names import model_config
 from basic.formats.import_model import load_hf, load_model
 from basic.generation.sampling import generate
 from basic.model import ModelConfig, TransformerLM
-
-logging.disable_progress_bar()
+from tests.helpers.model_tools import transformers
 
 LENGTH = 1000  # tokens; beyond the original context of the scaled models, which is a quarter of it
 SIZES: dict[str, Any] = {
@@ -72,7 +69,9 @@ def their_model(name: str) -> Any:
     """A model of transformers, whose vectors too (gains, biases) are random."""
     kind, changes, _ = FAMILIES[name]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SIZES | changes)))
+    model = transformers().AutoModelForCausalLM.from_config(
+        transformers().AutoConfig.for_model(kind, **(SIZES | changes))
+    )
     for parameter in model.parameters():
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, mean=0.5, std=0.3)
@@ -105,7 +104,7 @@ def test_logits_text_and_round_trip(name: str, tmp_path: Path) -> None:
     assert generate(ours, prompt.tolist(), 20, temperature=0) == expected
 
     export_hf(ours, tmp_path / "back")
-    reread = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    reread = transformers().AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
     ids = torch.randint(64, (2, 300))
     assert torch.equal(reread(ids).logits, theirs(ids).logits)
     files = [safetensors.torch.load_file(path) for path in sorted((tmp_path / "theirs").glob("*.safetensors"))]

@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import shutil
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from basic.train_bpe import train_bpe
 from basic.training.run_folder import load_run
 from basic.training.settings import DataConfig, RunConfig, TrainConfig
 from tests.conftest import SHARED_DATA, shared_data
+from tests.helpers.model_tools import transformers
 
 END, OTHER = "<|endoftext|>", "<|endoftext|><|end|>"
 CONTEXT = 16
@@ -34,15 +34,6 @@ NOT_DEFAULT: dict[str, Any] = {"num_kv_heads": 2, "tied_embeddings": True, "rope
 all_kinds = pytest.mark.parametrize(
     "changes", [{}, NOT_DEFAULT, {"num_kv_heads": 1}], ids=["defaults", "not defaults", "one KV head"]
 )
-
-
-@cache
-def transformers() -> Any:
-    """Imported by the first test that compares with it: every process collects all tests, and it takes seconds."""
-    import transformers.utils.logging
-
-    transformers.utils.logging.disable_progress_bar()
-    return transformers
 
 
 def random_model(changes: dict[str, Any], vocab_size: int = 50) -> TransformerLM:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -49,3 +50,12 @@ def self_attention(x: Tensor, projections: list[Tensor], num_heads: int, rotate:
     q, k, v = (F.linear(x, w).unflatten(-1, (num_heads, -1)).transpose(-2, -3) for w in projections[:3])
     out = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
     return F.linear(out.transpose(-2, -3).flatten(-2), projections[3])
+
+
+@cache
+def transformers() -> Any:
+    """Imported by the first test that compares with it: every process collects all tests, and it takes seconds."""
+    import transformers.utils.logging
+
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
