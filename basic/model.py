@@ -14,6 +14,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
@@ -22,7 +23,15 @@ from torch.nn.init import trunc_normal_
 from basic.common.arguments import check_integer, check_number, check_size, check_type
 from basic.common.config_files import check_fields
 from basic.common.errors import InvalidConfigError, InvalidInputError
-from basic.transformer.functional import check_ids, linear, rms_norm, rope_tables, rotate_pairs, silu, take_rows
+from basic.transformer.functional import (
+    check_ids,
+    linear,
+    rms_norm,
+    rope_tables,
+    rotate_pairs,
+    silu,
+    take_rows,
+)
 from basic.transformer.functional import cross_entropy as cross_entropy
 from basic.transformer.functional import softmax as softmax
 from basic.transformer.kernels import dispatch
@@ -30,6 +39,9 @@ from basic.transformer.optimizer import AdamW as AdamW
 from basic.transformer.optimizer import clip_gradients as clip_gradients
 from basic.transformer.optimizer import cosine_schedule as cosine_schedule
 from basic.transformer.summary import Summary, summarize
+
+_GATE_FEATURES = 32
+"""Features of a token, the first ones, that set the gates of its value embeddings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +70,7 @@ class ModelConfig:
     """Features of a head; None for d_model / num_heads."""
     d_ff: int | None = None
     """Features inside the feed-forward layer; None for the multiple of 64 nearest to 8/3 d_model, or for 4 d_model with
-    `ffn="silu"`, which has two matrices instead of three."""
+    `ffn="silu"` and `ffn="relu2"`, which have two matrices instead of three."""
     rope_theta: float = 10_000.0
     """Base of RoPE's wavelengths, in tokens / (2 pi)."""
     rope_scaling: tuple[float, ...] = ()
@@ -77,10 +89,18 @@ class ModelConfig:
     """Added to the mean square in RMSNorm."""
     positions: Literal["rope", "none"] = "rope"
     """Encoding of the token positions."""
-    ffn: Literal["swiglu", "silu"] = "swiglu"
-    """The feed-forward layer: W2 (SiLU(W1 x) * W3 x), or W2 SiLU(W1 x)."""
+    ffn: Literal["swiglu", "silu", "relu2"] = "swiglu"
+    """The feed-forward layer: W2 (SiLU(W1 x) * W3 x), or W2 SiLU(W1 x), or W2 ReLU(W1 x)^2."""
     tied_embeddings: bool = False
     """Whether the output layer uses the embedding's matrix."""
+    embedding_norm: bool = False
+    """Whether the embeddings are normalised (RMSNorm without gains) before the first block."""
+    value_embeddings: bool = False
+    """Whether every second block, the last one included, has embeddings of its own, which are added to the values of
+    its attention, with a gate for each head."""
+    zero_outputs: bool = False
+    """Whether the last matrix of each attention and feed-forward layer starts at zero, so that the blocks start as the
+    identity."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -88,7 +108,7 @@ class ModelConfig:
         sizes += [name for name in ("head_dim", "sliding_window") if getattr(self, name) is not None]
         if self.d_ff is None:
             # Three matrices of 8/3 d_model features have as many parameters as two of 4 d_model.
-            d_ff = 4 * self.d_model if self.ffn == "silu" else max(64, round(self.d_model * 8 / 3 / 64) * 64)
+            d_ff = 4 * self.d_model if self.ffn != "swiglu" else max(64, round(self.d_model * 8 / 3 / 64) * 64)
             object.__setattr__(self, "d_ff", d_ff)
         for name in sizes:
             if not getattr(self, name) >= 1:
@@ -120,6 +140,18 @@ class ModelConfig:
     def kv_heads(self) -> int:
         """Number of heads of keys and values, never None."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def not_in_llama(self) -> list[str]:
+        """The settings, such as "ffn='relu2'", that neither Llama nor its relatives have."""
+        llama = {
+            "norm": "pre",
+            "positions": "rope",
+            "ffn": "swiglu",
+            "embedding_norm": False,
+            "value_embeddings": False,
+        }
+        return [f"{name}={getattr(self, name)!r}" for name, value in llama.items() if getattr(self, name) != value]
 
 
 class Linear(Module):
@@ -326,13 +358,15 @@ class MultiHeadSelfAttention(Module):
         bias: whether queries, keys and values have one.
         norm_eps: normalise queries and keys with this number added to their mean square; None for no norm.
         sliding_window: number of tokens that a token attends to, itself included; None for all before it.
+        num_value_embeddings: number of token ids whose embeddings are added to the values; 0 for none.
 
     Raises:
         InvalidConfigError: `num_heads` does not divide `d_model`, or `num_kv_heads` does not divide `num_heads`.
 
     Source: Vaswani et al. 2017, section 3.2.2; Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer
     Models" (groups); Dehghani et al. 2023, "Scaling Vision Transformers to 22 Billion Parameters", section 2 (norm);
-    Child et al. 2019, "Generating Long Sequences with Sparse Transformers" (window).
+    Child et al. 2019, "Generating Long Sequences with Sparse Transformers" (window); Zhou et al. 2024, "Value Residual
+    Learning", and Karpathy's nanochat (value embeddings).
     """
 
     def __init__(
@@ -346,6 +380,7 @@ class MultiHeadSelfAttention(Module):
         bias: bool = False,
         norm_eps: float | None = None,
         sliding_window: int | None = None,
+        num_value_embeddings: int = 0,
     ):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -361,6 +396,12 @@ class MultiHeadSelfAttention(Module):
         self.output_proj = Linear(num_heads * head_dim, d_model)
         self.q_norm = None if norm_eps is None else RMSNorm(head_dim, norm_eps)
         self.k_norm = None if norm_eps is None else RMSNorm(head_dim, norm_eps)
+        self.value_embeddings: Embedding | None = None
+        if num_value_embeddings:
+            # As large as the values, whose matrix keeps the size of normalised features.
+            self.value_embeddings = Embedding(num_value_embeddings, num_kv_heads * head_dim)
+            self.value_gate = Linear(min(_GATE_FEATURES, d_model), num_kv_heads)
+            self.value_gate.weight.detach().zero_()
 
     def forward(
         self,
@@ -368,6 +409,7 @@ class MultiHeadSelfAttention(Module):
         token_positions: Int[Tensor, "... seq"] | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
+        token_ids: Int[Tensor, " ... seq"] | None = None,
     ) -> Float[Tensor, " ... seq d_model"]:
         """Attend from every token to itself and the tokens before it.
 
@@ -377,28 +419,41 @@ class MultiHeadSelfAttention(Module):
                 against the leading dimensions of x.
             cache: keys and values of earlier tokens; those of x are added.
             layer: index of this layer in the cache.
+            token_ids: of x, for value embeddings.
         """
         rope = None
         if self.rope is not None:
             rope = self.rope.tables(x, token_positions, first_position=0 if cache is None else cache.length)
         extend_cache, num_cached = (None, 0) if cache is None else (partial(cache.extend, layer), cache.length)
         w_q, w_k, w_v = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
-        changes_heads = self.q_proj.bias is not None or self.q_norm is not None
+        values = None
+        if self.value_embeddings is not None:
+            assert token_ids is not None
+            gates = 2 * torch.sigmoid(self.value_gate(x[..., : self.value_gate.weight.shape[1]]))  # 1 at the start
+            values = rearrange(
+                self.value_embeddings(token_ids).to(x.dtype), "... (head d) -> ... head d", head=self.num_kv_heads
+            )
+            values = gates.unsqueeze(-1) * values
+        changes_heads = self.q_proj.bias is not None or self.q_norm is not None or values is not None
         attended = dispatch.causal_self_attention(
             x, w_q, w_k, w_v, self.num_heads, rope, extend_cache, num_cached=num_cached,
-            change_heads=self._change_heads if changes_heads else None, window=self.sliding_window,
+            change_heads=partial(self._change_heads, values) if changes_heads else None, window=self.sliding_window,
         )  # fmt: skip
         return self.output_proj(attended)
 
-    def _change_heads(self, qkv: Float[Tensor, " ... heads head_dim"]) -> Float[Tensor, " ... heads head_dim"]:
-        """Add the biases to the heads of queries, keys and values, and normalise those of queries and keys."""
+    def _change_heads(
+        self, values: Float[Tensor, " ... kv_heads head_dim"] | None, qkv: Float[Tensor, " ... heads head_dim"]
+    ) -> Float[Tensor, " ... heads head_dim"]:
+        """Add biases, and embeddings to the values, and normalise the heads of queries and keys."""
         biases = self.q_proj.bias, self.k_proj.bias, self.v_proj.bias
         if biases[0] is not None:
             qkv = qkv + torch.cat(biases).view(qkv.shape[-2:]).to(qkv.dtype)  # ty: ignore[invalid-argument-type]
-        if self.q_norm is None or self.k_norm is None:
-            return qkv
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), -2)
-        return torch.cat((self.q_norm(q), self.k_norm(k), v), -2)
+        if values is not None:
+            v = v + values
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return torch.cat((q, k, v), -2)
 
 
 class SwiGLU(Module):
@@ -429,19 +484,33 @@ class SiLUFeedForward(Module):
         return self.w2(silu(self.w1(x)))
 
 
+class SquaredReLUFeedForward(SiLUFeedForward):
+    """The feed-forward layer W2 ReLU(W1 x)^2.
+
+    Source: So et al. 2021, "Primer: Searching for Efficient Transformers for Language Modeling", section 4.
+    """
+
+    def forward(self, x: Float[Tensor, " ... d_model"]) -> Float[Tensor, " ... d_model"]:
+        return self.w2(self.w1(x).clamp(min=0).square())
+
+
+_FEED_FORWARD = {"swiglu": SwiGLU, "silu": SiLUFeedForward, "relu2": SquaredReLUFeedForward}
+
+
 class TransformerBlock(Module):
     """Attention and feed-forward layer, each added to the residual stream.
 
     Args:
         config: sizes and ablations.
         rope: shared by all blocks of a model; None for no positions.
+        layer: index of the block in its model.
 
     Source: assignment, "The pre-norm Transformer block" and its ablations.
     """
 
-    def __init__(self, config: ModelConfig, rope: RotaryPositionalEmbedding | None):
+    def __init__(self, config: ModelConfig, rope: RotaryPositionalEmbedding | None, layer: int = 0):
         super().__init__()
-        feed_forward = SwiGLU if config.ffn == "swiglu" else SiLUFeedForward
+        has_values = config.value_embeddings and (config.num_layers - 1 - layer) % 2 == 0
         assert config.d_ff is not None  # set by __post_init__
         self.post_norm = config.norm == "post"
         self.ln1 = make_norm(config)
@@ -454,17 +523,25 @@ class TransformerBlock(Module):
             bias=config.qkv_bias,
             norm_eps=config.norm_eps if config.qk_norm else None,
             sliding_window=config.sliding_window,
+            num_value_embeddings=config.vocab_size if has_values else 0,
         )
         self.ln2 = make_norm(config)
-        self.ffn = feed_forward(config.d_model, config.d_ff)
+        self.ffn = _FEED_FORWARD[config.ffn](config.d_model, config.d_ff)
+        if config.zero_outputs:
+            self.attn.output_proj.weight.detach().zero_()
+            self.ffn.w2.weight.detach().zero_()
 
     def forward(
-        self, x: Float[Tensor, " ... seq d_model"], cache: KVCache | None = None, layer: int = 0
+        self,
+        x: Float[Tensor, " ... seq d_model"],
+        cache: KVCache | None = None,
+        layer: int = 0,
+        token_ids: Int[Tensor, " ... seq"] | None = None,
     ) -> Float[Tensor, " ... seq d_model"]:
         if self.post_norm:
-            x = self.ln1(x + self.attn(x, cache=cache, layer=layer))
+            x = self.ln1(x + self.attn(x, cache=cache, layer=layer, token_ids=token_ids))
             return self.ln2(x + self.ffn(x))
-        x = x + self.attn(self.ln1(x), cache=cache, layer=layer)
+        x = x + self.attn(self.ln1(x), cache=cache, layer=layer, token_ids=token_ids)
         return x + self.ffn(self.ln2(x))
 
 
@@ -491,7 +568,7 @@ class TransformerLM(Module):
             rope = RotaryPositionalEmbedding(
                 config.rope_theta, config.d_head, config.context_length, config.rope_scaling
             )
-        self.layers = ModuleList(TransformerBlock(config, rope) for _ in range(config.num_layers))
+        self.layers = ModuleList(TransformerBlock(config, rope, layer) for layer in range(config.num_layers))
         self.ln_final = make_norm(config)
         self.lm_head = Linear(config.d_model, config.vocab_size)
         if config.tied_embeddings:
@@ -539,8 +616,10 @@ class TransformerLM(Module):
     ) -> Float[Tensor, " batch seq d_model"]:
         """The input of the output layer: the features after the last block and norm."""
         x = self.token_embeddings(token_ids).to(self.compute_dtype)
+        if self.config.embedding_norm:
+            x = rms_norm(x, x.new_ones(x.shape[-1]), self.config.norm_eps)
         for layer, block in enumerate(self.layers):
-            x = block(x, cache, layer)
+            x = block(x, cache, layer, token_ids)
         return self.ln_final(x)
 
     def loss(self, token_ids: Int[Tensor, " batch seq"], targets: Int[Tensor, " batch seq"]) -> Float[Tensor, ""]:

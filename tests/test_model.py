@@ -273,7 +273,7 @@ def test_impossible_shapes_are_refused(changes: dict[str, Any], message: str) ->
     [
         ({"norm": "before"}, "norm must be one of pre, post, none, got 'before'"),
         ({"positions": "alibi"}, "positions must be one of rope, none, got 'alibi'"),
-        ({"ffn": "gelu"}, "ffn must be one of swiglu, silu, got 'gelu'"),
+        ({"ffn": "gelu"}, "ffn must be one of swiglu, silu, relu2, got 'gelu'"),
     ],
 )
 def test_unknown_choices_are_refused(changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:

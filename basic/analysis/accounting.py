@@ -121,6 +121,7 @@ def evaluate_formula(formula: str, config: ModelConfig, batch_size: int = 1) -> 
         "head_dim": None,
     }
     supported = {**supported, "qkv_bias": False, "qk_norm": False, "sliding_window": None}
+    supported["value_embeddings"] = False
     for name, required in supported.items():
         if getattr(config, name) != required:
             raise InvalidInputError(

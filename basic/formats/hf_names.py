@@ -75,13 +75,10 @@ _OTHER_ROPES = {"dynamic": ("factor",), "yarn": ("factor", "original_max_positio
 
 def check_llama(config: ModelConfig, program: str) -> None:
     """Raise an InvalidInputError that names the settings of a model which are not those of any Llama-like family."""
-    llama = {"norm": "pre", "positions": "rope", "ffn": "swiglu"}
-    settings = {name: getattr(config, name) for name in llama}
-    unsupported = [f"{name}={value!r}" for name, value in settings.items() if value != llama[name]]
-    if unsupported:
+    if config.not_in_llama:
         raise InvalidInputError(
-            f"a Llama of {program} cannot express {' and '.join(unsupported)}; only models with "
-            f"{', '.join(f'{name}={value!r}' for name, value in llama.items())} can be exported"
+            f"a Llama of {program} cannot express {' and '.join(config.not_in_llama)}; only models with norm='pre', "
+            "positions='rope', ffn='swiglu' and no embedding_norm or value_embeddings can be exported"
         )
     if config.qk_norm and config.qkv_bias:
         raise InvalidInputError(

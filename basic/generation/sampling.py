@@ -285,7 +285,7 @@ def make_decoder(
 ) -> Decoder | None:
     """The kernels for single steps, or None if they do not support the model."""
     config = model.config
-    is_llama = (config.norm, config.positions, config.ffn) == ("pre", "rope", "swiglu")
+    is_llama = not config.not_in_llama
     if not is_llama or not dispatch.supports_decoding(cache.keys[0]):
         dispatch.warn_about_plain_decoding(is_llama, cache.keys[0])
         return None

@@ -76,11 +76,20 @@ def depth_for(name: RecipeName, vocab_size: int, flops: float) -> int:
 
 
 def training_flops(name: RecipeName, vocab_size: int, depth: int) -> float:
-    """The floating-point operations of all steps that suit a depth: 6 for each parameter and token, and attention."""
+    """The floating-point operations of all steps that suit a depth."""
     tables = recipe_settings(name, vocab_size=vocab_size, depth=depth)
     config, train = ModelConfig(**tables["model"]), tables["train"]
     tokens = train["steps"] * train["batch_size"] * config.context_length
-    return tokens * (6 * num_matrix_parameters(config) + 6 * depth * config.context_length * config.d_model)
+    return tokens * flops_per_token(config)
+
+
+def flops_per_token(config: ModelConfig) -> float:
+    """The floating-point operations of a training step for each token: 6 for each parameter, and attention.
+
+    It is what `basic.training.parallel.devices.training_flops_per_token` counts in a model.
+    """
+    attention = config.num_layers * config.context_length * config.num_heads * config.d_head
+    return 6 * (num_matrix_parameters(config) + attention)
 
 
 def num_matrix_parameters(config: ModelConfig) -> int:

@@ -259,9 +259,9 @@ class _Blocks(Module):
         super().__init__()
         self.blocks = ModuleList(blocks)
 
-    def forward(self, x: Tensor, cache: None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, cache: None, layer: int, token_ids: Tensor) -> Tensor:
         for block in self.blocks:
-            x = block(x)
+            x = block(x, token_ids=token_ids)
         return x
 
 

@@ -55,7 +55,7 @@ def summarize(model: Module, context_length: int, flops_per_token: int) -> Summa
         name = re.sub(r"\.\d+\.", ".*.", name)
         row = rows.get(name, SummaryRow(name, tuple(parameter.shape), 0, 0, 0))
         # An embedding is looked up, not multiplied.
-        is_multiplied = parameter.ndim == 2 and not name.startswith("token_embeddings")
+        is_multiplied = parameter.ndim == 2 and "embeddings" not in name
         rows[name] = row._replace(
             layers=row.layers + 1,
             parameters=row.parameters + (0 if parameter in seen else parameter.numel()),  # tied ones have two names

@@ -3,7 +3,7 @@
 Prints one JSON line a recipe and seed: bits per byte on blocks held back from the training books and on books by other
 authors, tokens/s, and the share of a step that the optimizer takes. Compiling is not timed, learning rates follow the
 share of the time that has passed, and no window of the text comes again before all were seen. `--set
-max_learning_rate=0.03 muon.momentum=0.9` changes settings of all recipes.
+max_learning_rate=0.03 muon.momentum=0.9 model.qk_norm=true` changes settings of all recipes.
 
 A run should see the text at most twice: with more, the recipe that learns fastest overfits most, and its loss says
 little. On one H200, 64 MB of text are enough for 20 seconds (0.3 minutes) of the usual model. A run that sees the text
@@ -36,7 +36,7 @@ from basic.common.config_files import flatten_settings, from_table
 from basic.model import ModelConfig, TransformerLM
 from basic.tokens.opening import open_tokens, read_info
 from basic.training.batches import BatchSampler, read_ahead
-from basic.training.settings import TrainConfig
+from basic.training.settings import RunConfig
 from basic.training.step import TrainStep, make_optimizer
 
 END = "<|endoftext|>"
@@ -53,10 +53,13 @@ ADAMW = {"max_learning_rate": 1.5e-3, "embedding_rate_factor": 10.0, "warmup_sha
 # 0.3 for the embedding, 0.004 for output matrix and gains.
 MUON = {"optimizer": "muon", "max_learning_rate": 0.02, "embedding_rate_factor": 15.0, "head_rate_factor": 0.2}
 MUON |= {"gain_rate_factor": 0.2, "beta1": 0.8, "schedule": "trapezoid", "decay_share": 0.65, "warmup_share": 0.0}
+# The model's settings begin with "model."
+MODERN = {**MUON, "model.ffn": "relu2", "model.embedding_norm": True, "weight_decay": 0.3}
 RECIPES: dict[str, dict[str, Any]] = {
     "adamw": ADAMW,
     "adamw_trapezoid": {**ADAMW, "schedule": "trapezoid", "decay_share": 0.65},
     "muon": MUON,
+    "modern": MODERN,
     "muon_windows": {**MUON, "rows": "windows"},
     "muon_plain": {**MUON, "muon.normalization": "none", "muon.cautious": False, "weight_decay": 0.0},
     "muon_not_normalized": {**MUON, "muon.normalization": "none"},
@@ -106,28 +109,27 @@ def make_tokens(text_folder: Path, work: Path, vocab_size: int, max_bytes: int |
         (work / f"{name}.txt").unlink()
 
 
-def train_config(recipe: str, changes: list[str], options: argparse.Namespace) -> TrainConfig:
-    """The settings of a recipe, with the changes of the command line."""
+def run_config(recipe: str, changes: list[str], options: argparse.Namespace) -> RunConfig:
+    """The settings of a recipe, with the changes of the command line; output projections start at zero."""
     batch_size = options.batch_tokens // options.context
     common = {"steps": STEPS, "batch_size": batch_size, "min_learning_rate": 0.0, "rows": "shuffled"}
     on_gpu = options.device != "cpu"
     settings: dict[str, Any] = {**common, "compile": on_gpu, "device": options.device, **RECIPES[recipe]}
     settings |= flatten_settings(tomllib.loads("\n".join(changes)))
-    muon = {name.removeprefix("muon."): settings.pop(name) for name in list(settings) if name.startswith("muon.")}
-    return from_table(TrainConfig, {**settings, "muon": muon})
 
+    def without(prefix: str) -> dict[str, Any]:
+        return {name.removeprefix(prefix): settings.pop(name) for name in list(settings) if name.startswith(prefix)}
 
-def make_model(options: argparse.Namespace, seed: int) -> TransformerLM:
-    """A model of the size that was asked for; the output projections of its blocks start at zero."""
-    device = torch.device(options.device)
     sizes = {"d_model": options.width, "num_layers": options.depth, "num_heads": max(1, options.width // 64)}
+    sizes |= {"vocab_size": options.vocab_size, "context_length": options.context, "zero_outputs": True}
+    model, muon = {**sizes, **without("model.")}, without("muon.")
+    return from_table(RunConfig, {"model": model, "train": {**settings, "muon": muon}})
+
+
+def make_model(config: ModelConfig, options: argparse.Namespace, seed: int) -> TransformerLM:
+    device = torch.device(options.device)
     torch.manual_seed(seed)
-    model = TransformerLM(ModelConfig(vocab_size=options.vocab_size, context_length=options.context, **sizes))
-    if not options.random_outputs:
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                if name.endswith(("output_proj.weight", "w2.weight")):
-                    weight.zero_()
+    model = TransformerLM(config)
     model.activation_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return model.to(device)
 
@@ -169,9 +171,9 @@ def train(step: TrainStep, sampler: BatchSampler, seconds: float) -> dict[str, A
     }
 
 
-def run(recipe: str, seed: int, settings: TrainConfig, options: argparse.Namespace) -> dict[str, Any]:
+def run(recipe: str, seed: int, config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
     """Train and evaluate; see the module's docstring."""
-    model = make_model(options, seed)
+    settings, model = config.train, make_model(config.model, options, seed)
     step = TrainStep(model, make_optimizer(model, settings), settings, torch.device(options.device))
     shuffled = settings.rows == "shuffled"
     tokens = open_tokens(options.work / "train.bin")
@@ -258,7 +260,6 @@ def parse() -> argparse.Namespace:
     add("--context", type=int, help="1024 tokens by default")
     add("--batch-tokens", type=int, help="tokens a step, 65,536 by default")
     add("--vocab-size", type=int, help="32,768 by default")
-    add("--random-outputs", action="store_true", help="do not start the output projections of a block at zero")
     add("--set", nargs="*", default=[], metavar="SETTING=VALUE", help="changes, in TOML: optimizer='\"muon\"'")
     add("--text", type=Path, default=repository.parent / "shared" / "data", help="folder of the books")
     add("--work", type=Path, default=repository / "runs" / "fixed_compute", help="folder of the token files")
@@ -280,7 +281,7 @@ def main() -> None:
     make_tokens(options.text, options.work, options.vocab_size, 4_000_000 if options.small else None)
     if options.tokens_only:
         return
-    configs = {recipe: train_config(recipe, options.set, options) for recipe in options.recipe}  # checks all first
+    configs = {recipe: run_config(recipe, options.set, options) for recipe in options.recipe}  # checks all first
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for recipe, config in configs.items():
             try:

@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from basic.model import ModelConfig, TransformerLM
+from basic.model import Linear, ModelConfig, TransformerLM
 from basic.training.loop import make_optimizer
 from basic.training.settings import TrainConfig
 from basic.training.step import TrainStep
@@ -119,7 +119,14 @@ def test_registrations():
 def test_decoder(prompt_lengths, dtype, changes):
     # Few programs with much work each, because the interpreter runs one after the other.
     options = {"tiles": lambda n, k, batch: (32, 64 if batch == 1 else 32, 1), "splits": 2}
-    sizes = {"vocab_size": 37, "context_length": 12, "d_model": 48, "num_layers": 1, "num_heads": 3, "d_ff": 60}
+    sizes: dict[str, Any] = {
+        "vocab_size": 37,
+        "context_length": 12,
+        "d_model": 48,
+        "num_layers": 1,
+        "num_heads": 3,
+        "d_ff": 60,
+    }
     config = ModelConfig(**(sizes | changes))
     kernel_checks.check_decoder(config, prompt_lengths, 5, dtype, "cpu", **options)
 
@@ -163,12 +170,22 @@ def test_a_step_with_a_bad_target_changes_nothing(bad_target):
         assert torch.equal(weight, before[name])
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_training_step(optimizer):
+MODERN: dict[str, Any] = {"ffn": "relu2", "qk_norm": True, "embedding_norm": True, "value_embeddings": True}
+
+
+@pytest.mark.parametrize(("optimizer", "changes"), [("adamw", {}), ("muon", {}), ("muon", MODERN)])
+def test_a_training_step(optimizer, changes):
     """All kernels in three steps, with half-precision copies of the matrices, against the steps without kernels."""
-    config = ModelConfig(vocab_size=37, context_length=12, d_model=32, num_layers=2, num_heads=2, d_ff=48)
+    sizes: dict[str, Any] = {
+        "vocab_size": 37,
+        "context_length": 12,
+        "d_model": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "d_ff": 48,
+    }
     torch.manual_seed(0)
-    models = [TransformerLM(config)]
+    models = [TransformerLM(ModelConfig(**sizes, **changes))]
     models.append(copy.deepcopy(models[0]))
     before = torch.cat([parameter.detach().flatten() for parameter in models[0].parameters()])
     settings = TrainConfig(steps=1, batch_size=2, cuda_graph=False, max_gradient_norm=0.5, optimizer=optimizer)
@@ -188,7 +205,7 @@ def test_a_training_step(optimizer):
             )
             step = TrainStep(model, make_optimizer(model, settings), settings, torch.device("cpu"))
             results.append([step((sequences[:, :-1], sequences[:, 1:]), 1e-2) for sequences in ids])
-        assert len(step.weight_copies) == 2 * 7 + 1
+        assert len(step.weight_copies) == sum(type(module) is Linear for module in model.modules())
         assert calls == (3 * 2 * ["callback", "kernels"] if kernels else [])
         for parameter, half in step.weight_copies.items():
             torch.testing.assert_close(half, parameter.half(), rtol=1e-3, atol=1e-6)

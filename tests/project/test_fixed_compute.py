@@ -48,7 +48,7 @@ def test_recipes_train_for_a_fixed_time(script, tmp_path, monkeypatch, capsys):
     assert (adamw["recipe"], muon["recipe"]) == ("adamw", "muon")
     for line in (adamw, muon):
         assert 0 < line["same_books"] < 4
-        assert 0 < line["optimizer_share"] < 1
+        assert line["optimizer_share"] > 0
         assert line["steps"] > 0
         assert line["tokens_per_s"] > 0
     warned = [f"the text {line['epochs']:g} times" for line in (adamw, muon) if line["epochs"] > script.MAX_EPOCHS]
@@ -78,10 +78,12 @@ def test_settings_of_all_recipes_are_valid(script, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["fixed_compute.py"])
     options = script.parse()
     for recipe in script.RECIPES:
-        settings = script.train_config(recipe, ["weight_decay=0.3", "muon.momentum=0.9"], options)
+        config = script.run_config(recipe, ["weight_decay=0.3", "muon.momentum=0.9", "model.num_heads=4"], options)
+        settings = config.train
         settings.check_schedule()
         assert settings.weight_decay == 0.3
         assert settings.muon.momentum == 0.9
+        assert (config.model.num_heads, config.model.d_model) == (4, 512)
         assert settings.scheduled(script.STEPS)["learning_rate"] == 0
 
 

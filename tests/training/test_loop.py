@@ -19,6 +19,7 @@ from basic.common.errors import InvalidConfigError, InvalidInputError, NotARunEr
 from basic.model import ModelConfig, TransformerLM
 from basic.training.batches import BatchSampler, document_starts
 from basic.training.loop import train
+from basic.training.recipes import recipe_settings
 from basic.training.records.meter import TimeBudget
 from basic.training.records.metrics import read_metrics
 from basic.training.settings import MuonConfig, RunConfig, TrainConfig
@@ -32,6 +33,9 @@ RANDOM = np.random.default_rng(0)
 TRAIN = np.concatenate([[END, *RANDOM.integers(1, VOCAB, size=RANDOM.integers(1, 10))] for _ in range(60)])
 VALID = np.concatenate([[END, *RANDOM.integers(1, VOCAB, size=RANDOM.integers(1, 10))] for _ in range(20)])
 KEYS = ["step", "tokens", "wall_s", "train_loss", "learning_rate", "gradient_norm", "tokens_per_s"]
+
+
+MODERN = recipe_settings("modern", vocab_size=VOCAB, depth=1)
 
 
 def configuration(**settings: Any) -> RunConfig:
@@ -287,11 +291,14 @@ def test_an_existing_run_is_refused_and_unchanged_unless_overwrite_is_given(tmp_
         {"rows": "windows"},
         {"rows": "documents"},
         {"rows": "shuffled", "optimizer": "muon", "weight_decay_schedule": "linear", "schedule": "trapezoid"},
+        MODERN["train"] | {"warmup_steps": None},
     ],
     ids=str,
 )
 def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(tmp_path, settings):
-    config = configuration(checkpoint_interval=4, eval_interval=4, **settings)
+    config = configuration(**{**settings, "steps": 8, "batch_size": 4, "checkpoint_interval": 4, "eval_interval": 4})
+    if "embedding_rate_factor" in settings:  # the modern recipe
+        config = replace(config, model=replace(ModelConfig(**MODERN["model"]), context_length=16))
     train(config, TRAIN, VALID, tmp_path / "uninterrupted", tokenizer=NumberTokenizer(VOCAB))
 
     failing = step_that_fails(7, KeyboardInterrupt())

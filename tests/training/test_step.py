@@ -145,15 +145,19 @@ def test_compiling_leaves_the_original_model_unchanged(monkeypatch, precision, s
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_segments_contain_all_parameters_and_compute_the_same(monkeypatch):
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [({}, [1, 18, 9, 30]), ({"value_embeddings": True}, [1, 20, 11, 34])],
+)
+def test_segments_contain_all_parameters_and_compute_the_same(changes, sizes, monkeypatch):
     """Also if the number of blocks per segment does not divide the number of blocks."""
     monkeypatch.setattr(torch, "compile", lambda function: function)
     torch.manual_seed(0)
-    model = TransformerLM(ModelConfig(**SIZES))
+    model = TransformerLM(ModelConfig(**SIZES, **changes))
     compiled = copy.deepcopy(model)
     batch = batches(1)[0]
     compile_segments(compiled)
     segments = model_segments(compiled)
-    assert [len(list(segment.parameters())) for segment in segments] == [1, 18, 9, 30]
+    assert [len(list(segment.parameters())) for segment in segments] == sizes
     assert segments[-1] is compiled
     assert compiled.loss(*batch) == model.loss(*batch)
