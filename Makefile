@@ -1,4 +1,4 @@
-.PHONY: check test test-gpu bench docs
+.PHONY: check test test-gpu bench lock docs
 # test-gpu needs an environment with the dev group. On a machine without uv: make test-gpu PYTHON=python3
 PYTHON ?= uv run python
 
@@ -13,6 +13,9 @@ test-gpu:
 
 bench:  # the tokenizer beside its peers; local/bench/README.md lists the other benchmarks
 	uv run --group bench local/bench/tokenizer.py
+
+lock:  # the pinned versions and hashes of the package's dependencies
+	uv export --quiet --upgrade --no-dev --no-emit-project --no-header --no-annotate --output-file requirements.lock
 
 docs:  # links, paths and line counts in the Markdown pages
 	uv run pytest tests/project/test_docs.py

@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from basic import __version__
 from basic.common import command_line
 
 # The modules are imported when they are needed: importing torch takes seconds.
@@ -40,9 +41,7 @@ def main(name: str | None = None) -> None:
             print(overview())
             return
         if name == "--version":
-            from importlib.metadata import version
-
-            print(f"basic {version('basic')}")
+            print(f"basic {__version__}")
             return
         if name.replace("_", "-") not in COMMANDS:
             sys.exit(

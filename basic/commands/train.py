@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,11 @@ def parse(arguments: list[str]) -> tuple[Options, InitialModel | None]:
         default = Options(run=load_run_config(given.resume), output=given.resume)
     elif initial is not None or given.config is not None:
         output = None if given.config is None else Path("runs") / given.config.stem
-        config = load_config(given.config, RunConfig) if initial is None else initial.run_config(given.config)
+        config = (
+            load_config(given.config, RunConfig, partial(add_vocab_size, others))
+            if initial is None
+            else initial.run_config(given.config)
+        )
         default = Options(run=config, config=given.config, output=output)
     elif any(other.partition("=")[0] in ("-h", "--help", "--vocab-size") for other in others):
         return command_line.parse(Options, __doc__, args=arguments), None
@@ -76,6 +81,24 @@ def parse(arguments: list[str]) -> tuple[Options, InitialModel | None]:
         got = " ".join(others) or "none of them"
         raise InvalidInputError(f"give --text TEXT, --config FILE, --init-from MODEL or --resume FOLDER; got {got}")
     return command_line.parse(Options, __doc__, args=arguments, default=default), initial
+
+
+def add_vocab_size(arguments: list[str], table: dict[str, Any]) -> None:
+    """A configuration without model.vocab_size gets that of its tokenizer."""
+    from basic.Tokenizer import Tokenizer
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--tokenizer")
+    first.add_argument("--vocab-size", type=command_line.parse_integer)
+    given, _ = first.parse_known_args(arguments)
+    model, data = table.get("model"), table.get("data", {})
+    if not isinstance(model, dict) or not isinstance(data, dict) or "vocab_size" in model:
+        return  # complete, or refused later
+    path = data.get("tokenizer") if given.tokenizer is None else given.tokenizer
+    if given.vocab_size is not None:
+        model["vocab_size"] = given.vocab_size
+    elif isinstance(path, str) and path:
+        model["vocab_size"] = Tokenizer.load(command_line.tokenizer_folder(Path(path))).vocab_size
 
 
 def command() -> None:

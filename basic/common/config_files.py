@@ -9,7 +9,7 @@ import numbers
 import os
 import tomllib
 import types
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -25,8 +25,14 @@ INCLUDED = _PACKAGE / "local" if (_PACKAGE / "local").is_dir() else _PACKAGE.par
 _FOLDERS = {"configuration": "configs", "sweep": "experiments"}
 
 
-def load_config(path: str | os.PathLike, cls: type[T]) -> T:
+def load_config(
+    path: str | os.PathLike, cls: type[T], complete: Callable[[dict[str, Any]], object] = lambda table: None
+) -> T:
     """Read a TOML file into a dataclass; its tables become nested dataclasses.
+
+    Args:
+        path: a file, or the name of an included configuration.
+        complete: called with the table of the file, to which it may add settings.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -35,6 +41,7 @@ def load_config(path: str | os.PathLike, cls: type[T]) -> T:
     """
     table = load_table(path, "configuration")
     try:
+        complete(table)
         return from_table(cls, table)
     except ValueError as error:
         raise InvalidConfigError(f"{os.fspath(path)}: {error}") from error

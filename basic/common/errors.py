@@ -55,8 +55,5 @@ def failures_of(program: str, remedy: str) -> Generator[None]:
 
 
 def how_to_install(extra: str, packages: str) -> str:
-    """Say how to install the packages of an extra, with uv's own environment and without."""
-    return (
-        f"use `uv run --extra {extra} ...`; in an environment that was installed by hand (--no-sync): "
-        f"`uv pip install {packages}`"
-    )
+    """Say how to install the packages of an extra, in an environment of one's own and in that of uv."""
+    return f"use `pip install {packages}`, or in a clone with uv's environment `uv run --extra {extra} ...`"

@@ -225,6 +225,5 @@ def test_errors_of_our_own_are_not_failures_of_others(error):
 
 def test_how_to_install_names_a_way_with_and_without_uvs_environment():
     assert how_to_install("dist", "distributed fsspec") == (
-        "use `uv run --extra dist ...`; in an environment that was installed by hand (--no-sync): "
-        "`uv pip install distributed fsspec`"
+        "use `pip install distributed fsspec`, or in a clone with uv's environment `uv run --extra dist ...`"
     )

@@ -259,7 +259,7 @@ QUICKSTART_FILES = {
     *("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/special_tokens.json"),
     *("train.txt", "train.bin", "train.json", "valid.txt", "valid.bin", "valid.json"),
     *("config.toml", "environment.json", "metrics.jsonl", "loss.png", "samples.txt"),
-    *("checksums.json", "tokenizer/checksums.json", "quickstart.json"),
+    *("checksums.json", "tokenizer/checksums.json", "quickstart.json", "report.html"),
 }
 
 
