@@ -174,7 +174,7 @@ def corpus(tmp_path) -> Path:
         ),
         (
             ["import", "corpus.txt", "--output", "run"],
-            "corpus.txt is a file; if it is a state dict written by torch.save, add --unpickle",
+            "a file, and not a GGUF file; if it is a state dict written by torch.save, add --unpickle",
         ),
         (
             ["import", "corpus.txt", "--output", "run", "--unpickle", "--config", "run.toml"],
