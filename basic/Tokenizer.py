@@ -41,7 +41,7 @@ from basic.pretokenization import (
     replace_surrogates_in_stream,
     resolve_pattern,
 )
-from basic.tokenizer_files.content import TokenizerContent, TokenizerSettings
+from basic.tokenizer_files.content import ChatTemplate, TokenizerContent, TokenizerSettings
 from basic.tokenizer_files.equivalent_merges import UsedMerges, missing_bytes, used_merges
 from basic.tokenizer_files.normalization import UNICODE_VERSION, TextChanges
 from basic.tokenizer_files.opening import read_tokenizer
@@ -103,11 +103,13 @@ class Tokenizer(Vocabulary):
         pattern: str | Pattern | None = None,
         settings: TokenizerSettings | None = None,
         kernels: bool | None = None,
+        chat_template: ChatTemplate | None = None,
     ) -> None:
         self.special_tokens = SpecialTokens(special_tokens)
         self.compiled_pattern = resolve_pattern(pattern)
         self.kernels = kernels
         self.settings = settings or TokenizerSettings()
+        self.chat_template = chat_template
         self.vocab = dict(vocab)
         self._merges = None if merges is None else list(merges)
         if not {*map(type, self.vocab)} <= {int} or not {*map(type, self.vocab.values())} <= {bytes}:
@@ -210,6 +212,7 @@ class Tokenizer(Vocabulary):
             pattern=self.pattern,
             settings=self.settings,
             kernels=self.kernels,
+            chat_template=self.chat_template,
         )
 
     @property
@@ -572,6 +575,7 @@ class Tokenizer(Vocabulary):
             special_tokens=self.special_token_ids,
             pattern=self.compiled_pattern,
             settings=self.settings,
+            chat_template=self.chat_template,
         )
 
     def save(self, directory: str | os.PathLike) -> None:
@@ -628,7 +632,12 @@ class Tokenizer(Vocabulary):
             TypeError, InvalidInputError: as for `Tokenizer`.
         """
         return cls(
-            content.vocab, content.merges, content.special_tokens, pattern=content.pattern, settings=content.settings
+            content.vocab,
+            content.merges,
+            content.special_tokens,
+            pattern=content.pattern,
+            settings=content.settings,
+            chat_template=content.chat_template,
         )
 
 

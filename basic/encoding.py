@@ -53,7 +53,7 @@ from basic.corpus.work_folder import MANIFEST_NAME, Record, WorkFolder, is_work_
 from basic.Tokenizer import Tokenizer
 from basic.tokens.flat_file import TokenFileWriter
 from basic.tokens.index import INDEX_NAME, read_index, write_index
-from basic.tokens.info import TokenFileInfo, read_sidecar, sidecar_path
+from basic.tokens.info import TokenFileInfo, mask_path, read_sidecar, sidecar_path
 
 _TOKENIZER = "tokenizer"
 
@@ -144,7 +144,7 @@ def encode_file(
     sources = expand_inputs(inputs)
     # What a killed process left is replaced without being asked.
     replace_existing = overwrite or is_unfinished(sidecar_path(output_path))
-    with reserved_outputs(_token_file_outputs(output_path), inputs=sources, overwrite=replace_existing):
+    with reserved_outputs(token_file_outputs(output_path), inputs=sources, overwrite=replace_existing):
         shard = _entire_sources(sources, tokenizer)
         total = total_text_bytes(shard)
         with progress_bar(progress, desc="encoding", total=total, unit="B", unit_scale=True) as advance:
@@ -259,7 +259,8 @@ def encode_files(
         return write_index(folder.path / INDEX_NAME, names)
 
 
-def _token_file_outputs(path: str | os.PathLike) -> list[Output]:
+def token_file_outputs(path: str | os.PathLike, *, with_mask: bool = False) -> list[Output]:
+    """The files of a token file, for `reserved_outputs`."""
     sidecar = sidecar_path(path)
 
     def is_ours(existing: Path) -> bool:
@@ -269,7 +270,8 @@ def _token_file_outputs(path: str | os.PathLike) -> list[Output]:
             return is_unfinished(sidecar)
         return True
 
-    return [Output(path, "a token file", is_ours), Output(sidecar, "the sidecar of a token file", is_ours)]
+    outputs = [Output(path, "a token file", is_ours), Output(sidecar, "the sidecar of a token file", is_ours)]
+    return [*outputs, Output(mask_path(path), "the mask of a token file", is_ours)] if with_mask else outputs
 
 
 def _dataset_outputs(folder: Path, num_shards: int) -> list[Output]:

@@ -19,12 +19,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 from torch.nn.init import trunc_normal_
+from torch.utils.checkpoint import checkpoint
 
 from basic.common.arguments import check_integer, check_number, check_size, check_type
 from basic.common.config_files import check_fields
 from basic.common.errors import InvalidConfigError, InvalidInputError
 from basic.transformer.functional import (
     check_ids,
+    dropout,
     linear,
     rms_norm,
     rope_tables,
@@ -410,6 +412,7 @@ class MultiHeadSelfAttention(Module):
         cache: KVCache | None = None,
         layer: int = 0,
         token_ids: Int[Tensor, " ... seq"] | None = None,
+        document_starts: Int[Tensor, "... seq"] | None = None,
     ) -> Float[Tensor, " ... seq d_model"]:
         """Attend from every token to itself and the tokens before it.
 
@@ -420,6 +423,7 @@ class MultiHeadSelfAttention(Module):
             cache: keys and values of earlier tokens; those of x are added.
             layer: index of this layer in the cache.
             token_ids: of x, for value embeddings.
+            document_starts: index of the first token of each token's document, before which it does not attend.
         """
         rope = None
         if self.rope is not None:
@@ -438,6 +442,7 @@ class MultiHeadSelfAttention(Module):
         attended = dispatch.causal_self_attention(
             x, w_q, w_k, w_v, self.num_heads, rope, extend_cache, num_cached=num_cached,
             change_heads=partial(self._change_heads, values) if changes_heads else None, window=self.sliding_window,
+            document_starts=document_starts,
         )  # fmt: skip
         return self.output_proj(attended)
 
@@ -513,6 +518,7 @@ class TransformerBlock(Module):
         has_values = config.value_embeddings and (config.num_layers - 1 - layer) % 2 == 0
         assert config.d_ff is not None  # set by __post_init__
         self.post_norm = config.norm == "post"
+        self.dropout, self.recomputes = 0.0, False  # see TransformerLM.configure_training
         self.ln1 = make_norm(config)
         self.attn = MultiHeadSelfAttention(
             config.d_model,
@@ -537,12 +543,29 @@ class TransformerBlock(Module):
         cache: KVCache | None = None,
         layer: int = 0,
         token_ids: Int[Tensor, " ... seq"] | None = None,
+        document_starts: Int[Tensor, "... seq"] | None = None,
     ) -> Float[Tensor, " ... seq d_model"]:
+        if self.recomputes and cache is None and torch.is_grad_enabled():
+            draws = self.dropout > 0 and self.training
+            compute = partial(checkpoint, self._compute, use_reentrant=False, preserve_rng_state=draws)
+            return compute(x, None, layer, token_ids, document_starts)
+        return self._compute(x, cache, layer, token_ids, document_starts)
+
+    def _compute(
+        self, x: Tensor, cache: KVCache | None, layer: int, token_ids: Tensor | None, document_starts: Tensor | None
+    ) -> Tensor:
+        def attend(x: Tensor) -> Tensor:
+            return self._drop(self.attn(x, None, cache, layer, token_ids, document_starts))
+
         if self.post_norm:
-            x = self.ln1(x + self.attn(x, cache=cache, layer=layer, token_ids=token_ids))
-            return self.ln2(x + self.ffn(x))
-        x = x + self.attn(self.ln1(x), cache=cache, layer=layer, token_ids=token_ids)
-        return x + self.ffn(self.ln2(x))
+            x = self.ln1(x + attend(x))
+            return self.ln2(x + self._drop(self.ffn(x)))
+        x = x + attend(self.ln1(x))
+        return x + self._drop(self.ffn(self.ln2(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        # Without gradients there is no dropout either: a run evaluates and samples between two steps.
+        return dropout(x, self.dropout) if self.dropout and self.training and torch.is_grad_enabled() else x
 
 
 class TransformerLM(Module):
@@ -558,6 +581,7 @@ class TransformerLM(Module):
         super().__init__()
         check_type("config", config, ModelConfig, "such as that of load_run, or ModelConfig(vocab_size=...)")
         self.config = config
+        self.dropout = 0.0
         self.activation_dtype: torch.dtype | None = None
         """Dtype of the activations between embedding and loss; None for that of the weights."""
         # A tied matrix is the output layer too, where rows of norm 1 keep the initial logits small.
@@ -611,23 +635,45 @@ class TransformerLM(Module):
             )
         return self.lm_head(self.features(token_ids, cache))
 
+    def configure_training(self, dropout: float = 0.0, activation_checkpointing: bool = False) -> None:
+        """Set what training does differently; see the fields of `TrainConfig`."""
+        self.dropout = dropout
+        for block in self.modules():
+            if isinstance(block, TransformerBlock):
+                block.dropout, block.recomputes = dropout, activation_checkpointing
+
     def features(
-        self, token_ids: Int[Tensor, " batch seq"], cache: KVCache | None = None
+        self,
+        token_ids: Int[Tensor, " batch seq"],
+        cache: KVCache | None = None,
+        document_starts: Int[Tensor, " batch seq"] | None = None,
     ) -> Float[Tensor, " batch seq d_model"]:
         """The input of the output layer: the features after the last block and norm."""
         x = self.token_embeddings(token_ids).to(self.compute_dtype)
         if self.config.embedding_norm:
             x = rms_norm(x, x.new_ones(x.shape[-1]), self.config.norm_eps)
+        if self.dropout and self.training and torch.is_grad_enabled():
+            x = dropout(x, self.dropout)
         for layer, block in enumerate(self.layers):
-            x = block(x, cache, layer, token_ids)
+            x = block(x, cache, layer, token_ids, document_starts)
         return self.ln_final(x)
 
-    def loss(self, token_ids: Int[Tensor, " batch seq"], targets: Int[Tensor, " batch seq"]) -> Float[Tensor, ""]:
+    def loss(
+        self,
+        token_ids: Int[Tensor, " batch seq"],
+        targets: Int[Tensor, " batch seq"],
+        num_targets: Float[Tensor, ""] | None = None,
+        document_starts: Int[Tensor, " batch seq"] | None = None,
+    ) -> Float[Tensor, ""]:
         """The mean cross-entropy of the targets in nats per token, in at least float32.
 
         Args:
             token_ids: at most context_length in a row.
             targets: the token after each one, or -100 for a position that takes no part in the mean.
+            num_targets: the number that the sum is divided by, if a batch is computed in several calls; None for the
+                number of positions that take part.
+            document_starts: index of the first token of each token's document, if a sequence has several, of which none
+                attends to another; None for one.
 
         Returns:
             The mean. On a GPU, and in compiled code, NaN if an id or a target is outside the vocabulary.
@@ -636,7 +682,8 @@ class TransformerLM(Module):
             TypeError: an argument is not a tensor of integers.
             IndexError: an id or a target is outside the vocabulary (on the CPU).
         """
-        return dispatch.linear_cross_entropy(self.features(token_ids), self.lm_head.weight, targets)
+        x = self.features(token_ids, document_starts=document_starts)
+        return dispatch.linear_cross_entropy(x, self.lm_head.weight, targets, num_targets=num_targets)
 
     @property
     def compute_dtype(self) -> torch.dtype:

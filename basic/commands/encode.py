@@ -24,6 +24,9 @@ class Options:
     """Inputs: UTF-8 text under any name, JSON lines (.jsonl, .ndjson, .json), either also as .gz, .zst, .xz or .bz2, or
     Parquet tables; files, globs in quotation marks, URLs (s3://bucket/*.jsonl.zst), or - for standard input, encoded in
     this order. Output, at the end: a token file NAME.bin, which gets a sidecar NAME.json, or a folder."""
+    chat: bool = False
+    """The inputs are conversations, JSON lines with "messages" (role and content). They are written with the
+    tokenizer's chat template, or a plain one, and only the assistant's tokens are learned: NAME.mask says which."""
     tokenizer: Path = Path("runs/tokenizer")
     """The tokenizer: a folder that train-bpe wrote, a run, a tokenizer.json or a Hugging Face folder, or a
     rank file of tiktoken."""
@@ -41,6 +44,7 @@ class Options:
 
 
 def main(options: Options) -> None:
+    from basic.chat import encode_conversations
     from basic.common.files import make_folder
     from basic.corpus.sources import TextSource
     from basic.corpus.work_folder import dask_executor
@@ -51,10 +55,24 @@ def main(options: Options) -> None:
         raise InvalidInputError("at least two paths are needed: INPUT [INPUT ...] OUTPUT")
     inputs, output = options.paths[:-1], Path(options.paths[-1])
     tokenizer = Tokenizer.load(command_line.tokenizer_folder(options.tokenizer))
+    if options.chat and (output.suffix != ".bin" or options.scheduler is not None):
+        raise InvalidInputError(f"conversations are encoded into one token file; name it *.bin, got {output}")
     make_folder(output.parent)
     start = time.perf_counter()
     sources = [TextSource(path, **asdict(options.documents)) for path in inputs]
-    if output.suffix == ".bin" and options.scheduler is None:
+    num_learned = None
+    if options.chat:
+        documents = options.documents
+        info, num_learned = encode_conversations(
+            tokenizer,
+            sources,
+            output,
+            end_of_text=documents.end_of_text,
+            on_bad_line=documents.on_bad_line,
+            overwrite=options.overwrite,
+            progress=True,
+        )
+    elif output.suffix == ".bin" and options.scheduler is None:
         info = encode_file(
             tokenizer, sources, output, errors=options.errors, overwrite=options.overwrite, progress=True
         )
@@ -73,6 +91,8 @@ def main(options: Options) -> None:
     seconds = time.perf_counter() - start
     print(f"text     {info.source_bytes:,} bytes, {info.source_bytes / seconds / 1e6:.2f} MB/s")
     print(f"tokens   {info.count:,}, {info.source_bytes / max(info.count, 1):.3f} bytes per token, {info.dtype}")
+    if num_learned is not None:
+        print(f"learned  {num_learned:,} tokens, those of the assistant; the others are context")
     print(
         f"saved as {output}, with its index"
         if output.is_dir()

@@ -6,14 +6,18 @@ The prompt comes from --prompt, --prompt-file or standard input. In a terminal t
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import tyro
 
+from basic.chat import ChatFormat
 from basic.common import command_line
 from basic.common.errors import InvalidInputError
+from basic.generation.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,54 +28,79 @@ class Options:
     """Text to continue; <|endoftext|> starts a new document. Only the last context_length tokens are used."""
     prompt_file: Path | None = None
     """UTF-8 file with the text to continue; a newline at its end is removed."""
+    chat: bool = False
+    """Talk: what you type is a message of the user, written with the tokenizer's chat template, or a plain one; the
+    model answers, and remembers the conversation. With --prompt, one answer."""
+    system: str | None = None
+    """With --chat: the system's message, at the beginning of the conversation."""
     num_samples: int = 1
-    """Independent continuations of each prompt."""
+    """Independent continuations of each prompt, computed together; several are printed when all are complete."""
     max_tokens: int = 256
     """Maximum number of new tokens; fewer if the model generates the end-of-text token."""
-    temperature: float = 1.0
-    """Divides the logits: 0 always takes the most likely token, 1 samples from the model's own distribution."""
-    top_p: float | None = 0.95
-    """Nucleus sampling: sample from the smallest set of most likely tokens whose total probability is at least this (0
-    to 1); None: all tokens."""
-    top_k: int | None = None
-    """Sample from this many most likely tokens; None: all tokens."""
-    seed: int | None = None
-    """Seed of the sampling; None: different samples each time."""
+    stop: tuple[str, ...] = ()
+    """Strings before which a text ends."""
+    sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=lambda: Sampling(top_p=0.95))
+    """How the next token is chosen."""
+    checkpoint: str | None = None
+    """The step of a checkpoint, or best for the one with the lowest validation loss; None: the newest."""
     device: str = "auto"
     """cpu, cuda, mps ...; auto: the fastest one available."""
 
 
 def main(options: Options) -> None:
-    from basic.generation.text import stream
+    from basic.generation.text import complete, stream
     from basic.Tokenizer import Tokenizer
     from basic.training.records.environment import check_run_tokenizer
     from basic.training.run_folder import load_run
 
     if options.prompt is not None and options.prompt_file is not None:
         raise InvalidInputError("--prompt and --prompt-file are both given; leave one of them out")
-    run = load_run(options.run, device=options.device)
+    checkpoint = options.checkpoint
+    step = int(checkpoint) if checkpoint is not None and checkpoint.isdecimal() else checkpoint
+    run = load_run(options.run, checkpoint=step, device=options.device)  # ty: ignore[invalid-argument-type]
     if run.tokenizer_path is None:
         raise InvalidInputError(f"{options.run} has no tokenizer/ folder, which is needed to encode the prompt")
     tokenizer = Tokenizer.load(run.tokenizer_path)
     check_run_tokenizer(options.run, tokenizer.fingerprint)
     end_of_text = run.config.train.end_of_text
+    how: dict[str, Any] = {**asdict(options.sampling), "stop": options.stop, "end_of_text": end_of_text}
+    if options.chat:
+        chat = ChatFormat(tokenizer, end_of_text=end_of_text)
+        how["end_of_text"] = chat.end_of_answer or end_of_text
+        context = run.config.model.context_length - options.max_tokens
+        answer = partial(stream, run.model, tokenizer, max_new_tokens=options.max_tokens, **how)
+        talk(chat, read_prompts(options, ""), answer, options.system, max(1, context))
+        return
     for prompt in read_prompts(options, end_of_text):
-        for sample in range(options.num_samples):
-            texts = stream(
-                run.model,
-                tokenizer,
-                run.with_document_start(prompt),
-                options.max_tokens,
-                temperature=options.temperature,
-                top_k=options.top_k,
-                top_p=options.top_p,
-                seed=None if options.seed is None else options.seed + sample,
-                end_of_text=end_of_text,
-            )
-            command_line.print_text(prompt.removeprefix(end_of_text), end="")
-            for text in texts:
+        shown, prompt = prompt.removeprefix(end_of_text), run.with_document_start(prompt)
+        if options.num_samples == 1:
+            command_line.print_text(shown, end="")
+            for text in stream(run.model, tokenizer, prompt, options.max_tokens, **how):
                 command_line.print_text(text, end="")
             command_line.print_text("\n")
+            continue
+        how["num_samples"] = options.num_samples
+        for text in complete(run.model, tokenizer, [prompt], options.max_tokens, **how):
+            command_line.print_text(f"{shown}{text}\n")
+
+
+def talk(
+    chat: ChatFormat, lines: Iterable[str], answer: Callable[..., Iterable[str]], system: str | None, max_tokens: int
+) -> None:
+    """Print an answer to each line. The oldest messages are forgotten when the prompt has more than `max_tokens`."""
+    first = [] if system is None else [{"role": "system", "content": system}]
+    messages: list[dict[str, str]] = []
+    for line in lines:
+        messages.append({"role": "user", "content": line})
+        while len(chat.tokenizer.encode(prompt := chat.prompt([*first, *messages]))) > max_tokens and len(messages) > 1:
+            print("(the oldest messages are forgotten: they do not fit into the context)", file=sys.stderr)
+            del messages[:2]
+        texts = []
+        for text in answer(prompt=prompt):
+            command_line.print_text(text, end="")
+            texts.append(text)
+        command_line.print_text("\n")
+        messages.append({"role": "assistant", "content": "".join(texts).strip()})
 
 
 def read_prompts(options: Options, end_of_text: str) -> Iterator[str]:
@@ -82,9 +111,11 @@ def read_prompts(options: Options, end_of_text: str) -> Iterator[str]:
         elif options.prompt_file is not None:
             yield options.prompt_file.read_text(encoding="utf-8-sig").removesuffix("\n")  # without a byte order mark
         elif not sys.stdin.isatty():
-            yield sys.stdin.read().removeprefix("\ufeff").removesuffix("\n") or end_of_text
+            text = sys.stdin.read().removeprefix("\ufeff")
+            yield from text.splitlines() if options.chat else [text.removesuffix("\n") or end_of_text]
         else:
-            print("Type a prompt, or press Enter for a new document. Ctrl-D ends.", file=sys.stderr)
+            what = "a message" if options.chat else "a prompt, or press Enter for a new document"
+            print(f"Type {what}. Ctrl-D ends.", file=sys.stderr)
             while True:
                 yield input("> ") or end_of_text
     except EOFError:

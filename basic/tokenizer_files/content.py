@@ -156,6 +156,19 @@ class TokenizerSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChatTemplate:
+    """How a conversation becomes a text: a Jinja template, as transformers keeps it beside a tokenizer.
+
+    Attributes:
+        source: the template.
+        tokens: the special tokens that it may name, such as "bos_token" and "eos_token".
+    """
+
+    source: str
+    tokens: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenizerContent:
     """The parts of a tokenizer; see `Tokenizer`.
 
@@ -164,7 +177,8 @@ class TokenizerContent:
         merges: None if the ids are ranks (a rank file of tiktoken).
         special_tokens: in the order of the file, with their ids if the file has them.
         pattern: for the pre-tokens; None is GPT-2's.
-        settings: all else.
+        settings: all else that changes ids.
+        chat_template: None if the file has none.
     """
 
     vocab: dict[int, bytes]
@@ -172,3 +186,4 @@ class TokenizerContent:
     special_tokens: Mapping[str, int] | Iterable[str] = ()
     pattern: str | Pattern | None = None
     settings: TokenizerSettings = TokenizerSettings()
+    chat_template: ChatTemplate | None = None

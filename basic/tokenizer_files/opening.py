@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from basic.bytes_utils import load_merges, load_vocab
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.common.file_sets import CHECKSUMS_NAME
-from basic.common.files import load_json, read_file
+from basic.common.files import decode_utf8, load_json, read_file
 from basic.pretokenization import PATTERNS, Pattern, resolve_pattern
-from basic.tokenizer_files.content import DEFAULT_FLAGS, TokenizerContent, TokenizerSettings
+from basic.tokenizer_files.content import DEFAULT_FLAGS, ChatTemplate, TokenizerContent, TokenizerSettings
 from basic.tokenizer_files.equivalent_merges import missing_bytes
-from basic.tokenizer_files.our_folder import SPECIAL_TOKENS_FILE, read_folder
+from basic.tokenizer_files.our_folder import SPECIAL_TOKENS_FILE, parse_chat_template, read_folder
 from basic.tokenizer_files.rank_file import read_rank_file
 from basic.tokenizer_files.tokenizer_json import read_tokenizer_json
 
 # The pattern and the normaliser of tokenizer classes of transformers whose folders may have vocab.json and merges.txt.
+_CONFIG_FILE = "tokenizer_config.json"
 _CLASSES = {"GPT2Tokenizer": ("gpt2", None), "Qwen2Tokenizer": ("qwen2", "NFC")}
 
 
@@ -78,18 +80,29 @@ def _read_any_folder(folder: Path, pattern: str | Pattern | None) -> TokenizerCo
     if is_our_folder(folder):
         return read_folder(folder)
     if (folder / "tokenizer.json").exists():
-        return read_tokenizer_json(folder / "tokenizer.json")
+        return replace(read_tokenizer_json(folder / "tokenizer.json"), chat_template=_chat_template(folder))
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        return _read_two_files(folder, pattern)
+        return replace(_read_two_files(folder, pattern), chat_template=_chat_template(folder))
     ranks = [*folder.glob("*.tiktoken"), *folder.glob("tokenizer.model")]
     if len(ranks) > 1:
         raise InvalidInputError(f"{os.fspath(folder)!r} has several rank files, {sorted(map(str, ranks))}; give one")
     return read_rank_file(ranks[0], pattern=pattern) if ranks else None
 
 
+def _chat_template(folder: Path) -> ChatTemplate | None:
+    """The chat template of a Hugging Face folder: a file of its own, or a field of tokenizer_config.json."""
+    fields = {**_optional_object(folder / "special_tokens_map.json"), **_optional_object(folder / _CONFIG_FILE)}
+    if (file := folder / "chat_template.jinja").exists():
+        fields["chat_template"] = decode_utf8(read_file(file))
+    try:
+        return parse_chat_template(fields)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise DamagedFileError(f"the chat template of {os.fspath(folder)!r} cannot be read: {error!r}") from error
+
+
 def _read_two_files(folder: Path, pattern: str | Pattern | None) -> TokenizerContent:
     """Read `vocab.json` and `merges.txt` of transformers, with the special tokens of the other files."""
-    config = _optional_object(folder / "tokenizer_config.json")
+    config = _optional_object(folder / _CONFIG_FILE)
     kind = str(config.get("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
     if kind not in _CLASSES and pattern is None:
         raise InvalidInputError(

@@ -5,6 +5,7 @@
     special_tokens.json  a list of strings
     pattern.json         the pattern, if it is not GPT-2's: a regular expression, or a list of several
     tokenizer_settings.json  the other `TokenizerSettings`, if they are not those of a tokenizer trained here
+    chat_template.json   the chat template and the special tokens that it names, if the tokenizer came with one
     checksums.json       the SHA-256 of the others
 
 All are replaced at once (`basic.common.file_sets`).
@@ -22,11 +23,11 @@ from basic.common.file_sets import CHECKSUMS_NAME, atomic_set, read_set
 from basic.common.files import load_json, make_folder
 from basic.common.outputs import Output, check_outputs
 from basic.pretokenization import GPT2_PATTERN, Pattern, resolve_pattern
-from basic.tokenizer_files.content import TokenizerContent, TokenizerSettings
+from basic.tokenizer_files.content import ChatTemplate, TokenizerContent, TokenizerSettings
 
 _VOCAB_FILE, _MERGES_FILE, SPECIAL_TOKENS_FILE = "vocab.json", "merges.txt", "special_tokens.json"
-_PATTERN_FILE, _SETTINGS_FILE = "pattern.json", "tokenizer_settings.json"
-_FILES = (_VOCAB_FILE, _MERGES_FILE, SPECIAL_TOKENS_FILE, _PATTERN_FILE, _SETTINGS_FILE)
+_PATTERN_FILE, _SETTINGS_FILE, _CHAT_FILE = "pattern.json", "tokenizer_settings.json", "chat_template.json"
+_FILES = (_VOCAB_FILE, _MERGES_FILE, SPECIAL_TOKENS_FILE, _PATTERN_FILE, _SETTINGS_FILE, _CHAT_FILE)
 _FORMAT = "basic tokenizer settings 1"
 
 
@@ -48,6 +49,8 @@ def write_folder(content: TokenizerContent, directory: str | os.PathLike) -> Non
             _write_json(pattern.short_form, paths[_PATTERN_FILE])
         if settings := content.settings.changed():
             _write_json({"format": _FORMAT, **settings}, paths[_SETTINGS_FILE])
+        if (chat := content.chat_template) is not None:
+            _write_json({"chat_template": chat.source, **chat.tokens}, paths[_CHAT_FILE])
 
 
 def _write_json(value: object, path: Path) -> None:
@@ -68,6 +71,7 @@ def read_folder(directory: str | os.PathLike) -> TokenizerContent:
         raise DamagedFileError(f"{str(folder / SPECIAL_TOKENS_FILE)!r} must hold a JSON list of strings")
     pattern = load_json(folder / _PATTERN_FILE, files[_PATTERN_FILE]) if _PATTERN_FILE in files else None
     settings = load_json(folder / _SETTINGS_FILE, files[_SETTINGS_FILE]) if _SETTINGS_FILE in files else {}
+    chat = load_json(folder / _CHAT_FILE, files[_CHAT_FILE]) if _CHAT_FILE in files else None
     try:
         return TokenizerContent(
             vocab=load_vocab(folder / _VOCAB_FILE, files.get(_VOCAB_FILE)),
@@ -75,11 +79,33 @@ def read_folder(directory: str | os.PathLike) -> TokenizerContent:
             special_tokens=special_tokens,
             pattern=Pattern(*pattern) if isinstance(pattern, list) else pattern,
             settings=_parse_settings(settings),
+            chat_template=None if chat is None else parse_chat_template(chat),
         )
     except DamagedFileError:
         raise
     except (ValueError, TypeError) as error:
         raise damaged_folder(directory, error) from error
+
+
+def parse_chat_template(fields: object) -> ChatTemplate | None:
+    """The template in the fields of a tokenizer_config.json, or of our own file; None if there is none.
+
+    Raises:
+        ValueError: the fields are not such fields.
+    """
+    if not isinstance(fields, dict):
+        raise ValueError(f"a chat template must be in a JSON object, got {type(fields).__name__}")
+    source = fields.get("chat_template")
+    if isinstance(source, list):  # several with names, as for tools; "default" is that of a conversation
+        source = next((each.get("template") for each in source if each.get("name") == "default"), None)
+    if source is None:
+        return None
+    tokens = {name: value for name, value in fields.items() if name.endswith("_token")}
+    tokens = {name: value["content"] if isinstance(value, dict) else value for name, value in tokens.items()}
+    tokens = {name: token for name, token in tokens.items() if isinstance(token, str)}
+    if not isinstance(source, str):
+        raise ValueError(f"chat_template must be a string, got {type(source).__name__}")
+    return ChatTemplate(source=source, tokens=tokens)
 
 
 def _parse_settings(fields: object) -> TokenizerSettings:

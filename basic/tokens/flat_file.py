@@ -2,7 +2,8 @@
 
 `tokens.bin` holds the ids one after the other, little-endian and without a header, so that any program can map it. An
 id has two bytes if the vocabulary fits, otherwise four. `tokens.json` beside it records the dtype, the number of ids,
-the size of the text, the tokenizer, and the SHA-256 of the data.
+the size of the text, the tokenizer, and the SHA-256 of the data. `tokens.mask` beside them, if training is to
+learn some of the tokens only, has a byte for each token (`basic.tokens.info.mask_path`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -22,7 +23,7 @@ from basic.common.arguments import check_integer
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.common.files import atomic_paths, sha256_of_file, with_checksum
 from basic.tokens.foreign_files import check_header, check_ids
-from basic.tokens.info import TokenFileInfo, info_to_json, read_sidecar, sidecar_path, token_dtype
+from basic.tokens.info import TokenFileInfo, info_to_json, mask_path, read_sidecar, sidecar_path, token_dtype
 
 # Ids that are converted, hashed and written at a time.
 _CHUNK_TOKENS = 1 << 20
@@ -38,6 +39,7 @@ class TokenFileWriter:
         path: path of the data, usually `*.bin`; the sidecar is written beside it.
         vocab_size: decides the dtype; every id must be less.
         tokenizer_fingerprint: recorded in the sidecar.
+        with_mask: also write a mask, which must be given with all ids.
 
     Attributes:
         info: the `TokenFileInfo` of the finished file; set when the block ends.
@@ -55,7 +57,12 @@ class TokenFileWriter:
     info: TokenFileInfo
 
     def __init__(
-        self, path: str | os.PathLike, vocab_size: int | np.integer, *, tokenizer_fingerprint: str | None = None
+        self,
+        path: str | os.PathLike,
+        vocab_size: int | np.integer,
+        *,
+        tokenizer_fingerprint: str | None = None,
+        with_mask: bool = False,
     ) -> None:
         self.path = Path(path)
         if self.path.suffix == ".npy":
@@ -64,7 +71,7 @@ class TokenFileWriter:
         self.dtype = token_dtype(vocab_size)
         self.tokenizer_fingerprint = tokenizer_fingerprint
         self._sidecar = sidecar_path(self.path)
-        self._sha256 = hashlib.sha256()
+        self._sha256, self._mask_sha256 = hashlib.sha256(), hashlib.sha256() if with_mask else None
         self._count = 0
         self._source_bytes = 0
         self._largest_id: int | None = None
@@ -83,7 +90,9 @@ class TokenFileWriter:
 
     @contextmanager
     def _open(self) -> Generator[TokenFileWriter]:
-        with atomic_paths(self.path, self._sidecar) as (data, sidecar):
+        mask_paths = [] if self._mask_sha256 is None else [mask_path(self.path)]
+        with atomic_paths(self.path, self._sidecar, *mask_paths) as (data, sidecar, *masks), ExitStack() as files:
+            self._mask_file = files.enter_context(open(masks[0], "xb")) if masks else None
             with open(data, "xb") as self._file:
                 yield self
             self.info = TokenFileInfo(
@@ -94,16 +103,24 @@ class TokenFileWriter:
                 vocab_size=self.vocab_size,
                 tokenizer_fingerprint=self.tokenizer_fingerprint,
                 sha256=self._sha256.hexdigest(),
+                mask_sha256=None if self._mask_sha256 is None else self._mask_sha256.hexdigest(),
             )
             content = with_checksum(info_to_json(self.info))
             sidecar.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    def write(self, ids: npt.ArrayLike | Sequence[int], source_bytes: int | np.integer = 0) -> None:
+    def write(
+        self,
+        ids: npt.ArrayLike | Sequence[int],
+        source_bytes: int | np.integer = 0,
+        *,
+        mask: npt.NDArray[np.uint8] | None = None,
+    ) -> None:
         """Append ids. If they are invalid, none of them is written.
 
         Args:
             ids: a one-dimensional array or sequence of integers.
             source_bytes: size of their text, added to the sum in the sidecar.
+            mask: a byte for each id, if the writer was made with a mask.
 
         Raises:
             TypeError: the ids are not integers.
@@ -113,6 +130,8 @@ class TokenFileWriter:
         if array.ndim != 1:
             raise InvalidInputError(f"token ids must be one-dimensional, got shape {array.shape}")
         self._source_bytes += int(source_bytes)
+        assert (self._mask_sha256 is None) == (mask is None)
+        assert mask is None or (mask.shape == array.shape and mask.dtype == np.uint8)
         if array.size == 0:
             return
         # Python integers beyond 64 bits make an array of objects; the check of the range below refuses them.
@@ -128,6 +147,9 @@ class TokenFileWriter:
             chunk = np.ascontiguousarray(array[start : start + _CHUNK_TOKENS], self.dtype)  # copies only if it must
             self._sha256.update(chunk.data)
             self._file.write(chunk.data)
+        if mask is not None and self._mask_sha256 is not None and self._mask_file is not None:
+            self._mask_sha256.update(mask.data)
+            self._mask_file.write(mask.data)
         self._count += array.size
         self._largest_id = max(largest, self._largest_id or 0)
 
@@ -184,6 +206,8 @@ def _check_against_sidecar(path: Path, info: TokenFileInfo, dtype: np.dtype | No
             f"{path} has the SHA-256 {sha256}, but {sidecar} says {info.sha256}: the data has "
             "changed since it was written; make the token file again"
         )
+    if verify and info.mask_sha256 not in (None, sha256_of_file(mask_path(path)) if info.mask_sha256 else None):
+        raise DamagedFileError(f"{mask_path(path)} has changed since it was written; make the token file again")
 
 
 def open_npy(path: Path, dtype: np.dtype | None = None) -> np.ndarray:

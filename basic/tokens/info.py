@@ -28,6 +28,7 @@ class TokenFileInfo:
         vocab_size: every id is less than this.
         tokenizer_fingerprint: of the tokenizer that made the ids; None if unknown.
         sha256: of the data file, in hexadecimal.
+        mask_sha256: of the mask beside it; None if there is none.
     """
 
     dtype: np.dtype
@@ -37,6 +38,7 @@ class TokenFileInfo:
     vocab_size: int
     tokenizer_fingerprint: str | None
     sha256: str
+    mask_sha256: str | None = None
 
 
 INFO_TYPES = {
@@ -83,6 +85,19 @@ def sidecar_path(path: str | os.PathLike) -> Path:
     return sidecar
 
 
+# The bits of a token's byte in a mask.
+IS_LEARNED, BEGINS_DOCUMENT = 1, 2
+
+
+def mask_path(path: str | os.PathLike) -> Path:
+    """Return the path of the mask of a token file, beside its sidecar: tokens.bin -> tokens.mask.
+
+    A mask has a byte for each token: the bit `IS_LEARNED` if it counts as a target of training, and the bit
+    `BEGINS_DOCUMENT` if it is the first token of a document.
+    """
+    return sidecar_path(path).with_suffix(".mask")
+
+
 def read_sidecar(path: str | os.PathLike) -> TokenFileInfo:
     """Read the sidecar of the token file at `path`.
 
@@ -107,7 +122,8 @@ def read_sidecar(path: str | os.PathLike) -> TokenFileInfo:
 
 def info_to_json(info: TokenFileInfo) -> dict[str, Any]:
     """Convert to the JSON object of a sidecar or an index, without its checksum."""
-    return {**asdict(info), "dtype": info.dtype.name}
+    content = {**asdict(info), "dtype": info.dtype.name}
+    return {name: value for name, value in content.items() if name != "mask_sha256" or value is not None}
 
 
 def info_from_json(content: dict[str, Any]) -> TokenFileInfo:
@@ -122,4 +138,6 @@ def info_from_json(content: dict[str, Any]) -> TokenFileInfo:
     values["dtype"] = _DTYPES[values["dtype"]]
     if not (values["count"] >= 0 and values["source_bytes"] >= 0 and 1 <= values["vocab_size"] <= 2**32):
         raise DamagedFileError("a number is out of its range")
-    return TokenFileInfo(**values)
+    if not isinstance(mask_sha256 := content.get("mask_sha256"), str | None):
+        raise DamagedFileError(f"mask_sha256 is {mask_sha256!r:.40}, which must be a string")
+    return TokenFileInfo(**values, mask_sha256=mask_sha256)

@@ -10,11 +10,11 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from basic.common.errors import InvalidInputError, WrongTokenizerError
+from basic.common.errors import DamagedFileError, InvalidInputError, WrongTokenizerError
 from basic.common.files import check_regular_file, open_file
 from basic.tokens.flat_file import open_flat_file, open_npy
 from basic.tokens.index import INDEX_NAME, ShardedTokens, Tokens, read_index
-from basic.tokens.info import TokenFileInfo, read_sidecar, sidecar_path
+from basic.tokens.info import TokenFileInfo, mask_path, read_sidecar, sidecar_path
 
 _MIN_TEXT_BYTES = 32  # of a file that should hold ids, to be taken for a text
 
@@ -112,6 +112,22 @@ def mapped_file(tokens: Tokens) -> tuple[Path | None, TokenFileInfo | None]:
         return path, None
     info = read_info(path)
     return path, info if info.count == len(tokens) else None
+
+
+def open_mask(tokens: Tokens) -> np.ndarray | None:
+    """Map the mask of an array of `open_tokens` into memory, uint8 (tokens,); None if it has none.
+
+    Raises:
+        DamagedFileError: the sidecar of the tokens says that they have a mask, but it is missing or has another size.
+    """
+    path, info = mapped_file(tokens)
+    if path is None or info is None or info.mask_sha256 is None:
+        return None
+    file = mask_path(path)
+    if not file.is_file() or file.stat().st_size != info.count:
+        has = f"has {file.stat().st_size} bytes" if file.is_file() else "is missing"
+        raise DamagedFileError(f"{file}, the mask of {path}, {has}, which has {info.count} ids; encode the text again")
+    return np.memmap(file, dtype=np.uint8, mode="r") if info.count else np.zeros(0, np.uint8)
 
 
 def _is_text(path: Path, dtype: np.dtype | None) -> bool:

@@ -34,12 +34,16 @@ class ShuffledWindows:
         epochs, numbers = np.divmod(sequences, self.num_windows)
         starts = np.empty(len(sequences), np.int64)
         for epoch in np.unique(epochs):
-            random = np.random.default_rng([self.seed, int(epoch)])
-            offset = int(random.integers(self._num_offsets))
-            keys = random.integers(2**63, size=_ROUNDS, dtype=np.uint64)
+            offset, keys = epoch_keys(self.seed, int(epoch), self._num_offsets)
             windows = permute(numbers[epochs == epoch], self.num_windows, keys)
             starts[epochs == epoch] = offset + windows * self.context_length
         return starts
+
+
+def epoch_keys(seed: int, epoch: int, num_offsets: int = 1) -> tuple[int, np.ndarray]:
+    """A random offset below `num_offsets`, and the keys of the permutation of an epoch."""
+    random = np.random.default_rng([seed, epoch])
+    return int(random.integers(num_offsets)), random.integers(2**63, size=_ROUNDS, dtype=np.uint64)
 
 
 def permute(numbers: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 A sequence that starts at `p` has the inputs `tokens[p : p + context_length]` and the targets
 `tokens[p + 1 : p + context_length + 1]`. So `n` tokens have the starts `0 .. n - context_length - 1`. Only the tokens
-of a batch are read, so a token file or dataset may be far larger than memory.
+of a batch are read, so a token file or dataset may be far larger than memory. Targets that a mask leaves out, and those
+of padding, are `IGNORE_INDEX`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from torch import Tensor
 from basic.common.arguments import check_integer, id_array
 from basic.common.errors import InvalidConfigError, InvalidInputError, WrongTokenizerError
 from basic.tokens.index import Tokens
+from basic.tokens.info import IS_LEARNED
 from basic.tokens.opening import mapped_file
+from basic.tokens.packed_documents import PackedDocuments, find_documents
 from basic.tokens.shuffled_order import ShuffledWindows
+from basic.transformer.functional import IGNORE_INDEX
 
 _CHUNK_TOKENS = 1 << 22
 """Tokens that are scanned at a time: a few MB, whatever the size of the file."""
@@ -75,9 +79,10 @@ class BatchSampler:
     """Batches as a pure function of (seed, step), so that a resumed run sees the same data.
 
     Without `starts`, sequences start at random positions, drawn with replacement. With `starts`, sequences start only
-    at these positions, and with `shuffled` only at multiples of the context length, behind an offset. Then each is seen
-    once per epoch, in an order that is shuffled for every epoch; a batch may contain the end of one epoch and the start
-    of the next. Validation uses the first steps of a sampler with another seed.
+    at these positions, and with `shuffled` only at multiples of the context length, behind an offset. With `packed`
+    they are rows of complete documents (`basic.tokens.packed_documents`). Then each is seen once per epoch, in an order
+    that is shuffled for every epoch; a batch may contain the end of one epoch and the start of the next. Validation
+    uses the first steps of a sampler with another seed.
 
     Attributes:
         sequence_offset: with epochs, the batch of a step begins at sequence `step * batch_size + sequence_offset` of
@@ -91,6 +96,8 @@ class BatchSampler:
         seed: >= 0; different seeds give independent batches.
         starts: positions at which sequences may start, such as those from `document_starts`.
         shuffled: see each window of the text once before any comes again; not together with `starts`.
+        packed: `starts` are those of documents, which are packed into rows.
+        mask: of the tokens (`basic.tokens.info.mask_path`): which of them are targets; None for all.
         vocab_size: ids of every batch are checked against it; None for no check.
         local_sequences: indices of the sequences of each batch that this rank computes; None for all of them.
 
@@ -109,12 +116,17 @@ class BatchSampler:
         seed: int,
         starts: np.ndarray | None = None,
         shuffled: bool = False,
+        packed: bool = False,
+        mask: np.ndarray | None = None,
         vocab_size: int | None = None,
         local_sequences: np.ndarray | None = None,
     ) -> None:
         tokens = id_array("tokens", tokens)
-        self.num_starts = _count_starts(tokens, batch_size, context_length)
-        if starts is not None:
+        self.num_starts = _count_starts(tokens, batch_size, 1 if packed else context_length)
+        self.packed: PackedDocuments | None = None
+        if starts is not None and packed:
+            self.packed = PackedDocuments(starts, len(tokens), check_integer("context_length", context_length), seed)
+        elif starts is not None:
             _check_starts(starts, self.num_starts)
         if check_integer("seed", seed) < 0:
             raise InvalidConfigError(f"{seed=} must not be negative")
@@ -124,34 +136,70 @@ class BatchSampler:
         self.seed = seed
         self.starts = starts
         self.windows = ShuffledWindows(len(tokens), context_length, seed) if shuffled else None
-        self.vocab_size = vocab_size
+        self.mask, self.vocab_size = mask, vocab_size
         self.local_sequences = local_sequences
         self.sequence_offset = 0
         self._shuffled_starts: dict[int, np.ndarray] = {}  # by epoch
 
-    def batch(
-        self, step: int
-    ) -> tuple[Int64[Tensor, " batch_size context_length"], Int64[Tensor, " batch_size context_length"]]:
-        """Return inputs and targets of a step, counted from 0, on the CPU.
+    def batch(self, step: int) -> tuple[Tensor, ...]:
+        """Return a batch on the CPU: the arguments of `TransformerLM.loss`.
+
+        Args:
+            step: counted from 0.
+
+        Returns:
+            Inputs and targets, int64 (batch, context_length). With a mask or packed documents also the number of
+            targets of the whole batch, divided by the number of ranks, float32 (). With packed documents also where
+            the document of each input begins, int64 (batch, context_length).
 
         Raises:
             WrongTokenizerError: an id is not below `vocab_size`.
         """
-        starts = self.row_starts(step)
-        if self.local_sequences is not None:
-            starts = starts[self.local_sequences]
+        local = slice(None) if self.local_sequences is None else self.local_sequences
+        if self.packed is not None:
+            positions, document_starts = self.packed.rows(self._sequences(step))
+        else:
+            starts = self.row_starts(step)
+            if self.mask is None:
+                return self._windows(starts[local])
+            positions, document_starts = starts[:, None] + np.arange(self.context_length), None
+        is_target = positions >= 0
+        if self.mask is not None:
+            is_target &= self.mask[positions + 1] & IS_LEARNED > 0
+        num_targets = is_target.sum() * len(positions[local]) / len(positions)  # 0 targets give the loss 0, not 0 / 0
+        positions, is_target = positions[local], is_target[local]
+        x = self.tokens[positions.clip(min=0)].astype(np.int64)
+        y = np.where(is_target, self.tokens[positions + 1].astype(np.int64), IGNORE_INDEX)
+        if self.vocab_size is not None:
+            self._check_ids(x, positions.clip(min=0))
+            self._check_ids(np.where(is_target, y, 0), positions + 1)
+        batch = torch.from_numpy(x), torch.from_numpy(y), torch.tensor(max(num_targets, 1e-6), dtype=torch.float32)
+        return batch if document_starts is None else (*batch, torch.from_numpy(document_starts[local]))
+
+    def _windows(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The inputs and targets of complete windows, all of whose targets count."""
         x, y = _read_sequences(self.tokens, starts, self.context_length)
         if self.vocab_size is not None:
             _check_sequences(x, starts, self.vocab_size)
             _check_sequences(y[:, -1:], starts + self.context_length, self.vocab_size)
         return x, y
 
-    def row_starts(self, step: int) -> np.ndarray:
-        """Return the start positions of all sequences of a step, int64 (batch_size,)."""
+    def _check_ids(self, ids: np.ndarray, positions: np.ndarray) -> None:
+        for index in (ids.argmin(), ids.argmax()):
+            _check_id(int(ids.flat[index]), int(positions.flat[index]), self.vocab_size or 0)
+
+    def _sequences(self, step: int) -> np.ndarray:
+        """The numbers of the sequences of a step, through all epochs."""
         if step < 0:
             raise ValueError(f"step={step} must not be negative: batches are counted from 0")
         first = step * self.batch_size + self.sequence_offset
-        sequences = np.arange(first, first + self.batch_size)
+        return np.arange(first, first + self.batch_size)
+
+    def row_starts(self, step: int) -> np.ndarray:
+        """Return the start positions of all sequences of a step, int64 (batch_size,)."""
+        sequences = self._sequences(step)
+        if self.packed is not None:
+            return self.packed.rows(sequences)[0][:, 0]
         if self.windows is not None:
             return self.windows.starts(sequences)
         if self.starts is not None:
@@ -174,7 +222,7 @@ class BatchSampler:
 @contextmanager
 def read_ahead(
     sampler: BatchSampler, steps: range, device: torch.device, *, ahead: int = 2
-) -> Generator[Iterator[tuple[Tensor, Tensor]]]:
+) -> Generator[Iterator[tuple[Tensor, ...]]]:
     """Read the batches of some steps in a background thread and copy them to the device.
 
     Args:
@@ -186,11 +234,10 @@ def read_ahead(
     with ThreadPoolExecutor(1, "read-ahead") as thread:
         queue: deque[Future] = deque()
 
-        def fetch(step: int) -> tuple[Tensor, Tensor]:
-            x, y = sampler.batch(step)
-            return to_device(x, device), to_device(y, device)
+        def fetch(step: int) -> tuple[Tensor, ...]:
+            return tuple(to_device(tensor, device) for tensor in sampler.batch(step))
 
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        def batches() -> Iterator[tuple[Tensor, ...]]:
             for step in steps:
                 queue.append(thread.submit(fetch, step))
                 if len(queue) > ahead:
@@ -206,7 +253,12 @@ def read_ahead(
 
 
 def document_starts(
-    tokens: Tokens, separator_id: int, context_length: int, *, chunk_tokens: int = _CHUNK_TOKENS
+    tokens: Tokens,
+    separator_id: int | None,
+    context_length: int,
+    *,
+    mask: np.ndarray | None = None,
+    chunk_tokens: int = _CHUNK_TOKENS,
 ) -> np.ndarray:
     """Return the positions of separators, where sequences may start so that they begin with a document.
 
@@ -216,6 +268,7 @@ def document_starts(
         tokens: one-dimensional integer array of token ids, may be a memory map.
         separator_id: id of the token between documents, such as that of `<|endoftext|>`.
         context_length: tokens per sequence; separators too close to the end for a sequence are left out.
+        mask: of the tokens, if it says where documents begin; None for separators.
         chunk_tokens: tokens to read at a time; does not change the result.
 
     Returns:
@@ -229,11 +282,8 @@ def document_starts(
         [0, 3]
     """
     num_starts = max(len(tokens) - context_length, 0)
-    chunks = [
-        start + np.flatnonzero(tokens[start : min(start + chunk_tokens, num_starts)] == separator_id)
-        for start in range(0, num_starts, chunk_tokens)
-    ]
-    starts = np.concatenate([np.empty(0, np.int64), *chunks])
+    starts = find_documents(tokens, separator_id, mask, chunk_tokens=chunk_tokens)
+    starts = starts[starts < num_starts]
     if len(starts) == 0:
         raise InvalidInputError(
             f"token {separator_id}, the separator, is not in the first {num_starts} of {len(tokens)} tokens (a "

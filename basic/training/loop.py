@@ -29,6 +29,7 @@ from basic.common.folder_lock import FolderLock
 from basic.common.stop_signals import StopSignals
 from basic.generation.text import SavableTokenizer, TextTokenizer, complete, tokenizer_for_samples
 from basic.model import RotaryPositionalEmbedding, TransformerLM
+from basic.tokens.opening import open_mask
 from basic.training.batches import BatchSampler, check_token_ids, check_tokenizer_size, document_starts, read_ahead
 from basic.training.parallel.devices import (
     activation_dtype,
@@ -47,7 +48,7 @@ from basic.training.records.trackers import check_trackers
 from basic.training.run_folder import Run, check_same_model, create_run_folder, load_run_config, save_run_config
 from basic.training.saving import CheckpointManager, RunProgress, find_checkpoint, format_sample, resume_run
 from basic.training.settings import RunConfig, TrainConfig
-from basic.training.step import TrainStep, make_optimizer, mean_loss
+from basic.training.step import TrainStep, dropout_seed, make_optimizer, mean_loss
 
 
 def train(
@@ -135,6 +136,7 @@ def train(
             world.on_rank_0(lambda: create_run_folder(run_dir, config, tokenizer, overwrite=overwrite))
         torch.manual_seed(settings.seed)
         model = TransformerLM(config.model)
+        model.configure_training(settings.dropout, settings.activation_checkpointing)
         if init_from is not None and checkpoint is None:
             model.load_state_dict(init_from.state_dict())
         flops_per_token = training_flops_per_token(model)
@@ -234,6 +236,8 @@ class _TrainingLoop:
                 scheduled = settings.scheduled(step)
                 if self.schedule is not None:
                     scheduled["learning_rate"] = float(self.schedule(step))
+                if settings.dropout:  # so that a resumed run draws what an uninterrupted one would
+                    torch.manual_seed(dropout_seed(settings.seed, step, self.world.rank))
                 loss, gradient_norm = take_step(batch, **scheduled)
                 nonfinite.handle(meter.add(loss, gradient_norm, scheduled["learning_rate"]))
                 if self.on_step is not None:
@@ -371,19 +375,25 @@ def _make_samplers(
     settings, context_length, vocab_size = config.train, config.model.context_length, config.model.vocab_size
     if tokenizer is not None:
         check_tokenizer_size(tokenizer.vocab_size, vocab_size, "set model.vocab_size to at least that")
-    separator_id = _separator_id(tokenizer, settings.end_of_text) if settings.rows == "documents" else None
+    rows = settings.rows
 
     def make_sampler(name: str, tokens: np.ndarray, seed: int, local_sequences: np.ndarray | None) -> BatchSampler:
         try:
             check_token_ids(tokens, vocab_size)
-            starts = None if separator_id is None else document_starts(tokens, separator_id, context_length)
+            mask, starts = open_mask(tokens), None
+            if rows in ("documents", "packed"):
+                separator_id = _separator_id(tokenizer, settings) if mask is None else None
+                shortest = 1 if rows == "packed" else context_length
+                starts = document_starts(tokens, separator_id, shortest, mask=mask)
             return BatchSampler(
                 tokens,
                 settings.batch_size,
                 context_length,
                 seed=seed,
                 starts=starts,
-                shuffled=settings.rows == "shuffled",
+                shuffled=rows == "shuffled",
+                packed=rows == "packed",
+                mask=mask,
                 vocab_size=vocab_size,
                 local_sequences=local_sequences,
             )
@@ -396,14 +406,14 @@ def _make_samplers(
     return train_sampler, make_sampler("validation", valid_tokens, settings.seed + 1, valid_sequences)
 
 
-def _separator_id(tokenizer: SavableTokenizer | None, end_of_text: str) -> int:
+def _separator_id(tokenizer: SavableTokenizer | None, settings: TrainConfig) -> int:
     ids = {} if tokenizer is None else tokenizer.special_token_ids
-    if end_of_text not in ids:
+    if settings.end_of_text not in ids:
         raise InvalidConfigError(
-            f'rows = "documents" needs a tokenizer with the special token {end_of_text!r}, '
+            f'rows = "{settings.rows}" needs a tokenizer with the special token {settings.end_of_text!r}, '
             f"got {'none' if tokenizer is None else f'one with {list(ids)}'}"
         )
-    return ids[end_of_text]
+    return ids[settings.end_of_text]
 
 
 def _full_model(model: TransformerLM, world: World) -> TransformerLM:

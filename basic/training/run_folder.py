@@ -91,7 +91,7 @@ class Run(NamedTuple):
 
     def with_document_start(self, prompt: str) -> str:
         """Put the separator before a prompt, if every sequence that the model was trained on starts with one."""
-        separator = self.config.train.end_of_text if self.config.train.rows == "documents" else ""
+        separator = self.config.train.end_of_text if self.config.train.rows in ("documents", "packed") else ""
         return separator + prompt.removeprefix(separator)
 
 

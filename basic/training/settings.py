@@ -120,9 +120,11 @@ class TrainConfig:
     init_from: str = ""
     """Begin with the weights of another model, without an optimizer: a run, or one of its checkpoint files, or a model
     of another program as for local/import.py. The model's settings and its tokenizer are those of the source."""
-    rows: Literal["windows", "shuffled", "documents"] = "windows"
+    rows: Literal["windows", "shuffled", "documents", "packed"] = "windows"
     """Where the sequences of a batch start: windows = at random positions; shuffled = each window of the text once
-    before any comes again; documents = at the start of a document (at the end_of_text token before it)."""
+    before any comes again; documents = at the start of a document (at the end_of_text token before it); packed =
+    complete documents, several in a sequence, none of which attends to another; one that is longer than the context is
+    cut. A token file of conversations says itself where its documents start."""
     end_of_text: str = "<|endoftext|>"
     """The special token that separates documents."""
     log_interval: int = 50
@@ -164,6 +166,12 @@ class TrainConfig:
     with gradient accumulation or sharded parameters."""
     compile: bool = False
     """Compile the model with torch.compile. Training is faster, but the first step takes up to a minute."""
+    dropout: float = 0.0
+    """Probability with which each feature of the embedding, and of what attention and feed-forward layer add to it, is
+    set to zero in training. It helps where the same text is seen many times, as in fine-tuning."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each block for the backward pass, which computes the block again: less memory, and about a
+    third more time."""
     parallel: Literal["replicated", "sharded"] = "replicated"
     """What each GPU stores (`torchrun --nproc-per-node N`): replicated = the whole model; sharded = a slice of every
     matrix, its gradient and its AdamW moments (FSDP), for models that are too large for one GPU."""
@@ -267,6 +275,8 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InvalidConfigError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise InvalidConfigError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if not self.max_gradient_norm > 0:
             raise InvalidConfigError(f"max_gradient_norm must be above 0, got {self.max_gradient_norm}")
         if not self.max_learning_rate >= self.min_learning_rate:
@@ -290,7 +300,7 @@ class DataConfig:
     """Token file, or folder of a token dataset, to evaluate on."""
     tokenizer: str = ""
     """The tokenizer that made these tokens: a folder, a tokenizer.json, a rank file (all that Tokenizer.load opens).
-    The run gets a copy. Samples and rows = "documents" need it."""
+    The run gets a copy. Samples need it, and so do rows = "documents" and "packed"."""
     dtype: str = ""
     """Integer type of token files without a sidecar, such as uint16 for those of nanoGPT."""
 

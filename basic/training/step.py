@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
@@ -112,6 +113,8 @@ class TrainStep:
         # Without its kernel, AdamW reads numbers from the device, which a CUDA graph cannot capture. FSDP2 allocates
         # and frees the weights it gathers during the step, which cannot be captured either.
         can_capture = is_ours and with_kernels and config.gradient_accumulation == 1 and not self.sharded
+        # Checkpointing looks at the state of the random numbers, which cannot be captured.
+        can_capture &= not (config.dropout and config.activation_checkpointing)
         # On the device, so that a captured graph reads the numbers of the step.
         self.learning_rate, self.momentum, self.weight_decay_factor = (torch.zeros((), device=device) for _ in range(3))
         self.num_calls = 0
@@ -121,7 +124,7 @@ class TrainStep:
 
     def __call__(
         self,
-        batch: tuple[Tensor, Tensor],
+        batch: tuple[Tensor, ...],
         learning_rate: float,
         momentum: float = 0.95,
         weight_decay_factor: float = 1.0,
@@ -129,7 +132,7 @@ class TrainStep:
         """Take a step.
 
         Args:
-            batch: inputs and targets of this rank, int64 (batch, seq) each, on the CPU or on the device.
+            batch: of this rank, on the CPU or on the device (see `BatchSampler.batch`).
             learning_rate: of the groups with `rate_factor` 1.
             momentum: of Muon.
             weight_decay_factor: for the weight decay of all groups.
@@ -151,7 +154,7 @@ class TrainStep:
             torch.cuda.current_stream().wait_stream(self.stream)
             return result
         if self.graph is None:
-            self.static_batch = to_device(batch[0], self.device).clone(), to_device(batch[1], self.device).clone()
+            self.static_batch = tuple(to_device(tensor, self.device).clone() for tensor in batch)
             self.graph = torch.cuda.CUDAGraph()
             self._clear_gradients()
             # "thread_local": the thread that reads batches ahead keeps using CUDA during the capture.
@@ -162,14 +165,16 @@ class TrainStep:
         self.graph.replay()
         return self.static_result
 
-    def _step(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _step(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         self._clear_gradients()
         num_micro_batches = self.config.gradient_accumulation
         total_loss, gradients = torch.zeros((), device=self.device), ()
-        micro_batches = zip(*(ids.chunk(num_micro_batches) for ids in batch), strict=True)
-        for number, (inputs, targets) in enumerate(micro_batches, 1):
-            inputs, targets = to_device(inputs, self.device), to_device(targets, self.device)
-            loss = self.loss_fn(inputs, targets) / num_micro_batches
+        # The number of targets, the only scalar, is that of all micro-batches together.
+        chunks = ([ids] * num_micro_batches if ids.ndim == 0 else ids.chunk(num_micro_batches) for ids in batch)
+        for number, micro_batch in enumerate(zip(*chunks, strict=True), 1):
+            loss = self.loss_fn(*(to_device(tensor, self.device) for tensor in micro_batch))
+            if len(batch) == 2:
+                loss = loss / num_micro_batches
             self.world.count_barrier()  # the backward pass waits for the other ranks
             gradients = self.backward(loss, number == num_micro_batches)
             total_loss += loss.detach()
@@ -209,7 +214,7 @@ class TrainStep:
 
 @torch.no_grad()  # not inference mode: weights that FSDP2 gathers there cannot be used for training afterwards
 def mean_loss(
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    loss_fn: Callable[..., Tensor],
     sampler: BatchSampler,
     num_batches: int,
     device: torch.device,
@@ -218,15 +223,23 @@ def mean_loss(
     """Compute the mean loss over the sampler's first batches, in nats per token; every call uses the same batches.
 
     Args:
-        loss_fn: maps inputs and targets to their mean loss, like `TransformerLM.loss`.
+        loss_fn: maps a batch to its mean loss, like `TransformerLM.loss`.
         sampler: of the sequences that this rank computes.
         world: the ranks that compute the batches together.
     """
     total = torch.zeros((), device=device)
+    weights = 0.0
     for step in range(num_batches):
-        inputs, targets = (to_device(ids, device) for ids in sampler.batch(step))
-        total += loss_fn(inputs, targets)
-    return world.all_reduce_mean(total).item() / num_batches
+        batch = sampler.batch(step)
+        weight = 1.0 if len(batch) == 2 else batch[2].item()  # batches with more targets count more
+        total += loss_fn(*(to_device(tensor, device) for tensor in batch)) * weight
+        weights += weight
+    return world.all_reduce_mean(total).item() / weights
+
+
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of the random numbers of a step's dropout, other ones for each rank."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
 def _with_weight_copies(
@@ -259,9 +272,9 @@ class _Blocks(Module):
         super().__init__()
         self.blocks = ModuleList(blocks)
 
-    def forward(self, x: Tensor, cache: None, layer: int, token_ids: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: None, layer: int, token_ids: Tensor, document_starts: Tensor | None) -> Tensor:
         for block in self.blocks:
-            x = block(x, token_ids=token_ids)
+            x = block(x, token_ids=token_ids, document_starts=document_starts)
         return x
 
 

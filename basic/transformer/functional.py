@@ -61,6 +61,17 @@ def silu(x: Float[Tensor, " ..."]) -> Float[Tensor, " ..."]:
     return x * torch.sigmoid(x)
 
 
+def dropout(x: Float[Tensor, " ..."], probability: float) -> Float[Tensor, " ..."]:
+    """Set each number to zero with a probability, and divide the others by 1 - probability, so that the mean stays.
+
+    The random numbers come from torch's global generator of the device.
+
+    Source: Srivastava et al. 2014, "Dropout"; scaled in training instead of afterwards.
+    """
+    is_kept = torch.rand(x.shape, device=x.device) >= probability
+    return torch.where(is_kept, x / (1 - probability), 0)
+
+
 def rms_norm(
     x: Float[Tensor, " ... d_model"], weight: Float[Tensor, " d_model"], eps: float
 ) -> Float[Tensor, " ... d_model"]:
@@ -243,9 +254,18 @@ def linear_cross_entropy(
     targets: Int[Tensor, " ..."],
     *,
     ignore_index: int = IGNORE_INDEX,
+    num_targets: Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, ""]:
-    """The mean cross-entropy of the logits x W^T, in nats, in at least float32."""
-    return cross_entropy(at_least_float32(linear(x, weight)), targets, ignore_index=ignore_index)
+    """The mean cross-entropy of the logits x W^T, in nats, in at least float32.
+
+    Args:
+        targets, ignore_index: as for `cross_entropy`.
+        num_targets: the number that the sum is divided by; None for that of the targets that are not ignored.
+    """
+    logits = at_least_float32(linear(x, weight))
+    if num_targets is None:
+        return cross_entropy(logits, targets, ignore_index=ignore_index)
+    return token_losses(logits, targets, ignore_index=ignore_index).sum() / num_targets
 
 
 def rope_tables(
@@ -349,6 +369,7 @@ def causal_self_attention(
     *,
     change_heads: Callable[[Tensor], Tensor] | None = None,
     window: int | None = None,
+    document_starts: Int[Tensor, "... seq"] | None = None,
 ) -> Float[Tensor, " ... seq q_features"]:
     """Causal attention with several heads, without the output projection.
 
@@ -364,6 +385,8 @@ def causal_self_attention(
         change_heads: takes the projections (..., seq, head, d), heads of queries, then of keys, then of values, and
             returns what RoPE and attention are to use instead, such as with biases and norms.
         window: number of keys that a query may attend to, its own included; None for all before it.
+        document_starts: index of the first token of each token's document, before which it does not attend; None if a
+            sequence is one document. RoPE sees the difference of two positions only, so that they need not start again.
 
     Source: Vaswani et al. 2017, section 3.2.2; Ainslie et al. 2023, "GQA".
     """
@@ -385,12 +408,15 @@ def causal_self_attention(
         k, v = k[..., -num_keys:, :], v[..., -num_keys:, :]
     # A single query, as in decoding, may attend to all keys.
     mask = causal_mask(q.shape[-2], k.shape[-2], window, device=q.device) if q.shape[-2] > 1 else None
+    if document_starts is not None and mask is not None:
+        in_document = torch.arange(k.shape[-2], device=k.device) >= document_starts.unsqueeze(-1)
+        mask = mask & in_document.unsqueeze(-3)  # the same for every head
     if num_kv_heads == num_heads:
         attended = scaled_dot_product_attention(q, k, v, mask)
         return rearrange(attended, "... head seq d -> ... seq (head d)")
     # The queries of a group become more queries of their one head of keys, which are not copied.
     group = num_heads // num_kv_heads
     q = rearrange(q, "... (kv_head group) seq d -> ... kv_head (group seq) d", group=group)
-    mask = None if mask is None else mask.repeat(group, 1)
+    mask = None if mask is None else torch.cat([mask] * group, -2)
     attended = scaled_dot_product_attention(q, k, v, mask)
     return rearrange(attended, "... kv_head (group seq) d -> ... seq (kv_head group d)", group=group)

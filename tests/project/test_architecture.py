@@ -46,6 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "analysis": {"Tokenizer", "common", "generation", "model", "tokens", "training", "transformer"},
 }
+MAY_IMPORT["chat"] = {"Tokenizer", "common", "corpus", "encoding", "tokenizer_files", "tokens"}
 MAY_IMPORT["assignment_question"] = set(MAY_IMPORT)
 # The commands: an eleventh folder, because they are the only modules that may import everything.
 MAY_IMPORT["commands"] = set(MAY_IMPORT)
@@ -61,7 +62,7 @@ PUBLIC_NAMES = {
 # Text to tokens never imports torch, and training never imports the tokenizer, directly or indirectly.
 TEXT_TO_TOKENS = (
     *("basic.bytes_utils", "basic.pretokenization", "basic.train_bpe", "basic.Tokenizer", "basic.encoding"),
-    *("basic.common", "basic.bpe", "basic.corpus", "basic.tokens", "basic.tokenizer_files"),
+    *("basic.chat", "basic.common", "basic.bpe", "basic.corpus", "basic.tokens", "basic.tokenizer_files"),
     *("basic.formats.tokenizer_json", "basic.formats.tiktoken_ranks", "basic.formats.gguf_tokenizer"),
 )
 TOKENIZERS = ("basic.Tokenizer", "basic.pretokenization", "basic.train_bpe", "basic.bpe", "basic.corpus")
@@ -87,6 +88,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "aiohttp": ("basic.corpus.files",),
     "pyarrow": ("basic.corpus.documents",),
     "gguf": ("basic.formats.gguf_file",),
+    "jinja2": ("basic.chat",),
     "wandb": ("basic.training.records.trackers",),
     "tensorboard": ("basic.training.records.trackers",),
 }

@@ -139,6 +139,7 @@ def causal_self_attention(
     *,
     change_heads: Callable[[Tensor], Tensor] | None = None,
     window: int | None = None,
+    document_starts: Int[Tensor, "... seq"] | None = None,
     num_cached: int = 0,
 ) -> Float[Tensor, " ... seq q_features"]:
     """See `functional.causal_self_attention`.
@@ -152,9 +153,19 @@ def causal_self_attention(
     operators, d_head = operators_for(x), w_q.shape[0] // num_heads
     same_positions = rope is None or rope[0].ndim == 2
     complete = extend_cache is None or (num_cached == 0 and not torch.is_grad_enabled())
-    if operators is None or not complete or x.ndim != 3 or d_head not in _HEAD_SIZES or not same_positions:
+    supported = complete and x.ndim == 3 and d_head in _HEAD_SIZES and same_positions and document_starts is None
+    if operators is None or not supported:
         return functional.causal_self_attention(
-            x, w_q, w_k, w_v, num_heads, rope, extend_cache, change_heads=change_heads, window=window
+            x,
+            w_q,
+            w_k,
+            w_v,
+            num_heads,
+            rope,
+            extend_cache,
+            change_heads=change_heads,
+            window=window,
+            document_starts=document_starts,
         )
     if rope is None:
         # Rotate by zero: attention without positions is for experiments, which need no kernel of their own.
@@ -203,10 +214,11 @@ def linear_cross_entropy(
     targets: Int[Tensor, " ..."],
     *,
     ignore_index: int = functional.IGNORE_INDEX,
+    num_targets: Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, ""]:
     """See `functional.linear_cross_entropy`. With kernels, the logits of a chunk of rows exist at a time."""
     if (operators := operators_for(x)) is None:
-        return functional.linear_cross_entropy(x, weight, targets, ignore_index=ignore_index)
+        return functional.linear_cross_entropy(x, weight, targets, ignore_index=ignore_index, num_targets=num_targets)
     functional.check_ids(targets, "targets")
     rows = targets.numel()
     num_chunks = -(-rows * weight.shape[0] // _MAX_LOGITS)
@@ -218,5 +230,6 @@ def linear_cross_entropy(
         chunk_rows,
         torch.is_grad_enabled(),
         ignore_index,
+        num_targets,
     )
     return loss

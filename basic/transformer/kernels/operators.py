@@ -142,8 +142,9 @@ swiglu_linear.register_autograd(
 
 @torch.library.custom_op("basic::linear_cross_entropy", mutates_args=())
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, with_gradient: bool, ignore_index: int = IGNORE_INDEX
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, with_gradient: bool, ignore_index: int = IGNORE_INDEX,
+    num_targets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The mean cross-entropy of the logits x W^T, and its gradients for x and W.
 
     Args:
@@ -153,6 +154,7 @@ def linear_cross_entropy(
         chunk_rows: number of rows whose logits exist at a time.
         with_gradient: if False, both gradients are empty.
         ignore_index: rows with this target take no part in the mean.
+        num_targets: float32 (), the number that the sum is divided by; None for that of the rows in the mean.
 
     Returns:
         The loss, float32 () (NaN if all rows are ignored), and the gradients (rows, d_model) and (vocab_size, d_model).
@@ -160,7 +162,7 @@ def linear_cross_entropy(
     rows = x.shape[0]
     losses = torch.empty(rows, dtype=torch.float32, device=x.device)
     correction = mean_correction(targets, ignore_index, torch.float32)  # the CPU does not wait for it
-    inverse_count = correction / rows
+    inverse_count = correction / rows if num_targets is None else 1 / num_targets
     dx = torch.empty_like(x) if with_gradient else x.new_empty(0)
     dweight = weight.new_empty(0)
     for start in range(0, rows, chunk_rows):
@@ -175,7 +177,8 @@ def linear_cross_entropy(
                 dweight = _matmul_float32(logits.T, x[chunk])
             else:
                 dweight += _matmul_float32(logits.T, x[chunk])
-    return losses.mean() * correction, dx, dweight.to(weight.dtype)
+    loss = losses.mean() * correction if num_targets is None else losses.sum() * inverse_count
+    return loss, dx, dweight.to(weight.dtype)
 
 
 def _matmul_float32(a: Tensor, b: Tensor) -> Tensor:
@@ -185,8 +188,9 @@ def _matmul_float32(a: Tensor, b: Tensor) -> Tensor:
 
 @linear_cross_entropy.register_fake
 def _(
-    x: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, with_gradient: bool, ignore_index: int = IGNORE_INDEX
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, with_gradient: bool, ignore_index: int = IGNORE_INDEX,
+    num_targets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     loss = x.new_empty((), dtype=torch.float32)
     if not with_gradient:
         return loss, x.new_empty(0), weight.new_empty(0)
@@ -199,7 +203,7 @@ def _save_gradients(ctx, inputs, output) -> None:
 
 def _scale_gradients(ctx, gradient, _dx, _dweight):
     dx, dweight = ctx.saved_tensors
-    return dx * gradient.to(dx.dtype), dweight * gradient.to(dweight.dtype), None, None, None, None
+    return dx * gradient.to(dx.dtype), dweight * gradient.to(dweight.dtype), None, None, None, None, None
 
 
 linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_save_gradients)
