@@ -18,6 +18,7 @@ from basic.chat import ChatFormat
 from basic.common import command_line
 from basic.common.errors import InvalidInputError
 from basic.generation.sampling import Sampling
+from basic.transformer.kernels.dispatch import MAX_DECODED_SEQUENCES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Options:
     system: str | None = None
     """With --chat: the system's message, at the beginning of the conversation."""
     num_samples: int = 1
-    """Independent continuations of each prompt, computed together; several are printed when all are complete."""
+    """Independent continuations of each prompt, up to 64 computed together and printed when they are complete."""
     max_tokens: int = 256
     """Maximum number of new tokens; fewer if the model generates the end-of-text token."""
     stop: tuple[str, ...] = ()
@@ -79,9 +80,11 @@ def main(options: Options) -> None:
                 command_line.print_text(text, end="")
             command_line.print_text("\n")
             continue
-        how["num_samples"] = options.num_samples
-        for text in complete(run.model, tokenizer, [prompt], options.max_tokens, **how):
-            command_line.print_text(f"{shown}{text}\n")
+        for first in range(0, options.num_samples, MAX_DECODED_SEQUENCES):
+            how["num_samples"] = min(options.num_samples - first, MAX_DECODED_SEQUENCES)
+            how["seed"] = None if options.sampling.seed is None else options.sampling.seed + first
+            for text in complete(run.model, tokenizer, [prompt], options.max_tokens, **how):
+                command_line.print_text(f"{shown}{text}\n")
 
 
 def talk(
