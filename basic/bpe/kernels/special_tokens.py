@@ -17,9 +17,9 @@ from basic.bpe.kernels.instructions import U64, kernel, load8, trailing_zeros
 _MAX_FIRST_BYTES = 4  # up to so many distinct first bytes are searched by comparing eight bytes at once
 _MULTIPLIER = U64(0x9E3779B97F4A7C15)
 _NO_EDGE = -1
-SHORT, LONG = 2, 1  # bits
-_FOUR_BITS = 18
-_NUM_FOURS = 1 << _FOUR_BITS
+SHORT, LONG = 2, 1  # bits; LONG is that of `_has_bit`
+_NUMBER_BITS = 18
+_NUM_BITS = 1 << _NUMBER_BITS
 
 
 class SpecialTokenTables(NamedTuple):
@@ -29,8 +29,8 @@ class SpecialTokenTables(NamedTuple):
         first_bytes: the distinct first bytes of the tokens, if they are few (uint8).
         first_pairs: for each pair of bytes, low byte first, whether they begin a token: no, SHORT if it has less than
             four bytes, or LONG (uint8). Empty if there are no tokens.
-        first_fours: the bits of the numbers of the four bytes that begin a long token (uint64). Other four bytes may
-            have the same number.
+        beginnings: the bits of the numbers of the four bytes that begin a long token, then of the six bytes, or of the
+            four if it has less than six (uint64). Other bytes may have the same number.
         edges: hash table with two numbers a slot: node * 256 + byte or -1, and the next node (int64).
         ends: for each node the number of the token that ends there, or -1 (int64).
         lengths: of each token in bytes (int64).
@@ -39,7 +39,7 @@ class SpecialTokenTables(NamedTuple):
 
     first_bytes: np.ndarray
     first_pairs: np.ndarray
-    first_fours: np.ndarray
+    beginnings: np.ndarray
     edges: np.ndarray
     ends: np.ndarray
     lengths: np.ndarray
@@ -56,9 +56,12 @@ def special_token_tables(tokens: Sequence[bytes], ids: Sequence[int] | None = No
     next_nodes: dict[int, int] = {}
     ends = [-1]
     first_pairs = np.zeros((256, 256) if tokens else 0, np.uint8)
-    fours = np.array([int.from_bytes(token[:4], "little") for token in tokens if len(token) >= 4], np.uint64)
-    first_fours = np.zeros(_NUM_FOURS // 64, np.uint64)
-    _set_bits(first_fours, fours)
+    long_tokens = [token for token in tokens if len(token) >= 4]
+    beginnings = np.zeros((2, _NUM_BITS // 64), np.uint64)
+    for bits, length in zip(beginnings, (4, 6), strict=True):
+        sizes = [length if len(token) >= length else 4 for token in long_tokens]
+        firsts = [int.from_bytes(token[:n], "little") for token, n in zip(long_tokens, sizes, strict=True)]
+        _set_bits(bits, np.array(firsts, np.uint64))
     for number, token in enumerate(tokens):
         node = 0
         for byte in token:
@@ -77,7 +80,7 @@ def special_token_tables(tokens: Sequence[bytes], ids: Sequence[int] | None = No
     return SpecialTokenTables(
         first_bytes if len(first_bytes) <= _MAX_FIRST_BYTES else first_bytes[:0],
         first_pairs.ravel(),
-        first_fours,
+        beginnings,
         edges,
         np.array(ends, np.int64),
         np.array([len(token) for token in tokens], np.int64),
@@ -86,15 +89,21 @@ def special_token_tables(tokens: Sequence[bytes], ids: Sequence[int] | None = No
 
 
 @kernel
-def _number_of_four(four):
-    return (four * _MULTIPLIER) >> U64(64 - _FOUR_BITS)
+def _number_of(first_bytes):
+    return (first_bytes * _MULTIPLIER) >> U64(64 - _NUMBER_BITS)
 
 
 @kernel
-def _set_bits(first_fours, fours):
-    for i in range(len(fours)):
-        number = _number_of_four(fours[i])
-        first_fours[number >> U64(6)] |= U64(1) << (number & U64(63))
+def _set_bits(bits, firsts):
+    for i in range(len(firsts)):
+        number = _number_of(firsts[i])
+        bits[number >> U64(6)] |= U64(1) << (number & U64(63))
+
+
+@kernel
+def _has_bit(beginnings, row, first_bytes):
+    number = _number_of(first_bytes)
+    return (beginnings[row, number >> U64(6)] >> (number & U64(63))) & U64(1)
 
 
 @kernel
@@ -159,18 +168,24 @@ def _next_first_byte(data, start, stop, first_bytes):
 
 
 @kernel
-def _next_beginning(data, start, stop, first_pairs, first_fours):
+def _next_beginning(data, start, stop, first_pairs, beginnings):
     """The next position of bytes that can begin a token, or one of the last 8 positions."""
     i = start
     while i + 8 <= stop:
         eight = load8(data, U64(i))
         for k in range(U64(5)):
+            # One branch for the pair and the four bytes: among many words, neither is rare enough to be predicted.
             bytes_from_k = eight >> (U64(8) * k)
-            length = first_pairs[bytes_from_k & U64(0xFFFF)]
-            if length:
-                number = _number_of_four(bytes_from_k & U64(0xFFFFFFFF))
-                if length >= SHORT or (first_fours[number >> U64(6)] >> (number & U64(63))) & U64(1):
-                    return i + np.int64(k)
+            four = bytes_from_k & U64(0xFFFFFFFF)
+            allowed = U64(SHORT) | _has_bit(beginnings, 0, four)
+            if U64(first_pairs[bytes_from_k & U64(0xFFFF)]) & allowed:
+                position = i + np.int64(k)
+                if position + 8 > stop or first_pairs[bytes_from_k & U64(0xFFFF)] >= SHORT:
+                    return position
+                # Most words begin like one of many; a step in the tree costs more than these bits.
+                six = load8(data, U64(position)) & U64(0xFFFFFFFFFFFF)
+                if _has_bit(beginnings, 1, six) | _has_bit(beginnings, 1, four):
+                    return position
         i += 5
     return i
 
@@ -185,7 +200,7 @@ def find_special(data, start, stop, specials):
     Returns:
         Its offset and its number; `stop` and -1 if there is none.
     """
-    first_bytes, first_pairs, first_fours, edges, ends, _, _ = specials
+    first_bytes, first_pairs, beginnings, edges, ends, _, _ = specials
     if len(first_pairs) == 0:
         return stop, -1
     i = start
@@ -193,7 +208,7 @@ def find_special(data, start, stop, specials):
         if len(first_bytes) > 0:
             i = _next_first_byte(data, i, stop, first_bytes)
         else:
-            i = _next_beginning(data, i, stop, first_pairs, first_fours)
+            i = _next_beginning(data, i, stop, first_pairs, beginnings)
         if i < stop:
             number = _longest_at(data, i, stop, edges, ends)
             if number >= 0:
