@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache, cached_property, partial
 from heapq import merge
 from itertools import chain
@@ -154,10 +155,14 @@ def resolve_pattern(pattern: str | Pattern | None) -> Pattern:
             try:
                 return PATTERNS[ALIASES.get(name, name)]
             except KeyError:
+                names = [*PATTERNS, *ALIASES]
+                by_letters = {re.sub(r"\W|_", "", known): known for known in reversed(names)}
+                similar = [by_letters[match] for match in get_close_matches(re.sub(r"\W|_", "", name), by_letters, 1)]
                 raise InvalidInputError(
-                    f"pattern {pattern!r} is neither a known name ({', '.join([*PATTERNS, *ALIASES])}) nor a regular "
-                    "expression, which has at least one of \\ [ ( | * + ? { ^ $; give one of them, or write "
-                    f"Pattern({pattern!r})"
+                    f"pattern {pattern!r} is neither a known name ({', '.join(names)}) nor a regular expression, which "
+                    "has at least one of \\ [ ( | * + ? { ^ $; "
+                    + (f"did you mean {similar[0]!r}? " if similar else "give one of them, ")
+                    + f"or write Pattern({pattern!r})"
                 ) from None
         pattern = Pattern(pattern)
     elif not isinstance(pattern, Pattern):

@@ -31,6 +31,25 @@ from basic.tokenizer_files.pre_tokenizers import (
 # What the package does with a byte that has no token; without effect if all bytes have one.
 _MISSING_BYTES = ("unk_token", "fuse_unk", "byte_fallback")
 
+# Fields with the types or the values that the package takes; ... stands for a field that is not there.
+_OPTIONAL = (None, ...)
+_TYPES: dict[str, tuple[type | tuple[Any, ...], ...]] = {
+    "truncation.direction": (("Left", "Right", ...),),
+    "truncation.max_length": (int,),
+    "truncation.strategy": (("LongestFirst", "OnlyFirst", "OnlySecond"),),
+    "truncation.stride": (int,),
+    "padding.strategy": (("BatchLongest",), dict),
+    "padding.direction": (("Left", "Right"),),
+    "padding.pad_to_multiple_of": (int, _OPTIONAL),
+    "padding.pad_id": (int,),
+    "padding.pad_type_id": (int,),
+    "padding.pad_token": (str,),
+    **{f"added_tokens.{flag}": (bool,) for flag in ("single_word", *DEFAULT_FLAGS)},
+    **{f"model.{field}": (bool, _OPTIONAL) for field in ("fuse_unk", "byte_fallback", "ignore_merges")},
+    "model.dropout": (float, int, _OPTIONAL),
+    **{f"model.{f}": (str, _OPTIONAL) for f in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix")},
+}
+
 
 def read_tokenizer_json(path: str | os.PathLike, content: bytes | None = None) -> TokenizerContent:
     """Read a `tokenizer.json` with byte-level BPE.
@@ -59,6 +78,7 @@ def read_tokenizer_json(path: str | os.PathLike, content: bytes | None = None) -
 
 
 def _parse(fields: dict[str, Any], name: str) -> TokenizerContent:
+    _check_types(fields)
     for field in ("truncation", "padding"):
         if fields.get(field) is not None:
             warnings.warn(f"{name!r}: {field} is {json.dumps(fields[field]):.200}, which is ignored", stacklevel=2)
@@ -90,6 +110,34 @@ def _parse(fields: dict[str, Any], name: str) -> TokenizerContent:
             raise InvalidInputError(f"post_processor adds the id {token_id}, which is not in the vocabulary")
     merges = _parse_merges(model["merges"])
     return TokenizerContent(vocab=vocab, merges=merges, special_tokens=added, pattern=pattern, settings=settings)
+
+
+def _check_types(fields: dict[str, Any]) -> None:
+    """Check the fields that do not matter here: a file that the package refuses is refused too."""
+    require("version", fields.get("version", "1.0"), "1.0")
+    for name, allowed in _TYPES.items():
+        where, _, field = name.rpartition(".")
+        objects = fields["added_tokens"] if where == "added_tokens" else [fields.get(where)]
+        for number, values in enumerate(objects):
+            if values is None and where in ("truncation", "padding"):
+                continue
+            if not isinstance(values, dict):
+                raise InvalidInputError(f"{where} is {json.dumps(values):.80}, but must be an object")
+            value = values.get(field, ...)
+            if not any(_fits(value, kind) for kind in allowed):
+                place = f"added_tokens[{number}].{field}" if where == "added_tokens" else name
+                raise InvalidInputError(
+                    f"{place} is {'missing' if value is ... else json.dumps(value):.80}, which the tokenizers package "
+                    "refuses; write the file again with that package"
+                )
+
+
+def _fits(value: Any, kind: type | tuple[Any, ...]) -> bool:
+    if isinstance(kind, tuple):
+        return value in kind
+    if kind is dict:  # the only object among the values
+        return isinstance(value, dict) and [*value] == ["Fixed"] and _fits(value["Fixed"], int)
+    return type(value) is kind and (kind is not int or value >= 0)
 
 
 def _check_added_tokens(tokens: list[dict[str, Any]], entries: dict[str, int]) -> None:

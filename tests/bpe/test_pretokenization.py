@@ -286,6 +286,12 @@ def test_an_unknown_name_is_not_a_regular_expression(pattern):
         train_bpe("no such file", 300, [], pattern=pattern)
 
 
+@pytest.mark.parametrize(("pattern", "name"), [("o200k-base", "o200k_base"), ("gpt2 ", "gpt2"), ("lama3", "llama3")])
+def test_the_error_for_a_misspelt_name_has_the_right_one(pattern, name):
+    with pytest.raises(InvalidInputError, match=f"did you mean {name!r}\\? or write"):
+        resolve_pattern(pattern)
+
+
 @pytest.mark.parametrize("pattern", [".", "[ab]", "a|b", r"\d", "a+", "(?:ab)"])
 def test_regular_expressions_are_no_names(pattern):
     assert resolve_pattern(pattern).splits == (pattern,)

@@ -17,8 +17,10 @@ ALPHABETS = ["ab", "abc]-^\\[", "a\n \u3000é😀", "".join(map(chr, range(33, 1
 def random_tokens(rng: random.Random) -> tuple[list[str], str]:
     """Tokens that begin alike and contain each other, and a text of their characters."""
     alphabet = rng.choice(ALPHABETS)
-    tokens = {"".join(rng.choices(alphabet, k=rng.randint(1, 5))) for _ in range(rng.randint(0, 30))}
-    return sorted(tokens, key=lambda token: rng.random()), "".join(rng.choices(alphabet, k=rng.randint(0, 60)))
+    tokens = {"".join(rng.choices(alphabet, k=rng.randint(1, rng.choice([5, 9])))) for _ in range(rng.randint(0, 30))}
+    shuffled = sorted(tokens, key=lambda token: rng.random())
+    pieces = [*alphabet, *(token[: rng.randint(1, 9)] for token in shuffled)]
+    return shuffled, "".join(rng.choices(pieces, k=rng.randint(0, 40)))
 
 
 def spans_by_definition(tokens: list[str], text: str) -> list[tuple[int, int]]:

@@ -167,11 +167,43 @@ def test_tokens_without_a_merge_are_used_with_ignore_merges(tmp_path, ignore_mer
     assert (loaded.encode("the the"), loaded.fingerprint) == (ours.encode("the the"), ours.fingerprint)
 
 
-@pytest.mark.parametrize("field", ["truncation", "padding"])
-def test_truncation_and_padding_are_ignored_with_a_warning(tmp_path, field):
-    (tmp_path / "tokenizer.json").write_text(json.dumps(changed(field, {"max_length": 1})))
-    with pytest.warns(UserWarning, match=rf"{field} is .*\"max_length\": 1.*, which is ignored"):
+TRUNCATION = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+PADDING = {"strategy": {"Fixed": 1}, "direction": "Left", "pad_to_multiple_of": None}
+PADDING |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
+
+
+@pytest.mark.parametrize(("field", "value"), [("truncation", TRUNCATION), ("padding", PADDING)])
+def test_truncation_and_padding_are_ignored_with_a_warning(tmp_path, field, value):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(changed(field, value)))
+    with pytest.warns(UserWarning, match=rf"{field} is .*: 1.*, which is ignored"):
         assert len(load_tokenizer_json(tmp_path / "tokenizer.json").encode("the the")) > 1
+
+
+@pytest.mark.filterwarnings("ignore:.*which is ignored")
+def test_values_that_the_package_refuses_are_refused(tmp_path):
+    with_both = {**SMALL, "truncation": TRUNCATION, "padding": PADDING}
+    model = ("dropout", "unk_token", "fuse_unk", "byte_fallback", "ignore_merges", "end_of_word_suffix")
+    paths = [("version",), ("truncation",), ("padding",), *(("model", field) for field in model)]
+    paths += [("truncation", field) for field in TRUNCATION] + [("padding", field) for field in PADDING]
+    paths += [("added_tokens", 0, field) for field in ("special", "normalized", "lstrip", "single_word")]
+    num_refused = 0
+    for path, value in itertools.product(paths, [None, 1, -1, 1.5, "1.0", "x", True, [], {}]):
+        content = copy.deepcopy(with_both)
+        container: Any = content
+        for key in path[:-1]:
+            container = container[key]
+        container[path[-1]] = value
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        try:
+            tokenizers.Tokenizer.from_str(json.dumps(content))
+        except BaseException:
+            num_refused += 1
+            with pytest.raises((InvalidInputError, DamagedFileError), match=path[-1] if len(path) < 3 else "added_tok"):
+                load_tokenizer_json(tmp_path / "tokenizer.json")
+            continue
+        if path[0] != "model" and value is not True:
+            load_tokenizer_json(tmp_path / "tokenizer.json")
+    assert num_refused > 120
 
 
 # ---- what splits a text
