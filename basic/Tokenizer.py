@@ -333,13 +333,15 @@ class Tokenizer(Vocabulary):
 
     def _encode_with_spans(self, text: str, specials_as_text: bool) -> Encoding:
         ids = self.encode(text, specials_as_text=specials_as_text)
-        tokens, data = [self.vocab[token_id] for token_id in ids], _utf8(text)
-        if b"".join(tokens) != data:
+        tokens, changed, origins = [self.vocab[token_id] for token_id in ids], _utf8(text), None
+        if changes := self._text_changes(specials_as_text, "strict"):
+            origins, changed = changes.origins(changed.decode()), changes.apply(changed.decode()).encode()
+        if (changes and origins is None) or b"".join(tokens) != changed:
             raise InvalidInputError(
-                "this tokenizer changes the text before it is split into tokens (it normalises or strips it), so the "
-                "tokens have no exact places in the text; encode without offsets"
+                "this tokenizer changes the text before it is split into tokens (it strips white space), so the tokens "
+                "have no exact places in the text; encode without offsets"
             )
-        return Encoding(ids, *find_spans(text, data, list(map(len, tokens))))
+        return Encoding(ids, *find_spans(text, changed, list(map(len, tokens)), origins))
 
     def encode_array(
         self,
@@ -383,23 +385,43 @@ class Tokenizer(Vocabulary):
             raise _named_error("data", array, error) from None
         return arrays[0] if len(arrays) == 1 else np.concatenate([*arrays, np.zeros(0, encoder.dtype)])
 
+    @overload
     def encode_batch(
         self,
         texts: Iterable[str],
         *,
         num_threads: int | None = None,
         specials_as_text: bool = False,
+        offsets: Literal[False] = False,
         template: bool = False,
         errors: str = "strict",
-    ) -> list[list[int]]:
+    ) -> list[list[int]]: ...
+
+    @overload
+    def encode_batch(
+        self,
+        texts: Iterable[str],
+        *,
+        num_threads: int | None = None,
+        specials_as_text: bool = False,
+        offsets: Literal[True],
+    ) -> list[Encoding]: ...
+
+    def encode_batch(
+        self, texts: Iterable[str], *, num_threads: int | None = None, **options: Any
+    ) -> list[list[int]] | list[Encoding]:
         """Encode each of several texts as `encode` does; with kernels, in threads.
+
+        Args:
+            num_threads: see `encode_array`.
+            options: those of `encode`.
 
         Raises:
             TypeError: `texts` is a single text, or one of them is not a string.
-            InvalidInputError: a byte of a text has no token.
+            InvalidInputError: as for `encode`.
         """
         texts, num_threads = check_text_list("texts", texts), resolve_num_threads(num_threads)
-        encode = partial(self.encode, specials_as_text=specials_as_text, template=template, errors=errors)
+        encode: Any = partial(self.encode, **options)
         try:
             num_characters = sum(map(len, texts))
         except TypeError:  # of what is not a string; `encode` has a better message

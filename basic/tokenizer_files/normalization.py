@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
-from itertools import chain
+from itertools import chain, pairwise
 
 from basic.common.errors import InvalidInputError
 from basic.pretokenization import SpecialTokens
@@ -64,6 +64,31 @@ class TextChanges:
         if not self._lstrip and not self._rstrip and self._segment(text) is text:
             return text if self._after is None else self._after.apply(text)
         return "".join(self.apply_to_stream([text]))
+
+    def origins(self, text: str) -> list[tuple[int, int, bool]] | None:
+        """For each character of the changed text, the span of what it was made of, and whether it is still the same.
+
+        Characters that NFC may join or reorder have one span together. None if text is left out or replaced, so that
+        not all of it is in a span.
+        """
+        if self._lstrip or self._rstrip or self._missing_bytes or self._after:
+            return None
+        origins: list[tuple[int, int, bool]] = []
+        position = 0
+        for stop, after in [*(match.span() for match in self._special.pattern.finditer(text)), (len(text),) * 2]:
+            segment = text[position:stop]
+            starts = range(position, stop)
+            if not unicodedata.is_normalized("NFC", segment):
+                starts = [i for i in starts if i == position or begins_alone(text[i])]
+            for start, end in pairwise([*starts, stop]):
+                piece = unicodedata.normalize("NFC", text[start:end])
+                if piece == text[start:end]:
+                    origins += [(i, i + 1, True) for i in range(start, end)]
+                else:
+                    origins += [(start, end, False)] * len(piece)
+            origins += [(i, i + 1, True) for i in range(stop, after)]
+            position = after
+        return origins
 
     def apply_to_stream(self, texts: Iterable[str]) -> Iterator[str]:
         """The same for a text that arrives as a stream of strings.
@@ -129,16 +154,14 @@ class TextChanges:
 def begins_alone(character: str) -> bool:
     """Whether NFC never joins or reorders a character and what stands before it, so that a text may be divided there.
 
-    This is so for characters that are not marks, decompose to nothing else, and end no composition. Some others are so
-    too, but need not be known.
+    This is so if the first character of its decomposition is no mark and ends no composition.
 
     Source: Unicode Standard Annex #15, "Stable Code Points" and "Detecting Normalization Forms".
     """
-    if character.isascii() or ord(character) in _HANGUL_SYLLABLES:
+    if character.isascii():
         return True
-    if unicodedata.combining(character) or character in _compositions()[1]:
-        return False
-    return _canonical_decomposition(character) == ""
+    first = unicodedata.normalize("NFD", character)[0]
+    return not unicodedata.combining(first) and first not in _compositions()[1]
 
 
 @cache
@@ -176,7 +199,7 @@ def _check_normal(token: str, normalized: bool) -> None:
 
 def _comes_only_from_itself(character: str) -> bool:
     is_made = ord(character) in _HANGUL_SYLLABLES or character in _compositions()[0]
-    return begins_alone(character) and not is_made
+    return begins_alone(character) and not is_made and _canonical_decomposition(character) == ""
 
 
 def _check_overlaps(tokens: Iterable[str], stripping: Iterable[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import unicodedata
 from itertools import pairwise
 
 import numpy as np
@@ -18,6 +19,7 @@ from basic.bytes_utils import to_printable
 from basic.common.errors import InvalidInputError
 from basic.pretokenization import GPT2_PATTERN
 from basic.Tokenizer import Tokenizer
+from basic.tokenizer_files.content import TokenizerSettings
 from basic.train_bpe import train_bpe
 
 from ..fixtures.make_tokenizer_fixtures import SAMPLE
@@ -95,6 +97,34 @@ def test_spans_by_definition(ours, kernels):
             assert [data[start:stop] for start, stop in byte_spans] == [tokenizer.vocab[i] for i in ids]
             assert all(stop == start for (_, stop), (start, _) in pairwise(byte_spans))
             assert char_spans == [(owners[start][0], owners[stop - 1][1]) for start, stop in byte_spans]
+
+
+def test_spans_through_normalisation(ours, theirs):
+    """The package gives a composed character the span of the first of its characters only."""
+    tokenizer = Tokenizer(ours.vocab, ours.merges, [END, BREAK], settings=TokenizerSettings(normalizer="NFC"))
+    theirs = tokenizers.Tokenizer.from_str(theirs.to_str())
+    theirs.normalizer = tokenizers.normalizers.NFC()
+    generator = random.Random(4)
+    parts = [*"abe tho", "é", "e\u0301", "\u0301", "\u0323", "q\u0307\u0323", "\u212b", "\u1112\u1161\u11ab", "\ud55c"]
+    parts += ["\u0958", "\U0001f600", END]
+    texts = ["".join(generator.choices(parts, k=generator.randrange(9))) for _ in range(300)]
+    for text, encoding in zip(texts, tokenizer.encode_batch(texts, offsets=True), strict=True):
+        expected = theirs.encode(text)
+        assert encoding.ids == tokenizer.encode(text) == expected.ids
+        spans = zip(encoding.ids, encoding.char_spans, encoding.byte_spans, expected.offsets, strict=True)
+        for token_id, (start, stop), (first, last), (their_start, their_stop) in spans:
+            assert start <= their_start < their_stop <= stop
+            assert tokenizer.vocab[token_id] in unicodedata.normalize("NFC", text[start:stop]).encode()
+            assert text.encode()[first:last] in text[start:stop].encode()
+            if unicodedata.is_normalized("NFC", text):
+                assert ((start, stop), text.encode()[first:last]) == (
+                    (their_start, their_stop),
+                    tokenizer.vocab[token_id],
+                )
+        assert max((stop for _, stop in encoding.char_spans), default=0) == len(text)
+    (encoding,) = tokenizer.encode_batch(["\ud83d\ude00e\u0301"], offsets=True)
+    assert encoding.char_spans[-1] == (2, 4)
+    assert encoding.byte_spans[-1] == (4, 7)
 
 
 def test_tokens_that_are_not_the_text_have_no_spans(ours, monkeypatch):

@@ -168,7 +168,7 @@ def test_tokens_without_a_merge_are_used_with_ignore_merges(tmp_path, ignore_mer
 
 
 TRUNCATION = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
-PADDING = {"strategy": {"Fixed": 1}, "direction": "Left", "pad_to_multiple_of": None}
+PADDING: dict[str, Any] = {"strategy": {"Fixed": 1}, "direction": "Left", "pad_to_multiple_of": None}
 PADDING |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
 
 
@@ -183,7 +183,7 @@ def test_truncation_and_padding_are_ignored_with_a_warning(tmp_path, field, valu
 def test_values_that_the_package_refuses_are_refused(tmp_path):
     with_both = {**SMALL, "truncation": TRUNCATION, "padding": PADDING}
     model = ("dropout", "unk_token", "fuse_unk", "byte_fallback", "ignore_merges", "end_of_word_suffix")
-    paths = [("version",), ("truncation",), ("padding",), *(("model", field) for field in model)]
+    paths: list[tuple[Any, ...]] = [("version",), ("truncation",), ("padding",), *(("model", field) for field in model)]
     paths += [("truncation", field) for field in TRUNCATION] + [("padding", field) for field in PADDING]
     paths += [("added_tokens", 0, field) for field in ("special", "normalized", "lstrip", "single_word")]
     num_refused = 0
