@@ -140,7 +140,7 @@ def test_losses_and_speed_are_logged(tmp_path):
     config = configuration(steps=30, log_interval=10, eval_interval=15, compile=False)
     run = train(config, TRAIN, VALID, tmp_path / "run")
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert [record["step"] for record in records] == [10, 15, 20, 30]
+    assert [record["step"] for record in records] == [1, 10, 15, 20, 30]
     assert records[-1]["train_loss"] < records[0]["train_loss"]
     assert all(record["tokens_per_s"] > 0 for record in records[1:])
     assert run.model.token_embeddings.weight.device.type == "cuda"
