@@ -9,10 +9,14 @@ import pytest
 
 from basic.chat import ChatFormat, encode_conversations
 from basic.common.errors import DamagedFileError, InvalidInputError
+from basic.formats.export_model import export_hf
+from basic.formats.gguf_tokenizer import gguf_tokenizer_fields, read_gguf_tokenizer
+from basic.model import TransformerLM
 from basic.Tokenizer import Tokenizer
 from basic.tokenizer_files.content import ChatTemplate
 from basic.tokens.info import BEGINS_DOCUMENT, IS_LEARNED, mask_path
 from basic.tokens.opening import open_mask, open_tokens
+from tests.helpers.model_tools import tiny
 from tests.project.test_scripts import run_script
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>"]
@@ -147,6 +151,13 @@ def test_a_template_travels_with_its_tokenizer(tmp_path):
     assert Tokenizer.load(tmp_path / "ours").fingerprint == tokenizer_with(None).fingerprint  # the ids are the same
     tokenizer_with(None).save(tmp_path / "ours")
     assert Tokenizer.load(tmp_path / "ours").chat_template is None
+    # Models of other programs, as which a run is exported.
+    model = TransformerLM(tiny(vocab_size=tokenizer.vocab_size))
+    export_hf(model, tmp_path / "hf", tokenizer)
+    assert Tokenizer.load(tmp_path / "hf").chat_template == tokenizer.chat_template
+    fields = gguf_tokenizer_fields(tokenizer, tokenizer.vocab_size, "</s>")
+    names = {"bos_token": "</s>", "eos_token": "</s>"}  # a GGUF file has their ids, for the end of generation too
+    assert read_gguf_tokenizer(fields).chat_template == ChatTemplate(source=CHATML, tokens=names)
     # Folders of transformers: in tokenizer_config.json, as one of several, or in a file of its own.
     folder = tmp_path / "theirs"
     folder.mkdir()

@@ -81,6 +81,9 @@ def export_hf(
         if tokenizer is not None:
             save_tokenizer_json(tokenizer, folder / "tokenizer.json")
             settings = _tokenizer_config(model, None if end_id is None else end_of_text)
+            if tokenizer.chat_template is not None:  # with the tokens that it names
+                settings |= tokenizer.chat_template.tokens
+                (folder / "chat_template.jinja").write_text(tokenizer.chat_template.source, encoding="utf-8")
             write_json(folder / "tokenizer_config.json", settings, indent=2)
 
 

@@ -8,8 +8,9 @@ from basic.bytes_utils import from_printable, to_printable
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.pretokenization import resolve_pattern
 from basic.Tokenizer import Tokenizer
-from basic.tokenizer_files.content import TokenizerContent, TokenizerSettings
+from basic.tokenizer_files.content import ChatTemplate, TokenizerContent, TokenizerSettings
 from basic.tokenizer_files.equivalent_merges import check_all_bytes, missing_bytes
+from basic.tokenizer_files.our_folder import parse_chat_template
 
 # Names of tokenizer.ggml.pre with the same regular expressions in llama.cpp, by our name of the pattern; the first is
 # written. Those of IGNORE_MERGES take a pre-token that is in the vocabulary as one token.
@@ -64,6 +65,7 @@ def read_gguf_tokenizer(fields: dict[str, Any]) -> Tokenizer:
                 post_processor=_post_processor(fields, tokens, pre in _IGNORE_MERGES),
                 missing_bytes={"unk_token": None} if missing_bytes(vocab.values()) else None,
             ),
+            chat_template=_chat_template(fields, tokens),
         )
         return Tokenizer.from_content(content)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
@@ -85,6 +87,12 @@ def _post_processor(fields: dict[str, Any], tokens: list[str], adds_bos: bool) -
             ids[token] = {"id": token, "ids": [token_id], "tokens": [token]}
             text.insert(0 if before else len(text), {"SpecialToken": {"id": token, "type_id": 0}})
     return {"type": "TemplateProcessing", "single": text, "pair": text, "special_tokens": ids} if ids else None
+
+
+def _chat_template(fields: dict[str, Any], tokens: list[str]) -> ChatTemplate | None:
+    ids = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    named = {f"{name}_token": tokens[token_id] for name, token_id in ids.items() if token_id is not None}
+    return parse_chat_template({"chat_template": fields.get("tokenizer.chat_template"), **named})
 
 
 def gguf_tokenizer_fields(tokenizer: Tokenizer, vocab_size: int, end_of_text: str) -> dict[str, Any]:
@@ -137,6 +145,7 @@ def gguf_tokenizer_fields(tokenizer: Tokenizer, vocab_size: int, end_of_text: st
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.merges": [f"{to_printable(left)} {to_printable(right)}" for left, right in content.merges],
+        **({} if content.chat_template is None else {"tokenizer.chat_template": content.chat_template.source}),
         "tokenizer.ggml.bos_token_id": bos,
         "tokenizer.ggml.eos_token_id": eos,
         "tokenizer.ggml.padding_token_id": end_id,

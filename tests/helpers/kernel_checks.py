@@ -49,11 +49,14 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 def check_attention(
     seq: int, head_size: int, dtype: torch.dtype, device: str, *, batch: int = 2, heads: int = 2, group: int = 1,
-    window: int = 0
+    window: int = 0, documents: int = 0
 ) -> None:  # fmt: skip
     """RoPE and attention, output and gradients, with a strided output gradient and an identity projection.
 
     Also without a projection, which gives the same.
+
+    Args:
+        documents: packed into each row; 0 for one without bounds.
     """
     torch.manual_seed(seq + head_size)
     kv_heads = heads // group
@@ -62,17 +65,27 @@ def check_attention(
     d_output = torch.randn(batch, heads, seq, head_size, device=device).to(dtype).transpose(1, 2)
     cos, sin = functional.rope_tables(1e4, head_size, seq + 3, dtype=torch.float32, device=device)
     weight = torch.eye(packed * head_size, device=device, dtype=dtype).requires_grad_()
+    starts = None
+    if documents:
+        first = torch.stack([torch.randperm(seq - 1)[: documents - 1].sort().values + 1 for _ in range(batch)])
+        first = torch.cat([torch.zeros(batch, 1, dtype=torch.int64), first], 1).to(device)
+        document = torch.searchsorted(
+            first, torch.arange(seq, device=device).expand(batch, seq).contiguous(), right=True
+        )
+        starts = first.gather(1, document - 1).int()
     with poisoned():
-        output = operators.rotary_attention(qkv.flatten(2), weight, cos, sin, heads, kv_heads, window)[0]
+        output = operators.rotary_attention(qkv.flatten(2), weight, cos, sin, heads, kv_heads, window, starts)[0]
         output.backward(d_output)
         projected = qkv.detach().flatten(2).requires_grad_()
-        same = operators.rotary_attention(projected, None, cos, sin, heads, kv_heads, window)[0]
+        same = operators.rotary_attention(projected, None, cos, sin, heads, kv_heads, window, starts)[0]
         same.backward(d_output)
     wide = qkv.detach().double().requires_grad_()
     q, k, v = wide.transpose(1, 2).split((heads, kv_heads, kv_heads), 1)
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     q, k = (functional.rotate_pairs(x, cos[:seq].double(), sin[:seq].double()) for x in (q, k))
     mask = functional.causal_mask(seq, seq, window or None, device=device)
+    if starts is not None:
+        mask = mask & (torch.arange(seq, device=device) >= starts.unsqueeze(-1)).unsqueeze(1)
     expected = functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
     expected.backward(d_output.double())
     assert qkv.grad is not None
@@ -196,6 +209,14 @@ def check_ignored_targets(
     assert_close(x.grad, logits.grad @ weight.detach().double(), dtype)
     assert (x.grad[~counted] == 0).all()
     assert_close(weight.grad, logits.grad.T @ x.detach().double(), dtype)
+    # A given number of targets divides the sum instead of their own.
+    x.grad = weight.grad = None
+    num_targets = torch.tensor(2.5 * rows, device=device)
+    scaled = operators.linear_cross_entropy(x, weight, targets, chunk_rows, True, ignore_index, num_targets)[0]
+    scaled.backward()
+    share = counted.sum().item() / num_targets.item()
+    assert abs(scaled.item() - expected.item() * share) < 1e-5 * expected.item()
+    assert_close(x.grad, logits.grad @ weight.detach().double() * share / 3, dtype)
     none = torch.full_like(targets, ignore_index)
     assert operators.linear_cross_entropy(x.detach(), weight.detach(), none, chunk_rows, True, ignore_index)[0].isnan()
 

@@ -56,6 +56,15 @@ def test_attention_in_a_window(seq, window, group):
     kernel_checks.check_attention(seq, 16, FLOAT32, "cpu", batch=1, heads=group, group=group, window=window)
 
 
+@pytest.mark.parametrize(
+    ("seq", "documents", "window", "group"),
+    [(131, 1, 0, 1), (131, 5, 0, 1), (99, 9, 20, 2), (70, 3, 0, 3), (7, 4, 0, 1)],
+)
+def test_attention_in_packed_documents(seq, documents, window, group):
+    options = {"batch": 2, "heads": group, "group": group, "window": window, "documents": documents}
+    kernel_checks.check_attention(seq, 16, FLOAT32, "cpu", **options)
+
+
 def test_attention_finds_nan():
     kernel_checks.check_attention_finds_nan(FLOAT32, "cpu")
 

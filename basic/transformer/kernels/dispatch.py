@@ -153,7 +153,7 @@ def causal_self_attention(
     operators, d_head = operators_for(x), w_q.shape[0] // num_heads
     same_positions = rope is None or rope[0].ndim == 2
     complete = extend_cache is None or (num_cached == 0 and not torch.is_grad_enabled())
-    supported = complete and x.ndim == 3 and d_head in _HEAD_SIZES and same_positions and document_starts is None
+    supported = complete and x.ndim == 3 and d_head in _HEAD_SIZES and same_positions
     if operators is None or not supported:
         return functional.causal_self_attention(
             x,
@@ -175,7 +175,8 @@ def causal_self_attention(
     if change_heads is not None:
         x, weight = change_heads((x @ weight.T).unflatten(-1, (-1, d_head))).flatten(-2), None
     window = 0 if window is None or window >= x.shape[1] else window  # else the kernels would be compiled for it
-    attended, _, qkv = operators.rotary_attention(x, weight, *rope, num_heads, len(w_k) // d_head, window)
+    starts = None if document_starts is None else document_starts.expand(x.shape[:2]).to(torch.int32).contiguous()
+    attended, _, qkv = operators.rotary_attention(x, weight, *rope, num_heads, len(w_k) // d_head, window, starts)
     if extend_cache is not None:
         _, k, v = operators.split_heads(qkv, num_heads)
         extend_cache(k.transpose(1, 2), v.transpose(1, 2))

@@ -10,7 +10,8 @@ The causal mask also masks the end of the sequence, since a key beyond the end i
 masked (CHECK) only if the sequence length is no multiple of the tile sizes.
 
 With a sliding window (WINDOW > 0), a query attends to the last WINDOW keys, its own included. Tiles outside the window
-are skipped, and those that it cuts are masked.
+are skipped, and those that it cuts are masked. With documents packed into a row (PACKED), it attends to no key before
+the first token of its own document, whose index is in STARTS.
 
 Neighbouring query heads may share a head of keys and values (grouped-query attention, GROUP query heads each). Their
 gradients of a key are added up in one program, which loops over the group.
@@ -93,6 +94,14 @@ def _visible(rows, keys, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def _load_starts(STARTS, batch, rows, T, PACKED: tl.constexpr):
+    """The index of the first token of each query's document; that of a query beyond the end is T."""
+    if PACKED:
+        return tl.load(STARTS + batch * T + rows, mask=rows < T, other=T)
+    return rows * 0
+
+
+@triton.jit
 def _cuts(first_key, first_row, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr):
     """Whether the mask cuts the tile of these keys and queries."""
     if WINDOW == 0:
@@ -104,7 +113,7 @@ def _cuts(first_key, first_row, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.con
 def _forward(Q, K, V, OUT, LOG_SUMS,
              q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head, o_batch, o_stride, o_head,
              H, T, scale, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-             CHECK: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
+             CHECK: tl.constexpr, WINDOW: tl.constexpr, STARTS, PACKED: tl.constexpr):  # fmt: skip
     # The last tiles have the most keys. They start first, so that none of them runs alone at the end.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
@@ -117,13 +126,20 @@ def _forward(Q, K, V, OUT, LOG_SUMS,
     maximum = tl.full([M], -float("inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     weighted = tl.zeros([M, WIDTH], tl.float32)
-    for start in range(_first_key(tile * M, N, WINDOW), tl.minimum((tile + 1) * M, T), N):
+    starts = _load_starts(STARTS, batch, rows, T, PACKED)
+    first = _first_key(tile * M, N, WINDOW)
+    if PACKED:
+        first = tl.maximum(first, tl.min(starts, 0) // N * N)
+    for start in range(first, tl.minimum((tile + 1) * M, T), N):
         keys = start + tl.arange(0, N)
         k = _load_tile(K, keys, k_stride, columns, T, D, WIDTH, CHECK)
         scores = dot(q, tl.trans(k))
         # On the diagonal, mask the keys after each query. A query all of whose keys are masked in the first tile gets
         # weights of 1, which the rescaling makes 0 in the tile of its own key.
-        if _cuts(start, tile * M, M, N, WINDOW):
+        if PACKED:
+            visible = _visible(rows[:, None], keys[None, :], WINDOW) & (keys[None, :] >= starts[:, None])
+            scores = tl.where(visible, scores, -1e30)
+        elif _cuts(start, tile * M, M, N, WINDOW):
             scores = tl.where(_visible(rows[:, None], keys[None, :], WINDOW), scores, -1e30)
         new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale)
         weights = tl.exp2(scores * scale - new_maximum[:, None])  # one multiply-add per score
@@ -152,7 +168,8 @@ def _key_gradients(Q, K, V, DO, DK, DV, LOG_SUMS, DELTAS, COS, SIN,
                    q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
                    do_batch, do_stride, do_head, dk_batch, dk_stride, dk_head, dv_batch, dv_stride, dv_head,
                    H, T, scale, out_scale, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-                   M: tl.constexpr, N: tl.constexpr, CHECK: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
+                   M: tl.constexpr, N: tl.constexpr, CHECK: tl.constexpr, WINDOW: tl.constexpr, STARTS,
+                   PACKED: tl.constexpr):  # fmt: skip
     kv_heads = H // GROUP
     batch, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
     head = kv_head * GROUP  # the first of those that share this key
@@ -186,6 +203,9 @@ def _key_gradients(Q, K, V, DO, DK, DV, LOG_SUMS, DELTAS, COS, SIN,
             dweights = dot(v, tl.trans(do))
             weights = tl.exp2(scores * scale - log_sums[None, :])
             weights = tl.where(_visible(rows[None, :], keys[:, None], WINDOW), weights, 0.0)
+            if PACKED:
+                starts = _load_starts(STARTS, batch, rows, T, PACKED)
+                weights = tl.where(keys[:, None] >= starts[None, :], weights, 0.0)
             dscores = weights * (dweights - deltas[None, :])
             dv = dot(weights.to(do.dtype), do, dv)
             dk = dot(dscores.to(q.dtype), q, dk)
@@ -202,7 +222,8 @@ def _query_gradients(Q, K, V, OUT, DO, DQ, LOG_SUMS, DELTAS, COS, SIN,
                      q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
                      o_batch, o_stride, o_head, do_batch, do_stride, do_head, dq_batch, dq_stride, dq_head,
                      H, T, scale, out_scale, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-                     M: tl.constexpr, N: tl.constexpr, CHECK: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
+                     M: tl.constexpr, N: tl.constexpr, CHECK: tl.constexpr, WINDOW: tl.constexpr, STARTS,
+                   PACKED: tl.constexpr):  # fmt: skip
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     Q += batch * q_batch + head * q_head
@@ -222,25 +243,33 @@ def _query_gradients(Q, K, V, OUT, DO, DQ, LOG_SUMS, DELTAS, COS, SIN,
     deltas = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(DELTAS + rows, deltas, mask=rows < T)
     dq = tl.zeros([M, WIDTH], tl.float32)
-    for start in range(_first_key(tile * M, N, WINDOW), tl.minimum((tile + 1) * M, T), N):
+    starts = _load_starts(STARTS, batch, rows, T, PACKED)
+    first = _first_key(tile * M, N, WINDOW)
+    if PACKED:
+        first = tl.maximum(first, tl.min(starts, 0) // N * N)
+    for start in range(first, tl.minimum((tile + 1) * M, T), N):
         keys = start + tl.arange(0, N)
         k = _load_tile(K, keys, k_stride, columns, T, D, WIDTH, CHECK)
         v = _load_tile(V, keys, v_stride, columns, T, D, WIDTH, CHECK)
         weights = tl.exp2(dot(q, tl.trans(k)) * scale - log_sums[:, None])
-        if _cuts(start, tile * M, M, N, WINDOW):
+        if PACKED:
+            visible = _visible(rows[:, None], keys[None, :], WINDOW) & (keys[None, :] >= starts[:, None])
+            weights = tl.where(visible, weights, 0.0)
+        elif _cuts(start, tile * M, M, N, WINDOW):
             weights = tl.where(_visible(rows[:, None], keys[None, :], WINDOW), weights, 0.0)
         dscores = weights * (dot(do, tl.trans(v)) - deltas[:, None])
         dq = dot(dscores.to(k.dtype), k, dq)
     _store_tile(DQ, _rotate_back(dq * out_scale, rows, COS, SIN, T, D, WIDTH), rows, dq_stride, columns, T, D)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, window: int = 0, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Causal attention.
 
     Args:
         q: (B, T, H, D), the last dimension contiguous, D even and at most 256.
         k, v: the same, or with fewer heads, each shared by a group of neighbouring query heads.
         window: number of keys that a query attends to, its own included; 0 for all.
+        starts: int32 (B, T), contiguous: index of the first token of each token's document; None for one document.
 
     Returns:
         The output (B, T, H, D), contiguous, and `log_sums` (B, H, T): the base-2 logarithm of each query's sum of
@@ -255,13 +284,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> tuple[Tensor, T
     _forward[triton.cdiv(T, M), B * H](
         q, k, v, o, log_sums, *_strides(q, k, v, o), H, T, scale,
         GROUP=H // k.shape[2], D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0, WINDOW=window,
+        STARTS=q if starts is None else starts, PACKED=starts is not None,
         num_warps=warps, num_stages=stages, maxnreg=registers)  # fmt: skip
     return o, log_sums
 
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sums: Tensor, do: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-    cos: Tensor, sin: Tensor, window: int = 0,
+    cos: Tensor, sin: Tensor, window: int = 0, starts: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Compute the gradients of queries and keys before their rotation, and of values.
 
@@ -270,7 +300,7 @@ def backward(
         do: gradient of the output.
         dq, dk, dv: outputs, of the shapes of q, k, v, the last dimension contiguous.
         cos, sin: that queries and keys were rotated by, float32 (at least T, D / 2), contiguous.
-        window: as for `forward`.
+        window, starts: as for `forward`.
     """
     B, T, H, D = q.shape
     width, kv_heads = _padded(D), k.shape[2]
@@ -280,11 +310,13 @@ def backward(
     _query_gradients[triton.cdiv(T, M), B * H](
         q, k, v, o, do, dq, log_sums, deltas, cos, sin, *_strides(q, k, v, o, do, dq), H, T, scale, out_scale,
         GROUP=H // kv_heads, D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0, WINDOW=window,
+        STARTS=q if starts is None else starts, PACKED=starts is not None,
         num_warps=warps, num_stages=stages, maxnreg=registers)  # fmt: skip
     M, N, warps, stages, registers = _KEY_GRADIENT_TILES[width]
     _key_gradients[triton.cdiv(T, N), B * kv_heads](
         q, k, v, do, dk, dv, log_sums, deltas, cos, sin, *_strides(q, k, v, do, dk, dv), H, T, scale, out_scale,
         GROUP=H // kv_heads, D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0, WINDOW=window,
+        STARTS=q if starts is None else starts, PACKED=starts is not None,
         num_warps=warps, num_stages=stages, maxnreg=registers)  # fmt: skip
 
 

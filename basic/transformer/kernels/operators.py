@@ -20,8 +20,9 @@ replay of the graph repeats only what they did on the device."""
 
 @torch.library.custom_op("basic::rotary_attention", mutates_args=())
 def rotary_attention(
-    x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int, window: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int, window: int = 0,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Project x (B, T, d_model) to queries, keys and values, rotate them by RoPE, and compute causal attention.
 
     The projection is in the operator because only attention uses it, so that it can be rotated in place.
@@ -29,6 +30,7 @@ def rotary_attention(
     Args:
         weight: of the projection; None if x is projected, (B, T, (H + 2 KV heads) D).
         window: number of keys that a query attends to; 0 for all.
+        starts: int32 (B, T), the index of the first token of each token's document; None for one document.
 
     Returns:
         The output (B, T, H, D); and for the backward pass, the logarithms of the softmax's sums and the rotated queries
@@ -37,7 +39,7 @@ def rotary_attention(
     projected = x.clone(memory_format=torch.contiguous_format) if weight is None else x @ weight.T
     qkv = projected.view(*x.shape[:2], num_heads + 2 * num_kv_heads, -1)
     rope.rotate_packed(qkv[:, :, : num_heads + num_kv_heads], cos, sin)
-    o, log_sums = flash_attention.forward(*split_heads(qkv, num_heads), window)
+    o, log_sums = flash_attention.forward(*split_heads(qkv, num_heads), window, starts)
     return o, log_sums, qkv
 
 
@@ -49,8 +51,9 @@ def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
 
 @rotary_attention.register_fake
 def _(
-    x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int, window: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int, window: int = 0,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     B, T, features = x.shape
     heads = num_heads + 2 * num_kv_heads
     D = (features if weight is None else weight.shape[0]) // heads
@@ -64,7 +67,7 @@ def _(
 @torch.library.custom_op("basic::rotary_attention_backward", mutates_args=())
 def rotary_attention_backward(
     x: Tensor | None, weight: Tensor | None, qkv: Tensor, cos: Tensor, sin: Tensor, o: Tensor, log_sums: Tensor,
-    do: Tensor, window: int = 0
+    do: Tensor, window: int = 0, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients of x and of the weight (empty without a weight)."""
     for callback in before_attention_gradients:
@@ -72,7 +75,7 @@ def rotary_attention_backward(
     do = do if do.stride(-1) == 1 else do.contiguous()
     dqkv = torch.empty_like(qkv)
     q_k_v, gradients = split_heads(qkv, o.shape[2]), split_heads(dqkv, o.shape[2])
-    flash_attention.backward(*q_k_v, o, log_sums, do, *gradients, cos, sin, window)
+    flash_attention.backward(*q_k_v, o, log_sums, do, *gradients, cos, sin, window, starts)
     if x is None or weight is None:
         return dqkv.flatten(2), qkv.new_empty(0)
     return _linear_backward(x, weight, dqkv)
@@ -81,7 +84,7 @@ def rotary_attention_backward(
 @rotary_attention_backward.register_fake
 def _(
     x: Tensor | None, weight: Tensor | None, qkv: Tensor, cos: Tensor, sin: Tensor, o: Tensor, log_sums: Tensor,
-    do: Tensor, window: int = 0
+    do: Tensor, window: int = 0, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if x is None or weight is None:
         return qkv.new_empty(qkv.flatten(2).shape), qkv.new_empty(0)
@@ -89,14 +92,15 @@ def _(
 
 
 def _save_attention(ctx, inputs, output) -> None:
-    x, weight, cos, sin, _, _, ctx.window = inputs
+    x, weight, cos, sin, _, _, ctx.window, starts = inputs
     o, log_sums, qkv = output
-    ctx.save_for_backward(None if weight is None else x, weight, qkv, cos, sin, o, log_sums)
+    ctx.save_for_backward(None if weight is None else x, weight, qkv, cos, sin, o, log_sums, starts)
 
 
 def _attention_gradient(ctx, do, _log_sums, _qkv):
-    dx, dweight = rotary_attention_backward(*ctx.saved_tensors, do, ctx.window)
-    return dx, dweight if ctx.needs_input_grad[1] else None, None, None, None, None, None
+    *saved, starts = ctx.saved_tensors
+    dx, dweight = rotary_attention_backward(*saved, do, ctx.window, starts)
+    return dx, dweight if ctx.needs_input_grad[1] else None, None, None, None, None, None, None
 
 
 rotary_attention.register_autograd(_attention_gradient, setup_context=_save_attention)
