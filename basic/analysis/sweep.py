@@ -12,7 +12,7 @@
     config = "../configs/small.toml"
 
 runs/SWEEP/NAME/               a run folder (`basic.training.run_folder`), and outcome.json once the run has ended
-           table.md, loss.png
+           table.md, final_loss.png (over the setting that changes), loss.png (during training)
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def run_sweep(
     Raises:
         InvalidConfigError: a run's folder holds a run with another configuration; or as for `train`.
         DamagedFileError: an outcome.json is damaged.
-        FileExistsError: table.md or loss.png is not one of a sweep.
+        FileExistsError: table.md, final_loss.png or loss.png is not one of a sweep.
         BlockingIOError: another process trains this sweep.
         KeyboardInterrupt: a signal arrived; the current run has been saved.
     """
@@ -140,7 +140,7 @@ def run_sweep(
     folder = Path(folder)
     outputs = [Output(folder / "table.md", "the table of a sweep", _is_table)]
     if not (folder / "table.md").exists():  # otherwise the picture is that of the same sweep
-        outputs.append(picture_output(folder / "loss.png"))
+        outputs += [picture_output(folder / name) for name in ("final_loss.png", "loss.png")]
     check_outputs(outputs, overwrite=True)
     make_folder(folder)
     with FolderLock(folder):
@@ -211,11 +211,11 @@ def _expand(
     runs: dict[str, SweepRun] = {}
     for variant in variants:
         changes = {key: value for key, value in flatten_settings(variant).items() if key != "name"}
-        labels = [variant["name"]] if "name" in variant else [_label(*change) for change in changes.items()]
+        labels = [variant["name"]] if "name" in variant else [setting_label(*change) for change in changes.items()]
         axes = {key: values for key, values in grid.items() if key not in changes}  # the variant's own value wins
         for values in itertools.product(*axes.values()):
             point = dict(zip(axes, values, strict=True))
-            name = ",".join(labels + [_label(*setting) for setting in point.items()]) or "only"
+            name = ",".join(labels + [setting_label(*setting) for setting in point.items()]) or "only"
             if name in runs:
                 raise InvalidConfigError(f"two runs would be called {name!r}; change the names")
             if "/" in name or name.startswith("."):
@@ -312,6 +312,6 @@ def _nest(settings: Mapping[str, Any]) -> dict[str, Any]:
     return tables
 
 
-def _label(key: str, value: Any) -> str:
+def setting_label(key: str, value: Any) -> str:
     """Format a setting for a run's name: "train.lr", 0.1 becomes "lr=0.1"."""
     return f"{key.rpartition('.')[2]}={value:g}" if isinstance(value, float) else f"{key.rpartition('.')[2]}={value}"

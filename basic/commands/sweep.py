@@ -29,6 +29,7 @@ class Options:
 
 def main(options: Options) -> None:
     from basic.analysis.sweep import plot_sweep, read_sweep, result_table, run_sweep
+    from basic.analysis.sweep_plot import plot_final_losses
 
     if not options.sweeps:
         raise InvalidInputError("no sweep given; name at least one file, or an included one, such as learning_rate")
@@ -40,8 +41,11 @@ def main(options: Options) -> None:
         folder = options.output / (f"{name}_small" if options.small else name)
         print(f"{name}: {len(runs)} runs in {folder}")
         results = run_sweep(runs, folder, open_data, progress=True)
-        picture = plot_sweep(runs, folder)
-        print(f"\n{result_table(results)}\nwrote {folder / 'table.md'}" + f" and {picture}" * bool(picture))
+        plot_final_losses(runs, results, folder / "final_loss.png")
+        curves = plot_sweep(runs, folder)
+        print(f"\n{result_table(results)}\nwrote {folder / 'final_loss.png'} (the final losses), {folder / 'table.md'}")
+        if curves is not None:
+            print(f"wrote {curves} (the losses during training)")
 
 
 def open_data(data):
