@@ -106,7 +106,8 @@ def gguf_tokenizer_fields(tokenizer: Tokenizer, vocab_size: int, end_of_text: st
         InvalidInputError: llama.cpp would give other ids; the message has the reason.
     """
     content, settings = tokenizer.content(), tokenizer.settings
-    check_all_bytes(content.vocab.values(), "the vocabulary")
+    if settings.missing_bytes is None:
+        check_all_bytes(content.vocab.values(), "the vocabulary")
     tokenizer.used_merges.check_order()
     if content.merges is None:
         raise InvalidInputError("llama.cpp needs merges, but this tokenizer has ranks (it is from a rank file)")

@@ -206,6 +206,18 @@ def test_options_of_a_tokenizer_round_trip(tokenizer: Tokenizer) -> None:
     assert loaded.settings.flags == settings.flags
 
 
+def test_a_vocabulary_that_lacks_bytes_goes_both_ways(tokenizer: Tokenizer) -> None:
+    """SmolLM2's lacks eight. A tokenizer of our own that lacks one is refused."""
+    vocab = {i: token for i, token in tokenizer.vocab.items() if token != b"\x04"}
+    fields = gguf_tokenizer_fields(tokenizer, tokenizer.vocab_size, END)
+    fields["tokenizer.ggml.token_type"][tokenizer.token_to_id(b"\x04")] = 5
+    loaded = read_gguf_tokenizer(fields)
+    assert loaded.vocab == vocab
+    assert read_gguf_tokenizer(gguf_tokenizer_fields(loaded, loaded.vocab_size, END)).vocab == vocab
+    with pytest.raises(InvalidInputError, match="lacks a token for the byte 0x04"):
+        gguf_tokenizer_fields(Tokenizer(vocab, tokenizer.merges), tokenizer.vocab_size, END)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

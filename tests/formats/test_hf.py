@@ -1,5 +1,6 @@
 """Models in Hugging Face format, exported and imported, compared with transformers itself."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -22,6 +23,7 @@ from basic.generation.text import complete
 from basic.model import ModelConfig, TransformerLM
 from basic.Tokenizer import Tokenizer
 from basic.train_bpe import train_bpe
+from basic.training.checkpoints.file import read_checkpoint, save_checkpoint
 from basic.training.run_folder import load_run
 from basic.training.settings import DataConfig, RunConfig, TrainConfig
 from tests.conftest import SHARED_DATA, shared_data
@@ -434,13 +436,29 @@ def test_pickle_is_read_only_on_request_and_never_runs_code(tmp_path):
         load_hf(hf, unpickle=True)
 
 
-@pytest.mark.parametrize("wrapped", ["alone", "in a checkpoint", "compiled"])
+def test_a_run_whose_checkpoint_has_names_of_wrappers_is_loaded(tokenizer, tmp_path):
+    model = random_model({}, tokenizer.vocab_size)
+    export_hf(model, tmp_path / "hf", tokenizer)
+    import_hf(tmp_path / "hf", tmp_path / "run")
+    weights = copy.deepcopy(model)
+    weights.layers[1] = torch.nn.ModuleDict({"_orig_mod": torch.nn.ModuleDict({"module": weights.layers[1]})})
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000000.safetensors"
+    save_checkpoint(torch.nn.ModuleDict({"module": weights}), None, 0, checkpoint)
+    assert "module.layers.1._orig_mod.module.ln1.weight" in dict(read_checkpoint(checkpoint).entry("model"))
+    assert same_weights(load_run(tmp_path / "run", device="cpu").model, model)
+
+
+@pytest.mark.parametrize("wrapped", ["alone", "in a checkpoint", "compiled", "sharded"])
 def test_state_dict_with_our_names_becomes_a_run(wrapped, tokenizer, tmp_path):
     model = random_model({"norm": "post", "tied_embeddings": True}, 300)
     state: dict[str, Any] = dict(model.state_dict())
     if wrapped == "compiled":
         state = {f"_orig_mod.module.{name.replace('s.1.', 's.1._orig_mod.')}": state[name] for name in state}
         assert "_orig_mod.module.layers.1._orig_mod.ln1.weight" in state
+    if wrapped == "sharded":
+        state = {
+            name.replace("s.1.", "s.1._fsdp_wrapped_module._checkpoint_wrapped_module."): state[name] for name in state
+        }
     content = {"iteration": 7, "optimizer": {"state": {}}, "model": state} if wrapped != "alone" else state
     torch.save(content, tmp_path / "model.pt")
     tokenizer.save(tmp_path / "tokenizer")

@@ -34,6 +34,14 @@ def test_attention_with_shared_keys(head_size, heads, group, dtype):
 
 
 @HALVES
+@pytest.mark.parametrize(("head_size", "heads", "group"), [(64, 8, 4), (128, 4, 1), (40, 4, 2)])
+@pytest.mark.parametrize("window", [2, 64, 100, 700])
+def test_attention_in_a_window(head_size, heads, group, window, dtype):
+    for seq in (17, 129, 1000):
+        kernel_checks.check_attention(seq, head_size, dtype, "cuda", heads=heads, group=group, window=window)
+
+
+@HALVES
 def test_attention_finds_nan(dtype):
     kernel_checks.check_attention_finds_nan(dtype, "cuda")
 
@@ -130,6 +138,15 @@ def test_decoder(d_model, num_heads, num_kv_heads, tied, prompt_lengths, dtype):
         "tied_embeddings": tied,
         "num_layers": 2,
     }
+    kernel_checks.check_decoder(ModelConfig(**sizes), prompt_lengths, 130, dtype, "cuda")
+
+
+@HALVES
+@pytest.mark.parametrize("prompt_lengths", [[1], [3, 1, 60]], ids=len)
+@pytest.mark.parametrize("window", [None, 1, 50, 65])
+def test_decoder_with_biases_norms_and_a_window(window, prompt_lengths, dtype):
+    sizes: dict[str, Any] = {"vocab_size": 1001, "context_length": 200, "d_model": 256, "num_layers": 2, "num_heads": 6}
+    sizes |= {"num_kv_heads": 2, "head_dim": 64, "qkv_bias": True, "qk_norm": True, "sliding_window": window}
     kernel_checks.check_decoder(ModelConfig(**sizes), prompt_lengths, 130, dtype, "cuda")
 
 
