@@ -159,6 +159,10 @@ class KernelEncoder:
         pattern: finds the pre-tokens.
         special_tokens: bytes and id of each.
         dtype: of the ids, uint16 or uint32.
+
+    Attributes:
+        dtype: as given.
+        strings: encodes short strings, with special tokens, as fast as possible: see `StringEncoder`.
     """
 
     def __init__(
@@ -177,20 +181,12 @@ class KernelEncoder:
         self._no_specials = special_token_tables([])
         self._idle: list[PretokenEncoder] = []  # not in use by a thread
         self._idle_for_streams: list[PretokenEncoder] = []
-        self._strings = StringEncoder(self._pattern, self._merges, dtype, self._specials)
+        self.strings = StringEncoder(self._pattern, self._merges, dtype, self._specials)
+        self._idle.append(self._take_encoder())
 
-    def encode_string(self, text: str) -> list[int] | None:
-        """Encode a short string, with special tokens, as fast as possible; None if `encode_list` must do it.
-
-        Raises:
-            TypeError: it is not a string.
-            UnicodeEncodeError: it has lone surrogates.
-        """
-        ids = self._strings.encode(text)
-        if type(ids) is list:
-            return ids
-        self._strings = self._strings.successor(ids)
-        return None
+    def replace_strings(self, status: int) -> None:
+        """Continue with another encoder of short strings after `strings.encode` has returned an int."""
+        self.strings = self.strings.successor(status)
 
     def _take_encoder(self) -> PretokenEncoder:
         """An idle encoder or a new one; the caller returns it to the idle ones."""

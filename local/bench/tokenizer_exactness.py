@@ -123,7 +123,10 @@ class Compared:
             different |= ours ^ theirs
         if by_tokenizers:
             nfc = tokenizers.normalizers.NFC()
-            different |= {c for c in ALL if nfc.normalize_str(c) != unicodedata.normalize("NFC", c)}
+            # Beside marks of the highest and the lowest class, a mark shows the class that it has there.
+            for text in (f"{before}{c}{after}" for c in ALL for before, after in (("", ""), ("\u0345", "\u0334"))):
+                if nfc.normalize_str(text) != unicodedata.normalize("NFC", text):
+                    different.add(text.strip("\u0345\u0334") or text)
         return different
 
     @cached_property

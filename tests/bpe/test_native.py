@@ -102,7 +102,7 @@ def test_a_string_without_tokens_leaves_nothing_in_the_table():
     tokenizer = Tokenizer({i: bytes([i]) for i in b"abc de"}, [], kernels=True)
     encoder = tokenizer.kernel_encoder(1 << 20)
     assert encoder is not None
-    encode = encoder._strings.encode
+    encode = encoder.strings.encode
     assert encode("abc") == list(b"abc")
     assert not isinstance(encode("abcde x"), list)
     assert encode("abcde") == list(b"abcde")

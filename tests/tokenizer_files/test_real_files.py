@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import tokenizers
 
+from basic.formats.tokenizer_json import save_tokenizer_json
 from basic.Tokenizer import Tokenizer
+from basic.train_bpe import learn_more_merges
 from tests.conftest import shared_data
 from tests.helpers.tokenizer_tools import END, tiktoken_of
 from tests.test_tokenizer import TEXT_FILES
@@ -78,3 +80,12 @@ def test_a_published_model(tmp_path):
             assert "\ufffd" in ours.decode(ours.encode(text, errors="replace"))
         else:
             assert ours.encode(text) == huggingface.encode(text).ids
+    german = shared_data("german.txt")
+    merges = learn_more_merges(german, 20, ours.merges, ours.special_token_ids, pattern=ours.pattern)
+    extended = ours.with_merges(merges).with_special_tokens(["<|new|>"])
+    save_tokenizer_json(extended, tmp_path / "extended.json")
+    huggingface = tokenizers.Tokenizer.from_file(str(tmp_path / "extended.json"))
+    text = german.read_text(encoding="utf-8") + "<|new|>12 34<|im_end|>"
+    assert extended.encode(text) == huggingface.encode(text).ids
+    assert len(extended.encode(text)) < len(ours.encode(text))
+    assert extended.encode("Hello 123") == ours.encode("Hello 123")

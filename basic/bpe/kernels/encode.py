@@ -393,6 +393,7 @@ class PretokenEncoder:
         self._buffers = new_buffers(BUFFER_LENGTH)
         self._call: PreparedCall | None = None
         self._specials: SpecialTokenTables | None = None
+        self._clear()  # the system provides the memory at the first write: now, not in the first text
 
     def encode(self, data: np.ndarray, start: int, stop: int, specials: SpecialTokenTables) -> np.ndarray:
         """Encode data[start:stop], which must start and end at safe positions.
