@@ -27,6 +27,16 @@ def test_attention(head_size, dtype):
 
 
 @HALVES
+@pytest.mark.parametrize(
+    ("head_size", "window", "group"), [(64, 0, 1), (32, 0, 1), (24, 0, 1), (64, 100, 4), (128, 0, 2)]
+)
+def test_attention_in_packed_documents(head_size, window, group, dtype):
+    for seq, documents in ((64, 1), (129, 30), (1000, 3), (1024, 200)):
+        options = {"batch": 3, "heads": 2 * group, "group": group, "window": window, "documents": documents}
+        kernel_checks.check_attention(seq, head_size, dtype, "cuda", **options)
+
+
+@HALVES
 @pytest.mark.parametrize(("head_size", "heads", "group"), [(64, 9, 3), (64, 8, 4), (128, 6, 6), (40, 4, 2)])
 def test_attention_with_shared_keys(head_size, heads, group, dtype):
     for seq in (1, 17, 129, 1000):

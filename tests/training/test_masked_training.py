@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from basic.common.errors import DamagedFileError, InvalidConfigError
+from basic.common.errors import DamagedFileError, InvalidConfigError, InvalidInputError
 from basic.model import TransformerLM
 from basic.tokens.flat_file import TokenFileWriter
 from basic.tokens.info import BEGINS_DOCUMENT, IS_LEARNED, mask_path, read_sidecar
@@ -181,7 +181,11 @@ def test_training_with_a_mask_equals_a_loop_with_torchs_ignore_index(data, tmp_p
 # --- Packed documents -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 1}, {"positions": "none"}, {"sliding_window": 3}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_kv_heads": 1, "value_embeddings": True}, {"positions": "none"}, {"sliding_window": 3}],
+    ids=str,
+)
 def test_a_packed_document_gives_what_it_gives_alone(changes):
     torch.manual_seed(1)
     model = TransformerLM(tiny(vocab_size=VOCAB, context_length=CONTEXT, **changes)).double()
@@ -202,6 +206,14 @@ def test_a_packed_document_gives_what_it_gives_alone(changes):
                 num_documents += 1
     assert num_documents > 6
     torch.testing.assert_close(model.loss(x, y, num_targets.double(), begins), total / num_targets)
+
+
+def test_a_run_is_not_resumed_with_another_mask(data, tmp_path):
+    config = configuration(steps=2, warmup_steps=0)
+    train(config, *data, tmp_path / "run")
+    other = token_file(tmp_path / "other.bin", np.asarray(data[0]), mask_of(data[0], 0.5, 7))
+    with pytest.raises(InvalidInputError, match="was started with other train_tokens"):
+        train(configuration(steps=3), other, data[1], tmp_path / "run", resume=True)
 
 
 def test_packed_rows_resume_with_another_batch_size_and_train_like_any(tmp_path):

@@ -149,6 +149,8 @@ def _describe_tokens(tokens: Tokens) -> dict[str, Any]:
         digest.update(tokens[start : start + _CHUNK_TOKENS].astype("<i8").tobytes())
         if len(tokens) <= _CHUNK_TOKENS:
             break
+    if info is not None and info.mask_sha256 is not None:
+        digest.update(info.mask_sha256.encode())
     return {
         "path": None if path is None else str(path),
         "count": len(tokens),
