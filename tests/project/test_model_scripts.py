@@ -14,6 +14,7 @@ import pytest
 
 from basic.analysis.evaluation import evaluate_tokens
 from basic.analysis.sweep import SweepData
+from basic.chat import ChatFormat
 from basic.encoding import encode_file
 from basic.generation.text import complete
 from basic.model import ModelConfig
@@ -84,6 +85,49 @@ def test_samples_differ_and_repeat_with_the_seed(folder, capsys, monkeypatch):
     samples = complete(run.model, BYTES, ["the"], 20, num_samples=3, top_k=9, top_p=0.95, seed=4)
     assert len(set(samples)) == 3
     assert text == "".join(f"the{sample}\n\n" for sample in samples)
+
+
+def test_a_chat_remembers_the_conversation_until_it_does_not_fit(capsys):
+    prompts = []
+
+    def answer(prompt: str) -> list[str]:
+        prompts.append(prompt)
+        return ["I ", f"say {len(prompts)}."]
+
+    talk = script("generate").talk
+    talk(ChatFormat(BYTES), ["a", "bb", "c"], answer, "be", 1000)
+    first = "System:\nbe\n\nUser:\na\n\nAssistant:\n"
+    second = f"{first}I say 1.{END}\n\nUser:\nbb\n\nAssistant:\n"
+    third = f"System:\nbe\n\nUser:\nbb\n\nAssistant:\nI say 2.{END}\n\nUser:\nc\n\nAssistant:\n"
+    longer = second + f"I say 2.{END}\n\nUser:\nc\n\nAssistant:\n"
+    assert prompts == [first, second, longer]
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("I say 1.\n\nI say 2.\n\nI say 3.\n\n", "")
+    prompts.clear()
+    talk(ChatFormat(BYTES), ["a", "bb", "c"], answer, "be", 80)
+    assert prompts == [first, second, third]
+    assert capsys.readouterr().err.count("the oldest messages are forgotten") == 1
+
+
+def test_the_script_talks(folder, capsys, monkeypatch):
+    run = load_run(folder / "run", device="cpu")
+    prompt = ChatFormat(BYTES).prompt([{"role": "user", "content": "a"}])
+    (expected,) = complete(run.model, BYTES, [prompt], 20, temperature=0)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\n"))
+    assert generate_output(capsys, monkeypatch, folder, "--chat", "--temperature", "0") == f"{expected}\n\n"
+    assert generate_output(capsys, monkeypatch, folder, "--chat", "--prompt", "a", "--temperature", "0") == (
+        f"{expected}\n\n"
+    )
+
+
+def test_a_checkpoint_is_chosen_by_its_step(folder, capsys, monkeypatch):
+    step = load_run(folder / "run", device="cpu").step
+    newest = generate_output(capsys, monkeypatch, folder, "--prompt", "a", "--temperature", "0")
+    options = ("--prompt", "a", "--temperature", "0", "--checkpoint")
+    assert generate_output(capsys, monkeypatch, folder, *options, str(step)) == newest
+    assert generate_output(capsys, monkeypatch, folder, *options, "best") == newest
+    with pytest.raises(SystemExit, match="has no checkpoint of step 999"):
+        generate_output(capsys, monkeypatch, folder, *options, "999")
 
 
 class Terminal(io.StringIO):
