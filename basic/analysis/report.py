@@ -59,13 +59,14 @@ def report_output(path: str | os.PathLike) -> Output:
     return Output(path, "a report", is_ours)
 
 
-def report_page(run_dir: str | os.PathLike, *, floor_nats: float | None = None) -> str:
+def report_page(run_dir: str | os.PathLike, *, floor_nats: float | None = None, refresh_s: int | None = None) -> str:
     """Return the page about a run as self-contained HTML.
 
     Sections without data (samples, tokenizer, environment) are omitted.
 
     Args:
         floor_nats: lowest possible loss in nats per token, drawn as a dashed line.
+        refresh_s: seconds after which an open page loads itself again, for a run that trains; None for never.
 
     Raises:
         InvalidInputError: `floor_nats` is not finite.
@@ -101,6 +102,7 @@ def report_page(run_dir: str | os.PathLike, *, floor_nats: float | None = None) 
         figures=_key_figures(training, files["validation"]),
         sections=_lines(html),
         curves=_script_json({"columns": _curve_columns(training), "lost": skipped, "floor": floor_nats}),
+        refresh="" if refresh_s is None else f'<meta http-equiv="refresh" content="{refresh_s}">\n',
         style=(pages / "report.css").read_text("utf-8"),
         script=(pages / "report.js").read_text("utf-8"),
     )
@@ -170,7 +172,9 @@ def _curves_section(training: Sequence[Record], skipped: Sequence[int], floor_na
         steps = _abbreviate(f"{step:,}" for step in skipped)
         notes.append(f"Steps without an update, because the loss or the gradient was not finite: {steps}.")
     return (
-        f'<fieldset class="axis-choice"><legend>x-axis</legend>\n{axes}\n</fieldset>\n'
+        f'<fieldset class="axis-choice"><legend>x-axis</legend>\n{axes}\n'
+        '<label class="smoothing">smoothing <input type="range" min="0" max="0.95" step="0.05" value="0"></label>\n'
+        "</fieldset>\n"
         f'<noscript><p class="warning">The curves need JavaScript, which is disabled.</p></noscript>\n'
         f'<div class="curves">\n{charts}\n</div>\n'
         + (f'<p class="soft" style="margin-top: 1.25rem">{" ".join(notes)}</p>\n' if notes else "")

@@ -29,6 +29,7 @@ def save_tiktoken(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
         ...     mergeable_ranks=tiktoken.load.load_tiktoken_bpe("ours.tiktoken"),
         ...     special_tokens=tokenizer.special_token_ids,
         ... )
+        <Encoding 'ours'>
     """
     write_rank_file(tokenizer.content(), tokenizer.used_merges, path)
 

@@ -517,10 +517,30 @@ def test_script_says_how_to_install_what_is_missing(folder, monkeypatch, name):
     with pytest.raises(SystemExit) as caught:
         run_script(monkeypatch, "--runs", folder, "--port", 0)
     assert re.fullmatch(
-        rf"error: {name}[\w.]* is not installed; use `uv run --extra playground \.\.\.`; in an environment that was "
-        r"installed by hand \(--no-sync\): `uv pip install starlette anyio uvicorn`",
+        rf"error: {name}[\w.]* is not installed; use `pip install starlette anyio uvicorn`, or in a clone with uv's "
+        r"environment `uv run --extra playground \.\.\.`",
         str(caught.value.code),
     )
+
+
+def test_without_a_port_the_next_free_one_is_used_and_a_person_gets_a_browser(playground, folder, monkeypatch, capsys):
+    served, opened = [], []
+    monkeypatch.setattr("uvicorn.Server.run", lambda server, sockets: served.append(sockets[0]))
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setattr("basic.commands.show.playground.FIRST_PORT", port)
+        run_script(monkeypatch, "--runs", folder, "--gpt2-vocab", folder / "none.json")
+        used = served[0].getsockname()[1]
+        served[0].close()
+    output = capsys.readouterr().out
+    assert used > port
+    assert f"port        {port} is taken, so {used} is used; --port chooses another" in output
+    assert opened == []  # the output goes to no terminal
+    monkeypatch.setattr("basic.commands.show.playground.has_person", lambda: True)
+    run_script(monkeypatch, "--runs", folder, "--gpt2-vocab", folder / "none.json", "--port", 0)
+    assert opened == [f"http://127.0.0.1:{served[1].getsockname()[1]}/"]
+    served[1].close()
 
 
 def test_script_says_which_port_is_taken(playground, folder, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import runpy
 import shutil
 import sys
@@ -119,7 +120,7 @@ def test_chart_columns_are_in_the_data_and_named(run_dir):
         names = str(attributes["data-series"]).split(" ")
         assert set(names) <= page.curves["columns"].keys()
         assert len(str(attributes["data-names"]).split("|")) == len(names)
-    axes = [attributes["value"] for tag, attributes in page.elements if tag == "input"]
+    axes = [attributes["value"] for tag, attributes in page.elements if attributes.get("name") == "axis"]
     assert axes == ["step", "tokens", "wall_s"]
     assert set(axes) <= page.curves["columns"].keys()
 
@@ -286,6 +287,25 @@ def test_script_writes_the_page_to_the_run_or_to_output(run_dir, tmp_path, monke
     assert Page((tmp_path / "page.html").read_text("utf-8")).curves["floor"] == 0.25
     with pytest.raises(SystemExit, match=r"^error: .*nowhere is not a run: it has no config\.toml"):
         run_script(monkeypatch, "report", tmp_path / "nowhere")
+
+
+def test_a_followed_run_has_a_page_that_loads_itself_until_the_run_ends(run_dir, monkeypatch, capsys):
+    pages, path = [], run_dir / "report.html"
+    text = (run_dir / "config.toml").read_text()
+    last = read_metrics(run_dir / "metrics.jsonl")[-1]["step"]
+    longer = re.sub(r"^steps = .*", f"steps = {last + 1}", text, flags=re.M)
+    (run_dir / "config.toml").write_text(longer)
+
+    def train_on(seconds: float) -> None:
+        pages.append(path.read_text("utf-8"))
+        (run_dir / "config.toml").write_text(longer.replace(f"steps = {last + 1}", f"steps = {last}"))
+
+    monkeypatch.setattr("time.sleep", train_on)
+    run_script(monkeypatch, "report", run_dir, "--follow")
+    assert len(pages) == 1
+    assert '<meta http-equiv="refresh" content="10">' in pages[0]
+    assert 'http-equiv="refresh"' not in path.read_text("utf-8")
+    assert f"wrote {path} " in capsys.readouterr().out
 
 
 def test_plotting_script_labels_runs_and_skips_duplicates(run_dir, tmp_path, monkeypatch):

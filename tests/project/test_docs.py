@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from pathlib import Path
 
@@ -89,6 +90,13 @@ def test_links_and_named_files_exist(page):
 def test_a_page_stays_short(page, most):
     lines = num_lines(page)
     assert lines <= most, f"{page.name} has {lines} lines, at most {most} are allowed: move details to docs/"
+
+
+def test_the_names_in_the_handout_table_exist():
+    text = (REPOSITORY / "docs" / "handout.md").read_text(encoding="utf-8")
+    names = [span for span in CODE.findall(text) if re.fullmatch(r"basic(\.\w+)+", span)]
+    assert len(names) > 30
+    assert all(callable(pkgutil.resolve_name(name)) for name in names)
 
 
 def test_line_counts_in_the_readme_are_true():

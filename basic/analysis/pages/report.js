@@ -20,6 +20,8 @@ const charts = [...document.querySelectorAll(".chart")].map((figure) => ({
   })),
 }));
 let axis = "step"; // the column on the x-axis
+let smoothing = 0; // the share of the mean so far in the next mean; evaluations and rates are shown as they are
+const noisy = ["train_loss", "gradient_norm", "tokens_per_s"];
 let marked = null; // the index of the marked record
 
 // --- Numbers ---
@@ -143,6 +145,17 @@ function thinPoints(points) {
   return result;
 }
 
+/* The running mean of a column, which forgets earlier values; it begins with the first value, not with 0. */
+function smoothed(values) {
+  let [sum, weight] = [0, 0];
+  return values.map((value) => {
+    if (value === null || value === undefined) return value;
+    sum = smoothing * sum + (1 - smoothing) * value;
+    weight = smoothing * weight + (1 - smoothing);
+    return sum / weight;
+  });
+}
+
 function draw(chart) {
   const { clientWidth: width, clientHeight: height } = chart.plot;
   const svg = element("svg", { width, height, "aria-hidden": "true" });
@@ -161,8 +174,8 @@ function draw(chart) {
   if (chart.isLoss && curves.floor !== null) {
     svg.append(element("path", { class: "floor", d: `M${margin.left} ${y.toPixel(curves.floor)}H${width - margin.right}` }));
   }
-  for (const { values, style } of chart.series) {
-    let points = values
+  for (const { key, values, style } of chart.series) {
+    let points = (noisy.includes(key) ? smoothed(values) : values)
       .map((value, index) => [x.toPixel(columns[axis][index]), value])
       .filter(([, value]) => value !== null && !(chart.logarithmic && value <= 0))
       .map(([at, value]) => [at, y.toPixel(value)]);
@@ -256,7 +269,13 @@ for (const chart of charts) {
   });
   new ResizeObserver(() => draw(chart)).observe(chart.plot);
 }
-document.querySelectorAll(".axis-choice input").forEach((input) =>
+document.querySelectorAll(".smoothing input").forEach((input) =>
+  input.addEventListener("input", () => {
+    smoothing = Number(input.value);
+    charts.forEach(draw);
+  })
+);
+document.querySelectorAll(".axis-choice input[type=radio]").forEach((input) =>
   input.addEventListener("change", () => {
     axis = input.value;
     charts.forEach(draw);

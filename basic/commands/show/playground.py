@@ -6,7 +6,11 @@ tokenizers side by side, generates text, and shows the loss and the most likely 
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
+import sys
+import webbrowser
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +20,7 @@ from basic.common import command_line
 from basic.common.errors import DependencyError, InvalidInputError, how_to_install
 
 GPT2 = Path("data")
+FIRST_PORT, NUM_PORTS = 8000, 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +30,15 @@ class Options:
     runs: Path = Path("runs")
     """Folder of runs; their tokenizers can be selected on the page."""
     gpt2_vocab: Path = GPT2 / "gpt2_vocab.json"
-    """Vocabulary of GPT-2, for comparison; omitted if the file does not exist."""
+    """Vocabulary of GPT-2, vocab.json as it is published, for comparison; omitted if the file does not exist."""
     gpt2_merges: Path = GPT2 / "gpt2_merges.txt"
-    """Merges of GPT-2."""
+    """Merges of GPT-2, merges.txt."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 allows everyone on the network to open the page, for example from a phone."""
-    port: int = 8000
-    """Port to listen on; 0: any free port."""
+    port: int | None = None
+    """Port to listen on; 0: any free port; None: 8000, or the next free one after it."""
+    browser: bool = True
+    """Open the page in a browser, if a person started the command at a terminal of a desktop."""
     device: str = "auto"
     """cpu, cuda, mps ...; auto: the fastest one available."""
 
@@ -42,7 +49,7 @@ def main(options: Options) -> None:
     from basic.bpe.loading import load_kernels
     from basic.training.run_folder import load_run
 
-    if not 0 <= options.port < 2**16:
+    if options.port is not None and not 0 <= options.port < 2**16:
         raise InvalidInputError(f"--port must be from 0 to 65535, got {options.port}")
     folder = options.run or newest_run(options.runs)
     run = None if folder is None else load_run(folder, device=options.device)
@@ -51,19 +58,39 @@ def main(options: Options) -> None:
     tokenizers = playground.about()["tokenizers"]
     if not tokenizers:
         raise FileNotFoundError(f"{options.runs} has no tokenizer yet; `basic quickstart` trains one in a few minutes")
-    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    try:
-        listener = socket.create_server((options.host, options.port), family=family)
-    except OSError as error:
-        reason, remedy = str(error.strerror).partition(" (")[0], "choose another --host or --port (0: any free port)"
-        raise OSError(f"cannot listen on {options.host}, port {options.port} ({reason}); {remedy}") from error
+    listener = listen(options.host, options.port)
     load_kernels("encoding")  # not during the first request for a long text, which would wait
-    host = f"[{options.host}]" if family == socket.AF_INET6 else options.host
+    host, port = f"[{options.host}]" if ":" in options.host else options.host, listener.getsockname()[1]
     command_line.print_text(f"tokenizers  {', '.join(tokenizers)}")  # names of folders
     none = command_line.as_started("none yet; `basic quickstart` trains one")
     print(f"model       {none if run is None else f'{folder}, step {run.step:,}'}")
-    print(f"open        http://{host}:{listener.getsockname()[1]}/  (Ctrl-C to stop)", flush=True)
+    if options.port is None and port != FIRST_PORT:
+        print(f"port        {FIRST_PORT} is taken, so {port} is used; --port chooses another")
+    print(f"open        http://{host}:{port}/  (Ctrl-C to stop)", flush=True)
+    if options.browser and has_person():
+        webbrowser.open(f"http://{host}:{port}/")
     serve(create_app(playground, host=options.host), listener)
+
+
+def listen(host: str, port: int | None) -> socket.socket:
+    """Listen on a port; None: the first free one from FIRST_PORT on."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for candidate in [*range(FIRST_PORT, FIRST_PORT + NUM_PORTS), 0] if port is None else [port]:
+        try:
+            return socket.create_server((host, candidate), family=family)
+        except OSError as error:
+            if port is None and error.errno == errno.EADDRINUSE:
+                continue
+            reason = str(error.strerror).partition(" (")[0]
+            remedy = "choose another --host or --port (0: any free port)"
+            raise OSError(f"cannot listen on {host}, port {candidate} ({reason}); {remedy}") from error
+    raise AssertionError("port 0 is never taken")
+
+
+def has_person() -> bool:
+    """Whether a person at a desktop reads the output: elsewhere a browser would open in the terminal, or nowhere."""
+    has_desktop = sys.platform in ("darwin", "win32") or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
+    return sys.stdout.isatty() and has_desktop
 
 
 def command() -> None:

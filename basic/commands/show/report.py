@@ -1,10 +1,13 @@
 """Write a report of a run as one self-contained HTML file: `basic report runs/quickstart`.
 
-It has interactive curves, the samples over time, the tokenizer, the settings and the machine.
+It has interactive curves, the samples over time, the tokenizer, the settings and the machine. Every run leaves one at
+its end; `basic report runs/my --follow` shows a run that trains.
 """
 
 from __future__ import annotations
 
+import sys
+import time
 import warnings
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -15,6 +18,8 @@ import tyro
 
 from basic.common import command_line
 from basic.common.errors import BasicError
+
+FOLLOW_S = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,8 @@ class Options:
     """Replace the report that exists."""
     entropy: float | None = None
     """Entropy of the data in nats per token, if it is known; drawn as a line."""
+    follow: bool = False
+    """Write the report again every 10 seconds until the run has done all its steps. An open page loads itself again."""
 
 
 def main(options: Options) -> None:
@@ -35,11 +42,31 @@ def main(options: Options) -> None:
     from basic.common.outputs import reserved_outputs
 
     output = options.output or options.run / "report.html"
-    with reserved_outputs([report_output(output)], overwrite=options.overwrite):
-        page = report_page(options.run, floor_nats=options.entropy).encode()
+
+    def write(refresh_s: int | None) -> bytes:
+        page = report_page(options.run, floor_nats=options.entropy, refresh_s=refresh_s).encode()
         with atomic_write(output) as file:
             file.write(page)
+        return page
+
+    with reserved_outputs([report_output(output)], overwrite=options.overwrite):
+        try:
+            while options.follow and not is_finished(options.run):
+                write(FOLLOW_S)
+                print(f"\r{output} is of {time.strftime('%H:%M:%S')}; Ctrl-C ends", end="", file=sys.stderr, flush=True)
+                time.sleep(FOLLOW_S)
+        finally:
+            page = write(None)
     print(f"wrote {output} ({len(page) / 1e3:,.0f} kB); open it in any browser")
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether a run has done all its steps."""
+    from basic.training.records.metrics import read_metrics
+    from basic.training.run_folder import load_run_config
+
+    records = read_metrics(run_dir / "metrics.jsonl")
+    return bool(records) and records[-1]["step"] == load_run_config(run_dir).train.steps
 
 
 def leave_report(run_dir: Path, *, entropy: float | None = None) -> None:
