@@ -24,10 +24,12 @@ import tyro
 from basic.commands import own_text
 from basic.commands.show.report import leave_report
 from basic.common import command_line
-from basic.common.config_files import load_config
+from basic.common.config_files import from_table, load_config
 from basic.common.errors import InvalidConfigError, InvalidInputError
 from basic.formats.initial_model import InitialModel, open_initial_model
+from basic.training.parallel.devices import choose_device, matmul_flops_per_s
 from basic.training.parallel.world import World, join_world
+from basic.training.recipes import RecipeName, recipe_settings
 from basic.training.run_folder import checkpoint_paths, load_run_config
 from basic.training.settings import RunConfig
 
@@ -38,6 +40,11 @@ class Options:
     """The model, the training and the data."""
     config: Path | None = None
     """TOML file with settings; they become the defaults of the other options."""
+    recipe: RecipeName | None = None
+    """Sizes, optimizer, rates and number of steps that suit a depth, or the minutes; modern reaches a lower loss in the
+    same time than the assignment's, handout. Settings of --config, and options, override those of the recipe."""
+    depth: int | None = None
+    """Number of blocks of the recipe; None for as many as suit --minutes on this machine."""
     output: Path | None = None
     """Run folder to create; None: runs/ and the name of the configuration file. Must not contain another run."""
     resume: Path | None = None
@@ -52,20 +59,35 @@ class Options:
 def parse(arguments: list[str]) -> tuple[Options, InitialModel | None]:
     """Parse the options, and open the model of --init-from.
 
-    --config, --resume and --init-from are parsed first, because they have the defaults of the other options.
+    --config, --recipe, --resume and --init-from are parsed first, because they have the defaults of the other options.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--init-from")
     source, arguments = first.parse_known_args(arguments)
     first.add_argument("--config", type=Path)
     first.add_argument("--resume", type=Path, nargs="?")
+    first.add_argument("--recipe")
+    first.add_argument("--depth", type=command_line.parse_integer)
     given, others = first.parse_known_args(arguments)
     initial = None if source.init_from is None else open_initial_model(source.init_from)
     if initial is not None and given.resume is not None:
         raise InvalidInputError("--resume continues with the weights of the run itself; leave --init-from out")
     if given.config is not None and given.resume is not None:
         raise InvalidInputError("--resume takes the settings from the run itself; leave --config out")
-    if given.resume is not None:
+    if given.recipe is not None and (given.resume or initial):
+        raise InvalidInputError("the model and its settings exist already; leave --recipe out")
+    if given.depth is not None and given.recipe is None:
+        raise InvalidInputError("--depth is the number of blocks of a recipe; give --recipe too, or use --num-layers")
+    if given.recipe is not None:
+        output = Path("runs") / (given.recipe if given.config is None else given.config.stem)
+        complete = partial(add_recipe, given.recipe, given.depth, others)
+        if given.config is None:
+            complete(table := {})
+            config = from_table(RunConfig, table)
+        else:
+            config = load_config(given.config, RunConfig, complete)
+        default = Options(run=config, config=given.config, recipe=given.recipe, depth=given.depth, output=output)
+    elif given.resume is not None:
         default = Options(run=load_run_config(given.resume), output=given.resume)
     elif initial is not None or given.config is not None:
         output = None if given.config is None else Path("runs") / given.config.stem
@@ -79,7 +101,9 @@ def parse(arguments: list[str]) -> tuple[Options, InitialModel | None]:
         return command_line.parse(Options, __doc__, args=arguments), None
     else:
         got = " ".join(others) or "none of them"
-        raise InvalidInputError(f"give --text TEXT, --config FILE, --init-from MODEL or --resume FOLDER; got {got}")
+        raise InvalidInputError(
+            f"give --text TEXT, --config FILE, --recipe NAME, --init-from MODEL or --resume FOLDER; got {got}"
+        )
     return command_line.parse(Options, __doc__, args=arguments, default=default), initial
 
 
@@ -101,6 +125,28 @@ def add_vocab_size(arguments: list[str], table: dict[str, Any]) -> None:
         model["vocab_size"] = Tokenizer.load(command_line.tokenizer_folder(Path(path))).vocab_size
 
 
+def add_recipe(name: str, depth: int | None, arguments: list[str], table: dict[str, Any]) -> None:
+    """A configuration gets the settings of a recipe that it does not have itself."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    model, train = table.setdefault("model", {}), table.setdefault("train", {})
+    first.add_argument("--minutes", type=float, default=train.get("minutes"))
+    first.add_argument("--device", default=train.get("device", "auto"))
+    given, _ = first.parse_known_args(arguments)
+    add_vocab_size(arguments, table)
+    if "vocab_size" not in model:
+        raise InvalidConfigError("a recipe needs the size of the vocabulary; give --tokenizer or --vocab-size")
+    speed = None
+    if depth is None and given.minutes is not None:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # each process would measure another speed
+            raise InvalidInputError("several processes cannot choose the depth of a recipe; give --depth")
+        speed = matmul_flops_per_s(choose_device(given.device))
+    size = {"vocab_size": model["vocab_size"], "depth": depth, "minutes": given.minutes}
+    recipe = recipe_settings(name, **size, matmul_flops_per_s=speed)  # ty: ignore[invalid-argument-type]
+    if "warmup_steps" in train:
+        del recipe["train"]["warmup_share"]
+    table |= {"model": recipe["model"] | model, "train": recipe["train"] | train}
+
+
 def command() -> None:
     if any(argument.partition("=")[0] == "--text" for argument in sys.argv[1:]):
         own_text.command(sys.argv[1:])
@@ -114,7 +160,6 @@ def start(options: Options, initial: InitialModel | None, world: World) -> None:
     from basic.Tokenizer import Tokenizer
     from basic.tokens.opening import open_tokens
     from basic.training.loop import train
-    from basic.training.parallel.devices import choose_device
     from basic.training.records.metrics import read_metrics
 
     output, data = options.output or Path("runs/unnamed"), options.run.data

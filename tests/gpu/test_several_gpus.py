@@ -48,6 +48,24 @@ def test_two_gpus_train_as_one_does(tmp_path):
     assert checkpoint_paths(tmp_path / "narrow_sharded")[-1].is_dir()
 
 
+def test_two_gpus_share_the_work_of_muon(tmp_path):
+    muon = {"device": "auto", "precision": "bfloat16", "optimizer": "muon", "max_learning_rate": 0.02}
+    jobs = {"replicated": muon, "sharded": {**muon, "parallel": "sharded"}}
+    jobs["from_sharded"] = {**jobs["sharded"], "from": str(tmp_path / "sharded")}
+    processes = start_processes(2, [{"run": str(tmp_path / name), **job} for name, job in jobs.items()])
+    try:
+        outputs = [process.communicate(timeout=400) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    run_job({"run": tmp_path / "one", **muon}, SINGLE_PROCESS)
+    for name in jobs:
+        difference = np.abs(np.subtract(losses(tmp_path / name), losses(tmp_path / "one"))).max()
+        print(f"{name}: losses differ by at most {difference:.1e}")
+        assert difference < 3e-2, name
+
+
 @pytest.mark.parametrize("lost_by", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("parallel", ["replicated", "sharded"])
 def test_a_lost_process_ends_the_job(tmp_path, lost_by, parallel):

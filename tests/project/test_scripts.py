@@ -154,7 +154,7 @@ def corpus(tmp_path) -> Path:
             "foreign exists and has no valid quickstart.json, so it is not replaced",
         ),
         (["train", "--config", "missing.toml"], "there is no configuration 'missing.toml'; give a TOML file"),
-        (["train"], "give --text TEXT, --config FILE, --init-from MODEL or --resume FOLDER; got none"),
+        (["train"], "give --text TEXT, --config FILE, --recipe NAME, --init-from MODEL or --resume FOLDER; got none"),
         (["train", "--confg", "run.toml"], "or --resume FOLDER; got --confg run.toml"),
         (
             ["train", "--config", "unknown.toml"],

@@ -1,0 +1,59 @@
+"""`basic train --recipe`: the recipe's settings are the defaults of a configuration and of the options."""
+
+from __future__ import annotations
+
+import pytest
+
+from basic.commands.train import parse
+from basic.common.config_files import from_table
+from basic.common.errors import InvalidConfigError, InvalidInputError
+from basic.training.recipes import recipe_settings
+from basic.training.settings import RunConfig
+
+
+def parsed(*arguments: str) -> RunConfig:
+    return parse([*arguments, "--train-tokens", "t.bin"])[0].run
+
+
+def test_a_depth_sets_everything():
+    run = parsed("--recipe", "modern", "--depth", "3", "--vocab-size", "500")
+    assert run.model == from_table(RunConfig, recipe_settings("modern", vocab_size=500, depth=3)).model
+    assert run.train == from_table(RunConfig, recipe_settings("modern", vocab_size=500, depth=3)).train
+    assert run.data.train_tokens == "t.bin"
+
+
+def test_options_and_a_configuration_override_the_recipe(tmp_path):
+    path = tmp_path / "my.toml"
+    path.write_text("[model]\nvocab_size = 300\ncontext_length = 64\n[train]\nsteps = 7\nwarmup_steps = 2\n")
+    options, _ = parse(["--recipe", "modern", "--depth", "2", "--config", str(path), "--beta1", "0.7"])
+    model, train = options.run.model, options.run.train
+    assert (model.vocab_size, model.context_length, model.ffn, model.num_layers) == (300, 64, "relu2", 2)
+    assert (train.steps, train.warmup_steps, train.warmup_share) == (7, 2, None)
+    assert (train.beta1, train.optimizer) == (0.7, "muon")
+    assert str(options.output) == "runs/my"
+
+
+def test_minutes_choose_the_depth_of_this_machine(monkeypatch):
+    monkeypatch.setattr("basic.commands.train.matmul_flops_per_s", lambda device: 1e12)
+    run = parsed("--recipe", "modern", "--minutes", "2", "--vocab-size", "500", "--device", "cpu")
+    assert run.train.minutes == 2
+    assert run.train.steps == 0
+    assert run.model.num_layers > 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InvalidInputError, match="give --depth"):
+        parsed("--recipe", "modern", "--minutes", "2", "--vocab-size", "500")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ("--recipe modern --vocab-size 500", InvalidConfigError, "needs a depth"),
+        ("--recipe modern --depth 2", InvalidConfigError, "give --tokenizer or --vocab-size"),
+        ("--recipe classic --depth 2 --vocab-size 500", InvalidConfigError, "handout or modern, got 'classic'"),
+        ("--depth 2 --config small", InvalidInputError, "give --recipe too"),
+        ("--recipe modern --resume runs/my", InvalidInputError, "leave --recipe out"),
+    ],
+)
+def test_wrong_uses_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        parse(arguments.split())
