@@ -38,10 +38,7 @@ def train_bpe(
     *,
     pattern: str | Pattern | None = None,
     max_token_bytes: int | None = None,
-    num_workers: int | None = None,
-    kernels: bool | None = None,
-    progress: bool = False,
-    **counting: Any,
+    **options: Any,
 ) -> tuple[dict[int, bytes], list[Merge]]:
     """Train byte-pair encoding on text of any size.
 
@@ -56,10 +53,8 @@ def train_bpe(
             `basic.pretokenization.resolve_pattern`.
         max_token_bytes: no longer token is learned, at least 1; by default there is no limit. Special tokens may be
             longer.
-        num_workers: threads or processes that count, by default one for each processor; the result is the same.
-        kernels: whether to use compiled code; by default if the text is large. The result is the same.
-        progress: whether to show progress bars.
-        counting: other fields of `basic.corpus.counting.CountingOptions`, such as `work_folder` and `min_count`.
+        options: fields of `basic.corpus.counting.CountingOptions`, such as `num_workers`, `progress`, `kernels`,
+            `work_folder` and `min_count`.
 
     Returns:
         The vocabulary (ids: the special tokens in the order given, the 256 bytes, the merges in order), and the merges
@@ -88,10 +83,7 @@ def train_bpe(
         special.tokens,
         pattern=pattern,
         max_token_bytes=max_token_bytes,
-        num_workers=num_workers,
-        kernels=kernels,
-        progress=progress,
-        **counting,
+        **options,
     )
     tokens = first_tokens + [left + right for left, right in merges]
     return dict(enumerate(tokens)), merges
@@ -105,17 +97,14 @@ def learn_more_merges(
     *,
     pattern: str | Pattern | None = None,
     max_token_bytes: int | None = None,
-    num_workers: int | None = None,
-    kernels: bool | None = None,
-    progress: bool = False,
-    **counting: Any,
+    **options: Any,
 ) -> list[Merge]:
     """Continue the training of a tokenizer on another text: learn merges that come after its own.
 
     The text is first encoded with the merges that are given. `Tokenizer.with_merges` takes the result.
 
     Args:
-        inputs, special_tokens, max_token_bytes, num_workers, kernels, progress, counting: as for `train_bpe`.
+        inputs, special_tokens, max_token_bytes, options: as for `train_bpe`.
         num_merges: the largest number of merges to learn, at least 0; there are fewer if no pair is left.
         merges: of the tokenizer, in order; if several make the same token, those that are used
             (`Tokenizer.used_merges.merges`).
@@ -129,9 +118,9 @@ def learn_more_merges(
             needs before.
     """
     learning = _Learning.checked(num_merges, merges, max_token_bytes)
-    options = CountingOptions(num_workers=num_workers, kernels=kernels, progress=progress, **counting)
-    counts = build_count_table(inputs, SpecialTokens(special_tokens), options, pattern=pattern)
-    return _learn_merges(counts, learning, kernels=kernels, progress=progress)
+    counting = CountingOptions(**options)
+    counts = build_count_table(inputs, SpecialTokens(special_tokens), counting, pattern=pattern)
+    return _learn_merges(counts, learning, kernels=counting.kernels, progress=counting.progress)
 
 
 def merges_from_counts(

@@ -100,9 +100,9 @@ class CountingOptions:
     shard_bytes: int | None = None
     """The approximate size of a shard; by default it depends on the amount of text."""
     kernels: bool | None = None
-    """Whether to count with compiled code; by default if the text is large."""
+    """Whether to use compiled code; by default if the text is large. The result is the same."""
     progress: bool = False
-    """Whether to show a progress bar."""
+    """Whether to show progress bars."""
     chunk_bytes: int = KERNEL_CHUNK_BYTES
     """The approximate amount of text for one call of a kernel."""
     fan_in: int = FAN_IN
