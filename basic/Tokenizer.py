@@ -51,10 +51,6 @@ from basic.tokens.info import token_dtype
 
 _NO_SPECIALS = SpecialTokens(())
 
-# The kernels are made ready for a text of at least this length.
-_MIN_KERNEL_CHARACTERS = 7
-# So many ids are decoded in the time in which the decoder with kernels is made.
-_MIN_DECODER_IDS = 1 << 14
 # In the plain path a longer text is streamed, so that the list of all its pre-tokens never exists.
 _MAX_COMPLETE_CHARACTERS = 1 << 14
 
@@ -320,7 +316,7 @@ class Tokenizer(Vocabulary):
             except (TypeError, UnicodeEncodeError):  # raised or handled below
                 pass
         _check_text(text)
-        if (length := len(text)) >= _MIN_KERNEL_CHARACTERS and (encoder := self.kernel_encoder(length)) is not None:
+        if (length := len(text)) > 0 and (encoder := self.kernel_encoder(length)) is not None:
             data = np.frombuffer(_utf8(text), np.uint8)
             try:
                 return encoder.encode_list(data, specials_as_text)

@@ -135,10 +135,6 @@ class TextSource(DocumentOptions):
         return self.content or by_suffix.get(self.content_suffix)
 
     @property
-    def is_json_lines(self) -> bool:
-        return self.known_content == "json lines"
-
-    @property
     def has_documents(self) -> bool:
         """Whether the separators are not in the text."""
         return self.known_content not in ("text", None)

@@ -406,7 +406,7 @@ def test_any_other_text_is_plain_text(tmp_path, suffix, text):
 
 def test_the_query_of_a_web_address_is_no_part_of_the_name():
     source = TextSource("https://example.org/data/Train.JSONL.gz?download=true&name=a.txt")
-    assert (source.is_json_lines, source.compression) == (True, ".gz")
+    assert (source.known_content, source.compression) == ("json lines", ".gz")
 
 
 # ---- errors
