@@ -312,7 +312,14 @@ def test_kernels_get_the_heads_of_queries_and_of_keys(num_kv_heads: int, positio
     calls = []
 
     def rotary_attention(
-        x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int, window: int
+        x: Tensor,
+        weight: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        window: int,
+        starts: None,
     ) -> tuple[Tensor, None, None]:
         calls.append(weight.shape)
         heads = F.linear(x, weight).unflatten(-1, (num_heads + 2 * num_kv_heads, -1)).transpose(1, 2)

@@ -90,8 +90,8 @@ def test_the_changed_heads_go_to_the_kernels() -> None:
 
     class Operators:
         @staticmethod
-        def rotary_attention(x, weight, cos, sin, num_heads, num_kv_heads, window):
-            assert weight is None
+        def rotary_attention(x, weight, cos, sin, num_heads, num_kv_heads, window, starts):
+            assert weight is starts is None
             windows.append(window)
             identity = torch.eye(x.shape[-1], dtype=x.dtype)
             q, k, v = identity.split([6 * num_heads, 6 * num_kv_heads, 6 * num_kv_heads])
