@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,6 +67,7 @@ class Playground:
         run: the model to use; None: tokenizers only.
         name: the run's name on the page.
         gpt2: paths of GPT-2's vocabulary and merges, for comparison.
+        others: more tokenizers for comparison, by their names on the page.
 
     Raises:
         InvalidInputError: the run has no tokenizer.
@@ -79,7 +80,9 @@ class Playground:
         name: str = "run",
         *,
         gpt2: tuple[Path, Path] | None = None,
+        others: Mapping[str, Tokenizer] | None = None,
     ) -> None:
+        self._others = dict(others or {})
         self._runs, self._run, self._name, self._gpt2 = runs, run, name, gpt2
         self._loaded: dict[str, tuple[Any, Tokenizer]] = {}
         self._lock = threading.Lock()  # for _loaded; encoding needs no lock
@@ -210,9 +213,11 @@ class Playground:
         sources |= {name: path for name, path in find_tokenizers(self._runs).items() if name not in sources}
         if self._gpt2 is not None and all(path.is_file() for path in self._gpt2):
             sources["GPT-2"] = self._gpt2
-        return sources
+        return sources | dict.fromkeys(self._others, Path())
 
     def _load_tokenizer(self, tokenizer_id: str) -> Tokenizer:
+        if tokenizer_id in self._others:
+            return self._others[tokenizer_id]
         source = self._tokenizer_sources()[tokenizer_id]
         files = source if isinstance(source, tuple) else (source / "special_tokens.json",)
         # A run that was trained again may have another tokenizer under the same name.

@@ -24,6 +24,7 @@ from starlette.testclient import TestClient
 from basic.analysis.playground import MAX_SHOWN_TOKENS, NUM_CANDIDATES, Playground, find_tokenizers, newest_run
 from basic.analysis.playground_server import MAX_SHORT_BYTES, MAX_TEXT_CHARACTERS, TimedProtocol, create_app
 from basic.bpe import loading
+from basic.formats.tiktoken_ranks import save_tiktoken
 from basic.generation.text import complete
 from basic.model import ModelConfig, TransformerLM
 from basic.Tokenizer import Tokenizer
@@ -541,6 +542,21 @@ def test_without_a_port_the_next_free_one_is_used_and_a_person_gets_a_browser(pl
     run_script(monkeypatch, "--runs", folder, "--gpt2-vocab", folder / "none.json", "--port", 0)
     assert opened == [f"http://127.0.0.1:{served[1].getsockname()[1]}/"]
     served[1].close()
+
+
+def test_published_vocabularies_are_compared(playground, folder, tmp_path, monkeypatch, capsys):
+    served = []
+    monkeypatch.setattr("uvicorn.Server.run", lambda server, sockets: served.append(server.config.app))
+    vocab = {byte: bytes([byte]) for byte in range(256)} | {256: b"12"}
+    save_tiktoken(Tokenizer(vocab, [(b"1", b"2")], pattern="cl100k"), tmp_path / "cl100k_base.tiktoken")
+    compare = ("--compare", tmp_path / "cl100k_base.tiktoken")
+    run_script(monkeypatch, "--runs", folder, "--port", 0, "--gpt2-vocab", folder / "none.json", *compare)
+    assert "tokenizers  bytes, tiny, cl100k_base" in capsys.readouterr().out
+    client = TestClient(served[0], base_url="http://127.0.0.1:8000")
+    answer = client.post("/api/tokenize", json={"tokenizer": "cl100k_base", "text": "1212"}).json()
+    assert answer["tokens"] == 3  # a pre-token of cl100k has at most three digits
+    with pytest.raises(SystemExit, match=r"error: .*none\.tiktoken"):
+        run_script(monkeypatch, "--runs", folder, "--port", 0, "--compare", "none.tiktoken")
 
 
 def test_script_says_which_port_is_taken(playground, folder, monkeypatch):

@@ -13,11 +13,15 @@ import sys
 import webbrowser
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from basic.common import command_line
 from basic.common.errors import DependencyError, InvalidInputError, how_to_install
+
+if TYPE_CHECKING:
+    from basic.Tokenizer import Tokenizer
 
 GPT2 = Path("data")
 FIRST_PORT, NUM_PORTS = 8000, 20
@@ -33,6 +37,9 @@ class Options:
     """Vocabulary of GPT-2, vocab.json as it is published, for comparison; omitted if the file does not exist."""
     gpt2_merges: Path = GPT2 / "gpt2_merges.txt"
     """Merges of GPT-2, merges.txt."""
+    compare: tuple[Path, ...] = ()
+    """More tokenizers for comparison: a tokenizer.json, a folder, or a rank file that is named after its pattern, as
+    those of tiktoken are: cl100k_base.tiktoken, o200k_base.tiktoken."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 allows everyone on the network to open the page, for example from a phone."""
     port: int | None = None
@@ -54,7 +61,9 @@ def main(options: Options) -> None:
     folder = options.run or newest_run(options.runs)
     run = None if folder is None else load_run(folder, device=options.device)
     name = "" if folder is None else folder.resolve().name
-    playground = Playground(options.runs, run, name, gpt2=(options.gpt2_vocab, options.gpt2_merges))
+    others = {path.resolve().name.partition(".")[0]: open_vocabulary(path) for path in options.compare}
+    gpt2 = options.gpt2_vocab, options.gpt2_merges
+    playground = Playground(options.runs, run, name, gpt2=gpt2, others=others)
     tokenizers = playground.about()["tokenizers"]
     if not tokenizers:
         raise FileNotFoundError(f"{options.runs} has no tokenizer yet; `basic quickstart` trains one in a few minutes")
@@ -64,12 +73,22 @@ def main(options: Options) -> None:
     command_line.print_text(f"tokenizers  {', '.join(tokenizers)}")  # names of folders
     none = command_line.as_started("none yet; `basic quickstart` trains one")
     print(f"model       {none if run is None else f'{folder}, step {run.step:,}'}")
+    if not options.compare:
+        print("more        --compare cl100k_base.tiktoken, a tokenizer.json or a folder adds tokenizers for comparison")
     if options.port is None and port != FIRST_PORT:
         print(f"port        {FIRST_PORT} is taken, so {port} is used; --port chooses another")
     print(f"open        http://{host}:{port}/  (Ctrl-C to stop)", flush=True)
     if options.browser and has_person():
         webbrowser.open(f"http://{host}:{port}/")
     serve(create_app(playground, host=options.host), listener)
+
+
+def open_vocabulary(path: Path) -> Tokenizer:
+    """Open a tokenizer of another program; the name of a rank file says its pattern."""
+    from basic.Tokenizer import Tokenizer
+
+    pattern = path.stem if path.suffix == ".tiktoken" else None
+    return Tokenizer.load(command_line.tokenizer_folder(path), pattern=pattern)
 
 
 def listen(host: str, port: int | None) -> socket.socket:
