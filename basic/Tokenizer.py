@@ -25,7 +25,7 @@ from basic.bpe.patterns.tables import automaton_of
 from basic.bpe.plain import PretokenCache, is_pair_of_bytes, merge_rules, rules_of_ranks
 from basic.bpe.spans import Encoding, find_spans
 from basic.bytes_utils import decode_blocks, invalid_byte_error, load_merges, load_vocab
-from basic.common.arguments import check_errors_option, check_integer, check_text_list
+from basic.common.arguments import check_errors_option, check_integer, check_text_list, describe
 from basic.common.errors import InvalidInputError
 from basic.common.progress import resolve_num_threads
 from basic.pretokenization import (
@@ -448,6 +448,8 @@ class Tokenizer(Vocabulary):
         self, texts: Iterable[str], *, specials_as_text: bool = False, errors: str = "strict"
     ) -> Iterator[list[int]]:
         """As `encode_iterable`, but yields lists: the ids of some pre-tokens at a time."""
+        if not isinstance(texts, Iterable):
+            raise TypeError(f"the texts must be an iterable of strings, got {describe(texts)}")
         encoder = self.kernel_encoder(0)
         # A call of a kernel has a cost; the plain path, which is also for little memory, reads no further than it must.
         texts = replace_surrogates_in_stream(texts if encoder is None else join_strings(texts))

@@ -6,6 +6,7 @@ import copy
 import math
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from torch.nn import Parameter
@@ -170,6 +171,12 @@ def test_schedule_at_its_corners(warmup: int, cycle: int, expected: dict[int, fl
     rates = {it: run_get_lr_cosine_schedule(it, 1.0, 0.1, warmup, cycle) for it in expected}
     assert rates == pytest.approx(expected, abs=1e-12)
     assert all(type(rate) is float for rate in rates.values())
+
+
+def test_a_schedule_of_something_else_than_numbers_is_an_error(monkeypatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # whose check comes first in the tests
+    with pytest.raises(TypeError, match="the arguments of a schedule must be numbers, got str: '3'"):
+        run_get_lr_cosine_schedule("3", 1.0, 0.1, 4, 12)  # ty: ignore[invalid-argument-type]
 
 
 def test_schedule_follows_torchs() -> None:

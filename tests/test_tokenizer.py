@@ -570,6 +570,8 @@ def test_text_must_be_a_string(ours):
         ours.encode(b"bytes")
     with pytest.raises(TypeError, match="text must be a string, got int"):
         list(ours.encode_iterable(["a", 1]))
+    with pytest.raises(TypeError, match="the texts must be an iterable of strings, got NoneType: None"):
+        ours.encode_iterable(None)
 
 
 def test_repr(ours):

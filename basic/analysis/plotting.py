@@ -16,7 +16,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethod
 from basic.common.config_files import flatten_settings
 from basic.common.errors import InvalidInputError
 from basic.common.files import atomic_write, read_file
-from basic.common.outputs import Output
+from basic.common.outputs import Output, check_outputs
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -40,8 +40,10 @@ def plot_losses(runs: Mapping[str, Records], path: str | os.PathLike, *, floor_n
 
     Raises:
         InvalidInputError: a run has no records, or the format is unknown.
+        FileExistsError: the file exists and is no picture that this library drew.
         OSError: the file cannot be written.
     """
+    check_outputs([picture_output(path)], overwrite=True)
     for label, records in runs.items():
         if not records:
             raise InvalidInputError(f"the run {label} has no metrics yet; let it train for log_interval steps")

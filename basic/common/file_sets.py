@@ -118,6 +118,19 @@ def check_checksums(folder: str | os.PathLike, contents: Mapping[str, bytes]) ->
         _compare(path, _parse(path, checksums), contents)
 
 
+def check_files(folder: str | os.PathLike) -> None:
+    """Compare the files of a folder with its `checksums.json`, if it has one; a file may be as large as weights are.
+
+    Raises:
+        DamagedFileError: a file has changed or is missing.
+    """
+    path = Path(folder) / CHECKSUMS_NAME
+    if (content := _content(path)) is not None:
+        expected = {name: digest for name, digest in _parse(path, content).items() if Path(name).name == name}
+        existing = {name: Path(folder) / name for name in expected if (Path(folder) / name).is_file()}
+        _compare_digests(path, expected, {name: sha256_of_file(file) for name, file in existing.items()})
+
+
 @contextmanager
 def replaced_files(
     folder: str | os.PathLike, manifest: str, *, last: str, inputs: Iterable[str | os.PathLike] = ()
@@ -211,7 +224,10 @@ def _read_set(folder: Path, names: list[str]) -> dict[str, bytes]:
 
 def _compare(path: Path, expected: dict[str, str], contents: Mapping[str, bytes]) -> None:
     """Raise DamagedFileError if contents differ from the checksums, which were read from a path in their folder."""
-    actual = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    _compare_digests(path, expected, {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()})
+
+
+def _compare_digests(path: Path, expected: Mapping[str, str], actual: Mapping[str, str]) -> None:
     for name in sorted(expected.keys() | actual.keys()):
         if expected.get(name) != actual.get(name):
             problem = "has changed" if name in actual else "is missing"

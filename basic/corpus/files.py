@@ -8,7 +8,9 @@ from __future__ import annotations
 import io
 import mmap
 import os
+import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -63,6 +65,53 @@ def release_pages(data: np.ndarray, start: int, stop: int) -> None:
     start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
     if isinstance(memory, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") and start < stop:
         memory.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+
+# --- Standard input
+
+
+class _StandardInput(io.RawIOBase):
+    """Standard input, of which the beginning can be looked at before it is read."""
+
+    def __init__(self, stream: Any):
+        self._stream, self._first = stream, b""
+
+    def exceeds(self, num_bytes: int) -> bool:
+        """Whether it has at least this many bytes; waits for them, or for its end."""
+        self._first += self._stream.read(max(num_bytes - len(self._first), 0))
+        return len(self._first) >= num_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._first[: len(buffer)] or self._stream.read1(len(buffer))
+        self._first = self._first[len(buffer) :]
+        buffer[: len(data)] = data
+        return len(data)
+
+
+@cache
+def _buffered(stream: Any) -> io.BufferedReader:
+    return io.BufferedReader(_StandardInput(stream), BLOCK_BYTES)
+
+
+def standard_input() -> io.BufferedReader:
+    """Standard input as a file of bytes, the same each time.
+
+    Raises:
+        InvalidInputError: there is none.
+    """
+    if sys.stdin is None:
+        raise InvalidInputError("there is no standard input; give a file")
+    return _buffered(sys.stdin.buffer)
+
+
+def standard_input_exceeds(num_bytes: int) -> bool:
+    """Whether the rest of standard input has at least this many bytes; it waits for them, or for its end."""
+    file = standard_input()
+    raw: Any = file.raw
+    return raw.exceeds(num_bytes - len(file.peek(1)))
 
 
 # --- Files behind URLs

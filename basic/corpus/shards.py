@@ -25,7 +25,7 @@ from basic.bpe.arrays import Chunk, InvalidByteError
 from basic.bpe.patterns.cuts import safe_cuts_of
 from basic.bytes_utils import decode_blocks, invalid_byte_error
 from basic.common.errors import InvalidInputError
-from basic.corpus.files import map_bytes, release_pages
+from basic.corpus.files import map_bytes, release_pages, standard_input_exceeds
 from basic.corpus.sources import TextIterator, TextSource, read_text_with_marks, size_of_bom, with_known_content
 from basic.pretokenization import (
     Pattern,
@@ -114,8 +114,8 @@ def exceeds(segments: Sequence[Segment], num_bytes: int) -> bool:
         return True
     for segment in compress(segments, unknown):
         if segment.source.reads_once:
-            texts = segment.source.path  # standard input is taken for large: it cannot be looked at
-            if not isinstance(texts, TextIterator) or texts.exceeds(remaining):
+            texts = segment.source.path
+            if texts.exceeds(remaining) if isinstance(texts, TextIterator) else standard_input_exceeds(remaining):
                 return True
             continue
         for text in read_text_with_marks(segment.source, errors="replace"):

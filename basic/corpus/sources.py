@@ -16,7 +16,6 @@ from __future__ import annotations
 import codecs
 import glob
 import os
-import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from basic.bytes_utils import decode_blocks
-from basic.common.arguments import describe
+from basic.common.arguments import check_size, check_type, describe
 from basic.common.errors import InvalidInputError
 from basic.common.files import open_file, temporary_folder
 from basic.corpus.documents import BadLines, read_json_lines, read_parquet
@@ -41,6 +40,7 @@ from basic.corpus.files import (
     open_url,
     read_blocks,
     read_url,
+    standard_input,
     url_size_and_version,
     url_supports_ranges,
 )
@@ -108,6 +108,11 @@ class TextSource(DocumentOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.path, str | os.PathLike | Iterator):
+            raise TypeError(f"path must be a path or an iterator of texts, got {describe(self.path)}")
+        check_type("begins_with_separator", self.begins_with_separator, bool, "give True or False")
+        if self.block_bytes is not None:
+            check_size("block_bytes", self.block_bytes)
         if isinstance(self.path, Iterator) and not isinstance(self.path, TextIterator):
             object.__setattr__(self, "path", TextIterator(self.path))
 
@@ -185,9 +190,7 @@ class TextSource(DocumentOptions):
     def open(self, *, at_any_offset: bool = False) -> Generator[Any]:
         """Open the file for reading from its beginning, or at any offset."""
         if self.path == STANDARD_INPUT:
-            if sys.stdin is None:
-                raise InvalidInputError("there is no standard input; give a file")
-            yield sys.stdin.buffer  # which stays open
+            yield standard_input()  # which stays open
             return
         name = os.fspath(self)
         with open_url(name, at_any_offset=at_any_offset) if self.is_remote else open_file(name) as file:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from basic.common.arguments import check_type
 from basic.common.errors import InvalidInputError
 
 HEAD_BYTES = 1 << 12
@@ -30,6 +31,7 @@ class DocumentOptions:
     """How the documents of JSON lines and of Parquet tables are read.
 
     Raises:
+        TypeError: an option has another type.
         InvalidInputError: an option has another value.
     """
 
@@ -46,6 +48,9 @@ class DocumentOptions:
     document can contain the end of a document. (In plain text they are always special.)"""
 
     def __post_init__(self) -> None:
+        check_type("field", self.field, str, "give the key of the text")
+        check_type("end_of_text", self.end_of_text, str, "give the special token between documents")
+        check_type("specials_in_documents", self.specials_in_documents, bool, "give True or False")
         if self.on_bad_line not in ("error", "skip"):
             raise InvalidInputError(f"on_bad_line={self.on_bad_line!r} must be 'error' or 'skip'")
 

@@ -10,6 +10,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from basic.common.file_sets import write_checksums
 from basic.common.files import atomic_folder, atomic_paths, write_json
 from basic.common.outputs import Output, check_outputs, reserved_outputs
 from basic.formats.gguf_file import write_gguf
@@ -35,10 +36,10 @@ def export_hf(
 ) -> None:
     """Write a folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
 
-    It contains config.json, generation_config.json and model.safetensors, and with a tokenizer tokenizer.json and
-    tokenizer_config.json. The model is a Llama, or its relative with what a Llama lacks: a Mistral with a sliding
-    window, a Qwen 2 with biases, a Qwen 3 with QK-norm. The folder appears when it is complete; after an error nothing
-    is left.
+    It contains config.json, generation_config.json and model.safetensors, with a tokenizer also tokenizer.json and
+    tokenizer_config.json, and checksums.json, by which our import finds damage (delete it after an edit). The model is
+    a Llama, or its relative with what a Llama lacks: a Mistral with a sliding window, a Qwen 2 with biases, a Qwen 3
+    with QK-norm. The folder appears when it is complete; after an error nothing is left.
 
     Args:
         model: pre-norm, RoPE and SwiGLU.
@@ -85,6 +86,7 @@ def export_hf(
                 settings |= tokenizer.chat_template.tokens
                 (folder / "chat_template.jinja").write_text(tokenizer.chat_template.source, encoding="utf-8")
             write_json(folder / "tokenizer_config.json", settings, indent=2)
+        write_checksums(folder, sorted(path.name for path in folder.iterdir()))
 
 
 def _tokenizer_config(model: TransformerLM, end_of_text: str | None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from basic.common.errors import DamagedFileError, InvalidInputError
+from basic.common.file_sets import check_files
 from basic.common.files import atomic_folder, check_regular_file, load_json
 from basic.common.outputs import Output, check_outputs, reserved_outputs
 from basic.formats.gguf_file import GGUFFile, is_gguf
@@ -169,7 +170,7 @@ def load_hf(
 
     Raises:
         FileNotFoundError: a file is missing.
-        DamagedFileError: a file is incomplete or not of its format.
+        DamagedFileError: a file is incomplete or not of its format, or has changed since `export_hf` wrote it.
         InvalidInputError: our model cannot represent the model (the message names the field of config.json), or a
             weight does not match config.json (the message names the tensor).
     """
@@ -178,6 +179,7 @@ def load_hf(
     if not path.is_file():
         hint = "; it is a run, which load_run opens" if (directory / "config.toml").is_file() else ""
         raise FileNotFoundError(f"{directory} is not a model folder of transformers: it has no config.json{hint}")
+    check_files(directory)  # of an export of ours
     fields = _load_json_object(path)
     try:
         config = model_config(fields)

@@ -27,7 +27,7 @@ _CLASSES = {"GPT2Tokenizer": ("gpt2", None), "Qwen2Tokenizer": ("qwen2", "NFC")}
 
 def is_our_folder(path: Path) -> bool:
     """Whether a folder is one that `Tokenizer.save` wrote, perhaps damaged."""
-    has_others = (path / "tokenizer.json").exists()
+    has_others = any((path / name).exists() for name in ("tokenizer.json", "config.json"))  # of an exported model
     return (path / SPECIAL_TOKENS_FILE).exists() or ((path / CHECKSUMS_NAME).exists() and not has_others)
 
 

@@ -223,6 +223,8 @@ class _TrainingLoop:
         """Take all steps after `start`; return the configuration, which has their number, also if it was planned."""
         config, settings = self.config, self.config.train
         take_step = self.make_step(self.model, self.optimizer, settings, self.device, self.world)
+        if take_step.compiles:
+            self.log.print_message("compiling the model: the first step takes up to a minute")
         tokens_per_step = settings.batch_size * self.config.model.context_length
         tokens_before = start.sequences * self.config.model.context_length
         meter = Meter(start.step, tokens_before, start.wall_s, tokens_per_step, self.device)
@@ -238,7 +240,14 @@ class _TrainingLoop:
                     scheduled["learning_rate"] = float(self.schedule(step))
                 if settings.dropout:  # so that a resumed run draws what an uninterrupted one would
                     torch.manual_seed(dropout_seed(settings.seed, step, self.world.rank))
-                loss, gradient_norm = take_step(batch, **scheduled)
+                try:
+                    loss, gradient_norm = take_step(batch, **scheduled)
+                except Exception as error:
+                    if stop.received is None:
+                        raise
+                    # The signal has ended what the step had started, such as a C++ compiler.
+                    message = f"stopped by {stop.received.name} in step {step:,}, which is not saved"
+                    raise KeyboardInterrupt(message) from error
                 nonfinite.handle(meter.add(loss, gradient_norm, scheduled["learning_rate"]))
                 if self.on_step is not None:
                     self.on_step(step, loss, self.model)

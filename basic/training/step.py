@@ -103,7 +103,7 @@ class TrainStep:
             gradient_dtype = torch.float32 if in_float32 else model.compute_dtype
             model, self.weight_copies = _with_weight_copies(model, gradient_dtype)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        compiles = config.compile and (device.type != "cuda" or with_kernels)
+        self.compiles = compiles = config.compile and (device.type != "cuda" or with_kernels)
         self.loss_fn = model.loss
         if compiles and world.size == 1:
             self.loss_fn = torch.compile(model.loss)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -235,6 +236,12 @@ def _norms(gradients: list[Tensor]) -> list[Tensor]:
     return norms
 
 
+def _check_numbers(*values: float) -> None:
+    for value in values:
+        if not isinstance(value, Real):
+            raise TypeError(f"the arguments of a schedule must be numbers, got {type(value).__name__}: {value!r:.80}")
+
+
 def cosine_schedule(
     iteration: int,
     max_learning_rate: float,
@@ -251,8 +258,12 @@ def cosine_schedule(
         warmup_iters: length of the warm-up; 0 for none.
         cosine_cycle_iters: iteration at which the cosine ends, counted from 0, warm-up included.
 
+    Raises:
+        TypeError: an argument is not a number.
+
     Source: assignment, "Learning rate scheduling"; Loshchilov and Hutter 2016 (SGDR), eq. 5.
     """
+    _check_numbers(iteration, max_learning_rate, min_learning_rate, warmup_iters, cosine_cycle_iters)
     if iteration < warmup_iters:
         return iteration / warmup_iters * max_learning_rate
     if iteration >= cosine_cycle_iters:
@@ -279,8 +290,12 @@ def trapezoid_schedule(
         decay_iters: length of the decay, which ends at `total_iters`; 0 for none.
         total_iters: length of the run.
 
+    Raises:
+        TypeError: an argument is not a number.
+
     Source: Haegele et al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations", eq. 1.
     """
+    _check_numbers(iteration, max_learning_rate, min_learning_rate, warmup_iters, decay_iters, total_iters)
     if iteration < warmup_iters:
         return iteration / warmup_iters * max_learning_rate
     if decay_iters == 0:

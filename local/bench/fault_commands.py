@@ -33,9 +33,10 @@ import basic.analysis.plotting
 import basic.analysis.report
 import basic.analysis.sweep
 import basic.training.saving
+from basic.bpe.cache_files import kept_arrays
 from basic.bpe.native import object_files
 from basic.bpe.native.kernel import Kernel
-from basic.bpe.patterns import tables
+from basic.bpe.patterns.automaton import compile_splits
 from basic.common.files import sha256_of_file
 from basic.pretokenization import GPT2_PATTERN
 from basic.Tokenizer import Tokenizer
@@ -189,8 +190,7 @@ def next_line(command: Command, folder: Path) -> str:
     """The command that a user gives after an interruption."""
     if command.resume and (folder / "out" / "config.toml").exists():
         return command.resume
-    has_option = "overwrite: bool" in (REPOSITORY / "local" / f"{command.line.split()[0]}.py").read_text()
-    return command.line + " --overwrite" * bool(command.old and has_option)
+    return command.line + " --overwrite" * bool(command.old)
 
 
 # --- What a folder holds ------------------------------------------------------------------------------------------
@@ -203,7 +203,8 @@ def content_of(folder: Path) -> dict[str, Any]:
     # Which checkpoints before the last one are left depends on how fast the disk is.
     old = {path for path in found.values() if (path.parent.name, path.suffix) == ("checkpoints", ".safetensors")}
     old -= {max(path for path in old if path.parent == folder) for folder in {path.parent for path in old}}
-    left_out = {path for path in found.values() if path.name in ("environment.json", "quickstart.json")} | old
+    with_times = ("environment.json", "quickstart.json", "report.html")
+    left_out = {path for path in found.values() if path.name in with_times} | old
     return {name: _content(path) for name, path in sorted(found.items()) if path not in left_out}
 
 
@@ -366,7 +367,8 @@ def prepare(given: Path) -> Path:
     (given / "settings.json").write_text(json.dumps(document))
     Tokenizer.load(given / "settings.json").save(given / "settings")
     (given / "cache").mkdir()
-    tables._write(tables.automaton_of(GPT2_PATTERN.splits), given / "cache" / "pattern")
+    automaton = compile_splits(GPT2_PATTERN.splits)
+    kept_arrays(given / "cache" / "pattern", automaton._asdict)
     Kernel(_first, {})(np.arange(3))
     shutil.copy(next(object_files.cache_folder().glob("*._first.*.o")), given / "cache" / "kernel")
     shutil.copy(checkpoint_paths(given / "run")[-1], given / "last.safetensors")

@@ -13,11 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from fault_commands import BYTES, END, TOKENIZERS, Child, Command, Tries, checkpoint_content
 
 from basic.bpe.cache_files import read_checked
-from basic.bpe.patterns import tables
 from basic.common import file_sets
 from basic.common.errors import BasicError, DamagedFileError
 from basic.encoding import encode_file, encode_files
@@ -70,8 +68,8 @@ def kinds(given: Path) -> dict[str, tuple[str, Callable[[Path], Any]]]:
         "checkpoint": ("last.safetensors", lambda folder: checkpoint_content(folder / "last.safetensors")),
         **{name: (name, lambda folder: checkpoint_content(folder / "sharded")) for name in sorted(sharded)},
         **{name: (name, lambda folder: imported(folder / "hf")) for name in sorted(hf)},
-        "cache of a pattern": ("cache/pattern", _cached_pattern),
-        "cache of a kernel": ("cache/kernel", _cached_kernel),
+        "cache of a pattern": ("cache/pattern", lambda folder: _cached(folder / "cache/pattern")),
+        "cache of a kernel": ("cache/kernel", lambda folder: _cached(folder / "cache/kernel")),
         "rank file": ("ranks.tiktoken", lambda f: load_tiktoken(f / "ranks.tiktoken", pattern="gpt2").fingerprint),
         "tokenizer.json": ("hf/tokenizer.json", lambda f: load_tokenizer_json(f / "hf/tokenizer.json").fingerprint),
     }
@@ -82,16 +80,10 @@ def _tokenizer(folder: Path) -> tuple:
     return tokenizer.fingerprint, tokenizer.pattern, tokenizer.settings
 
 
-def _cached_pattern(folder: Path) -> list[Any]:
-    if (automaton := tables._read(folder / "cache" / "pattern")) is None:
+def _cached(path: Path) -> bytes:
+    if (content := read_checked(path)) is None:
         raise DamagedFileError("it is compiled again")
-    return [np.asarray(part).tolist() for part in automaton]
-
-
-def _cached_kernel(folder: Path) -> bytes:
-    if (code := read_checked(folder / "cache" / "kernel")) is None:
-        raise DamagedFileError("it is compiled again")
-    return code
+    return content
 
 
 def _encode_again(given: Path, folder: Path) -> dict[str, Any]:

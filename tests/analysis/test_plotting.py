@@ -98,6 +98,19 @@ def test_run_without_records_and_unknown_format_are_errors(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_picture_replaces_no_file_of_others(tmp_path):
+    path = tmp_path / "loss.svg"
+    path.write_text("a drawing of mine")
+    with pytest.raises(FileExistsError, match=r"exists and is not a picture that this library wrote"):
+        plot_losses({"run": records(3.0)}, path)
+    assert path.read_text() == "a drawing of mine"
+    path.unlink()
+    for scale in (3.0, 2.0):
+        before = path.read_bytes() if path.exists() else b""
+        plot_losses({"run": records(scale)}, path)
+        assert path.read_bytes() != before
+
+
 # --- Labels ---------------------------------------------------------------------------------------------------
 
 BASE = {"model": {"d_model": 64}, "train": {"max_learning_rate": 1e-3, "seed": 0, "compile": False}}

@@ -369,6 +369,30 @@ def test_standard_input(tmp_path, monkeypatch, name, kernels):
     assert counts[b"low"] + counts[b" low"] == text.count("low ") + (name == "a byte order mark")
 
 
+@pytest.mark.parametrize("size", [0, 100, loading.MIN_BYTES_FOR_KERNELS - 1, loading.MIN_BYTES_FOR_KERNELS])
+def test_the_kernels_for_standard_input_are_chosen_by_its_size(monkeypatch, size):
+    monkeypatch.setattr(loading, "_loaded", set())
+    set_standard_input(monkeypatch, size * b"a")
+    source = TextSource("-")
+    assert exceeds([entire_source(source)], loading.MIN_BYTES_FOR_KERNELS) == (size == loading.MIN_BYTES_FOR_KERNELS)
+    assert "".join(read_text(source)) == size * "a"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"field": 5}, {"end_of_text": None}, {"block_bytes": "5"}, {"begins_with_separator": 1}),
+        *({"specials_in_documents": "no"}, {"path": 5}, {"path": b"a.txt"}),
+    ],
+    ids=str,
+)
+def test_an_option_of_another_type_is_named(options: dict[str, Any]):
+    (name,) = options
+    arguments: dict[str, Any] = {"path": "a.txt"} | options
+    with pytest.raises(TypeError, match=f"{name} must be a"):
+        TextSource(**arguments)
+
+
 def test_scripts_with_standard_input_and_options(tmp_path, monkeypatch, capsys):
     lines = [json.dumps({"data": {"text": f"low lower {i}"}}) for i in range(20)]
     content = "\n".join([*lines, "bad"]).encode() + b'\n{"data": {"text": "\xff"}}'

@@ -79,6 +79,7 @@ def export_with_changes(folder: Path, model: TransformerLM, changes: dict[str, A
     export_hf(model, folder)
     fields = json.loads((folder / "config.json").read_text()) | (changes or {})
     (folder / "config.json").write_text(json.dumps(fields))
+    (folder / "checksums.json").unlink()  # the edits are accepted
     return safetensors.torch.load_file(folder / "model.safetensors")
 
 
@@ -223,7 +224,7 @@ def test_export_leaves_nothing_after_an_error_and_does_not_overwrite(tokenizer, 
     export_hf(model, tmp_path / "hf", tokenizer)
     assert list(tmp_path.iterdir()) == [tmp_path / "hf"]
     modes = {path.name: path.stat().st_mode for path in (tmp_path / "hf").iterdir()}
-    assert len(modes) == 5
+    assert len(modes) == 6
     assert len(set(modes.values())) == 1  # the weights have the same permissions as the other files
     with pytest.raises(FileExistsError, match="already exists; choose another name"):
         export_hf(model, tmp_path / "hf", tokenizer)
@@ -343,6 +344,27 @@ def test_output_matrix_of_a_tied_model_must_equal_the_embedding(tmp_path):
             assert same_weights(load_hf(tmp_path / "hf"), model)
     with pytest.raises(InvalidInputError, match=r"tied by the configuration, but differ from lm_head\.weight"):
         load_hf(tmp_path / "hf")
+
+
+def test_a_flipped_bit_in_any_exported_file_is_found_and_an_edit_can_be_accepted(tmp_path, tokenizer):
+    hf = tmp_path / "hf"
+    model = random_model({}, 300)
+    export_hf(model, hf, tokenizer)
+    names = sorted(path.name for path in hf.iterdir())
+    assert len(names) == 6
+    for path in (hf / name for name in names):
+        content = path.read_bytes()
+        position = len(content) * 2 // 3
+        path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+        with pytest.raises(DamagedFileError, match=rf"delete .*checksums\.json|{path.name}"):
+            import_hf(hf, tmp_path / "run")
+        path.write_bytes(content)
+    fields = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(DamagedFileError, match=r"config\.json has changed .* on purpose, delete .*checksums\.json"):
+        load_hf(hf)
+    (hf / "checksums.json").unlink()
+    assert same_weights(load_hf(hf), model)
 
 
 def test_damaged_and_missing_files_are_errors(tmp_path):

@@ -39,6 +39,7 @@ def test_sizes_are_compared_with_the_weights_first(changes, message, tmp_path):
     export_hf(TransformerLM(ModelConfig(**SIZES)), tmp_path / "llama")
     config = tmp_path / "llama" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    (tmp_path / "llama" / "checksums.json").unlink()
     with pytest.raises(InvalidInputError, match=message):
         load_hf(tmp_path / "llama")
 

@@ -68,6 +68,24 @@ def test_a_signal_in_the_last_step_stops_what_would_follow(tmp_path):
     assert checkpoint_names(tmp_path / "run") == ["step_00000001.safetensors"]
 
 
+def test_an_error_after_a_signal_is_the_interruption_that_was_asked_for(tmp_path, capsys):
+    """Ctrl-C also reaches a C++ compiler that torch.compile has started, which then fails."""
+
+    class FailingStep(TrainStep):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.compiles = True
+
+        def __call__(self, batch, *scheduled, **options):
+            signal.raise_signal(signal.SIGINT)
+            raise RuntimeError("C++ compile error")
+
+    with pytest.raises(KeyboardInterrupt, match="stopped by SIGINT in step 1, which is not saved"):
+        train(configuration(steps=2), TRAIN, VALID, tmp_path / "run", make_step=FailingStep)
+    assert "compiling the model: the first step takes up to a minute" in capsys.readouterr().err
+    train(configuration(steps=2), TRAIN, VALID, tmp_path / "run")
+
+
 def test_a_second_signal_ends_the_process_at_once():
     program = """
 import signal
