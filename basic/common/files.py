@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from basic.common.errors import DamagedFileError
+from basic.common.errors import DamagedFileError, InvalidInputError
 
 _UNFINISHED = {"unfinished": "a process ended while it wrote this file and the one that it describes: write both again"}
 _REMAINS_S = 24 * 3600.0
@@ -239,14 +239,30 @@ def sync_file(path: Path, flags: int = os.O_RDWR) -> None:
         os.close(descriptor)
 
 
+def check_path(path: str | os.PathLike) -> None:
+    """Check that a path can be one on this system: NUL and lone surrogates cannot be in it.
+
+    Raises:
+        InvalidInputError: it cannot.
+    """
+    try:
+        is_possible = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        is_possible = False
+    if not is_possible:
+        raise InvalidInputError(f"{os.fspath(path)!r} cannot be a path: it has a NUL or half of a surrogate pair")
+
+
 def check_regular_file(path: str | os.PathLike) -> None:
     """Check that a file can be read from its beginning to its end; opening a pipe that nobody writes would wait.
 
     Raises:
         FileNotFoundError: it does not exist.
         IsADirectoryError: it is a folder.
+        InvalidInputError: it cannot be a path.
         OSError: it is something else, such as a pipe, a socket or a device.
     """
+    check_path(path)
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -277,6 +293,7 @@ def read_file(path: str | os.PathLike) -> bytes:
 
 def make_folder(path: str | os.PathLike) -> None:
     """Create a folder and its parents if they do not exist; a link to a folder that does not exist is followed."""
+    check_path(path)
     try:
         _resolve(path).mkdir(parents=True, exist_ok=True)
     except FileExistsError:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from basic.common.errors import DamagedFileError, InvalidInputError
-from basic.common.files import atomic_write, check_file_target, make_folder
+from basic.common.files import atomic_write, check_file_target, check_path, make_folder
 from basic.common.folder_lock import OutputLock, remove_abandoned_lock
 
 
@@ -54,11 +54,13 @@ def check_outputs(
         remedy: how to ask for that, in messages.
 
     Raises:
-        InvalidInputError: an output is also an input.
+        InvalidInputError: an output is also an input, or cannot be a path.
         FileExistsError: an output exists, and is not ours or not to be replaced.
         OSError: a folder exists where a file is to be written, or the reverse.
     """
     read, outputs = {_identity(path) for path in inputs} - {None}, list(outputs)
+    for output in outputs:
+        check_path(output.path)
     try:
         for output in outputs:
             _check_output(output, read, overwrite, remedy)

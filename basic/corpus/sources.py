@@ -16,6 +16,7 @@ from __future__ import annotations
 import codecs
 import glob
 import os
+import re
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
@@ -57,6 +58,7 @@ from basic.corpus.text_formats import (
 from basic.pretokenization import SpecialTokens, replace_surrogates
 
 STANDARD_INPUT = "-"
+_URL = re.compile(r"[a-zA-Z][\w+.:-]*://")  # s3://, simplecache::s3://; a folder's name may end in a colon
 
 Content = Literal["text", "json lines", "parquet", "texts"]
 
@@ -162,7 +164,7 @@ class TextSource(DocumentOptions):
 
     @property
     def is_remote(self) -> bool:
-        return "://" in os.fspath(self)
+        return _URL.match(os.fspath(self)) is not None
 
     @property
     def reads_once(self) -> bool:
