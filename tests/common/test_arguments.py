@@ -46,7 +46,7 @@ WRONG: list[tuple[Any, list[Any], dict[str, Any], type[Exception], str]] = [
         [],
         {**STEPS, "rows": ["windows"]},
         InvalidConfigError,
-        "rows must be one of windows, .*documents, got",
+        "rows must be one of windows, .*documents, .*got",
     ),
     (TrainConfig, [], {**STEPS, "trackers": "wandb"}, TypeError, "trackers must be a list, each item one of 'tensor"),
     (RunConfig, [], {"model": {}, "train": TrainConfig(steps=5)}, TypeError, "model must be a table .* got dict"),
