@@ -37,7 +37,7 @@ MAX_EPOCHS = 30
 """A text is seen at most so often: more only learns it by heart."""
 MAX_PARAMETERS_PER_TOKEN = 4.0
 """Parameters that are multiplied with every token, for each token of the text."""
-HOUR_S = 3600.0
+HOUR_S, LONG_STEP_S = 3600.0, 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,11 +264,14 @@ def announce(config: RunConfig, steps_left: int, device: torch.device) -> None:
     if tokens * 6 * num_matrix_parameters(config.model) < 2e12:
         return  # less than a minute on any machine
     with suppress(RuntimeError, MemoryError):  # the run itself reports what is wrong
+        # First a small part of the batch: on a CPU, a step can take a minute. This counts what a step costs beside its
+        # sequences too often, so a step that is short enough is then timed as it is.
         small = max(1, config.train.batch_size // config.train.gradient_accumulation // 16)
         part = replace(config.train, batch_size=small, gradient_accumulation=1, cuda_graph=False, compile=False)
-        on_gpu = device.type != "cpu"
-        step_s, _ = time_steps(config if on_gpu else replace(config, train=part), device)
-        seconds = steps_left * step_s * (1 if on_gpu else config.train.batch_size / small)
+        step_s = time_steps(replace(config, train=part), device)[0] * config.train.batch_size / small
+        if step_s < LONG_STEP_S:
+            step_s, _ = time_steps(replace(config, train=replace(config.train, compile=False)), device)
+        seconds = steps_left * step_s
         print(f"the run will take about {_duration(seconds)} on this machine ({device})", file=sys.stderr)
         if seconds > HOUR_S:
             confirm_start(seconds)

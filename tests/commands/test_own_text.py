@@ -15,8 +15,9 @@ from basic.commands import own_text
 from basic.commands.prepare_text import END, prepare_text
 from basic.common.errors import InvalidInputError
 from basic.corpus.stories.grammar import stories
+from basic.model import ModelConfig
 from basic.training import load_run, train_text
-from basic.training.settings import RunConfig
+from basic.training.settings import RunConfig, TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +172,22 @@ def test_a_person_is_asked_before_more_than_an_hour(monkeypatch):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
     own_text.confirm_start(7200)
     assert len(asked) == 4
+
+
+def test_a_long_job_says_how_long_it_takes(monkeypatch, capsys):
+    model = ModelConfig(vocab_size=300, context_length=64, d_model=64, num_layers=2, num_heads=2)
+    config = RunConfig(model=model, train=TrainConfig(steps=100_000, batch_size=32))
+    asked, step_s = [], {2: 0.02, 32: 0.1}
+    monkeypatch.setattr(own_text, "time_steps", lambda config, device: (step_s[config.train.batch_size], config))
+    monkeypatch.setattr(own_text, "confirm_start", asked.append)
+    own_text.announce(config, 100_000, torch.device("cpu"))
+    assert asked == [pytest.approx(10_000)]
+    step_s[2] = 1.0  # a complete step takes too long to be timed
+    own_text.announce(config, 100_000, torch.device("cpu"))
+    own_text.announce(config, 10, torch.device("cpu"))
+    assert asked == [pytest.approx(10_000), pytest.approx(1_600_000)]
+    printed = capsys.readouterr().err
+    assert printed.splitlines() == [
+        "the run will take about 2.8 hours on this machine (cpu)",
+        "the run will take about 444.4 hours on this machine (cpu)",
+    ]
