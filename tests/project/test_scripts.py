@@ -428,7 +428,7 @@ def test_all_scripts_from_text_to_generated_text(tmp_path, monkeypatch, capsys):
         run_script(monkeypatch, "generate", "runs/other", "--prompt", "")
 
     run_script(monkeypatch, "export", "runs/other", "--to", "hf", "exported/llama")
-    assert "wrote exported/llama: config.json, " in capsys.readouterr().out
+    assert "wrote exported/llama: checksums.json, config.json, " in capsys.readouterr().out
     run_script(monkeypatch, "import", "exported/llama", "--output", "runs/back")
     assert re.search("wrote runs/back, a model with [0-9,]+ parameters", capsys.readouterr().out)
     run_script(monkeypatch, "generate", "runs/back", *generate[2:], "--seed", "1")
