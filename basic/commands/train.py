@@ -186,7 +186,8 @@ def start(options: Options, initial: InitialModel | None, world: World) -> None:
     is_new = options.overwrite or not (output / "config.toml").exists()
     if world.size == 1 and options.run.train.minutes is None and (is_new or options.resume is not None):
         options.run.train.check_schedule()
-        records = [] if is_new else read_metrics(output / "metrics.jsonl")
+        log = output / "metrics.jsonl"  # not there if the run was killed before its first line
+        records = read_metrics(log) if log.exists() and not is_new else []
         steps_left = options.run.train.steps - (records[-1]["step"] if records else 0)
         own_text.announce(options.run, steps_left, choose_device(options.run.train.device))
     how: dict[str, Any] = {"resume": options.resume is not None, "overwrite": options.overwrite, "progress": True}
