@@ -123,7 +123,9 @@ def _forward(Q, K, V, OUT, LOG_SUMS,
     OUT += batch * o_batch + head * o_head
     rows, columns = tile * M + tl.arange(0, M), tl.arange(0, WIDTH)
     q = _load_tile(Q, rows, q_stride, columns, T, D, WIDTH, CHECK)
-    maximum = tl.full([M], -float("inf"), tl.float32)
+    # Below all scores, and far above those that are masked: a query all of whose keys in a tile are masked gets weights
+    # of 0 from it. With a maximum as low as the masked scores, the multiply-add below would give their rounding error.
+    maximum = tl.full([M], -1e20, tl.float32)
     total = tl.zeros([M], tl.float32)
     weighted = tl.zeros([M, WIDTH], tl.float32)
     starts = _load_starts(STARTS, batch, rows, T, PACKED)
@@ -134,8 +136,7 @@ def _forward(Q, K, V, OUT, LOG_SUMS,
         keys = start + tl.arange(0, N)
         k = _load_tile(K, keys, k_stride, columns, T, D, WIDTH, CHECK)
         scores = dot(q, tl.trans(k))
-        # On the diagonal, mask the keys after each query. A query all of whose keys are masked in the first tile gets
-        # weights of 1, which the rescaling makes 0 in the tile of its own key.
+        # On the diagonal, mask the keys after each query.
         if PACKED:
             visible = _visible(rows[:, None], keys[None, :], WINDOW) & (keys[None, :] >= starts[:, None])
             scores = tl.where(visible, scores, -1e30)
