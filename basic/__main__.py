@@ -11,20 +11,20 @@ from basic.common import command_line
 
 # The modules are imported when they are needed: importing torch takes seconds.
 COMMANDS = {
-    "quickstart": ("basic.commands.quickstart", "from nothing to a small model that writes stories, in minutes"),
-    "train-bpe": ("basic.commands.train_bpe", "train a tokenizer on text"),
-    "encode": ("basic.commands.encode", "encode text into token ids"),
-    "train": ("basic.commands.train", "train a model"),
-    "generate": ("basic.commands.generate", "continue a prompt with a model"),
-    "evaluate": ("basic.commands.show.evaluate", "loss, perplexity and bits per byte of a model on a file"),
-    "plot": ("basic.commands.show.plot", "the losses of runs as a picture"),
-    "report": ("basic.commands.show.report", "curves, samples and settings of a run as one HTML file"),
-    "playground": ("basic.commands.show.playground", "a web page to explore a model and tokenizers"),
-    "sweep": ("basic.commands.sweep", "train and compare runs with different settings"),
-    "export": ("basic.commands.convert.export_model", "a model or tokenizer for other programs"),
-    "import": ("basic.commands.convert.import_model", "a run from the model of another program"),
-    "consolidate": ("basic.commands.convert.consolidate", "one file from the sharded checkpoint of several GPUs"),
-    "questions": ("basic.assignment_question", "the assignment's written questions, answered"),
+    "quickstart": ("commands.quickstart", "from nothing to a small model that writes stories, in minutes"),
+    "train-bpe": ("commands.train_bpe", "train a tokenizer on text"),
+    "encode": ("commands.encode", "encode text into token ids"),
+    "train": ("commands.train", "train a model"),
+    "generate": ("commands.generate", "continue a prompt with a model"),
+    "evaluate": ("commands.show.evaluate", "loss, perplexity and bits per byte of a model on a file"),
+    "plot": ("commands.show.plot", "the losses of runs as a picture"),
+    "report": ("commands.show.report", "curves, samples and settings of a run as one HTML file"),
+    "playground": ("commands.show.playground", "a web page to explore a model and tokenizers"),
+    "sweep": ("commands.sweep", "train and compare runs with different settings"),
+    "export": ("commands.convert.export_model", "a model or tokenizer for other programs"),
+    "import": ("commands.convert.import_model", "a run from the model of another program"),
+    "consolidate": ("commands.convert.consolidate", "one file from the sharded checkpoint of several GPUs"),
+    "questions": ("assignment_question", "the assignment's written questions, answered"),
 }
 
 
@@ -50,7 +50,7 @@ def main(name: str | None = None) -> None:
         name = name.replace("_", "-")
         sys.argv[:2] = [f"{sys.argv[0]} {name}"]
     module, _ = COMMANDS[name]
-    command_line.run(lambda: import_module(module).command())
+    command_line.run(lambda: import_module(f"basic.{module}").command())
 
 
 def overview() -> str:

@@ -23,6 +23,7 @@ from basic.Tokenizer import Tokenizer
 from basic.training.batches import check_tokenizer_size
 from basic.training.checkpoints.file import disk_errors
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOO_MANY_IDS = "export the model with the tokenizer it was trained with"
 
 
@@ -62,7 +63,7 @@ def export_hf(
         check_tokenizer_size(tokenizer.vocab_size, model.config.vocab_size, _TOO_MANY_IDS)
         end_id = tokenizer.special_token_ids.get(end_of_text)
     ids = {"bos_token_id": end_id, "eos_token_id": end_id}
-    saved_dtype = model.token_embeddings.weight.dtype if dtype is None else getattr(torch, dtype)
+    saved_dtype = model.token_embeddings.weight.dtype if dtype is None else _DTYPES[dtype]
     weights = {
         hf_name(name): to_hf_row_order(name, weight, model.config.d_head).to("cpu", saved_dtype)
         for name, weight in _weights(model)

@@ -151,7 +151,13 @@ def test_the_configuration_of_the_quickstart_loads():
     assert (config.model.context_length, config.train.batch_size, config.train.rows) == (128, 16, "documents")
 
 
+def test_the_leaderboard_keeps_its_rules():
+    config = load_config(CONFIGS / "leaderboard.toml", RunConfig)
+    assert (config.model.vocab_size, config.model.context_length, config.train.minutes) == (32_000, 512, 45)
+    assert "openwebtext" in config.data.train_tokens
+
+
 def test_all_configurations_are_tested():
     names = {path.stem for path in CONFIGS.iterdir()}
     # small.toml is tested with the sweeps.
-    assert names == {"openwebtext", "quickstart", "small", "tinystories", "tinystories_low_resource"}
+    assert names == {"leaderboard", "openwebtext", "quickstart", "small", "tinystories", "tinystories_low_resource"}

@@ -80,7 +80,9 @@ def test_urls_are_read_like_files(tmp_path, monkeypatch, corpus, tokenizer):
         count_pretokens("memory://corpus/wrong.txt", SPECIAL, shard_bytes=300, kernels=False)
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
     monkeypatch.setitem(sys.modules, "fsspec", None)
-    with pytest.raises(InvalidInputError, match="needs fsspec, which is not installed; use `uv run --extra dist "):
+    with pytest.raises(
+        InvalidInputError, match="needs fsspec, which is not installed; use `pip install fsspec aiohttp`"
+    ):
         count_pretokens("memory://corpus/plain.txt", SPECIAL)
 
 

@@ -46,6 +46,14 @@ def is_ready_made(attribute: str) -> bool:
     return attribute in FUNCTIONS or VARIANTS.search(attribute) is not None
 
 
+def is_our_module(call: ast.Call) -> bool:
+    """Whether a call imports a module of this project: its first argument is text that begins with "basic."."""
+    argument = call.args[0] if call.args else None
+    if isinstance(argument, ast.JoinedStr):
+        argument = argument.values[0]
+    return isinstance(argument, ast.Constant) and str(argument.value).startswith("basic.")
+
+
 METHODS = {attribute for attribute in dir(torch.Tensor) if is_ready_made(attribute)}
 
 
@@ -140,7 +148,7 @@ class FromScratch(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         function = self.dotted(node.func) or [node.func.attr if isinstance(node.func, ast.Attribute) else ""]
         strings = [child.value for arg in node.args for child in ast.walk(arg) if isinstance(child, ast.Constant)]
-        if function[-1] in IMPORTERS:
+        if function[-1] in IMPORTERS and not is_our_module(node):
             self.report(node, "import modules with an import statement")
         elif function[-1] in LOOKUPS and METHODS.intersection(strings):
             self.report(node, f"{strings} is looked up by name; write the attribute")

@@ -35,7 +35,7 @@ END = "<|endoftext|>"
 
 def script(name: str) -> ModuleType:
     """The module of the command that local/NAME.py starts."""
-    return importlib.import_module(COMMANDS[name.replace("_", "-")][0])
+    return importlib.import_module("basic." + COMMANDS[name.replace("_", "-")][0])
 
 
 def run_script(monkeypatch, name: str, *arguments: str | Path) -> None:
