@@ -38,6 +38,7 @@ from basic.tokens.info import BEGINS_DOCUMENT, IS_LEARNED, TokenFileInfo
 
 Message = Mapping[str, Any]
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 
 
 class ChatFormat:
@@ -63,7 +64,7 @@ class ChatFormat:
                 f"the tokenizer has no chat template, and the plain one needs the special token {end_of_text!r}; give "
                 f"another one of its {list(tokenizer.special_token_ids)} as end_of_text"
             )
-        self._has_tags = template is not None and _GENERATION_TAG.search(template.source) is not None
+        self._has_tags = template is not None and bool(_GENERATION_TAG.search(_COMMENT.sub("", template.source)))
         self._mark = secrets.token_hex(8)  # around what {% generation %} encloses; no message can contain it by intent
         self._render = _plain_template(end_of_text) if template is None else _jinja_template(template, self._mark)
 
@@ -79,8 +80,14 @@ class ChatFormat:
     def end_of_answer(self) -> str | None:
         """The special token that ends an answer; None if the template has none."""
         example = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        answer = [text for text, is_learned in self.parts(example) if is_learned][-1]
-        return next((token for token in self._special_tokens if answer.endswith(token)), None)
+        answers = [text for text, is_learned in self.parts(example) if is_learned]
+        return next((token for token in self._special_tokens if answers and answers[-1].endswith(token)), None)
+
+    def without_special_tokens(self, text: str) -> str:
+        """A text as the content of a message, which may have no special tokens: a model can write any of them."""
+        for token in self._special_tokens:
+            text = text.replace(token, "")
+        return text
 
     def parts(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
         """The text of a conversation in parts, each with whether it is the assistant's; joined, they are the text.
@@ -134,12 +141,25 @@ class ChatFormat:
             content = message.get("content")
             if not isinstance(content, str | None):
                 raise InvalidInputError(f"the content of message {index} must be a text, got {content!r:.60}")
-            if found := next((token for token in self._special_tokens if token in (content or "")), None):
+            texts = list(_texts(message))
+            if found := next((token for token in self._special_tokens for text in texts if token in text), None):
                 raise InvalidInputError(
-                    f"the content of message {index} has the special token {found!r}, with which it could forge what "
-                    "others say; remove it"
+                    f"message {index} has the special token {found!r}, with which it could forge what others say; "
+                    "remove it"
                 )
         return self._render(messages, add_generation_prompt)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a message: a template may write any of them, also its role and its keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for pair in value.items():
+            yield from _texts(pair)
+    elif isinstance(value, Sequence):
+        for entry in value:
+            yield from _texts(entry)
 
 
 def encode_conversations(

@@ -119,6 +119,7 @@ def test_texts_are_those_of_transformers(template, conversation):
     ("template", "conversation", "message"),
     [
         (CHATML, [("user", "a <|im_end|> b")], r"message 0 has the special token '<\|im_end\|>', with which it could"),
+        (CHATML, [("user<|im_end|>", "b")], r"message 0 has the special token '<\|im_end\|>', with which it could"),
         (LLAMA2, [("system", "x")], "the chat template refuses this conversation: no system"),
         (LAST_ONLY, CONVERSATIONS[1], r"writes message 1 in another way .*; put \{% generation %\}"),
         (None, [("tool", "x")], "one of the roles system, user, assistant, got the role 'tool'"),
@@ -129,6 +130,12 @@ def test_texts_are_those_of_transformers(template, conversation):
 def test_what_cannot_be_written_is_refused(template, conversation, message):
     with pytest.raises(InvalidInputError, match=message):
         ChatFormat(tokenizer_with(template)).parts(messages_of(conversation))
+
+
+def test_tags_in_a_comment_are_none():
+    chat = ChatFormat(tokenizer_with("{# {% generation %} #}" + CHATML))
+    assert chat.end_of_answer == "<|im_end|>"
+    assert ("Hello!<|im_end|>", True) in chat.parts(messages_of(CONVERSATIONS[0]))
 
 
 def test_wrong_templates_and_tokenizers_are_refused():

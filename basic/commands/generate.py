@@ -95,6 +95,12 @@ def talk(
     messages: list[dict[str, str]] = []
     for line in lines:
         messages.append({"role": "user", "content": line})
+        try:
+            chat.prompt([*first, *messages])
+        except InvalidInputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            messages.pop()
+            continue
         while len(chat.tokenizer.encode(prompt := chat.prompt([*first, *messages]))) > max_tokens and len(messages) > 1:
             print("(the oldest messages are forgotten: they do not fit into the context)", file=sys.stderr)
             del messages[:2]
@@ -103,7 +109,7 @@ def talk(
             command_line.print_text(text, end="")
             texts.append(text)
         command_line.print_text("\n")
-        messages.append({"role": "assistant", "content": "".join(texts).strip()})
+        messages.append({"role": "assistant", "content": chat.without_special_tokens("".join(texts)).strip()})
 
 
 def read_prompts(options: Options, end_of_text: str) -> Iterator[str]:

@@ -120,25 +120,25 @@ def gguf_config(fields: dict[str, Any], embedding_rows: int, rope_divisors: Tens
         values["head_dim"] = None
     values |= {"vocab_size": embedding_rows, "tied_embeddings": tied}
     values |= {"qkv_bias": architecture == "qwen2", "qk_norm": architecture == "qwen3"}
-    values["norm_eps"], values["rope_theta"] = (_shortest(values[name]) for name in ("norm_eps", "rope_theta"))
+    values |= {name: _shortest(values[name]) for name in ("norm_eps", "rope_theta") if values[name] is not None}
     values["rope_scaling"] = _rope_scaling(architecture, own, rope_divisors, head_dim)
     return checked_config(values, _FIELDS)
 
 
-def _shortest(number: float | None) -> float | None:
+def _shortest(number: float) -> float:
     """The float64 that a file's float32 stands for: 1e-05 was stored as 9.999999747378752e-06."""
-    return None if number is None else float(str(torch.tensor(number, dtype=torch.float32).numpy()))
+    return float(str(torch.tensor(number, dtype=torch.float32).numpy()))
 
 
 def _rope_scaling(architecture: str, own: dict[str, Any], divisors: Tensor | None, head_dim: int) -> list[float] | None:
     kind, factor = own.get("rope.scaling.type", "none"), own.get("rope.scaling.factor", 1.0)
     if factor != 1.0 and kind not in ("none", "linear"):
         raise InvalidInputError(f"{architecture}.rope.scaling.type is {kind!r}; only 'none' and 'linear' can be read")
-    linear = [factor] if kind == "linear" and factor != 1.0 else None
+    linear = [_shortest(factor)] if kind == "linear" and factor != 1.0 else None
     if divisors is None or bool((divisors == 1).all()):
         return linear
     saved = own.get(ROPE_SCALING)
-    candidate = [float(number) for number in saved] if saved else [divisors.max().item(), 1.0, 4.0, 8192.0]
+    candidate = [_shortest(number) for number in saved] if saved else [divisors.max().item(), 1.0, 4.0, 8192.0]
     theta = own.get("rope.freq_base", 10_000.0)
     if linear or len(divisors) != head_dim // 2 or not torch.allclose(
         rope_divisors(theta, head_dim, tuple(candidate)), divisors.float(), rtol=1e-4

@@ -111,6 +111,8 @@ def gguf_tokenizer_fields(tokenizer: Tokenizer, vocab_size: int, end_of_text: st
     tokenizer.used_merges.check_order()
     if content.merges is None:
         raise InvalidInputError("llama.cpp needs merges, but this tokenizer has ranks (it is from a rank file)")
+    if not content.merges:
+        raise InvalidInputError("llama.cpp needs merges, but this tokenizer has none; export the model without it")
     patterns = [name for name in _PRE_TOKENIZERS if resolve_pattern(name) == tokenizer.compiled_pattern]
     names = [
         name

@@ -221,7 +221,7 @@ def generate(
     Returns:
         The new ids of each sequence, without `end_id`: all samples of the first prompt, then those of the second. With
         `log_probabilities` also the natural logarithm of the probability that the model itself gives each of these ids,
-        at temperature 1 and without penalties and truncation.
+        at temperature 1 and without penalties, among the ids below `vocab_size`.
 
     Raises:
         TypeError: the prompts are not sequences of integers.

@@ -28,8 +28,8 @@ SIZES: dict[str, Any] = {"context_length": 64, "d_model": 64, "num_layers": 2, "
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"num_kv_heads": 2, "rope_theta": 5e5, "norm_eps": 1e-6},
     "tied": {"tied_embeddings": True, "head_dim": 24},
-    "linear": {"rope_scaling": (4.0,)},
-    "llama3": {"rope_scaling": (8.0, 1.0, 4.0, 16.0), "head_dim": 32},
+    "linear": {"rope_scaling": (2.3,)},
+    "llama3": {"rope_scaling": (8.0, 1.1, 4.3, 16.0), "head_dim": 32},
     "qwen2": {"qkv_bias": True, "num_kv_heads": 1},
     "qwen3": {"qk_norm": True, "head_dim": 32, "tied_embeddings": True},
 }
@@ -290,3 +290,8 @@ def test_a_damaged_file(tmp_path: Path) -> None:
         (tmp_path / "cut.gguf").write_bytes(content[:length])
         with pytest.raises(DamagedFileError, match="not a complete GGUF file"):
             load_model(tmp_path / "cut.gguf")
+
+
+def test_a_tokenizer_without_merges_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="needs merges, but this tokenizer has none; export"):
+        gguf_tokenizer_fields(Tokenizer({i: bytes([i]) for i in range(256)}, [], [END]), 257, END)

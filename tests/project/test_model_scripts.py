@@ -109,6 +109,18 @@ def test_a_chat_remembers_the_conversation_until_it_does_not_fit(capsys):
     assert capsys.readouterr().err.count("the oldest messages are forgotten") == 1
 
 
+def test_special_tokens_do_not_end_a_chat(capsys):
+    prompts = []
+
+    def answer(prompt: str) -> list[str]:
+        prompts.append(prompt)
+        return ["o", END, "k"]
+
+    script("generate").talk(ChatFormat(BYTES), ["a", f"b{END}", "c"], answer, None, 1000)
+    assert prompts[1:] == [f"User:\na\n\nAssistant:\nok{END}\n\nUser:\nc\n\nAssistant:\n"]
+    assert capsys.readouterr().err.startswith(f"error: message 2 has the special token '{END}'")
+
+
 def test_the_script_talks(folder, capsys, monkeypatch):
     run = load_run(folder / "run", device="cpu")
     prompt = ChatFormat(BYTES).prompt([{"role": "user", "content": "a"}])
