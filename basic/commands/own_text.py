@@ -28,7 +28,7 @@ from basic.model import TransformerLM
 from basic.training.loop import train
 from basic.training.parallel.devices import activation_dtype, choose_device, matmul_flops_per_s
 from basic.training.recipes import MAX_DEPTH, depth_for, num_matrix_parameters, recipe_settings, training_flops
-from basic.training.run_folder import Run
+from basic.training.run_folder import Run, valid_losses
 from basic.training.settings import DataConfig, RunConfig
 from basic.training.step import TrainStep, make_optimizer
 
@@ -76,6 +76,13 @@ def command(arguments: list[str]) -> None:
     for number, sample in enumerate(samples, 1):
         command_line.print_text(f"\nsample {number}: {sample.strip()}")
     print(f"\neverything is in {run_dir}; its curves and samples: {run_dir / 'report.html'}")
+    losses = valid_losses(run_dir)
+    best, last = min(losses, key=lambda step: losses[step], default=0), max(losses, default=0)
+    if losses and losses[best] < losses[last]:
+        print(
+            f"the validation loss was lowest at step {best} ({losses[best]:.3f}, at the end {losses[last]:.3f}): the "
+            "text was learned by heart from there on; `--checkpoint best` uses that step"
+        )
     for next_command in (f"`basic generate {run_dir}`", f"`basic playground {run_dir}`"):
         print(f"next: {command_line.as_started(next_command)}")
 

@@ -78,6 +78,8 @@ def parse(arguments: list[str]) -> tuple[Options, InitialModel | None]:
         raise InvalidInputError("the model and its settings exist already; leave --recipe out")
     if given.depth is not None and given.recipe is None:
         raise InvalidInputError("--depth is the number of blocks of a recipe; give --recipe too, or use --num-layers")
+    if given.recipe is not None and given.config is None and {"-h", "--help"}.intersection(others):
+        return command_line.parse(Options, __doc__, args=arguments), None  # no sizes are known without a tokenizer
     if given.recipe is not None:
         output = Path("runs") / (given.recipe if given.config is None else given.config.stem)
         complete = partial(add_recipe, given.recipe, given.depth, others)

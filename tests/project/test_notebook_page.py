@@ -56,10 +56,11 @@ def test_all_of_them_run_and_do_what_they_say(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(own_text, "MAX_EPOCHS", 0)
     pandas, shown = FakePandas(), []
     monkeypatch.setitem(sys.modules, "pandas", pandas)
-    names: dict[str, Any] = {"plt": SimpleNamespace(matshow=shown.append)}
+    names: dict[str, Any] = {}
     printed = []
     for block in (START, *BLOCKS):
         exec(block, names)
+        names["plt"] = SimpleNamespace(matshow=shown.append)
         printed.append(capsys.readouterr().out)
 
     length = len(prepared.tokenizer.encode("There once was a little girl"))

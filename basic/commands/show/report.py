@@ -27,9 +27,9 @@ class Options:
     run: tyro.conf.Positional[Path]
     """Run folder, such as runs/quickstart."""
     output: Path | None = None
-    """HTML file to write; None: report.html in the run folder."""
+    """HTML file to write; None: report.html in the run folder, which every run leaves there and which is replaced."""
     overwrite: bool = False
-    """Replace the report that exists."""
+    """Replace another file that exists."""
     entropy: float | None = None
     """Entropy of the data in nats per token, if it is known; drawn as a line."""
     follow: bool = False
@@ -49,7 +49,7 @@ def main(options: Options) -> None:
             file.write(page)
         return page
 
-    with reserved_outputs([report_output(output)], overwrite=options.overwrite):
+    with reserved_outputs([report_output(output)], overwrite=options.overwrite or options.output is None):
         try:
             while options.follow and not is_finished(options.run):
                 write(FOLLOW_S)
