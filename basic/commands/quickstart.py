@@ -71,7 +71,11 @@ def make(options: Options, folder: Path) -> float | None:
     for split in ("train", "valid"):
         encode_file(tokenizer, folder / f"{split}.txt", folder / f"{split}.bin", progress=True)
     tokens = open_tokens(folder / "train.bin"), open_tokens(folder / "valid.bin")
-    model = train(configure(options, tokenizer.vocab_size), *tokens, folder, tokenizer=tokenizer, progress=True).model
+    config = configure(options, tokenizer.vocab_size)
+    try:
+        model = train(config, *tokens, folder, tokenizer=tokenizer, progress=True).model
+    except KeyboardInterrupt:  # the folder becomes the output only when it is complete, so its run cannot be resumed
+        raise KeyboardInterrupt("stopped; `basic quickstart` begins from the start again") from None
     records, info = read_metrics(folder / "metrics.jsonl"), read_info(folder / "valid.bin")
     loss, exact = records[-1]["valid_loss"], [story.nats for story in stories]
     bits_per_byte = loss / math.log(2) * info.count / info.source_bytes
