@@ -26,6 +26,7 @@ DOCUMENTS = [
     ({**GOOD, "model": [1]}, r"has \[1\] as 'model', which must be an object"),
     ({**GOOD, "iteration": "3"}, "has '3' as 'iteration', which must be an integer"),
     ({**GOOD, "optimizer": []}, r"has \[\] as 'optimizer', which must be an object or null"),
+    ({**GOOD, "optimizer_class": 3}, "has 3 as 'optimizer_class', which must be a string or null"),
 ]
 
 

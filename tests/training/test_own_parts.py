@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import json
 from typing import Any
 
 import pytest
 import torch
 
 from basic.common.errors import InvalidInputError
+from basic.training.checkpoints.file import load_checkpoint, stage_checkpoint, write_staged_checkpoint
 from basic.training.loop import train
 from basic.training.records.metrics import read_metrics
+from basic.transformer.optimizer import AdamW
 from tests.training.test_loop import TRAIN, VALID, configuration, saved, step_that_fails
 
 
@@ -97,3 +101,61 @@ def test_what_is_no_optimizer_is_refused(tmp_path):
         train(configuration(), TRAIN, VALID, tmp_path / "run", optimizer=lambda model: 3)  # ty: ignore
     with pytest.raises(InvalidInputError, match="resumed and overwritten"):
         train(configuration(), TRAIN, VALID, tmp_path / "run", optimizer=momentum, resume=True, overwrite=True)
+
+
+def sgd(model) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def torch_adamw(model) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters())
+
+
+def our_adamw(model) -> torch.optim.Optimizer:
+    return AdamW(model.parameters())
+
+
+OTHERS = [
+    (momentum, torch_adamw, "CountingSGD", "torch.AdamW"),
+    (momentum, None, "CountingSGD", "basic.AdamW"),
+    (sgd, torch_adamw, "torch.SGD", "torch.AdamW"),
+    (our_adamw, sgd, "basic.AdamW", "torch.SGD"),
+    (torch_adamw, our_adamw, "torch.AdamW", "basic.AdamW"),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "saved_class", "own_class"), OTHERS)
+def test_a_run_is_not_resumed_with_another_optimizer(tmp_path, first, second, saved_class, own_class):
+    config, folder = configuration(checkpoint_interval=4), tmp_path / "run"
+    step_fails = step_that_fails(7, OverflowError("power failure"))
+    with pytest.raises(OverflowError):
+        train(config, TRAIN, VALID, folder, optimizer=first, make_step=step_fails)
+    message = rf"it has the state of {saved_class}, but this is {own_class}; .*the optimizer that it began with"
+    with pytest.raises(InvalidInputError, match=message):
+        train(config, TRAIN, VALID, folder, optimizer=second, resume=True)
+    assert train(config, TRAIN, VALID, folder, optimizer=first, resume=True).step == 8
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (momentum, torch_adamw, "torch.AdamW needs 'betas', but the saved state, .*, has lr, momentum"),
+        (our_adamw, sgd, "torch.SGD needs 'momentum', .* has lr, betas, eps"),
+        (our_adamw, our_adamw, None),
+        (torch_adamw, torch_adamw, None),
+        (momentum, sgd, None),
+    ],
+)
+def test_a_checkpoint_that_does_not_name_its_optimizer_is_known_by_its_settings(first, second, message):
+    """As those of version 0.1.0."""
+    model = torch.nn.Linear(2, 2)
+    staged, file = stage_checkpoint(model, first(model), 3), io.BytesIO()
+    document = json.loads(staged.document)
+    del document["optimizer_class"]
+    write_staged_checkpoint(staged._replace(document=json.dumps(document)), file)
+    file.seek(0)
+    if message is None:
+        assert load_checkpoint(file, model, second(model)) == 3
+        return
+    with pytest.raises(InvalidInputError, match=message):
+        load_checkpoint(file, model, second(model))

@@ -6,9 +6,11 @@ caller's own data with `extra.`. The metadata has three strings: `format` is "pt
 tensors), `checkpoint` is a JSON document, and `sha256` is the hexadecimal digest of the complete file, header and data,
 computed with 64 zeros in place of the digest. The document is
 
-    {"version": 2, "iteration": ..., "model": ..., "model_metadata": ..., "optimizer": ..., "extra": ...}
+    {"version": 2, "iteration": ..., "model": ..., "model_metadata": ..., "optimizer": ..., "optimizer_class": ...,
+     "extra": ...}
 
-where the last four are trees of tensors and plain values, encoded by `basic.training.checkpoints.tensor_tree`.
+where the optimizer's class is a name (version 0.1.0 did not save it), and the others after the iteration are trees of
+tensors and plain values, encoded by `basic.training.checkpoints.tensor_tree`.
 """
 
 from __future__ import annotations
@@ -51,7 +53,13 @@ _HEADER_LIMIT_BYTES = 100_000_000
 _DIGEST_KEY, _ZERO_DIGEST = b'"sha256":"', "0" * 64
 
 # The keys of the document and the types of their values in JSON; trees have other types, too.
-_DOCUMENT_TYPES = {"version": int, "iteration": int, "model": dict, "optimizer": (dict, type(None))}
+_DOCUMENT_TYPES = {
+    "version": int,
+    "iteration": int,
+    "model": dict,
+    "optimizer": (dict, type(None)),
+    "optimizer_class": (str, type(None)),
+}
 
 # What a malformed file or document can raise while it is parsed.
 _PARSE_ERRORS = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -217,7 +225,7 @@ def load_state(checkpoint: Checkpoint, model: Module, optimizer: Optimizer | Non
     check_model_state(model, model_state)
     if optimizer is not None:
         optimizer_state = checkpoint.entry("optimizer")
-        check_optimizer_state(optimizer, optimizer_state)
+        check_optimizer_state(optimizer, optimizer_state, checkpoint.document.get("optimizer_class"))
         load_optimizer_state(optimizer, optimizer_state)
     load_model_state(model, model_state)
     return iteration
@@ -283,9 +291,9 @@ def parse_document(content: str) -> dict[str, Any]:
     if (problem := difference_from_object(document, {"version": int})) is None:
         if document["version"] != VERSION:
             raise ValueError(f"its version is {document['version']}, this library reads version {VERSION}")
-        checked = document
+        checked = {"optimizer_class": None, **document}
         if isinstance(document.get("iteration"), dict):  # an integer of more than 64 bits
-            checked = {**document, "iteration": unflatten_tree(document["iteration"], {})}
+            checked["iteration"] = unflatten_tree(document["iteration"], {})
         problem = difference_from_object(checked, _DOCUMENT_TYPES)
     if problem is not None:
         raise ValueError(f"its document {problem}")

@@ -279,7 +279,7 @@ def load_sharded_state(checkpoint: Checkpoint, model: Module, optimizer: Optimiz
     description = without_values(checkpoint)
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in description.tensors.items()}
     check_model_state(model, description.entry("model"))
-    check_optimizer_state(optimizer, description.entry("optimizer"))
+    check_optimizer_state(optimizer, description.entry("optimizer"), document.get("optimizer_class"))
     own_state, targets = model.state_dict(), {}
     for key, name in tensor_names(document["model"]).items():
         targets.setdefault(name, own_state[key])

@@ -26,6 +26,7 @@ def collect_state(model: Module, optimizer: Optimizer | None, iteration: int, ex
         "model": dict(model_state),
         "model_metadata": getattr(model_state, "_metadata", None),
         "optimizer": None if optimizer is None else optimizer.state_dict(),
+        "optimizer_class": None if optimizer is None else _class_name(optimizer),
         "extra": {} if extra is None else extra,
     }
 
@@ -122,14 +123,30 @@ def _describe(value: Any) -> str:
 # --- Optimizer ---------------------------------------------------------------------------------------------------
 
 
-def check_optimizer_state(optimizer: Optimizer, saved: dict[str, Any] | None) -> None:
-    """Check that a saved optimizer state has the parameter groups of an optimizer.
+_OTHER_OPTIMIZER = (
+    "build the optimizer as it was saved (a run is resumed with the optimizer that it began with), or take the weights "
+    "alone (optimizer=None; for a new run, init_from)"
+)
+
+
+def check_optimizer_state(optimizer: Optimizer, saved: dict[str, Any] | None, saved_class: str | None) -> None:
+    """Check that a saved optimizer state is of an optimizer's class, and has its parameter groups.
+
+    Args:
+        saved_class: `optimizer_class` of the checkpoint; None if it does not say it, as those of version 0.1.0. Then
+            the groups must have the numbers that the optimizer needs.
 
     Raises:
-        InvalidInputError: it has none, or others.
+        InvalidInputError: there is no state, or it is of another class, or has other groups.
     """
     if saved is None:
         raise InvalidInputError("the checkpoint was saved without an optimizer; load it with optimizer=None")
+    own_class = _class_name(optimizer)
+    if saved_class is not None and saved_class != own_class:
+        raise InvalidInputError(
+            f"the checkpoint does not fit the optimizer: it has the state of {saved_class}, but this is {own_class}; "
+            f"{_OTHER_OPTIMIZER}"
+        )
     saved_sizes = [len(group["params"]) for group in saved.get("param_groups", [])]
     own_sizes = [len(group["params"]) for group in optimizer.state_dict().get("param_groups", [])]
     if saved_sizes != own_sizes:
@@ -137,6 +154,24 @@ def check_optimizer_state(optimizer: Optimizer, saved: dict[str, Any] | None) ->
             f"the checkpoint does not fit the optimizer: its parameter groups have {saved_sizes} parameters, those of "
             f"the optimizer {own_sizes}; build the optimizer as it was saved"
         )
+    if saved_class is not None:
+        return
+    # Not switches and None: newer versions of PyTorch have added such settings, and load a state without them.
+    needed = [name for name, value in optimizer.defaults.items() if type(value) in (int, float, tuple)]
+    for group in saved.get("param_groups", []):
+        for name in needed:
+            if name not in group:
+                raise InvalidInputError(
+                    f"the checkpoint does not fit the optimizer: {own_class} needs {name!r}, but the saved state, "
+                    f"which is of another optimizer, has {', '.join(key for key in group if key != 'params')}; "
+                    f"{_OTHER_OPTIMIZER}"
+                )
+
+
+def _class_name(optimizer: Optimizer) -> str:
+    """Such as torch.AdamW, or basic.AdamW for ours; others without a package, as a user's script may be renamed."""
+    package = type(optimizer).__module__.partition(".")[0]
+    return f"{package}." * (package in ("torch", "basic")) + type(optimizer).__name__
 
 
 def load_optimizer_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
