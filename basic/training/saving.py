@@ -310,7 +310,8 @@ def resume_run(
             step = load_state(checkpoint, model, optimizer)
         if isinstance(optimizer, AdamW):  # another one may keep state in its groups
             for group, settings in zip(optimizer.param_groups, own, strict=True):
-                group |= settings  # those of the checkpoint would undo what the user has changed
+                # Those of the checkpoint would undo what the user has changed; its weight decay is a scheduled one.
+                group |= {"base_weight_decay": settings["weight_decay"]} | settings
         if (sequences := extra.get("sequences")) is None:  # version 0.1.0; else rank 0 may be writing the file already
             sequences = step * load_run_config(run_dir).train.batch_size
         progress = RunProgress(step, extra["wall_s"], extra["nonfinite_steps"], sequences)

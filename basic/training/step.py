@@ -192,7 +192,8 @@ class TrainStep:
             if group.get("rule") == "muon":
                 group["momentum"] = self.momentum
             if self.config.weight_decay_schedule != "constant":
-                group["weight_decay"] = self.weight_decay_factor * group["base_weight_decay"]
+                base = group.setdefault("base_weight_decay", group["weight_decay"])
+                group["weight_decay"] = self.weight_decay_factor * base
         self.optimizer.step(gradient_factor=factor, copies=self.weight_copies)
         return total_loss, norm
 

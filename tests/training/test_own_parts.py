@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+from functools import partial
 from typing import Any
 
 import pytest
@@ -68,6 +70,30 @@ def test_a_run_with_own_parts_resumes_bit_for_bit_and_keeps_its_log(tmp_path):
     records = read_metrics(tmp_path / "parts" / "metrics.jsonl")
     assert [record["learning_rate"] for record in records] == pytest.approx([0.1 / step for step in range(1, 9)])
     assert [record["train_loss"] for record in records] == [loss for _, loss in losses["entire"]]
+
+
+def test_our_adamw_of_ones_own_has_a_scheduled_weight_decay(tmp_path):
+    config = configuration(weight_decay_schedule="linear", checkpoint_interval=4)
+    settings = config.train
+
+    def make(model, weight_decay: float = settings.weight_decay) -> AdamW:
+        betas = settings.beta1, settings.beta2
+        return AdamW(model.parameters(), betas=betas, eps=settings.eps, weight_decay=weight_decay)
+
+    train(config, TRAIN, VALID, tmp_path / "built-in")
+    train(config, TRAIN, VALID, tmp_path / "entire", optimizer=make)
+    failure, parts = step_that_fails(7, OverflowError("power failure")), tmp_path / "parts"
+    with pytest.raises(OverflowError):
+        train(config, TRAIN, VALID, parts, optimizer=make, make_step=failure)
+    shutil.copytree(parts, tmp_path / "changed")
+    train(config, TRAIN, VALID, parts, optimizer=make, resume=True)
+    stronger = partial(make, weight_decay=9.0)
+    train(config, TRAIN, VALID, tmp_path / "changed", optimizer=stronger, resume=True)
+    name = "model.lm_head.weight"
+    weight = saved(tmp_path / "built-in", 8)[name]
+    assert torch.equal(saved(tmp_path / "entire", 8)[name], weight)
+    assert torch.equal(saved(parts, 8)[name], weight)
+    assert not torch.equal(saved(tmp_path / "changed", 8)[name], weight)
 
 
 def test_groups_keep_their_factor_and_steps_that_are_not_finite_are_left_out(tmp_path):
