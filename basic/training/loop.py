@@ -8,6 +8,7 @@ every batch, and gradients are averaged.
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import sys
@@ -192,6 +193,13 @@ def _own_optimizer(
         raise InvalidInputError("an optimizer of one's own trains in one process; leave torchrun out")
     own = make(model)
     check_type("optimizer", own, torch.optim.Optimizer, "give a function that makes one: optimizer=lambda model: ...")
+    try:
+        inspect.signature(own.step).bind()
+    except TypeError as error:
+        raise InvalidInputError(
+            f"{type(own).__name__} computes the loss itself, several times a step ({error}), which train cannot do; "
+            "use an optimizer whose step() needs no argument, such as AdamW"
+        ) from error
     return own
 
 

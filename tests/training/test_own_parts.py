@@ -125,6 +125,10 @@ def test_groups_keep_their_factor_and_steps_that_are_not_finite_are_left_out(tmp
 def test_what_is_no_optimizer_is_refused(tmp_path):
     with pytest.raises(TypeError, match="optimizer must be a Optimizer, got"):
         train(configuration(), TRAIN, VALID, tmp_path / "run", optimizer=lambda model: 3)  # ty: ignore
+    with pytest.raises(InvalidInputError, match=r"LBFGS computes the loss itself, .*'closure'.*; use an optimizer"):
+        train(
+            configuration(), TRAIN, VALID, tmp_path / "l", optimizer=lambda model: torch.optim.LBFGS(model.parameters())
+        )
     with pytest.raises(InvalidInputError, match="resumed and overwritten"):
         train(configuration(), TRAIN, VALID, tmp_path / "run", optimizer=momentum, resume=True, overwrite=True)
 
