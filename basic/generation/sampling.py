@@ -214,7 +214,7 @@ def generate(
         num_samples: continuations of each prompt, computed together.
         log_probabilities: also return the logarithm of each new id's probability.
         end_id: a sequence ends when this id is drawn.
-        vocab_size: draw only ids below this, if the model's vocabulary is larger than the tokenizer's.
+        vocab_size: draw only ids below this, if the model's vocabulary is larger than the tokenizer's; at least 1.
         use_cache: keep keys and values of earlier tokens; without, the ids are the same, only slower.
         sampling: fields of `Sampling`: temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, seed.
 
@@ -233,6 +233,11 @@ def generate(
     """
     settings = Sampling(**sampling)
     check_max_new_tokens(max_new_tokens)
+    if vocab_size is not None and check_size("vocab_size", vocab_size) > model.config.vocab_size:
+        raise InvalidInputError(
+            f"vocab_size must be at most {model.config.vocab_size}, the number of ids that the model has, got "
+            f"{vocab_size}; leave it out to draw all of them"
+        )
     prompt_lists = _prompt_lists(prompts, model.config.vocab_size)
     id_lists = [ids for ids in prompt_lists for _ in range(check_size("num_samples", num_samples))]
     sequences: list[list[int]] = [[] for _ in id_lists]

@@ -291,6 +291,9 @@ def test_probabilities_are_computed_in_at_least_float32(dtype, wide):
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0.*got 0.0"),
         ({"frequency_penalty": math.inf}, "frequency_penalty must be .*got inf"),
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
+        ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
+        ({"vocab_size": -5}, "vocab_size must be at least 1, got -5"),
+        ({"vocab_size": VOCAB + 1}, f"vocab_size must be at most {VOCAB}, .*got {VOCAB + 1}; leave it out"),
     ],
 )
 def test_settings_out_of_range_are_named(model, settings, message):
