@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from basic.common.config_files import from_table, load_table, to_table
+from basic.common.config_files import load_config, to_table
 from basic.common.errors import InvalidInputError, WrongTokenizerError
 from basic.formats.gguf_file import is_gguf
 from basic.formats.import_model import open_model
@@ -46,12 +46,16 @@ class InitialModel(NamedTuple):
         if config_path is None:
             train = replace(_DEFAULTS, init_from=self.source, **ends)
             return RunConfig(model=self.model.config, train=train, data=DataConfig(**data))
-        table = load_table(config_path, "configuration")
         defaults = {"model": to_table(self.model.config), "train": ends, "data": data}
-        for name, values in defaults.items():
-            table[name] = {**values, **table.get(name, {})}
-        table["train"]["init_from"] = self.source
-        return from_table(RunConfig, table)
+
+        def complete(table: dict[str, Any]) -> None:
+            for name, values in defaults.items():
+                if isinstance(given := table.get(name, {}), dict):  # else it is refused later
+                    table[name] = {**values, **given}
+                    if name == "train":
+                        table[name]["init_from"] = self.source
+
+        return load_config(config_path, RunConfig, complete)
 
     def check_tokenizer(self, tokenizer: Tokenizer | None) -> None:
         """Check that the tokenizer of a run is that of these weights, as far as both are known.

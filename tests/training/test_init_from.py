@@ -113,6 +113,14 @@ def test_a_configuration_file_may_leave_out_what_the_source_has(base, tmp_path):
     assert config.data.tokenizer == str(base / "tokenizer")
 
 
+@pytest.mark.parametrize("name", ["model", "train", "data"])
+def test_a_configuration_file_with_a_number_in_place_of_a_table_is_refused(base, tmp_path, name):
+    path = tmp_path / "fine.toml"
+    path.write_text(f"{name} = 3\n" + "[train]\nsteps = 7\n" * (name != "train"))
+    with pytest.raises(InvalidConfigError, match=rf"fine.toml: {name} must be a table with the keys .*, got 3"):
+        open_initial_model(base).run_config(path)
+
+
 def test_another_tokenizer_is_refused(base):
     initial = open_initial_model(base)
     initial.check_tokenizer(TOKENIZER)
