@@ -50,7 +50,7 @@ def prepare_text(
         parent: gets a folder, whose name has a checksum of the contents and the settings: with the same ones, its files
             are used again.
         valid_fraction: of the text, for validation. One file is split after a document in its last part, or after a
-            line if no document ends there; of several files, every n-th document is for validation.
+            line if no document ends there; of several files, this share of the documents is for validation.
         vocab_size: of the tokenizer; None: the square root of the number of bytes, as a power of 2 (1024 for 1 MB).
 
     Raises:
@@ -66,8 +66,8 @@ def prepare_text(
                 "and `basic train --config` their token files"
             )
     sources = expand_inputs(list(_files(inputs)))
-    contents = [sha256_of_file(Path(source)) for source in sources]
-    identity = json.dumps([1, contents, valid_fraction, vocab_size])
+    contents = [(sha256_of_file(Path(source)), source.content, source.compression) for source in sources]
+    identity = json.dumps([2, contents, valid_fraction, vocab_size])
     first = Path(inputs[0])
     name = first.name.partition(".")[0] if first.exists() else "texts"
     folder = parent / f"{name or 'text'}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
@@ -117,13 +117,15 @@ def _make(
 
 
 def _split_documents(sources: list[TextSource], folder: Path, valid_fraction: float) -> bool:
-    """Write every n-th document to valid.txt and the others to train.txt; False if there are less than n."""
-    every, num_documents = round(1 / valid_fraction), 0
+    """Write a share of the documents to valid.txt, others to train.txt; False if there are too few for one in valid."""
+    num_documents = num_valid = 0
     with (folder / "train.txt").open("xb") as train, (folder / "valid.txt").open("xb") as valid:
         for document in _documents(sources):
             num_documents += 1
-            (valid if num_documents % every == 0 else train).write((document + END).encode())
-    if num_documents >= every:
+            is_valid = int(num_documents * valid_fraction) > num_valid
+            num_valid += is_valid
+            (valid if is_valid else train).write((document + END).encode())
+    if num_valid:
         return True
     (folder / "valid.txt").unlink()
     return False
@@ -132,9 +134,15 @@ def _split_documents(sources: list[TextSource], folder: Path, valid_fraction: fl
 def _documents(sources: list[TextSource]) -> Iterator[str]:
     """The documents of all sources, without empty ones. Memory holds the longest."""
     for source in sources:
-        rest = ""
+        pieces, rest = list[str](), ""  # the document so far; only rest can have the beginning of END
         for text in read_text(source):
-            *documents, rest = (rest + text).split(END)
-            yield from filter(str.strip, documents)
-        if rest.strip():
-            yield rest
+            *ends, rest = (rest + text).split(END)
+            for end in ends:
+                document, pieces = "".join([*pieces, end]), []
+                if document.strip():
+                    yield document
+            pieces.append(rest[: 1 - len(END)])
+            rest = rest[1 - len(END) :]
+        document = "".join([*pieces, rest])
+        if document.strip():
+            yield document

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import replace
@@ -12,8 +13,10 @@ import torch
 
 from basic.__main__ import main
 from basic.commands import own_text
+from basic.commands import prepare_text as module
 from basic.commands.prepare_text import END, prepare_text
 from basic.common.errors import InvalidInputError
+from basic.corpus.sources import TextSource
 from basic.corpus.stories.grammar import stories
 from basic.model import ModelConfig
 from basic.training import load_run, train_text
@@ -60,6 +63,41 @@ def test_a_later_call_uses_the_files_again_unless_the_text_or_a_setting_differs(
     assert prepare_text([str(copy)], tmp_path, vocab_size=301).folder != first.folder
     copy.write_text(copy.read_text() + " And so on.")
     assert not prepare_text([str(copy)], tmp_path, vocab_size=300).was_there
+
+
+def test_the_same_bytes_in_another_format_are_another_text(tmp_path):
+    lines = "".join(json.dumps({"text": f"{number} apples"}) + "\n" for number in range(300))
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).write_text(lines)
+    prepared = [prepare_text([str(tmp_path / name)], tmp_path / "data") for name in ("a.txt", "a.jsonl")]
+    assert not prepared[1].was_there
+    assert ['{"text"' in (each.folder / "train.txt").read_text() for each in prepared] == [True, False]
+
+
+@pytest.mark.parametrize(("fraction", "num_valid"), [(0.5, 10), (0.4, 8), (0.3, 6), (0.15, 3), (0.07, 1)])
+def test_the_share_of_the_documents_is_the_given_one(tmp_path, fraction, num_valid):
+    for number in range(20):
+        (tmp_path / f"{number:02}.txt").write_text(f"text number {number} " * 20)
+    prepared = prepare_text([str(tmp_path / "*.txt")], tmp_path / "data", valid_fraction=fraction)
+    assert len(documents(prepared.folder / "valid.txt")) == num_valid
+    assert len(documents(prepared.folder / "train.txt")) == 20 - num_valid
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 12, 13, 14, 100])
+def test_a_long_document_is_not_searched_again_with_every_chunk(monkeypatch, chunk):
+    searched_again = []
+
+    class Chunk(str):
+        def __radd__(self, before: str) -> str:
+            searched_again.append(len(before))
+            return "".join([before, self])
+
+    text = f"<|endof{END}a{END} {END}{'long <|endoftext ' * 99}{END}{END}b<|{END[:-1]}"
+    parts = [Chunk(text[start : start + chunk]) for start in range(0, len(text), chunk)]
+    monkeypatch.setattr(module, "read_text", lambda source: parts)
+    source = TextSource("a.txt")
+    assert list(module._documents([source, source])) == 2 * [each for each in text.split(END) if each.strip()]
+    assert max(searched_again) < len(END)
 
 
 def test_few_files_are_split_inside_the_last_one(tmp_path):
