@@ -104,30 +104,68 @@ def find_info(path: str | os.PathLike) -> TokenFileInfo | None:
 
 
 def mapped_file(tokens: Tokens) -> tuple[Path | None, TokenFileInfo | None]:
-    """Return the file that an array of `open_tokens` maps, and what its sidecar says; None for what does not exist."""
-    if not isinstance(tokens, np.ndarray):
-        return tokens.path, tokens.info
-    path = Path(tokens.filename) if isinstance(tokens, np.memmap) and tokens.filename else None
-    if path is None or path.suffix == ".npy" or not sidecar_path(path).is_file():
-        return path, None
-    info = read_info(path)
-    return path, info if info.count == len(tokens) else None
+    """Return the file that an array of `open_tokens` maps, and what its sidecar says; None for what does not exist.
+
+    What the sidecar says is None for a part of the ids, too.
+    """
+    path, info, part = _mapped_part(tokens)
+    return path, None if info is None or part != slice(0, info.count, 1) else info
 
 
 def open_mask(tokens: Tokens) -> np.ndarray | None:
-    """Map the mask of an array of `open_tokens` into memory, uint8 (tokens,); None if it has none.
+    """Map the mask of an array of `open_tokens`, or of a slice of one, into memory, uint8 (tokens,).
+
+    Returns:
+        The mask; None if the file has none, or if the ids are a copy (`np.array(tokens)`).
 
     Raises:
         DamagedFileError: the sidecar of the tokens says that they have a mask, but it is missing or has another size.
+        InvalidInputError: the array maps a file that has a mask, but it is no slice of its ids.
     """
-    path, info = mapped_file(tokens)
+    path, info, part = _mapped_part(tokens)
     if path is None or info is None or info.mask_sha256 is None:
         return None
+    if part is None:
+        raise InvalidInputError(
+            f"an array of shape {tokens.shape} ({tokens.dtype}) is no slice of the {info.count} ids of {path}, so the "
+            "mask of these, which says what is learned, does not fit; take a slice of open_tokens(...), or to learn "
+            "all, np.array(tokens)"
+        )
     file = mask_path(path)
     if not file.is_file() or file.stat().st_size != info.count:
         has = f"has {file.stat().st_size} bytes" if file.is_file() else "is missing"
         raise DamagedFileError(f"{file}, the mask of {path}, {has}, which has {info.count} ids; encode the text again")
-    return np.memmap(file, dtype=np.uint8, mode="r") if info.count else np.zeros(0, np.uint8)
+    return np.memmap(file, dtype=np.uint8, mode="r")[part] if info.count else np.zeros(0, np.uint8)
+
+
+def _mapped_part(tokens: Tokens) -> tuple[Path | None, TokenFileInfo | None, slice | None]:
+    """The file that an array maps, what its sidecar says, and which of its ids these are; None if no slice gives them.
+
+    A view of a map, such as a slice, maps the file of the array that it is a view of.
+    """
+    if not isinstance(tokens, np.ndarray):
+        return tokens.path, tokens.info, slice(0, tokens.info.count, 1)
+    mapped, path, array = tokens, None, tokens
+    while array is not None:
+        if isinstance(array, np.memmap) and array.filename:
+            mapped, path = array, Path(array.filename)  # the last one is the map: NumPy gives its views the same offset
+        array = getattr(array, "base", None)
+    if path is None or not isinstance(mapped, np.memmap):
+        return None, None, None
+    if path.suffix == ".npy" or not sidecar_path(path).is_file():
+        return path, None, None
+    info = read_info(path)
+    if tokens.dtype != info.dtype or tokens.ndim != 1:
+        return path, info, None
+    if len(tokens) == 0:
+        return path, info, slice(0, 0, 1)
+    size = info.dtype.itemsize
+    start, shift = divmod(mapped.offset + tokens.ctypes.data - mapped.ctypes.data, size)
+    step, rest = divmod(tokens.strides[0], size) if len(tokens) > 1 else (1, 0)
+    stop = start + step * len(tokens)
+    if shift or rest or step == 0 or not (0 <= start < info.count and 0 <= stop - step < info.count):
+        return path, info, None
+    return path, info, slice(start, stop if stop >= 0 else None, step)
 
 
 def _is_text(path: Path, dtype: np.dtype | None) -> bool:

@@ -99,6 +99,44 @@ def test_a_mask_is_read_back_and_damage_is_found(tmp_path):
     assert open_mask(tokens) is None
 
 
+def test_a_view_of_a_token_file_has_the_same_part_of_its_mask(tmp_path):
+    tokens = corpus(0)
+    mask = mask_of(tokens, 0.3, 0)
+    opened, length = token_file(tmp_path / "a.bin", tokens, mask), len(tokens)
+    slices = [
+        slice(100),
+        slice(100, None),
+        slice(None, None, -1),
+        slice(-1, 7, -3),
+        slice(5, 90, 7),
+        slice(length, None),
+    ]
+    for part in [*slices, slice(3, 4), slice(0, 0), slice(0, 1, -1)]:
+        np.testing.assert_array_equal(open_mask(opened[part]), mask[part])
+        np.testing.assert_array_equal(open_mask(np.asarray(opened[part])), mask[part])
+        np.testing.assert_array_equal(open_mask(opened[20:][part][2:]), mask[20:][part][2:])
+    own = np.memmap(tmp_path / "a.bin", np.uint16, "r", offset=20, shape=50)
+    np.testing.assert_array_equal(open_mask(own[5:]), mask[15:60])
+    for view in (opened.view(np.uint8), np.lib.stride_tricks.as_strided(opened, (9,), (0,)), opened[:10].reshape(2, 5)):
+        with pytest.raises(InvalidInputError, match=r"is no slice of the .* ids of .*a\.bin"):
+            open_mask(view)
+    assert open_mask(np.array(opened[:9])) is None
+    assert open_mask(opened[[3, 4]]) is None
+
+
+def test_training_on_a_part_of_a_file_learns_what_its_mask_says(data, tmp_path):
+    half = len(data[0]) // 2
+    copy = token_file(tmp_path / "half.bin", np.array(data[0][:half]), mask_of(data[0], 0.3, 0)[:half])
+    runs = [
+        train(configuration(), tokens, data[1], tmp_path / name)
+        for name, tokens in (("a", copy), ("b", data[0][:half]))
+    ]
+    assert_same_weights(runs[0].model, runs[1].model)
+    other = token_file(tmp_path / "other.bin", np.array(data[0]), mask_of(data[0], 0.5, 7))
+    with pytest.raises(InvalidInputError, match="was started with other train_tokens"):
+        train(configuration(steps=9), other[:half], data[1], tmp_path / "b", resume=True)
+
+
 @pytest.mark.parametrize("rows", ["windows", "shuffled", "documents", "packed"])
 def test_batches_have_the_targets_of_the_mask(data, rows):
     tokens, mask = data[0], open_mask(data[0])

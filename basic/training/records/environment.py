@@ -20,7 +20,7 @@ import torch
 from basic.common.errors import DamagedFileError, InvalidInputError, WrongTokenizerError
 from basic.common.files import atomic_write, load_object, with_checksum
 from basic.tokens.index import Tokens
-from basic.tokens.opening import mapped_file
+from basic.tokens.opening import mapped_file, open_mask
 
 _PACKAGE = Path(__file__).parents[2]
 _FILE_NAME = "environment.json"
@@ -144,9 +144,12 @@ def check_run_tokenizer(run_dir: Path, fingerprint: str | None) -> None:
 def _describe_tokens(tokens: Tokens) -> dict[str, Any]:
     """Return where tokens come from, and a fingerprint of a sample of them."""
     path, info = mapped_file(tokens)
+    mask = open_mask(tokens) if info is None else None  # of a part of a file
     digest = hashlib.sha256(str(len(tokens)).encode())
     for start in np.linspace(0, max(0, len(tokens) - _CHUNK_TOKENS), _NUM_CHUNKS, dtype=np.int64):
         digest.update(tokens[start : start + _CHUNK_TOKENS].astype("<i8").tobytes())
+        if mask is not None:
+            digest.update(mask[start : start + _CHUNK_TOKENS].tobytes())
         if len(tokens) <= _CHUNK_TOKENS:
             break
     if info is not None and info.mask_sha256 is not None:
