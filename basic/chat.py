@@ -185,7 +185,7 @@ def encode_conversations(
         The contents of the sidecar, and how many tokens are learned.
 
     Raises:
-        InvalidInputError: a line is no conversation; the message names it.
+        InvalidInputError: a line is no conversation; the message names it. Or no conversation has a learned token.
         FileExistsError, BlockingIOError, DamagedFileError, OSError: as for `basic.encoding.encode_file`.
     """
     chat, sources = ChatFormat(tokenizer, end_of_text=end_of_text), expand_inputs(inputs)
@@ -212,6 +212,13 @@ def encode_conversations(
                     bad_lines.has_documents = True
                     writer.write(ids, len(line), mask=mask)
                     num_learned += int((mask & IS_LEARNED).sum())
+        if num_learned == 0:
+            warn_of_skipped([skipped.as_record()])
+            raise InvalidInputError(
+                "these conversations have no text of the assistant, so nothing would be learned; give some with "
+                "messages of the role 'assistant', which the chat template must write (between {% generation %} and "
+                "{% endgeneration %} if it has these tags)"
+            )
     warn_of_skipped([skipped.as_record()])
     return writer.info, num_learned
 

@@ -208,6 +208,16 @@ def test_conversations_become_a_token_file_with_a_mask(tmp_path):
     assert info.count == len(encoded[0][0])
 
 
+@pytest.mark.parametrize("template", [None, TAGS], ids=["plain", "tags"])
+def test_conversations_without_an_answer_are_refused(tmp_path, template):
+    lines = [json.dumps({"messages": messages_of([("user", "Hi"), ("user", "Hello!")])})] * 3
+    for content in ("\n".join(lines), ""):
+        (tmp_path / "chat.jsonl").write_text(content)
+        with pytest.raises(InvalidInputError, match=r"no text of the assistant, so nothing would be learned"):
+            encode_conversations(tokenizer_with(template), tmp_path / "chat.jsonl", tmp_path / "chat.bin")
+    assert [path.name for path in tmp_path.iterdir()] == ["chat.jsonl"]
+
+
 def test_the_script_encodes_conversations(tmp_path, monkeypatch, capsys):
     tokenizer_with(None).save(tmp_path / "tokenizer")
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages_of(CONVERSATIONS[0])}) + "\n")

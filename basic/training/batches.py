@@ -342,6 +342,23 @@ def check_token_ids(tokens: Tokens, vocab_size: int, *, chunk_tokens: int = _CHU
         _check_id(int(tokens[position]), position, vocab_size)
 
 
+def check_learned(mask: np.ndarray, *, chunk_tokens: int = _CHUNK_TOKENS) -> None:
+    """Check that training can learn a token: that one after the first, which is never a target, is learned.
+
+    Args:
+        mask: see `basic.tokens.info.mask_path`.
+        chunk_tokens: tokens to read at a time; does not change the result.
+
+    Raises:
+        InvalidInputError: none is learned.
+    """
+    if not any((mask[start : start + chunk_tokens] & IS_LEARNED).any() for start in range(1, len(mask), chunk_tokens)):
+        raise InvalidInputError(
+            f"the mask of these {len(mask)} tokens has none that is learned, so every loss would be 0; give "
+            "conversations with answers of the assistant (`basic encode --chat`), or another part of the file"
+        )
+
+
 def _check_sequences(ids: Tensor, starts: np.ndarray, vocab_size: int) -> None:
     """Check the ids of sequences, (batch, seq), that were read at these positions of the tokens."""
     smallest, largest = ids.aminmax()

@@ -31,7 +31,14 @@ from basic.common.stop_signals import StopSignals
 from basic.generation.text import SavableTokenizer, TextTokenizer, complete, tokenizer_for_samples
 from basic.model import RotaryPositionalEmbedding, TransformerLM
 from basic.tokens.opening import open_mask
-from basic.training.batches import BatchSampler, check_token_ids, check_tokenizer_size, document_starts, read_ahead
+from basic.training.batches import (
+    BatchSampler,
+    check_learned,
+    check_token_ids,
+    check_tokenizer_size,
+    document_starts,
+    read_ahead,
+)
 from basic.training.parallel.devices import (
     activation_dtype,
     advice_on_failures,
@@ -398,6 +405,8 @@ def _make_samplers(
         try:
             check_token_ids(tokens, vocab_size)
             mask, starts = open_mask(tokens), None
+            if mask is not None:
+                check_learned(mask)
             if rows in ("documents", "packed"):
                 separator_id = _separator_id(tokenizer, settings) if mask is None else None
                 shortest = 1 if rows == "packed" else context_length

@@ -13,7 +13,7 @@ from basic.model import TransformerLM
 from basic.tokens.flat_file import TokenFileWriter
 from basic.tokens.info import BEGINS_DOCUMENT, IS_LEARNED, mask_path, read_sidecar
 from basic.tokens.opening import open_mask, open_tokens
-from basic.training.batches import BatchSampler
+from basic.training.batches import BatchSampler, check_learned
 from basic.training.loop import train
 from basic.training.records.metrics import read_metrics
 from basic.training.settings import RunConfig, TrainConfig
@@ -214,6 +214,17 @@ def test_training_with_a_mask_equals_a_loop_with_torchs_ignore_index(data, tmp_p
     assert batches[0][2] != batches[1][2]
     assert mean_loss(run.model.loss, valid, 2, torch.device("cpu")) == pytest.approx(expected, rel=1e-5)
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["valid_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", ["windows", "packed"])
+def test_tokens_of_which_none_is_learned_are_refused(data, tmp_path, rows):
+    mask = np.full(len(data[0]), BEGINS_DOCUMENT, np.uint8)
+    mask[0] |= IS_LEARNED  # the first token is the target of nothing
+    nothing = token_file(tmp_path / "nothing.bin", np.array(data[0]), mask)
+    for name, tokens in (("training", (nothing, data[1])), ("validation", (data[0], nothing))):
+        with pytest.raises(InvalidInputError, match=f"^{name} tokens: the mask of these .* none that is learned"):
+            train(configuration(rows=rows), *tokens, tmp_path / "run")
+    check_learned(np.array([0, 0, 0, IS_LEARNED], np.uint8), chunk_tokens=2)
 
 
 # --- Packed documents -----------------------------------------------------------------------------------------
