@@ -328,7 +328,8 @@ def warn_of_skipped(records: Iterable[Mapping[str, Any]]) -> None:
     records = [record for record in records if record.get("skipped")]
     if records:
         num_skipped = sum(record["skipped"] for record in records)
-        warnings.warn(f"lines or rows skipped: {num_skipped:,}; the first: {records[0]['first_skipped']}", stacklevel=3)
+        first = records[0].get("first_skipped", "not recorded")  # a damaged record spoils only this report
+        warnings.warn(f"lines or rows skipped: {num_skipped:,}; the first: {first}", stacklevel=3)
 
 
 def check_separator(source: TextSource, special_tokens: Collection[str]) -> None:

@@ -19,7 +19,7 @@ from basic.bpe import loading
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.corpus.counting import count_pretokens
 from basic.corpus.shards import entire_source, exceeds
-from basic.corpus.sources import TextSource, expand_inputs, read_text
+from basic.corpus.sources import TextSource, expand_inputs, read_text, warn_of_skipped
 from basic.corpus.train_valid import split_text
 from basic.encoding import encode_file, encode_files
 from basic.pretokenization import SpecialTokens
@@ -391,6 +391,11 @@ def test_an_option_of_another_type_is_named(options: dict[str, Any]):
     arguments: dict[str, Any] = {"path": "a.txt"} | options
     with pytest.raises(TypeError, match=f"{name} must be a"):
         TextSource(**arguments)
+
+
+def test_a_damaged_record_of_skipped_lines_spoils_no_work():
+    with pytest.warns(UserWarning, match="^lines or rows skipped: 3; the first: not recorded"):
+        warn_of_skipped([{"skipped": 0}, {"skipped": 3}])
 
 
 def test_scripts_with_standard_input_and_options(tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -398,6 +399,10 @@ def test_all_scripts_from_text_to_generated_text(tmp_path, monkeypatch, capsys):
         run_script(monkeypatch, "train", "--resume", "runs/small")
     run_script(monkeypatch, "train", "--resume", "runs/small", "--steps", "5")
     assert [record["step"] for record in read_metrics("runs/small/metrics.jsonl")] == [1, 2, 3, 4, 5]
+    shutil.rmtree("runs/small/checkpoints")  # as after a kill before the first line of the log
+    Path("runs/small/metrics.jsonl").unlink()
+    run_script(monkeypatch, "train", "--resume", "runs/small")
+    assert load_run("runs/small").step == 5
     run_script(monkeypatch, "train", "--config", "small.toml", "--overwrite", "--tokenizer", "")
     assert load_run("runs/small").step == 2
     assert load_run("runs/small").tokenizer_path is None
