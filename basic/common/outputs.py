@@ -133,14 +133,17 @@ def reserved_outputs(
 
 
 @contextmanager
-def write_output(output: Output) -> Generator[BinaryIO]:
+def write_output(output: Output, *, overwrite: bool = True) -> Generator[BinaryIO]:
     """Open an output for writing, which appears when the block ends; it replaces a file that is ours, and no other.
+
+    Args:
+        overwrite: False: a file that is ours is not replaced either.
 
     Raises:
         BlockingIOError, FileExistsError: as for `reserved_outputs`.
         OSError: as for `atomic_write`.
     """
-    with reserved_outputs([output], overwrite=True), atomic_write(output.path) as file:
+    with reserved_outputs([output], overwrite=overwrite), atomic_write(output.path) as file:
         yield file
 
 

@@ -10,13 +10,17 @@ from basic.Tokenizer import Tokenizer
 from basic.tokenizer_files.rank_file import read_rank_file, write_rank_file
 
 
-def save_tiktoken(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
+def save_tiktoken(tokenizer: Tokenizer, path: str | os.PathLike, *, overwrite: bool = True) -> None:
     """Write the tokens as a rank file, which `tiktoken.load.load_tiktoken_bpe` reads.
 
     The file has no pattern and no special tokens (except those that merges produce too). Both are arguments of
     `tiktoken.Encoding`. Nor has it a template for the beginning and the end of a text.
 
+    Args:
+        overwrite: replace a rank file that exists; other files are never replaced.
+
     Raises:
+        FileExistsError: the file exists, and `overwrite` is False.
         InvalidInputError: tiktoken would give other ids (the message has the token), or leave text out: it drops what
             the pattern does not match.
         OSError: the file cannot be written.
@@ -31,7 +35,7 @@ def save_tiktoken(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
         ... )
         <Encoding 'ours'>
     """
-    write_rank_file(tokenizer.content(), tokenizer.used_merges, path)
+    write_rank_file(tokenizer.content(), tokenizer.used_merges, path, overwrite=overwrite)
 
 
 def load_tiktoken(

@@ -128,7 +128,9 @@ def _parse(name: str, content: bytes) -> dict[bytes, int]:
     return ranks
 
 
-def write_rank_file(content: TokenizerContent, used: UsedMerges, path: str | os.PathLike) -> None:
+def write_rank_file(
+    content: TokenizerContent, used: UsedMerges, path: str | os.PathLike, *, overwrite: bool = True
+) -> None:
     """Write the tokens as a rank file.
 
     Args:
@@ -168,7 +170,8 @@ def write_rank_file(content: TokenizerContent, used: UsedMerges, path: str | os.
                 "must be in the order of the merges, with one merge a token"
             )
     lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items()]
-    with write_output(Output(path, "a rank file", lambda path: bool(_parse(str(path), read_file(path))))) as file:
+    output = Output(path, "a rank file", lambda path: bool(_parse(str(path), read_file(path))))
+    with write_output(output, overwrite=overwrite) as file:
         file.write(b"".join(lines))
 
 

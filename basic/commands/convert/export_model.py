@@ -61,7 +61,7 @@ def main(options: Options) -> None:
         return
     if tokenizer is None:
         raise InvalidInputError(f"{options.run} has no tokenizer/ folder, so there is no tokenizer to export")
-    save_tiktoken(tokenizer, options.output)
+    save_tiktoken(tokenizer, options.output, overwrite=False)  # another export may have written it meanwhile
     print(f"wrote {options.output}; also pass these to tiktoken.Encoding:")
     print(f"  pat_str={tokenizer.compiled_pattern.splits[0]!r}")
     print(f"  special_tokens={tokenizer.special_token_ids!r}")
