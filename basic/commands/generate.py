@@ -96,14 +96,15 @@ def talk(
     for line in lines:
         messages.append({"role": "user", "content": line})
         try:
-            chat.prompt([*first, *messages])
+            prompt = chat.prompt([*first, *messages])
         except InvalidInputError as error:
             print(f"error: {error}", file=sys.stderr)
             messages.pop()
             continue
-        while len(chat.tokenizer.encode(prompt := chat.prompt([*first, *messages]))) > max_tokens and len(messages) > 1:
+        while len(chat.tokenizer.encode(prompt)) > max_tokens and len(messages) > 1:
             print("(the oldest messages are forgotten: they do not fit into the context)", file=sys.stderr)
             del messages[:2]
+            prompt = chat.prompt([*first, *messages])
         texts = []
         for text in answer(prompt=prompt):
             command_line.print_text(text, end="")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from basic.common.errors import InvalidInputError
-from basic.formats.hf_names import check_llama, checked_config
+from basic.formats.hf_names import check_llama, checked_config, translated
 from basic.model import ModelConfig
 from basic.transformer.functional import rope_tables
 
@@ -56,11 +56,7 @@ _LAYER_TENSORS = {
 
 def gguf_name(name: str) -> str:
     """Translate a parameter name: `layers.3.ffn.w1.weight` becomes `blk.3.ffn_gate.weight`."""
-    module, kind = name.rsplit(".", 1)
-    if not module.startswith("layers."):
-        return f"{_TENSORS[module]}.{kind}"
-    _, layer, submodule = module.split(".", 2)
-    return f"blk.{layer}.{_LAYER_TENSORS[submodule]}.{kind}"
+    return translated(name, _TENSORS, "blk", _LAYER_TENSORS)
 
 
 def gguf_fields(config: ModelConfig) -> tuple[str, dict[str, Any]]:

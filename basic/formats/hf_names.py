@@ -8,6 +8,7 @@ once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from einops import rearrange
@@ -247,11 +248,16 @@ def _sliding_window(fields: dict[str, Any]) -> Any:
 
 def hf_name(name: str) -> str:
     """Translate a parameter name: `layers.3.ffn.w1.weight` becomes `model.layers.3.mlp.gate_proj.weight`."""
+    return translated(name, _TENSORS, "model.layers", _LAYER_TENSORS)
+
+
+def translated(name: str, tensors: Mapping[str, str], layers: str, layer_tensors: Mapping[str, str]) -> str:
+    """A parameter name with the words of another program: of a module, of the list of layers, and inside a layer."""
     module, kind = name.rsplit(".", 1)
     if not module.startswith("layers."):
-        return f"{_TENSORS[module]}.{kind}"
+        return f"{tensors[module]}.{kind}"
     _, layer, submodule = module.split(".", 2)
-    return f"model.layers.{layer}.{_LAYER_TENSORS[submodule]}.{kind}"
+    return f"{layers}.{layer}.{layer_tensors[submodule]}.{kind}"
 
 
 def to_hf_row_order(name: str, weight: Tensor, d_head: int) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import signal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,17 @@ if not torch.cuda.is_available() or torch.cuda.device_count() < 2:
 from basic.training.parallel.world import SINGLE_PROCESS
 from basic.training.run_folder import checkpoint_paths
 from tests.helpers.ranks_tools import losses, run_job, signal_rank_1, start_processes
+
+
+def run_on_two_gpus(folder: Path, jobs: dict[str, dict[str, Any]]) -> None:
+    """Run the jobs one after the other, each in the folder of its name."""
+    processes = start_processes(2, [{"run": str(folder / name), **job} for name, job in jobs.items()])
+    try:
+        outputs = [process.communicate(timeout=400) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
 
 
 def test_two_gpus_train_as_one_does(tmp_path):
@@ -31,13 +44,7 @@ def test_two_gpus_train_as_one_does(tmp_path):
         "from_sharded": {**exact, "from": str(tmp_path / "sharded")},
         "from_replicated": {**exact, "from": str(tmp_path / "replicated"), "parallel": "sharded"},
     }
-    processes = start_processes(2, [{"run": str(tmp_path / name), **job} for name, job in jobs.items()])
-    try:
-        outputs = [process.communicate(timeout=400) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    run_on_two_gpus(tmp_path, jobs)
     run_job({"run": tmp_path / "one", **exact}, SINGLE_PROCESS)
     run_job({"run": tmp_path / "narrow_one", **narrow}, SINGLE_PROCESS)
     for name in jobs:
@@ -52,13 +59,7 @@ def test_two_gpus_share_the_work_of_muon(tmp_path):
     muon = {"device": "auto", "precision": "bfloat16", "optimizer": "muon", "max_learning_rate": 0.02}
     jobs = {"replicated": muon, "sharded": {**muon, "parallel": "sharded"}}
     jobs["from_sharded"] = {**jobs["sharded"], "from": str(tmp_path / "sharded")}
-    processes = start_processes(2, [{"run": str(tmp_path / name), **job} for name, job in jobs.items()])
-    try:
-        outputs = [process.communicate(timeout=400) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    run_on_two_gpus(tmp_path, jobs)
     run_job({"run": tmp_path / "one", **muon}, SINGLE_PROCESS)
     for name in jobs:
         difference = np.abs(np.subtract(losses(tmp_path / name), losses(tmp_path / "one"))).max()
