@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import lzma
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,18 +14,12 @@ from torch.nn import Parameter
 
 from basic.tokens.opening import open_tokens, read_info
 from basic.transformer.muon import Muon
-
-SCRIPT = Path(__file__).resolve().parents[2] / "local" / "bench" / "fixed_compute.py"
+from tests.helpers.bench_tools import bench_script
 
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("fixed_compute", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return bench_script("fixed_compute")
 
 
 def test_recipes_train_for_a_fixed_time(script, tmp_path, monkeypatch, capsys):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,18 +12,12 @@ from basic.common.config_files import save_config
 from basic.model import ModelConfig
 from basic.training.recipes import flops_per_token
 from basic.training.settings import RunConfig, TrainConfig
-
-SCRIPT = Path(__file__).resolve().parents[2] / "local" / "bench" / "isoflop.py"
+from tests.helpers.bench_tools import bench_script
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("isoflop", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return bench_script("isoflop")
 
 
 def points(script, best: float, compute: float):
