@@ -17,7 +17,7 @@ from torch import Tensor
 
 from basic.common.errors import InvalidInputError
 from basic.formats.hf_names import check_llama, checked_config, translated
-from basic.model import ModelConfig
+from basic.transformer.configuration import ModelConfig
 from basic.transformer.functional import rope_tables
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")

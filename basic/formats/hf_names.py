@@ -16,7 +16,7 @@ from torch import Tensor
 
 from basic.common.config_files import from_table
 from basic.common.errors import InvalidConfigError, InvalidInputError
-from basic.model import ModelConfig
+from basic.transformer.configuration import ModelConfig
 
 _CLASSES = {
     "llama": "LlamaForCausalLM",

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from basic.common.errors import InvalidConfigError
-from basic.model import ModelConfig
+from basic.transformer.configuration import ModelConfig
 
 RecipeName = Literal["handout", "modern"]
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from basic.common.config_files import check_fields
 from basic.common.errors import InvalidConfigError
-from basic.model import ModelConfig
+from basic.transformer.configuration import ModelConfig
 from basic.transformer.optimizer import cosine_schedule, trapezoid_schedule
 
 # The docstrings of the fields are the texts of `basic train --help`.

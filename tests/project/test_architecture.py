@@ -27,7 +27,7 @@ LOCAL = [
 MAY_IMPORT: dict[str, set[str]] = {
     "common": set(),
     "bpe": set(),
-    "transformer": set(),
+    "transformer": {"common"},
     "bytes_utils": {"common"},
     "tokens": {"common"},
     "pretokenization": {"bpe", "common"},
