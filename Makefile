@@ -1,4 +1,4 @@
-.PHONY: check test test-gpu bench lock docs
+.PHONY: check test test-gpu bench lock docs site
 # test-gpu needs an environment with the dev group. On a machine without uv: make test-gpu PYTHON=python3
 PYTHON ?= uv run python
 
@@ -19,3 +19,6 @@ lock:  # the pinned versions and hashes of the package's dependencies
 
 docs:  # links, paths and line counts in the Markdown pages
 	uv run pytest tests/project/test_docs.py
+
+site:  # the documentation as web pages, in runs/site/html
+	uv run --group docs docs/site/build.py

@@ -51,7 +51,7 @@ class ChatFormat:
     Raises:
         InvalidInputError: the tokenizer has neither a template nor this special token, or the template is not valid.
 
-    Example:
+    Examples:
         >>> ChatFormat(tokenizer).parts([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}])
         [('User:\\nHi\\n\\nAssistant:\\n', False), ('Hello!<|endoftext|>', True), ('\\n\\n', False)]
     """

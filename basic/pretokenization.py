@@ -65,7 +65,7 @@ class Pattern:
         TypeError: one is not a string.
         InvalidInputError: there is none, or one is not in the syntax of the `regex` package.
 
-    Example:
+    Examples:
         >>> Pattern(r"\\p{N}", r" ?\\w+").find("a b12")
         ['a', ' b', '1', '2']
     """

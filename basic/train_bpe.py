@@ -153,7 +153,7 @@ def merges_from_counts(
             are too many pre-tokens.
         TypeError: a pre-token is not bytes.
 
-    Example:
+    Examples:
         >>> merges_from_counts({b"low": 5, b"lower": 2, b"widest": 3, b"newest": 6}, 3)
         [(b's', b't'), (b'e', b'st'), (b'o', b'w')]
     """

@@ -127,7 +127,7 @@ def run_labels(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
         Distinct labels, in the order given: the names if the runs differ in no setting or in more than
         MAX_SETTINGS_IN_LABEL; settings followed by the name where several runs have the same settings.
 
-    Example:
+    Examples:
         >>> run_labels({"a": {"train": {"lr": 0.1, "seed": 0}}, "b": {"train": {"lr": 0.2, "seed": 0}}})
         ['lr=0.1', 'lr=0.2']
     """

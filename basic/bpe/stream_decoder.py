@@ -15,7 +15,7 @@ class StreamDecoder:
     Args:
         decode_bytes: decodes ids to bytes.
 
-    Example:
+    Examples:
         >>> decoder = tokenizer.stream_decoder()  # where "é" is two tokens
         >>> [decoder.decode(token_id) for token_id in tokenizer.encode("né!")]
         ['n', '', 'é', '!']

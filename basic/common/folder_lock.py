@@ -96,7 +96,7 @@ class FolderLock(_Lock):
         BlockingIOError: another process, or this one, holds the lock; the message names it.
         OSError: the folder cannot be written.
 
-    Example:
+    Examples:
         >>> with FolderLock("runs/my"):
         ...     write_into("runs/my")
     """

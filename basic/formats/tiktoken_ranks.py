@@ -25,7 +25,7 @@ def save_tiktoken(tokenizer: Tokenizer, path: str | os.PathLike, *, overwrite: b
             the pattern does not match.
         OSError: the file cannot be written.
 
-    Example:
+    Examples:
         >>> save_tiktoken(tokenizer, "ours.tiktoken")
         >>> tiktoken.Encoding(
         ...     "ours",

@@ -75,7 +75,7 @@ class StopStrings:
         TypeError: `stop` has something else than strings.
         InvalidInputError: a stop string is empty.
 
-    Example:
+    Examples:
         >>> stop = StopStrings(["User:"])
         >>> [stop.add(chunk) for chunk in ("Hi. Us", "e it", " U", "ser: no")]
         ['Hi. ', 'Use it', ' ', '']

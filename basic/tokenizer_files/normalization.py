@@ -19,6 +19,7 @@ from basic.pretokenization import SpecialTokens
 from basic.tokenizer_files.content import TokenizerSettings
 
 UNICODE_VERSION = unicodedata.unidata_version
+"""The version of Unicode by which texts are normalised."""
 
 # White_Space of Unicode, which str.isspace has, with four more.
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))

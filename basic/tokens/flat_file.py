@@ -47,7 +47,7 @@ class TokenFileWriter:
     Raises:
         InvalidInputError: `path` ends in .npy or .json, or `vocab_size` is out of range.
 
-    Example:
+    Examples:
         >>> with TokenFileWriter("tokens.bin", vocab_size=300) as writer:
         ...     writer.write([72, 105], source_bytes=2)
         >>> open_tokens("tokens.bin").tolist()

@@ -97,7 +97,7 @@ def pack(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
     Source: Ding et al. 2024, "Fewer Truncations Improve Language Modeling", algorithm 1.
 
-    Example:
+    Examples:
         >>> pack(np.array([2, 5, 3, 1]), capacity=5).tolist()
         [1, 0, 1, 2]
     """

@@ -52,7 +52,7 @@ def permute(numbers: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     Source: Luby and Rackoff 1988 (Feistel networks as random permutations); Black and Rogaway 2002, "Ciphers with
     Arbitrary Finite Domains", method 2 (enciphering again).
 
-    Example:
+    Examples:
         >>> keys = np.arange(6, dtype=np.uint64)
         >>> sorted(permute(np.arange(5), 5, keys).tolist())
         [0, 1, 2, 3, 4]

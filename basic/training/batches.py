@@ -277,7 +277,7 @@ def document_starts(
     Raises:
         InvalidInputError: there is no such position.
 
-    Example:
+    Examples:
         >>> document_starts(np.array([0, 5, 6, 0, 7, 8]), separator_id=0, context_length=2).tolist()
         [0, 3]
     """

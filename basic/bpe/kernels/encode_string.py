@@ -33,7 +33,7 @@ class StringEncoder:
     """Encodes short strings as fast as Python can call it; it has its own table, and keeps the interpreter's lock.
 
     Args:
-        as those of `PretokenEncoder`.
+        pattern, merges: as for `PretokenEncoder`.
         specials: as for `PretokenEncoder.encode`.
         num_slots: the size of its table, which does not grow.
 

@@ -117,7 +117,7 @@ def stage_checkpoint(
     """Collect the content of a checkpoint in CPU memory, to be written later.
 
     Args:
-        model, optimizer, iteration, extra, and Raises: as for `save_checkpoint`.
+        model, optimizer, iteration, extra: as for `save_checkpoint`, also the errors raised.
         to_host: maps a contiguous tensor to the CPU tensor that is written. If it always copies, training may continue
             before the checkpoint is written.
     """

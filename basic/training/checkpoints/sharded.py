@@ -69,7 +69,7 @@ def stage_shards(
     """Collect this rank's shards of a checkpoint in CPU memory, to be written later.
 
     Args:
-        model, optimizer, iteration, extra, to_host, and Raises: as for `file.stage_checkpoint`.
+        model, optimizer, iteration, extra, to_host: as for `file.stage_checkpoint`, also the errors raised.
     """
     dtensors: dict[str, Tensor] = {}
 

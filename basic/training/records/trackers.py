@@ -79,7 +79,7 @@ def check_trackers(names: Sequence[str]) -> None:
 def tracker_values(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record's numbers and texts by their full names, without its step and kind.
 
-    Example:
+    Examples:
         >>> tracker_values({"step": 5, "train_loss": 2.5})
         {'train_loss': 2.5}
         >>> tracker_values({"kind": "sample", "step": 5, "text": "Once"})
