@@ -49,6 +49,8 @@ from basic.tokenizer_files.our_folder import damaged_folder, write_folder
 from basic.tokenizer_files.vocabulary import Vocabulary
 from basic.tokens.info import token_dtype
 
+__all__ = ["Tokenizer"]
+
 _NO_SPECIALS = SpecialTokens(())
 
 # In the plain path a longer text is streamed, so that the list of all its pre-tokens never exists.

@@ -17,6 +17,16 @@ import numpy as np
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.common.files import atomic_write, load_json, read_text_file
 
+__all__ = [
+    "bytes_to_unicode",
+    "from_printable",
+    "load_merges",
+    "load_vocab",
+    "save_merges",
+    "save_vocab",
+    "to_printable",
+]
+
 _MERGES_HEADER = "#version: 0.2"
 
 

@@ -36,6 +36,8 @@ from basic.tokenizer_files.content import ChatTemplate
 from basic.tokens.flat_file import TokenFileWriter
 from basic.tokens.info import BEGINS_DOCUMENT, IS_LEARNED, TokenFileInfo
 
+__all__ = ["ChatFormat", "encode_conversations"]
+
 Message = Mapping[str, Any]
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)

@@ -55,6 +55,8 @@ from basic.tokens.flat_file import TokenFileWriter
 from basic.tokens.index import INDEX_NAME, read_index, write_index
 from basic.tokens.info import TokenFileInfo, mask_path, read_sidecar, sidecar_path
 
+__all__ = ["encode_file", "encode_files"]
+
 _TOKENIZER = "tokenizer"
 
 # The tokenizers that this process has loaded, by fingerprint.

@@ -19,23 +19,25 @@ from torch.utils.checkpoint import checkpoint
 
 from basic.common.arguments import check_integer, check_size, check_type
 from basic.common.errors import InvalidInputError
-from basic.transformer.configuration import ModelConfig as ModelConfig
-from basic.transformer.configuration import check_heads
-from basic.transformer.functional import check_ids, dropout, rms_norm
-from basic.transformer.functional import cross_entropy as cross_entropy
-from basic.transformer.functional import softmax as softmax
+from basic.transformer.configuration import ModelConfig, check_heads
+from basic.transformer.functional import check_ids, cross_entropy, dropout, rms_norm, softmax
 from basic.transformer.kernels import dispatch
-from basic.transformer.layers import FEED_FORWARD, make_norm
-from basic.transformer.layers import Embedding as Embedding
-from basic.transformer.layers import Linear as Linear
-from basic.transformer.layers import RMSNorm as RMSNorm
-from basic.transformer.layers import RotaryPositionalEmbedding as RotaryPositionalEmbedding
-from basic.transformer.layers import SiLUFeedForward as SiLUFeedForward
-from basic.transformer.layers import SwiGLU as SwiGLU
-from basic.transformer.optimizer import AdamW as AdamW
-from basic.transformer.optimizer import clip_gradients as clip_gradients
-from basic.transformer.optimizer import cosine_schedule as cosine_schedule
+from basic.transformer.layers import (
+    FEED_FORWARD,
+    Embedding,
+    Linear,
+    RMSNorm,
+    RotaryPositionalEmbedding,
+    SiLUFeedForward,
+    SwiGLU,
+    make_norm,
+)
+from basic.transformer.optimizer import AdamW, clip_gradients, cosine_schedule
 from basic.transformer.summary import Summary, summarize
+
+__all__ = ["AdamW", "Embedding", "KVCache", "Linear", "ModelConfig", "MultiHeadSelfAttention", "RMSNorm"]
+__all__ += ["RotaryPositionalEmbedding", "SiLUFeedForward", "SwiGLU", "TransformerBlock", "TransformerLM"]
+__all__ += ["clip_gradients", "cosine_schedule", "cross_entropy", "softmax"]
 
 _GATE_FEATURES = 32
 """Features of a token, the first ones, that set the gates of its value embeddings."""

@@ -37,6 +37,8 @@ from basic.bpe.patterns.published import ALIASES, COVERING, PUBLISHED_SPLITS, SP
 from basic.bpe.patterns.tables import automaton_of
 from basic.common.errors import InvalidInputError
 
+__all__ = ["PATTERNS", "Pattern", "SpecialTokens", "pretokenize", "pretokenize_stream", "resolve_pattern"]
+
 # What a regular expression for pre-tokens has and a name has not. Not the dot and the hyphen: "gpt-3.5" is a name.
 _REGULAR_EXPRESSION = re.compile(r"[\\^$*+?|()\[\]{}]|\A\.\Z")
 

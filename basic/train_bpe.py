@@ -24,6 +24,8 @@ from basic.corpus.counting import CountingOptions, build_count_table
 from basic.corpus.sources import Inputs
 from basic.pretokenization import Pattern, SpecialTokens
 
+__all__ = ["learn_more_merges", "merges_from_counts", "train_bpe"]
+
 Merge = tuple[bytes, bytes]
 Pair = tuple[int, int]
 

@@ -1,5 +1,6 @@
 """From a prompt to its continuation."""
 
-from basic.generation.sampling import generate as generate
-from basic.generation.text import complete as complete
-from basic.generation.text import stream as stream
+from basic.generation.sampling import generate
+from basic.generation.text import complete, stream
+
+__all__ = ["complete", "generate", "stream"]

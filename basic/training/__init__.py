@@ -3,13 +3,12 @@
 from importlib import import_module
 from typing import Any
 
-from basic.training.loop import train as train
-from basic.training.records.metrics import read_metrics as read_metrics
-from basic.training.run_folder import Run as Run
-from basic.training.run_folder import load_run as load_run
-from basic.training.settings import DataConfig as DataConfig
-from basic.training.settings import RunConfig as RunConfig
-from basic.training.settings import TrainConfig as TrainConfig
+from basic.training.loop import train
+from basic.training.records.metrics import read_metrics
+from basic.training.run_folder import Run, load_run
+from basic.training.settings import DataConfig, RunConfig, TrainConfig
+
+__all__ = ["DataConfig", "Run", "RunConfig", "TrainConfig", "load_run", "read_metrics", "train", "train_text"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,3 +16,7 @@ def __getattr__(name: str) -> Any:
     if name == "train_text":
         return import_module("basic.commands.own_text").train_text
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pkgutil
 import re
 from pathlib import Path
@@ -92,11 +93,47 @@ def test_a_page_stays_short(page, most):
     assert lines <= most, f"{page.name} has {lines} lines, at most {most} are allowed: move details to docs/"
 
 
-def test_the_names_in_the_handout_table_exist():
-    text = (REPOSITORY / "docs" / "handout.md").read_text(encoding="utf-8")
-    names = [span for span in CODE.findall(text) if re.fullmatch(r"basic(\.\w+)+", span)]
-    assert len(names) > 30
-    assert all(callable(pkgutil.resolve_name(name)) for name in names)
+def missing_names(text: str) -> list[str]:
+    """The names of basic/ in a page, in backticks or imported by an example, that do not exist."""
+    names = {span for span in CODE.findall(text) if re.fullmatch(r"basic(\.\w+)+", span)}
+    names |= {
+        f"{module}.{name}"
+        for module, imported in re.findall(r"^ *(?:>>> )?from (basic[\w.]*) import ([\w, ]+)", text, re.MULTILINE)
+        for name in re.findall(r"(\w+)(?: as \w+)?(?:,|$)", imported.strip())
+    }
+    missing = []
+    for name in sorted(names):
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            missing.append(name)
+    return missing
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.stem)
+def test_names_in_a_page_exist(page):
+    assert not (missing := missing_names(page.read_text(encoding="utf-8"))), f"names that do not exist: {missing}"
+
+
+def test_missing_names_are_found():
+    text = "`basic.model.Linear` `basic.model.Nope`\n    from basic.training import train, gone\n"
+    assert missing_names(text) == ["basic.model.Nope", "basic.training.gone"]
+    handout = (REPOSITORY / "docs" / "handout.md").read_text(encoding="utf-8")
+    assert len(re.findall(r"`basic\.[\w.]+`", handout)) > 30
+
+
+PUBLIC = ["basic.model", "basic.Tokenizer", "basic.train_bpe", "basic.encoding", "basic.chat", "basic.pretokenization"]
+PUBLIC += ["basic.bytes_utils", "basic.training", "basic.generation", "basic.formats"]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_exist_and_have_a_docstring(name):
+    names: dict[str, object] = {}
+    exec(f"from {name} import *", names)
+    module = importlib.import_module(name)
+    assert set(module.__all__) == names.keys() - {"__builtins__"}
+    assert set(module.__all__) <= set(dir(module)), "tab completion does not offer a name"
+    assert [each for each in module.__all__ if callable(names[each]) and not names[each].__doc__] == []
 
 
 def test_line_counts_in_the_readme_are_true():
