@@ -174,6 +174,7 @@ def train(step: TrainStep, sampler: BatchSampler, seconds: float) -> dict[str, A
 def run(recipe: str, seed: int, config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
     """Train and evaluate; see the module's docstring."""
     settings, model = config.train, make_model(config.model, options, seed)
+    model.configure_training(settings.dropout)
     step = TrainStep(model, make_optimizer(model, settings), settings, torch.device(options.device))
     shuffled = settings.rows == "shuffled"
     tokens = open_tokens(options.work / "train.bin")
