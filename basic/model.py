@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from basic.common.arguments import check_integer, check_size, check_type
 from basic.common.errors import InvalidInputError
+from basic.transformer.attention import AttentionOptions
 from basic.transformer.configuration import ModelConfig, check_heads
 from basic.transformer.functional import check_ids, cross_entropy, dropout, rms_norm, softmax
 from basic.transformer.kernels import dispatch
@@ -158,11 +159,6 @@ class MultiHeadSelfAttention(Module):
             token_ids: of x, for value embeddings.
             document_starts: index of the first token of each token's document, before which it does not attend.
         """
-        rope = None
-        if self.rope is not None:
-            rope = self.rope.tables(x, token_positions, first_position=0 if cache is None else cache.length)
-        extend_cache, num_cached = (None, 0) if cache is None else (partial(cache.extend, layer), cache.length)
-        w_q, w_k, w_v = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
         values = None
         if self.value_embeddings is not None:
             assert token_ids is not None
@@ -172,11 +168,18 @@ class MultiHeadSelfAttention(Module):
             )
             values = gates.unsqueeze(-1) * values
         changes_heads = self.q_proj.bias is not None or self.q_norm is not None or values is not None
-        attended = dispatch.causal_self_attention(
-            x, w_q, w_k, w_v, self.num_heads, rope, extend_cache, num_cached=num_cached,
-            change_heads=partial(self._change_heads, values) if changes_heads else None, window=self.sliding_window,
+        num_cached = 0 if cache is None else cache.length
+        options = AttentionOptions(
+            num_heads=self.num_heads,
+            rope=None if self.rope is None else self.rope.tables(x, token_positions, first_position=num_cached),
+            window=self.sliding_window,
             document_starts=document_starts,
-        )  # fmt: skip
+            change_heads=partial(self._change_heads, values) if changes_heads else None,
+            extend_cache=None if cache is None else partial(cache.extend, layer),
+            num_cached=num_cached,
+        )
+        weights = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
+        attended = dispatch.causal_self_attention(x, *weights, options)
         return self.output_proj(attended)
 
     def _change_heads(

@@ -7,13 +7,14 @@ their input. Sums over many terms (softmax, norms, losses) are computed in at le
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from basic.transformer.attention import AttentionOptions
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -363,13 +364,7 @@ def causal_self_attention(
     w_q: Float[Tensor, " q_features d_model"],
     w_k: Float[Tensor, " kv_features d_model"],
     w_v: Float[Tensor, " kv_features d_model"],
-    num_heads: int,
-    rope: tuple[Float[Tensor, "... seq half"], Float[Tensor, "... seq half"]] | None = None,
-    extend_cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-    *,
-    change_heads: Callable[[Tensor], Tensor] | None = None,
-    window: int | None = None,
-    document_starts: Int[Tensor, "... seq"] | None = None,
+    options: AttentionOptions,
 ) -> Float[Tensor, " ... seq q_features"]:
     """Causal attention with several heads, without the output projection.
 
@@ -377,39 +372,31 @@ def causal_self_attention(
         x: input features.
         w_q, w_k, w_v: projections of all heads, stacked along their rows. Keys and values may have fewer heads than
             queries; neighbouring query heads then share one (grouped-query attention).
-        num_heads: number of query heads.
-        rope: cosines and sines of each token's angles, which broadcast against the leading dimensions of x; None for
-            no rotation.
-        extend_cache: takes the new keys and values (..., kv head, seq, d) and returns them behind those of earlier
-            tokens; None if there are no earlier tokens.
-        change_heads: takes the projections (..., seq, head, d), heads of queries, then of keys, then of values, and
-            returns what RoPE and attention are to use instead, such as with biases and norms.
-        window: number of keys that a query may attend to, its own included; None for all before it.
-        document_starts: index of the first token of each token's document, before which it does not attend; None if a
-            sequence is one document. RoPE sees the difference of two positions only, so that they need not start again.
+        options: heads, positions and what a query may attend to.
 
     Source: Vaswani et al. 2017, section 3.2.2; Ainslie et al. 2023, "GQA".
     """
+    num_heads, window = options.num_heads, options.window
     d_head = w_q.shape[0] // num_heads
     num_kv_heads = w_k.shape[0] // d_head
     # One matrix multiplication; its heads are those of the queries, then of the keys, then of the values.
     qkv = rearrange(linear(x, w_q, w_k, w_v), "... (head d) -> ... head d", d=d_head)
-    if change_heads is not None:
-        qkv = change_heads(qkv)
+    if options.change_heads is not None:
+        qkv = options.change_heads(qkv)
     qkv = rearrange(qkv, "... seq head d -> ... head seq d")
     q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=-3)
-    if rope is not None:
-        cos, sin = (table.unsqueeze(-3) for table in rope)  # the same for every head
+    if options.rope is not None:
+        cos, sin = (table.unsqueeze(-3) for table in options.rope)  # the same for every head
         q, k = rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
-    if extend_cache is not None:
-        k, v = extend_cache(k, v)
+    if options.extend_cache is not None:
+        k, v = options.extend_cache(k, v)
     if window is not None:  # what no query may attend to is not computed
         num_keys = min(k.shape[-2], q.shape[-2] + window - 1)
         k, v = k[..., -num_keys:, :], v[..., -num_keys:, :]
     # A single query, as in decoding, may attend to all keys.
     mask = causal_mask(q.shape[-2], k.shape[-2], window, device=q.device) if q.shape[-2] > 1 else None
-    if document_starts is not None and mask is not None:
-        in_document = torch.arange(k.shape[-2], device=k.device) >= document_starts.unsqueeze(-1)
+    if options.document_starts is not None and mask is not None:
+        in_document = torch.arange(k.shape[-2], device=k.device) >= options.document_starts.unsqueeze(-1)
         mask = mask & in_document.unsqueeze(-3)  # the same for every head
     if num_kv_heads == num_heads:
         attended = scaled_dot_product_attention(q, k, v, mask)

@@ -15,6 +15,7 @@ from basic.common.errors import InvalidConfigError
 from basic.generation.sampling import generate
 from basic.model import KVCache, ModelConfig, MultiHeadSelfAttention, RotaryPositionalEmbedding, TransformerLM
 from basic.transformer import functional
+from basic.transformer.attention import AttentionOptions
 from basic.transformer.functional import rope_tables
 from basic.transformer.kernels import dispatch
 from tests.helpers.model_tools import assert_same, every_dtype, every_leading, float64, rotated, tiny
@@ -95,7 +96,8 @@ def test_the_changed_heads_go_to_the_kernels() -> None:
             windows.append(window)
             identity = torch.eye(x.shape[-1], dtype=x.dtype)
             q, k, v = identity.split([6 * num_heads, 6 * num_kv_heads, 6 * num_kv_heads])
-            attended = functional.causal_self_attention(x, q, k, v, num_heads, (cos, sin), window=window or None)
+            options = AttentionOptions(num_heads=num_heads, rope=(cos, sin), window=window or None)
+            attended = functional.causal_self_attention(x, q, k, v, options)
             return attended.unflatten(-1, (num_heads, -1)), None, None
 
     with dispatch.use_operators(Operators):

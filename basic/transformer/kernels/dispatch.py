@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from basic.transformer import functional
+from basic.transformer.attention import AttentionOptions
 
 MAX_DECODED_SEQUENCES = 64
 """Largest batch that the decoding kernels support."""
@@ -133,49 +134,30 @@ def causal_self_attention(
     w_q: Float[Tensor, " q_features d_model"],
     w_k: Float[Tensor, " kv_features d_model"],
     w_v: Float[Tensor, " kv_features d_model"],
-    num_heads: int,
-    rope: tuple[Float[Tensor, "... seq half"], Float[Tensor, "... seq half"]] | None = None,
-    extend_cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-    *,
-    change_heads: Callable[[Tensor], Tensor] | None = None,
-    window: int | None = None,
-    document_starts: Int[Tensor, "... seq"] | None = None,
-    num_cached: int = 0,
+    options: AttentionOptions,
 ) -> Float[Tensor, " ... seq q_features"]:
     """See `functional.causal_self_attention`.
 
     The kernels compute complete sequences, with the same positions in all sequences of a batch. With an empty cache
     they compute a prompt too, without gradients.
-
-    Args:
-        num_cached: number of earlier tokens, whose keys and values `extend_cache` puts before the new ones.
     """
-    operators, d_head = operators_for(x), w_q.shape[0] // num_heads
+    operators, num_heads, rope = operators_for(x), options.num_heads, options.rope
+    d_head, extend_cache = w_q.shape[0] // num_heads, options.extend_cache
     same_positions = rope is None or rope[0].ndim == 2
-    complete = extend_cache is None or (num_cached == 0 and not torch.is_grad_enabled())
+    complete = extend_cache is None or (options.num_cached == 0 and not torch.is_grad_enabled())
     supported = complete and x.ndim == 3 and d_head in _HEAD_SIZES and same_positions
     if operators is None or not supported:
-        return functional.causal_self_attention(
-            x,
-            w_q,
-            w_k,
-            w_v,
-            num_heads,
-            rope,
-            extend_cache,
-            change_heads=change_heads,
-            window=window,
-            document_starts=document_starts,
-        )
+        return functional.causal_self_attention(x, w_q, w_k, w_v, options)
     if rope is None:
         # Rotate by zero: attention without positions is for experiments, which need no kernel of their own.
         angles = torch.zeros(x.shape[1], d_head // 2, device=x.device)
         rope = angles + 1, angles
     weight = torch.cat((w_q, w_k, w_v)).to(x.dtype)
-    if change_heads is not None:
-        x, weight = change_heads((x @ weight.T).unflatten(-1, (-1, d_head))).flatten(-2), None
-    window = 0 if window is None or window >= x.shape[1] else window  # else the kernels would be compiled for it
-    starts = None if document_starts is None else document_starts.expand(x.shape[:2]).to(torch.int32).contiguous()
+    if options.change_heads is not None:
+        x, weight = options.change_heads((x @ weight.T).unflatten(-1, (-1, d_head))).flatten(-2), None
+    window, starts = options.window or 0, options.document_starts
+    window = 0 if window >= x.shape[1] else window  # else the kernels would be compiled for it
+    starts = None if starts is None else starts.expand(x.shape[:2]).to(torch.int32).contiguous()
     attended, _, qkv = operators.rotary_attention(x, weight, *rope, num_heads, len(w_k) // d_head, window, starts)
     if extend_cache is not None:
         _, k, v = operators.split_heads(qkv, num_heads)

@@ -27,6 +27,7 @@ Source: Dao 2023, "FlashAttention-2", algorithms 1 and 2; Milakov and Gimelshein
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -78,22 +79,6 @@ def _load_vector(pointer, rows, T, CHECK: tl.constexpr):
 
 
 @triton.jit
-def _first_key(first_row, N: tl.constexpr, WINDOW: tl.constexpr):
-    """The first key of the first tile of keys that a tile of queries attends to."""
-    if WINDOW == 0:
-        return 0
-    return tl.maximum(first_row - WINDOW + 1, 0) // N * N
-
-
-@triton.jit
-def _visible(rows, keys, WINDOW: tl.constexpr):
-    """Whether a query may attend to a key."""
-    if WINDOW == 0:
-        return rows >= keys
-    return (rows >= keys) & (rows - keys < WINDOW)
-
-
-@triton.jit
 def _load_starts(STARTS, batch, rows, T, PACKED: tl.constexpr):
     """The index of the first token of each query's document; that of a query beyond the end is T."""
     if PACKED:
@@ -102,11 +87,35 @@ def _load_starts(STARTS, batch, rows, T, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _cuts(first_key, first_row, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr):
-    """Whether the mask cuts the tile of these keys and queries."""
+def _first_key(first_row, starts, N: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr):
+    """The first key of the first tile of keys that a tile of queries attends to."""
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(first_row - WINDOW + 1, 0)
+    if PACKED:
+        first = tl.maximum(first, tl.min(starts, 0))
+    return first // N * N
+
+
+@triton.jit
+def _cuts(first_key, first_row, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr):
+    """Whether the mask may cut the tile of these keys and queries."""
+    if PACKED:
+        return first_key >= 0
     if WINDOW == 0:
         return first_key + N > first_row
     return (first_key + N > first_row) | (first_key + WINDOW < first_row + M)
+
+
+@triton.jit
+def _visible(rows, keys, starts, WINDOW: tl.constexpr, PACKED: tl.constexpr):
+    """Whether a query may attend to a key."""
+    visible = rows >= keys
+    if WINDOW > 0:
+        visible &= rows - keys < WINDOW
+    if PACKED:
+        visible &= keys >= starts
+    return visible
 
 
 @triton.jit
@@ -129,19 +138,13 @@ def _forward(Q, K, V, OUT, LOG_SUMS,
     total = tl.zeros([M], tl.float32)
     weighted = tl.zeros([M, WIDTH], tl.float32)
     starts = _load_starts(STARTS, batch, rows, T, PACKED)
-    first = _first_key(tile * M, N, WINDOW)
-    if PACKED:
-        first = tl.maximum(first, tl.min(starts, 0) // N * N)
-    for start in range(first, tl.minimum((tile + 1) * M, T), N):
+    for start in range(_first_key(tile * M, starts, N, WINDOW, PACKED), tl.minimum((tile + 1) * M, T), N):
         keys = start + tl.arange(0, N)
         k = _load_tile(K, keys, k_stride, columns, T, D, WIDTH, CHECK)
         scores = dot(q, tl.trans(k))
-        # On the diagonal, mask the keys after each query.
-        if PACKED:
-            visible = _visible(rows[:, None], keys[None, :], WINDOW) & (keys[None, :] >= starts[:, None])
+        if _cuts(start, tile * M, M, N, WINDOW, PACKED):
+            visible = _visible(rows[:, None], keys[None, :], starts[:, None], WINDOW, PACKED)
             scores = tl.where(visible, scores, -1e30)
-        elif _cuts(start, tile * M, M, N, WINDOW):
-            scores = tl.where(_visible(rows[:, None], keys[None, :], WINDOW), scores, -1e30)
         new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale)
         weights = tl.exp2(scores * scale - new_maximum[:, None])  # one multiply-add per score
         rescale = tl.exp2(maximum - new_maximum)
@@ -203,10 +206,9 @@ def _key_gradients(Q, K, V, DO, DK, DV, LOG_SUMS, DELTAS, COS, SIN,
             scores = dot(k, tl.trans(q))
             dweights = dot(v, tl.trans(do))
             weights = tl.exp2(scores * scale - log_sums[None, :])
-            weights = tl.where(_visible(rows[None, :], keys[:, None], WINDOW), weights, 0.0)
-            if PACKED:
-                starts = _load_starts(STARTS, batch, rows, T, PACKED)
-                weights = tl.where(keys[:, None] >= starts[None, :], weights, 0.0)
+            starts = _load_starts(STARTS, batch, rows, T, PACKED)
+            visible = _visible(rows[None, :], keys[:, None], starts[None, :], WINDOW, PACKED)
+            weights = tl.where(visible, weights, 0.0)
             dscores = weights * (dweights - deltas[None, :])
             dv = dot(weights.to(do.dtype), do, dv)
             dk = dot(dscores.to(q.dtype), q, dk)
@@ -245,19 +247,14 @@ def _query_gradients(Q, K, V, OUT, DO, DQ, LOG_SUMS, DELTAS, COS, SIN,
     tl.store(DELTAS + rows, deltas, mask=rows < T)
     dq = tl.zeros([M, WIDTH], tl.float32)
     starts = _load_starts(STARTS, batch, rows, T, PACKED)
-    first = _first_key(tile * M, N, WINDOW)
-    if PACKED:
-        first = tl.maximum(first, tl.min(starts, 0) // N * N)
-    for start in range(first, tl.minimum((tile + 1) * M, T), N):
+    for start in range(_first_key(tile * M, starts, N, WINDOW, PACKED), tl.minimum((tile + 1) * M, T), N):
         keys = start + tl.arange(0, N)
         k = _load_tile(K, keys, k_stride, columns, T, D, WIDTH, CHECK)
         v = _load_tile(V, keys, v_stride, columns, T, D, WIDTH, CHECK)
         weights = tl.exp2(dot(q, tl.trans(k)) * scale - log_sums[:, None])
-        if PACKED:
-            visible = _visible(rows[:, None], keys[None, :], WINDOW) & (keys[None, :] >= starts[:, None])
+        if _cuts(start, tile * M, M, N, WINDOW, PACKED):
+            visible = _visible(rows[:, None], keys[None, :], starts[:, None], WINDOW, PACKED)
             weights = tl.where(visible, weights, 0.0)
-        elif _cuts(start, tile * M, M, N, WINDOW):
-            weights = tl.where(_visible(rows[:, None], keys[None, :], WINDOW), weights, 0.0)
         dscores = weights * (dot(do, tl.trans(v)) - deltas[:, None])
         dq = dot(dscores.to(k.dtype), k, dq)
     _store_tile(DQ, _rotate_back(dq * out_scale, rows, COS, SIN, T, D, WIDTH), rows, dq_stride, columns, T, D)
@@ -277,16 +274,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, window: int = 0, starts: Tensor | N
         exponentials, float32.
     """
     B, T, H, D = q.shape
-    width = _padded(D)
-    M, N, warps, stages, registers = _FORWARD_TILES[width]
     o = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     log_sums = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    constants = _constants(q, k, _FORWARD_TILES, window, starts)
     scale = LOG2_E / math.sqrt(D)  # the kernels use exp2
-    _forward[triton.cdiv(T, M), B * H](
-        q, k, v, o, log_sums, *_strides(q, k, v, o), H, T, scale,
-        GROUP=H // k.shape[2], D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0, WINDOW=window,
-        STARTS=q if starts is None else starts, PACKED=starts is not None,
-        num_warps=warps, num_stages=stages, maxnreg=registers)  # fmt: skip
+    _forward[triton.cdiv(T, constants["M"]), B * H](
+        q, k, v, o, log_sums, *_strides(q, k, v, o), H, T, scale, **constants
+    )
     return o, log_sums
 
 
@@ -304,26 +298,26 @@ def backward(
         window, starts: as for `forward`.
     """
     B, T, H, D = q.shape
-    width, kv_heads = _padded(D), k.shape[2]
-    scale, out_scale = LOG2_E / math.sqrt(D), 1 / math.sqrt(D)
+    scales = LOG2_E / math.sqrt(D), 1 / math.sqrt(D)
     deltas = torch.empty_like(log_sums)
-    M, N, warps, stages, registers = _QUERY_GRADIENT_TILES[width]
-    _query_gradients[triton.cdiv(T, M), B * H](
-        q, k, v, o, do, dq, log_sums, deltas, cos, sin, *_strides(q, k, v, o, do, dq), H, T, scale, out_scale,
-        GROUP=H // kv_heads, D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0, WINDOW=window,
-        STARTS=q if starts is None else starts, PACKED=starts is not None,
-        num_warps=warps, num_stages=stages, maxnreg=registers)  # fmt: skip
-    M, N, warps, stages, registers = _KEY_GRADIENT_TILES[width]
-    _key_gradients[triton.cdiv(T, N), B * kv_heads](
-        q, k, v, do, dk, dv, log_sums, deltas, cos, sin, *_strides(q, k, v, do, dk, dv), H, T, scale, out_scale,
-        GROUP=H // kv_heads, D=D, WIDTH=width, M=M, N=N, CHECK=T % max(M, N) > 0, WINDOW=window,
-        STARTS=q if starts is None else starts, PACKED=starts is not None,
-        num_warps=warps, num_stages=stages, maxnreg=registers)  # fmt: skip
+    constants = _constants(q, k, _QUERY_GRADIENT_TILES, window, starts)
+    _query_gradients[triton.cdiv(T, constants["M"]), B * H](
+        q, k, v, o, do, dq, log_sums, deltas, cos, sin, *_strides(q, k, v, o, do, dq), H, T, *scales, **constants
+    )
+    constants = _constants(q, k, _KEY_GRADIENT_TILES, window, starts)
+    _key_gradients[triton.cdiv(T, constants["N"]), B * k.shape[2]](
+        q, k, v, do, dk, dv, log_sums, deltas, cos, sin, *_strides(q, k, v, do, dk, dv), H, T, *scales, **constants
+    )
 
 
-def _padded(head_size: int) -> int:
-    """The width of a tile: matrix units need at least 16 features."""
-    return max(16, triton.next_power_of_2(head_size))
+def _constants(q: Tensor, k: Tensor, tiles: dict[int, tuple], window: int, starts: Tensor | None) -> dict[str, Any]:
+    """The keyword arguments of a kernel's launch, from one of the tables above."""
+    T, H, D = q.shape[1:]
+    width = max(16, triton.next_power_of_2(D))  # matrix units need at least 16 features
+    M, N, warps, stages, registers = tiles[width]
+    constants = {"GROUP": H // k.shape[2], "D": D, "WIDTH": width, "M": M, "N": N, "CHECK": T % max(M, N) > 0}
+    constants |= {"WINDOW": window, "STARTS": q if starts is None else starts, "PACKED": starts is not None}
+    return constants | {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
 
 
 def _strides(*tensors: Tensor) -> list[int]:
