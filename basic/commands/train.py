@@ -24,7 +24,7 @@ import tyro
 from basic.commands import own_text
 from basic.commands.show.report import leave_report
 from basic.common import command_line
-from basic.common.config_files import from_table, load_config
+from basic.common.config_files import convert, from_table, load_config
 from basic.common.errors import InvalidConfigError, InvalidInputError
 from basic.formats.initial_model import InitialModel, open_initial_model
 from basic.training.parallel.devices import choose_device, matmul_flops_per_s
@@ -130,21 +130,26 @@ def add_vocab_size(arguments: list[str], table: dict[str, Any]) -> None:
 def add_recipe(name: str, depth: int | None, arguments: list[str], table: dict[str, Any]) -> None:
     """A configuration gets the settings of a recipe that it does not have itself."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    model, train = table.setdefault("model", {}), table.setdefault("train", {})
-    first.add_argument("--minutes", type=float, default=train.get("minutes"))
-    first.add_argument("--device", default=train.get("device", "auto"))
+    for part in ("model", "train"):
+        if not isinstance(table.setdefault(part, {}), dict):
+            raise InvalidConfigError(f"{part} must be a table of settings, got {table[part]!r}")
+    model, train = table["model"], table["train"]
+    first.add_argument("--minutes", type=float)
+    first.add_argument("--device", default=convert(str, train.get("device", "auto"), "train.device"))
+    first.add_argument("--warmup-steps", default=train.get("warmup_steps"))
     given, _ = first.parse_known_args(arguments)
+    minutes = convert(float | None, train.get("minutes"), "train.minutes") if given.minutes is None else given.minutes
     add_vocab_size(arguments, table)
     if "vocab_size" not in model:
         raise InvalidConfigError("a recipe needs the size of the vocabulary; give --tokenizer or --vocab-size")
     speed = None
-    if depth is None and given.minutes is not None:
+    if depth is None and minutes is not None:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # each process would measure another speed
             raise InvalidInputError("several processes cannot choose the depth of a recipe; give --depth")
         speed = matmul_flops_per_s(choose_device(given.device))
-    size = {"vocab_size": model["vocab_size"], "depth": depth, "minutes": given.minutes}
+    size = {"vocab_size": convert(int, model["vocab_size"], "model.vocab_size"), "depth": depth, "minutes": minutes}
     recipe = recipe_settings(name, **size, matmul_flops_per_s=speed)  # ty: ignore[invalid-argument-type]
-    if "warmup_steps" in train:
+    if given.warmup_steps is not None:
         del recipe["train"]["warmup_share"]
     table |= {"model": recipe["model"] | model, "train": recipe["train"] | train}
 

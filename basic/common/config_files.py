@@ -133,7 +133,7 @@ def from_table(cls: type[T], table: dict[str, Any], prefix: str = "") -> T:
     values = {}
     for name, field in fields.items():
         if name in table:
-            values[name] = _convert(hints[name], table[name], prefix + name)
+            values[name] = convert(hints[name], table[name], prefix + name)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise InvalidConfigError(f"the key {prefix + name!r} is missing, and it has no default")
     try:
@@ -197,7 +197,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
-def _convert(hint: Any, value: Any, name: str) -> Any:
+def convert(hint: Any, value: Any, name: str) -> Any:
     """Convert a TOML value to the type of its field.
 
     Raises:
@@ -206,7 +206,7 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return from_table(hint, value, name + ".")
     if get_origin(hint) is tuple and isinstance(value, list):  # tuple[item, ...] is a list in TOML
-        return tuple(_convert(get_args(hint)[0], item, f"{name}[{index}]") for index, item in enumerate(value))
+        return tuple(convert(get_args(hint)[0], item, f"{name}[{index}]") for index, item in enumerate(value))
     options = _options(hint)
     for option in options:
         if get_origin(option) is Literal and value in get_args(option):

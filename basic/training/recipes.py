@@ -21,6 +21,8 @@ _HEAD_SIZE = 64
 _MAX_CONTEXT = 1024
 _TOKENS_PER_PARAMETER = 2.0
 """Of the modern recipe: tokens to train on for each parameter of the blocks and the output matrix."""
+_MIN_STEPS = 1000
+"""Of the handout's recipe in minutes: a machine that is too slow for as many gets smaller batches."""
 _UTILISATION = 0.4
 """Share of the speed of a large matrix multiplication that training reaches."""
 
@@ -63,6 +65,8 @@ def recipe_settings(
         raise InvalidConfigError(f"depth must be from 1 to {MAX_DEPTH} blocks, got {depth}")
     tables = (_handout if name == "handout" else _modern)(vocab_size, depth)
     if minutes is not None:
+        if name == "handout" and matmul_flops_per_s is not None:
+            tables["train"]["batch_size"] = _handout_batch(tables, 60 * minutes * matmul_flops_per_s * _UTILISATION)
         tables["train"] |= {"steps": 0, "minutes": minutes}
     return tables
 
@@ -111,6 +115,15 @@ def _handout(vocab_size: int, depth: int) -> dict[str, dict[str, Any]]:
     model |= {"num_heads": 4 * depth, "d_ff": 336 * depth}
     train: dict[str, Any] = {"steps": 5000, "batch_size": 256, "max_learning_rate": 2e-3, "min_learning_rate": 2e-4}
     return {"model": model, "train": train | {"warmup_share": 0.05}}
+
+
+def _handout_batch(tables: dict[str, dict[str, Any]], flops: float) -> int:
+    """The assignment's batch, halved until so many operations are enough for _MIN_STEPS steps, as on a CPU."""
+    config, batch_size = ModelConfig(**tables["model"]), tables["train"]["batch_size"]
+    flops_per_sequence = config.context_length * flops_per_token(config)
+    while batch_size > 1 and _MIN_STEPS * batch_size * flops_per_sequence > flops:
+        batch_size //= 2
+    return batch_size
 
 
 def _modern(vocab_size: int, depth: int) -> dict[str, dict[str, Any]]:

@@ -33,6 +33,28 @@ def test_options_and_a_configuration_override_the_recipe(tmp_path):
     assert str(options.output) == "runs/my"
 
 
+def test_a_warm_up_in_steps_replaces_that_of_the_recipe():
+    run = parsed("--recipe", "handout", "--depth", "1", "--vocab-size", "500", "--warmup-steps", "7")
+    assert (run.train.warmup_steps, run.train.warmup_share) == (7, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train = 4", "train must be a table of settings, got 4"),
+        ("model = []", r"model must be a table of settings, got \[\]"),
+        ("[model]\nvocab_size = 'many'", "model.vocab_size must be an integer, got 'many'"),
+        ("[train]\nminutes = 'ten'", "train.minutes must be a number, got 'ten'"),
+        ("[train]\ndevice = 4", "train.device must be a string in quotes, got 4"),
+    ],
+)
+def test_a_wrong_configuration_is_named(text, message, tmp_path):
+    path = tmp_path / "my.toml"
+    path.write_text(text)
+    with pytest.raises(InvalidConfigError, match=message):
+        parse(["--recipe", "modern", "--vocab-size" if "vocab" not in text else "--beta1", "1", "--config", str(path)])
+
+
 def test_minutes_choose_the_depth_of_this_machine(monkeypatch):
     monkeypatch.setattr("basic.commands.train.matmul_flops_per_s", lambda device: 1e12)
     run = parsed("--recipe", "modern", "--minutes", "2", "--vocab-size", "500", "--device", "cpu")

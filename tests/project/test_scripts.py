@@ -83,7 +83,7 @@ def test_help_explains_every_option_and_its_default(name, monkeypatch, capsys):
     if name == "train":
         del expected["run"]
         for module, cls in (
-            ("model", "ModelConfig"),
+            ("transformer/configuration", "ModelConfig"),
             ("training/settings", "TrainConfig"),
             ("training/settings", "DataConfig"),
         ):

@@ -46,6 +46,12 @@ def test_minutes_set_the_depth_and_leave_the_steps_open():
     assert from_table(RunConfig, with_depth) == config
 
 
+@pytest.mark.parametrize(("speed", "batch_size"), [(1e10, 1), (1e11, 8), (1e15, 256)])
+def test_a_slow_machine_gets_smaller_batches_of_the_handout(speed, batch_size):
+    tables = recipe_settings("handout", vocab_size=10_000, minutes=10, matmul_flops_per_s=speed)
+    assert tables["train"]["batch_size"] == batch_size
+
+
 def test_depth_grows_with_the_compute():
     depths = [depth_for("modern", 32_768, flops) for flops in (0, 1e12, 1e14, 1e16, 1e18, 1e30)]
     assert depths == sorted(depths)
