@@ -223,7 +223,7 @@ class TransformerBlock(Module):
             head_dim=config.head_dim,
             bias=config.qkv_bias,
             norm_eps=config.norm_eps if config.qk_norm else None,
-            sliding_window=config.sliding_window,
+            sliding_window=config.window(layer),
             num_value_embeddings=config.vocab_size if has_values else 0,
         )
         self.ln2 = make_norm(config)
@@ -401,6 +401,7 @@ class TransformerLM(Module):
         """
         context_length = context_length or self.config.context_length
         in_matrices = sum(module.weight.numel() for module in self.modules() if isinstance(module, Linear))
-        num_keys = min(context_length, self.config.sliding_window or context_length)
-        in_attention = 2 * num_keys * self.config.num_heads * self.config.d_head * self.config.num_layers
+        windows = (self.config.window(layer) or context_length for layer in range(self.config.num_layers))
+        num_keys = sum(min(context_length, window) for window in windows)
+        in_attention = 2 * num_keys * self.config.num_heads * self.config.d_head
         return 2 * (in_matrices + in_attention)

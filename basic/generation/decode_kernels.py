@@ -3,11 +3,12 @@
 A step reads every weight once and computes almost nothing. Its time is that of reading the weights from memory, plus
 some microseconds for each kernel launch. The launches of a layer are
 
-    project     RMSNorm, then the matrix multiplication with the packed weights of queries, keys and values, and biases
-    attend      RMSNorm of queries and keys if the model has it, RoPE, the new key and value into the cache, attention
-                to some of the keys; the last program of a head combines the partial results
+    project     RMSNorm, then the matrix multiplication with the packed weights of queries, keys, values and of the
+                gates of value embeddings, and biases
+    attend      value embeddings, RMSNorm of queries and keys if the model has it, RoPE, the new key and value into the
+                cache, attention to some of the keys; the last program of a head combines the partial results
     project     the output projection, added to the residual stream
-    gate        RMSNorm, then the matrix multiplications with W1 and W3, SiLU and the product of the two
+    activate    RMSNorm, then the matrix multiplications with W1 and, for SwiGLU, W3, and the activation
     project     the matrix multiplication with W2, added to the residual stream
 
 `embed` runs before the layers; `project` and `choose` after them. Every program that needs the norm computes it
@@ -82,14 +83,18 @@ def _multiply(X, W, GAIN, inverse_rms, rows, outputs, R, K, N, ROWS: tl.constexp
 
 
 @triton.jit
-def embed(EMBEDDING, TOKENS, POSITIONS, X, capacity, K, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr):
-    """X = the embeddings of the tokens at the sequences' positions."""
+def embed(EMBEDDING, TOKENS, POSITIONS, X, capacity, K, eps, BLOCK_K: tl.constexpr, NORM: tl.constexpr,
+          OVERLAP: tl.constexpr):  # fmt: skip
+    """X = the embeddings of the tokens at the sequences' positions, with NORM normalised."""
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK_K)
     _wait_for_previous_kernel(OVERLAP)
     token = tl.load(TOKENS + row * capacity + tl.load(POSITIONS + row))
     token = tl.maximum(token, 0)  # it is -1 if the step before found NaN (see choose); then any row will do
     x = tl.load(EMBEDDING + token * K + columns, mask=columns < K, other=0.0)
+    if NORM:
+        wide = x.to(tl.float32)
+        x = (wide * (1 / tl.sqrt(tl.sum(wide * wide, 0) / K + eps))).to(x.dtype)
     tl.store(X + row * K + columns, x, mask=columns < K)
 
 
@@ -128,27 +133,38 @@ def project(X, W, GAIN, BIASES, Y, R, K, N, eps, ROWS: tl.constexpr, BLOCK_N: tl
 
 
 @triton.jit
-def gate(X, W, GAIN, Y, R, K, N, eps, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-         OVERLAP: tl.constexpr):  # fmt: skip
-    """Y = silu(norm(X) W1^T) * (norm(X) W3^T), with W1 and then W3 in the rows of W (2 N, K)."""
+def activate(X, W, GAIN, Y, R, K, N, eps, FFN: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+             BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """The activations inside the feed-forward layer (`ModelConfig.ffn`) of norm(X), with W1 (N, K) and, for swiglu, W3
+    after it in the rows of W."""
     rows = tl.arange(0, ROWS)
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     W3 = W + N.to(tl.int64) * K
     if ROWS == 1:
         w1 = _load_weights(W, outputs, K, N, BLOCK_K)
-        w3 = _load_weights(W3, outputs, K, N, BLOCK_K)
+        if FFN == "swiglu":
+            w3 = _load_weights(W3, outputs, K, N, BLOCK_K)
         gain = tl.load(GAIN + tl.arange(0, BLOCK_K), mask=tl.arange(0, BLOCK_K) < K, other=0.0)
         _wait_for_previous_kernel(OVERLAP)
         x = _load_vector(X, gain, K, eps, BLOCK_K, True)
         x1 = tl.sum(w1.to(tl.float32) * x[None, :], 1)[:, None]
-        x3 = tl.sum(w3.to(tl.float32) * x[None, :], 1)[:, None]
+        if FFN == "swiglu":
+            x3 = tl.sum(w3.to(tl.float32) * x[None, :], 1)[:, None]
     else:
         _wait_for_previous_kernel(OVERLAP)
         inverse_rms = _inverse_rms(X, rows, R, K, eps, ROWS, BLOCK_K)
         x1 = _multiply(X, W, GAIN, inverse_rms, rows, outputs, R, K, N, ROWS, BLOCK_N, BLOCK_K, True)
-        x3 = _multiply(X, W3, GAIN, inverse_rms, rows, outputs, R, K, N, ROWS, BLOCK_N, BLOCK_K, True)
-    y = (x1 * tl.sigmoid(x1) * x3).to(Y.dtype.element_ty)
-    tl.store(Y + rows[None, :] * N + outputs[:, None], y, mask=(rows[None, :] < R) & (outputs[:, None] < N))
+        if FFN == "swiglu":
+            x3 = _multiply(X, W3, GAIN, inverse_rms, rows, outputs, R, K, N, ROWS, BLOCK_N, BLOCK_K, True)
+    if FFN == "relu2":
+        positive = tl.maximum(x1, 0.0)
+        y = positive * positive
+    else:
+        y = x1 * tl.sigmoid(x1)
+    if FFN == "swiglu":
+        y *= x3
+    mask = (rows[None, :] < R) & (outputs[:, None] < N)
+    tl.store(Y + rows[None, :] * N + outputs[:, None], y.to(Y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -169,14 +185,16 @@ def _load_keys(pointer, keys, position, features, D: tl.constexpr):
 
 
 @triton.jit
-def attend(QKV, Q_GAIN, K_GAIN, KEYS, VALUES, COS, SIN, POSITIONS, PARTIALS, FINISHED, ATTENDED, H, capacity, scale,
-           eps, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-           NORM: tl.constexpr, WINDOW: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+def attend(QKV, stride, Q_GAIN, K_GAIN, EMBEDDINGS, TOKENS, KEYS, VALUES, COS, SIN, POSITIONS, PARTIALS, FINISHED,
+           ATTENDED, H, capacity, scale, eps, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+           SPLITS: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, HAVE_EMBEDDINGS: tl.constexpr,
+           WINDOW: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Attention of one head of one sequence to a split of its keys; the last program to finish combines the splits.
 
     The cache is (R, H / GROUP, capacity, D): GROUP neighbouring query heads share a head of keys and values, and each
     reads them from the GPU's cache. With WINDOW > 0, only blocks with some of the last WINDOW keys are read. Features
-    are padded to WIDTH, a power of two. Blocks of keys are dealt out to the splits in turn, so that all splits have
+    are padded to WIDTH, a power of two. With HAVE_EMBEDDINGS, rows of QKV end with the gates with which the token's row
+    of EMBEDDINGS is added to the values. Blocks of keys are dealt out to the splits in turn, so that all splits have
     work from the first keys on. PARTIALS has each split's sum of weighted values, maximum and sum of weights. FINISHED
     counts the programs of a head that have finished; it is zero before and after the launch.
 
@@ -192,7 +210,7 @@ def attend(QKV, Q_GAIN, K_GAIN, KEYS, VALUES, COS, SIN, POSITIONS, PARTIALS, FIN
     position = tl.load(POSITIONS + row).to(tl.int32)
     cos = tl.load(COS + position * (D // 2) + pairs, mask=inside, other=0.0)
     sin = tl.load(SIN + position * (D // 2) + pairs, mask=inside, other=0.0)
-    packed = QKV + row * (H + 2 * kv_heads) * D
+    packed = QKV + row * stride
     cache = (row.to(tl.int64) * kv_heads + kv_head) * capacity * D
     KEYS += cache
     VALUES += cache
@@ -211,6 +229,13 @@ def attend(QKV, Q_GAIN, K_GAIN, KEYS, VALUES, COS, SIN, POSITIONS, PARTIALS, FIN
     q = _load_rotated(packed + head * D, q_gain, cos, sin, features, eps, D, WIDTH, NORM).to(tl.float32)
     k_new = _load_rotated(packed + (H + kv_head) * D, k_gain, cos, sin, features, eps, D, WIDTH, NORM)
     v_new = tl.load(packed + (H + kv_heads + kv_head) * D + features, mask=features < D, other=0.0)
+    if HAVE_EMBEDDINGS:  # rounded as the plain operations are
+        token = tl.maximum(tl.load(TOKENS + row * (capacity + 1) + position), 0)  # as in `embed`
+        embedding = EMBEDDINGS + (token * kv_heads + kv_head) * D
+        value = tl.load(embedding + features, mask=features < D, other=0.0).to(tl.float32)
+        gate = tl.load(packed + (H + 2 * kv_heads) * D + kv_head).to(tl.float32)
+        gate = (2 * tl.sigmoid(gate).to(v_new.dtype).to(tl.float32)).to(v_new.dtype).to(tl.float32)
+        v_new = (v_new.to(tl.float32) + (gate * value).to(v_new.dtype).to(tl.float32)).to(v_new.dtype)
     if (split == 0) & (head % GROUP == 0):
         tl.store(KEYS + position * D + features, k_new, mask=features < D)
         tl.store(VALUES + position * D + features, v_new, mask=features < D)

@@ -21,7 +21,7 @@ class Decoder:
     others take the likeliest.
 
     Args:
-        model: pre-norm, RoPE, SwiGLU, and a cache that `dispatch.supports_decoding` accepts. Its weights are copied in
+        model: pre-norm and RoPE, and a cache that `dispatch.supports_decoding` accepts. Its weights are copied in
             the cache's dtype.
         cache: is continued in place.
         prompt_lengths: int64 (batch,).
@@ -55,22 +55,24 @@ class Decoder:
 
         self.embedding = pack("token_embeddings")
         self.head = self.embedding if config.tied_embeddings else pack("lm_head")
-        projections = [[f"layers.{i}.attn.{name}_proj" for name in "qkv"] for i in range(config.num_layers)]
-        self.layers = [
-            (
-                weights[f"layers.{i}.ln1.weight"],
-                pack(*projections[i]),
-                pack(f"layers.{i}.attn.output_proj"),
-                weights[f"layers.{i}.ln2.weight"],
-                pack(f"layers.{i}.ffn.w1", f"layers.{i}.ffn.w3"),
-                pack(f"layers.{i}.ffn.w2"),
-            )
-            for i in range(config.num_layers)
-        ]
-        self.biases = [pack(*names, kind="bias") if config.qkv_bias else None for names in projections]
-        self.gains = [(weights[f"layers.{i}.attn.q_norm.weight"], weights[f"layers.{i}.attn.k_norm.weight"])
-                      if config.qk_norm else (self.embedding, self.embedding)
-                      for i in range(config.num_layers)]  # fmt: skip
+        self.layers, self.biases, self.gains = [], [], []
+        self.value_embeddings: list[Tensor | None] = []
+        for i in range(config.num_layers):
+            names, attention = [f"layers.{i}.attn.{name}_proj" for name in "qkv"], f"layers.{i}.attn"
+            qkv, biases = pack(*names), pack(*names, kind="bias") if config.qkv_bias else None
+            has_values = f"{attention}.value_gate.weight" in weights
+            self.value_embeddings.append(pack(f"{attention}.value_embeddings") if has_values else None)
+            if has_values:  # the gates are more outputs of the same matrix, without biases
+                gate = pack(f"{attention}.value_gate")
+                qkv = torch.cat((qkv, qkv.new_zeros(len(gate), config.d_model)))
+                qkv[-len(gate) :, : gate.shape[1]] = gate
+                biases = None if biases is None else torch.cat((biases, biases.new_zeros(len(gate))))
+            w13 = pack(*(f"layers.{i}.ffn.{name}" for name in (("w1", "w3") if config.ffn == "swiglu" else ("w1",))))
+            ln1, ln2 = weights[f"layers.{i}.ln1.weight"], weights[f"layers.{i}.ln2.weight"]
+            self.layers.append((ln1, qkv, pack(f"{attention}.output_proj"), ln2, w13, pack(f"layers.{i}.ffn.w2")))
+            self.biases.append(biases)
+            names = [f"{attention}.{name}_norm.weight" for name in "qk"]
+            self.gains.append([weights[name] if config.qk_norm else self.embedding for name in names])
         self.ln_final = weights["ln_final.weight"]
         rope = next(module for module in model.modules() if isinstance(module, RotaryPositionalEmbedding))
         self.cos, self.sin = rope.cos, rope.sin
@@ -80,7 +82,7 @@ class Decoder:
 
         batch_size = self.batch_size
         self.x = buffer(batch_size, config.d_model)
-        self.qkv = buffer(batch_size, (config.num_heads + 2 * config.kv_heads) * config.d_head)
+        self.qkv = buffer(batch_size, max(len(qkv) for _, qkv, *_ in self.layers))
         self.partials = buffer(batch_size, config.num_heads, self.splits, config.d_head + 2, dtype=torch.float32)
         self.num_finished = buffer(batch_size, config.num_heads, dtype=torch.int32)
         self.attended = buffer(batch_size, config.num_heads * config.d_head)
@@ -130,21 +132,23 @@ class Decoder:
         scale = LOG2_E / math.sqrt(config.d_head)
         capacity = config.context_length
         decode_kernels.embed[batch_size,](
-            self.embedding, self.tokens, self.positions, self.x, capacity + 1, d_model,
-            BLOCK_K=triton.next_power_of_2(d_model), **self._options(4))  # fmt: skip
+            self.embedding, self.tokens, self.positions, self.x, capacity + 1, d_model, eps,
+            BLOCK_K=triton.next_power_of_2(d_model), NORM=config.embedding_norm, **self._options(4))  # fmt: skip
         for layer, (ln1, qkv, output, ln2, w13, w2) in enumerate(self.layers):
+            values = self.value_embeddings[layer]
             self._project(self.x, qkv, ln1, self.qkv, norm=True, biases=self.biases[layer])
             decode_kernels.attend[batch_size, config.num_heads, self.splits](
-                self.qkv, *self.gains[layer], self.cache.keys[layer], self.cache.values[layer], self.cos, self.sin,
-                self.positions, self.partials, self.num_finished, self.attended, config.num_heads, capacity, scale, eps,
+                self.qkv, len(qkv), *self.gains[layer], self.embedding if values is None else values, self.tokens,
+                self.cache.keys[layer], self.cache.values[layer], self.cos, self.sin, self.positions, self.partials,
+                self.num_finished, self.attended, config.num_heads, capacity, scale, eps,
                 GROUP=config.num_heads // config.kv_heads, D=config.d_head,
                 WIDTH=triton.next_power_of_2(config.d_head), SPLITS=self.splits, BLOCK=64,
-                NORM=config.qk_norm, WINDOW=config.sliding_window or 0, EARLY=batch_size <= 2,
-                **self._options(4))  # fmt: skip
+                NORM=config.qk_norm, HAVE_EMBEDDINGS=values is not None, WINDOW=config.window(layer) or 0,
+                EARLY=batch_size <= 2, **self._options(4))  # fmt: skip
             self._project(self.attended, output, ln1, self.x, add=True)
             block_n, block_k, warps = self.tiles(d_ff, d_model, self.padded_batch)
-            decode_kernels.gate[triton.cdiv(d_ff, block_n),](
-                self.x, w13, ln2, self.gated, batch_size, d_model, d_ff, eps,
+            decode_kernels.activate[triton.cdiv(d_ff, block_n),](
+                self.x, w13, ln2, self.gated, batch_size, d_model, d_ff, eps, FFN=config.ffn,
                 ROWS=self.padded_batch, BLOCK_N=block_n, BLOCK_K=block_k, **self._options(warps))  # fmt: skip
             self._project(self.gated, w2, ln2, self.x, add=True)
         self._project(self.x, self.head, self.ln_final, self.logits, norm=True)

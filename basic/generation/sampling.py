@@ -289,10 +289,9 @@ def make_decoder(
     model: TransformerLM, cache: KVCache, prompt_lengths: Tensor, vocab_size: int | None
 ) -> Decoder | None:
     """The kernels for single steps, or None if they do not support the model."""
-    config = model.config
-    is_llama = not config.not_in_llama
-    if not is_llama or not dispatch.supports_decoding(cache.keys[0]):
-        dispatch.warn_about_plain_decoding(is_llama, cache.keys[0])
+    supported = model.config.norm == "pre" and model.config.positions == "rope"
+    if not supported or not dispatch.supports_decoding(cache.keys[0]):
+        dispatch.warn_about_plain_decoding(supported, cache.keys[0])
         return None
     from basic.generation.decoder import Decoder  # imported late: it needs Triton
 

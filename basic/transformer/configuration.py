@@ -44,6 +44,9 @@ class ModelConfig:
     which are kept, as fractions 1/low and 1/high of the fourth number, the earlier context in tokens."""
     sliding_window: int | None = None
     """Number of tokens that a token attends to, itself and the last ones before it; None for all before it."""
+    window_pattern: str = ""
+    """Which blocks have the sliding window, as letters that are repeated over the blocks: S (short) for those that have
+    it, L (long) for those that do not, such as SSSL; empty for all blocks."""
     qkv_bias: bool = False
     """Whether the projections to queries, keys and values have a bias."""
     qk_norm: bool = False
@@ -78,6 +81,11 @@ class ModelConfig:
         for name in sizes:
             if not getattr(self, name) >= 1:
                 raise InvalidConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not {*self.window_pattern} <= {"S", "L"} or (self.window_pattern and self.sliding_window is None):
+            raise InvalidConfigError(
+                "window_pattern must have the letters S (block with the sliding window) and L (without) only, and it "
+                f"needs sliding_window; got {self.window_pattern!r} with sliding_window={self.sliding_window}"
+            )
         check_heads(self.d_model, self.num_heads, self.kv_heads, self.head_dim)
         if self.positions == "rope" and self.d_head % 2:
             raise InvalidConfigError(
@@ -106,16 +114,16 @@ class ModelConfig:
         """Number of heads of keys and values, never None."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
+    def window(self, layer: int) -> int | None:
+        """`sliding_window` of a block; None if it has none."""
+        pattern = self.window_pattern or "S"
+        return self.sliding_window if pattern[layer % len(pattern)] == "S" else None
+
     @property
     def not_in_llama(self) -> list[str]:
         """The settings, such as "ffn='relu2'", that neither Llama nor its relatives have."""
-        llama = {
-            "norm": "pre",
-            "positions": "rope",
-            "ffn": "swiglu",
-            "embedding_norm": False,
-            "value_embeddings": False,
-        }
+        llama = {"norm": "pre", "positions": "rope", "ffn": "swiglu", "embedding_norm": False}
+        llama |= {"value_embeddings": False, "window_pattern": ""}
         return [f"{name}={getattr(self, name)!r}" for name, value in llama.items() if getattr(self, name) != value]
 
 

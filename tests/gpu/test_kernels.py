@@ -161,5 +161,15 @@ def test_decoder_with_biases_norms_and_a_window(window, prompt_lengths, dtype):
 
 
 @HALVES
+@pytest.mark.parametrize("prompt_lengths", [[1], [3, 1, 60]], ids=len)
+@pytest.mark.parametrize("pattern", ["", "SL"])
+def test_decoder_of_the_modern_model(pattern, prompt_lengths, dtype):
+    sizes: dict[str, Any] = {"vocab_size": 1001, "context_length": 200, "d_model": 256, "num_layers": 2, "num_heads": 4}
+    sizes |= {"ffn": "relu2", "embedding_norm": True, "value_embeddings": True}
+    config = ModelConfig(**sizes, window_pattern=pattern, sliding_window=50 if pattern else None)
+    kernel_checks.check_decoder(config, prompt_lengths, 130, dtype, "cuda")
+
+
+@HALVES
 def test_decoder_finds_nan(dtype):
     kernel_checks.check_decoder_finds_nan(dtype, "cuda")

@@ -350,7 +350,7 @@ def check_decoder(
     torch.manual_seed(0)
     model = TransformerLM(config).to(device)
     for name, parameter in model.named_parameters():
-        if name.endswith(("bias", "q_norm.weight", "k_norm.weight")):
+        if name.endswith(("bias", "q_norm.weight", "k_norm.weight", "value_gate.weight")):
             parameter.add_(torch.randn_like(parameter) / 2)
     model.activation_dtype = dtype
     batch_size, shortest, longest = len(prompt_lengths), min(prompt_lengths), max(prompt_lengths)

@@ -36,6 +36,8 @@ interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitiz
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 
+MODERN: dict[str, Any] = {"ffn": "relu2", "qk_norm": True, "embedding_norm": True, "value_embeddings": True}
+
 
 @pytest.mark.parametrize(
     ("seq", "head_size", "dtype", "heads", "group"),
@@ -123,6 +125,9 @@ def test_registrations():
         ([3, 1, 5], FLOAT32, {"num_heads": 4, "num_kv_heads": 1}),
         ([1], FLOAT32, {"head_dim": 10, "qkv_bias": True, "qk_norm": True, "sliding_window": 3}),
         ([3, 1, 5], FLOAT16, {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32, "qkv_bias": True, "qk_norm": True}),
+        ([1], FLOAT32, MODERN | {"num_heads": 4, "num_kv_heads": 2, "num_layers": 2}),
+        ([3, 1, 5], FLOAT16, MODERN | {"qkv_bias": True}),
+        ([1], FLOAT32, {"ffn": "silu", "sliding_window": 3, "window_pattern": "SL", "num_layers": 2}),
     ],
 )
 def test_decoder(prompt_lengths, dtype, changes):
@@ -177,9 +182,6 @@ def test_a_step_with_a_bad_target_changes_nothing(bad_target):
     assert loss.isnan()
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, before[name])
-
-
-MODERN: dict[str, Any] = {"ffn": "relu2", "qk_norm": True, "embedding_norm": True, "value_embeddings": True}
 
 
 @pytest.mark.parametrize(("optimizer", "changes"), [("adamw", {}), ("muon", {}), ("muon", MODERN)])

@@ -136,8 +136,10 @@ def test_groups_of_the_optimizer():
 
 
 def test_export_names_what_llama_does_not_have():
-    config = ModelConfig(**SIZES, **ALL)
-    with pytest.raises(InvalidInputError, match="embedding_norm=True and value_embeddings=True"):
+    config = ModelConfig(**SIZES, **ALL, sliding_window=4, window_pattern="SL")
+    with pytest.raises(
+        InvalidInputError, match="embedding_norm=True and value_embeddings=True and window_pattern='SL'"
+    ):
         hf_config(config)
     assert ModelConfig(**SIZES).not_in_llama == []
 

@@ -57,7 +57,12 @@ def test_attention_is_torchs(dtype: torch.dtype, leading: Any, bias: bool, norm_
     assert_same(attention(x), F.linear(attended, w["output_proj.weight"]), dtype)
 
 
-@pytest.mark.parametrize("changes", [ALL, {"sliding_window": 3, "num_kv_heads": 2}, {"rope_scaling": (2.0,)}], ids=str)
+PATTERN = {"sliding_window": 3, "window_pattern": "SL"}
+
+
+@pytest.mark.parametrize(
+    "changes", [ALL, PATTERN, {"sliding_window": 3, "num_kv_heads": 2}, {"rope_scaling": (2.0,)}], ids=str
+)
 def test_cached_decoding_gives_the_logits_of_a_full_pass(changes: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = TransformerLM(tiny(**changes)).double()
@@ -81,6 +86,21 @@ def test_a_token_does_not_see_what_is_before_its_window() -> None:
     changed[0, 2] = (ids[0, 2] + 1) % 11
     same = (model(ids) == model(changed)).all(-1)[0]
     assert same.tolist() == [True, True, *[False] * 5, True, True, True]
+
+
+def test_a_pattern_gives_the_window_to_some_blocks() -> None:
+    """The first and third blocks have the window, the second has not."""
+    config = tiny(sliding_window=3, window_pattern="SL", num_layers=3)
+    assert [config.window(layer) for layer in range(3)] == [3, None, 3]
+    model = TransformerLM(config)
+    ids = torch.randint(11, (1, 10))
+    changed = ids.clone()
+    changed[0, 0] = (ids[0, 0] + 1) % 11
+    assert (model(ids) != model(changed)).any(-1).all()  # the second block sees the first token from everywhere
+    short, long = (TransformerLM(tiny(sliding_window=window, num_layers=1)) for window in (3, None))
+    head = 2 * model.lm_head.weight.numel()
+    flops = 2 * (short.matmul_flops_per_token() - head) + long.matmul_flops_per_token()
+    assert model.matmul_flops_per_token() == flops
 
 
 def test_the_changed_heads_go_to_the_kernels() -> None:
@@ -166,6 +186,8 @@ def test_head_dim_need_not_divide_anything_and_flops_count_the_window() -> None:
         ({"head_dim": 5}, "head_dim must be even, got 5"),
         ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
         ({"sliding_window": 0}, "sliding_window must be at least 1, got 0"),
+        ({"sliding_window": 3, "window_pattern": "SX"}, "the letters S .* got 'SX' with sliding_window=3"),
+        ({"window_pattern": "SL"}, "needs sliding_window; got 'SL' with sliding_window=None"),
         ({"rope_scaling": (0.0,)}, r"rope_scaling must be .* got \(0.0,\)"),
         ({"rope_scaling": (8.0, 1.0)}, "rope_scaling must be empty, the divisor of all angles, or Llama 3's"),
         ({"rope_scaling": (8.0, 4.0, 1.0, 8192.0)}, "low < high"),

@@ -106,17 +106,17 @@ def warn_about_plain_attention(d_head: int, device: torch.device, dtype: torch.d
         )
 
 
-def warn_about_plain_decoding(is_llama: bool, keys: Float[Tensor, " batch head context d"]) -> None:
+def warn_about_plain_decoding(supported: bool, keys: Float[Tensor, " batch head context d"]) -> None:
     """Warn once, with the reason, if decoding on a GPU cannot use its kernels.
 
     Args:
-        is_llama: pre-norm, RoPE and SwiGLU, and nothing of `ModelConfig.not_in_llama`, which the kernels need.
+        supported: whether the model has pre-norm and RoPE, which the kernels need.
         keys: of the cache.
     """
     if keys.device.type != "cuda" or operators_for(keys) is None:
         return  # no kernel runs there: full precision, the CPU, or no Triton, of which attention warns
-    if not is_llama:
-        reason = "need the architecture of Llama (pre-norm, RoPE, SwiGLU, and no more)"
+    if not supported:
+        reason = "need a model with norm='pre' and positions='rope'"
     elif len(keys) > MAX_DECODED_SEQUENCES:
         reason = f"support up to {MAX_DECODED_SEQUENCES} sequences, got {len(keys)}; generate fewer at a time"
     else:
