@@ -6,12 +6,16 @@ import io
 import os
 import re
 import select
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TextIO, TypeVar
+from types import MappingProxyType
+from typing import Any, TextIO, TypeVar, get_type_hints
 
 from basic.common.errors import BasicError
 
@@ -81,7 +85,7 @@ def parse(options: type[Options], description: str | None, **settings: object) -
 
     Args:
         options: a dataclass; its docstrings are the help texts.
-        settings: further arguments of `tyro.cli`, such as `args` and `default`.
+        settings: further arguments of `tyro.cli`, such as `args`, `default` and `prog`.
     """
     import tyro  # imported late: the library itself does not need it
 
@@ -111,8 +115,26 @@ def parse(options: type[Options], description: str | None, **settings: object) -
             str_from_instance=lambda value: [str(value)],
         )
 
-    description = as_started(description or "")
+    _set_help_texts(options)
+    width = min(shutil.get_terminal_size().columns, 120)
+    # tyro does not wrap a description, and joins its lines, unless they begin with a space.
+    style: Any = {"width": width, "initial_indent": " ", "subsequent_indent": " ", "break_on_hyphens": False}
+    paragraphs = as_started(description or "").strip().split("\n\n")
+    description = "\n\n".join(textwrap.fill(paragraph, **style) for paragraph in paragraphs)
     return tyro.cli(options, description=description, registry=registry, **settings)  # ty: ignore[no-matching-overload]
+
+
+def _set_help_texts(options: Any) -> None:
+    """Give each field of a dataclass its docstring as one line: tyro would keep the line breaks, and wrap once more."""
+    import docstring_parser
+
+    texts = {each.arg_name: each.description or "" for each in docstring_parser.parse_from_object(options).params}
+    hints = get_type_hints(options)
+    for field in fields(options):
+        if text := as_started(" ".join(texts.get(field.name, "").split())):
+            field.metadata = MappingProxyType({**field.metadata, "help": text})
+        if is_dataclass(hints[field.name]):
+            _set_help_texts(hints[field.name])
 
 
 def parse_integer(text: str) -> int:

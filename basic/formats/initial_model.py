@@ -1,4 +1,4 @@
-"""The weights that begin a run (`local/train.py --init-from`): a run of ours, or a model of another program."""
+"""The weights that begin a run (`basic train --init-from`): a run of ours, or a model of another program."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def open_initial_model(source: str | os.PathLike) -> InitialModel:
         return InitialModel(run.model, saved, tokenizer, run.tokenizer_path, run.config.train.end_of_text)
     if is_gguf(path):
         raise InvalidInputError(
-            f"{path} is a GGUF file; import it first (basic import {path} --output runs/NAME), and give that run"
+            f"{path} is a GGUF file; import it first, `basic import {path} --output runs/NAME`, and give that run"
         )
     if not path.is_dir():
         raise InvalidInputError(f"{path} is no run, checkpoint of a run, or model folder of transformers")

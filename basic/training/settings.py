@@ -119,7 +119,7 @@ class TrainConfig:
     """Gradient clipping: gradients with a larger L2 norm (over all parameters) are scaled down to it."""
     init_from: str = ""
     """Begin with the weights of another model, without an optimizer: a run, or one of its checkpoint files, or a model
-    of another program as for local/import.py. The model's settings and its tokenizer are those of the source."""
+    of another program as for `basic import`. The model's settings and its tokenizer are those of the source."""
     rows: Literal["windows", "shuffled", "documents", "packed"] = "windows"
     """Where the sequences of a batch start: windows = at random positions; shuffled = each window of the text once
     before any comes again; documents = at the start of a document (at the end_of_text token before it); packed =
