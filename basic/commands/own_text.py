@@ -2,7 +2,7 @@
 
 Splits off a part for validation, trains a tokenizer, encodes the text, chooses a model and a batch that fit this
 machine, the time and the amount of text, trains, and writes samples and a report. `basic train --help` lists the
-options with which every setting is chosen by hand.
+options with which every setting is chosen by hand, for a text that is token files already.
 """
 
 from __future__ import annotations
@@ -23,21 +23,26 @@ from basic.commands.prepare_text import END, PreparedText, prepare_text
 from basic.commands.show.report import leave_report
 from basic.common import command_line
 from basic.common.config_files import from_table
-from basic.common.errors import InvalidConfigError, InvalidInputError
+from basic.common.errors import InvalidInputError
 from basic.model import TransformerLM
 from basic.training.loop import train
 from basic.training.parallel.devices import activation_dtype, choose_device, matmul_flops_per_s
-from basic.training.recipes import MAX_DEPTH, depth_for, num_matrix_parameters, recipe_settings, training_flops
+from basic.training.recipes import (
+    RecipeName,
+    depth_for,
+    num_matrix_parameters,
+    recipe_settings,
+    training_flops,
+)
 from basic.training.run_folder import Run, valid_losses
 from basic.training.settings import DataConfig, RunConfig
 from basic.training.step import TrainStep, make_optimizer
 
-RECIPE = "modern"
 MAX_EPOCHS = 30
 """A text is seen at most so often: more only learns it by heart."""
 MAX_PARAMETERS_PER_TOKEN = 4.0
 """Parameters that are multiplied with every token, for each token of the text."""
-HOUR_S, LONG_STEP_S = 3600.0, 5.0
+LONG_STEP_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,9 @@ class Options:
     """Gets a folder with the tokenizer and the tokens of the text, which later runs on the same text use."""
     vocab_size: int | None = None
     """Size of the tokenizer's vocabulary; None: 512 to 32768, from the size of the text."""
+    recipe: RecipeName = "modern"
+    """modern reaches a lower loss in the same time; handout is the assignment's model, a Llama, which other programs
+    can run after `basic export`."""
     depth: int | None = None
     """Number of Transformer blocks, from which all other sizes follow; None: what fits the machine and the time."""
     seed: int = 0
@@ -67,12 +75,12 @@ class Options:
 
 def command(arguments: list[str]) -> None:
     """`basic train --text ...`."""
-    options = command_line.parse(Options, __doc__, args=arguments)
-    settings = {name: getattr(options, name) for name in ("minutes", "valid_fraction", "overwrite", "data")}
-    settings |= {name: getattr(options, name) for name in ("vocab_size", "depth", "seed", "device")}
-    run_dir = options.output or default_output(options.text)
-    run = train_text(options.text, run_dir, **settings, progress=True, confirm=True)
-    samples = run.complete([""] * 2, 200, temperature=0.8, top_p=0.95, seed=options.seed)
+    prog = f"{command_line.command('train')} --text TEXT"
+    settings = vars(command_line.parse(Options, __doc__, args=arguments, prog=prog))
+    text, output, seed = settings.pop("text"), settings.pop("output"), settings["seed"]
+    run_dir = output or default_output(text)
+    run = train_text(text, run_dir, **settings, progress=True, confirm=True)
+    samples = run.complete([""] * 2, 200, temperature=0.8, top_p=0.95, seed=seed)
     for number, sample in enumerate(samples, 1):
         command_line.print_text(f"\nsample {number}: {sample.strip()}")
     print(f"\neverything is in {run_dir}; its curves and samples: {run_dir / 'report.html'}")
@@ -96,6 +104,7 @@ def train_text(
     overwrite: bool = False,
     data: str | os.PathLike = "data",
     vocab_size: int | None = None,
+    recipe: RecipeName = "modern",
     depth: int | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -112,6 +121,7 @@ def train_text(
         overwrite: remove the run that the folder contains.
         data: gets a folder with the tokenizer and the tokens of the text; with the same text they are used again.
         vocab_size, depth: None to choose them.
+        recipe: `modern`, or `handout`, whose models can be exported as a Llama.
         progress: print what is chosen, and show the progress.
         confirm: ask a person at a terminal before a training of more than an hour.
 
@@ -121,11 +131,10 @@ def train_text(
         FileExistsError: `output` contains a run.
     """
     texts = [os.fspath(each) for each in ([text] if isinstance(text, str | os.PathLike) else text)]
-    if not texts:
-        raise InvalidInputError("there is no text; give a file, a glob or a folder")
     if not 0 < minutes < float("inf"):
         raise InvalidInputError(f"minutes must be above 0, got {minutes}")
-    run_dir, say = Path(output or default_output(texts)), print if progress else lambda line: None
+    recipe_settings(recipe, vocab_size=1, depth=1)  # checks the name
+    run_dir, say = Path(default_output(texts) if output is None else output), print if progress else lambda line: None
     if (run_dir / "config.toml").exists() and not overwrite:
         raise FileExistsError(
             f"{run_dir} already contains a run; add --overwrite to replace it, give another folder with --output, or "
@@ -136,10 +145,10 @@ def train_text(
     found = "found in" if prepared.was_there else "written to"
     say(f"text    {len(prepared.train_tokens):,} tokens for training, {len(prepared.valid_tokens):,} for validation,")
     say(f"        vocabulary {size:,}, {found} {where}")
-    config, line = choose(prepared, minutes, device, depth=depth, seed=seed)
+    config, line = choose(prepared, minutes, device, depth=depth, seed=seed, recipe=recipe)
     say(f"model   {line}")
-    if confirm and minutes * 60 > HOUR_S:
-        confirm_start(minutes * 60)
+    if confirm:
+        command_line.confirm_start(minutes * 60)
     settings: dict[str, Any] = {"tokenizer": prepared.tokenizer, "overwrite": overwrite, "progress": progress}
     run = train(config, prepared.train_tokens, prepared.valid_tokens, run_dir, **settings)
     leave_report(run_dir)
@@ -148,12 +157,20 @@ def train_text(
 
 def default_output(texts: Sequence[str]) -> Path:
     """runs/ and the name of the first text."""
+    if not texts:
+        raise InvalidInputError("there is no text; give a file, a glob or a folder")
     first = Path(texts[0])
     return Path("runs") / ((first.name.partition(".")[0] if first.exists() else "") or "text")
 
 
 def choose(
-    prepared: PreparedText, minutes: float, device_name: str, *, depth: int | None, seed: int
+    prepared: PreparedText,
+    minutes: float,
+    device_name: str,
+    *,
+    depth: int | None,
+    seed: int,
+    recipe: RecipeName = "modern",
 ) -> tuple[RunConfig, str]:
     """Choose the largest model of the recipe that learns enough in the time, by the speed of steps on this machine.
 
@@ -162,11 +179,12 @@ def choose(
     """
     device, vocab_size = choose_device(device_name), prepared.tokenizer.vocab_size
     num_tokens = len(prepared.train_tokens)
-    configure = partial(_configure, prepared, device_name=device_name, seed=seed)
+    configure = partial(_configure, prepared, recipe, device_name=device_name, seed=seed)
+    share = _batch_share(recipe, device)
     given = depth is not None
     if depth is None:
         budget = 60 * minutes * matmul_flops_per_s(device)
-        depth = depth_for(RECIPE, vocab_size, budget)
+        depth = depth_for(recipe, vocab_size, budget / share)
         while depth > 1 and num_matrix_parameters(configure(depth).model) > MAX_PARAMETERS_PER_TOKEN * num_tokens:
             depth -= 1
     while True:
@@ -175,8 +193,8 @@ def choose(
         steps, wanted = 60 * minutes / step_s, config.train.steps
         if given or depth == 1 or steps >= wanted:
             break
-        flops_per_s = training_flops(RECIPE, vocab_size, depth) / wanted / step_s
-        depth = min(depth - 1, depth_for(RECIPE, vocab_size, 60 * minutes * flops_per_s))
+        flops_per_s = training_flops(recipe, vocab_size, depth) / wanted / step_s
+        depth = min(depth - 1, depth_for(recipe, vocab_size, 60 * minutes * flops_per_s))
     tokens_per_step = config.train.batch_size * config.model.context_length
     most = max(20, round(MAX_EPOCHS * num_tokens / tokens_per_step))
     is_short, steps = steps > most, max(1, round(min(steps, most)))
@@ -196,17 +214,19 @@ def choose(
     return config, line
 
 
-def _configure(prepared: PreparedText, depth: int, *, device_name: str, seed: int) -> RunConfig:
+def _batch_share(recipe: RecipeName, device: torch.device) -> float:
+    """The batch as a share of the recipe's. The handout's is for a GPU; without one it says 32 sequences of 256."""
+    return 1 / 8 if recipe == "handout" and device.type != "cuda" else 1.0
+
+
+def _configure(prepared: PreparedText, recipe: RecipeName, depth: int, *, device_name: str, seed: int) -> RunConfig:
     """The recipe's run of a depth, with sequences that fit into the text."""
-    if not 1 <= depth <= MAX_DEPTH:
-        raise InvalidConfigError(f"depth must be from 1 to {MAX_DEPTH}, got {depth}")
-    tables = recipe_settings(RECIPE, vocab_size=prepared.tokenizer.vocab_size, depth=depth)
+    tables = recipe_settings(recipe, vocab_size=prepared.tokenizer.vocab_size, depth=depth)
+    if (share := _batch_share(recipe, choose_device(device_name))) < 1:
+        tables["train"]["batch_size"] = round(tables["train"]["batch_size"] * share)
+        for name in ("max_learning_rate", "min_learning_rate"):  # as in configs/tinystories_low_resource.toml
+            tables["train"][name] /= 2
     shortest = min(len(prepared.train_tokens), len(prepared.valid_tokens))
-    if shortest < 16:
-        raise InvalidInputError(
-            f"the text is too short: {len(prepared.train_tokens):,} tokens for training and "
-            f"{len(prepared.valid_tokens):,} for validation; give at least some ten thousand characters"
-        )
     context, longest = tables["model"]["context_length"], 1 << (shortest - 1).bit_length() - 1
     if longest < context:  # the same number of tokens a step
         tables["train"]["batch_size"] *= context // longest
@@ -279,24 +299,11 @@ def announce(config: RunConfig, steps_left: int, device: torch.device) -> None:
         if step_s < LONG_STEP_S:
             step_s, _ = time_steps(replace(config, train=replace(config.train, compile=False)), device)
         seconds = steps_left * step_s
-        print(f"the run will take about {_duration(seconds)} on this machine ({device})", file=sys.stderr)
-        if seconds > HOUR_S:
-            confirm_start(seconds)
-
-
-def confirm_start(seconds: float) -> None:
-    """Ask a person at a terminal whether to start; without one, start.
-
-    Raises:
-        KeyboardInterrupt: the answer is no.
-    """
-    if sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
-        print(f"Start it? It takes about {_duration(seconds)}. [Y/n] ", end="", file=sys.stderr, flush=True)
-        if sys.stdin.readline().strip().lower() not in ("", "y", "yes"):
-            raise KeyboardInterrupt("not started; fewer --steps, --minutes or a smaller model take less time")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 2 * HOUR_S else f"{seconds / HOUR_S:.1f} hours"
+        if config.train.eval_interval:  # an evaluation has no backward pass, which takes two thirds of a step
+            seconds *= 1 + config.train.eval_batches / config.train.eval_interval / 3
+        less = ", less with its compiled model" if config.train.compile else ""
+        print(
+            f"the run will take about {command_line.duration(seconds)} on this machine ({device}){less}",
+            file=sys.stderr,
+        )
+        command_line.confirm_start(seconds)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from basic.tokens.opening import open_tokens
 from basic.train_bpe import train_bpe
 
 END = "<|endoftext|>"
+FEWEST_TOKENS = 16
+"""For training and for validation: less is no sequence to learn from. A model needs some ten thousand to learn much."""
 SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 512, 32_768
 
 
@@ -71,11 +74,17 @@ def prepare_text(
     first = Path(inputs[0])
     name = first.name.partition(".")[0] if first.exists() else "texts"
     folder = parent / f"{name or 'text'}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-    was_there = folder.exists()
+    was_there, is_new_parent = folder.exists(), not parent.exists()
     if not was_there:
         make_folder(parent)
-        with atomic_folder(folder) as new:
-            _make(sources, new, valid_fraction, vocab_size, progress)
+        try:
+            with atomic_folder(folder) as new:
+                _make(sources, new, valid_fraction, vocab_size, progress)
+        except BaseException:
+            if is_new_parent:
+                with suppress(OSError):
+                    parent.rmdir()
+            raise
     tokenizer = Tokenizer.load(folder / "tokenizer")
     made_by = tokenizer.fingerprint
     tokens = (open_tokens(folder / f"{split}.bin", made_by=made_by) for split in ("train", "valid"))
@@ -112,8 +121,14 @@ def _make(
     vocab, merges = train_bpe(train, vocab_size, [END], progress=progress)
     tokenizer = Tokenizer(vocab, merges, [END])
     tokenizer.save(folder / "tokenizer")
-    for path in (train, valid):
-        encode_file(tokenizer, path, path.with_suffix(".bin"), progress=progress)
+    counts = [
+        encode_file(tokenizer, path, path.with_suffix(".bin"), progress=progress).count for path in (train, valid)
+    ]
+    if min(counts) < FEWEST_TOKENS:
+        raise InvalidInputError(
+            f"the text is too short: {counts[0]:,} tokens for training and {counts[1]:,} for validation, at least "
+            f"{FEWEST_TOKENS} each are needed; give a longer text, or a larger share for validation"
+        )
 
 
 def _split_documents(sources: list[TextSource], folder: Path, valid_fraction: float) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from basic.training.parallel.devices import choose_device, matmul_flops_per_s
 from basic.training.parallel.world import World, join_world
 from basic.training.recipes import RecipeName, recipe_settings
 from basic.training.run_folder import checkpoint_paths, load_run_config
-from basic.training.settings import RunConfig
+from basic.training.settings import DataConfig, RunConfig, TrainConfig
+from basic.transformer.configuration import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +156,16 @@ def add_recipe(name: str, depth: int | None, arguments: list[str], table: dict[s
 
 
 def command() -> None:
-    if any(argument.partition("=")[0] == "--text" for argument in sys.argv[1:]):
+    given = [argument.partition("=")[0].replace("_", "-") for argument in sys.argv[1:]]
+    if "--text" in given:
+        classes = (Options, ModelConfig, TrainConfig, DataConfig)
+        chosen = {f"--{each.name.replace('_', '-')}" for options in classes for each in fields(options)}
+        chosen -= {f"--{each.name.replace('_', '-')}" for each in fields(own_text.Options)}
+        if wrong := chosen.intersection(given):
+            raise InvalidInputError(
+                f"{min(wrong)} is no option with --text, which chooses the settings; `basic train --text TEXT --help` "
+                "lists those that are, and the token files of a text, in data/, can be given to `basic train --config`"
+            )
         own_text.command(sys.argv[1:])
         return
     options, initial = parse(sys.argv[1:])
@@ -190,6 +200,13 @@ def start(options: Options, initial: InitialModel | None, world: World) -> None:
         initial = open_initial_model(options.run.train.init_from)  # a run that was stopped before its first checkpoint
     if initial is not None:
         initial.check_tokenizer(tokenizer)
+    vocab_size = options.run.model.vocab_size
+    if world.is_rank_0 and tokenizer is not None and vocab_size > tokenizer.vocab_size:
+        unused = vocab_size - tokenizer.vocab_size
+        print(
+            f"note: vocab_size={vocab_size:,} is {unused:,} more than the tokenizer has tokens; they are never used",
+            file=sys.stderr,
+        )
     is_new = options.overwrite or not (output / "config.toml").exists()
     if world.size == 1 and options.run.train.minutes is None and (is_new or options.resume is not None):
         options.run.train.check_schedule()

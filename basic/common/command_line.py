@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import io
 import os
 import re
@@ -13,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TextIO, TypeVar, get_type_hints
@@ -22,6 +25,7 @@ from basic.common.errors import BasicError
 Options = TypeVar("Options")
 
 TRACEBACK_OPTION = "--traceback"
+_HOUR_S = 3600.0
 # All control characters but newline and tab. A terminal obeys them: they can move the cursor or set the clipboard.
 _CONTROL_CHARACTER = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -126,9 +130,13 @@ def parse(options: type[Options], description: str | None, **settings: object) -
 
 def _set_help_texts(options: Any) -> None:
     """Give each field of a dataclass its docstring as one line: tyro would keep the line breaks, and wrap once more."""
-    import docstring_parser
-
-    texts = {each.arg_name: each.description or "" for each in docstring_parser.parse_from_object(options).params}
+    lines = inspect.getsource(options)
+    (definition,) = (node for node in ast.walk(ast.parse(textwrap.dedent(lines))) if isinstance(node, ast.ClassDef))
+    texts = {
+        ast.unparse(field.target): ast.literal_eval(text.value)
+        for field, text in pairwise(definition.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
     hints = get_type_hints(options)
     for field in fields(options):
         if text := as_started(" ".join(texts.get(field.name, "").split())):
@@ -165,6 +173,25 @@ def print_text(text: str, end: str = "\n", file: TextIO | None = None) -> None:
     """
     file = file or sys.stdout
     print(escape(text) if file.isatty() else text, end=end, file=file, flush=True)
+
+
+def confirm_start(seconds: float) -> None:
+    """Ask a person at a terminal whether to start what takes more than an hour; without one, start.
+
+    Raises:
+        KeyboardInterrupt: the answer is no.
+    """
+    if seconds > _HOUR_S and sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
+        print(f"Start it? It takes about {duration(seconds)}. [Y/n] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("", "y", "yes"):
+            raise KeyboardInterrupt("not started; fewer --steps, --minutes or a smaller model take less time")
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that a person would use."""
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 2 * _HOUR_S else f"{seconds / _HOUR_S:.1f} hours"
 
 
 def tokenizer_folder(path: Path) -> Path:

@@ -15,10 +15,12 @@ from basic.__main__ import main
 from basic.commands import own_text
 from basic.commands import prepare_text as module
 from basic.commands.prepare_text import END, prepare_text
+from basic.common import command_line
 from basic.common.errors import InvalidInputError
 from basic.corpus.sources import TextSource
 from basic.corpus.stories.grammar import stories
-from basic.model import ModelConfig
+from basic.formats import export_hf
+from basic.model import ModelConfig, TransformerLM
 from basic.training import load_run, train_text
 from basic.training.settings import RunConfig, TrainConfig
 
@@ -163,8 +165,9 @@ def test_a_short_text_gets_a_small_model_and_few_steps(texts, tmp_path, quick):
 
 def test_too_short_a_text_is_an_error(tmp_path, quick):
     (tmp_path / "short.txt").write_text("a few words only")
-    with pytest.raises(InvalidInputError, match=r"the text is too short: .*at least some ten thousand"):
+    with pytest.raises(InvalidInputError, match=r"the text is too short: 4 tokens .* at least 16 each"):
         train_text(tmp_path / "short.txt", tmp_path / "run", data=tmp_path / "data")
+    assert not (tmp_path / "data").exists()
 
 
 def test_basic_train_with_a_text_leaves_a_complete_run(texts, tmp_path, quick, monkeypatch, capsys):
@@ -195,29 +198,47 @@ def test_basic_train_with_a_text_leaves_a_complete_run(texts, tmp_path, quick, m
         main()
 
 
-def test_a_person_is_asked_before_more_than_an_hour(monkeypatch):
-    asked = []
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    for answer, starts in (("\n", True), ("y\n", True), ("n\n", False), ("", True)):
-        monkeypatch.setattr(sys.stdin, "readline", lambda answer=answer: asked.append(answer) or answer, raising=False)
-        if starts:
-            own_text.confirm_start(7200)
-        else:
-            with pytest.raises(KeyboardInterrupt, match="not started"):
-                own_text.confirm_start(7200)
-    assert len(asked) == 4
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
-    own_text.confirm_start(7200)
-    assert len(asked) == 4
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--batch-size", "3"],
+            "--batch-size is no option with --text, .* `basic train --text TEXT --help`",
+        ),
+        (["--config=x"], "--config is no option with --text"),
+        (["--recipe", "other"], "invalid choice 'other'"),
+        (["--nothing"], "For full helptext, run basic train --text TEXT --help"),
+    ],
+)
+def test_options_that_a_text_does_not_take(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["basic", "train", "--text", "my.txt", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert re.search(message, str(caught.value.code) + capsys.readouterr().err)
+
+
+def test_no_text_is_an_error_in_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["basic", "train", "--text"])
+    with pytest.raises(SystemExit, match="error: there is no text; give a file"):
+        main()
+
+
+def test_a_run_of_the_handout_can_be_exported_as_a_llama(texts, tmp_path, quick, monkeypatch):
+    prepared = prepare_text([str(texts / "my.txt")], tmp_path)
+    config, _ = own_text.choose(prepared, 60, "cpu", depth=1, seed=1, recipe="handout")
+    assert (config.model.ffn, config.train.optimizer) == ("swiglu", "adamw")
+    assert config.train.batch_size * config.model.context_length == 32 * 256
+    assert config.train.max_learning_rate == 1e-3
+    export_hf(TransformerLM(config.model), tmp_path / "llama", prepared.tokenizer)
+    assert json.loads((tmp_path / "llama" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
 def test_a_long_job_says_how_long_it_takes(monkeypatch, capsys):
     model = ModelConfig(vocab_size=300, context_length=64, d_model=64, num_layers=2, num_heads=2)
-    config = RunConfig(model=model, train=TrainConfig(steps=100_000, batch_size=32))
+    config = RunConfig(model=model, train=TrainConfig(steps=100_000, batch_size=32, eval_interval=0, compile=True))
     asked, step_s = [], {2: 0.02, 32: 0.1}
     monkeypatch.setattr(own_text, "time_steps", lambda config, device: (step_s[config.train.batch_size], config))
-    monkeypatch.setattr(own_text, "confirm_start", asked.append)
+    monkeypatch.setattr(command_line, "confirm_start", asked.append)
     own_text.announce(config, 100_000, torch.device("cpu"))
     assert asked == [pytest.approx(10_000)]
     step_s[2] = 1.0  # a complete step takes too long to be timed
@@ -226,6 +247,9 @@ def test_a_long_job_says_how_long_it_takes(monkeypatch, capsys):
     assert asked == [pytest.approx(10_000), pytest.approx(1_600_000)]
     printed = capsys.readouterr().err
     assert printed.splitlines() == [
-        "the run will take about 2.8 hours on this machine (cpu)",
-        "the run will take about 444.4 hours on this machine (cpu)",
+        "the run will take about 2.8 hours on this machine (cpu), less with its compiled model",
+        "the run will take about 444.4 hours on this machine (cpu), less with its compiled model",
     ]
+    evaluated = replace(config, train=replace(config.train, eval_interval=10, eval_batches=3))
+    own_text.announce(evaluated, 100_000, torch.device("cpu"))  # 3 forward passes, a third of a step each
+    assert asked[-1] == pytest.approx(1.1 * asked[-2])

@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,30 @@ def test_an_error_of_the_user_is_one_line(error, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         run_and_raise(error)
     assert caught.value.code == "error: no good"  # Python prints it and exits with status 1
+
+
+@dataclass
+class Wide:
+    """Options."""
+
+    name: str = "x"
+    """A long text that has a line break of its own in the source, where the line is full, and then goes on for some
+    more words, as `basic encode` does."""
+
+
+def test_help_is_wrapped_once_at_the_width_of_the_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys, "argv", ["python -m basic"])
+    description = "A description that is longer than a line of the terminal, which has sixty columns.\n\nMore."
+    with pytest.raises(SystemExit):
+        command_line.parse(Wide, description, args=["--help"], prog="wide")
+    shown = capsys.readouterr().out
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= 60
+    assert " A description that is longer than a line of the terminal," in lines
+    stripped = [line.strip("│| ") for line in lines]
+    assert "in the source, where the line is full, and" in stripped
+    assert "for some more words, as `python -m basic encode` does. (default: x)" in " ".join(stripped)
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), TypeError("a bug"), KeyError("a bug"), RuntimeError("a bug")])
@@ -227,3 +252,40 @@ def test_how_to_install_names_a_way_with_and_without_uvs_environment():
     assert how_to_install("dist", "distributed fsspec") == (
         "use `pip install distributed fsspec`, or in a clone with uv's environment `uv run --extra dist ...`"
     )
+
+
+def test_a_person_is_asked_before_more_than_an_hour(monkeypatch):
+    asked = []
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for answer, starts in (("\n", True), ("y\n", True), ("n\n", False), ("", True)):
+        monkeypatch.setattr(sys.stdin, "readline", lambda answer=answer: asked.append(answer) or answer, raising=False)
+        if starts:
+            command_line.confirm_start(7200)
+        else:
+            with pytest.raises(KeyboardInterrupt, match="not started"):
+                command_line.confirm_start(7200)
+    command_line.confirm_start(3600)
+    assert len(asked) == 4
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
+    command_line.confirm_start(7200)
+    assert len(asked) == 4
+
+
+def test_a_no_at_a_real_terminal_ends_the_command():
+    pty = pytest.importorskip("pty", reason="needs Unix terminals")
+    program = "from basic.common.command_line import confirm_start, run\nrun(lambda: confirm_start(7200))"
+    controller, user = pty.openpty()
+    with subprocess.Popen([sys.executable, "-c", program], stdin=user, stdout=user, stderr=user) as process:
+        os.close(user)
+        shown = b""
+        while b"[Y/n]" not in shown:
+            shown += os.read(controller, 1024)
+        os.write(controller, b"n\n")
+        with suppress(OSError):  # Linux: the other end is closed
+            while more := os.read(controller, 1024):
+                shown += more
+    os.close(controller)
+    assert process.returncode == 130
+    assert b"Start it? It takes about 2.0 hours. [Y/n] n\r\n" in shown
+    assert b"not started; fewer --steps, --minutes or a smaller model take less time" in shown

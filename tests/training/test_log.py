@@ -168,7 +168,7 @@ def test_outside_a_terminal_there_is_a_line_every_ten_seconds(tmp_path, capsys):
     assert out == ""
     assert "\r" not in err
     header, *shown = err.splitlines()
-    assert header == f"training in {tmp_path}: steps 21 to 100 of 512 tokens each, on cpu"
+    assert header == f"training in {tmp_path}: steps 21 to 100, 512 tokens each, on cpu"
     assert shown == [
         "step 21/100: loss 0.381, 34.1k tokens/s, 00:39 left",
         "step 41/100: loss 0.195, 34.1k tokens/s, 00:29 left",
@@ -190,6 +190,19 @@ def test_outside_a_terminal_slow_steps_show_their_loss_before_the_first_record(t
         log.update_progress(5, loss=1.0)
     steps = [line.partition(",")[0] for line in capsys.readouterr().err.splitlines()[1:]]
     assert steps == ["step 1/100: loss 4.000", "step 3/100: loss 1.333", "step 4/100: loss 1.000"]
+
+
+def test_the_mean_of_an_interval_is_told_from_the_loss_of_a_step(tmp_path, capsys):
+    now_s = 0.0
+    with make_log(tmp_path, progress=True, clock=lambda: now_s) as log:
+        for step in (*range(1, 11), 12):
+            now_s += 15
+            log.update_progress(step, loss=1.0)
+            if step % 10 == 0:
+                now_s += 15
+                log.write(record(step) | {"train_loss": 3.0})
+    steps = [line.partition(",")[0] for line in capsys.readouterr().err.splitlines()[1:]]
+    assert steps[-3:] == ["step 10/100: loss 1.000", "step 10/100: mean loss 3.000", "step 12/100: loss 1.000"]
 
 
 @pytest.fixture
@@ -251,7 +264,7 @@ def test_a_terminal_of_unknown_size_gets_lines(tmp_path, terminal):
     written = terminal(0, 0)
     with make_log(tmp_path, progress=True) as log:
         log.write(record(10))
-    assert "step 10/100: loss 0.800, 34.1k tokens/s, " in written()
+    assert "step 10/100: mean loss 0.800, 34.1k tokens/s, " in written()
 
 
 def test_training_flops_are_six_per_weight_and_attention_over_half_the_context():

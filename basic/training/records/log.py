@@ -76,7 +76,7 @@ class RunLog:
         self._lock = threading.Lock()  # checkpoints are logged from their own thread
         self._unwritten: deque[bytes] = deque()
         self._warned = False
-        self.last_step = 0
+        self.last_step, self._shown_step, self._num_averaged = 0, first_step, 1
         self._latest: dict[str, Any] = {}  # the newest value of every metric
 
     def __enter__(self) -> RunLog:
@@ -90,6 +90,7 @@ class RunLog:
         self._file = open(self._path, "ab", buffering=0)
         sync_folder(run_dir)
         self._started_s = self._clock()
+        self._pace = self._first_step, self._started_s
         self._last_line_s = -math.inf
         self._bar = tqdm(
             total=self._total_steps or None,
@@ -105,12 +106,13 @@ class RunLog:
             self._redirected.enter_context(redirect_stderr(above))
         if self._progress:
             tokens_per_step = settings.batch_size * self._config.model.context_length
-            last = f" to {self._total_steps:,}" if self._total_steps else f", ... for {settings.minutes:g} minutes,"
-            steps = f"steps {self._first_step + 1:,}{last} of {tokens_per_step:,} tokens each"
+            steps = f"steps {self._first_step + 1:,} to {self._total_steps:,}"
+            steps = steps if self._total_steps else f"as many steps as fit into {settings.minutes:g} minutes"
+            steps += f", {tokens_per_step:,} tokens each"
             times = f"{self._num_processes} x " if self._num_processes > 1 else ""
             self.print_message(f"training in {run_dir}: {steps}, on {times}{self._device_name}")
-            if settings.compile or self._device_name != "cpu":
-                self.print_message("the first steps compile and tune, up to a minute, which no speed includes")
+            if not settings.compile and self._device_name not in ("cpu", "mps"):  # a compiled model has its own line
+                self.print_message("the first steps compile and tune kernels, which no speed includes")
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -162,6 +164,8 @@ class RunLog:
 
     def update_progress(self, steps_done: int, loss: float | None = None) -> None:
         """Show the number of steps and the newest loss that is known; this does not wait for the device."""
+        if steps_done == self._first_step + 1:  # the first step compiles: the time left is that of the others
+            self._pace = steps_done, self._clock()
         if self._live:
             if loss is not None and "tokens_per_s" not in self._latest:
                 self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
@@ -204,6 +208,7 @@ class RunLog:
             self.print_message(f"warning: the tracker {name} failed and gets no more records: {error}")
 
     def _show(self, record: Mapping[str, Any]) -> None:
+        self._num_averaged, self._shown_step = record["step"] - self._shown_step, record["step"]
         self._latest |= record
         if self._live:
             self._bar.set_postfix_str(", ".join(self._format_metrics(self._latest)))
@@ -220,8 +225,12 @@ class RunLog:
         now_s, steps_done = self._clock(), record["step"]
         self._last_line_s = now_s
         metrics, total = self._format_metrics(record), ""
+        # Between two records, a line has the loss of one step.
+        if record.get("train_loss") and "tokens_per_s" in record and self._num_averaged > 1:
+            metrics[0] = f"mean {metrics[0]}"
         if self._total_steps:
-            step_s = (now_s - self._started_s) / max(1, steps_done - self._first_step)
+            step, since_s = self._pace if steps_done > self._pace[0] else (self._first_step, self._started_s)
+            step_s = (now_s - since_s) / max(1, steps_done - step)
             metrics.append(f"{tqdm.format_interval((self._total_steps - steps_done) * step_s)} left")
             total = f"/{self._total_steps:,}"
         self.print_message(f"step {steps_done:,}{total}: {', '.join(metrics)}")
