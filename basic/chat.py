@@ -78,6 +78,24 @@ class ChatFormat:
         """
         return self._text(messages, True).replace(self._mark, "")
 
+    def fitting_prompt(self, messages: Sequence[Message], max_tokens: int) -> tuple[str, int]:
+        """The prompt without the oldest questions and answers, as far as it has more than `max_tokens` tokens.
+
+        A first message of the role "system" stays, and so does the last message.
+
+        Returns:
+            The prompt, and how many messages were left out.
+
+        Raises:
+            InvalidInputError: as for `parts`.
+        """
+        kept, num_first = list(messages), int(bool(messages) and messages[0].get("role") == "system")
+        prompt = self.prompt(kept)
+        while len(self.tokenizer.encode(prompt)) > max_tokens and len(kept) > num_first + 1:
+            del kept[num_first : num_first + 2]
+            prompt = self.prompt(kept)
+        return prompt, len(messages) - len(kept)
+
     @property
     def end_of_answer(self) -> str | None:
         """The special token that ends an answer; None if the template has none."""

@@ -96,15 +96,14 @@ def talk(
     for line in lines:
         messages.append({"role": "user", "content": line})
         try:
-            prompt = chat.prompt([*first, *messages])
+            prompt, num_forgotten = chat.fitting_prompt([*first, *messages], max_tokens)
         except InvalidInputError as error:
             print(f"error: {error}", file=sys.stderr)
             messages.pop()
             continue
-        while len(chat.tokenizer.encode(prompt)) > max_tokens and len(messages) > 1:
+        if num_forgotten:
             print("(the oldest messages are forgotten: they do not fit into the context)", file=sys.stderr)
-            del messages[:2]
-            prompt = chat.prompt([*first, *messages])
+            del messages[:num_forgotten]
         texts = []
         for text in answer(prompt=prompt):
             command_line.print_text(text, end="")

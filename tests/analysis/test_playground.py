@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -16,20 +17,26 @@ from pathlib import Path
 
 import anyio
 import httpx2 as httpx
+import numpy as np
 import pytest
+import tiktoken_ext.openai_public
 import torch
 import uvicorn
 from starlette.testclient import TestClient
 
-from basic.analysis.playground import MAX_SHOWN_TOKENS, NUM_CANDIDATES, Playground, find_tokenizers, newest_run
-from basic.analysis.playground_server import MAX_SHORT_BYTES, MAX_TEXT_CHARACTERS, TimedProtocol, create_app
-from basic.bpe import loading
+from basic.analysis.attention import attention_maps
+from basic.analysis.playground.answers import MAX_SHOWN_TOKENS, NUM_CANDIDATES, Playground
+from basic.analysis.playground.choices import PUBLISHED, find_published, find_runs, find_tokenizers
+from basic.analysis.playground.server import MAX_SHORT_BYTES, MAX_TEXT_CHARACTERS, TimedProtocol, create_app
 from basic.formats.tiktoken_ranks import save_tiktoken
 from basic.generation.text import complete
 from basic.model import ModelConfig, TransformerLM
 from basic.Tokenizer import Tokenizer
-from basic.training.run_folder import Run
+from basic.tokenizer_files.content import ChatTemplate
+from basic.training.loop import train
+from basic.training.run_folder import Run, load_run
 from basic.training.settings import RunConfig, TrainConfig
+from basic.transformer.functional import token_losses
 
 END = "<|endoftext|>"
 MERGES = [(b"t", b"h"), (b"th", b"e"), (b" ", b"the")]
@@ -51,7 +58,11 @@ def make_playground(
     with torch.no_grad():
         model.lm_head.weight.mul_(6)
     run = Run(model, RunConfig(model=shape, train=TrainConfig(steps=1)), folder / "tiny" / "tokenizer", 7)
-    return playground_class(folder, run, "tiny")
+    return playground_class(folder, {"tiny": run}, data=folder)
+
+
+def the_run(playground: Playground) -> Run:
+    return playground.choices.model().run
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +92,112 @@ def test_tokenizers_and_newest_run_are_found(tmp_path):
     assert find_tokenizers(tmp_path / "missing") == {}
     about = playground.about()
     assert about["tokenizers"] == ["tiny", "bytes"]
-    assert (about["model"]["name"], about["model"]["context_length"], about["model"]["vocab_size"]) == ("tiny", 12, 260)
-    assert newest_run(tmp_path) is None
-    for name in ("old", "new"):
+    assert about["models"] == [{"name": "tiny", "checkpoints": [7], "chat": False}]
+    assert playground.evaluate("the")["model"] == {
+        "parameters": the_run(playground).model.num_parameters,
+        "context_length": 12,
+        "step": 7,
+    }
+    for name in ("old", "sweep/new", "no_checkpoint"):
         (tmp_path / name / "checkpoints").mkdir(parents=True)
         (tmp_path / name / "tokenizer").mkdir()
-        (tmp_path / name / "checkpoints" / "step_00000001.safetensors").touch()
+        if name != "no_checkpoint":
+            (tmp_path / name / "checkpoints" / "step_00000001.safetensors").touch()
     os.utime(tmp_path / "old" / "checkpoints" / "step_00000001.safetensors", (1, 1))
-    assert newest_run(tmp_path) == tmp_path / "new"
+    assert find_runs(tmp_path) == {"sweep/new": tmp_path / "sweep" / "new", "old": tmp_path / "old"}
+    assert [model["name"] for model in playground.about()["models"]] == ["tiny", "sweep/new", "old"]
+
+
+def test_published_vocabularies_are_found_where_they_are_kept(tmp_path, monkeypatch):
+    cache, data = tmp_path / "cache", tmp_path / "data"
+    cache.mkdir()
+    data.mkdir()
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+    assert find_published(data) == {}
+    about = Playground(tmp_path, data=data).about()
+    assert list(about["missing"]) == ["GPT-2", "cl100k (GPT-4)", "o200k (GPT-4o)"]
+    assert "tiktoken.get_encoding('o200k_base')" in about["missing"]["o200k (GPT-4o)"]
+    for name, encoding, cached in PUBLISHED:
+        source = inspect.getsource(getattr(tiktoken_ext.openai_public, encoding))
+        (address,) = re.findall(r'"(http\S*\.tiktoken)"', source)
+        assert cached == hashlib.sha1(address.encode()).hexdigest()
+        (cache / cached).touch()
+        assert find_published(data)[name] == cache / cached
+    (data / "cl100k_base.tiktoken").touch()
+    assert find_published(data)["cl100k (GPT-4)"] == data / "cl100k_base.tiktoken"
+    assert Playground(tmp_path, data=data).about()["missing"] == {}
+
+
+def train_two_checkpoints(folder: Path) -> Path:
+    """A folder with a trained run of a tokenizer that has a chat template."""
+    vocab = {byte: bytes([byte]) for byte in range(256)}
+    source = "{% for m in messages %}{{ m.role }}:{{ m.content }}<|endoftext|>{% endfor %}"
+    source += "{% if add_generation_prompt %}assistant:{% endif %}"
+    tokenizer = Tokenizer(vocab, [], [END], kernels=False, chat_template=ChatTemplate(source=source, tokens={}))
+    model = ModelConfig(vocab_size=257, context_length=40, d_model=16, num_layers=2, num_heads=2)
+    settings = TrainConfig(steps=4, batch_size=2, eval_interval=4, eval_batches=1, checkpoint_interval=2, device="cpu")
+    ids = np.arange(600) % 257
+    train(RunConfig(model=model, train=settings), ids, ids, folder / "talks", tokenizer=tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory) -> Path:
+    return train_two_checkpoints(tmp_path_factory.mktemp("trained"))
+
+
+def test_a_checkpoint_is_chosen_and_few_stay_in_memory(two_checkpoints):
+    playground = Playground(two_checkpoints, device="cpu")
+    assert playground.about()["models"] == [{"name": "talks", "checkpoints": [2, 4], "chat": True}]
+    for checkpoint, step in ((None, 4), (4, 4), (2, 2)):
+        answer = playground.evaluate("abc", "talks", checkpoint)
+        expected = load_run(two_checkpoints / "talks", checkpoint=step, device="cpu").model
+        with torch.no_grad():
+            losses = token_losses(expected(torch.tensor([[256, *b"ab"]]))[0], torch.tensor([*b"abc"]))
+        assert answer["model"]["step"] == step
+        assert answer["nats"] == pytest.approx(losses.tolist(), rel=1e-3)
+    assert playground.choices.model("talks", 2).run is playground.choices.model("talks", 2).run
+    client = TestClient(create_app(playground), base_url="http://127.0.0.1:8000")
+    for fields, status in (({"checkpoint": 3}, 400), ({"model": "../talks"}, 404), ({"model": "talks"}, 200)):
+        assert client.post("/api/score", json={"text": "a"} | fields).status_code == status
+
+
+def test_attention_maps_are_those_of_the_model(two_checkpoints):
+    playground = Playground(two_checkpoints, device="cpu")
+    client = TestClient(create_app(playground), base_url="http://127.0.0.1:8000")
+    answer = client.post("/api/attention", json={"text": "hello " * 20, "checkpoint": 2}).json()
+    assert (len(answer["ids"]), answer["layers"], answer["heads"]) == (40, 2, 2)
+    maps = attention_maps(playground.choices.model(None, 2).run.model, answer["ids"])
+    weights = np.frombuffer(base64.b64decode(answer["maps"]), np.uint8).reshape(maps.shape)
+    assert np.abs(weights / 255 - maps.numpy()).max() <= 0.5 / 255 + 1e-6
+
+
+def test_several_samples_have_seeds_of_their_own(playground):
+    updates = list(playground.generate("the", 6, num_samples=3, seed=5, temperature=2.0))[1:]
+    run = the_run(playground)
+    for sample in range(3):
+        text = "".join(update["text"] for update in updates if update["sample"] == sample)
+        assert [text] == complete(run.model, run.tokenizer, ["the"], 6, temperature=2.0, seed=5 + sample)
+
+
+def test_a_chat_answers_in_the_template(two_checkpoints):
+    playground = Playground(two_checkpoints, device="cpu")
+    client = TestClient(create_app(playground), base_url="http://127.0.0.1:8000")
+    messages = [{"role": "user", "content": f"Hi{END}"}]
+    body = SETTINGS | {"messages": messages, "max_new_tokens": 5, "top_k": 7}
+    first, *updates, last = map(json.loads, client.post("/api/chat", json=body).text.splitlines())
+    run = the_run(playground)
+    expected = complete(run.model, run.tokenizer, [f"user:Hi{END}assistant:"], 5, top_p=0.9, top_k=7, seed=3)
+    assert (first, last) == ({"forgotten": 0}, {"done": True})
+    assert ["".join(update["text"] for update in updates)] == expected
+    long = [{"role": role, "content": "a" * 9} for role in ("user", "assistant", "user", "assistant", "user")]
+    answer = client.post("/api/chat", json=body | {"messages": long}).text
+    assert json.loads(answer.splitlines()[0]) == {"forgotten": 4}
+
+
+def test_without_a_template_there_is_no_chat(client):
+    answer = client.post("/api/chat", json=SETTINGS | {"messages": [{"role": "user", "content": "Hi"}]})
+    assert "has no chat template" in json.loads(answer.text)["error"]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +234,7 @@ def test_replaced_tokenizer_is_loaded_again(tmp_path):
 def reference_probabilities(playground, sequence, position):
     """The model's distribution at a position of a sequence of ids, from a forward pass over the ids before it."""
     with torch.no_grad():
-        logits = playground._run.model(torch.tensor([sequence[:position]]))[0, -1, :260].double()
+        logits = the_run(playground).model(torch.tensor([sequence[:position]]))[0, -1, :260].double()
     return torch.exp(logits - logits.logsumexp(0))
 
 
@@ -133,7 +242,7 @@ def reference_probabilities(playground, sequence, position):
     ("text", "keep_end"), [("", False), ("the then", False), ("a the b the c the d the e", False), ("x the " * 9, True)]
 )
 def test_losses_ranks_and_candidates_match_single_forward_passes(playground, text, keep_end):
-    end_id, ids = 259, Tokenizer.load(playground._run.tokenizer_path).encode(text)
+    end_id, ids = 259, the_run(playground).tokenizer.encode(text)
     answer = playground.evaluate(text, keep_end=keep_end)
     is_end = keep_end and len(ids) > CONTEXT
     sequence = ids[-CONTEXT - 1 :] if is_end else [end_id, *ids][: CONTEXT + 1]
@@ -172,9 +281,9 @@ def test_first_token_has_no_loss_without_an_end_of_text_token(tmp_path):
 def test_without_a_run_there_is_no_model(tmp_path):
     make_playground(tmp_path)
     client = TestClient(create_app(Playground(tmp_path)), base_url="http://localhost:1")
-    assert client.get("/api/about").json()["model"] is None
+    assert client.get("/api/about").json()["models"] == []
     answer = client.post("/api/score", json={"text": "a"})
-    assert (answer.status_code, "start the playground with a run" in answer.json()["error"]) == (400, True)
+    assert (answer.status_code, "there is no model yet" in answer.json()["error"]) == (400, True)
 
 
 # --- The server -----------------------------------------------------------------------------------------------
@@ -184,13 +293,13 @@ SETTINGS = {"prompt": "the", "max_new_tokens": 6, "temperature": 1.0, "top_p": 0
 
 @pytest.mark.parametrize("prompt", ["the", "", "the " * 40])
 def test_generate_streams_json_lines(client, playground, prompt):
-    tokenizer = Tokenizer.load(playground._run.tokenizer_path)
+    tokenizer = the_run(playground).tokenizer
     response = client.post("/api/generate", json=SETTINGS | {"prompt": prompt})
     first, *updates, last = map(json.loads, response.text.splitlines())
     num_tokens = len(tokenizer.encode(prompt))
     assert first == {"tokens": num_tokens, "seen": min(num_tokens, CONTEXT)}
     assert last == {"done": True}
-    expected = complete(playground._run.model, tokenizer, [prompt or END], 6, top_p=0.9, seed=3)
+    expected = complete(the_run(playground).model, tokenizer, [prompt or END], 6, top_p=0.9, seed=3)
     assert ["".join(update["text"] for update in updates)] == expected
     assert len(updates) > 1
 
@@ -313,6 +422,11 @@ def test_host_name_of_the_server_is_allowed(playground):
         ),
         ("generate", SETTINGS | {"top_p": 0}, "top_p must be a number from 1e-06 to 1, got 0"),
         ("generate", SETTINGS | {"seed": -1}, "seed must be an integer from 0 to"),
+        ("generate", SETTINGS | {"top_k": 0}, "top_k must be an integer from 1 to"),
+        ("generate", SETTINGS | {"num_samples": 99}, "num_samples must be an integer from 1 to 16, got 99"),
+        ("chat", SETTINGS | {"messages": []}, "messages must be a list of 1 to 1,000 messages, got []"),
+        ("chat", SETTINGS | {"messages": [{"role": "user"}]}, "messages must have messages with a role and a content"),
+        ("attention", {"text": "a", "checkpoint": "best"}, "checkpoint must be an integer from 0 to"),
     ],
 )
 def test_invalid_request_is_answered_with_an_error(client, path, body, message):
@@ -341,7 +455,7 @@ def test_a_text_that_a_pattern_splits_too_slowly_is_an_error(tmp_path, monkeypat
     text = "the b aab"
     answer = client.post("/api/tokenize", json={"tokenizer": "slow", "text": text})
     assert answer.json()["ids"] == slow.encode(text)
-    monkeypatch.setattr("basic.analysis.playground.MAX_PATTERN_S", 0.1)
+    monkeypatch.setattr("basic.analysis.playground.answers.MAX_PATTERN_S", 0.1)
     answer = client.post("/api/tokenize", json={"tokenizer": "slow", "text": "a" * 2000})
     assert answer.status_code == 400
     assert answer.json()["error"] == (
@@ -496,23 +610,22 @@ def run_script(monkeypatch, *arguments: object) -> None:
 def test_script_listens_on_localhost_by_default(playground, folder, monkeypatch, capsys):
     served = []
     monkeypatch.setattr("uvicorn.Server.run", lambda server, sockets: served.append((server.config.app, sockets[0])))
-    missing = ("--gpt2-vocab", folder / "none.json")
-    run_script(monkeypatch, "--runs", folder, "--port", 0, *missing)
+    run_script(monkeypatch, "--runs", folder, "--port", 0)
     ((app, listener),) = served
     host, port = listener.getsockname()
     listener.close()
     assert host == "127.0.0.1"
-    assert "encoding" in loading._loaded, "kernels are compiled before the first request"
     output = capsys.readouterr().out
     assert f"open        http://127.0.0.1:{port}/" in output
-    assert "tokenizers  bytes, tiny\nmodel       none yet" in output
+    assert output.startswith("starting the playground ...\n")
+    assert "tokenizers  bytes, tiny\nmodels      none yet" in output
     client = TestClient(app, base_url=f"http://127.0.0.1:{port}")
     assert client.get("/api/about").json()["tokenizers"] == ["bytes", "tiny"]
 
 
 @pytest.mark.parametrize("name", ["uvicorn", "starlette"])
 def test_script_says_how_to_install_what_is_missing(folder, monkeypatch, name):
-    monkeypatch.delitem(sys.modules, "basic.analysis.playground_server")
+    monkeypatch.delitem(sys.modules, "basic.analysis.playground.server")
     for module in [module for module in sys.modules if module.partition(".")[0] == name]:
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SystemExit) as caught:
@@ -531,7 +644,7 @@ def test_without_a_port_the_next_free_one_is_used_and_a_person_gets_a_browser(pl
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         monkeypatch.setattr("basic.commands.show.playground.FIRST_PORT", port)
-        run_script(monkeypatch, "--runs", folder, "--gpt2-vocab", folder / "none.json")
+        run_script(monkeypatch, "--runs", folder)
         used = served[0].getsockname()[1]
         served[0].close()
     output = capsys.readouterr().out
@@ -539,7 +652,7 @@ def test_without_a_port_the_next_free_one_is_used_and_a_person_gets_a_browser(pl
     assert f"port        {port} is taken, so {used} is used; --port chooses another" in output
     assert opened == []  # the output goes to no terminal
     monkeypatch.setattr("basic.commands.show.playground.has_person", lambda: True)
-    run_script(monkeypatch, "--runs", folder, "--gpt2-vocab", folder / "none.json", "--port", 0)
+    run_script(monkeypatch, "--runs", folder, "--port", 0)
     assert opened == [f"http://127.0.0.1:{served[1].getsockname()[1]}/"]
     served[1].close()
 
@@ -550,7 +663,7 @@ def test_published_vocabularies_are_compared(playground, folder, tmp_path, monke
     vocab = {byte: bytes([byte]) for byte in range(256)} | {256: b"12"}
     save_tiktoken(Tokenizer(vocab, [(b"1", b"2")], pattern="cl100k"), tmp_path / "cl100k_base.tiktoken")
     compare = ("--compare", tmp_path / "cl100k_base.tiktoken")
-    run_script(monkeypatch, "--runs", folder, "--port", 0, "--gpt2-vocab", folder / "none.json", *compare)
+    run_script(monkeypatch, "--runs", folder, "--port", 0, *compare)
     assert "tokenizers  bytes, tiny, cl100k_base" in capsys.readouterr().out
     client = TestClient(served[0], base_url="http://127.0.0.1:8000")
     answer = client.post("/api/tokenize", json={"tokenizer": "cl100k_base", "text": "1212"}).json()
@@ -581,6 +694,6 @@ def test_script_errors_are_one_line(tmp_path, folder, monkeypatch, arguments, me
     (tmp_path / "empty").mkdir()
     (tmp_path / "runs").symlink_to(folder)
     with pytest.raises(SystemExit) as caught:
-        run_script(monkeypatch, *arguments, "--gpt2-vocab", "none.json", "--port", 0)
+        run_script(monkeypatch, *arguments, "--port", 0)
     assert str(caught.value.code).startswith(message)
     assert "\n" not in str(caught.value.code)

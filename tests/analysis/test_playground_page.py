@@ -14,10 +14,10 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from basic.analysis.playground import MAX_SHOWN_TOKENS, Playground
-from basic.analysis.playground_server import create_app
+from basic.analysis.playground.answers import MAX_SHOWN_TOKENS, Playground
+from basic.analysis.playground.server import create_app
 from basic.common.errors import InvalidInputError
-from tests.analysis.test_playground import CONTEXT, make_playground
+from tests.analysis.test_playground import CONTEXT, make_playground, train_two_checkpoints
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -75,7 +75,7 @@ class Page:
         self.driver = driver
         driver.get("about:blank")
         driver.get(f"{address}#{view}")
-        self.wait(lambda: self.all(".pane-head dd" if view == "tokens" else "#score-stats dd"))
+        self.wait(lambda: self.all(".pane-head dd" if view == "tokens" else "#models .stats dd"))
 
     def wait(self, condition) -> None:
         WebDriverWait(self.driver, 30, 0.05).until(lambda _: condition())
@@ -142,7 +142,7 @@ def test_arrow_keys_move_between_tokens_and_highlight_them_on_the_other_side(pag
 def test_html_in_the_text_is_shown_as_text(driver, address, view):
     page = Page(driver, address, view)
     page.write(HOSTILE)
-    listing = "#scored" if view == "model" else LEFT + ".tokens"
+    listing = "#models .scored" if view == "model" else LEFT + ".tokens"
     page.wait(lambda: "<" in "".join(page.texts(listing + " .t")[:1]))
     page.wait(lambda: not page.all(".busy"))
     shown = "".join(page.texts(listing + " .t"))
@@ -178,16 +178,16 @@ def test_five_megabytes_can_be_pasted(page):
     page.one("#tail button").click()
     page.wait(lambda: page.texts(LEFT + "dd")[1] == "40,000")
     page.one("#tab-model").click()
-    page.wait(lambda: f"the first {CONTEXT} of 10,000" in page.one("#score-note").text)
+    page.wait(lambda: f"the first {CONTEXT} of 10,000" in page.one("#models .note").text)
 
 
 def test_clicked_token_shows_the_ten_most_probable_tokens(driver, address, playground):
     page = Page(driver, address, "model")
     page.write("the the")
-    page.wait(lambda: page.texts("#scored .t") == ["the", "·the", "next?"])
+    page.wait(lambda: page.texts("#models .scored .t") == ["the", "·the", "next?"])
     answer = playground.evaluate("the the")
-    assert page.texts("#score-stats dd")[1] == f"{answer['mean_nats']:.3f}"
-    page.all("#scored .t")[1].click()
+    assert page.texts("#models .stats dd")[1] == f"{answer['mean_nats']:.3f}"
+    page.all("#models .scored .t")[1].click()
     rows = page.texts("#inspector li")
     unlikely = answer["ranks"][1] > 10
     assert len(rows) == 10 + unlikely
@@ -213,41 +213,87 @@ def test_continuation_streams_and_stops(driver, tmp_path):
     with serving(make_playground(tmp_path, playground_class=Slow)) as address:
         page = Page(driver, address, "model")
         page.write("the")
-        page.wait(lambda: page.texts("#scored .t")[:1] == ["the"])
+        page.wait(lambda: page.texts("#models .scored .t")[:1] == ["the"])
         page.one("#go").click()
-        page.wait(lambda: " <i>1" in page.one("#stream").text)
-        early = page.one("#stream").text
-        page.wait(lambda: " <i>9" in page.one("#stream").text)
-        assert page.one("#stream").text.startswith(early)
-        assert not page.all("#stream i")
+        page.wait(lambda: " <i>1" in page.one("#models .stream").text)
+        early = page.one("#models .stream").text
+        page.wait(lambda: " <i>9" in page.one("#models .stream").text)
+        assert page.one("#models .stream").text.startswith(early)
+        assert not page.all("#models .stream i")
         page.one("#stop").click()
         page.wait(lambda: "Stopped: " in page.one("#progress").text)
-        page.wait(lambda: page.all("#scored .t.new"))
+        page.wait(lambda: page.all("#models .scored .t.new"))
         count = len(numbers)
         assert count < 400
         time.sleep(0.2)
         assert len(numbers) <= count + 2  # the server has stopped too
-        page.one("#adopt").click()
+        page.one("#models .after button").click()
         assert page.one("#text").get_property("value").startswith("the <i>0 <i>1")
         page.one("#go").click()
-        page.wait(lambda: page.one("#stream").is_displayed() and " <i>3" in page.texts("#stream")[0])
+        page.wait(lambda: page.one("#models .stream").is_displayed() and " <i>3" in page.texts("#models .stream")[0])
         page.write("xyz")
-        page.wait(lambda: page.texts("#scored .t") == [*"xyz", "next?"])
-        assert not page.one("#stream").is_displayed()
-        assert not page.one("#adopt").is_displayed()
+        page.wait(lambda: page.texts("#models .scored .t") == [*"xyz", "next?"])
+        assert not page.one("#models .stream").is_displayed()
+        assert not page.one("#models .after").is_displayed()
+
+
+def test_two_models_side_by_side_with_their_samples_and_maps(driver, tmp_path):
+    two_checkpoints = train_two_checkpoints(tmp_path)
+    with serving(Playground(two_checkpoints, device="cpu")) as address:
+        page = Page(driver, address, "model")
+        page.write("abc")
+        second = "#models .card:nth-child(2) "
+        page.js(
+            """const [model, step] = document.querySelectorAll(arguments[0] + "select");
+            for (const [menu, value] of [[model, "talks"], [step, "2"]]) {
+              menu.value = value;
+              menu.dispatchEvent(new Event("change"));
+            }""",
+            second,
+        )
+        page.wait(lambda: page.texts(second + ".t") == ["a", "b", "c", "next?"] and not page.all(".busy"))
+        answer = Playground(two_checkpoints, device="cpu").evaluate("abc", "talks", 2)
+        page.wait(lambda: page.texts(second + ".stats dd")[1] == f"{answer['mean_nats']:.3f}")
+        page.js(
+            """for (const [id, value] of [["samples", 3], ["length", 4], ["seed", 1]]) $(id).value = value;
+            document.querySelector("#go").click();"""
+        )
+        page.wait(lambda: "Done: " in page.one("#progress").text)
+        run = Playground(two_checkpoints, device="cpu").choices.model("talks", 2).run
+        settings = {"temperature": 0.8, "top_p": 0.95}
+        expected = [run.complete("abc", 4, seed=seed, **settings) for seed in (1, 2, 3)]
+        assert page.texts(second + ".sample") == expected
+        page.one("#tab-attention").click()
+        page.wait(lambda: len(page.all("#maps canvas")) == 4 and page.texts("#attended .t")[-1] == "c")
+        page.all(".map")[3].click()
+        assert page.one("#attention-facts").text.startswith("Layer 2, head 2: c (framed) attends most to ")
+        page.one("#tab-chat").click()
+        page.one("#message").send_keys("Hi", Keys.ENTER)
+        page.wait(lambda: len(page.all("#messages li")) == 2 and not page.all("#messages .live"))
+        assert page.texts("#messages .user") == ["Hi"]
+        assert page.console_messages() == []
+
+
+def test_a_missing_vocabulary_says_how_to_get_it(driver, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    with serving(make_playground(tmp_path)) as address:
+        page = Page(driver, address)
+        page.one(RIGHT + "select option[value='o200k (GPT-4o)']").click()
+        page.wait(lambda: "tiktoken.get_encoding('o200k_base')" in page.one(RIGHT + ".note").text)
+        assert not page.one(RIGHT + ".tokens").is_displayed()
 
 
 def test_errors_are_shown_in_the_page(driver, tmp_path):
     class Failing(Playground):
-        def evaluate(self, text, **options):
+        def evaluate(self, text, model=None, checkpoint=None, *, keep_end=False):
             if text == "another":
                 raise InvalidInputError("<b>not</b> possible")
-            return super().evaluate(text, **options)
+            return super().evaluate(text, model, checkpoint, keep_end=keep_end)
 
     with serving(make_playground(tmp_path, playground_class=Failing)) as address:
         page = Page(driver, address, "model")
         page.write("another")
-        page.wait(lambda: page.one("#score-error").text == "<b>not</b> possible")
+        page.wait(lambda: page.one("#models .error").text == "<b>not</b> possible")
 
 
 @pytest.mark.parametrize("view", ["tokens", "model"])

@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "training",
         "transformer",
     },
-    "analysis": {"Tokenizer", "common", "generation", "model", "tokens", "training", "transformer"},
+    "analysis": {"Tokenizer", "chat", "common", "generation", "model", "tokens", "training", "transformer"},
 }
 MAY_IMPORT["chat"] = {"Tokenizer", "common", "corpus", "encoding", "tokenizer_files", "tokens"}
 MAY_IMPORT["assignment_question"] = set(MAY_IMPORT)
@@ -86,8 +86,8 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "llvmlite": ("basic.bpe.native.compiler", "basic.bpe.native.object_files"),
     "triton": ("basic.transformer.kernels", "basic.generation.decode_kernels", "basic.generation.decoder"),
     "matplotlib": ("basic.analysis.plotting", "basic.analysis.sweep_plot"),
-    "starlette": ("basic.analysis.playground_server",),
-    "anyio": ("basic.analysis.playground_server",),
+    "starlette": ("basic.analysis.playground",),
+    "anyio": ("basic.analysis.playground",),
     "distributed": ("basic.corpus.work_folder",),
     "fsspec": ("basic.corpus.files",),
     "aiohttp": ("basic.corpus.files",),

@@ -1,7 +1,8 @@
 """Serve a web page to explore tokenizers and a trained model.
 
-`basic playground runs/quickstart` prints its address. The page shows the tokens of two
-tokenizers side by side, generates text, and shows the loss and the most likely alternatives of each token.
+`basic playground runs/quickstart` prints its address. The page shows the tokens of two tokenizers, and the texts of two
+models, side by side: the loss of each token, its most likely alternatives, and where the heads attend to. Models with a
+chat template answer.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import errno
 import os
 import socket
 import sys
+import threading
+import warnings
 import webbrowser
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,20 +26,19 @@ from basic.common.errors import DependencyError, InvalidInputError, how_to_insta
 if TYPE_CHECKING:
     from basic.Tokenizer import Tokenizer
 
-GPT2 = Path("data")
 FIRST_PORT, NUM_PORTS = 8000, 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    run: tyro.conf.Positional[Path | None] = None
-    """Run folder of the model, such as runs/quickstart; None: the newest run in --runs."""
+    run: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Run folders of models, such as runs/quickstart, which come first in the page's list; the first two are shown side
+    by side. None: those in --runs, the newest first."""
     runs: Path = Path("runs")
-    """Folder of runs; their tokenizers can be selected on the page."""
-    gpt2_vocab: Path = GPT2 / "gpt2_vocab.json"
-    """Vocabulary of GPT-2, vocab.json as it is published, for comparison; omitted if the file does not exist."""
-    gpt2_merges: Path = GPT2 / "gpt2_merges.txt"
-    """Merges of GPT-2, merges.txt."""
+    """Folder of runs; their models and tokenizers can be selected on the page."""
+    data: Path = Path("data")
+    """Folder that may have r50k_base.tiktoken (GPT-2), cl100k_base.tiktoken and o200k_base.tiktoken, for comparison;
+    they are also found where tiktoken keeps them. The page says how to get those that are missing."""
     compare: tuple[Path, ...] = ()
     """More tokenizers for comparison: a tokenizer.json, a folder, or a rank file that is named after its pattern, as
     those of tiktoken are: cl100k_base.tiktoken, o200k_base.tiktoken."""
@@ -51,36 +53,42 @@ class Options:
 
 
 def main(options: Options) -> None:
-    from basic.analysis.playground import Playground, newest_run
-    from basic.analysis.playground_server import create_app, serve
+    print("starting the playground ...", flush=True)  # torch takes seconds to import
+    from basic.analysis.playground.answers import Playground
+    from basic.analysis.playground.server import create_app, serve
     from basic.bpe.loading import load_kernels
-    from basic.training.run_folder import load_run
+    from basic.training.run_folder import load_run_config, newest_checkpoint
 
     if options.port is not None and not 0 <= options.port < 2**16:
         raise InvalidInputError(f"--port must be from 0 to 65535, got {options.port}")
-    folder = options.run or newest_run(options.runs)
-    run = None if folder is None else load_run(folder, device=options.device)
-    name = "" if folder is None else folder.resolve().name
+    for run in options.run:  # a wrong folder is reported here, not by the page
+        load_run_config(run)
+        newest_checkpoint(run, warnings.warn)
     others = {path.resolve().name.partition(".")[0]: open_vocabulary(path) for path in options.compare}
-    gpt2 = options.gpt2_vocab, options.gpt2_merges
-    playground = Playground(options.runs, run, name, gpt2=gpt2, others=others)
-    tokenizers = playground.about()["tokenizers"]
-    if not tokenizers:
+    first = {name_of(run, options.runs): run for run in options.run}
+    playground = Playground(options.runs, first, others=others, data=options.data, device=options.device)
+    about = playground.about()
+    if not about["tokenizers"]:
         raise FileNotFoundError(f"{options.runs} has no tokenizer yet; `basic quickstart` trains one in a few minutes")
     listener = listen(options.host, options.port)
-    load_kernels("encoding")  # not during the first request for a long text, which would wait
+    # Not during the first request for a long text, which would wait; nor before the page can be opened.
+    threading.Thread(target=load_kernels, args=["encoding"], daemon=True).start()
     host, port = f"[{options.host}]" if ":" in options.host else options.host, listener.getsockname()[1]
-    command_line.print_text(f"tokenizers  {', '.join(tokenizers)}")  # names of folders
     none = command_line.as_started("none yet; `basic quickstart` trains one")
-    print(f"model       {none if run is None else f'{folder}, step {run.step:,}'}")
-    if not options.compare:
-        print("more        --compare cl100k_base.tiktoken, a tokenizer.json or a folder adds tokenizers for comparison")
+    command_line.print_text(f"tokenizers  {', '.join(about['tokenizers'])}")  # names of folders
+    command_line.print_text(f"models      {', '.join(model['name'] for model in about['models']) or none}")
     if options.port is None and port != FIRST_PORT:
         print(f"port        {FIRST_PORT} is taken, so {port} is used; --port chooses another")
     print(f"open        http://{host}:{port}/  (Ctrl-C to stop)", flush=True)
     if options.browser and has_person():
         webbrowser.open(f"http://{host}:{port}/")
     serve(create_app(playground, host=options.host), listener)
+
+
+def name_of(run: Path, runs: Path) -> str:
+    """The name of a run on the page: its path in the folder of runs, or the path as it was given."""
+    inside = run.resolve().is_relative_to(runs.resolve())
+    return run.resolve().relative_to(runs.resolve()).as_posix() if inside else str(run)
 
 
 def open_vocabulary(path: Path) -> Tokenizer:

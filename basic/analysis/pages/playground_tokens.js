@@ -40,6 +40,22 @@ async function request(name, body, signal) {
   return response;
 }
 
+// Calls `receive` with each line of a streamed answer; the last one has "done" or "error".
+async function streamed(name, body, signal, receive) {
+  const reader = (await request(name, body, signal)).body.pipeThrough(new TextDecoderStream()).getReader();
+  let ended = false;
+  for (let rest = "", chunk; !(chunk = await reader.read()).done;) {
+    const lines = (rest + chunk.value).split("\n");
+    rest = lines.pop();
+    for (const message of lines.map((line) => JSON.parse(line))) {
+      if (message.error) throw new Error(message.error);
+      ended ||= Boolean(message.done);
+      receive(message);
+    }
+  }
+  if (!ended) throw new Error("The server stopped before the text was complete.");
+}
+
 // Wraps an async function so that a new call aborts the previous one.
 function latestOnly(run) {
   let controller = null;
@@ -57,7 +73,7 @@ function latestOnly(run) {
 // ---- the text: the content of the box, and the tail of a very long text
 
 let tail = "";
-let about = { tokenizers: [], model: null, limits: { characters: 8e6 } };
+let about = { tokenizers: [], missing: {}, models: [], limits: { characters: 8e6 } };
 const box = $("text");
 const fullText = () => box.value + tail;
 
@@ -278,7 +294,15 @@ function showStatistics(list, entries) {
 }
 
 async function updatePane(pane, signal) {
-  if (!pane.choice.value) { pane.total = null; compare(); return; }
+  const missing = about.missing[pane.choice.value];
+  if (!pane.choice.value || missing) {
+    pane.note.hidden = !missing;
+    pane.note.textContent = missing ?? "";
+    pane.error.hidden = true;
+    pane.total = null;
+    compare();
+    return;
+  }
   pane.listing.classList.add("busy");
   try {
     const data = await (await request("tokenize", { tokenizer: pane.choice.value, text: textWithinLimit() }, signal)).json();
@@ -322,236 +346,7 @@ const currentView = () => document.querySelector("#view :checked").value;
 $("view").addEventListener("change", () => panes.forEach((pane) => pane.list.data && pane.list.show(pane.list.data, { className: (i) => "c" + i % 5, mode: currentView() })));
 function arrangePanes() {
   const { choice, listing, stats, foot, note, error } = panes[1];
-  listing.hidden = stats.hidden = foot.hidden = !choice.value;
+  listing.hidden = stats.hidden = foot.hidden = !choice.value || choice.value in about.missing;
   if (!choice.value) note.hidden = error.hidden = true;
 }
 
-// ---- the model
-
-let continuation = null;  // { prompt, text } after a generation
-const scored = new TokenList($("scored"), { select: (index) => inspect(index) });
-const level = (nats) => nats === null ? "-" : HEAT_NATS.filter((bound) => nats >= bound).length;
-
-const updateScore = latestOnly(async (signal) => {
-  if (!about.model) return;
-  const text = continuation ? continuation.prompt + continuation.text : fullText();
-  $("scored").classList.add("busy");
-  try {
-    textWithinLimit();
-    const data = await (await request("score", { text, keep_end: Boolean(continuation) }, signal)).json();
-    $("score-error").hidden = true;
-    $("score-note").hidden = data.ids.length === data.tokens;
-    $("score-note").textContent = `The context length is ${number(about.model.context_length)} tokens. Shown: the ${data.first ? "last" : "first"} ${number(data.ids.length)} of ${number(data.tokens)}.`;
-    const newFrom = continuation ? new TextEncoder().encode(continuation.prompt).length : Infinity;
-    const lengths = data.token_bytes.map((hex) => hex.length / 2);
-    let end = continuation && data.first ? new TextEncoder().encode(text).length - lengths.reduce((a, b) => a + b, 0) : 0;
-    const isNew = lengths.map((length) => (end += length) > newFrom);
-    scored.show(data, { className: (i) => "h" + level(data.nats[i]) + (isNew[i] ? " new" : ""), next: data.likeliest.length > data.ids.length });
-    showStatistics($("score-stats"), data.mean_nats === null ? [] : [
-      [data.tokens === 1 ? "token" : "tokens", number(data.tokens)], ["nats per token", number(data.mean_nats, 3)],
-      ["perplexity", number(Math.exp(data.mean_nats), 2)], ["bits per byte", data.bits_per_byte === null ? "–" : number(data.bits_per_byte, 3)],
-    ]);
-    inspect(-1);
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    $("score-error").textContent = error.message;
-    $("score-error").hidden = false;
-  } finally {
-    if (!signal.aborted) $("scored").classList.remove("busy");
-  }
-});
-
-function inspect(index) {
-  const panel = $("inspector"), data = scored.data;
-  const likeliest = data?.likeliest[index];
-  panel.classList.toggle("idle", index < 0);
-  if (index < 0 || !data) {
-    panel.replaceChildren(element("h2", { textContent: "Select a token" }), element("p", { className: "muted", textContent: "to see the ten most probable tokens at its position." }));
-    return;
-  }
-  const isNext = index >= data.ids.length;
-  const close = element("button", { className: "button small", id: "close", type: "button", textContent: "Close" });
-  close.addEventListener("click", () => { inspect(-1); scored.items[index].focus(); });
-  const big = element("p", { className: "big" });
-  if (isNext) big.append("Prediction"); else drawToken(big, data.token_bytes[index]);
-  const facts = element("p", { className: "muted" });
-  panel.replaceChildren(element("div", { className: "row between" }, element("h2", { textContent: isNext ? "Next token" : `Token ${number(data.first + index + 1)} · id ${data.ids[index]}` }), close), big, facts);
-  if (!likeliest) { facts.textContent = "The first token has no context, so the model does not predict it."; return; }
-  const actual = isNext ? null : data.ids[index], p = isNext ? null : Math.exp(-data.nats[index]);
-  if (!isNext) facts.textContent = `probability ${percent(p)} · loss ${number(data.nats[index], 3)} nats · ${data.ranks[index] === 1 ? "most probable" : "rank " + number(data.ranks[index])}`;
-  else facts.textContent = "the most probable tokens after this text";
-  const list = element("ol", { "aria-label": "Most probable tokens" });
-  const row = (id, hex, probability, className = "") => {
-    const label = drawToken(element("span", { className: "token" }), hex);
-    label.title = "id " + id;
-    const fill = element("i");
-    fill.style.width = 100 * probability + "%";
-    return element("li", { className: (id === actual ? "actual " : "") + className }, fill, label, element("span", { textContent: percent(probability) }));
-  };
-  for (const [id, probability] of likeliest) list.append(row(id, data.names[id] ?? "", probability));
-  if (!isNext && !likeliest.some(([id]) => id === actual)) list.append(row(actual, data.token_bytes[index], p, "gap"));
-  panel.append(list);
-}
-
-let generation = null;  // the AbortController of the running generation
-async function generate() {
-  clearTimeout(timer);  // a pending text change must not stop this generation
-  resetIfTextChanged();
-  generation?.abort();
-  const current = generation = new AbortController(), prompt = continuation ? continuation.prompt + continuation.text : fullText();
-  const seed = $("seed").value.trim(), started = performance.now();
-  const stream = $("stream"), live = document.createTextNode("");
-  const shown = prompt.slice(-1500);
-  stream.replaceChildren(element("span", { className: "prompt", textContent: (shown.length < prompt.length ? "… " : "") + shown }), live);
-  stream.hidden = false;
-  stream.classList.add("live");
-  $("scored").hidden = $("score-stats").hidden = $("after").hidden = $("legend").hidden = $("score-error").hidden = $("score-note").hidden = true;
-  $("result-title").textContent = "Generating …";
-  $("stop").disabled = false;
-  inspect(-1);
-  let text = "", updates = 0, problem = "", ended = false;
-  $("progress").textContent = "";
-  try {
-    const response = await request("generate", {
-      prompt, max_new_tokens: Number($("length").value), temperature: Number($("temperature").value), top_p: Number($("top-p").value),
-      seed: seed === "" ? null : Number(seed),
-    }, current.signal);
-    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-    for (let rest = "", chunk; !(chunk = await reader.read()).done;) {
-      const lines = (rest + chunk.value).split("\n");
-      rest = lines.pop();
-      for (const line of lines) {
-        const message = JSON.parse(line);
-        if (message.error) problem = message.error;
-        if (message.done) ended = true;
-        if (message.seen < message.tokens) { $("score-note").hidden = false; $("score-note").textContent = `The prompt has ${number(message.tokens)} tokens; the model uses the last ${number(message.seen)}.`; }
-        if (message.text !== undefined) { text += message.text; updates++; live.appendData(message.text); stream.scrollTop = stream.scrollHeight; }
-      }
-    }
-    if (!ended && !problem) problem = "The server stopped before the text was complete.";
-  } catch (error) {
-    if (error.name !== "AbortError") problem = error.message;
-  }
-  if (generation !== current) return;  // another generation has started
-  generation = null;
-  endStream();
-  const seconds = (performance.now() - started) / 1000;
-  $("progress").textContent = problem ? "" : `${ended ? "Done" : "Stopped"}: ${number(updates)} tokens in ${number(seconds, 1)} s`;
-  if (text) continuation = { prompt, text };
-  await updateScore();
-  if (generation) return;
-  showScore();
-  if (problem) { $("score-error").hidden = false; $("score-error").textContent = problem; }
-}
-
-function endStream() {
-  $("stream").classList.remove("live");
-  $("stop").disabled = true;
-}
-function showScore() {
-  $("stream").hidden = true;
-  $("scored").hidden = $("score-stats").hidden = $("legend").hidden = false;
-  showContinuation();
-}
-function showContinuation() {
-  $("after").hidden = !continuation;
-  $("result-title").textContent = continuation ? "Generated text (underlined), loss of each token" : "Loss of each token";
-  $("go").textContent = continuation ? "Generate more" : "Generate";
-}
-function clearContinuation() { continuation = null; showContinuation(); }
-
-$("controls").addEventListener("submit", (e) => { e.preventDefault(); generate(); });
-$("stop").addEventListener("click", () => generation?.abort());
-$("adopt").addEventListener("click", () => { const { prompt, text } = continuation; clearContinuation(); setText(prompt + text); });
-$("discard").addEventListener("click", () => { clearContinuation(); updateScore(); });
-document.addEventListener("keydown", (e) => {
-  if (e.key === "Escape") { if (generation) generation.abort(); else if (!$("inspector").classList.contains("idle")) inspect(-1); }
-  if (e.key === "Enter" && (e.ctrlKey || e.metaKey) && about.model) { e.preventDefault(); openTab("model"); generate(); }
-});
-for (const [id, digits] of [["temperature", 2], ["top-p", 2], ["length", 0]]) {
-  const show = () => { $(id).parentElement.querySelector("output").textContent = number(Number($(id).value), digits); };
-  $(id).addEventListener("input", show);
-  show();
-}
-$("legend").setAttribute("aria-label", "Colour scale: the loss of a token, from 0 to more than 8 nats");
-$("legend").append("low loss", ...Array.from({ length: 9 }, (_, i) => element("i", { className: "h" + i, title: i === 8 ? "more than 8 nats" : `${i ? HEAT_NATS[i - 1] : 0} to ${HEAT_NATS[i]} nats` })), "high loss");
-
-// ---- views
-
-const tabs = [...document.querySelectorAll("[role=tab]")];
-let currentTab = "tokens";
-function openTab(name) {
-  currentTab = name;
-  for (const tab of tabs) {
-    const open = tab.getAttribute("aria-controls") === name;
-    tab.setAttribute("aria-selected", open);
-    tab.tabIndex = open ? 0 : -1;
-    $(tab.getAttribute("aria-controls")).hidden = !open;
-  }
-  refresh();
-}
-for (const tab of tabs) {
-  tab.addEventListener("click", () => openTab(tab.getAttribute("aria-controls")));
-  tab.addEventListener("keydown", (e) => {
-    if (e.key !== "ArrowRight" && e.key !== "ArrowLeft") return;
-    const other = tabs[1 - tabs.indexOf(tab)];
-    openTab(other.getAttribute("aria-controls"));
-    other.focus();
-  });
-}
-let seenText = null;
-// A changed text stops a running generation and discards its result.
-function resetIfTextChanged() {
-  const text = fullText();
-  if (text !== seenText) {
-    const running = generation;
-    generation = continuation = null;
-    running?.abort();
-    $("progress").textContent = "";
-    endStream();
-    showScore();
-  }
-  seenText = text;
-}
-function refresh() {
-  resetIfTextChanged();
-  if (currentTab === "tokens") panes.forEach((pane) => pane.update()); else if (!generation) updateScore();
-}
-
-const themes = ["auto", "light", "dark"];
-function setTheme(name) {
-  document.documentElement.style.colorScheme = name === "auto" ? "light dark" : name;
-  $("theme").textContent = "Theme: " + name;
-  try { localStorage.setItem("theme", name); } catch { /* not available in private windows */ }
-}
-$("theme").addEventListener("click", () => setTheme(themes[(themes.indexOf($("theme").textContent.slice(7)) + 1) % 3]));
-try { if (themes.includes(localStorage.getItem("theme"))) setTheme(localStorage.getItem("theme")); } catch { /* as above */ }
-
-async function start() {
-  try {
-    about = await (await request("about")).json();
-  } catch (error) {
-    panes[0].error.textContent = error.message;
-    panes[0].error.hidden = false;
-    return;
-  }
-  panes.forEach((pane, index) => {
-    const options = about.tokenizers.map((name) => element("option", { value: name, textContent: name }));
-    if (index) options.push(element("option", { value: "", textContent: "none" }));
-    pane.choice.replaceChildren(...options);
-  });
-  const names = about.tokenizers;
-  panes[1].choice.value = names.includes("GPT-2") && names[0] !== "GPT-2" ? "GPT-2" : names[1] ?? "";
-  arrangePanes();
-  $("no-model").hidden = Boolean(about.model);
-  $("with-model").hidden = !about.model;
-  if (about.model) {
-    $("model-name").textContent = about.model.name;
-    $("model-facts").textContent = `${number(about.model.parameters)} parameters · context length ${number(about.model.context_length)} · step ${number(about.model.step)}`;
-    $("length").max = Math.min(500, about.limits.new_tokens);
-  }
-  inspect(-1);
-  if (!box.value) setText(EXAMPLES.Story); else textChanged();
-  openTab(location.hash === "#model" ? "model" : "tokens");
-}
-start();

@@ -1,16 +1,16 @@
 """The data that the playground page shows: the tokens of a text, and a model's loss and predictions at each of them.
 
 All answers are plain lists and numbers, for JSON; tokens are sent as their bytes in hexadecimal. The size of an answer
-is bounded: it contains the first tokens of a long text, and statistics over all of them. `playground_server` serves
-the page and these answers.
+is bounded: it contains the first tokens of a long text, and statistics over all of them. `server` serves the
+page and these answers.
 """
 
 from __future__ import annotations
 
+import base64
 import copy
 import math
 import os
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,11 +19,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from basic.analysis.attention import attention_maps
+from basic.analysis.playground.choices import Choices, LoadedModel, how_to_get
 from basic.common.errors import InvalidInputError
 from basic.generation.text import stream
 from basic.model import TransformerLM
 from basic.Tokenizer import Tokenizer
-from basic.training.records.environment import check_run_tokenizer
 from basic.training.run_folder import Run
 from basic.transformer.functional import at_least_float32, softmax, token_losses
 
@@ -31,79 +32,53 @@ MAX_SHOWN_TOKENS = 3000
 """Tokens of a text that are sent to the page."""
 MAX_SCORED_TOKENS = 1024
 """Tokens of a text that the model scores, if its context is longer."""
+MAX_MAPPED_TOKENS = 64
+"""Tokens of a text whose attention is shown."""
 NUM_CANDIDATES = 10
 """Most probable tokens that are listed for each position."""
 MAX_PATTERN_S = 5.0
 """Time in which a tokenizer's own pattern must split a text; some patterns need exponential time."""
 
 
-def find_tokenizers(runs: str | os.PathLike) -> dict[str, Path]:
-    """Find the saved tokenizers in a folder of runs: those of the runs, and tokenizer folders beside them, by name."""
-    folder = Path(runs)
-    tokenizers = {}
-    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
-        for candidate in (entry / "tokenizer", entry):
-            if (candidate / "special_tokens.json").is_file():
-                tokenizers[entry.name] = candidate
-                break
-    return tokenizers
-
-
-def newest_run(runs: str | os.PathLike) -> Path | None:
-    """Return the run with a tokenizer and the most recently written checkpoint; None without any."""
-    modified = {
-        path: path.stat().st_mtime
-        for path in Path(runs).glob("*/checkpoints/step_*")
-        if (path.parents[1] / "tokenizer").is_dir()
-    }
-    return max(modified, key=lambda path: modified[path]).parents[1] if modified else None
-
-
 class Playground:
     """Answers the requests of the page; methods may be called from several threads.
 
+    Models are loaded when they are first used. `model` and `checkpoint` choose one: a name that `about` lists, None for
+    the first, and a step, None for the newest. An unknown name is a KeyError.
+
     Args:
-        runs: folder of runs, searched for tokenizers at every request that needs their list.
-        run: the model to use; None: tokenizers only.
-        name: the run's name on the page.
-        gpt2: paths of GPT-2's vocabulary and merges, for comparison.
+        runs: folder of runs, searched for tokenizers and models at every request that needs their list.
+        first: runs that come first in the list, by their names on the page: folders, or loaded runs.
         others: more tokenizers for comparison, by their names on the page.
+        data: folder that may have rank files of published vocabularies.
+        device: of the models: "auto", "cpu", "cuda" ...
 
     Raises:
-        InvalidInputError: the run has no tokenizer.
+        InvalidInputError: a run of `first` has no tokenizer.
     """
 
     def __init__(
         self,
         runs: str | os.PathLike,
-        run: Run | None = None,
-        name: str = "run",
+        first: Mapping[str, Path | Run] | None = None,
         *,
-        gpt2: tuple[Path, Path] | None = None,
         others: Mapping[str, Tokenizer] | None = None,
+        data: str | os.PathLike = "data",
+        device: str = "auto",
     ) -> None:
-        self._others = dict(others or {})
-        self._runs, self._run, self._name, self._gpt2 = runs, run, name, gpt2
-        self._loaded: dict[str, tuple[Any, Tokenizer]] = {}
-        self._lock = threading.Lock()  # for _loaded; encoding needs no lock
-        if run is not None:
-            if run.tokenizer_path is None:
-                raise InvalidInputError(f"the run {name} has no tokenizer/ folder; choose a run that has one")
-            self._model_tokenizer = Tokenizer.load(run.tokenizer_path)
-            check_run_tokenizer(run.tokenizer_path.parent, self._model_tokenizer.fingerprint)
+        self.choices = Choices(runs, first or {}, others or {}, data, device)
+        self.about()  # raises for a run without a tokenizer
 
     def about(self) -> dict[str, Any]:
-        """Describe the available tokenizers and the model."""
-        model = None
-        if self._run is not None:
-            model = {
-                "name": self._name,
-                "parameters": self._run.model.num_parameters,
-                "context_length": self._run.config.model.context_length,
-                "vocab_size": self._model_tokenizer.vocab_size,
-                "step": self._run.step,
-            }
-        return {"tokenizers": list(self._tokenizer_sources()), "model": model}
+        """List the tokenizers, how to get those that are missing, and the models."""
+        tokenizers = self.choices.tokenizers()
+        missing = {name: how for name, how in how_to_get(self.choices.data).items() if name not in tokenizers}
+        return {
+            "tokenizers": tokenizers,
+            "missing": missing,
+            "models": self.choices.models(),
+            "num_first": self.choices.num_first,
+        }
 
     def tokenize(self, tokenizer_id: str, text: str) -> dict[str, Any]:
         """Tokenize a text; return its first tokens and statistics over all of them.
@@ -116,8 +91,7 @@ class Playground:
             OSError, DamagedFileError: the tokenizer's files are missing or damaged.
             InvalidInputError: the text cannot be encoded, or not within MAX_PATTERN_S.
         """
-        with self._lock:
-            tokenizer = self._load_tokenizer(tokenizer_id)
+        tokenizer = self.choices.tokenizer(tokenizer_id)
         ids = _with_deadline(tokenizer).encode_array(text)
         return {
             "tokens": len(ids),
@@ -127,7 +101,9 @@ class Playground:
             **_describe_tokens(tokenizer, ids[:MAX_SHOWN_TOKENS].tolist()),
         }
 
-    def evaluate(self, text: str, *, keep_end: bool = False) -> dict[str, Any]:
+    def evaluate(
+        self, text: str, model: str | None = None, checkpoint: int | None = None, *, keep_end: bool = False
+    ) -> dict[str, Any]:
         """Compute the model's loss and its most probable tokens at each token of a text.
 
         The text follows an end-of-text token, as documents do in training, so that its first token has a loss too.
@@ -140,11 +116,12 @@ class Playground:
             evaluated token. `ranks`: 1 + the number of tokens with a higher probability. `likeliest`: ids and
             probabilities of the NUM_CANDIDATES most probable tokens at each position; if the context is not full, one
             more position follows, for the next token. A first token without context has None in all three lists.
+            `model`: what the model is.
 
         Raises:
             InvalidInputError: there is no model, or the text cannot be encoded.
         """
-        run, tokenizer = self._require_model()
+        run, tokenizer = self._model(model, checkpoint)
         ids = tokenizer.encode_array(text)
         max_inputs = min(run.config.model.context_length, MAX_SCORED_TOKENS)
         end_id = tokenizer.special_token_ids.get(run.config.train.end_of_text)
@@ -170,65 +147,99 @@ class Playground:
             "names": {token_id: tokenizer.vocab[token_id].hex() for token_id in candidate_ids},
             "mean_nats": sum(nats) / len(nats) if nats else None,
             "bits_per_byte": sum(nats) / math.log(2) / num_bytes if num_bytes else None,
+            "model": {
+                "parameters": run.model.num_parameters,
+                "context_length": run.config.model.context_length,
+                "step": run.step,
+            },
         }
 
-    def generate(self, prompt: str, max_new_tokens: int, **sampling: Any) -> Iterator[dict[str, Any]]:
-        """Generate a continuation: first the length of the prompt, then text as it is generated.
+    def attention(self, text: str, model: str | None = None, checkpoint: int | None = None) -> dict[str, Any]:
+        """Compute where each head attends to, for the first tokens of a text after an end-of-text token.
+
+        Returns:
+            The tokens, the number of `layers` and `heads`, and `maps`: their weights, from 0 to 255, as bytes in base64
+            in the order layer, head, query, key.
+
+        Raises:
+            InvalidInputError: there is no model, or the text cannot be encoded.
+        """
+        run, tokenizer = self._model(model, checkpoint)
+        end_id = tokenizer.special_token_ids.get(run.config.train.end_of_text)
+        ids = [*([] if end_id is None else [end_id]), *tokenizer.encode_array(text).tolist()]
+        ids = ids[: min(run.config.model.context_length, MAX_MAPPED_TOKENS)]
+        maps = attention_maps(run.model, ids) if ids else torch.zeros(0, 0, 0, 0)
+        weights = (255 * maps).round().to(torch.uint8).numpy().tobytes()
+        shape = {"layers": maps.shape[0], "heads": maps.shape[1], "maps": base64.b64encode(weights).decode()}
+        return {**_describe_tokens(tokenizer, ids), **shape}
+
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int,
+        model: str | None = None,
+        checkpoint: int | None = None,
+        *,
+        num_samples: int = 1,
+        seed: int | None = None,
+        **sampling: Any,
+    ) -> Iterator[dict[str, Any]]:
+        """Generate continuations: first the length of the prompt, then text as it is generated, sample by sample.
 
         Args:
             prompt: empty for a new document; if it is longer than the context, its last tokens are used.
             max_new_tokens, sampling: as for `basic.generation.sampling.generate`.
+            seed: of the first sample; the next one has the next seed.
 
         Yields:
-            {"tokens": prompt tokens, "seen": prompt tokens that the model uses}, then {"text": new text} repeatedly.
+            {"tokens": prompt tokens, "seen": prompt tokens that the model uses}, then {"text": new text, "sample":
+            number of the sample} repeatedly.
 
         Raises:
             InvalidInputError: there is no model, or an argument is out of its range.
         """
-        run, tokenizer = self._require_model()
+        run, tokenizer = self._model(model, checkpoint)
         num_tokens = len(tokenizer.encode_array(prompt))
         yield {"tokens": num_tokens, "seen": min(num_tokens, run.config.model.context_length)}
-        end_of_text = run.config.train.end_of_text
-        texts = stream(
-            run.model,
-            tokenizer,
-            run.with_document_start(prompt or end_of_text),
-            max_new_tokens,
-            end_of_text=end_of_text,
-            **sampling,
-        )
-        for text in texts:
+        end = run.config.train.end_of_text
+        start = run.with_document_start(prompt or end)
+        for sample in range(num_samples):
+            how: dict[str, Any] = {**sampling, "seed": None if seed is None else seed + sample, "end_of_text": end}
+            for text in stream(run.model, tokenizer, start, max_new_tokens, **how):
+                yield {"text": text, "sample": sample}
+
+    def answer(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        max_new_tokens: int,
+        model: str | None = None,
+        checkpoint: int | None = None,
+        **sampling: Any,
+    ) -> Iterator[dict[str, Any]]:
+        """Answer the last message of a conversation, in the model's chat template.
+
+        Args:
+            messages: {"role": "user" or "assistant", "content": text}; the oldest are left out if they do not fit.
+            max_new_tokens, sampling: as for `generate`.
+
+        Yields:
+            {"forgotten": messages that were left out}, then {"text": new text} repeatedly.
+
+        Raises:
+            InvalidInputError: the model has no chat template, or it refuses the conversation.
+        """
+        loaded = self._model(model, checkpoint)
+        chat = loaded.chat
+        kept = [{**each, "content": chat.without_special_tokens(each["content"])} for each in messages]
+        prompt, forgotten = chat.fitting_prompt(kept, loaded.run.config.model.context_length - max_new_tokens)
+        yield {"forgotten": forgotten}
+        end = chat.end_of_answer or loaded.run.config.train.end_of_text
+        for text in stream(loaded.run.model, loaded.tokenizer, prompt, max_new_tokens, end_of_text=end, **sampling):
             yield {"text": text}
 
-    def _require_model(self) -> tuple[Run, Tokenizer]:
-        if self._run is None:
-            raise InvalidInputError("there is no model; start the playground with a run: `basic playground runs/NAME`")
-        return self._run, _with_deadline(self._model_tokenizer)
-
-    def _tokenizer_sources(self) -> dict[str, Path | tuple[Path, Path]]:
-        """Map the name of each tokenizer to its folder, or to its vocabulary and merges files."""
-        sources: dict[str, Path | tuple[Path, Path]] = {}
-        if self._run is not None and self._run.tokenizer_path is not None:
-            sources[self._name] = self._run.tokenizer_path
-        sources |= {name: path for name, path in find_tokenizers(self._runs).items() if name not in sources}
-        if self._gpt2 is not None and all(path.is_file() for path in self._gpt2):
-            sources["GPT-2"] = self._gpt2
-        return sources | dict.fromkeys(self._others, Path())
-
-    def _load_tokenizer(self, tokenizer_id: str) -> Tokenizer:
-        if tokenizer_id in self._others:
-            return self._others[tokenizer_id]
-        source = self._tokenizer_sources()[tokenizer_id]
-        files = source if isinstance(source, tuple) else (source / "special_tokens.json",)
-        # A run that was trained again may have another tokenizer under the same name.
-        version = (source, *(path.stat().st_mtime_ns for path in files))
-        if self._loaded.get(tokenizer_id, (None,))[0] != version:
-            if isinstance(source, tuple):
-                tokenizer = Tokenizer.from_files(*source, special_tokens=["<|endoftext|>"])
-            else:
-                tokenizer = Tokenizer.load(source)
-            self._loaded[tokenizer_id] = (version, tokenizer)
-        return self._loaded[tokenizer_id][1]
+    def _model(self, name: str | None, checkpoint: int | None) -> LoadedModel:
+        run, tokenizer = self.choices.model(name, checkpoint)
+        return LoadedModel(run, _with_deadline(tokenizer))
 
 
 class _PatternWithDeadline:

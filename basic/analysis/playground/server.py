@@ -16,7 +16,7 @@ import json
 import re
 import socket
 from asyncio import TimerHandle, Transport
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from ipaddress import ip_address
@@ -38,11 +38,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from basic.analysis.playground import Playground
-from basic.common.errors import BasicError, InvalidInputError
+from basic.analysis.playground.answers import Playground
+from basic.analysis.playground.requests import RequestBody
+from basic.common.errors import BasicError
 
 MAX_TEXT_CHARACTERS = 8 << 20
-MAX_NEW_TOKENS = 1000
+MAX_NEW_TOKENS, MAX_SAMPLES, MAX_MESSAGES = 1000, 16, 1000
 MAX_SHORT_BYTES = 256 << 10
 """Size of a request up to which it does not wait for the large ones."""
 MAX_CONNECTIONS = 256
@@ -65,7 +66,7 @@ def create_app(
     large = anyio.Semaphore(1)
     queued = [
         Route(f"/api/{handler.__name__}", QueuedEndpoint(handler, large, max_text_characters), methods=["POST"])
-        for handler in (handlers.tokenize, handlers.score, handlers.generate)
+        for handler in (handlers.tokenize, handlers.score, handlers.attention, handlers.generate, handlers.chat)
     ]
     return Starlette(
         routes=[Route("/", handlers.page), Route("/api/about", handlers.about), *queued],
@@ -85,40 +86,73 @@ class Handlers:
         return HTMLResponse(self._html)
 
     async def about(self, request: Request) -> Response:
-        limits = {"characters": self._max_text_characters, "new_tokens": MAX_NEW_TOKENS}
+        limits = {"characters": self._max_text_characters, "new_tokens": MAX_NEW_TOKENS, "samples": MAX_SAMPLES}
         return JSONResponse(await run_in_threadpool(self._playground.about) | {"limits": limits})
 
     async def tokenize(self, body: RequestBody) -> Response:
         name, text = body.text("tokenizer"), body.text("text")
-        try:
-            return JSONResponse(await run_in_threadpool(self._playground.tokenize, name, text))
-        except KeyError:
-            message = f"there is no tokenizer {name[:80]!r}; reload the page for the current list"
-            raise HTTPException(404, message) from None
+        return await _answer(partial(self._playground.tokenize, name, text), "tokenizer", name)
 
     async def score(self, body: RequestBody) -> Response:
-        text, keep_end = body.text("text"), body.flag("keep_end")
-        return JSONResponse(await run_in_threadpool(partial(self._playground.evaluate, text, keep_end=keep_end)))
+        text, chosen = body.text("text"), _chosen_model(body)
+        keep_end = body.flag("keep_end")
+        return await _answer(partial(self._playground.evaluate, text, *chosen, keep_end=keep_end), "model", chosen[0])
+
+    async def attention(self, body: RequestBody) -> Response:
+        text, chosen = body.text("text"), _chosen_model(body)
+        return await _answer(partial(self._playground.attention, text, *chosen), "model", chosen[0])
 
     async def generate(self, body: RequestBody) -> Response:
-        updates = self._playground.generate(
-            body.text("prompt"),
-            body.integer("max_new_tokens", 1, MAX_NEW_TOKENS),
-            temperature=body.number("temperature", 0, 10),
-            top_p=body.number("top_p", 1e-6, 1),
-            seed=body.integer("seed", 0, 2**63 - 1) if body.has("seed") else None,
-        )
+        num_samples = body.integer("num_samples", 1, MAX_SAMPLES) if body.has("num_samples") else 1
+        arguments = body.text("prompt"), *_length_and_model(body)
+        return _stream(self._playground.generate(*arguments, num_samples=num_samples, **_sampling(body)))
 
-        async def lines() -> AsyncIterator[str]:
-            try:
-                while (update := await run_in_threadpool(next, updates, None)) is not None:
-                    yield json.dumps(update) + "\n"
-            except (BasicError, OSError, RuntimeError) as error:
-                yield json.dumps({"error": str(error)}) + "\n"
-            else:
-                yield json.dumps({"done": True}) + "\n"
+    async def chat(self, body: RequestBody) -> Response:
+        arguments = body.messages("messages", MAX_MESSAGES), *_length_and_model(body)
+        return _stream(self._playground.answer(*arguments, **_sampling(body)))
 
-        return StreamingResponse(lines(), media_type="application/x-ndjson")
+
+def _chosen_model(body: RequestBody) -> tuple[str | None, int | None]:
+    name = body.text("model") if body.has("model") else None
+    return name, body.integer("checkpoint", 0, 2**63 - 1) if body.has("checkpoint") else None
+
+
+def _length_and_model(body: RequestBody) -> tuple[int, str | None, int | None]:
+    return body.integer("max_new_tokens", 1, MAX_NEW_TOKENS), *_chosen_model(body)
+
+
+def _sampling(body: RequestBody) -> dict[str, Any]:
+    return {
+        "temperature": body.number("temperature", 0, 10),
+        "top_p": body.number("top_p", 1e-6, 1),
+        "top_k": body.integer("top_k", 1, 2**31 - 1) if body.has("top_k") else None,
+        "seed": body.integer("seed", 0, 2**63 - 1) if body.has("seed") else None,
+    }
+
+
+async def _answer(compute: Callable[[], dict[str, Any]], kind: str, name: str | None) -> Response:
+    try:
+        return JSONResponse(await run_in_threadpool(compute))
+    except KeyError:
+        message = f"there is no {kind} {str(name)[:80]!r}; reload the page for the current list"
+        raise HTTPException(404, message) from None
+
+
+def _stream(updates: Iterator[dict[str, Any]]) -> Response:
+    """Send updates as lines of JSON; the last line has "done" or "error"."""
+
+    async def lines() -> AsyncIterator[str]:
+        try:
+            while (update := await run_in_threadpool(next, updates, None)) is not None:
+                yield json.dumps(update) + "\n"
+        except (BasicError, OSError, RuntimeError) as error:
+            yield json.dumps({"error": str(error)}) + "\n"
+        except KeyError:
+            yield json.dumps({"error": "there is no such model; reload the page for the current list"}) + "\n"
+        else:
+            yield json.dumps({"done": True}) + "\n"
+
+    return StreamingResponse(lines(), media_type="application/x-ndjson")
 
 
 class QueuedEndpoint:
@@ -163,10 +197,10 @@ class QueuedEndpoint:
 
 def read_page() -> str:
     """Return the page, self-contained: playground.html with the style and the script inserted."""
-    pages = Path(__file__).parent / "pages"
+    pages = Path(__file__).parents[1] / "pages"
     return Template((pages / "playground.html").read_text("utf-8")).substitute(
         style=(pages / "playground.css").read_text("utf-8"),
-        script=(pages / "playground.js").read_text("utf-8"),
+        script="".join((pages / f"playground_{name}.js").read_text("utf-8") for name in ("tokens", "models", "views")),
     )
 
 
@@ -308,54 +342,3 @@ def content_security_policy(html: str) -> str:
         f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; connect-src 'self'; "
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-
-
-class RequestBody:
-    """The JSON object of a request; each method returns a field, or raises InvalidInputError that names it."""
-
-    def __init__(self, fields: dict[str, Any], max_text_characters: int) -> None:
-        self._fields, self._max_text_characters = fields, max_text_characters
-
-    @classmethod
-    async def read(cls, request: Request, max_text_characters: int) -> RequestBody:
-        """Read the body of a request, whose size the server has checked."""
-        # Pages of other origins cannot send this content type without a preflight request, which we reject.
-        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-            raise HTTPException(415, "the request must be JSON (Content-Type: application/json)")
-        body = await request.body()
-        try:
-            fields = await run_in_threadpool(json.loads, body)
-        except (ValueError, RecursionError):
-            raise InvalidInputError("the request is not JSON") from None
-        if not isinstance(fields, dict):
-            raise InvalidInputError("the request must be a JSON object")
-        return cls(fields, max_text_characters)
-
-    def has(self, name: str) -> bool:
-        return self._fields.get(name) is not None
-
-    def text(self, name: str) -> str:
-        value, limit = self._fields.get(name), self._max_text_characters
-        if not isinstance(value, str):
-            raise InvalidInputError(f"{name} must be a string, got {value!r:.80}")
-        if len(value) > limit:
-            raise InvalidInputError(f"{name} has {len(value):,} characters; at most {limit:,} are allowed")
-        return value
-
-    def flag(self, name: str) -> bool:
-        value = self._fields.get(name, False)
-        if not isinstance(value, bool):
-            raise InvalidInputError(f"{name} must be true or false, got {value!r:.80}")
-        return value
-
-    def integer(self, name: str, low: int, high: int) -> int:
-        value = self._fields.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise InvalidInputError(f"{name} must be an integer from {low:,} to {high:,}, got {value!r:.80}")
-        return value
-
-    def number(self, name: str, low: float, high: float) -> float:
-        value = self._fields.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
-            raise InvalidInputError(f"{name} must be a number from {low:,} to {high:,}, got {value!r:.80}")
-        return value

@@ -1,0 +1,1 @@
+"""A web page to explore tokenizers and models in a browser."""
