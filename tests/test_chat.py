@@ -9,8 +9,10 @@ import pytest
 
 from basic.chat import ChatFormat, encode_conversations
 from basic.common.errors import DamagedFileError, InvalidInputError
-from basic.formats.export_model import export_hf
+from basic.formats.export_model import export_gguf, export_hf
+from basic.formats.gguf_file import GGUFFile
 from basic.formats.gguf_tokenizer import gguf_tokenizer_fields, read_gguf_tokenizer
+from basic.formats.import_model import open_model
 from basic.model import TransformerLM
 from basic.Tokenizer import Tokenizer
 from basic.tokenizer_files.content import ChatTemplate
@@ -181,6 +183,36 @@ def test_a_template_travels_with_its_tokenizer(tmp_path):
     (folder / "tokenizer_config.json").write_text('{"chat_template": 3}')
     with pytest.raises(DamagedFileError, match="chat_template must be a string, got int"):
         Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA2], ids=["chatml", "llama2"])
+def test_exports_end_at_the_end_of_an_answer_and_of_a_text(template, tmp_path):
+    """With names of special tokens that llama.cpp does not know."""
+    source = template.replace("<|im_end|>", "<answer>").replace("<|im_start|>", "<ask>")
+    chat = ChatTemplate(source=source, tokens={"bos_token": "<ask>", "eos_token": "<answer>"})
+    special = {"<text>": 257, "<ask>": 258, "<answer>": 259}
+    vocab = {i: bytes([i]) for i in range(256)} | {256: b"he"}
+    tokenizer = Tokenizer(vocab, [(b"h", b"e")], special, chat_template=chat)
+    model = TransformerLM(tiny(vocab_size=tokenizer.vocab_size))
+    export_hf(model, tmp_path / "hf", tokenizer, end_of_text="<text>")
+    assert json.loads((tmp_path / "hf/generation_config.json").read_text())["eos_token_id"] == [257, 259]
+    assert open_model(tmp_path / "hf").end_of_text == "<text>"
+    export_gguf(model, tmp_path / "model.gguf", tokenizer, end_of_text="<text>")
+    fields = GGUFFile(tmp_path / "model.gguf").fields
+    assert {fields["tokenizer.ggml.eos_token_id"], fields["tokenizer.ggml.eot_token_id"]} == {257, 259}
+    message = {"role": "user", "content": "Hi"}
+    texts = [ChatFormat(each).prompt([message]) for each in (tokenizer, read_gguf_tokenizer(fields))]
+    assert texts[0] == texts[1]  # the template names the same BOS and EOS
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    llama = llama_cpp.Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)
+    assert [i for i in (257, 258, 259) if llama_cpp.llama_vocab_is_eog(llama._model.vocab, i)] == [257, 259]
+
+
+def test_a_template_that_cannot_be_read_does_not_stop_an_export(tmp_path):
+    tokenizer = tokenizer_with("{% for %}")
+    with pytest.warns(UserWarning, match="does not say at which token an answer ends: the chat template is not valid"):
+        export_hf(TransformerLM(tiny(vocab_size=tokenizer.vocab_size)), tmp_path / "hf", tokenizer)
+    assert json.loads((tmp_path / "hf/generation_config.json").read_text())["eos_token_id"] == 259
 
 
 def test_conversations_become_a_token_file_with_a_mask(tmp_path):

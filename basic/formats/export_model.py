@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -10,6 +11,8 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from basic.chat import ChatFormat
+from basic.common.errors import InvalidInputError
 from basic.common.file_sets import write_checksums
 from basic.common.files import atomic_folder, atomic_paths, write_json
 from basic.common.outputs import Output, check_outputs, reserved_outputs
@@ -38,9 +41,10 @@ def export_hf(
     """Write a folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
 
     It contains config.json, generation_config.json and model.safetensors, with a tokenizer also tokenizer.json and
-    tokenizer_config.json, and checksums.json, by which our import finds damage (delete it after an edit). The model is
-    a Llama, or its relative with what a Llama lacks: a Mistral with a sliding window, a Qwen 2 with biases, a Qwen 3
-    with QK-norm. The folder appears when it is complete; after an error nothing is left.
+    tokenizer_config.json, and checksums.json, by which our import finds damage (delete it after an edit). EOS tokens
+    are `end_of_text` and what ends an answer of the chat template. The model is a Llama, or its relative with what a
+    Llama lacks: a Mistral with a sliding window, a Qwen 2 with biases, a Qwen 3 with QK-norm. The folder appears when it
+    is complete; after an error nothing is left.
 
     Args:
         model: pre-norm, RoPE and SwiGLU.
@@ -58,10 +62,12 @@ def export_hf(
     output = Output(directory, "an export", is_folder=True)
     check_outputs([output])
     config = hf_config(model.config)
-    end_id = None
+    end_id, ends = None, []
     if tokenizer is not None:
         check_tokenizer_size(tokenizer.vocab_size, model.config.vocab_size, _TOO_MANY_IDS)
         end_id = tokenizer.special_token_ids.get(end_of_text)
+        ends = [tokenizer.special_token_ids.get(token or "") for token in (end_of_text, _end_of_answer(tokenizer))]
+        ends = list(dict.fromkeys(token_id for token_id in ends if token_id is not None))
     ids = {"bos_token_id": end_id, "eos_token_id": end_id}
     saved_dtype = model.token_embeddings.weight.dtype if dtype is None else _DTYPES[dtype]
     weights = {
@@ -74,7 +80,8 @@ def export_hf(
         )
         # Padding is masked, so any id serves; without one, transformers warns at every generation. The id is not in
         # config.json, because there it would exclude this id's embedding from training.
-        write_json(folder / "generation_config.json", {**ids, "pad_token_id": end_id}, indent=2)
+        eos = {"eos_token_id": ends if len(ends) > 1 else next(iter(ends), None)}
+        write_json(folder / "generation_config.json", {**ids, **eos, "pad_token_id": end_id}, indent=2)
         (folder / "model.safetensors").touch()
         mode = (folder / "model.safetensors").stat().st_mode  # safetensors creates files that only the owner can read
         with disk_errors():
@@ -88,6 +95,17 @@ def export_hf(
                 (folder / "chat_template.jinja").write_text(tokenizer.chat_template.source, encoding="utf-8")
             write_json(folder / "tokenizer_config.json", settings, indent=2)
         write_checksums(folder, sorted(path.name for path in folder.iterdir()))
+
+
+def _end_of_answer(tokenizer: Tokenizer) -> str | None:
+    """The special token with which the chat template ends an answer."""
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        return ChatFormat(tokenizer).end_of_answer
+    except InvalidInputError as error:
+        warnings.warn(f"the export does not say at which token an answer ends: {error}", stacklevel=3)
+        return None
 
 
 def _tokenizer_config(model: TransformerLM, end_of_text: str | None) -> dict[str, Any]:
@@ -131,7 +149,7 @@ def export_gguf(
     fields = {f"{architecture}.{name}": value for name, value in fields.items()}
     if tokenizer is not None:
         check_tokenizer_size(tokenizer.vocab_size, config.vocab_size, _TOO_MANY_IDS)
-        fields |= gguf_tokenizer_fields(tokenizer, config.vocab_size, end_of_text)
+        fields |= gguf_tokenizer_fields(tokenizer, config.vocab_size, end_of_text, _end_of_answer(tokenizer))
     else:
         fields["tokenizer.ggml.model"] = "none"
 

@@ -95,12 +95,16 @@ def _chat_template(fields: dict[str, Any], tokens: list[str]) -> ChatTemplate | 
     return parse_chat_template({"chat_template": fields.get("tokenizer.chat_template"), **named})
 
 
-def gguf_tokenizer_fields(tokenizer: Tokenizer, vocab_size: int, end_of_text: str) -> dict[str, Any]:
+def gguf_tokenizer_fields(
+    tokenizer: Tokenizer, vocab_size: int, end_of_text: str, end_of_answer: str | None = None
+) -> dict[str, Any]:
     """The fields of a file that describe a tokenizer.
 
     Args:
         vocab_size: of the model; ids without a token become unused tokens.
-        end_of_text: the special token that becomes the BOS and EOS token, if the tokenizer has it.
+        end_of_text: the special token that becomes the BOS and EOS token, if the tokenizer has it, and neither its
+            post-processor nor its chat template names others.
+        end_of_answer: a special token at which llama.cpp ends too.
 
     Raises:
         InvalidInputError: llama.cpp would give other ids; the message has the reason.
@@ -127,9 +131,9 @@ def gguf_tokenizer_fields(tokenizer: Tokenizer, vocab_size: int, end_of_text: st
             f"{', '.join(_PRE_TOKENIZERS)}); export the model without its tokenizer"
         )
     template = settings.template()
-    end_id = tokenizer.special_token_ids.get(end_of_text)
-    bos = template.before[0] if template.before else end_id
-    eos = template.after[0] if template.after else end_id
+    end_id, answer_id = (tokenizer.special_token_ids.get(token or "") for token in (end_of_text, end_of_answer))
+    bos = template.before[0] if template.before else _named_id(tokenizer, "bos_token", end_id)
+    eos = template.after[0] if template.after else _named_id(tokenizer, "eos_token", end_id)
     special = {token_id: token for token, token_id in tokenizer.special_token_ids.items()}
     tokens, kinds = [], []
     for token_id in range(vocab_size):
@@ -151,9 +155,17 @@ def gguf_tokenizer_fields(tokenizer: Tokenizer, vocab_size: int, end_of_text: st
         **({} if content.chat_template is None else {"tokenizer.chat_template": content.chat_template.source}),
         "tokenizer.ggml.bos_token_id": bos,
         "tokenizer.ggml.eos_token_id": eos,
+        "tokenizer.ggml.eot_token_id": next((i for i in (answer_id, end_id) if i not in (None, eos)), None),
         "tokenizer.ggml.padding_token_id": end_id,
         "tokenizer.ggml.add_bos_token": bool(template.before),
         "tokenizer.ggml.add_eos_token": bool(template.after),
         "tokenizer.ggml.add_space_prefix": False,
     }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _named_id(tokenizer: Tokenizer, name: str, default: int | None) -> int | None:
+    """The id of a token that the chat template names: llama.cpp gives it the BOS and EOS token of the file."""
+    chat = tokenizer.chat_template
+    token = chat.tokens.get(name, "") if chat is not None and name in chat.source else ""
+    return tokenizer.special_token_ids.get(token, default)

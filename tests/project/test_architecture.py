@@ -40,9 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generation": {"common", "model", "transformer"},
     "training": {"common", "generation", "model", "tokens", "transformer"},
     "formats": {
-        *("Tokenizer", "bytes_utils", "common", "model", "pretokenization", "tokenizer_files"),
-        "training",
-        "transformer",
+        *("Tokenizer", "bytes_utils", "chat", "common", "model", "pretokenization", "tokenizer_files"),
+        *("training", "transformer"),
     },
     "analysis": {"Tokenizer", "chat", "common", "generation", "model", "tokens", "training", "transformer"},
 }
