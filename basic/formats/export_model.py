@@ -43,8 +43,8 @@ def export_hf(
     It contains config.json, generation_config.json and model.safetensors, with a tokenizer also tokenizer.json and
     tokenizer_config.json, and checksums.json, by which our import finds damage (delete it after an edit). EOS tokens
     are `end_of_text` and what ends an answer of the chat template. The model is a Llama, or its relative with what a
-    Llama lacks: a Mistral with a sliding window, a Qwen 2 with biases, a Qwen 3 with QK-norm. The folder appears when it
-    is complete; after an error nothing is left.
+    Llama lacks: a Mistral with a sliding window, a Qwen 2 with biases, a Qwen 3 with QK-norm. The folder appears when
+    it is complete; after an error nothing is left.
 
     Args:
         model: pre-norm, RoPE and SwiGLU.

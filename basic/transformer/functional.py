@@ -390,20 +390,42 @@ def causal_self_attention(
         q, k = rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
     if options.extend_cache is not None:
         k, v = options.extend_cache(k, v)
-    if window is not None:  # what no query may attend to is not computed
-        num_keys = min(k.shape[-2], q.shape[-2] + window - 1)
-        k, v = k[..., -num_keys:, :], v[..., -num_keys:, :]
+    seq, num_earlier = q.shape[-2], k.shape[-2] - q.shape[-2]
+    step = _QUERIES_AT_ONCE if q.device.type == "cpu" else max(1, seq)
+    attended = []
+    for first in range(0, max(1, seq), step):
+        # What none of these queries may attend to is not computed.
+        last = min(first + step, seq)
+        first_key = 0 if window is None else max(0, num_earlier + first + 1 - window)
+        keys = slice(first_key, num_earlier + last)
+        starts = None if options.document_starts is None else options.document_starts[..., first:last] - first_key
+        attended.append(_attend(q[..., first:last, :], k[..., keys, :], v[..., keys, :], window, starts))
+    return rearrange(torch.cat(attended, -2), "... head seq d -> ... seq (head d)")
+
+
+_QUERIES_AT_ONCE = 64
+"""On the CPU, so that their scores stay in its caches."""
+
+
+def _attend(
+    q: Float[Tensor, " ... heads queries d"],
+    k: Float[Tensor, " ... kv_heads keys d"],
+    v: Float[Tensor, " ... kv_heads keys d"],
+    window: int | None,
+    document_starts: Int[Tensor, "... queries"] | None,
+) -> Float[Tensor, " ... heads queries d"]:
+    """Attention of queries at the last of the keys' positions, of which the documents' starts count from the first."""
     # A single query, as in decoding, may attend to all keys.
     mask = causal_mask(q.shape[-2], k.shape[-2], window, device=q.device) if q.shape[-2] > 1 else None
-    if options.document_starts is not None and mask is not None:
-        in_document = torch.arange(k.shape[-2], device=k.device) >= options.document_starts.unsqueeze(-1)
-        mask = mask & in_document.unsqueeze(-3)  # the same for every head
-    if num_kv_heads == num_heads:
-        attended = scaled_dot_product_attention(q, k, v, mask)
-        return rearrange(attended, "... head seq d -> ... seq (head d)")
+    if document_starts is not None:
+        in_document = torch.arange(k.shape[-2], device=k.device) >= document_starts.unsqueeze(-1)
+        in_document = in_document.unsqueeze(-3)  # the same for every head
+        mask = in_document if mask is None else mask & in_document
+    group = q.shape[-3] // k.shape[-3]
+    if group == 1:
+        return scaled_dot_product_attention(q, k, v, mask)
     # The queries of a group become more queries of their one head of keys, which are not copied.
-    group = num_heads // num_kv_heads
     q = rearrange(q, "... (kv_head group) seq d -> ... kv_head (group seq) d", group=group)
     mask = None if mask is None else torch.cat([mask] * group, -2)
     attended = scaled_dot_product_attention(q, k, v, mask)
-    return rearrange(attended, "... kv_head (group seq) d -> ... seq (kv_head group d)", group=group)
+    return rearrange(attended, "... kv_head (group seq) d -> ... (kv_head group) seq d", group=group)
