@@ -18,6 +18,9 @@ from basic.tokens.index import Tokens
 from basic.training.batches import check_token_ids
 from basic.transformer.functional import token_losses
 
+_LOGITS_AT_ONCE = 1 << 23
+"""Memory of more is new from the system each time, which takes longer than the logits."""
+
 
 class EvaluationResult(NamedTuple):
     """The cross-entropy of a model on a sequence of tokens."""
@@ -119,8 +122,10 @@ def _window_nats(
         ids[0, 0] = prefix_token_id
     ids = ids.to(model.token_embeddings.weight.device)
     # The output layer is most of a small model's work, so positions that are only context skip it.
-    logits = model.lm_head(model.features(ids[:, :-1])[:, -num_scored:])
-    return token_losses(logits, ids[:, -num_scored:]).cpu().double().sum().item()
+    features = model.features(ids[:, :-1])[:, -num_scored:].flatten(0, 1)
+    num_rows = max(1, _LOGITS_AT_ONCE // model.config.vocab_size)
+    pieces = zip(features.split(num_rows), ids[:, -num_scored:].flatten().split(num_rows), strict=True)
+    return sum(token_losses(model.lm_head(x), targets).double().sum().item() for x, targets in pieces)
 
 
 @torch.inference_mode()
