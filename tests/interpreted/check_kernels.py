@@ -67,6 +67,19 @@ def test_attention_in_packed_documents(seq, documents, window, group):
     kernel_checks.check_attention(seq, 16, FLOAT32, "cpu", **options)
 
 
+def test_gradients_of_keys_skip_queries_behind_their_document():
+    q, k, v, do = torch.randn(4, 1, 192, 1, 16).unbind()
+    starts = torch.zeros(1, 192, dtype=torch.int32)
+    starts[:, 64:] = 64
+    output, log_sums = flash_attention.forward(q, k, v, starts=starts)
+    do[:, 64:] = torch.nan  # a masked weight of 0 times NaN is NaN
+    gradients = dq, dk, dv = [torch.empty_like(x) for x in (q, k, v)]
+    cos, sin = torch.ones(192, 8), torch.zeros(192, 8)
+    flash_attention.backward(q, k, v, output, log_sums, do, *gradients, cos, sin, starts=starts)
+    assert not any(gradient[:, :64].isnan().any() for gradient in (dq, dk, dv))
+    assert dk[:, 64:].isnan().any()
+
+
 def test_attention_finds_nan():
     kernel_checks.check_attention_finds_nan(FLOAT32, "cpu")
 

@@ -172,7 +172,7 @@ def _key_gradients(Q, K, V, DO, DK, DV, LOG_SUMS, DELTAS, COS, SIN,
                    q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
                    do_batch, do_stride, do_head, dk_batch, dk_stride, dk_head, dv_batch, dv_stride, dv_head,
                    H, T, scale, out_scale, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-                   M: tl.constexpr, N: tl.constexpr, CHECK: tl.constexpr, WINDOW: tl.constexpr, STARTS,
+                   M: tl.constexpr, N: tl.constexpr, CHECK: tl.constexpr, WINDOW: tl.constexpr, STARTS, ENDS,
                    PACKED: tl.constexpr):  # fmt: skip
     kv_heads = H // GROUP
     batch, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
@@ -194,6 +194,8 @@ def _key_gradients(Q, K, V, DO, DK, DV, LOG_SUMS, DELTAS, COS, SIN,
     # One loop, with a mask that only the diagonal needs. With two loops over both sums, the assembler lets no matrix
     # multiplication begin before the last one has ended (its note C7515), and the kernel takes 1/6 to 1/3 longer.
     last = T if WINDOW == 0 else tl.minimum(T, (tile + 1) * N + WINDOW - 1)
+    if PACKED:  # no query behind the document of the last key attends to these
+        last = tl.minimum(last, tl.load(ENDS + batch * T + tl.minimum((tile + 1) * N, T) - 1))
     for _ in range(GROUP):
         for start in range(tile * N // M * M, last, M):
             rows = start + tl.arange(0, M)
@@ -305,6 +307,10 @@ def backward(
         q, k, v, o, do, dq, log_sums, deltas, cos, sin, *_strides(q, k, v, o, do, dq), H, T, *scales, **constants
     )
     constants = _constants(q, k, _KEY_GRADIENT_TILES, window, starts)
+    constants["ENDS"] = q
+    if starts is not None:  # index of the first token behind each token's document
+        positions = torch.arange(T, dtype=torch.int32, device=q.device).expand(B, T).contiguous()
+        constants["ENDS"] = torch.searchsorted(starts, positions, right=True, out_int32=True)
     _key_gradients[triton.cdiv(T, constants["N"]), B * k.shape[2]](
         q, k, v, do, dk, dv, log_sums, deltas, cos, sin, *_strides(q, k, v, do, dk, dv), H, T, *scales, **constants
     )
