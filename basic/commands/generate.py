@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -42,8 +42,8 @@ class Options:
     """Strings before which a text ends."""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=lambda: Sampling(top_p=0.95))
     """How the next token is chosen."""
-    checkpoint: str | None = None
-    """The step of a checkpoint, or best for the one with the lowest validation loss; None: the newest."""
+    checkpoint: int | Literal["best", "last"] = "last"
+    """The step of a checkpoint, best for the one with the lowest validation loss, or last for the newest."""
     device: str = "auto"
     """cpu, cuda, mps ...; auto: the fastest one available."""
 
@@ -56,9 +56,7 @@ def main(options: Options) -> None:
 
     if options.prompt is not None and options.prompt_file is not None:
         raise InvalidInputError("--prompt and --prompt-file are both given; leave one of them out")
-    checkpoint = options.checkpoint
-    step = int(checkpoint) if checkpoint is not None and checkpoint.isdecimal() else checkpoint
-    run = load_run(options.run, checkpoint=step, device=options.device)  # ty: ignore[invalid-argument-type]
+    run = load_run(options.run, checkpoint=options.checkpoint, device=options.device)
     if run.tokenizer_path is None:
         raise InvalidInputError(f"{options.run} has no tokenizer/ folder, which is needed to encode the prompt")
     tokenizer = Tokenizer.load(run.tokenizer_path)

@@ -127,14 +127,16 @@ def save_run_config(run_dir: Path, config: RunConfig) -> None:
     write_checksums(run_dir, ["config.toml"])
 
 
-def load_run(path: str | os.PathLike, *, checkpoint: int | Literal["best"] | None = None, device: str = "auto") -> Run:
+def load_run(
+    path: str | os.PathLike, *, checkpoint: int | Literal["best", "last"] | None = None, device: str = "auto"
+) -> Run:
     """Load the model of a run, in evaluation mode, from its newest complete checkpoint or another one.
 
     A warning names every newer checkpoint that is damaged.
 
     Args:
         path: the folder of the run.
-        checkpoint: the step of a checkpoint; "best" for the one with the lowest validation loss; None for the newest.
+        checkpoint: the step of a checkpoint; "best" for the one with the lowest validation loss; "last" or None for the newest.
         device: cpu, cuda, ...; "auto" is a GPU if there is one, else the CPU.
 
     Raises:
@@ -146,7 +148,7 @@ def load_run(path: str | os.PathLike, *, checkpoint: int | Literal["best"] | Non
     """
     run_dir = Path(path)
     config = load_run_config(run_dir)
-    if checkpoint is None:
+    if checkpoint in ("last", None):
         opened = newest_checkpoint(run_dir, warnings.warn)
     else:
         opened = open_checkpoint(find_checkpoint_path(run_dir, checkpoint))
@@ -339,7 +341,7 @@ def find_checkpoint_path(run_dir: Path, checkpoint: int | str) -> Path:
     remedy = f"give one of {', '.join(map(str, paths)) or 'none: it has no checkpoint'}, or leave it out for the newest"
     if isinstance(checkpoint, str):
         if checkpoint != "best":
-            raise InvalidInputError(f"checkpoint must be a step or 'best', got {checkpoint!r}; {remedy}")
+            raise InvalidInputError(f"checkpoint must be a step, 'best' or 'last', got {checkpoint!r}; {remedy}")
         losses = valid_losses(run_dir)
         if not losses:
             raise FileNotFoundError(f"{run_dir} has no checkpoint whose validation loss was measured; {remedy}")

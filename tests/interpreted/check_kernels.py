@@ -73,9 +73,9 @@ def test_gradients_of_keys_skip_queries_behind_their_document():
     starts[:, 64:] = 64
     output, log_sums = flash_attention.forward(q, k, v, starts=starts)
     do[:, 64:] = torch.nan  # a masked weight of 0 times NaN is NaN
-    gradients = dq, dk, dv = [torch.empty_like(x) for x in (q, k, v)]
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     cos, sin = torch.ones(192, 8), torch.zeros(192, 8)
-    flash_attention.backward(q, k, v, output, log_sums, do, *gradients, cos, sin, starts=starts)
+    flash_attention.backward(q, k, v, output, log_sums, do, dq, dk, dv, cos, sin, starts=starts)
     assert not any(gradient[:, :64].isnan().any() for gradient in (dq, dk, dv))
     assert dk[:, 64:].isnan().any()
 

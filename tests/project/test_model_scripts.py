@@ -138,6 +138,7 @@ def test_a_checkpoint_is_chosen_by_its_step(folder, capsys, monkeypatch):
     options = ("--prompt", "a", "--temperature", "0", "--checkpoint")
     assert generate_output(capsys, monkeypatch, folder, *options, str(step)) == newest
     assert generate_output(capsys, monkeypatch, folder, *options, "best") == newest
+    assert generate_output(capsys, monkeypatch, folder, *options, "last") == newest
     with pytest.raises(SystemExit, match="has no checkpoint of step 999"):
         generate_output(capsys, monkeypatch, folder, *options, "999")
 
@@ -236,7 +237,7 @@ def test_tokens_and_text_give_the_same_numbers(folder, capsys, monkeypatch):
     expected = [pytest.approx(number, abs=1e-4) for number in (score.loss, score.perplexity, bits)]
     assert evaluated(capsys, monkeypatch, folder) == expected
     assert evaluated(capsys, monkeypatch, folder, folder / "text.bin", "--batch-size", "3") == expected
-    assert evaluated(capsys, monkeypatch, folder, folder / "text.txt") == expected
+    assert evaluated(capsys, monkeypatch, folder, folder / "text.txt", "--checkpoint", "best") == expected
     assert (
         evaluated(capsys, monkeypatch, folder, folder / "text.npy") == expected[:2]
     )  # the size of the text is unknown

@@ -41,11 +41,11 @@ def test_a_checkpoint_is_loaded_by_its_step_or_as_the_best(base):
     assert [run.step for run in runs.values()] == [2, 4, 6]
     assert not torch.equal(runs[2].model.lm_head.weight, runs[4].model.lm_head.weight)
     assert load_run(base, checkpoint="best", device="cpu").step == min(losses, key=lambda step: losses[step])
-    assert load_run(base, device="cpu").step == 6
+    assert load_run(base, device="cpu").step == load_run(base, checkpoint="last", device="cpu").step == 6
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 3; give one of 2, 4, 6, or leave it out"):
         load_run(base, checkpoint=3, device="cpu")
-    with pytest.raises(InvalidInputError, match="must be a step or 'best', got 'last'"):
-        load_run(base, checkpoint="last", device="cpu")  # ty: ignore[invalid-argument-type]
+    with pytest.raises(InvalidInputError, match="must be a step, 'best' or 'last', got 'final'"):
+        load_run(base, checkpoint="final", device="cpu")  # ty: ignore[invalid-argument-type]
 
 
 def test_without_evaluations_there_is_no_best_checkpoint(tmp_path):

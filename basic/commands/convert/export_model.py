@@ -23,6 +23,8 @@ class Options:
     """Run folder, such as runs/quickstart."""
     output: tyro.conf.Positional[Path]
     """hf: the folder to create; gguf, tiktoken: the file to write. It must not exist."""
+    checkpoint: int | Literal["best", "last"] = "last"
+    """The step of a checkpoint, best for the one with the lowest validation loss, or last for the newest."""
     to: Literal["hf", "gguf", "tiktoken"] = "hf"
     """Format of the export."""
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = None
@@ -42,7 +44,7 @@ def main(options: Options) -> None:
     from basic.training.run_folder import load_run
 
     check_outputs([Output(options.output, "an export", is_folder=options.to == "hf")])
-    run = load_run(options.run, device="cpu")
+    run = load_run(options.run, checkpoint=options.checkpoint, device="cpu")
     tokenizer = None if run.tokenizer_path is None else Tokenizer.load(run.tokenizer_path)
     check_run_tokenizer(options.run, None if tokenizer is None else tokenizer.fingerprint)
     make_folder(options.output.parent)

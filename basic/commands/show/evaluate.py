@@ -23,6 +23,8 @@ class Options:
     """Run folder, such as runs/quickstart."""
     file: tyro.conf.Positional[Path | None] = None
     """Token file (.bin, .npy) or UTF-8 text; None: the run's validation tokens."""
+    checkpoint: int | Literal["best", "last"] = "last"
+    """The step of a checkpoint, best for the one with the lowest validation loss, or last for the newest."""
     stride: int | None = None
     """Tokens from the start of a window to the start of the next; each token has at least context_length - stride + 1
     tokens of context, unless it is nearer to the start of the file. None: half the context length. A smaller stride
@@ -42,7 +44,7 @@ def main(options: Options) -> None:
     from basic.training.records.environment import check_run_tokenizer
     from basic.training.run_folder import load_run
 
-    run = load_run(options.run, device=options.device)
+    run = load_run(options.run, checkpoint=options.checkpoint, device=options.device)
     precision = replace(run.config.train, precision=options.precision)
     run.model.activation_dtype = activation_dtype(precision, choose_device(options.device))
     tokenizer = None if run.tokenizer_path is None else Tokenizer.load(run.tokenizer_path)
