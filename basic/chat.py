@@ -20,7 +20,8 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,15 @@ from basic.common.errors import InvalidInputError, how_to_install
 from basic.common.outputs import reserved_outputs
 from basic.common.progress import progress_bar
 from basic.corpus.documents import MAX_LINE_BYTES, BadLines
-from basic.corpus.sources import Inputs, SkippedLines, expand_inputs, warn_of_skipped
-from basic.encoding import token_file_outputs
+from basic.corpus.shards import Shard
+from basic.corpus.sources import Inputs, SkippedLines, TextSource, expand_inputs, warn_of_skipped
+from basic.corpus.work_folder import Record
+from basic.encoding import SavedTokenizer, ShardEncoding, encode_files, shard_record, token_file_outputs
 from basic.Tokenizer import Tokenizer
 from basic.tokenizer_files.content import ChatTemplate
 from basic.tokens.flat_file import TokenFileWriter
 from basic.tokens.info import BEGINS_DOCUMENT, IS_LEARNED, TokenFileInfo
+from basic.tokens.opening import open_mask, open_tokens
 
 __all__ = ["ChatFormat", "encode_conversations"]
 
@@ -191,34 +195,69 @@ def encode_conversations(
     on_bad_line: str = "error",
     overwrite: bool = True,
     progress: bool = False,
+    **dataset: Any,
 ) -> tuple[TokenFileInfo, int]:
-    """Encode conversations into a token file with a mask, in which the assistant's tokens are learned.
+    """Encode conversations into token files with masks, in which the assistant's tokens are learned.
 
     Args:
         inputs: JSON lines, each an object with "messages", in any form that `basic.encoding.encode_file` takes.
-        output_path: path of the token file, `*.bin`; the mask is beside it (see `basic.tokens.info.mask_path`).
+        output_path: path of the token file, `*.bin`; the mask is beside it (see `basic.tokens.info.mask_path`). Another
+            name is the folder of a dataset, with a token file for each input; the same call resumes it.
         end_of_text: as for `ChatFormat`.
         on_bad_line: "error", or "skip" for leaving out lines that are no conversations.
         overwrite, progress: as for `basic.encoding.encode_file`.
+        dataset: `executor`, `start_over` and `num_workers` of `basic.encoding.encode_files`.
 
     Returns:
-        The contents of the sidecar, and how many tokens are learned.
+        The contents of the sidecar or index, and how many tokens are learned.
 
     Raises:
-        InvalidInputError: a line is no conversation; the message names it. Or no conversation has a learned token.
-        FileExistsError, BlockingIOError, DamagedFileError, OSError: as for `basic.encoding.encode_file`.
+        InvalidInputError: a line is no conversation; the message names it. Or no conversation of a file has a learned
+            token.
+        FileExistsError, BlockingIOError, DamagedFileError, OSError: as for `encode_file` and `encode_files`.
     """
-    chat, sources = ChatFormat(tokenizer, end_of_text=end_of_text), expand_inputs(inputs)
-    skipped, num_learned = SkippedLines(), 0
-    outputs = token_file_outputs(output_path, with_mask=True)
-    with ExitStack() as stack:
-        stack.enter_context(reserved_outputs(outputs, inputs=sources, overwrite=overwrite))
-        advance = stack.enter_context(progress_bar(progress, desc="encoding", total=None, unit="B", unit_scale=True))
-        writer = stack.enter_context(
-            TokenFileWriter(
-                output_path, tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint, with_mask=True
-            )
-        )
+    settings = {"end_of_text": end_of_text, "on_bad_line": on_bad_line}
+    if Path(output_path).suffix != ".bin" or dataset.get("executor") is not None:
+        chat = tokenizer.chat_template
+        template = None if chat is None else [chat.source, *sorted(chat.tokens.items())]
+        work = {"kind": "conversations", "chat_template": template, **settings}
+        task = partial(encode_conversation_shard, **settings)
+        info = encode_files(tokenizer, inputs, output_path, progress=progress, task=task, work=work, **dataset)
+        mask = open_mask(open_tokens(output_path))
+        return info, 0 if mask is None else int(np.count_nonzero(mask & IS_LEARNED))
+    sources, outputs = expand_inputs(inputs), token_file_outputs(output_path, with_mask=True)
+    with (
+        reserved_outputs(outputs, inputs=sources, overwrite=overwrite),
+        progress_bar(progress, desc="encoding", total=None, unit="B", unit_scale=True) as advance,
+    ):
+        info, num_learned, skipped = _write_conversations(tokenizer, sources, output_path, advance, **settings)
+    warn_of_skipped([skipped.as_record()])
+    return info, num_learned
+
+
+def encode_conversation_shard(
+    tokenizer: SavedTokenizer, encoding: ShardEncoding, shard: Shard, path: str, **settings: str
+) -> Record:
+    """As `basic.encoding.encode_shard`, of conversations."""
+    sources = [segment.source for segment in shard]
+    info, _, skipped = _write_conversations(tokenizer.load(), sources, path, lambda num_bytes: None, **settings)
+    return shard_record(info, skipped)
+
+
+def _write_conversations(
+    tokenizer: Tokenizer,
+    sources: Sequence[TextSource],
+    output_path: str | os.PathLike,
+    advance: Callable[[int], object],
+    *,
+    end_of_text: str,
+    on_bad_line: str,
+) -> tuple[TokenFileInfo, int, SkippedLines]:
+    """Write a token file with its mask; return its sidecar, how many tokens are learned, and what was left out."""
+    chat, skipped, num_learned = ChatFormat(tokenizer, end_of_text=end_of_text), SkippedLines(), 0
+    with TokenFileWriter(
+        output_path, tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint, with_mask=True
+    ) as writer:
         for source in sources:
             bad_lines = BadLines(skipped if on_bad_line == "skip" else None)
             with source.open_content() as file:
@@ -239,8 +278,7 @@ def encode_conversations(
                 "messages of the role 'assistant', which the chat template must write (between {% generation %} and "
                 "{% endgeneration %} if it has these tags)"
             )
-    warn_of_skipped([skipped.as_record()])
-    return writer.info, num_learned
+    return writer.info, num_learned, skipped
 
 
 def _numbered_lines(file: Any) -> Iterator[tuple[str, bytes]]:

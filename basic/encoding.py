@@ -12,11 +12,12 @@ folder also holds the tokenizer, which each worker process loads from there.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from basic.bpe.arrays import InvalidByteError
 from basic.bpe.compiled import KernelEncoder
@@ -167,6 +168,8 @@ def encode_files(
     errors: str = "strict",
     specials_as_text: bool = False,
     progress: bool = False,
+    task: Callable[..., Record] | None = None,
+    work: Mapping[str, Any] | None = None,
 ) -> TokenFileInfo:
     """Encode text of any size into a token dataset; the same call resumes after an interruption.
 
@@ -183,6 +186,8 @@ def encode_files(
         errors: for bytes that are not UTF-8, or that have no token: "strict" raises, "replace" encodes U+FFFD.
         specials_as_text: whether special tokens in the text are encoded like any other text.
         progress: whether to show a progress bar.
+        task, work: instead of `encode_shard`, for inputs that cannot be divided, and what else its results depend on;
+            see `basic.chat`.
 
     Returns:
         The contents of the index about all files together.
@@ -206,13 +211,14 @@ def encode_files(
     check_can_be_divided(inputs)
     sources = expand_inputs(inputs)
     check_outputs(_dataset_outputs(output, 0), inputs=sources, overwrite=True)
-    segments = _entire_sources(sources, tokenizer)
+    segments = _entire_sources(sources, tokenizer) if task is None else tuple(map(entire_source, sources))
     # Where a file may be divided is known only if its text is not changed.
-    whole = tokenizer.changes_text(errors)
+    whole = task is not None or tokenizer.changes_text(errors)
     shards = [(segment,) for segment in segments] if whole else split_into_shards(segments, shard_bytes)
-    check_outputs(_dataset_outputs(output, len(shards)), inputs=sources, overwrite=True)
+    check_outputs(_dataset_outputs(output, len(shards), with_masks=task is not None), inputs=sources, overwrite=True)
     work = {
         "kind": "tokens",
+        **(work or {}),
         **inputs_fingerprint(segments),
         "tokenizer": tokenizer.fingerprint,
         **boundaries_fingerprint(tokenizer.compiled_pattern),
@@ -225,7 +231,7 @@ def encode_files(
         errors=errors,
         specials_as_text=specials_as_text,
     )
-    kernels = _kernel_encoder(tokenizer, segments) is not None
+    kernels = task is None and _kernel_encoder(tokenizer, segments) is not None
     with (
         WorkFolder(output, work, start_over=start_over) as folder,
         progress_bar(progress, desc="encoding", total=total_text_bytes(segments), unit="B", unit_scale=True) as advance,
@@ -251,7 +257,7 @@ def encode_files(
             (folder.path / INDEX_NAME).unlink(missing_ok=True)
         advance(folder.bytes_done(names))
         folder.run(
-            partial(encode_shard, saved, encoding),
+            partial(task or encode_shard, saved, encoding),
             tasks,
             executor or local_executor(num_workers, len(shards), threads=kernels),
             on_finished,
@@ -276,7 +282,7 @@ def token_file_outputs(path: str | os.PathLike, *, with_mask: bool = False) -> l
     return [*outputs, Output(mask_path(path), "the mask of a token file", is_ours)] if with_mask else outputs
 
 
-def _dataset_outputs(folder: Path, num_shards: int) -> list[Output]:
+def _dataset_outputs(folder: Path, num_shards: int, *, with_masks: bool = False) -> list[Output]:
     def is_ours(existing: Path) -> bool:
         if is_work_folder(folder):
             return True
@@ -287,7 +293,8 @@ def _dataset_outputs(folder: Path, num_shards: int) -> list[Output]:
         return True
 
     shards = [_shard_name(index) for index in range(num_shards)]
-    names = [MANIFEST_NAME, INDEX_NAME, *shards, *(Path(shard).with_suffix(".json").name for shard in shards)]
+    suffixes = (".bin", ".json", ".mask") if with_masks else (".bin", ".json")
+    names = [MANIFEST_NAME, INDEX_NAME, *(Path(shard).with_suffix(each).name for shard in shards for each in suffixes)]
     return [
         *(Output(folder / name, "a file of a token dataset", is_ours) for name in names),
         Output(folder / _TOKENIZER, "the tokenizer of a token dataset", is_ours, is_folder=True),
@@ -301,7 +308,8 @@ def _has_its_sidecar(folder: WorkFolder, name: str) -> bool:
         info = read_sidecar(folder.path / name)
     except (DamagedFileError, FileNotFoundError):
         return False
-    return record is not None and (info.sha256, info.count) == (record["sha256"], record.get("count"))
+    has_mask = info.mask_sha256 is None or mask_path(folder.path / name).is_file()
+    return record is not None and has_mask and (info.sha256, info.count) == (record["sha256"], record.get("count"))
 
 
 def _shard_name(index: int) -> str:
@@ -325,7 +333,11 @@ def _kernel_encoder(tokenizer: Tokenizer, segments: Shard) -> KernelEncoder | No
 def encode_shard(tokenizer: SavedTokenizer, encoding: ShardEncoding, shard: Shard, path: str) -> Record:
     """Encode a shard into a token file. A worker can run this anywhere, and more than once."""
     advance = encoding.advance or (lambda num_bytes: None)
-    info, skipped = _write_token_file(tokenizer.load(), encoding, shard, path, advance)
+    return shard_record(*_write_token_file(tokenizer.load(), encoding, shard, path, advance))
+
+
+def shard_record(info: TokenFileInfo, skipped: SkippedLines) -> Record:
+    """What a work folder records about the token file of a shard."""
     return {
         "bytes": info.source_bytes,
         **skipped.as_record(),

@@ -240,6 +240,35 @@ def test_conversations_become_a_token_file_with_a_mask(tmp_path):
     assert info.count == len(encoded[0][0])
 
 
+def test_conversations_become_a_dataset(tmp_path):
+    tokenizer = tokenizer_with(CHATML)
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path, conversations in zip(paths, (CONVERSATIONS[:2], CONVERSATIONS[2:]), strict=True):
+        path.write_text("".join(json.dumps({"messages": messages_of(each)}) + "\n" for each in conversations))
+    info, num_learned = encode_conversations(tokenizer, paths, tmp_path / "chat.bin")
+    single = open_tokens(tmp_path / "chat.bin")
+
+    def encode() -> None:
+        found, found_learned = encode_conversations(tokenizer, paths, tmp_path / "chat", num_workers=1)
+        assert (found.count, found.source_bytes, found_learned) == (info.count, info.source_bytes, num_learned)
+        tokens = open_tokens(tmp_path / "chat", verify=True, made_by=tokenizer.fingerprint)
+        assert np.array_equal(tokens, single)
+        assert np.array_equal(open_mask(tokens), open_mask(single))  # ty: ignore[invalid-argument-type]
+
+    encode()
+    (tmp_path / "chat" / "000001.mask").unlink()
+    with pytest.raises(DamagedFileError, match=r"000001\.mask, the mask of .*, is missing"):
+        open_mask(open_tokens(tmp_path / "chat"))
+    encode()  # it is made again
+    other = tokenizer_with(LLAMA2)
+    with pytest.raises(InvalidInputError, match="holds other work, with other chat_template; give another folder"):
+        encode_conversations(other, paths, tmp_path / "chat", num_workers=1)
+    paths[1].write_text('{"messages": []}\n')
+    with pytest.raises(InvalidInputError, match=r"b\.jsonl, line 1: a conversation must be an object"):
+        encode_conversations(tokenizer, paths, tmp_path / "chat", num_workers=1, start_over=True)
+    assert sorted(path.name for path in (tmp_path / "chat").glob("*.mask")) == ["000000.mask"]
+
+
 @pytest.mark.parametrize("template", [None, TAGS], ids=["plain", "tags"])
 def test_conversations_without_an_answer_are_refused(tmp_path, template):
     lines = [json.dumps({"messages": messages_of([("user", "Hi"), ("user", "Hello!")])})] * 3
@@ -257,5 +286,5 @@ def test_the_script_encodes_conversations(tmp_path, monkeypatch, capsys):
     run_script(monkeypatch, "encode", "--chat", *inputs, "--tokenizer", tmp_path / "tokenizer")
     assert "learned  7 tokens, those of the assistant" in capsys.readouterr().out
     assert open_mask(open_tokens(tmp_path / "chat.bin")) is not None
-    with pytest.raises(SystemExit, match=r"into one token file; name it \*\.bin"):
-        run_script(monkeypatch, "encode", "--chat", inputs[0], tmp_path / "f", "--tokenizer", tmp_path / "tokenizer")
+    run_script(monkeypatch, "encode", "--chat", inputs[0], tmp_path / "f", "--tokenizer", tmp_path / "tokenizer")
+    assert "learned  7 tokens, those of the assistant" in capsys.readouterr().out

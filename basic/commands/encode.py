@@ -55,23 +55,24 @@ def main(options: Options) -> None:
         raise InvalidInputError("at least two paths are needed: INPUT [INPUT ...] OUTPUT")
     inputs, output = options.paths[:-1], Path(options.paths[-1])
     tokenizer = Tokenizer.load(command_line.tokenizer_folder(options.tokenizer))
-    if options.chat and (output.suffix != ".bin" or options.scheduler is not None):
-        raise InvalidInputError(f"conversations are encoded into one token file; name it *.bin, got {output}")
     make_folder(output.parent)
     start = time.perf_counter()
     sources = [TextSource(path, **asdict(options.documents)) for path in inputs]
     num_learned = None
     if options.chat:
         documents = options.documents
-        info, num_learned = encode_conversations(
-            tokenizer,
-            sources,
-            output,
-            end_of_text=documents.end_of_text,
-            on_bad_line=documents.on_bad_line,
-            overwrite=options.overwrite,
-            progress=True,
-        )
+        with dask_executor(options.scheduler) as executor:
+            info, num_learned = encode_conversations(
+                tokenizer,
+                sources,
+                output,
+                end_of_text=documents.end_of_text,
+                on_bad_line=documents.on_bad_line,
+                overwrite=options.overwrite,
+                progress=True,
+                executor=executor,
+                start_over=options.start_over,
+            )
     elif output.suffix == ".bin" and options.scheduler is None:
         info = encode_file(
             tokenizer, sources, output, errors=options.errors, overwrite=options.overwrite, progress=True

@@ -358,5 +358,6 @@ class WorkFolder:
                 path = self.path / Path(line["file"]).name
                 path.unlink(missing_ok=True)
                 if path.suffix == ".bin":
-                    path.with_suffix(".json").unlink(missing_ok=True)  # the sidecar of a token file
+                    for suffix in (".json", ".mask"):  # the sidecar and the mask of a token file
+                        path.with_suffix(suffix).unlink(missing_ok=True)
         self._manifest.unlink(missing_ok=True)

@@ -38,6 +38,7 @@ def write_index(path: str | os.PathLike, names: Sequence[str]) -> TokenFileInfo:
             raise WrongTokenizerError(
                 f"the files of {path} differ in {key}: {sorted(map(str, values))}; encode the text again"
             )
+    masks = [info.mask_sha256 for info in infos if info.mask_sha256 is not None]  # of all files, or of none
     total = TokenFileInfo(
         dtype=infos[0].dtype,
         count=sum(info.count for info in infos),
@@ -46,6 +47,7 @@ def write_index(path: str | os.PathLike, names: Sequence[str]) -> TokenFileInfo:
         vocab_size=infos[0].vocab_size,
         tokenizer_fingerprint=infos[0].tokenizer_fingerprint,
         sha256=hashlib.sha256("".join(info.sha256 for info in infos).encode()).hexdigest(),
+        mask_sha256=hashlib.sha256("".join(masks).encode()).hexdigest() if masks else None,
     )
     shards = [
         {"file": name, "count": info.count, "sha256": info.sha256} for name, info in zip(names, infos, strict=True)
@@ -106,6 +108,11 @@ class ShardedTokens:
         self._map = lru_cache(_MAX_MAPPED_FILES)(self._open)
         for shard in self._shards:
             self._check_shard(shard, verify)
+
+    @property
+    def files(self) -> list[Path]:
+        """The token files, in order."""
+        return [self.path.parent / shard["file"] for shard in self._shards]
 
     def _check_shard(self, shard: dict[str, Any], verify: bool) -> None:
         file = self.path.parent / shard["file"]

@@ -131,6 +131,9 @@ def open_mask(tokens: Tokens) -> np.ndarray | None:
             "mask of these, which says what is learned, does not fit; take a slice of open_tokens(...), or to learn "
             "all, np.array(tokens)"
         )
+    if isinstance(tokens, ShardedTokens):
+        masks = [open_mask(open_flat_file(file)) for file in tokens.files]
+        return np.concatenate([mask for mask in masks if mask is not None])
     file = mask_path(path)
     if not file.is_file() or file.stat().st_size != info.count:
         has = f"has {file.stat().st_size} bytes" if file.is_file() else "is missing"

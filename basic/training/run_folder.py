@@ -136,7 +136,8 @@ def load_run(
 
     Args:
         path: the folder of the run.
-        checkpoint: the step of a checkpoint; "best" for the one with the lowest validation loss; "last" or None for the newest.
+        checkpoint: the step of a checkpoint; "best" for the one with the lowest validation loss; "last" or None for the
+            newest.
         device: cpu, cuda, ...; "auto" is a GPU if there is one, else the CPU.
 
     Raises:
