@@ -123,7 +123,12 @@ def train(
     if init_from is not None:
         source = settings.init_from or "the model of init_from"
         check_same_model(
-            init_from.config, config.model, f"{source} was made", "this run has", may_differ=("context_length",)
+            init_from.config,
+            config.model,
+            f"{source} was made",
+            "this run has",
+            may_differ=("context_length",),
+            remedy="leave the setting out, or begin a new model without init_from",
         )
     warn = partial(print_text, file=sys.stderr) if world.is_rank_0 else lambda message: None
     device = choose_device(world.device_name(settings.device))

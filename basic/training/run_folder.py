@@ -298,13 +298,20 @@ def model_for_checks(config: ModelConfig, num_saved_blocks: int, path: Path) -> 
 
 
 def check_same_model(
-    saved: ModelConfig, given: ModelConfig, before: str, now: str, *, may_differ: Collection[str] = ()
+    saved: ModelConfig,
+    given: ModelConfig,
+    before: str,
+    now: str,
+    *,
+    may_differ: Collection[str] = (),
+    remedy: str = "give it the model that it was trained with, or train this one in another folder",
 ) -> None:
     """Check that two model configurations are equal.
 
     Args:
         before, now: what has them, for the message: "runs/a was started", "config.toml has".
         may_differ: names of settings that are not compared.
+        remedy: end of the message.
 
     Raises:
         InvalidConfigError: they differ; the message names the first setting that does.
@@ -312,8 +319,7 @@ def check_same_model(
     for name in (field.name for field in fields(ModelConfig)):
         if name not in may_differ and getattr(saved, name) != getattr(given, name):
             raise InvalidConfigError(
-                f"{before} with model.{name} = {getattr(saved, name)}, but {now} {getattr(given, name)}; give it the "
-                "model that it was trained with, or train this one in another folder"
+                f"{before} with model.{name} = {getattr(saved, name)}, but {now} {getattr(given, name)}; {remedy}"
             )
 
 
