@@ -11,172 +11,35 @@ the complete text.
 A safe position is a position where a pre-token or a special token ends, whatever the text around it is: between two
 characters of certain classes, which the automaton of the pattern tells (`basic.bpe.patterns`), or the start of a
 special token, but never inside a possible special token. With GPT-2's pattern, for example, white space after another
-character. Of a pattern that has no automaton, only the starts of special tokens are known to be safe.
+character. Of a pattern that has no automaton, only the starts of special tokens are known to be safe. A stream, which
+is read from its beginning, may also be divided where a pre-token is known to end because of the text before.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from difflib import get_close_matches
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from heapq import merge
-from itertools import chain
 from time import monotonic
-from typing import Any
 
 import numpy as np
-import regex
 
 from basic.bpe import arrays
 from basic.bpe.arrays import Chunk
-from basic.bpe.patterns.cuts import SafeCuts, safe_cuts_of
+from basic.bpe.patterns.cuts import SafeCuts, last_settled_position, safe_cuts_of
 from basic.bpe.patterns.longest_of import longest_of
-from basic.bpe.patterns.published import ALIASES, COVERING, PUBLISHED_SPLITS, SPELLINGS
-from basic.bpe.patterns.tables import automaton_of
+from basic.bpe.patterns.pattern import GPT2_PATTERN, PATTERNS, Pattern, resolve_pattern
 from basic.common.errors import InvalidInputError
 
 __all__ = ["PATTERNS", "Pattern", "SpecialTokens", "pretokenize", "pretokenize_stream", "resolve_pattern"]
-
-# What a regular expression for pre-tokens has and a name has not. Not the dot and the hyphen: "gpt-3.5" is a name.
-_REGULAR_EXPRESSION = re.compile(r"[\\^$*+?|()\[\]{}]|\A\.\Z")
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 _STREAM_CHARACTERS = 1 << 13  # pre-tokenized at a time; the list of pre-tokens takes about 15 bytes a character
 _BATCH_CHARACTERS = 1 << 15  # of joined strings: the cost of a batch is small against that of encoding it
+_UNSAFE_CHARACTERS = 1 << 16  # without a safe pair: fewer are not worth the time of the automaton in plain Python
 _SEARCH_BYTES = 1 << 12  # read at first in the search for a safe position
-
-
-def is_regular_expression(pattern: str) -> bool:
-    """Whether a pattern has at least one of the signs of a regular expression, so that it cannot be a name."""
-    return _REGULAR_EXPRESSION.search(pattern) is not None
-
-
-@dataclass(frozen=True, init=False)
-class Pattern:
-    """One or several regular expressions that divide a text into pre-tokens, applied one after the other.
-
-    Each divides every pre-token of the one before into its matches and the text between them. No text is left out.
-
-    Args:
-        splits: regular expressions of the `regex` package, at least one.
-
-    Raises:
-        TypeError: one is not a string.
-        InvalidInputError: there is none, or one is not in the syntax of the `regex` package.
-
-    Examples:
-        >>> Pattern(r"\\p{N}", r" ?\\w+").find("a b12")
-        ['a', ' b', '1', '2']
-    """
-
-    splits: tuple[str, ...]
-
-    def __init__(self, *splits: str) -> None:
-        if not splits:
-            raise InvalidInputError("Pattern() needs at least one regular expression")
-        for split in splits:
-            if not isinstance(split, str):
-                raise TypeError(f"a pattern must be a string in the syntax of the regex package, got {split!r}")
-            _compile(split)
-        object.__setattr__(self, "splits", splits)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Pattern, self.splits
-
-    @cached_property
-    def name(self) -> str | None:
-        """The name in `PATTERNS` of this pattern or of one that it is another published spelling of, or None."""
-        return SPELLINGS.get(self.splits) or _NAMES.get(self.splits)
-
-    @property
-    def short_form(self) -> str | tuple[str, ...]:
-        """One regular expression as a string, if `resolve_pattern` accepts it; else a tuple."""
-        split = self.splits[0]
-        return split if len(self.splits) == 1 and is_regular_expression(split) else self.splits
-
-    @cached_property
-    def find(self) -> Callable[..., list[str]]:
-        """find(text) returns the pre-tokens of a text without special tokens.
-
-        find(text, timeout=seconds) raises TimeoutError if one of the expressions needs more time.
-        """
-        if len(self.splits) == 1 and self.name in COVERING:
-            return _compile(self.splits[0]).findall
-        return self._find_all
-
-    def _find_all(self, text: str, timeout: float | None = None) -> list[str]:
-        pretokens = [text] if text else []
-        for split in self.splits:
-            pretokens = [part for pretoken in pretokens for part in _divide(_compile(split), pretoken, timeout)]
-        return pretokens
-
-
-def _divide(split: re.Pattern[str], text: str, timeout: float | None) -> list[str]:
-    """The matches of a regular expression and the text between them; joined, they are the text."""
-    parts, position = [], 0
-    for match in split.finditer(text, timeout=timeout):  # ty: ignore[no-matching-overload]
-        start, stop = match.span()
-        parts += [part for part in (text[position:start], text[start:stop]) if part]
-        position = stop
-    return [*parts, text[position:]] if position < len(text) else parts
-
-
-@cache
-def _compile(split: str) -> re.Pattern[str]:
-    try:
-        return regex.compile(split)
-    except regex.error as error:
-        raise InvalidInputError(f"pattern {split!r} is not in the syntax of the regex package: {error}") from None
-
-
-_NAMES = {splits: name for name, splits in PUBLISHED_SPLITS.items()}
-PATTERNS = {name: Pattern(*splits) for name, splits in PUBLISHED_SPLITS.items()}
-GPT2_PATTERN = PATTERNS["gpt2"]
-
-
-def resolve_pattern(pattern: str | Pattern | None) -> Pattern:
-    """Find the pattern that a name or a regular expression means.
-
-    Args:
-        pattern: a name (a key of `PATTERNS`, or a name under which one is published, such as "cl100k_base"), a regular
-            expression of the `regex` package, or a `Pattern`; None means GPT-2's. All spellings of "gpt2" and "cl100k"
-            give the same pattern.
-
-    Raises:
-        TypeError: the pattern is of another type.
-        InvalidInputError: the pattern is neither a known name nor a regular expression of the `regex` package.
-    """
-    if pattern is None:
-        return GPT2_PATTERN
-    if isinstance(pattern, str):
-        if not is_regular_expression(pattern):
-            name = pattern.lower()
-            try:
-                return PATTERNS[ALIASES.get(name, name)]
-            except KeyError:
-                names = [*PATTERNS, *ALIASES]
-                by_letters = {re.sub(r"\W|_", "", known): known for known in reversed(names)}
-                similar = [by_letters[match] for match in get_close_matches(re.sub(r"\W|_", "", name), by_letters, 1)]
-                raise InvalidInputError(
-                    f"pattern {pattern!r} is neither a known name ({', '.join(names)}) nor a regular expression, which "
-                    "has at least one of \\ [ ( | * + ? { ^ $; "
-                    + (f"did you mean {similar[0]!r}? " if similar else "give one of them, ")
-                    + f"or write Pattern({pattern!r})"
-                ) from None
-        pattern = Pattern(pattern)
-    elif not isinstance(pattern, Pattern):
-        raise TypeError(f"pattern must be a name, a regular expression or a Pattern, got {pattern!r}")
-    # Not the other patterns: a tokenizer's fingerprint has the spelling of its pattern.
-    return PATTERNS[pattern.name] if pattern.name in ("gpt2", "cl100k") else pattern
-
-
-def covers_all_text(pattern: Pattern) -> bool:
-    """Whether a pattern certainly leaves out no character of any text; False if it has no automaton."""
-    automaton = automaton_of(pattern.splits)
-    return automaton is not None and automaton.covers
 
 
 class SpecialTokens:
@@ -289,13 +152,10 @@ def pretokenize_stream(
 ) -> Iterator[tuple[list[str], str | None]]:
     """Split a text that arrives as a stream of strings of any lengths.
 
-    The text after the last safe position is held back, because it can change: the last pre-token grows, or a special
-    token starts in the last `max_length - 1` characters.
-
     Args:
         texts: the strings, in order, without surrogates (other than a mark between documents).
         special_tokens: no pre-token crosses them.
-        pattern: of one without an automaton, all text between two special tokens is held in memory.
+        pattern: see `divide_stream`.
 
     Yields:
         A list of consecutive pre-tokens, and the special token after them or None. The lists are short even if the
@@ -304,39 +164,15 @@ def pretokenize_stream(
     Raises:
         InvalidInputError: a pre-token is much longer than any that can be encoded.
     """
-    find, cuts = pattern.find, safe_cuts_of(pattern.splits)
-    held, new, new_length = "", [], 0
-    for text in chain(_short_strings(texts), [None]):
-        at_end = text is None
-        if text is not None:
-            new.append(text)
-            new_length += len(text)
-            # The held text is searched again with the new text: the total time is linear only if this is as long.
-            if new_length <= len(held):
-                continue
-        available = held + "".join(new)
-        certain = len(available) if at_end else len(available) - special_tokens.max_length + 1
-        position = 0
-        for match in special_tokens.pattern.finditer(available):
-            if match.start() >= certain:
-                break
-            yield find(available[position : match.start()]), match.group()
-            position = match.end()
-        stop = len(available) if at_end else position
-        if cuts is not None and not at_end and certain > position:
-            stop = cuts.last_position(available, position, certain)
-        if stop > position:
-            yield find(available[position:stop]), None
-        held, new, new_length = available[stop:], [], 0
-        if len(held) > 2 * arrays.MAX_PRETOKEN_BYTES + special_tokens.max_length and len(find(held)) <= 2:
-            raise InvalidInputError(arrays.describe_long_pretoken(held[:40]))
+    for text in divide_stream(_short_strings(texts, _STREAM_CHARACTERS), special_tokens, pattern):
+        yield from pretokenize(text, special_tokens, pattern)
 
 
-def _short_strings(texts: Iterable[str]) -> Iterator[str]:
-    """The same text in strings of at most `_STREAM_CHARACTERS`."""
+def _short_strings(texts: Iterable[str], most: int) -> Iterator[str]:
+    """The same text in strings of at most so many characters."""
     for text in texts:
-        for start in range(0, len(text), _STREAM_CHARACTERS):
-            yield text[start : start + _STREAM_CHARACTERS]
+        for start in range(0, len(text), most):
+            yield text[start : start + most]
 
 
 # Chunks between safe positions
@@ -366,26 +202,13 @@ def chunks_of_stream(
 ) -> Iterator[Chunk]:
     """Divide a stream of strings into chunks of UTF-8 bytes; marks between documents become bytes that are not UTF-8.
 
-    In memory are about two chunks, or the text up to the first safe position if that is more.
+    Args:
+        chunk_bytes: about the size of a chunk; of text beyond ASCII it can be several times as large.
     """
-    # A position is known to be safe when the bytes after it hold the rest of any special token across it, and of a
-    # character.
-    margin = 4 + max([0, *map(len, special_tokens.longest_first_bytes)])
-    held, size, enough = [], 0, 2 * chunk_bytes
-    for text in chain(texts, [None]):
-        if text is not None:
-            held.append(text.encode(errors="surrogateescape"))
-            size += len(held[-1])
-            if size < enough:
-                continue
-        available = b"".join(held)
-        data, start = np.frombuffer(available, np.uint8), 0
-        for stop in chunk_ends(partial(_read_array, data), size, special_tokens, chunk_bytes, pattern):
-            if stop + margin <= size or text is None:
-                yield data, start, stop
-                start = stop
-        held, size = [available[start:]], size - start
-        enough = 2 * max(size, chunk_bytes)
+    short = _short_strings(texts, chunk_bytes)
+    for text in divide_stream(short, special_tokens, pattern, characters=chunk_bytes):
+        data = np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
+        yield data, 0, len(data)
 
 
 def join_strings(texts: Iterable[str]) -> Iterator[str]:
@@ -408,27 +231,63 @@ def join_strings(texts: Iterable[str]) -> Iterator[str]:
     yield "".join(batch)
 
 
-def divide_stream(texts: Iterable[str], special_tokens: SpecialTokens, pattern: Pattern) -> Iterator[str]:
-    """Divide a stream of strings at safe positions, the last ones that are known.
+def divide_stream(
+    texts: Iterable[str], special_tokens: SpecialTokens, pattern: Pattern, *, characters: int = 0
+) -> Iterator[str]:
+    """Divide a stream of strings into parts whose pre-tokens and special tokens are those of the complete text.
 
-    In memory is about one string, or twice the text up to the first safe position if that is more.
+    In memory is about one string, and twice the text that is held back: the last pre-token, which may grow, and what
+    may begin a special token. If no position is safe, the automaton says where the text may be divided.
+
+    Args:
+        pattern: if it has no automaton, the text between two special tokens is held back.
+        characters: to wait for before a text is divided.
+
+    Raises:
+        InvalidInputError: a pre-token is much longer than any that can be encoded.
     """
-    cuts = safe_cuts_of(pattern.splits)
     held, size, enough = [], 0, 0
     for text in texts:
         held.append(text)
         size += len(text)
-        if size < enough or cuts is None:
+        if size < enough:
             continue
         available = "".join(held)
-        stop = cuts.last_position(available, 0, len(available) - special_tokens.max_length)
-        while stop > 0 and _is_inside_special_token(available, stop, special_tokens):
-            stop = cuts.last_position(available, 0, stop - 1)
+        stop = _last_known_end(available, special_tokens, pattern)
         if stop > 0:
             yield available[:stop]
         held, size = [available[stop:]], size - stop
-        enough = 2 * size
-    yield "".join(held)
+        # The held text is searched again with the new text: the total time is linear only if this is as long.
+        enough = max(2 * size, characters)
+        if size > 2 * arrays.MAX_PRETOKEN_BYTES + special_tokens.max_length and len(pattern.find(held[0])) <= 2:
+            raise InvalidInputError(arrays.describe_long_pretoken(held[0][:40]))
+    if size:
+        yield "".join(held)
+
+
+def _last_known_end(text: str, special_tokens: SpecialTokens, pattern: Pattern) -> int:
+    """The last position where a pre-token or special token is known to end, whatever follows the text; else 0.
+
+    Args:
+        text: a pre-token or a special token begins with it.
+    """
+    cuts = safe_cuts_of(pattern.splits)
+    complete = len(text) - special_tokens.max_length + 1  # special tokens that start before it are known
+    if cuts is not None:
+        stop = cuts.last_position(text, 0, complete)
+        if stop > 0 and not _is_inside_special_token(text, stop, special_tokens):
+            return stop
+    position = 0
+    for match in special_tokens.pattern.finditer(text):
+        if match.start() >= complete:
+            break
+        position = match.end()
+    if cuts is None or complete <= position:
+        return position
+    stop = cuts.last_position(text, position, complete)
+    return (
+        last_settled_position(pattern.splits, text[:complete]) if stop == 0 and complete > _UNSAFE_CHARACTERS else stop
+    )
 
 
 def _read_array(data: np.ndarray, start: int, length: int) -> bytes:

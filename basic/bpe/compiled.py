@@ -10,7 +10,7 @@ the same results. `basic.bpe.loading` decides which texts use the kernels:
     kernels/learn_merges   learn merges from counts
     kernels/apply_merges   apply merges to a new pre-token
     kernels/encode         scan, look up, copy ids
-    kernels/encode_string  the same for a short string, in one call
+    kernels/encoders       call it, for arrays and for short strings
     kernels/decode         ids to bytes
 
 Numba compiles them once; `basic.bpe.native` keeps the machine code and loads it without Numba. They run without the
@@ -33,7 +33,7 @@ from basic.bpe.loading import load_kernels
 from basic.bpe.plain import MergeRules, NumberedMerges
 
 if TYPE_CHECKING:
-    from basic.bpe.kernels.encode import PretokenEncoder
+    from basic.bpe.kernels.encoders import PretokenEncoder
     from basic.bpe.patterns.automaton import Automaton
 
 _MERGES_AT_A_TIME = 1000
@@ -170,7 +170,7 @@ class KernelEncoder:
     ) -> None:
         load_kernels("encoding")
         from basic.bpe.kernels.apply_merges import merges_as_arrays
-        from basic.bpe.kernels.encode_string import StringEncoder
+        from basic.bpe.kernels.encoders import StringEncoder
         from basic.bpe.kernels.scan import pattern_tables
         from basic.bpe.kernels.special_tokens import special_token_tables
 
@@ -193,7 +193,7 @@ class KernelEncoder:
         try:
             return self._idle.pop()
         except IndexError:
-            from basic.bpe.kernels.encode import PretokenEncoder
+            from basic.bpe.kernels.encoders import PretokenEncoder
 
             return PretokenEncoder(self._pattern, self._merges, self.dtype)
 
@@ -231,7 +231,7 @@ class KernelEncoder:
     @contextlib.contextmanager
     def stream_encoder(self, specials_as_text: bool) -> Generator[Callable[[np.ndarray], list[int]]]:
         """A function that encodes the texts of one stream as `encode_list`, with a cache of fixed size."""
-        from basic.bpe.kernels.encode import PretokenEncoder
+        from basic.bpe.kernels.encoders import PretokenEncoder
 
         try:
             encoder = self._idle_for_streams.pop()

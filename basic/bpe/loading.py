@@ -161,7 +161,7 @@ def _call_training_kernels() -> None:
 def _call_encoding_kernels() -> None:
     from basic.bpe.kernels.apply_merges import merges_as_arrays
     from basic.bpe.kernels.decode import TokenBytes
-    from basic.bpe.kernels.encode import PretokenEncoder
+    from basic.bpe.kernels.encoders import PretokenEncoder
     from basic.bpe.kernels.hash_table import new_table, rehash
     from basic.bpe.kernels.special_tokens import special_token_tables
 

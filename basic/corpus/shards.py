@@ -319,5 +319,5 @@ class ShardChunks:
         if self._change is not None:
             text = self._change(text)
         for data, start, stop in chunks_of_stream(text, special_tokens, self._chunk_bytes, pattern):
-            yield offset - start, (data, start, stop)
-            offset += stop - start
+            yield offset, (data, start, stop)
+            offset += stop

@@ -10,7 +10,7 @@ from typing import Any
 import regex
 
 from basic.common.errors import InvalidInputError
-from basic.pretokenization import GPT2_PATTERN, Pattern, covers_all_text
+from basic.pretokenization import GPT2_PATTERN, Pattern
 
 # Syntax with another meaning in Oniguruma, the engine of the `tokenizers` package, than in the `regex` package:
 # possessive counts, anchors of lines, some letters after a backslash, and the flag m; in a class, intersections and
@@ -101,7 +101,7 @@ def _parse_split(step: Mapping[str, Any]) -> str:
         check_syntax(split, "pre_tokenizer.pattern")
     behavior = (step["behavior"], step["invert"])
     # To remove text that does not match has no effect with a pattern that matches all text.
-    if behavior[0] != "Isolated" and not (behavior == ("Removed", True) and covers_all_text(Pattern(split))):
+    if behavior[0] != "Isolated" and not (behavior == ("Removed", True) and Pattern(split).covers_all_text):
         raise InvalidInputError(
             f"pre_tokenizer.behavior is {behavior[0]!r} with invert = {json.dumps(behavior[1])}, which is not "
             "supported; only 'Isolated' is"

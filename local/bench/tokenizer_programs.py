@@ -42,7 +42,7 @@ def documents(path: Path, program: str) -> list[bytes]:
 def published(name: str) -> tuple[str, dict[str, int]]:
     """The regular expression and the special tokens of a vocabulary."""
     from basic.pretokenization import PATTERNS
-    from basic.tokenizer_files.published import PUBLISHED_RANKS
+    from basic.tokenizer_files.rank_file import PUBLISHED_RANKS
 
     special = next(ranks.special_tokens for ranks in PUBLISHED_RANKS.values() if ranks.pattern == name)
     return PATTERNS[name].splits[0], special

@@ -18,14 +18,14 @@ from basic.bpe.arrays import bytes_array
 from basic.bpe.patterns import tables
 from basic.bpe.patterns.automaton import Automaton, compile_splits
 from basic.bpe.patterns.characters import NUM_CODE_POINTS, complement, equal_ignoring_case, matched_by, union
-from basic.bpe.patterns.cuts import SafeCuts
+from basic.bpe.patterns.cuts import SafeCuts, last_settled_position
 from basic.bpe.patterns.parser import UnsupportedPatternError
 from basic.pretokenization import (
     PATTERNS,
     Pattern,
     SpecialTokens,
     chunks_of_stream,
-    covers_all_text,
+    divide_stream,
     pretokenize_stream,
 )
 from basic.Tokenizer import Tokenizer
@@ -176,6 +176,43 @@ def test_streams_of_every_pattern_are_divided(name):
         assert flat(whole) == flat(parts) == flat(of_chunks) == expected
 
 
+@pytest.mark.parametrize("name", [*PATTERNS, *OWN])
+def test_a_text_can_be_divided_where_its_pretokens_are_settled(name):
+    """Whatever follows; and of nearly all texts only the last pre-tokens are not settled."""
+    pattern, num_settled, rng = (PATTERNS | OWN)[name], 0, random.Random(name)
+    for text in nasty_texts(name, 100):
+        for length in range(1, len(text) + 1, rng.randint(2, 5)):
+            position = last_settled_position(pattern.splits, text[:length])
+            num_settled += position > 0
+            for whole in (text[:length], text, text[:length] + rng.choice(NASTY)):
+                assert pattern.find(whole[:position]) + pattern.find(whole[position:]) == pattern.find(whole)
+    assert num_settled > 100 or name in OWN
+
+
+def test_settled_positions_of_random_patterns():
+    rng, num_settled = random.Random(7), 0
+    for _ in range(50):
+        pattern = Pattern(random_expression(rng))
+        try:
+            automaton(pattern)
+        except UnsupportedPatternError:
+            continue
+        for _ in range(8):
+            text = "".join(rng.choices("aabsſ1 \n'é中", k=rng.randint(2, 14)))
+            position = last_settled_position(pattern.splits, text[: rng.randrange(1, len(text))])
+            num_settled += position > 0
+            assert pattern.find(text[:position]) + pattern.find(text[position:]) == pattern.find(text), pattern
+    assert num_settled > 50
+
+
+def test_a_stream_without_a_safe_pair_is_divided():
+    pattern, digits = PATTERNS["cl100k"], "1234567" * 3000
+    parts = list(divide_stream([digits] * 30, SpecialTokens(["<|a|>"]), pattern))
+    assert "".join(parts) == digits * 30
+    assert max(map(len, parts)) <= 2 * (1 << 16) + len(digits)
+    assert [pretoken for part in parts for pretoken in pattern.find(part)] == pattern.find(digits * 30)
+
+
 def split_by_definition(text: str, special: SpecialTokens, pattern: Pattern) -> list[str]:
     tokens, position = [], 0
     for match in special.pattern.finditer(text):
@@ -228,7 +265,7 @@ def test_a_pattern_without_automaton_uses_the_regex_package(tmp_path):
         assert tokenizer.encode("abc, <|a|>") == [*b"abc, ", 256]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it is said once
-        assert not covers_all_text(Pattern(pattern))
+        assert not Pattern(pattern).covers_all_text
         assert tokenizer.encode("abc, <|a|>") == [*b"abc, ", 256]
 
 

@@ -23,7 +23,6 @@ from basic.pretokenization import (
     Pattern,
     SpecialTokens,
     chunk_ends,
-    covers_all_text,
     pretokenize_stream,
     replace_surrogates,
     replace_surrogates_in_stream,
@@ -361,7 +360,7 @@ NOT_KNOWN = [r"(?s:.)", r"(?i)\w|\W", "[[a]b]|[^ab]", r"(a)\1|\s|\S"]  # they ha
 
 @pytest.mark.parametrize("pattern", [*COVERING, *NOT_COVERING, *NOT_KNOWN])
 def test_patterns_that_cover_all_text(pattern):
-    assert covers_all_text(resolve_pattern(pattern)) == (pattern in COVERING)
+    assert resolve_pattern(pattern).covers_all_text == (pattern in COVERING)
 
 
 @pytest.mark.parametrize("pattern", COVERING)

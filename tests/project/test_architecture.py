@@ -26,7 +26,7 @@ LOCAL = [
 # The modules and folders of basic/ that each of them may import, besides its own folder.
 MAY_IMPORT: dict[str, set[str]] = {
     "common": set(),
-    "bpe": set(),
+    "bpe": {"common"},
     "transformer": {"common"},
     "bytes_utils": {"common"},
     "tokens": {"common"},

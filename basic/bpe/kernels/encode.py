@@ -4,24 +4,20 @@ A slot of the hash table holds up to eight bytes of ids, four ids of two bytes. 
 memory and one store. More ids are in the pool. The new pre-tokens of a block are merged together
 (`kernels/apply_merges.py`) before any of their ids is written.
 
-A `PretokenEncoder` belongs to one thread at a time. Its table is a cache: it grows to a fixed size and is then emptied.
+`kernels/encoders.py` calls it.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from basic.bpe import arrays
-from basic.bpe.arrays import InvalidByteError
 from basic.bpe.kernels.apply_merges import (
     MAX_SCANNED_BYTES,
     STEP,
-    MergeArrays,
     bytes_to_ids,
     compact_ids,
     merge_all,
     merge_once,
-    new_buffers,
     start_pretoken,
 )
 from basic.bpe.kernels.hash_table import (
@@ -32,7 +28,6 @@ from basic.bpe.kernels.hash_table import (
     POSITION,
     PROBLEM,
     SLOT_LENGTH,
-    STATE_LENGTH,
     WRITTEN,
     block_keys,
     find_whole,
@@ -41,9 +36,7 @@ from basic.bpe.kernels.hash_table import (
     is_long,
     key1_in_table,
     new_keys,
-    new_table,
     put_in_pool,
-    rehash,
 )
 from basic.bpe.kernels.instructions import (
     U64,
@@ -52,7 +45,6 @@ from basic.bpe.kernels.instructions import (
     kernel,
     new_integer,
     new_list,
-    readonly,
     release,
     set_list_item,
     store8,
@@ -62,18 +54,16 @@ from basic.bpe.kernels.instructions import (
 from basic.bpe.kernels.scan import (
     BLOCK,
     SCRATCH_LENGTH,
-    PatternTables,
     Scratch,
     end_of_long_pretoken,
     new_scratch,
     scan_block,
 )
-from basic.bpe.kernels.special_tokens import SpecialTokenTables, find_special
-from basic.bpe.native.kernel import PreparedCall
+from basic.bpe.kernels.special_tokens import find_special
 
 # Why the kernel stops before the end: the table or its pool, the output, or the buffers for a long pre-token are too
 # small; a character is not UTF-8; or a byte has no token.
-FULL, _OUTPUT_FULL, _BUFFERS_FULL, _INVALID, NO_TOKEN = -1, -2, -3, -4, -5
+FULL, OUTPUT_FULL, BUFFERS_FULL, _INVALID, NO_TOKEN = -1, -2, -3, -4, -5
 LONG_TEXT, INTERRUPTED = -6, -7  # the string is too long; another call came between
 
 # Value 1 of a slot: the size of the ids in bytes, and the offsets in the pool of the ids and of the bytes of a long
@@ -81,8 +71,6 @@ LONG_TEXT, INTERRUPTED = -6, -7  # the string is too long; another call came bet
 _SIZE_BITS, _OFFSET_BITS = 16, 24
 _SIZE, _OFFSET = U64((1 << _SIZE_BITS) - 1), U64((1 << _OFFSET_BITS) - 1)
 
-_FEWEST_SLOTS, _USUAL_SLOTS = 1 << 14, 1 << 17
-_MAX_SLOTS, _MAX_POOL = 1 << 19, 1 << 21  # 16 MB each
 MARGIN_IDS = BLOCK + 16  # the most ids of a block, and those that a store writes after the last one
 # Holds all pre-tokens of a block, each filled up to a step, and one that is not kept.
 BUFFER_LENGTH = STEP * BLOCK + BLOCK
@@ -242,7 +230,7 @@ def _encode(
                 return FULL
             state[PROBLEM] = 0
             if state[WRITTEN] + MARGIN_IDS * id_bytes > len(out):
-                return _OUTPUT_FULL
+                return OUTPUT_FULL
             num_pretokens, invalid = scan_block(data, position, segment_stop, pattern, scratch, starts)
             if invalid >= 0:
                 state[PROBLEM] = position + invalid
@@ -254,9 +242,9 @@ def _encode(
                     return _INVALID
                 state[PROBLEM] = end - position
                 if end - position > len(buffers[1]) // 4:
-                    return _BUFFERS_FULL
+                    return BUFFERS_FULL
                 if state[WRITTEN] + (end - position + MARGIN_IDS) * id_bytes > len(out):
-                    return _OUTPUT_FULL
+                    return OUTPUT_FULL
                 if not _write_long_pretoken(data, position, end - position, merges, buffers, out, id_bytes, state):
                     return NO_TOKEN
                 position = end
@@ -295,7 +283,7 @@ def _encode(
         if special >= 0:
             if state[WRITTEN] + MARGIN_IDS * id_bytes > len(out):
                 state[POSITION], state[PROBLEM] = position, 0
-                return _OUTPUT_FULL
+                return OUTPUT_FULL
             store8(out, U64(state[WRITTEN]), U64(specials[6][special]))
             state[WRITTEN] += id_bytes
             position += specials[5][special]  # its length
@@ -360,122 +348,3 @@ def new_work() -> tuple[Scratch, np.ndarray, np.ndarray, np.ndarray]:
 def for_string(out: np.ndarray) -> tuple[np.ndarray, ...]:
     """The arguments of `encode` that only a string needs."""
     return np.zeros(1, np.int64), out.view(np.uint16), out.view(np.uint32)
-
-
-class PretokenEncoder:
-    """Encodes for one thread at a time, and caches pre-tokens.
-
-    Args:
-        pattern: finds the pre-tokens; may be shared.
-        merges: may be shared.
-        dtype: of the ids, uint16 or uint32.
-        max_slots, max_pool: the largest size of the table in slots, and of the pool in elements.
-    """
-
-    def __init__(
-        self,
-        pattern: PatternTables,
-        merges: MergeArrays,
-        dtype: np.dtype,
-        *,
-        max_slots: int = _MAX_SLOTS,
-        max_pool: int = _MAX_POOL,
-    ) -> None:
-        self._pattern, self._merges, self._dtype = pattern, merges, dtype
-        self._max_slots, self._max_pool = max_slots, max_pool
-        # Half a megabyte, because the first text may be short, and the system has to clear this memory.
-        self._table, self._pool = new_table(_FEWEST_SLOTS), np.zeros(1 << 14, np.uint64)
-        self._state = np.zeros(STATE_LENGTH, np.int64)
-        self._small_ids = np.empty(SMALL_BYTES + MARGIN_IDS, dtype)
-        self._small = self._small_ids.view(np.uint8)
-        self._nothing = readonly(self._small[:0])
-        self._work = new_work()
-        self._buffers = new_buffers(BUFFER_LENGTH)
-        self._call: PreparedCall | None = None
-        self._specials: SpecialTokenTables | None = None
-        self._clear()  # the system provides the memory at the first write: now, not in the first text
-
-    def encode(self, data: np.ndarray, start: int, stop: int, specials: SpecialTokenTables) -> np.ndarray:
-        """Encode data[start:stop], which must start and end at safe positions.
-
-        Args:
-            data: read-only uint8.
-            specials: the special tokens with their ids.
-
-        Returns:
-            An array of ids, which the next call overwrites if the text has at most `SMALL_BYTES`.
-
-        Raises:
-            InvalidByteError: a byte is not UTF-8 or has no token.
-        """
-        is_small = stop - start <= SMALL_BYTES
-        id_bytes, call = self._dtype.itemsize, self._prepared_call(specials)
-        out = self._small if is_small else np.empty(((stop - start) // 3 + 2 * MARGIN_IDS) * id_bytes, np.uint8)
-        call.set(data=data, stop=stop, out=out, start=start)
-        try:
-            status = self._run(call, data, start, stop, out)
-        finally:
-            call.set(data=self._nothing, out=self._small)  # not kept in memory
-        if is_small:
-            return self._small_ids[: status // id_bytes]
-        out.resize(status, refcheck=False)
-        return out.view(self._dtype)
-
-    def _run(self, call: PreparedCall, data: np.ndarray, start: int, stop: int, out: np.ndarray) -> int:
-        """Call the kernel until it is done, and give it what it stops for; returns the size of the ids in bytes."""
-        state, id_bytes = self._state, self._dtype.itemsize
-        while (status := call()) < 0:
-            if status == FULL:
-                self.grow()
-            elif status == _OUTPUT_FULL:
-                # Estimate the total from the ids so far; a long pre-token may need one id for each byte.
-                written, done = int(state[WRITTEN]), int(state[POSITION]) - start
-                estimate = written * (stop - start) // max(done, 1) * 9 // 8
-                # In place if the system can remap pages, so that nothing is copied.
-                estimate = max(estimate, written + int(state[PROBLEM]) * id_bytes) + 2 * MARGIN_IDS * id_bytes
-                out.resize(estimate, refcheck=False)
-                call.set(out=out)
-            elif status == _BUFFERS_FULL:
-                if state[PROBLEM] > arrays.MAX_PRETOKEN_BYTES:
-                    position = int(state[POSITION])
-                    raise InvalidByteError(position, max_pretoken_bytes=arrays.MAX_PRETOKEN_BYTES)
-                symbols, heap = new_buffers(int(state[PROBLEM]))  # for this text only
-                call.set(symbol_buffers=symbols, heap=heap)
-                self._call = None
-            elif status == NO_TOKEN:
-                self._clear()
-                raise InvalidByteError(int(state[PROBLEM]), lacks_token=True)
-            else:
-                raise InvalidByteError(int(state[PROBLEM]))
-            call.set(start=-1, table=self._table, pool=self._pool)
-        return status
-
-    def _prepared_call(self, specials: SpecialTokenTables) -> PreparedCall:
-        if self._call is None or self._specials is not specials:
-            self._call = PreparedCall(
-                encode, 0, *for_string(self._small), self._nothing, 0, self._pattern, specials, self._table,
-                self._pool, *self._merges, *self._work, *self._buffers, self._small, self._dtype.itemsize,
-                self._state, 0,
-            )  # fmt: skip
-            self._specials = specials
-        return self._call
-
-    def grow(self) -> None:
-        """Make the table or the pool larger, whichever is too small; at the limit, clear both."""
-        table_is_full = (int(self._state[ENTRIES]) + BLOCK) * 2 * SLOT_LENGTH > len(self._table)
-        if table_is_full and len(self._table) < self._max_slots * SLOT_LENGTH:
-            # At first to 4 MB, so that it seldom grows: with a growing table a new pre-token takes up to twice as long.
-            num_slots = max(2 * (len(self._table) // SLOT_LENGTH), _USUAL_SLOTS)
-            larger = new_table(min(num_slots, self._max_slots))
-            rehash(self._table, larger)
-            self._table = larger
-        elif not table_is_full and len(self._pool) < self._max_pool:
-            pool = np.zeros(len(self._pool) * 4, np.uint64)
-            pool[: len(self._pool)] = self._pool
-            self._pool = pool
-        else:
-            self._clear()
-
-    def _clear(self) -> None:
-        self._table[:] = 0
-        self._state[ENTRIES] = self._state[POOL_USED] = 0

@@ -22,7 +22,7 @@ import numpy as np
 from basic.bpe.kernels.instructions import U64, at_least_64, count_ones, kernel, load8, store8, trailing_zeros
 from basic.bpe.patterns.automaton import FIRST_CLASS, Automaton
 
-U8, U16, I64 = np.uint8, np.uint16, np.int64
+U16, I64 = np.uint16, np.int64
 
 # Bytes that are scanned at a time.
 BLOCK = 2048

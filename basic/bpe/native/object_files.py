@@ -182,9 +182,10 @@ def processor() -> str:
 
 
 def _sources() -> dict[Path, int]:
-    """The files that the machine code depends on (the kernels, the compiler's part), and when each was changed."""
+    """The files that the machine code depends on, and when each was changed."""
     folder = Path(__file__).parents[1]
-    paths = [path for name in ("kernels", "native", "patterns") for path in sorted((folder / name).glob("*.py"))]
+    paths = [path for name in ("kernels", "native") for path in sorted((folder / name).glob("*.py"))]
+    paths.append(folder / "patterns" / "automaton.py")  # the layout of the tables
     return {path: path.stat().st_mtime_ns for path in paths}
 
 

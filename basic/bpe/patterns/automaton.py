@@ -21,6 +21,8 @@ from basic.bpe.patterns.threads import ThreadList
 
 _MAX_STATES, _MAX_CLASSES, _MAX_SETS = 3000, 120, 62
 FIRST_CLASS = 128  # the symbols before it are the ASCII characters
+# The marks in the last column of the table: A marks in bits 0 to 3, C marks in bits 4 to 7, BEGIN, BACK.
+C_SHIFT, PACKED_BEGIN, PACKED_BACK = 4, BEGIN << 8, BACK << 8
 
 
 class Automaton(NamedTuple):
@@ -162,10 +164,9 @@ def _as_table(
     width = len(columns) + 1
     if len(order) * width > 0xFFFF:
         raise UnsupportedPatternError("too large a table")
-    # The marks as the kernel reads them: A marks in bits 0 to 3, C marks in bits 4 to 7, BEGIN, BACK.
     packed = (marks & (BEGIN | BACK)) << 8
     for register in range(NUM_REGISTERS):
-        packed |= (marks >> 2 + 2 * register & 1) << register | (marks >> 3 + 2 * register & 1) << 4 + register
+        packed |= (marks >> 2 + 2 * register & 1) << register | (marks >> 3 + 2 * register & 1) << C_SHIFT + register
     table = np.column_stack([row_of[next_states[:, columns]] * width, packed])[order]
     return (
         table.astype(np.uint16).ravel(),

@@ -1,16 +1,24 @@
-"""Where a text may be divided, so that the pre-tokens of the parts are those of the text (`Automaton.safe_pairs`)."""
+"""Where a text may be divided, so that the pre-tokens of the parts are those of the text.
+
+Between the characters of safe pairs (`Automaton.safe_pairs`) that is so whatever is around them. A text without such a
+pair may be divided where its automaton, which has read all of it, has found that a pre-token begins.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections import deque
+from collections.abc import Iterable, Iterator
 from functools import cache, cached_property
 
 import numpy as np
 
-from basic.bpe.patterns.automaton import Automaton
+from basic.bpe.patterns.automaton import C_SHIFT, FIRST_CLASS, PACKED_BACK, PACKED_BEGIN, Automaton
+from basic.bpe.patterns.matches import NUM_REGISTERS
 from basic.bpe.patterns.tables import automaton_of
 
 _SHORTEST_SEARCH, _LONGEST_SEARCH = 64, 4096  # characters that are looked at together
+_NUM_RECENT = 64  # starts of pre-tokens that are remembered
 
 
 class SafeCuts:
@@ -30,7 +38,7 @@ class SafeCuts:
 
     def positions(self, text: str) -> np.ndarray:
         """The indices of all characters before which the text may be divided, ascending."""
-        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+        codes = _code_points(text)
         # A byte that is not UTF-8 is decoded to a surrogate, and may be replaced by U+FFFD.
         is_byte = (codes >= 0xDC80) & (codes < 0xDD00)
         codes = np.where(is_byte, 0xFFFD, codes)
@@ -56,3 +64,62 @@ def safe_cuts_of(splits: tuple[str, ...]) -> SafeCuts | None:
     """The safe cuts of a pattern; None if the pattern has no automaton."""
     automaton = automaton_of(splits)
     return None if automaton is None else SafeCuts(automaton)
+
+
+def last_settled_position(splits: tuple[str, ...], text: str) -> int:
+    """The last position where a text may be divided whatever follows it, known from its beginning; 0 if none is known.
+
+    Pre-tokens that the first split has found are not changed by later text, and the other splits look at each alone.
+    What ends where the text is divided must also end there if nothing follows, which a pattern that looks ahead may see
+    differently: that is tried.
+
+    Args:
+        text: a pre-token begins with it.
+    """
+    automaton, table = _first_split(splits)
+    if automaton is None:
+        return 0
+    ranges = np.searchsorted(automaton.first_codes, _code_points(text), side="right") - 1
+    symbols = (automaton.class_of_range[ranges].astype(np.uint16) + FIRST_CLASS).tolist()
+    end, recent = automaton.width - 2, deque([(0, -1)], maxlen=_NUM_RECENT)
+    recent.extend(_known_starts(automaton, table, symbols))
+    for stop, _ in reversed(recent):
+        known = [start for start, index in recent if index < stop]
+        if not known:
+            break
+        origin = known[-1]
+        alone = [origin + start for start, _ in _known_starts(automaton, table, [*symbols[origin:stop], end])]
+        if [start for start in alone if start < stop] == [start for start, _ in recent if origin < start < stop]:
+            return stop
+    return 0
+
+
+@cache
+def _first_split(splits: tuple[str, ...]) -> tuple[Automaton | None, list[int]]:
+    """The automaton of the first split, and its table as a list."""
+    automaton = automaton_of(splits[:1])
+    return automaton, [] if automaton is None else automaton.table.tolist()
+
+
+def _known_starts(automaton: Automaton, table: list[int], symbols: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Where pre-tokens start after the first, each with the index of the symbol that shows it.
+
+    The plain version of `basic.bpe.kernels.scan`; a character is one symbol here.
+    """
+    registers, state, last_column = [0] * NUM_REGISTERS, automaton.start, automaton.width - 1
+    for index, symbol in enumerate(symbols):
+        state = table[state + symbol]
+        if marks := table[state + last_column]:
+            for register in range(NUM_REGISTERS):
+                if marks >> C_SHIFT + register & 1:
+                    yield registers[register], index
+                if marks >> register & 1:
+                    registers[register] = index
+            if marks & PACKED_BACK:
+                yield index - 1, index
+            if marks & PACKED_BEGIN:
+                yield index, index
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
