@@ -151,7 +151,7 @@ def _string_fields(record: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def read_parquet(file: Any, name: str, field: str, *, errors: str, bad_lines: BadLines) -> Iterator[str]:
-    """Read the documents of a Parquet table. In memory is, of one column, about a row group.
+    """Read the documents of a Parquet table. In memory are some rows of one column, however large a row group is.
 
     Args:
         file: open for reading, in binary, at any offset.
@@ -172,7 +172,8 @@ def read_parquet(file: Any, name: str, field: str, *, errors: str, bad_lines: Ba
         install = how_to_install("formats", "pyarrow")
         raise InvalidInputError(f"{name!r} is a Parquet table, which needs pyarrow; {install}") from None
     try:
-        table = pyarrow.parquet.ParquetFile(file)
+        # By default a row group's part of the column is read at once.
+        table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=BLOCK_BYTES)
         path = _column_path(table.schema_arrow, field, name)
         number = 0
         for batch in table.iter_batches(_ROWS_AT_A_TIME, columns=[".".join(path)], use_threads=False):

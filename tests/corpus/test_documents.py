@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import random
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,8 @@ import pytest
 from basic.bpe import loading
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.corpus.counting import count_pretokens
+from basic.corpus.documents import BadLines, read_parquet
+from basic.corpus.files import BLOCK_BYTES
 from basic.corpus.shards import entire_source, exceeds
 from basic.corpus.sources import TextSource, expand_inputs, read_text, warn_of_skipped
 from basic.corpus.train_valid import split_text
@@ -134,6 +137,23 @@ def test_columns_of_a_table(tmp_path):
     ]:
         with pytest.raises(InvalidInputError, match=message):
             texts_of(TextSource(path, field=field))
+
+
+def test_a_row_group_is_read_in_blocks(tmp_path):
+    texts = [random.Random(row).randbytes(5000).hex() for row in range(600)]
+    options = {"compression": "none", "use_dictionary": False, "write_batch_size": 4, "data_page_size": 1}
+    path = write_parquet(tmp_path / "a.parquet", {"text": texts}, **options)
+    sizes = []
+
+    class Recorded(io.FileIO):
+        def read(self, size=-1):
+            sizes.append(size)
+            return super().read(size)
+
+    with Recorded(path) as file:
+        read = read_parquet(file, "a.parquet", "text", errors="strict", bad_lines=BadLines(None))
+        assert list(read) == texts
+    assert max(sizes) < 2 * BLOCK_BYTES < path.stat().st_size // 4
 
 
 def test_bad_tables(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import cache, cached_property
+from itertools import chain
 
 import numpy as np
 
@@ -79,16 +80,15 @@ def last_settled_position(splits: tuple[str, ...], text: str) -> int:
     automaton, table = _first_split(splits)
     if automaton is None:
         return 0
-    ranges = np.searchsorted(automaton.first_codes, _code_points(text), side="right") - 1
-    symbols = (automaton.class_of_range[ranges].astype(np.uint16) + FIRST_CLASS).tolist()
-    end, recent = automaton.width - 2, deque([(0, -1)], maxlen=_NUM_RECENT)
-    recent.extend(_known_starts(automaton, table, symbols))
+    recent = deque([(0, -1)], maxlen=_NUM_RECENT)
+    recent.extend(_known_starts(automaton, table, _symbols(automaton, text)))
     for stop, _ in reversed(recent):
         known = [start for start, index in recent if index < stop]
         if not known:
             break
         origin = known[-1]
-        alone = [origin + start for start, _ in _known_starts(automaton, table, [*symbols[origin:stop], end])]
+        symbols = chain(_symbols(automaton, text[origin:stop]), [automaton.width - 2])  # END
+        alone = [origin + start for start, _ in _known_starts(automaton, table, symbols)]
         if [start for start in alone if start < stop] == [start for start, _ in recent if origin < start < stop]:
             return stop
     return 0
@@ -99,6 +99,14 @@ def _first_split(splits: tuple[str, ...]) -> tuple[Automaton | None, list[int]]:
     """The automaton of the first split, and its table as a list."""
     automaton = automaton_of(splits[:1])
     return automaton, [] if automaton is None else automaton.table.tolist()
+
+
+def _symbols(automaton: Automaton, text: str) -> Iterator[int]:
+    """The symbol of each character; a few at a time, because a list takes much memory."""
+    for start in range(0, len(text), _LONGEST_SEARCH):
+        codes = _code_points(text[start : start + _LONGEST_SEARCH])
+        ranges = np.searchsorted(automaton.first_codes, codes, side="right") - 1
+        yield from (automaton.class_of_range[ranges].astype(np.int64) + FIRST_CLASS).tolist()
 
 
 def _known_starts(automaton: Automaton, table: list[int], symbols: Iterable[int]) -> Iterator[tuple[int, int]]:
