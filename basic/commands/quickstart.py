@@ -40,14 +40,14 @@ def main(options: Options) -> None:
 
     output, inputs = options.output, [] if options.input is None else [options.input]
     with replaced_files(output, MANIFEST, last="config.toml", inputs=inputs) as folder:
-        entropy = make(options, folder)
-    leave_report(output, entropy=entropy)
+        make(options, folder)
+    leave_report(output)
     print(f"\nwrote {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
     print(f"its curves, samples and settings as a page: {output / 'report.html'}; open it in any browser")
 
 
-def make(options: Options, folder: Path) -> float | None:
-    """Make all files in a new folder, and print the results; return the text's entropy in nats per token, if known."""
+def make(options: Options, folder: Path) -> None:
+    """Make all files in a new folder, and print the results."""
     from basic.analysis.evaluation import compare_with_entropy
     from basic.analysis.plotting import plot_losses
     from basic.corpus.sources import TextSource
@@ -58,7 +58,7 @@ def make(options: Options, folder: Path) -> float | None:
     from basic.tokens.opening import open_tokens, read_info
     from basic.train_bpe import train_bpe
     from basic.training.loop import train
-    from basic.training.records.metrics import read_metrics
+    from basic.training.records.metrics import encode_record, read_metrics
 
     stories = []
     if options.input is None:
@@ -84,13 +84,14 @@ def make(options: Options, folder: Path) -> float | None:
         documents = [tokenizer.encode(story.text) for story in stories]
         print(compare_with_entropy(model, documents, exact, tokens[0], tokenizer.special_token_ids[END]))
     floor_nats = sum(exact) / info.count or None
+    with open(folder / "metrics.jsonl", "ab") as log:  # reports and plots of the run draw it
+        log.write(encode_record({"kind": "source", "step": records[-1]["step"], "entropy_nats": floor_nats}))
     plot_losses({options.output.name: records}, folder / "loss.png", floor_nats=floor_nats)
     start = END if tokenizer.special_token_ids[END] in tokens[0] else "\n"
     samples = complete(model, tokenizer, [start] * 8, 256, temperature=0.7, top_p=0.95, seed=options.seed)
     (folder / "samples.txt").write_text("\n\n".join(map(str.strip, samples)) + "\n", encoding="utf-8")
     for number, sample in enumerate(samples[:2], 1):
         command_line.print_text(f"\nsample {number}: {sample.strip()}")
-    return floor_nats
 
 
 def configure(options: Options, vocab_size: int):

@@ -30,7 +30,7 @@ import torch._dynamo  # an optimizer imports it, which takes seconds: here once 
 
 import basic
 import basic.analysis.plotting
-import basic.analysis.report
+import basic.analysis.report.page
 import basic.analysis.sweep
 import basic.training.saving
 from basic.bpe.cache_files import kept_arrays

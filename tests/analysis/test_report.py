@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from basic.analysis.report import _script_json, report_page
+from basic.analysis.report.html import script_json
+from basic.analysis.report.page import report_page
 from basic.common.config_files import save_config
 from basic.common.errors import DamagedFileError, NotARunError
 from basic.model import ModelConfig
@@ -105,11 +106,8 @@ def test_curves_are_the_metrics(run_dir):
     records = read_metrics(run_dir / "metrics.jsonl")
     assert len(records) == 20
     columns = ("step", "tokens", "wall_s", "train_loss", "valid_loss", "learning_rate", "gradient_norm", "tokens_per_s")
-    assert curves == {
-        "columns": {name: [one.get(name) for one in records] for name in columns},
-        "lost": [4],
-        "floor": 1.5,
-    }
+    expected = {"label": "", "columns": {name: [one.get(name) for one in records] for name in columns}, "lost": [4]}
+    assert curves == {"runs": [expected], "floor": 1.5, "uniform": math.log(11)}
 
 
 def test_chart_columns_are_in_the_data_and_named(run_dir):
@@ -118,11 +116,11 @@ def test_chart_columns_are_in_the_data_and_named(run_dir):
     assert len(charts) == 4
     for attributes in charts:
         names = str(attributes["data-series"]).split(" ")
-        assert set(names) <= page.curves["columns"].keys()
+        assert set(names) <= page.curves["runs"][0]["columns"].keys()
         assert len(str(attributes["data-names"]).split("|")) == len(names)
     axes = [attributes["value"] for tag, attributes in page.elements if attributes.get("name") == "axis"]
     assert axes == ["step", "tokens", "wall_s"]
-    assert set(axes) <= page.curves["columns"].keys()
+    assert set(axes) <= page.curves["runs"][0]["columns"].keys()
 
 
 def test_html_in_texts_is_escaped(run_dir):
@@ -139,8 +137,8 @@ def test_html_in_texts_is_escaped(run_dir):
 
 
 def test_html_in_the_data_of_the_curves_is_escaped():
-    assert not set("<>&").intersection(_script_json([HOSTILE]))
-    assert json.loads(_script_json([HOSTILE])) == [HOSTILE]
+    assert not set("<>&").intersection(script_json([HOSTILE]))
+    assert json.loads(script_json([HOSTILE])) == [HOSTILE]
 
 
 def test_page_is_self_contained(run_dir):
@@ -270,7 +268,38 @@ def test_run_without_metrics_yet(tmp_path):
     assert "no metrics have been logged yet" in " ".join(page.texts["p"])
     assert page.texts["h2"] == ["Curves", "Configuration"]
     write_log(tmp_path, [record(1)])
-    assert page_of(tmp_path).curves["columns"]["valid_loss"] == [None]
+    assert "valid_loss" not in page_of(tmp_path).curves["runs"][0]["columns"]
+    assert page_of(tmp_path).curves["runs"][0]["columns"]["train_loss"] == [8]
+
+
+def test_memory_has_a_chart_and_the_entropy_of_the_log_a_line(run_dir):
+    write_log(run_dir, [record(1, cpu_memory_bytes=2_000_000_000), {"kind": "source", "step": 1, "entropy_nats": 0.6}])
+    page = page_of(run_dir)
+    charts = [attributes["data-series"] for tag, attributes in page.elements if attributes.get("class") == "chart"]
+    assert charts[-1] == "gpu_memory_bytes cpu_memory_bytes"
+    assert page.curves["runs"][0]["columns"]["cpu_memory_bytes"] == [2_000_000_000]
+    assert page.curves["floor"] == 0.6
+    assert "the entropy of the source, 0.600 nats per token of whole documents" in " ".join(page.texts["p"])
+    assert page_of(run_dir, floor_nats=0.5).curves["floor"] == 0.5
+
+
+def test_several_runs_have_their_curves_together_and_a_table(run_dir):
+    other = run_dir.parent / "other"
+    shutil.copytree(run_dir, other)
+    text = (other / "config.toml").read_text()
+    (other / "config.toml").write_text(text.replace("max_learning_rate = 0.003", "max_learning_rate = 0.05"))
+    write_log(other, [record(1, valid_loss=2.5), record(2, valid_loss=2.75)])
+    page = Page(report_page([run_dir, other, run_dir]))
+    assert [run["label"] for run in page.curves["runs"]] == ["max_learning_rate=0.003", "max_learning_rate=0.05"]
+    assert [len(run["columns"]["step"]) for run in page.curves["runs"]] == [20, 2]
+    assert page.texts["h1"] == ['a<b>&"c and 1 more']
+    assert page.texts["h2"] == ["Curves", "Results", "Last samples"]
+    assert page.rows() == [
+        "RunValidationLowestBits per byteStepsTokensTimeTokens/sParametersmax_learning_rate",
+        "max_learning_rate=0.0030.45000.4500 at 200.2162012,80013 min 30 s1,0114,4960.003",
+        "max_learning_rate=0.052.75002.5000 at 11.32221,2801 min 21 s1,0024,4960.05",
+    ]
+    assert page.texts["blockquote"] == [f"{HOSTILE} 20"]
 
 
 def run_script(monkeypatch, name: str, *arguments: str | Path) -> None:
@@ -287,6 +316,10 @@ def test_script_writes_the_page_to_the_run_or_to_output(run_dir, tmp_path, monke
     assert Page((tmp_path / "page.html").read_text("utf-8")).curves["floor"] == 0.25
     with pytest.raises(SystemExit, match=r"^error: .*nowhere is not a run: it has no config\.toml"):
         run_script(monkeypatch, "report", tmp_path / "nowhere")
+    shutil.copytree(run_dir, tmp_path / "other")
+    run_script(monkeypatch, "report", run_dir, tmp_path / "other")
+    both = tmp_path / f"report_of_{run_dir.name}_other.html"
+    assert len(Page(both.read_text("utf-8")).curves["runs"]) == 2
 
 
 def test_a_followed_run_has_a_page_that_loads_itself_until_the_run_ends(run_dir, monkeypatch, capsys):

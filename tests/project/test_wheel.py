@@ -28,7 +28,7 @@ tokenizer = Tokenizer(*train_bpe("text.txt", 262, ["<|end|>"]), ["<|end|>"])
 assert tokenizer.decode(tokenizer.encode("the cat<|end|>")) == "the cat<|end|>"
 assert not {"torch", "numba"} & set(sys.modules), "importing the tokenizer must load neither"
 from basic.model import ModelConfig, TransformerLM
-from basic.analysis.report import report_page
+from basic.analysis.report.page import report_page
 model = TransformerLM(ModelConfig(vocab_size=262, context_length=8, d_model=16, num_layers=1, num_heads=2))
 assert basic.__version__ == version("basic")
 print(version("basic"), model.num_parameters, callable(report_page))

@@ -1,28 +1,43 @@
 "use strict";
-/* Draws the curves of a run, and marks the record under the pointer or selected with the keyboard.
+/* Draws the curves of runs, and marks the records under the pointer or selected with the keyboard.
 
-   report.py writes `curves`: {columns: {step: [...], train_loss: [...], ...}, floor, lost}. All columns have the length
-   of `step`, with null for missing values. The same record is marked on all charts. */
+   report/page.py writes `curves`: {runs: [{label, columns: {step: [...], train_loss: [...], ...}, lost}], floor, uniform}.
+   All columns of a run have the length of its `step`, with null for missing values. The same position is marked on all
+   charts: a record of the run with most of them, and the nearest one of each other run. The axis, the smoothing and the
+   range that is shown stay when the page loads itself again. */
 
 const curves = JSON.parse(document.getElementById("curves").textContent);
-const columns = curves.columns;
+const runs = curves.runs.filter((run) => run.columns.step.length);
+const longest = runs.reduce((a, b) => (b.columns.step.length > a.columns.step.length ? b : a), runs[0]);
+const colours = ["first", "c1", "c2", "c3", "c4", "c5"];
 const margin = { left: 46, right: 10, top: 8, bottom: 24 };
-const charts = [...document.querySelectorAll(".chart")].map((figure) => ({
-  plot: figure.querySelector(".plot"),
-  output: figure.querySelector("output"),
-  logarithmic: figure.dataset.scale === "log",
-  isLoss: figure.dataset.series.includes("train_loss"),
-  series: figure.dataset.series.split(" ").map((key, number) => ({
-    key,
-    name: figure.dataset.names.split("|")[number],
-    style: key === "train_loss" ? "second" : "first",
-    values: columns[key],
-  })),
-}));
-let axis = "step"; // the column on the x-axis
-let smoothing = 0; // the share of the mean so far in the next mean; evaluations and rates are shown as they are
+const charts = [...document.querySelectorAll(".chart")].map((figure) => {
+  const names = figure.dataset.names.split("|");
+  const series = runs.flatMap((run, number) =>
+    figure.dataset.series.split(" ").map((key, index) => ({
+      key,
+      run,
+      name: runs.length === 1 ? names[index] : figure.dataset.series.includes("loss") ? run.label : "",
+      // Of several runs, the colour is that of the run, and the second curve of a chart is thin.
+      style: runs.length > 1 ? colours[number % colours.length] : isThin(key) ? "second" : "first",
+      values: run.columns[key],
+    })).filter(({ values }) => values)
+  );
+  return {
+    plot: figure.querySelector(".plot"),
+    output: figure.querySelector("output"),
+    logarithmic: figure.dataset.scale === "log",
+    isLoss: figure.dataset.series.includes("train_loss"),
+    series,
+  };
+});
+function isThin(key) { return key === "train_loss" || key === "cpu_memory_bytes"; }
 const noisy = ["train_loss", "gradient_norm", "tokens_per_s"];
-let marked = null; // the index of the marked record
+const settings = new URLSearchParams(location.hash.slice(1));
+let axis = ["step", "tokens", "wall_s"].includes(settings.get("axis")) ? settings.get("axis") : "step"; // on the x-axis
+let smoothing = Math.min(0.95, Number(settings.get("smoothing")) || 0); // the share of the mean so far in the next mean
+let zoom = settings.has("from") ? [Number(settings.get("from")), Number(settings.get("to"))] : null; // in units of the axis
+let marked = null; // the index of the marked record of the longest run
 
 // --- Numbers ---
 
@@ -51,13 +66,14 @@ function digits(value, count) {
 function exact(key, value) {
   if (value === null || value === undefined) return "–";
   if (key.endsWith("_loss")) return value.toFixed(3);
+  if (key.endsWith("_bytes")) return `${digits(value / 1e9, 3)} GB`;
   return key === "tokens_per_s" ? grouped(value) : digits(value, 4);
 }
 
-function positionText(index) {
-  if (axis === "tokens") return `${grouped(columns.tokens[index])} tokens`;
-  if (axis === "wall_s") return duration(columns.wall_s[index]);
-  return `step ${grouped(columns.step[index])}`;
+function positionText(run, index) {
+  if (axis === "tokens") return `${grouped(run.columns.tokens[index])} tokens`;
+  if (axis === "wall_s") return duration(run.columns.wall_s[index]);
+  return `step ${grouped(run.columns.step[index])}`;
 }
 
 function duration(seconds) {
@@ -88,21 +104,26 @@ function logarithmicTicks(low, high, most) {
   return linearTicks(low, high, most);
 }
 
+function range() { // of the x-axis
+  return zoom ?? [0, Math.max(...runs.map((run) => run.columns[axis].at(-1))) || 1];
+}
+
 function xScale(width) {
-  const values = columns[axis];
-  const last = values.length ? values[values.length - 1] : 1;
-  const toPixel = (value) => margin.left + (value / (last || 1)) * (width - margin.left - margin.right);
-  const [unit, name] = axis !== "wall_s" ? [1, ""] : last < 120 ? [1, " s"] : last < 7200 ? [60, " min"] : [3600, " h"];
-  const ticks = linearTicks(0, last / unit, Math.max(2, Math.floor(width / 95))).map((tick) => ({
-    x: toPixel(tick * unit),
-    label: (axis === "step" ? grouped(tick) : short(tick)) + name,
-  }));
-  return { toPixel, ticks };
+  const [low, high] = range();
+  const toPixel = (value) => margin.left + ((value - low) / (high - low)) * (width - margin.left - margin.right);
+  const toValue = (pixel) => low + ((pixel - margin.left) / (width - margin.left - margin.right)) * (high - low);
+  const [unit, name] = axis !== "wall_s" ? [1, ""] : high < 120 ? [1, " s"] : high < 7200 ? [60, " min"] : [3600, " h"];
+  const values = linearTicks(low / unit, high / unit, Math.max(2, Math.floor(width / 95)));
+  const labels = axis === "step" ? values.map(grouped) : labelsOf(values);
+  const ticks = values.map((tick, i) => ({ x: toPixel(tick * unit), label: labels[i] + name }));
+  return { toPixel, toValue, ticks };
 }
 
 function yScale(chart, height) {
-  let values = chart.series.flatMap(({ values }) => values).filter((value) => value !== null);
+  const [first, last] = range();
+  let values = chart.series.flatMap(({ run, values }) => values.filter((value, i) => value !== null && run.columns[axis][i] >= first && run.columns[axis][i] <= last));
   if (chart.isLoss && curves.floor !== null) values.push(curves.floor);
+  if (chart.isLoss && curves.uniform !== null && !zoom) values.push(curves.uniform);
   if (chart.logarithmic) values = values.filter((value) => value > 0);
   let low = values.reduce((a, b) => Math.min(a, b), Infinity);
   let high = values.reduce((a, b) => Math.max(a, b), -Infinity);
@@ -116,8 +137,9 @@ function yScale(chart, height) {
   const toPixel = (value) => height - margin.bottom - ((to(value) - bottom) / (top - bottom)) * (height - margin.top - margin.bottom);
   const most = Math.max(3, Math.floor(height / 38));
   const ticks = chart.logarithmic ? logarithmicTicks(Math.exp(bottom), Math.exp(top), most) : linearTicks(low, high, most);
+  const unit = chart.series[0]?.key.endsWith("_bytes") ? "B" : "";
   const labels = labelsOf(ticks);
-  return { toPixel, ticks: ticks.map((tick, i) => ({ y: toPixel(tick), label: labels[i] })) };
+  return { toPixel, ticks: ticks.map((tick, i) => ({ y: toPixel(tick), label: tick ? labels[i] + unit : "0" })) };
 }
 
 // --- Drawing ---
@@ -171,23 +193,33 @@ function draw(chart) {
     const anchor = at > width - 30 ? "end" : at < margin.left + 10 ? "start" : "middle";
     svg.append(element("text", { x: anchor === "end" ? width - margin.right : at, y: height - 6, "text-anchor": anchor }, label));
   }
-  if (chart.isLoss && curves.floor !== null) {
-    svg.append(element("path", { class: "floor", d: `M${margin.left} ${y.toPixel(curves.floor)}H${width - margin.right}` }));
+  const lines = [[curves.floor, "floor", "entropy"], [curves.uniform, "uniform", "a uniform guess, log V"]];
+  for (const [value, className, text] of chart.isLoss ? lines : []) {
+    const at = value === null ? -1 : y.toPixel(value);
+    if (at < 0 || at > ground) continue;
+    svg.append(element("path", { class: className, d: `M${margin.left} ${at}H${width - margin.right}` }));
+    // The curves begin above on the left, and end below on the right.
+    const place = className === "floor" ? { x: margin.left + 4, y: at - 5 } : { x: width - margin.right, y: at + 13, "text-anchor": "end" };
+    svg.append(element("text", place, `${text}: ${value.toFixed(3)}`));
   }
-  for (const { key, values, style } of chart.series) {
+  // The curves have an SVG of their own, which clips them to the range that is shown.
+  const inside = width - margin.left - margin.right;
+  const clip = svg.appendChild(element("svg", { class: "clip", x: margin.left, y: 0, width: inside, height: ground + 2, viewBox: `${margin.left} 0 ${inside} ${ground + 2}` }));
+  for (const { key, run, values, style } of chart.series) {
     let points = (noisy.includes(key) ? smoothed(values) : values)
-      .map((value, index) => [x.toPixel(columns[axis][index]), value])
+      .map((value, index) => [x.toPixel(run.columns[axis][index]), value])
       .filter(([, value]) => value !== null && !(chart.logarithmic && value <= 0))
       .map(([at, value]) => [at, y.toPixel(value)]);
-    const few = points.length <= 60 && (points.length === 1 || values.includes(null));
-    if (points.length > 2 * width) points = thinPoints(points);
+    const few = points.length <= 60 && (points.length === 1 || points.length < values.length / 2) && !isThin(key);
+    if (points.length > 2 * width && !zoom) points = thinPoints(points);
     const path = points.map(([at, level]) => `${at.toFixed(1)} ${level.toFixed(1)}`).join("L");
-    if (path) svg.append(element("path", { class: style, d: `M${path}`, "stroke-width": style === "first" ? 1.8 : 1.2 }));
-    if (few) for (const [cx, cy] of points) svg.append(element("circle", { class: style, cx, cy, r: 3 }));
+    const thin = isThin(key) && runs.length > 1;
+    if (path) clip.append(element("path", { class: style + (thin ? " thin" : ""), d: `M${path}`, "stroke-width": isThin(key) ? 1.2 : 1.8 }));
+    if (few) for (const [cx, cy] of points) clip.append(element("circle", { class: style, cx, cy, r: 3 }));
   }
   if (chart.isLoss && axis === "step") {
-    for (const step of curves.lost) {
-      svg.append(element("path", { class: "lost", d: `M${x.toPixel(step)} ${ground}v-8` }));
+    for (const step of runs.flatMap((run) => run.lost)) {
+      clip.append(element("path", { class: "lost", d: `M${x.toPixel(step)} ${ground}v-8` }));
     }
   }
   chart.marks = svg.appendChild(element("g", {}));
@@ -196,33 +228,39 @@ function draw(chart) {
   showMarked(chart);
 }
 
-/* Shows the values of the marked record, or of the last one, beside the chart's title, and its position in the chart. */
+/* Shows the values of the marked records, or of the last ones, beside the chart's title, and their position in the chart. */
 function showMarked(chart) {
-  const index = marked ?? columns.step.length - 1;
-  const entries = chart.series.map(({ key, name, style, values }) => {
-    let at = index; // records without this value (such as validation loss) show the last earlier one
+  const index = marked ?? longest.columns.step.length - 1;
+  const here = longest.columns[axis][index];
+  const shown = chart.series.filter(({ key }) => runs.length === 1 || !isThin(key) || !chart.series.some((other) => !isThin(other.key)));
+  const entries = shown.map(({ key, run, name, style, values }) => {
+    const near = marked === null ? values.length - 1 : nearest(run.columns[axis], here);
+    let at = near; // records without this value (such as validation loss) show the last earlier one
     while (at > 0 && values[at] === null) at--;
     const item = document.createElement("span");
     const value = document.createElement("b");
     value.textContent = exact(key, values[at]);
-    if (name) item.append(Object.assign(document.createElement("i"), { className: style }), `${name} `);
-    item.append(value, at === index || values[at] === null ? "" : ` (${positionText(at)})`);
-    return { at, values, style, item };
+    if (name || runs.length > 1) item.append(Object.assign(document.createElement("i"), { className: style }), name ? `${name} ` : "");
+    item.append(value, at === near || values[at] === null || runs.length > 1 ? "" : ` (${positionText(run, at)})`);
+    return { at, run, values, style, item };
   });
   const where = document.createElement("span");
-  where.textContent = positionText(index);
+  where.textContent = positionText(longest, index);
   chart.output.replaceChildren(...entries.map(({ item }) => item), where);
   chart.plot.setAttribute("aria-valuenow", String(index + 1));
   chart.plot.setAttribute("aria-valuetext", [...chart.output.children].map((item) => item.textContent).join(", "));
-  where.hidden = marked === null && !chart.isLoss;
+  where.hidden = marked === null && (!chart.isLoss || runs.length > 1);
   if (!chart.marks) return;
   chart.marks.replaceChildren();
   if (marked === null) return;
-  const at = chart.x.toPixel(columns[axis][index]).toFixed(1);
-  chart.marks.append(element("path", { class: "cross", d: `M${at} ${margin.top}V${chart.height - margin.bottom}` }));
-  for (const { at, values, style } of entries) {
-    if (values[at] === null) continue;
-    const point = { cx: chart.x.toPixel(columns[axis][at]), cy: chart.y.toPixel(values[at]) };
+  const isInside = (value) => value >= range()[0] && value <= range()[1];
+  if (isInside(here)) {
+    const at = chart.x.toPixel(here).toFixed(1);
+    chart.marks.append(element("path", { class: "cross", d: `M${at} ${margin.top}V${chart.height - margin.bottom}` }));
+  }
+  for (const { at, run, values, style } of entries) {
+    if (values[at] === null || !isInside(run.columns[axis][at])) continue;
+    const point = { cx: chart.x.toPixel(run.columns[axis][at]), cy: chart.y.toPixel(values[at]) };
     if (Number.isFinite(point.cy)) chart.marks.append(element("circle", { class: style, r: 4.5, ...point }));
   }
 }
@@ -233,29 +271,60 @@ function markRecord(index) {
   charts.forEach(showMarked);
 }
 
-/* The record nearest to a pixel, by bisection: x is ascending. */
-function nearest(chart, pixel) {
-  const at = (index) => chart.x.toPixel(columns[axis][index]);
-  let [low, high] = [0, columns.step.length - 1];
+/* The index of the value nearest to another, by bisection: the values are ascending. */
+function nearest(values, value) {
+  let [low, high] = [0, values.length - 1];
   while (high - low > 1) {
     const middle = (low + high) >> 1;
-    if (at(middle) < pixel) low = middle;
+    if (values[middle] < value) low = middle;
     else high = middle;
   }
-  return pixel - at(low) <= at(high) - pixel ? low : high;
+  return value - values[low] <= values[high] - value ? low : high;
+}
+
+/* Draws all charts after a change of the axis, the smoothing or the range, which the page's address keeps. */
+function redraw() {
+  const kept = { axis, smoothing, ...(zoom && { from: zoom[0], to: zoom[1] }) };
+  try { history.replaceState(null, "", `#${new URLSearchParams(kept)}`); } catch { /* not allowed for some local files */ }
+  document.querySelector(".reset").hidden = zoom === null;
+  charts.forEach(draw);
 }
 
 // --- Events ---
 
 for (const chart of charts) {
-  const last = columns.step.length - 1;
-  chart.plot.setAttribute("aria-valuemax", String(last + 1));
-  const follow = (event) => markRecord(nearest(chart, event.clientX - chart.plot.getBoundingClientRect().left));
-  chart.plot.addEventListener("pointermove", follow);
-  chart.plot.addEventListener("pointerdown", follow);
-  chart.plot.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && markRecord(null));
-  chart.plot.addEventListener("blur", () => markRecord(null));
-  chart.plot.addEventListener("keydown", (event) => {
+  const { plot } = chart;
+  const last = longest.columns.step.length - 1;
+  plot.setAttribute("aria-valuemax", String(last + 1));
+  const pixel = (event) => event.clientX - plot.getBoundingClientRect().left;
+  let start = null; // the pixel at which a drag began
+  const selection = () => plot.querySelector(".selection") ?? plot.firstChild.appendChild(element("rect", { class: "selection", y: margin.top }));
+  plot.addEventListener("pointermove", (event) => {
+    markRecord(nearest(longest.columns[axis], chart.x.toValue(pixel(event))));
+    if (start === null || Math.abs(pixel(event) - start) < 6) return;
+    const [left, right] = [start, pixel(event)].sort((a, b) => a - b);
+    for (const [key, value] of Object.entries({ x: left, width: right - left, height: chart.height - margin.top - margin.bottom })) selection().setAttribute(key, value);
+  });
+  plot.addEventListener("pointerdown", (event) => {
+    start = pixel(event);
+    plot.setPointerCapture(event.pointerId);
+    markRecord(nearest(longest.columns[axis], chart.x.toValue(start)));
+  });
+  plot.addEventListener("pointerup", (event) => {
+    const ends = [start ?? 0, pixel(event)].sort((a, b) => a - b).map(chart.x.toValue);
+    const isDrag = start !== null && Math.abs(pixel(event) - start) >= 6;
+    start = null;
+    if (!isDrag) return;
+    const [low, high] = range();
+    zoom = [Math.max(low, ends[0]), Math.min(high, ends[1])];
+    marked = null;
+    redraw();
+  });
+  plot.addEventListener("pointercancel", () => { start = null; plot.querySelector(".selection")?.remove(); });
+  plot.addEventListener("dblclick", () => { zoom = null; redraw(); });
+  plot.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && markRecord(null));
+  plot.addEventListener("blur", () => markRecord(null));
+  plot.addEventListener("keydown", (event) => {
     const current = marked ?? last;
     const page = Math.max(1, Math.round(last / 20));
     const targets = {
@@ -267,17 +336,17 @@ for (const chart of charts) {
     else return;
     event.preventDefault();
   });
-  new ResizeObserver(() => draw(chart)).observe(chart.plot);
+  new ResizeObserver(() => draw(chart)).observe(plot);
 }
-document.querySelectorAll(".smoothing input").forEach((input) =>
-  input.addEventListener("input", () => {
-    smoothing = Number(input.value);
-    charts.forEach(draw);
-  })
-);
-document.querySelectorAll(".axis-choice input[type=radio]").forEach((input) =>
-  input.addEventListener("change", () => {
-    axis = input.value;
-    charts.forEach(draw);
-  })
-);
+if (charts.length) {
+  const slider = document.querySelector(".smoothing input");
+  const reset = document.querySelector(".reset");
+  slider.value = smoothing;
+  slider.addEventListener("input", () => { smoothing = Number(slider.value); redraw(); });
+  reset.hidden = zoom === null;
+  reset.addEventListener("click", () => { zoom = null; redraw(); });
+  for (const input of document.querySelectorAll(".axis-choice input[type=radio]")) {
+    input.checked = input.value === axis;
+    input.addEventListener("change", () => { axis = input.value; zoom = marked = null; redraw(); });
+  }
+}

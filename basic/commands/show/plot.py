@@ -24,35 +24,38 @@ class Options:
     overwrite: bool = False
     """Replace the picture that exists."""
     entropy: float | None = None
-    """Entropy of the data in nats per token, if it is known; drawn as a line."""
+    """Entropy of the data in nats per token, drawn as a line; None: that in the logs, if it is known."""
 
 
 def main(options: Options) -> None:
     from basic.analysis.plotting import picture_output, plot_losses, run_labels
     from basic.common.config_files import to_table
     from basic.common.outputs import reserved_outputs
-    from basic.training.records.metrics import read_metrics
+    from basic.training.records.metrics import known_entropy, read_all_records
     from basic.training.run_folder import load_run_config
 
     if not options.runs:
         raise InvalidInputError("no run given; name at least one folder, such as runs/quickstart")
     runs = list(dict.fromkeys(options.runs))  # without duplicates
-    output = options.output or default_output(runs)
+    output = options.output or default_output(runs, "loss.png", "losses_of")
     with reserved_outputs([picture_output(output)], overwrite=options.overwrite):
         labels = run_labels({str(run): to_table(load_run_config(run)) for run in runs})
-        records = [read_metrics(run / "metrics.jsonl") for run in runs]
-        plot_losses(dict(zip(labels, records, strict=True)), output, floor_nats=options.entropy)
+        logs = [read_all_records(run / "metrics.jsonl") for run in runs]
+        floors = {known_entropy(log) for log in logs}
+        floor_nats = floors.pop() if options.entropy is None and len(floors) == 1 else options.entropy
+        training = [[record for record in log if "kind" not in record] for log in logs]
+        plot_losses(dict(zip(labels, training, strict=True)), output, floor_nats=floor_nats)
     print(f"wrote {output}")
 
 
-def default_output(runs: list[Path]) -> Path:
-    """The run's own loss.png, which the plot of several runs must not replace."""
+def default_output(runs: list[Path], own_name: str, start: str) -> Path:
+    """A file in the run's own folder; for several runs, which must not replace it, one beside the first."""
     if len(runs) == 1:
-        return runs[0] / "loss.png"
+        return runs[0] / own_name
     names = [run.resolve().name for run in runs]
     if len(names) > 4:
         names[3:] = [f"and_{len(names) - 3}_more"]
-    return runs[0].resolve().parent / f"losses_of_{'_'.join(names)}.png"
+    return runs[0].resolve().parent / f"{start}_{'_'.join(names)}{Path(own_name).suffix}"
 
 
 def command() -> None:

@@ -1,7 +1,8 @@
 """Write a report of a run as one self-contained HTML file: `basic report runs/quickstart`.
 
 It has interactive curves, the samples over time, the tokenizer, the settings and the machine. Every run leaves one at
-its end; `basic report runs/my --follow` shows a run that trains.
+its end; `basic report runs/my --follow` shows a run that trains. Several runs are compared on one page:
+`basic report runs/my runs/other`.
 """
 
 from __future__ import annotations
@@ -16,42 +17,47 @@ from pathlib import Path
 
 import tyro
 
+from basic.commands.show.plot import default_output
 from basic.common import command_line
-from basic.common.errors import BasicError
+from basic.common.errors import BasicError, InvalidInputError
 
 FOLLOW_S = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    run: tyro.conf.Positional[Path]
-    """Run folder, such as runs/quickstart."""
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders, such as runs/quickstart."""
     output: Path | None = None
-    """HTML file to write; None: report.html in the run folder, which every run leaves there and which is replaced."""
+    """HTML file to write; None: report.html in the run folder, which every run leaves there and which is replaced; for
+    several runs a file beside the first, such as runs/report_of_my_other.html."""
     overwrite: bool = False
     """Replace another file that exists."""
     entropy: float | None = None
-    """Entropy of the data in nats per token, if it is known; drawn as a line."""
+    """Entropy of the data in nats per token, drawn as a line; None: that in the run's log, if it is known."""
     follow: bool = False
-    """Write the report again every 10 seconds until the run has done all its steps. An open page loads itself again."""
+    """Write the report again every 10 seconds until all runs have done their steps. An open page loads itself again."""
 
 
 def main(options: Options) -> None:
-    from basic.analysis.report import report_output, report_page
+    from basic.analysis.report.page import report_output, report_page
     from basic.common.files import atomic_write
     from basic.common.outputs import reserved_outputs
 
-    output = options.output or options.run / "report.html"
+    if not options.runs:
+        raise InvalidInputError("no run given; name at least one folder, such as runs/quickstart")
+    runs = list(dict.fromkeys(options.runs))  # without duplicates
+    output = options.output or default_output(runs, "report.html", "report_of")
 
     def write(refresh_s: int | None) -> bytes:
-        page = report_page(options.run, floor_nats=options.entropy, refresh_s=refresh_s).encode()
+        page = report_page(runs, floor_nats=options.entropy, refresh_s=refresh_s).encode()
         with atomic_write(output) as file:
             file.write(page)
         return page
 
     with reserved_outputs([report_output(output)], overwrite=options.overwrite or options.output is None):
         try:
-            while options.follow and not is_finished(options.run):
+            while options.follow and not all(map(is_finished, runs)):
                 write(FOLLOW_S)
                 print(f"\r{output} is of {time.strftime('%H:%M:%S')}; Ctrl-C ends", end="", file=sys.stderr, flush=True)
                 time.sleep(FOLLOW_S)
@@ -69,11 +75,11 @@ def is_finished(run_dir: Path) -> bool:
     return bool(records) and records[-1]["step"] == load_run_config(run_dir).train.steps
 
 
-def leave_report(run_dir: Path, *, entropy: float | None = None) -> None:
+def leave_report(run_dir: Path) -> None:
     """Write report.html at the end of a training; a failure is a warning, because the run itself is complete."""
     try:
         with redirect_stdout(StringIO()):
-            main(Options(run=run_dir, overwrite=True, entropy=entropy))
+            main(Options(runs=(run_dir,)))
     except (BasicError, OSError) as error:
         warnings.warn(f"there is no report of {run_dir}: {error}", stacklevel=2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from typing import NamedTuple
 
@@ -113,6 +114,7 @@ class Meter:
             "learning_rate": self.latest.learning_rate,
             "gradient_norm": self.latest.gradient_norm,
             "tokens_per_s": round(self.interval_steps * self.tokens_per_step / interval_s, 1),
+            **memory_use(self.device),
         }
 
     def start_interval(self) -> None:
@@ -120,6 +122,19 @@ class Meter:
         self.losses: list[float] = []
         self.interval_started_s = time.perf_counter()
         self.interval_steps = 0
+
+
+def memory_use(device: torch.device) -> dict[str, int]:
+    """The most memory that was in use so far: of this process, where the system says it, and of tensors on its GPU."""
+    use = {}
+    if sys.platform != "win32":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        use["cpu_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if device.type == "cuda":
+        use["gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+    return use
 
 
 _UNTIMED_STEPS, _TIMED_STEPS = 8, 8

@@ -14,7 +14,7 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,10 @@ from basic.common.files import open_file
 
 _CHECKSUM = re.compile(rb', "crc32": "([0-9a-f]{8})"\}$')
 _INTEGERS = ("step", "tokens")
-_NUMBERS = ("wall_s", "train_loss", "valid_loss", "learning_rate", "gradient_norm", "tokens_per_s", "save_s")
+_NUMBERS = (
+    *("wall_s", "train_loss", "valid_loss", "learning_rate", "gradient_norm", "tokens_per_s", "save_s"),
+    *("cpu_memory_bytes", "gpu_memory_bytes"),
+)
 _MAX_SHOWN_LINES = 5
 
 
@@ -41,7 +44,7 @@ def read_records(path: str | os.PathLike, kind: str | None) -> list[dict[str, An
     """Read the records of one kind, oldest first.
 
     Args:
-        kind: "evaluation", "sample", "checkpoint" or "nonfinite"; None for training records.
+        kind: "evaluation", "sample", "checkpoint", "nonfinite" or "source"; None for training records.
     """
     return [record for record in read_all_records(path) if record.get("kind") == kind]
 
@@ -66,6 +69,12 @@ def read_all_records(path: str | os.PathLike) -> list[dict[str, Any]]:
             stacklevel=2,
         )
     return records
+
+
+def known_entropy(records: Iterable[Mapping[str, Any]]) -> float | None:
+    """The entropy in nats per token of the source that a run was trained on, if the log has it: kind "source"."""
+    found = [record.get("entropy_nats") for record in records if record.get("kind") == "source"]
+    return float(found[-1]) if found and isinstance(found[-1], int | float) and math.isfinite(found[-1]) else None
 
 
 def describe_lost_records(path: Path, state: Any) -> str | None:
