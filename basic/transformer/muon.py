@@ -18,6 +18,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from basic.transformer.functional import at_least_float32
 from basic.transformer.kernels import dispatch
 from basic.transformer.optimizer import AdamW, Update, local_shard
 
@@ -301,14 +302,16 @@ def orthogonalize(
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     x = x.reshape(-1, *x.shape[-2:])
-    norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    x = x / (norms * _SAFETY + 1e-20)
     is_tall = x.shape[-2] > x.shape[-1]
-    for a, b, c in coefficients:
+    for iteration, polynomial in enumerate(coefficients):
         # X X^T or, if it is smaller, X^T X, which gives the same polynomial.
-        products = dispatch.symmetric_product(x.mT if is_tall else x)
-        polynomial = dispatch.symmetric_product(products, c, products, b)
-        x = torch.baddbmm(x, x, polynomial, beta=a) if is_tall else torch.baddbmm(x, polynomial, x, beta=a)
+        products, scales = dispatch.symmetric_product(x.mT if is_tall else x), None
+        if iteration == 0:
+            # X is divided by its Frobenius norm, the root of the trace: the first polynomial does it.
+            traces = at_least_float32(products.diagonal(dim1=-2, dim2=-1)).sum(-1)
+            scales = 1 / (traces.sqrt() * _SAFETY + 1e-18)  # its square is finite in float32
+        factors = dispatch.symmetric_polynomial(products, polynomial, scales)
+        x = torch.bmm(x, factors) if is_tall else torch.bmm(factors, x)
     return x.reshape(matrices.shape)
 
 

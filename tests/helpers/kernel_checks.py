@@ -19,7 +19,7 @@ from basic.generation.sampling import NO_TOKEN
 from basic.model import KVCache, ModelConfig, TransformerLM
 from basic.transformer import functional
 from basic.transformer import muon as plain_muon
-from basic.transformer.kernels import flash_attention, muon, operators, rope
+from basic.transformer.kernels import dispatch, flash_attention, muon, operators, rope
 from basic.transformer.kernels.adamw import step_parameters
 from basic.transformer.kernels.interpreter import INTERPRETED
 
@@ -257,17 +257,23 @@ def check_adamw(sizes: Sequence[int], dtype: torch.dtype, device: str) -> None:
 
 
 def check_symmetric_product(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
-    """Also of the transposed matrices, which are not contiguous, and with an addend; the result is symmetric."""
+    """Also of the transposed matrices, which are not contiguous, and the polynomial; the results are symmetric."""
     torch.manual_seed(0)
     x = torch.randn(shape, device=device).to(dtype)
     for matrices in (x, x.mT):
         wide = matrices.double()
         with poisoned():
-            products = muon.symmetric_product(matrices, 1.0, None, 0.0)
-            polynomial = muon.symmetric_product(products, 0.5, products, -2.0)
+            products = muon.symmetric_product(matrices)
+            polynomial = muon.symmetric_polynomial(products, (3.0, -2.0, 0.5), None)
+            scales = torch.rand(len(x), device=device) / 4
+            scaled = muon.symmetric_polynomial(products, (3.0, -2.0, 0.5), scales)
         assert_close(products, wide @ wide.mT, dtype)
         assert torch.equal(products, products.mT)
-        assert_close(polynomial, 0.5 * products.double() @ products.double() - 2 * products.double(), dtype)
+        assert torch.equal(scaled, scaled.mT)
+        with dispatch.use_operators(None):
+            assert_close(polynomial, dispatch.symmetric_polynomial(products.double(), (3.0, -2.0, 0.5)), dtype)
+            expected = dispatch.symmetric_polynomial(products.double(), (3.0, -2.0, 0.5), scales)
+        assert_close(scaled, expected, dtype)
 
 
 def check_muon(shape: tuple[int, int], count: int, dtype: torch.dtype, device: str) -> None:

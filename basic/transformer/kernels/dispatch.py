@@ -75,20 +75,36 @@ def supports_adamw(parameter: Tensor, gradient: Tensor) -> bool:
     )
 
 
-def symmetric_product(
-    x: Float[Tensor, " batch rows columns"],
-    factor: float = 1.0,
-    addend: Float[Tensor, " batch rows rows"] | None = None,
-    addend_factor: float = 1.0,
+def symmetric_product(x: Float[Tensor, " batch rows columns"]) -> Float[Tensor, " batch rows rows"]:
+    """X X^T; the kernel computes one half of it."""
+    if operators_for(x) is None:
+        return torch.bmm(x, x.mT)
+    from basic.transformer.kernels import muon  # imported late: it needs Triton
+
+    return muon.symmetric_product(x)
+
+
+def symmetric_polynomial(
+    s: Float[Tensor, " batch rows rows"],
+    coefficients: tuple[float, float, float],
+    scales: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, " batch rows rows"]:
-    """factor * X X^T + addend_factor * addend, for a symmetric addend; the kernel computes one half of it."""
-    if operators_for(x) is not None:
+    """a I + b S + c S^2 of symmetric matrices; the kernel computes one half of it.
+
+    Args:
+        scales: of each matrix, a factor f of the matrix whose product with its own transpose S is: return
+            f (a I + b f^2 S + c f^4 S^2), which is the polynomial times the factor.
+    """
+    if operators_for(s) is not None:
         from basic.transformer.kernels import muon  # imported late: it needs Triton
 
-        return muon.symmetric_product(x, factor, addend, addend_factor)
-    if addend is None:
-        return torch.bmm(x, x.mT) * factor
-    return torch.baddbmm(addend, x, x.mT, beta=addend_factor, alpha=factor)
+        return muon.symmetric_polynomial(s, coefficients, scales)
+    a, b, c = coefficients
+    factors = None if scales is None else scales.to(s.dtype)[:, None, None]
+    s = s if factors is None else s * factors.square()
+    result = torch.baddbmm(s, s, s, beta=b, alpha=c)
+    result.diagonal(dim1=-2, dim2=-1).add_(a)
+    return result if factors is None else result * factors
 
 
 def warn_about_plain_attention(d_head: int, device: torch.device, dtype: torch.dtype) -> None:

@@ -25,8 +25,8 @@ _TILE, _TILE_K = (32, 32) if INTERPRETED else (128, 64)
 
 @triton.jit
 def _symmetric_product(
-    X, ADDEND, OUT, rows, columns, batch_stride, row_stride, column_stride, factor, addend_factor,
-    HAVE_ADDEND: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
+    X, SCALES, OUT, rows, columns, batch_stride, row_stride, column_stride, a, b, c,
+    POLYNOMIAL: tl.constexpr, SCALED: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     i, j, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     if j > i:  # the mirror image of tile (j, i)
@@ -44,11 +44,18 @@ def _symmetric_product(
         total = dot(x_i, x_j, total)
         X_I += TILE_K * column_stride
         X_J += TILE_K * column_stride
-    total *= factor
     offsets = batch * rows * rows + rows_i[:, None] * rows + rows_j[None, :]
     mask = (rows_i[:, None] < rows) & (rows_j[None, :] < rows)
-    if HAVE_ADDEND:
-        total += addend_factor * tl.load(ADDEND + offsets, mask=mask, other=0.0).to(tl.float32)
+    if POLYNOMIAL:  # X is symmetric
+        x = tl.load(X + rows_i[:, None] * row_stride + rows_j[None, :] * column_stride, mask=mask, other=0.0)
+        x = x.to(tl.float32)
+        if SCALED:
+            scale = tl.load(SCALES + batch)
+            x *= scale * scale
+            total = total * (scale * scale) * (scale * scale)
+        total = b * x + c * total + tl.where(rows_i[:, None] == rows_j[None, :], a, 0.0)
+        if SCALED:
+            total *= scale
     result = total.to(OUT.dtype.element_ty)
     tl.store(OUT + offsets, result, mask=mask)
     if j < i:
@@ -56,18 +63,24 @@ def _symmetric_product(
         tl.store(OUT + mirrored, tl.trans(result), mask=(rows_j[:, None] < rows) & (rows_i[None, :] < rows))
 
 
-def symmetric_product(x: Tensor, factor: float, addend: Tensor | None, addend_factor: float) -> Tensor:
-    """factor * X X^T + addend_factor * addend for each matrix X of x, (batch, rows, columns) with any strides.
+def symmetric_product(x: Tensor) -> Tensor:
+    """X X^T for each matrix X of x, (batch, rows, columns) with any strides."""
+    return _launch_symmetric(x, None, None)
 
-    Args:
-        addend: symmetric and contiguous, (batch, rows, rows), of the dtype of x; None for none.
-    """
+
+def symmetric_polynomial(s: Tensor, coefficients: tuple[float, float, float], scales: Tensor | None) -> Tensor:
+    """See `dispatch.symmetric_polynomial`; scales are float32."""
+    return _launch_symmetric(s, coefficients, scales)
+
+
+def _launch_symmetric(x: Tensor, coefficients: tuple[float, float, float] | None, scales: Tensor | None) -> Tensor:
     batch, rows, columns = x.shape
     out = torch.empty((batch, rows, rows), dtype=x.dtype, device=x.device)
     tiles = triton.cdiv(rows, _TILE)
     _symmetric_product[(tiles, tiles, batch)](
-        x, out if addend is None else addend, out, rows, columns, *x.stride(), factor, addend_factor,
-        HAVE_ADDEND=addend is not None, TILE=_TILE, TILE_K=_TILE_K, num_warps=8, num_stages=3)  # fmt: skip
+        x, out if scales is None else scales, out, rows, columns, *x.stride(), *(coefficients or (0.0, 0.0, 1.0)),
+        POLYNOMIAL=coefficients is not None, SCALED=scales is not None, TILE=_TILE, TILE_K=_TILE_K,
+        num_warps=8, num_stages=3)  # fmt: skip
     return out
 
 
