@@ -180,11 +180,11 @@ def choose(
     device, vocab_size = choose_device(device_name), prepared.tokenizer.vocab_size
     num_tokens = len(prepared.train_tokens)
     configure = partial(_configure, prepared, recipe, device_name=device_name, seed=seed)
-    share = _batch_share(recipe, device)
+    has_gpu = device.type == "cuda"
     given = depth is not None
     if depth is None:
         budget = 60 * minutes * matmul_flops_per_s(device)
-        depth = depth_for(recipe, vocab_size, budget / share)
+        depth = depth_for(recipe, vocab_size, budget, has_gpu)
         while depth > 1 and num_matrix_parameters(configure(depth).model) > MAX_PARAMETERS_PER_TOKEN * num_tokens:
             depth -= 1
     while True:
@@ -193,8 +193,8 @@ def choose(
         steps, wanted = 60 * minutes / step_s, config.train.steps
         if given or depth == 1 or steps >= wanted:
             break
-        flops_per_s = training_flops(recipe, vocab_size, depth) / wanted / step_s
-        depth = min(depth - 1, depth_for(recipe, vocab_size, 60 * minutes * flops_per_s))
+        flops_per_s = training_flops(recipe, vocab_size, depth, has_gpu) / wanted / step_s
+        depth = min(depth - 1, depth_for(recipe, vocab_size, 60 * minutes * flops_per_s, has_gpu))
     tokens_per_step = config.train.batch_size * config.model.context_length
     most = max(20, round(MAX_EPOCHS * num_tokens / tokens_per_step))
     is_short, steps = steps > most, max(1, round(min(steps, most)))
@@ -214,18 +214,10 @@ def choose(
     return config, line
 
 
-def _batch_share(recipe: RecipeName, device: torch.device) -> float:
-    """The batch as a share of the recipe's. The handout's is for a GPU; without one it says 32 sequences of 256."""
-    return 1 / 8 if recipe == "handout" and device.type != "cuda" else 1.0
-
-
 def _configure(prepared: PreparedText, recipe: RecipeName, depth: int, *, device_name: str, seed: int) -> RunConfig:
     """The recipe's run of a depth, with sequences that fit into the text."""
-    tables = recipe_settings(recipe, vocab_size=prepared.tokenizer.vocab_size, depth=depth)
-    if (share := _batch_share(recipe, choose_device(device_name))) < 1:
-        tables["train"]["batch_size"] = round(tables["train"]["batch_size"] * share)
-        for name in ("max_learning_rate", "min_learning_rate"):  # as in configs/tinystories_low_resource.toml
-            tables["train"][name] /= 2
+    has_gpu = choose_device(device_name).type == "cuda"
+    tables = recipe_settings(recipe, vocab_size=prepared.tokenizer.vocab_size, depth=depth, has_gpu=has_gpu)
     shortest = min(len(prepared.train_tokens), len(prepared.valid_tokens))
     context, longest = tables["model"]["context_length"], 1 << (shortest - 1).bit_length() - 1
     if longest < context:  # the same number of tokens a step

@@ -143,13 +143,14 @@ def add_recipe(name: str, depth: int | None, arguments: list[str], table: dict[s
     add_vocab_size(arguments, table)
     if "vocab_size" not in model:
         raise InvalidConfigError("a recipe needs the size of the vocabulary; give --tokenizer or --vocab-size")
-    speed = None
+    device, speed = choose_device(given.device), None
     if depth is None and minutes is not None:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # each process would measure another speed
             raise InvalidInputError("several processes cannot choose the depth of a recipe; give --depth")
-        speed = matmul_flops_per_s(choose_device(given.device))
+        speed = matmul_flops_per_s(device)
     size = {"vocab_size": convert(int, model["vocab_size"], "model.vocab_size"), "depth": depth, "minutes": minutes}
-    recipe = recipe_settings(name, **size, matmul_flops_per_s=speed)  # ty: ignore[invalid-argument-type]
+    on_device = {"matmul_flops_per_s": speed, "has_gpu": device.type == "cuda"}
+    recipe = recipe_settings(name, **size, **on_device)  # ty: ignore[invalid-argument-type]
     if given.warmup_steps is not None:
         del recipe["train"]["warmup_share"]
     table |= {"model": recipe["model"] | model, "train": recipe["train"] | train}

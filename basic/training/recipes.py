@@ -21,8 +21,6 @@ _HEAD_SIZE = 64
 _MAX_CONTEXT = 1024
 _TOKENS_PER_PARAMETER = 2.0
 """Of the modern recipe: tokens to train on for each parameter of the blocks and the output matrix."""
-_MIN_STEPS = 1000
-"""Of the handout's recipe in minutes: a machine that is too slow for as many gets smaller batches."""
 _UTILISATION = 0.4
 """Share of the speed of a large matrix multiplication that training reaches."""
 
@@ -34,6 +32,7 @@ def recipe_settings(
     depth: int | None = None,
     minutes: float | None = None,
     matmul_flops_per_s: float | None = None,
+    has_gpu: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """The settings of a recipe, as the tables "model" and "train" of a run's configuration.
 
@@ -44,6 +43,8 @@ def recipe_settings(
         minutes: time that the run takes (`TrainConfig.minutes`); None for as many steps as suit the depth.
         matmul_flops_per_s: speed of the device in large matrix multiplications, from
             `basic.training.parallel.devices.matmul_flops_per_s`; needed without a depth.
+        has_gpu: without one, the handout's batches have 32 sequences instead of 256, and rates half as large, as the
+            assignment says for other machines.
 
     Returns:
         All settings that the recipe sets, for `basic.common.config_files.from_table` with the user's own put over them.
@@ -60,28 +61,26 @@ def recipe_settings(
             raise InvalidConfigError(f"minutes must be above 0, got {minutes}")
         if matmul_flops_per_s is None:
             raise TypeError("without a depth, matmul_flops_per_s is needed")
-        depth = depth_for(name, vocab_size, 60 * minutes * matmul_flops_per_s * _UTILISATION)
+        depth = depth_for(name, vocab_size, 60 * minutes * matmul_flops_per_s * _UTILISATION, has_gpu)
     if not 1 <= depth <= MAX_DEPTH:
         raise InvalidConfigError(f"depth must be from 1 to {MAX_DEPTH} blocks, got {depth}")
-    tables = (_handout if name == "handout" else _modern)(vocab_size, depth)
+    tables = _handout(vocab_size, depth, has_gpu) if name == "handout" else _modern(vocab_size, depth)
     if minutes is not None:
-        if name == "handout" and matmul_flops_per_s is not None:
-            tables["train"]["batch_size"] = _handout_batch(tables, 60 * minutes * matmul_flops_per_s * _UTILISATION)
         tables["train"] |= {"steps": 0, "minutes": minutes}
     return tables
 
 
-def depth_for(name: RecipeName, vocab_size: int, flops: float) -> int:
+def depth_for(name: RecipeName, vocab_size: int, flops: float, has_gpu: bool = True) -> int:
     """The largest depth whose training needs at most so many floating-point operations; at least 1."""
     depth = 1
-    while depth < MAX_DEPTH and training_flops(name, vocab_size, depth + 1) <= flops:
+    while depth < MAX_DEPTH and training_flops(name, vocab_size, depth + 1, has_gpu) <= flops:
         depth += 1
     return depth
 
 
-def training_flops(name: RecipeName, vocab_size: int, depth: int) -> float:
+def training_flops(name: RecipeName, vocab_size: int, depth: int, has_gpu: bool = True) -> float:
     """The floating-point operations of all steps that suit a depth."""
-    tables = recipe_settings(name, vocab_size=vocab_size, depth=depth)
+    tables = recipe_settings(name, vocab_size=vocab_size, depth=depth, has_gpu=has_gpu)
     config, train = ModelConfig(**tables["model"]), tables["train"]
     tokens = train["steps"] * train["batch_size"] * config.context_length
     return tokens * flops_per_token(config)
@@ -104,7 +103,7 @@ def num_matrix_parameters(config: ModelConfig) -> int:
     return config.num_layers * (attention + feed_forward) + config.vocab_size * config.d_model
 
 
-def _handout(vocab_size: int, depth: int) -> dict[str, dict[str, Any]]:
+def _handout(vocab_size: int, depth: int, has_gpu: bool) -> dict[str, dict[str, Any]]:
     """The assignment's model and steps, for TinyStories at depth 4; other depths keep its proportions."""
     model: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -113,17 +112,9 @@ def _handout(vocab_size: int, depth: int) -> dict[str, dict[str, Any]]:
         "num_layers": depth,
     }
     model |= {"num_heads": 4 * depth, "d_ff": 336 * depth}
-    train: dict[str, Any] = {"steps": 5000, "batch_size": 256, "max_learning_rate": 2e-3, "min_learning_rate": 2e-4}
+    batch_size, rate = (256, 2e-3) if has_gpu else (32, 1e-3)
+    train = {"steps": 5000, "batch_size": batch_size, "max_learning_rate": rate, "min_learning_rate": rate / 10}
     return {"model": model, "train": train | {"warmup_share": 0.05}}
-
-
-def _handout_batch(tables: dict[str, dict[str, Any]], flops: float) -> int:
-    """The assignment's batch, halved until so many operations are enough for _MIN_STEPS steps, as on a CPU."""
-    config, batch_size = ModelConfig(**tables["model"]), tables["train"]["batch_size"]
-    flops_per_sequence = config.context_length * flops_per_token(config)
-    while batch_size > 1 and _MIN_STEPS * batch_size * flops_per_sequence > flops:
-        batch_size //= 2
-    return batch_size
 
 
 def _modern(vocab_size: int, depth: int) -> dict[str, dict[str, Any]]:

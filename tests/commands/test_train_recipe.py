@@ -33,6 +33,11 @@ def test_options_and_a_configuration_override_the_recipe(tmp_path):
     assert str(options.output) == "runs/my"
 
 
+def test_without_a_gpu_the_handouts_batches_are_smaller():
+    run = parsed("--recipe", "handout", "--depth", "1", "--vocab-size", "500", "--device", "cpu")
+    assert (run.train.batch_size, run.train.max_learning_rate) == (32, 1e-3)
+
+
 def test_a_warm_up_in_steps_replaces_that_of_the_recipe():
     run = parsed("--recipe", "handout", "--depth", "1", "--vocab-size", "500", "--warmup-steps", "7")
     assert (run.train.warmup_steps, run.train.warmup_share) == (7, None)

@@ -26,12 +26,13 @@ def test_every_depth_is_a_run_that_can_be_saved(name, depth, tmp_path):
     assert load_config(tmp_path / "config.toml", RunConfig) == config
 
 
-def test_handout_at_depth_4_is_the_assignments_run():
-    assignment = load_config("local/configs/tinystories.toml", RunConfig)
-    config = from_table(RunConfig, recipe_settings("handout", vocab_size=10_000, depth=4))
+@pytest.mark.parametrize(("name", "has_gpu"), [("tinystories", True), ("tinystories_low_resource", False)])
+def test_handout_at_depth_4_is_the_assignments_run(name, has_gpu):
+    assignment = load_config(f"local/configs/{name}.toml", RunConfig)
+    config = from_table(RunConfig, recipe_settings("handout", vocab_size=10_000, depth=4, has_gpu=has_gpu))
     assert config.model == assignment.model
-    names = ("steps", "batch_size", "max_learning_rate", "min_learning_rate", "total_warmup_steps", "optimizer", "rows")
-    for name in names:
+    names = ("steps", "batch_size", "max_learning_rate", "min_learning_rate", "optimizer", "rows")
+    for name in (*names, "total_warmup_steps") if has_gpu else names:
         assert getattr(config.train, name) == getattr(assignment.train, name), name
 
 
@@ -44,12 +45,6 @@ def test_minutes_set_the_depth_and_leave_the_steps_open():
     assert training_flops("modern", 500, depth) <= 0.4 * 120 * speed < training_flops("modern", 500, depth + 1)
     with_depth = recipe_settings("modern", vocab_size=500, minutes=2, depth=depth)
     assert from_table(RunConfig, with_depth) == config
-
-
-@pytest.mark.parametrize(("speed", "batch_size"), [(1e10, 1), (1e11, 8), (1e15, 256)])
-def test_a_slow_machine_gets_smaller_batches_of_the_handout(speed, batch_size):
-    tables = recipe_settings("handout", vocab_size=10_000, minutes=10, matmul_flops_per_s=speed)
-    assert tables["train"]["batch_size"] == batch_size
 
 
 def test_depth_grows_with_the_compute():
