@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from basic import __version__
 from basic.common import command_line
@@ -49,8 +50,15 @@ def main(name: str | None = None) -> None:
             )
         name = name.replace("_", "-")
         sys.argv[:2] = [f"{sys.argv[0]} {name}"]
-    module, _ = COMMANDS[name]
-    command_line.run(lambda: import_module(f"basic.{module}").command())
+    command_line.run(lambda: run_command(import_module(f"basic.{COMMANDS[name][0]}")))
+
+
+def run_command(module: ModuleType) -> None:
+    """Call `command` of a module, or, if it has none, its `main` with the options of the command line."""
+    if hasattr(module, "command"):
+        module.command()
+    else:
+        module.main(command_line.parse(module.Options, module.__doc__))
 
 
 def overview() -> str:

@@ -99,7 +99,3 @@ def main(options: Options) -> None:
         if output.is_dir()
         else f"saved as {output} and {output.with_suffix('.json')}"
     )
-
-
-def command() -> None:
-    main(command_line.parse(Options, __doc__))

@@ -129,7 +129,3 @@ def read_prompts(options: Options, end_of_text: str) -> Iterator[str]:
         return
     except UnicodeDecodeError as error:
         raise InvalidInputError(f"{options.prompt_file or 'standard input'} is not UTF-8 text: {error}") from error
-
-
-def command() -> None:
-    main(command_line.parse(Options, __doc__))

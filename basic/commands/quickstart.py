@@ -104,7 +104,3 @@ def configure(options: Options, vocab_size: int):
     train = replace(config.train, rows=rows, steps=options.steps, seed=options.seed, device=options.device)
     data = DataConfig(train_tokens=f"{out}/train.bin", valid_tokens=f"{out}/valid.bin", tokenizer=f"{out}/tokenizer")
     return RunConfig(model=replace(config.model, vocab_size=vocab_size), train=train, data=data)
-
-
-def command() -> None:
-    main(command_line.parse(Options, __doc__))

@@ -81,7 +81,3 @@ def make_stories(folder: Path, *, num_train: int = 20_000, num_valid: int = 400,
         tokenizer.save(folder / "tokenizer")
         for split in ("train", "valid"):
             encode_file(tokenizer, folder / f"{split}.txt", folder / f"{split}.bin", progress=True)
-
-
-def command() -> None:
-    main(command_line.parse(Options, __doc__))

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from basic.common import command_line
 from basic.common.errors import InvalidInputError
 from basic.common.progress import peak_memory
 from basic.corpus.text_formats import DocumentOptions
@@ -95,7 +94,3 @@ def main(options: Options) -> None:
     print(f"saved in      {options.output}/ (its files and their checksums)")
     if len(tokenizer) < vocab_size:
         print(f"note: the text has no more pairs to merge, so the vocabulary is smaller than {vocab_size:,}")
-
-
-def command() -> None:
-    main(command_line.parse(Options, __doc__))

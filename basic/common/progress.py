@@ -8,8 +8,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
-from basic.common.arguments import check_integer
-from basic.common.errors import InvalidInputError
+from basic.common.arguments import check_size
 
 
 def default_num_workers() -> int:
@@ -25,11 +24,7 @@ def resolve_num_threads(num_threads: int | None) -> int:
     Raises:
         InvalidInputError: the number is less than 1.
     """
-    if num_threads is None:
-        return default_num_workers()
-    if check_integer("num_threads", num_threads) < 1:
-        raise InvalidInputError(f"num_threads={num_threads} must be at least 1")
-    return num_threads
+    return default_num_workers() if num_threads is None else check_size("num_threads", num_threads)
 
 
 @contextmanager

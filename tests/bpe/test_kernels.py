@@ -523,7 +523,7 @@ def test_tiktokens_newer_pattern_gives_tiktokens_ids(gpt2):
 def test_bad_arguments(tmp_path, pair):
     fast = pair[0]
     path = write(tmp_path, "text")
-    with pytest.raises(InvalidInputError, match="num_threads=0 must be at least 1"):
+    with pytest.raises(InvalidInputError, match="num_threads must be at least 1, got 0"):
         fast.encode_array("a", num_threads=0)
     with pytest.raises(InvalidInputError, match="errors='ignore' must be 'strict' or 'replace'"):
         encode_file(fast, path, tmp_path / "ids.bin", errors="ignore")

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import tyro
 
-from basic.common import command_line
-
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -51,7 +49,3 @@ def is_checkpoint(path: Path) -> bool:
     from basic.training.checkpoints.file import read_checkpoint
 
     return bool(read_checkpoint(path))  # raises if it is none
-
-
-def command() -> None:
-    main(command_line.parse(Options, __doc__))

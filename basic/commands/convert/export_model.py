@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import tyro
 
-from basic.common import command_line
 from basic.common.errors import InvalidInputError
 
 
@@ -67,7 +66,3 @@ def main(options: Options) -> None:
     print(f"wrote {options.output}; also pass these to tiktoken.Encoding:")
     print(f"  pat_str={tokenizer.compiled_pattern.splits[0]!r}")
     print(f"  special_tokens={tokenizer.special_token_ids!r}")
-
-
-def command() -> None:
-    main(command_line.parse(Options, __doc__))

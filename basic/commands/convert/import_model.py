@@ -12,7 +12,6 @@ from pathlib import Path
 
 import tyro
 
-from basic.common import command_line
 from basic.common.errors import InvalidInputError
 
 
@@ -62,7 +61,3 @@ def main(options: Options) -> None:
         import_pt(options.source, options.output, load_config(options.config, RunConfig))
     run = load_run(options.output, device="cpu")
     print(f"wrote {options.output}, a model with {run.model.num_parameters:,} parameters")
-
-
-def command() -> None:
-    main(command_line.parse(Options, __doc__))

@@ -13,7 +13,6 @@ from typing import Literal
 
 import tyro
 
-from basic.common import command_line
 from basic.common.errors import InvalidInputError
 
 
@@ -90,7 +89,3 @@ def read_tokens(path: Path, tokenizer, dtype: str):
         raise InvalidInputError(f"the run has no tokenizer/ folder, so {path} must be a token file (.bin or .npy)")
     text = read_file(path)
     return tokenizer.encode_array(text), len(text)
-
-
-def command() -> None:
-    main(command_line.parse(Options, __doc__))

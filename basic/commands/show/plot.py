@@ -10,7 +10,6 @@ from pathlib import Path
 
 import tyro
 
-from basic.common import command_line
 from basic.common.errors import InvalidInputError
 
 
@@ -56,7 +55,3 @@ def default_output(runs: list[Path], own_name: str, start: str) -> Path:
     if len(names) > 4:
         names[3:] = [f"and_{len(names) - 3}_more"]
     return runs[0].resolve().parent / f"{start}_{'_'.join(names)}{Path(own_name).suffix}"
-
-
-def command() -> None:
-    main(command_line.parse(Options, __doc__))

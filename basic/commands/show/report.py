@@ -18,7 +18,6 @@ from pathlib import Path
 import tyro
 
 from basic.commands.show.plot import default_output
-from basic.common import command_line
 from basic.common.errors import BasicError, InvalidInputError
 
 FOLLOW_S = 10
@@ -82,7 +81,3 @@ def leave_report(run_dir: Path) -> None:
             main(Options(runs=(run_dir,)))
     except (BasicError, OSError) as error:
         warnings.warn(f"there is no report of {run_dir}: {error}", stacklevel=2)
-
-
-def command() -> None:
-    main(command_line.parse(Options, __doc__))
