@@ -40,6 +40,8 @@ class Options:
     """Maximum number of new tokens; fewer if the model generates the end-of-text token."""
     stop: tuple[str, ...] = ()
     """Strings before which a text ends."""
+    log_probabilities: bool = False
+    """List the new tokens, each behind the natural logarithm of the probability that the model gives it."""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=lambda: Sampling(top_p=0.95))
     """How the next token is chosen."""
     checkpoint: int | Literal["best", "last"] = "last"
@@ -49,6 +51,7 @@ class Options:
 
 
 def main(options: Options) -> None:
+    from basic.generation.sampling import generate
     from basic.generation.text import complete, stream
     from basic.Tokenizer import Tokenizer
     from basic.training.records.environment import check_run_tokenizer
@@ -56,6 +59,8 @@ def main(options: Options) -> None:
 
     if options.prompt is not None and options.prompt_file is not None:
         raise InvalidInputError("--prompt and --prompt-file are both given; leave one of them out")
+    if options.log_probabilities and (options.chat or options.stop):
+        raise InvalidInputError("--log-probabilities lists all tokens of a continuation; leave --chat and --stop out")
     run = load_run(options.run, checkpoint=options.checkpoint, device=options.device)
     if run.tokenizer_path is None:
         raise InvalidInputError(f"{options.run} has no tokenizer/ folder, which is needed to encode the prompt")
@@ -72,6 +77,21 @@ def main(options: Options) -> None:
         return
     for prompt in read_prompts(options, end_of_text):
         shown, prompt = prompt.removeprefix(end_of_text), run.with_document_start(prompt)
+        if options.log_probabilities:
+            found: Any = generate(
+                run.model,
+                [tokenizer.encode(prompt)],
+                options.max_tokens,
+                num_samples=options.num_samples,
+                log_probabilities=True,
+                end_id=tokenizer.special_token_ids.get(end_of_text),
+                vocab_size=tokenizer.vocab_size,
+                **asdict(options.sampling),
+            )
+            for ids, logarithms in zip(*found, strict=True):
+                for token_id, logarithm in zip(ids, logarithms, strict=True):
+                    command_line.print_text(f"{logarithm:10.4f}  {tokenizer.decode([token_id])!r}\n", end="")
+            continue
         if options.num_samples == 1:
             command_line.print_text(shown, end="")
             for text in stream(run.model, tokenizer, prompt, options.max_tokens, **how):

@@ -16,6 +16,7 @@ from basic.analysis.evaluation import evaluate_tokens
 from basic.analysis.sweep import SweepData
 from basic.chat import ChatFormat
 from basic.encoding import encode_file
+from basic.generation.sampling import generate
 from basic.generation.text import complete
 from basic.model import ModelConfig
 from basic.Tokenizer import Tokenizer
@@ -130,6 +131,19 @@ def test_the_script_talks(folder, capsys, monkeypatch):
     assert generate_output(capsys, monkeypatch, folder, "--chat", "--prompt", "a", "--temperature", "0") == (
         f"{expected}\n\n"
     )
+
+
+def test_the_script_lists_log_probabilities(folder, capsys, monkeypatch):
+    run = load_run(folder / "run", device="cpu")
+    prompt = BYTES.encode(run.with_document_start("a"))
+    (ids,), (logarithms,) = generate(run.model, [prompt], 20, temperature=0, log_probabilities=True, end_id=256)
+    options = ("--prompt", "a", "--temperature", "0", "--log-probabilities")
+    assert generate_output(capsys, monkeypatch, folder, *options) == "".join(
+        f"{logarithm:10.4f}  {BYTES.decode([token_id])!r}\n"
+        for token_id, logarithm in zip(ids, logarithms, strict=True)
+    )
+    with pytest.raises(SystemExit, match="leave --chat and --stop out"):
+        generate_output(capsys, monkeypatch, folder, *options, "--stop", "b")
 
 
 def test_a_checkpoint_is_chosen_by_its_step(folder, capsys, monkeypatch):
