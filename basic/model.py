@@ -32,6 +32,7 @@ from basic.transformer.layers import (
     SiLUFeedForward,
     SwiGLU,
     make_norm,
+    norm_heads,
 )
 from basic.transformer.optimizer import AdamW, clip_gradients, cosine_schedule
 from basic.transformer.summary import Summary, summarize
@@ -93,6 +94,7 @@ class MultiHeadSelfAttention(Module):
         head_dim: features of a head; None for d_model / num_heads.
         bias: whether queries, keys and values have one.
         norm_eps: normalise queries and keys with this number added to their mean square; None for no norm.
+        norm_all_heads: normalise all heads of a token together instead of each.
         sliding_window: number of tokens that a token attends to, itself included; None for all before it.
         num_value_embeddings: number of token ids whose embeddings are added to the values; 0 for none.
 
@@ -115,6 +117,7 @@ class MultiHeadSelfAttention(Module):
         head_dim: int | None = None,
         bias: bool = False,
         norm_eps: float | None = None,
+        norm_all_heads: bool = False,
         sliding_window: int | None = None,
         num_value_embeddings: int = 0,
     ):
@@ -130,8 +133,11 @@ class MultiHeadSelfAttention(Module):
         self.k_proj = Linear(d_model, num_kv_heads * head_dim, bias=bias)
         self.v_proj = Linear(d_model, num_kv_heads * head_dim, bias=bias)
         self.output_proj = Linear(num_heads * head_dim, d_model)
-        self.q_norm = None if norm_eps is None else RMSNorm(head_dim, norm_eps)
-        self.k_norm = None if norm_eps is None else RMSNorm(head_dim, norm_eps)
+        self.q_norm = self.k_norm = None
+        if norm_eps is not None:
+            self.q_norm, self.k_norm = (
+                RMSNorm(head_dim * (heads if norm_all_heads else 1), norm_eps) for heads in (num_heads, num_kv_heads)
+            )
         self.value_embeddings: Embedding | None = None
         if num_value_embeddings:
             # As large as the values, whose matrix keeps the size of normalised features.
@@ -193,7 +199,7 @@ class MultiHeadSelfAttention(Module):
         if values is not None:
             v = v + values
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = norm_heads(self.q_norm, q), norm_heads(self.k_norm, k)
         return torch.cat((q, k, v), -2)
 
 
@@ -212,7 +218,7 @@ class TransformerBlock(Module):
         super().__init__()
         has_values = config.value_embeddings and (config.num_layers - 1 - layer) % 2 == 0
         assert config.d_ff is not None  # set by __post_init__
-        self.post_norm = config.norm == "post"
+        self.norm = config.norm
         self.dropout, self.recomputes = 0.0, False  # see TransformerLM.configure_training
         self.ln1 = make_norm(config)
         self.attn = MultiHeadSelfAttention(
@@ -223,6 +229,7 @@ class TransformerBlock(Module):
             head_dim=config.head_dim,
             bias=config.qkv_bias,
             norm_eps=config.norm_eps if config.qk_norm else None,
+            norm_all_heads=config.qk_norm == "all_heads",
             sliding_window=config.window(layer),
             num_value_embeddings=config.vocab_size if has_values else 0,
         )
@@ -252,7 +259,10 @@ class TransformerBlock(Module):
         def attend(x: Tensor) -> Tensor:
             return self._drop(self.attn(x, None, cache, layer, token_ids, document_starts))
 
-        if self.post_norm:
+        if self.norm == "sublayer":
+            x = x + self.ln1(attend(x))
+            return x + self.ln2(self._drop(self.ffn(x)))
+        if self.norm == "post":
             x = self.ln1(x + attend(x))
             return self.ln2(x + self._drop(self.ffn(x)))
         x = x + attend(self.ln1(x))

@@ -271,7 +271,7 @@ def test_impossible_shapes_are_refused(changes: dict[str, Any], message: str) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"norm": "before"}, "norm must be one of pre, post, none, got 'before'"),
+        ({"norm": "before"}, "norm must be one of pre, post, sublayer, none, got 'before'"),
         ({"positions": "alibi"}, "positions must be one of rope, none, got 'alibi'"),
         ({"ffn": "gelu"}, "ffn must be one of swiglu, silu, relu2, got 'gelu'"),
     ],

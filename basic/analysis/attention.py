@@ -13,6 +13,7 @@ from torch import Tensor
 from basic.common.errors import InvalidInputError
 from basic.model import MultiHeadSelfAttention, TransformerLM
 from basic.transformer.functional import causal_mask, scaled_dot_product_attention
+from basic.transformer.layers import norm_heads
 
 
 @torch.no_grad()
@@ -50,7 +51,8 @@ def _weights(attention: MultiHeadSelfAttention, x: Float[Tensor, "1 seq d_model"
     queries = rearrange(attention.q_proj(x), "batch seq (head d) -> batch head seq d", head=attention.num_heads)
     keys = rearrange(attention.k_proj(x), "batch seq (head d) -> batch head seq d", head=attention.num_kv_heads)
     if attention.q_norm is not None and attention.k_norm is not None:
-        queries, keys = attention.q_norm(queries), attention.k_norm(keys)
+        pairs = (attention.q_norm, queries), (attention.k_norm, keys)
+        queries, keys = (norm_heads(norm, x.transpose(1, 2)).transpose(1, 2) for norm, x in pairs)
     length = x.shape[-2]
     if attention.rope is not None:
         positions = torch.arange(length, device=x.device)

@@ -71,7 +71,7 @@ def export_hf(
     ids = {"bos_token_id": end_id, "eos_token_id": end_id}
     saved_dtype = model.token_embeddings.weight.dtype if dtype is None else _DTYPES[dtype]
     weights = {
-        hf_name(name): to_hf_row_order(name, weight, model.config.d_head).to("cpu", saved_dtype)
+        hf_name(name, model.config.norm): to_hf_row_order(name, weight, model.config.d_head).to("cpu", saved_dtype)
         for name, weight in _weights(model)
     }
     with reserved_outputs([output]), atomic_folder(directory) as folder:

@@ -1,6 +1,6 @@
 """Models in Hugging Face format: the names of their config.json fields and tensors, and their meaning in our model.
 
-Five families are known: Llama (also TinyLlama, SmolLM2), Mistral, Qwen 2 and Qwen 3. Two things differ from our model
+The families are Llama (also TinyLlama, SmolLM2), Mistral, Qwen 2, Qwen 3 and OLMo 2. Two things differ from our model
 besides the names. RoPE in transformers rotates feature i of a head together with feature i + d_head / 2, while ours
 rotates adjacent features, so the rows of queries and keys are in another order. And a tied output matrix is stored only
 once.
@@ -23,6 +23,7 @@ _CLASSES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
 }
 
 _FIELDS = {
@@ -55,6 +56,8 @@ _LAYER_TENSORS = {
     "ffn.w3": "mlp.up_proj",
 }
 
+_NORMS_AFTER_SUBLAYERS = {"ln1": "post_attention_layernorm", "ln2": "post_feedforward_layernorm"}
+
 # The only supported value of fields that may be present; other values need features that our model does not have.
 _SUPPORTED_VALUES = {
     "hidden_act": "silu",
@@ -76,10 +79,14 @@ _OTHER_ROPES = {"dynamic": ("factor",), "yarn": ("factor", "original_max_positio
 
 def check_llama(config: ModelConfig, program: str) -> None:
     """Raise an InvalidInputError that names the settings of a model which are not those of any Llama-like family."""
-    if config.not_in_llama:
+    found = config.not_in_llama
+    if config.norm == "sublayer" and program == "llama.cpp":
+        found = ["norm='sublayer'", *found]
+    if found:
         raise InvalidInputError(
-            f"a Llama of {program} cannot express {' and '.join(config.not_in_llama)}; only models with norm='pre', "
-            "positions='rope', ffn='swiglu' and no embedding_norm or value_embeddings can be exported"
+            f"a Llama of {program} cannot express {' and '.join(found)}; only models with norm='pre', "
+            "positions='rope', ffn='swiglu' and no embedding_norm or value_embeddings can be exported (transformers "
+            "also has OLMo 2, with norm='sublayer' and qk_norm='all_heads')"
         )
     if config.qk_norm and config.qkv_bias:
         raise InvalidInputError(
@@ -95,6 +102,7 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     """
     check_llama(config, "transformers")
     family = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+    family = "olmo2" if config.norm == "sublayer" else family
     if family == "llama" and (config.sliding_window is not None or config.d_model % config.num_heads):
         family = "mistral"  # as a Llama, but for the window, and any size of a head
     rope = {"rope_type": "default", "rope_theta": config.rope_theta} | rope_fields(config)
@@ -129,7 +137,7 @@ def rope_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def _window_fields(config: ModelConfig, family: str) -> dict[str, Any]:
-    if family == "llama":
+    if family in ("llama", "olmo2"):
         return {}
     window: dict[str, Any] = {"sliding_window": config.sliding_window}
     if family != "mistral":
@@ -153,7 +161,7 @@ def model_config(fields: dict[str, Any]) -> ModelConfig:
         if fields.get(name) not in (None, supported):
             raise InvalidInputError(f"{name} is {fields[name]!r}; only {supported!r} can be read")
     # Llama's class counts as many heads of keys as of queries where the field is missing; the others differ.
-    for name in (*_FIELDS.values(), *(["num_key_value_heads"] if family != "llama" else [])):
+    for name in (*_FIELDS.values(), *(["num_key_value_heads"] if family not in ("llama", "olmo2") else [])):
         if name not in fields:
             raise InvalidInputError(f"the field {name!r} is missing")
     values = {field: fields[hf_field] for field, hf_field in _FIELDS.items()}
@@ -166,6 +174,8 @@ def model_config(fields: dict[str, Any]) -> ModelConfig:
     values["rope_theta"], values["rope_scaling"] = _rope(fields)
     values["sliding_window"] = _sliding_window(fields)
     values["qkv_bias"], values["qk_norm"] = family == "qwen2", family == "qwen3"
+    if family == "olmo2":
+        values["norm"], values["qk_norm"] = "sublayer", "all_heads"
     values["tied_embeddings"] = fields.get("tie_word_embeddings", False)
     return checked_config(values, {**_FIELDS, "num_kv_heads": "num_key_value_heads"})
 
@@ -222,9 +232,9 @@ def _rope(fields: dict[str, Any]) -> tuple[Any, list[float]]:
 def _sliding_window(fields: dict[str, Any]) -> Any:
     """Return the window of all layers; None for none."""
     family = fields["model_type"]
-    if family == "llama":
+    if family in ("llama", "olmo2"):
         if fields.get("sliding_window") is not None:
-            raise InvalidInputError(f"sliding_window is {fields['sliding_window']!r}; a 'llama' has none")
+            raise InvalidInputError(f"sliding_window is {fields['sliding_window']!r}; a {family!r} has none")
         return None
     window = fields.get("sliding_window", 4096)  # what the classes of transformers take where the field is missing
     if family == "mistral":
@@ -246,9 +256,10 @@ def _sliding_window(fields: dict[str, Any]) -> Any:
     return window if "sliding_attention" in kinds else None
 
 
-def hf_name(name: str) -> str:
+def hf_name(name: str, norm: str = "pre") -> str:
     """Translate a parameter name: `layers.3.ffn.w1.weight` becomes `model.layers.3.mlp.gate_proj.weight`."""
-    return translated(name, _TENSORS, "model.layers", _LAYER_TENSORS)
+    layer_tensors = _LAYER_TENSORS | (_NORMS_AFTER_SUBLAYERS if norm == "sublayer" else {})
+    return translated(name, _TENSORS, "model.layers", layer_tensors)
 
 
 def translated(name: str, tensors: Mapping[str, str], layers: str, layer_tensors: Mapping[str, str]) -> str:

@@ -191,7 +191,7 @@ def load_hf(
     read_tensors = _read_pickle if unpickle else _read_safetensors
     saved = [name.removeprefix("model.") for file in files for name in read_names(file)]
     model = model_for_checks(config, _count_blocks(saved), path)
-    names = {hf_name(name): name for name in model.state_dict()}
+    names = {hf_name(name, config.norm): name for name in model.state_dict()}
     tensors = ((file, *item) for file in files for item in read_tensors(file) if not item[0].endswith(_ROPE_BUFFER))
     weights = _match_weights(model, names, tensors)
     ordered = {name: from_hf_row_order(name, weight, config.d_head) for name, weight in weights.items()}

@@ -289,7 +289,8 @@ def make_decoder(
     model: TransformerLM, cache: KVCache, prompt_lengths: Tensor, vocab_size: int | None
 ) -> Decoder | None:
     """The kernels for single steps, or None if they do not support the model."""
-    supported = model.config.norm == "pre" and model.config.positions == "rope"
+    config = model.config
+    supported = config.norm == "pre" and config.positions == "rope" and config.qk_norm != "all_heads"
     if not supported or not dispatch.supports_decoding(cache.keys[0]):
         dispatch.warn_about_plain_decoding(supported, cache.keys[0])
         return None

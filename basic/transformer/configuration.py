@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from basic.common.config_files import check_fields
 from basic.common.errors import InvalidConfigError
@@ -49,10 +49,12 @@ class ModelConfig:
     it, L (long) for those that do not, such as SSSL; empty for all blocks."""
     qkv_bias: bool = False
     """Whether the projections to queries, keys and values have a bias."""
-    qk_norm: bool = False
-    """Whether each head of queries and keys is normalised (RMSNorm, with gains that the heads share) before RoPE."""
-    norm: Literal["pre", "post", "none"] = "pre"
-    """Position of RMSNorm: before each sublayer, after each residual sum, or no norm."""
+    qk_norm: bool | Literal["all_heads"] = False
+    """Whether each head of queries and keys is normalised (RMSNorm, with gains that the heads share) before RoPE;
+    "all_heads": all heads of a token together, with a gain for each feature."""
+    norm: Literal["pre", "post", "sublayer", "none"] = "pre"
+    """Position of RMSNorm: before each sublayer, after each residual sum, after each sublayer and before its sum, or no
+    norm."""
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
     positions: Literal["rope", "none"] = "rope"
@@ -122,8 +124,11 @@ class ModelConfig:
     @property
     def not_in_llama(self) -> list[str]:
         """The settings, such as "ffn='relu2'", that neither Llama nor its relatives have."""
-        llama = {"norm": "pre", "positions": "rope", "ffn": "swiglu", "embedding_norm": False}
+        llama: dict[str, Any] = {"norm": "pre", "positions": "rope", "ffn": "swiglu", "embedding_norm": False}
         llama |= {"value_embeddings": False, "window_pattern": ""}
+        if self.norm == "sublayer" or self.qk_norm == "all_heads":  # OLMo 2
+            llama |= {"norm": "sublayer", "qk_norm": "all_heads", "qkv_bias": False, "sliding_window": None}
+            llama |= {"head_dim": None}
         return [f"{name}={getattr(self, name)!r}" for name, value in llama.items() if getattr(self, name) != value]
 
 

@@ -77,6 +77,11 @@ class RMSNorm(Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+def norm_heads(norm: RMSNorm, x: Float[Tensor, " ... heads d"]) -> Float[Tensor, " ... heads d"]:
+    """Normalise each head, or all heads together if there is a gain for each of their features."""
+    return norm(x) if norm.weight.numel() == x.shape[-1] else norm(x.flatten(-2)).view(x.shape)
+
+
 class Identity(Module):
     """Returns its input; replaces a norm in the ablation without norms."""
 

@@ -14,7 +14,10 @@ from basic.model import ModelConfig, TransformerLM
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"num_kv_heads": 1}, {"qk_norm": True, "qkv_bias": True}, {"positions": "none"}, {"sliding_window": 3}],
+    [
+        *({}, {"num_kv_heads": 1}, {"qk_norm": True, "qkv_bias": True}, {"positions": "none"}, {"sliding_window": 3}),
+        {"qk_norm": "all_heads", "norm": "sublayer", "num_kv_heads": 2},
+    ],
     ids=lambda settings: ",".join(settings) or "default",
 )
 def test_maps_times_values_are_what_each_layer_computes(settings: dict[str, Any]) -> None:

@@ -61,6 +61,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "Qwen 2.5": ("qwen2", {"tie_word_embeddings": True}, {"qkv_bias": True, "qk_norm": False}),
     "Qwen 2 with a window": ("qwen2", QWEN_WINDOW, {"sliding_window": 7}),
     "Qwen 3": ("qwen3", {"head_dim": 16}, {"qk_norm": True, "qkv_bias": False, "head_dim": 16}),
+    "OLMo 2": ("olmo2", {}, {"norm": "sublayer", "qk_norm": "all_heads"}),
     "Qwen 3 with a window": ("qwen3", QWEN_WINDOW | {"head_dim": 8}, {"sliding_window": 7, "head_dim": None}),
 }
 
@@ -185,7 +186,7 @@ def test_missing_fields_are_those_of_the_classes_and_defaults_change_nothing(fie
         ),
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias is True; only False"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be at least 1, got 0"),
-        ({"model_type": "olmo2"}, "model_type is 'olmo2'"),
+        ({"model_type": "olmo3"}, "model_type is 'olmo3'"),
     ],
     ids=str,
 )
@@ -194,9 +195,16 @@ def test_what_is_not_covered_is_refused_by_name_and_value(fields: dict, message:
         model_config(BASE | fields)
 
 
-def test_a_model_of_no_family_is_not_exported(tmp_path: Path) -> None:
-    model = TransformerLM(
-        ModelConfig(vocab_size=9, context_length=4, d_model=8, num_layers=1, num_heads=2, qkv_bias=True, qk_norm=True)
-    )
-    with pytest.raises(InvalidInputError, match="both qk_norm=True and qkv_bias=True"):
-        export_hf(model, tmp_path / "hf")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qk_norm": True, "qkv_bias": True}, "both qk_norm=True and qkv_bias=True"),
+        ({"qk_norm": "all_heads"}, "cannot express norm='pre'"),
+        ({"norm": "sublayer", "qk_norm": "all_heads", "sliding_window": 2}, "cannot express sliding_window=2"),
+    ],
+    ids=str,
+)
+def test_a_model_of_no_family_is_not_exported(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 9, "context_length": 4, "d_model": 8, "num_layers": 1, "num_heads": 2}
+    with pytest.raises(InvalidInputError, match=message):
+        export_hf(TransformerLM(ModelConfig(**sizes, **changes)), tmp_path / "hf")

@@ -248,6 +248,7 @@ def test_a_pattern_that_llama_cpp_lacks_is_refused(tokenizer: Tokenizer, tmp_pat
     [
         ({"sliding_window": 7}, "no sliding window for a Llama-like model, got sliding_window=7"),
         ({"norm": "post"}, "a Llama of llama.cpp cannot express norm='post'"),
+        ({"norm": "sublayer", "qk_norm": "all_heads"}, "a Llama of llama.cpp cannot express norm='sublayer'"),
     ],
 )
 def test_a_model_that_llama_cpp_lacks_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -268,7 +268,7 @@ def test_tokenizer_with_more_ids_than_the_model_is_an_error(tokenizer, tmp_path)
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("model_type", "gpt2", "model_type is 'gpt2'; only 'llama', 'mistral', 'qwen2', 'qwen3' can be read"),
+        ("model_type", "gpt2", "model_type is 'gpt2'; only 'llama', 'mistral', 'qwen2', 'qwen3', 'olmo2' can be read"),
         ("model_type", None, "model_type is None"),
         ("hidden_act", "gelu", "hidden_act is 'gelu'; only 'silu'"),
         ("attention_bias", True, "attention_bias is True"),

@@ -1,8 +1,8 @@
 """Convert the weights of another program to a run: `basic import my_llama --output runs/my_llama`.
 
-The source is a Llama, Mistral, Qwen 2 or Qwen 3 model: a folder as transformers saves it (config.json, the weights as
-safetensors in one file or several with an index, and tokenizer.json), or a GGUF file. All commands open the result like
-a run that was trained here.
+The source is a Llama, Mistral, Qwen 2, Qwen 3 or OLMo 2 model: a folder as transformers saves it (config.json, the
+weights as safetensors in one file or several with an index, and tokenizer.json), or a GGUF file. All commands open the
+result like a run that was trained here.
 """
 
 from __future__ import annotations
