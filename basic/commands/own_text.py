@@ -198,10 +198,13 @@ def choose(
     tokens_per_step = config.train.batch_size * config.model.context_length
     most = max(20, round(MAX_EPOCHS * num_tokens / tokens_per_step))
     is_short, steps = steps > most, max(1, round(min(steps, most)))
+    passes = steps * tokens_per_step / num_tokens
+    dropout = 0.0 if recipe == "handout" or passes <= 2 else 0.1 if passes < 4 else 0.2  # docs/modern_recipe.md
     intervals = {"log_interval": max(1, steps // 200), "eval_interval": max(1, steps // 20)}
     intervals |= {"sample_interval": max(1, steps // 4), "checkpoint_interval": max(1, steps // 4)}
     budget_settings = {"steps": steps} if is_short else {"steps": 0, "minutes": minutes}
-    config = replace(config, train=replace(config.train, **intervals, **budget_settings, eval_batches=4))
+    train_settings: dict[str, Any] = {**intervals, **budget_settings, "eval_batches": 4, "dropout": dropout}
+    config = replace(config, train=replace(config.train, **train_settings))
     model, train_config = config.model, config.train
     blocks = f"{model.num_layers} block{'s'[: model.num_layers > 1]} of {model.d_model} features"
     line = (
@@ -211,6 +214,8 @@ def choose(
     )
     if is_short:
         line += f" (the text is seen {MAX_EPOCHS} times; more would only learn it by heart)"
+    if dropout:
+        line += f"; dropout {dropout}, because the text is seen {passes:.1f} times"
     return config, line
 
 

@@ -161,6 +161,13 @@ def test_a_short_text_gets_a_small_model_and_few_steps(texts, tmp_path, quick):
     assert tokens <= 1.05 * own_text.MAX_EPOCHS * len(prepared.train_tokens)
     assert config.model.context_length < len(prepared.valid_tokens)
     assert "more would only learn it by heart" in line
+    assert config.train.dropout == 0.2
+    assert line.endswith("dropout 0.2, because the text is seen 30.0 times")
+    chosen = [
+        own_text.choose(prepared, minutes, "cpu", depth=1, seed=0, recipe=recipe)[0].train.dropout
+        for minutes, recipe in ((60, "handout"), (1e-4, "modern"))
+    ]
+    assert chosen == [0, 0]
 
 
 def test_too_short_a_text_is_an_error(tmp_path, quick):
