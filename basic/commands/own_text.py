@@ -287,6 +287,7 @@ def announce(config: RunConfig, steps_left: int, device: torch.device) -> None:
     tokens = steps_left * config.train.batch_size * config.model.context_length
     if tokens * 6 * num_matrix_parameters(config.model) < 2e12:
         return  # less than a minute on any machine
+    print("timing some steps, to say how long the run will take", file=sys.stderr)
     with suppress(RuntimeError, MemoryError):  # the run itself reports what is wrong
         # First a small part of the batch: on a CPU, a step can take a minute. This counts what a step costs beside its
         # sequences too often, so a step that is short enough is then timed as it is.

@@ -1,7 +1,7 @@
 """Build the site of the documentation in runs/site/html: `uv run --group docs docs/site/build.py`.
 
 Its pages are those of docs/, the README and other pages outside docs/, and one for each module of basic/, made from the
-docstrings. A link without a target and a name that does not exist are errors.
+docstrings. A link without a target, a name that does not exist and a docstring that cannot be read are errors.
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ def main() -> None:
     fill_navigation(config["project"])
     config["project"]["plugins"]["mkdocstrings"]["handlers"]["python"]["paths"] = [str(REPOSITORY)]
     (folder / "zensical.toml").write_text(tomli_w.dumps(config), encoding="utf-8")
-    sys.exit(subprocess.run([sys.executable, "-m", "zensical", "build", "--strict"], cwd=folder).returncode)
+    command = [sys.executable, "-m", "zensical", "build", "--strict"]
+    built = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(built.stdout)
+    # "griffe: " begins what is wrong in a docstring, which is no warning to the strict mode.
+    sys.exit(built.returncode or "griffe: " in built.stdout)
 
 
 def modules() -> dict[str, str]:
