@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import MutableMapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +31,10 @@ COMMANDS = {
 }
 
 
+COMPUTING = ("quickstart", "train", "generate", "evaluate", "playground", "sweep")
+"""The commands that compute with a model."""
+
+
 def main(name: str | None = None) -> None:
     """Run a command with the arguments of the process.
 
@@ -50,6 +56,8 @@ def main(name: str | None = None) -> None:
             )
         name = name.replace("_", "-")
         sys.argv[:2] = [f"{sys.argv[0]} {name}"]
+    if name in COMPUTING and (choice := choose_threads(os.environ, *machine_state())):
+        print(choice, file=sys.stderr)
     command_line.run(lambda: run_command(import_module(f"basic.{COMMANDS[name][0]}")))
 
 
@@ -59,6 +67,53 @@ def run_command(module: ModuleType) -> None:
         module.command()
     else:
         module.main(command_line.parse(module.Options, module.__doc__))
+
+
+def machine_state() -> tuple[int, float, float]:
+    """The processors of this process, how many of them its control group may use, and how many others use now."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, load = float(cores), 0.0
+    try:
+        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota = quota if limit == "max" else min(quota, int(limit) / int(period))
+    except (OSError, ValueError):
+        pass  # another system, or an older kind of control groups
+    if hasattr(os, "getloadavg"):
+        load = os.getloadavg()[0] * cores / (os.cpu_count() or 1)
+    return cores, quota, load
+
+
+def choose_threads(environment: MutableMapping[str, str], cores: int, quota: float, load: float) -> str | None:
+    """Set how many threads torch starts and how they wait for each other, before it is imported.
+
+    The default, one thread a core that spins for milliseconds while it waits, takes ten times as long where it does
+    not have all cores for itself. What the user has set stays. Figures: docs/benchmarks/cpu.md.
+
+    Args:
+        environment: of the process; changed.
+        cores, quota, load: of `machine_state`.
+
+    Returns:
+        A line that says so; None if nothing is special.
+    """
+    if any(name.startswith(("OMP_", "GOMP_", "KMP_", "MKL_")) for name in environment):
+        return None
+    threads = max(1, min(cores, int(quota)))
+    if threads < cores:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    if load < 0.5 and threads == cores:
+        environment["GOMP_SPINCOUNT"] = "10000"  # should other programs start later
+        return None
+    environment["OMP_WAIT_POLICY"] = "PASSIVE"
+    reason = (
+        f"other programs use {load:.1f} of {cores} cores"
+        if threads == cores
+        else f"of {cores} cores, {quota:g} may be used"
+    )
+    return (
+        f"basic: {reason}: {threads} thread{'s' * (threads > 1)}, which wait{'s' * (threads == 1)} without spinning "
+        f"(to choose: OMP_NUM_THREADS={threads}, OMP_WAIT_POLICY=ACTIVE)"
+    )
 
 
 def overview() -> str:

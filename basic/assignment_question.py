@@ -1,8 +1,8 @@
 """Answers to the assignment's written questions; the numbers are computed.
 
-    uv run python -m basic.assignment_question                  # all questions
-    uv run python -m basic.assignment_question unicode2         # one question
-    uv run python -m basic.assignment_question train_bpe_tinystories --corpus TinyStoriesV2-GPT4-train.txt
+    uv run basic questions                  # all questions
+    uv run basic questions unicode2         # one question
+    uv run basic questions train_bpe_tinystories --corpus TinyStoriesV2-GPT4-train.txt
 
 Each question is a function that returns an `Answer`. Only the functions that need torch import it, because the process
 that trains a tokenizer imports this module too, and its memory is measured.
@@ -488,13 +488,14 @@ def main(name: tyro.conf.Positional[str] = "all", corpora: tyro.conf.OmitArgPref
     """
     answers = questions(corpora)
     if name not in {"all", *answers}:
-        raise SystemExit(f"there is no question {name!r}; the questions are: all, {', '.join(answers)}")
+        raise InvalidInputError(f"there is no question {name!r}; the questions are: all, {', '.join(answers)}")
     for answer in answers.values() if name == "all" else [answers[name]]:
         print(answer(), end="\n\n\n", flush=True)
 
 
 def command() -> None:
-    tyro.cli(main, description=f"Answer the assignment's written questions: all, or one of {', '.join(questions())}.")
+    text = f"Answer the assignment's written questions: all, or one of {', '.join(questions())}."
+    tyro.cli(main, description=textwrap.fill(text, 79, initial_indent=" ", subsequent_indent=" "))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from basic.common.arguments import check_integer, check_size, check_type
 from basic.common.errors import InvalidInputError
 from basic.transformer.attention import AttentionOptions
 from basic.transformer.configuration import ModelConfig, check_heads
-from basic.transformer.functional import check_ids, cross_entropy, dropout, rms_norm, softmax
+from basic.transformer.functional import check_ids, cross_entropy, dropout, softmax
 from basic.transformer.kernels import dispatch
 from basic.transformer.layers import (
     FEED_FORWARD,
@@ -356,7 +356,7 @@ class TransformerLM(Module):
         """The input of the output layer: the features after the last block and norm."""
         x = self.token_embeddings(token_ids).to(self.compute_dtype)
         if self.config.embedding_norm:
-            x = rms_norm(x, x.new_ones(x.shape[-1]), self.config.norm_eps)
+            x = dispatch.rms_norm(x, x.new_ones(x.shape[-1]), self.config.norm_eps)
         if self.dropout and self.training and torch.is_grad_enabled():
             x = dropout(x, self.dropout)
         for layer, block in enumerate(self.layers):

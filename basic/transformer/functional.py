@@ -233,20 +233,25 @@ def token_losses(
         ValueError: the shape of `targets` is not that of `logits` without the last dimension.
         IndexError: a target is out of range (on the CPU).
     """
-    check_ids(targets, "targets")
-    if targets.shape != logits.shape[:-1]:  # broadcasting would hide the mistake
-        raise ValueError(
-            f"there must be one target for each row of logits, got targets of shape {tuple(targets.shape)} "
-            f"for logits of shape {tuple(logits.shape)}"
-        )
     vocab_size = logits.shape[-1]
-    check_range(targets, vocab_size, "target", "vocab_size", ignore_index=ignore_index)
+    check_targets(targets, logits.shape[:-1], vocab_size, ignore_index)
     wide = at_least_float32(logits)
     shifted = wide - wide.detach().amax(-1, keepdim=True)
     inside = is_inside(targets, vocab_size)
     target_scores = shifted.gather(-1, torch.where(inside, targets, 0).long().unsqueeze(-1)).squeeze(-1)
     losses = (shifted.exp().sum(-1).log() - target_scores).masked_fill(~inside, torch.nan)
     return losses if ignore_index is None else losses.masked_fill(targets == ignore_index, 0)
+
+
+def check_targets(targets: Tensor, shape: tuple[int, ...], vocab_size: int, ignore_index: int | None) -> None:
+    """Check the targets of logits (*shape, vocab_size); raises what `token_losses` does."""
+    check_ids(targets, "targets")
+    if targets.shape != shape:  # broadcasting would hide the mistake
+        raise ValueError(
+            f"there must be one target for each row of logits, got targets of shape {tuple(targets.shape)} "
+            f"for logits of shape {(*shape, vocab_size)}"
+        )
+    check_range(targets, vocab_size, "target", "vocab_size", ignore_index=ignore_index)
 
 
 def linear_cross_entropy(

@@ -13,7 +13,7 @@ from torch.nn.init import trunc_normal_
 from basic.common.arguments import check_number, check_size
 from basic.common.errors import InvalidInputError
 from basic.transformer.configuration import ModelConfig, check_rope_scaling
-from basic.transformer.functional import linear, rms_norm, rope_tables, rotate_pairs, silu, take_rows
+from basic.transformer.functional import linear, rope_tables, rotate_pairs, silu, take_rows
 from basic.transformer.kernels import dispatch
 
 
@@ -74,7 +74,7 @@ class RMSNorm(Module):
         self.weight = Parameter(torch.ones(check_size("d_model", d_model)))
 
     def forward(self, x: Float[Tensor, " ... d_model"]) -> Float[Tensor, " ... d_model"]:
-        return rms_norm(x, self.weight, self.eps)
+        return dispatch.rms_norm(x, self.weight, self.eps)
 
 
 def norm_heads(norm: RMSNorm, x: Float[Tensor, " ... heads d"]) -> Float[Tensor, " ... heads d"]:

@@ -118,8 +118,7 @@ class AdamW(torch.optim.Optimizer):
                 if selected:
                     self._update_with_kernel(selected, group, gradient_factor)
         elif gradient_factor is None or gradient_factor.isfinite():
-            for update in updates:
-                self._update(update, group, gradient_factor)
+            self._update_plainly(updates, group, gradient_factor)
 
     def _initialize(self, update: Update) -> None:
         parameter = update.parameter
@@ -155,27 +154,34 @@ class AdamW(torch.optim.Optimizer):
             [update.copy for update in updates if update.copy is not None],
             scalars, beta1, beta2, group["eps"])  # fmt: skip
 
-    def _update(self, update: Update, group: dict[str, Any], gradient_factor: Tensor | None) -> None:
+    def _update_plainly(self, updates: list[Update], group: dict[str, Any], gradient_factor: Tensor | None) -> None:
+        """The update in torch's operations; each one is a loop over all parameters."""
         beta1, beta2 = group["betas"]
-        state = self.state[update.parameter]
-        state["step"] += 1
-        step = int(state["step"])
-        first, second = local_shard(state["exp_avg"]), local_shard(state["exp_avg_sq"])
-
-        parameter = local_shard(update.parameter)
-        gradient = update.gradient.to(parameter.dtype)
+        states = [self.state[update.parameter] for update in updates]
+        for state in states:
+            state["step"] += 1
+        parameters = [local_shard(update.parameter) for update in updates]
+        gradients = [update.gradient.to(parameter.dtype) for update, parameter in zip(updates, parameters, strict=True)]
         if gradient_factor is not None:
-            gradient = gradient * gradient_factor
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        first.mul_(beta1).add_(gradient, alpha=1 - beta1)
-        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            gradients = torch._foreach_mul(gradients, float(gradient_factor))
+        firsts = [local_shard(state["exp_avg"]) for state in states]
+        seconds = [local_shard(state["exp_avg_sq"]) for state in states]
+        learning_rate = float(group["lr"])
+        torch._foreach_mul_(parameters, 1 - learning_rate * float(group["weight_decay"]))
+        torch._foreach_lerp_(firsts, gradients, 1 - beta1)
+        torch._foreach_mul_(seconds, beta2)
+        torch._foreach_addcmul_(seconds, gradients, gradients, 1 - beta2)
         # Bias correction: both moments start at zero, so their early values are too small by these factors.
-        first_correction = 1 - beta1**step
-        second_correction = 1 - beta2**step
-        denominator = second.sqrt().div_(math.sqrt(second_correction)).add_(group["eps"])
-        parameter.addcdiv_(first, denominator, value=-group["lr"] / first_correction)
-        if update.copy is not None:
-            update.copy.copy_(parameter)
+        first_corrections = [1 - beta1 ** int(state["step"]) for state in states]
+        second_corrections = [1 - beta2 ** int(state["step"]) for state in states]
+        denominators = torch._foreach_sqrt(seconds)
+        torch._foreach_div_(denominators, [math.sqrt(correction) for correction in second_corrections])
+        torch._foreach_add_(denominators, group["eps"])
+        factors = [-learning_rate / correction for correction in first_corrections]
+        torch._foreach_addcdiv_(parameters, firsts, denominators, factors)
+        for update, parameter in zip(updates, parameters, strict=True):
+            if update.copy is not None:
+                update.copy.copy_(parameter)
 
 
 @torch.no_grad()

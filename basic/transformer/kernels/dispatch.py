@@ -1,8 +1,8 @@
-"""The choice between Triton kernels and plain functions; no other module makes it.
+"""The choice between Triton kernels, the operators for a CPU, and plain functions; no other module makes it.
 
-`causal_self_attention`, `swiglu` and `linear_cross_entropy` have the names and arguments of the plain functions in
-`functional`. They call kernels if those support the inputs, else the plain function. The results are the same within
-rounding.
+`causal_self_attention`, `swiglu`, `rms_norm` and `linear_cross_entropy` have the names and arguments of the plain
+functions in `functional`. They call kernels or operators if those support the inputs, else the plain function. The
+results are the same within rounding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from basic.transformer import functional
+from basic.transformer import cpu_operators, functional
 from basic.transformer.attention import AttentionOptions
 
 MAX_DECODED_SEQUENCES = 64
@@ -37,8 +37,8 @@ def use_operators(operators: Any) -> Generator[None]:
     """Replace the operators inside a `with` block, to compare or to test.
 
     Args:
-        operators: the module `operators`, or an object like it, used on the CPU too (for Triton's interpreter); None
-            for plain functions on every device.
+        operators: the module `operators`, or an object like it, used on the CPU too (for Triton's interpreter), where
+            float32 then takes the plain functions; None for plain functions on every device.
     """
     global _operators, _device_types
     previous = _operators, _device_types
@@ -57,6 +57,12 @@ def available_on(device: torch.device) -> bool:
 def operators_for(x: Tensor) -> Any:
     """The module of Triton operators if they support the device and dtype of x, else None."""
     return _operators if available_on(x.device) and x.dtype in (torch.bfloat16, torch.float16) else None
+
+
+def _takes_cpu_operators(*tensors: Tensor) -> bool:
+    """Whether the operators for a CPU support these; compiled code fuses the plain functions itself."""
+    are_float32 = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+    return are_float32 and "cpu" not in _device_types and not torch.compiler.is_compiling()
 
 
 def supports_decoding(keys: Float[Tensor, " batch head context d"]) -> bool:
@@ -161,8 +167,10 @@ def causal_self_attention(
     d_head, extend_cache = w_q.shape[0] // num_heads, options.extend_cache
     same_positions = rope is None or rope[0].ndim == 2
     complete = extend_cache is None or (options.num_cached == 0 and not torch.is_grad_enabled())
-    supported = complete and x.ndim == 3 and d_head in _HEAD_SIZES and same_positions
-    if operators is None or not supported:
+    supported = complete and x.ndim == 3 and same_positions
+    if supported and x.shape[1] > 1 and _takes_cpu_operators(x, w_q, w_k, w_v):
+        return cpu_operators.causal_self_attention(x, w_q, w_k, w_v, options)
+    if operators is None or not supported or d_head not in _HEAD_SIZES:
         return functional.causal_self_attention(x, w_q, w_k, w_v, options)
     if rope is None:
         # Rotate by zero: attention without positions is for experiments, which need no kernel of their own.
@@ -202,9 +210,18 @@ def swiglu(
     w3: Float[Tensor, " d_ff d_model"],
 ) -> Float[Tensor, " ... d_model"]:
     """See `functional.swiglu`."""
+    if _takes_cpu_operators(x, w1, w2, w3):
+        return cpu_operators.swiglu(x, w1, w2, w3)
     if (operators := operators_for(x)) is None:
         return functional.swiglu(x, w1, w2, w3)
     return operators.swiglu_linear(functional.linear(x, w1, w3), w2.to(x.dtype))
+
+
+def rms_norm(
+    x: Float[Tensor, " ... d_model"], weight: Float[Tensor, " d_model"], eps: float
+) -> Float[Tensor, " ... d_model"]:
+    """See `functional.rms_norm`. Triton's kernels have none: torch.compile fuses the plain function."""
+    return (cpu_operators if _takes_cpu_operators(x, weight) else functional).rms_norm(x, weight, eps)
 
 
 def linear_cross_entropy(
@@ -215,7 +232,11 @@ def linear_cross_entropy(
     ignore_index: int = functional.IGNORE_INDEX,
     num_targets: Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, ""]:
-    """See `functional.linear_cross_entropy`. With kernels, the logits of a chunk of rows exist at a time."""
+    """See `functional.linear_cross_entropy`. Else than there, the logits of a chunk of rows exist at a time."""
+    if _takes_cpu_operators(x, weight):
+        functional.check_targets(targets, x.shape[:-1], len(weight), ignore_index)
+        flat = x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1).long()
+        return cpu_operators.linear_cross_entropy(*flat, ignore_index, num_targets)
     if (operators := operators_for(x)) is None:
         return functional.linear_cross_entropy(x, weight, targets, ignore_index=ignore_index, num_targets=num_targets)
     functional.check_ids(targets, "targets")

@@ -1,0 +1,131 @@
+"""The operators for a CPU against the plain functions in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from basic.model import KVCache, ModelConfig, TransformerLM
+from basic.transformer import cpu_operators, functional
+from basic.transformer.kernels import dispatch
+
+SHAPE: dict[str, Any] = {"vocab_size": 50, "context_length": 150, "d_model": 32, "num_layers": 2, "num_heads": 4}
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+def results(function: Callable[..., Tensor], inputs: list[Tensor], gradient: Tensor) -> list[Tensor]:
+    """The output and the gradients of inputs."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    output = function(*leaves)
+    output.backward(gradient.expand(output.shape).to(output.dtype))
+    return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def check(function: Callable[..., Tensor], inputs: list[Tensor], gradient: Tensor, tolerance: float = 2e-6) -> None:
+    expected = results(function, [x.double() for x in inputs], gradient)  # in float64 by the plain functions
+    for actual, exact in zip(results(function, inputs, gradient), expected, strict=True):
+        assert actual.dtype == torch.float32
+        assert actual.shape == exact.shape
+        assert relative_error(actual, exact) < tolerance
+
+
+@pytest.mark.parametrize("shape", [(7, 32), (2, 3, 32), (32,)])
+def test_norm_and_feed_forward(shape: tuple[int, ...]):
+    torch.manual_seed(0)
+    x, dy = torch.randn(shape), torch.randn(shape)
+    check(lambda x, gain: dispatch.rms_norm(x, gain, 1e-5), [x, torch.rand(32) + 0.5], dy)
+    w1, w3, w2 = torch.randn(48, 32), torch.randn(48, 32), torch.randn(32, 48)
+    check(dispatch.swiglu, [x, w1, w2, w3], dy)
+
+
+@pytest.mark.parametrize("num_targets", [None, 17.0])
+def test_loss(num_targets: float | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu_operators, "_CHUNK_BYTES", 1)  # chunks of 128 rows
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(3, 100, 32), torch.randn(50, 32), torch.randint(50, (3, 100))
+    targets[0, :7] = -100
+    number = None if num_targets is None else torch.tensor(num_targets)
+    check(
+        lambda x, weight: dispatch.linear_cross_entropy(x, weight, targets, num_targets=number),
+        [x, weight],
+        torch.tensor(0.5),
+    )
+    assert dispatch.linear_cross_entropy(x, weight, torch.full((3, 100), -100)).isnan()
+    large = dispatch.linear_cross_entropy(x * 1e4, weight, targets)  # would overflow without the maximum
+    torch.testing.assert_close(large, functional.linear_cross_entropy(x * 1e4, weight, targets))
+    with pytest.raises(IndexError, match="target 50 at position"):
+        dispatch.linear_cross_entropy(x, weight, torch.full((3, 100), 50))
+    with pytest.raises(ValueError, match="one target for each row"):
+        dispatch.linear_cross_entropy(x, weight, targets[:2])
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"num_kv_heads": 2},
+    {"num_heads": 2, "num_kv_heads": 1, "sliding_window": 70},
+    {"qk_norm": True, "qkv_bias": True, "num_kv_heads": 2},
+    {"positions": "none", "num_kv_heads": 2},
+    {"value_embeddings": True, "sliding_window": 5},
+]
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_model(variant: dict[str, Any], batch_size: int, monkeypatch: pytest.MonkeyPatch):
+    """Loss and gradients of a model, with several chunks and tiles and documents that begin anywhere."""
+    monkeypatch.setattr(cpu_operators, "_CHUNK_BYTES", 1 << 17)
+    torch.manual_seed(0)
+    model = TransformerLM(ModelConfig(**(SHAPE | variant)))
+    exact = TransformerLM(model.config).double()
+    exact.load_state_dict(model.state_dict())
+    ids, targets = torch.randint(50, (2, batch_size, 150))
+    starts = (torch.rand(batch_size, 150) < 0.03) * torch.arange(150)
+    for document_starts in (None, starts.cummax(-1).values):
+        losses = [each.loss(ids, targets, document_starts=document_starts) for each in (model, exact)]
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+        for loss in losses:
+            loss.backward()
+        for (name, actual), expected in zip(model.named_parameters(), exact.parameters(), strict=True):
+            assert actual.grad is not None
+            assert expected.grad is not None
+            assert relative_error(actual.grad, expected.grad) < 2e-5, name
+
+
+@pytest.mark.parametrize("variant", VARIANTS[:4], ids=str)
+@torch.no_grad()
+def test_prompt_fills_the_cache(variant: dict[str, Any]):
+    torch.manual_seed(0)
+    model = TransformerLM(ModelConfig(**(SHAPE | variant)))
+    ids = torch.randint(50, (2, 100))
+    caches = [KVCache(model.config, 2) for _ in range(2)]
+    logits = model(ids, caches[0])
+    with dispatch.use_operators(None):
+        expected = model(ids, caches[1])
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(caches[0].keys[:, :, :, :100], caches[1].keys[:, :, :, :100])
+    torch.testing.assert_close(caches[0].values[:, :, :, :100], caches[1].values[:, :, :, :100])
+
+
+def test_attention_does_not_hold_all_scores():
+    """What is saved for the backward pass is less than the scores would be."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = SHAPE | {"context_length": 1024, "num_layers": 1}
+    config = ModelConfig(**sizes)
+    model, ids = TransformerLM(config), torch.randint(50, (1, 1024))
+    all_scores = 4 * config.num_heads * 1024**2
+    saved: list[int] = []
+
+    def record(tensor: Tensor) -> Tensor:
+        saved.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        model.loss(ids, ids).backward()
+    assert 0 < sum(saved) < all_scores
