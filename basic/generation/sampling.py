@@ -210,7 +210,8 @@ def generate(
     Args:
         prompts: at least one id each, as lists, arrays or tensors, or the rows of one array; of a prompt longer than
             the context, the last ids are used.
-        max_new_tokens: >= 0; the model sees the last `context_length` ids only.
+        max_new_tokens: >= 0. The model sees at most the last `context_length` ids; when they are that many, it goes on
+            with the last half of them.
         num_samples: continuations of each prompt, computed together.
         log_probabilities: also return the logarithm of each new id's probability.
         end_id: a sequence ends when this id is drawn.
@@ -345,14 +346,20 @@ def continue_ids(
     cache, decoder = None, None
     if use_cache:
         cache = KVCache(model.config, len(prompts), dtype=model.compute_dtype, device=device)
-        decoder = make_decoder(model, cache, prompt_lengths, vocab_size)
+        # A copy: the kernels count positions from the first id that the model sees.
+        decoder = make_decoder(model, cache, prompt_lengths.clone(), vocab_size)
 
     @torch.inference_mode()  # not around the loop: the mode would be on in the caller's code between two steps
     def extend(length: int) -> int:
         """Fill in `tokens[:, length]`, and with greedy decoding some columns after it; return the new length."""
-        if decoder is not None and not needs_logits and decoder.cache.length == length - 1 < context:
-            return _decode_greedily(decoder, tokens, length, steps_per_read)
-        logits = penalized = _next_logits(model, tokens[:, :length], cache, decoder)
+        first = first_seen(length, context)
+        if cache is not None and cache.length >= length - first:  # the first ids are dropped
+            cache.length = 0
+            if decoder is not None:
+                decoder.prompt_lengths.fill_(length - first)  # known ids, which are read and not chosen
+        if decoder is not None and not needs_logits and decoder.cache.length == length - first - 1:
+            return first + _decode_greedily(decoder, tokens[:, first:], length - first, steps_per_read)
+        logits = penalized = _next_logits(model, tokens[:, first:length], cache, decoder)
         if sampling.has_penalties:
             is_new = torch.arange(length, device=device) >= prompt_lengths.unsqueeze(-1)
             penalized = sampling.penalized(logits, tokens[:, :length], is_new)
@@ -386,6 +393,16 @@ def continue_ids(
         length = end
 
 
+def first_seen(length: int, context: int) -> int:
+    """The index of the first of `length` ids that the model sees: 0 as long as the context has room for all.
+
+    When it is full, it begins again with its last half, so that half of it is computed once for each half of new ids.
+    To drop one id a step would change the position of every other, and so compute the whole context for each id.
+    """
+    dropped_at_once = context - context // 2
+    return -(-max(0, length - context) // dropped_at_once) * dropped_at_once
+
+
 def _decode_greedily(decoder: Decoder, tokens: Int[Tensor, " batch total"], length: int, steps: int) -> int:
     """Fill in up to `steps` columns from `length` on, without waiting for the GPU; return the new length."""
     decoder.start(tokens)
@@ -400,10 +417,8 @@ def _next_logits(
     model: TransformerLM, tokens: Int[Tensor, " batch length"], cache: KVCache | None, decoder: Decoder | None
 ) -> Float[Tensor, " batch vocab_size"]:
     """The logits of the token after the last one."""
-    context = model.config.context_length
-    if cache is None or tokens.shape[1] > context:
-        # Beyond the context every token's position changes in every step, so no cached key is valid.
-        return model(tokens[:, -context:])[:, -1]
+    if cache is None:
+        return model(tokens)[:, -1]
     new = tokens[:, cache.length :]
     if decoder is not None and new.shape[1] <= _MAX_REPLAYED_PROMPT:
         decoder.start(tokens)

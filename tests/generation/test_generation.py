@@ -11,7 +11,7 @@ import torch
 
 from basic.bpe.stream_decoder import StreamDecoder
 from basic.common.errors import InvalidInputError, WrongTokenizerError
-from basic.generation.sampling import Sampling, continue_ids, generate, next_token_probabilities
+from basic.generation.sampling import Sampling, continue_ids, first_seen, generate, next_token_probabilities
 from basic.generation.text import complete, stream
 from basic.model import KVCache, ModelConfig, TransformerLM
 
@@ -52,10 +52,12 @@ def probabilities_by_hand(logits, temperature=1.0, top_k=None, top_p=None) -> np
 
 @torch.no_grad()
 def continue_by_hand(model, prompt, count, choose) -> list[int]:
-    """A full forward pass over the last tokens for each new one."""
-    ids = list(prompt)
+    """A full forward pass for each new token; a full context loses its first half before the next token."""
+    ids, seen = list(prompt), list(prompt)[-CONTEXT:]
     for _ in range(count):
-        ids.append(choose(model(torch.tensor([ids[-CONTEXT:]]))[0, -1]))
+        seen = seen if len(seen) <= CONTEXT else seen[CONTEXT - CONTEXT // 2 :]
+        ids.append(choose(model(torch.tensor([seen]))[0, -1]))
+        seen.append(ids[-1])
     return ids[len(prompt) :]
 
 
@@ -136,6 +138,16 @@ def test_a_decoder_whose_ids_are_read_every_few_steps_gives_the_same_ids(model, 
     for end_id, ids in zip(ends, expected, strict=True):
         assert decode(Sampling(temperature=0.0), end_id, vocab_size=19) == ids
     assert decode(Sampling(seed=3)) == generate(model, prompts, 20, seed=3)
+
+
+@pytest.mark.parametrize("context", [1, 2, 3, 16])
+def test_a_full_context_goes_on_with_its_last_half(context):
+    starts = [first_seen(length, context) for length in range(1, 5 * context)]
+    seen = [length - start for length, start in enumerate(starts, 1)]
+    assert starts[:context] == [0] * context
+    assert max(seen) == context
+    assert min(seen[context:]) == context // 2 + 1
+    assert len(set(starts)) <= 2 + 4 * context // (context - context // 2)
 
 
 def test_the_model_reads_each_token_once_and_none_when_all_sequences_have_ended(model, monkeypatch):
