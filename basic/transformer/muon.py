@@ -310,7 +310,7 @@ def orthogonalize(
             # X is divided by its Frobenius norm, the root of the trace: the first polynomial does it.
             traces = at_least_float32(products.diagonal(dim1=-2, dim2=-1)).sum(-1)
             scales = 1 / (traces.sqrt() * _SAFETY + 1e-18)  # its square is finite in float32
-        factors = dispatch.symmetric_polynomial(products, polynomial, scales)
+        factors = dispatch.symmetric_product(products, polynomial, scales)
         x = torch.bmm(x, factors) if is_tall else torch.bmm(factors, x)
     return x.reshape(matrices.shape)
 

@@ -81,34 +81,28 @@ def supports_adamw(parameter: Tensor, gradient: Tensor) -> bool:
     )
 
 
-def symmetric_product(x: Float[Tensor, " batch rows columns"]) -> Float[Tensor, " batch rows rows"]:
-    """X X^T; the kernel computes one half of it."""
-    if operators_for(x) is None:
-        return torch.bmm(x, x.mT)
-    from basic.transformer.kernels import muon  # imported late: it needs Triton
-
-    return muon.symmetric_product(x)
-
-
-def symmetric_polynomial(
-    s: Float[Tensor, " batch rows rows"],
-    coefficients: tuple[float, float, float],
+def symmetric_product(
+    x: Float[Tensor, " batch rows columns"],
+    coefficients: tuple[float, float, float] | None = None,
     scales: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, " batch rows rows"]:
-    """a I + b S + c S^2 of symmetric matrices; the kernel computes one half of it.
+    """X X^T, or a polynomial a I + b X + c X X^T of symmetric matrices X; the kernel computes one half of it.
 
     Args:
-        scales: of each matrix, a factor f of the matrix whose product with its own transpose S is: return
-            f (a I + b f^2 S + c f^4 S^2), which is the polynomial times the factor.
+        coefficients: a, b, c; None for the product alone.
+        scales: with coefficients: of each matrix, a factor f of the matrix whose product with its own transpose X is.
+            The result is f (a I + b f^2 X + c f^4 X^2), which is the polynomial of the scaled matrix, scaled.
     """
-    if operators_for(s) is not None:
+    if operators_for(x) is not None:
         from basic.transformer.kernels import muon  # imported late: it needs Triton
 
-        return muon.symmetric_polynomial(s, coefficients, scales)
+        return muon.symmetric_product(x, coefficients, scales)
+    if coefficients is None:
+        return torch.bmm(x, x.mT)
     a, b, c = coefficients
-    factors = None if scales is None else scales.to(s.dtype)[:, None, None]
-    s = s if factors is None else s * factors.square()
-    result = torch.baddbmm(s, s, s, beta=b, alpha=c)
+    factors = None if scales is None else scales.to(x.dtype)[:, None, None]
+    x = x if factors is None else x * factors.square()
+    result = torch.baddbmm(x, x, x, beta=b, alpha=c)
     result.diagonal(dim1=-2, dim2=-1).add_(a)
     return result if factors is None else result * factors
 
@@ -138,7 +132,7 @@ def warn_about_plain_decoding(supported: bool, keys: Float[Tensor, " batch head 
     if keys.device.type != "cuda" or operators_for(keys) is None:
         return  # no kernel runs there: full precision, the CPU, or no Triton, of which attention warns
     if not supported:
-        reason = "need a model with norm='pre' and positions='rope'"
+        reason = "need a model with norm='pre', positions='rope' and no QK-norm over all heads"
     elif len(keys) > MAX_DECODED_SEQUENCES:
         reason = f"support up to {MAX_DECODED_SEQUENCES} sequences, got {len(keys)}; generate fewer at a time"
     else:

@@ -63,17 +63,10 @@ def _symmetric_product(
         tl.store(OUT + mirrored, tl.trans(result), mask=(rows_j[:, None] < rows) & (rows_i[None, :] < rows))
 
 
-def symmetric_product(x: Tensor) -> Tensor:
-    """X X^T for each matrix X of x, (batch, rows, columns) with any strides."""
-    return _launch_symmetric(x, None, None)
-
-
-def symmetric_polynomial(s: Tensor, coefficients: tuple[float, float, float], scales: Tensor | None) -> Tensor:
-    """See `dispatch.symmetric_polynomial`; scales are float32."""
-    return _launch_symmetric(s, coefficients, scales)
-
-
-def _launch_symmetric(x: Tensor, coefficients: tuple[float, float, float] | None, scales: Tensor | None) -> Tensor:
+def symmetric_product(
+    x: Tensor, coefficients: tuple[float, float, float] | None = None, scales: Tensor | None = None
+) -> Tensor:
+    """See `dispatch.symmetric_product`; x has any strides, and scales are float32."""
     batch, rows, columns = x.shape
     out = torch.empty((batch, rows, rows), dtype=x.dtype, device=x.device)
     tiles = triton.cdiv(rows, _TILE)
