@@ -53,8 +53,7 @@ def modules() -> dict[str, str]:
     for path in sorted((REPOSITORY / "basic").rglob("*.py")):
         page = path.relative_to(REPOSITORY / "basic").with_suffix(".md")
         page = page.with_name("index.md") if page.name == "__init__.md" else page
-        if path.name != "__main__.py":
-            pages[path.relative_to(REPOSITORY).as_posix()] = f"reference/{page.as_posix()}"
+        pages[path.relative_to(REPOSITORY).as_posix()] = f"reference/{page.as_posix()}"
     return pages
 
 
