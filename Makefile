@@ -1,4 +1,4 @@
-.PHONY: check test test-gpu bench lock docs site
+.PHONY: check test test-gpu bench lock docs site notebooks
 # test-gpu needs an environment with the dev group. On a machine without uv: make test-gpu PYTHON=python3
 PYTHON ?= uv run python
 
@@ -22,3 +22,6 @@ docs:  # links, paths and line counts in the Markdown pages
 
 site:  # the documentation as web pages, in runs/site/html
 	uv run --group docs docs/site/build.py
+
+notebooks:  # run them in full and store their outputs; ARGUMENTS=--check compares them instead
+	uv run python -m tests.project.test_notebooks $(ARGUMENTS)
