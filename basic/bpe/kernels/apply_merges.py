@@ -36,12 +36,13 @@ POSITION_BITS = 8
 MAX_SCANNED_BYTES = (1 << POSITION_BITS) - 1
 STEP = 16  # pairs that are compared at once
 _NO_PAIR = np.int32(NO_RANK << POSITION_BITS)
+_NO_OFFSET = -(1 << 31)
 
 # The merges of at least so many tokens are kept in a file.
 _MIN_KEPT_TOKENS = 1 << 14
 
-ONE_AT_A_TIME = 256
-BYTE_RANKS = 257
+ONE_AT_A_TIME, RESULT_OFFSET = 256, 257
+BYTE_RANKS = 258
 RESULTS = BYTE_RANKS + 256 * 256
 
 
@@ -51,8 +52,9 @@ class MergeArrays(NamedTuple):
     Attributes:
         slots: hash table of left id, right id and rank (uint64).
         numbers: three tables in one array (int32). First the id of each byte, -1 if it has none. At ONE_AT_A_TIME 1 or
-            0 (see `MergeRules`). From BYTE_RANKS on the rank of each pair of bytes, at the index 256 * left + right,
-            which needs no hash. From RESULTS on the id that each merge produces, by rank.
+            0 (see `MergeRules`). At RESULT_OFFSET, if every result is its rank and a constant, this constant, which
+            saves an access to memory; else _NO_OFFSET. From BYTE_RANKS on the rank of each pair of bytes, at the index
+            256 * left + right, which needs no hash. From RESULTS on the id that each merge produces, by rank.
         whole_tokens: of `whole_token_table`.
     """
 
@@ -233,7 +235,7 @@ def _merge_arrays(
     slots[:] = _EMPTY
     _fill_slots(slots, lefts, rights, ranks)
     byte_ids = rules.byte_ids
-    ids = np.full(257, -1, np.int32)
+    ids = np.full(258, -1, np.int32)
     ids[list(byte_ids)] = list(byte_ids.values())
     ids[ONE_AT_A_TIME] = rules.one_at_a_time
     byte_ranks = np.full((256, 256), NO_RANK, np.int32)
@@ -243,6 +245,8 @@ def _merge_arrays(
     of_bytes = (bytes_of[lefts] >= 0) & (bytes_of[rights] >= 0)
     byte_ranks[bytes_of[lefts[of_bytes]], bytes_of[rights[of_bytes]]] = ranks[of_bytes]
     results = np.fromiter(rules.results, np.int32, len(rules.results))
+    offsets = np.unique(results - np.arange(len(results)))
+    ids[RESULT_OFFSET] = offsets[0] if len(offsets) == 1 else _NO_OFFSET
     return MergeArrays(slots, np.concatenate([ids, byte_ranks.reshape(-1), results]), whole_tokens)
 
 
@@ -305,7 +309,9 @@ def merge_once(length, merges, buffers, first):
     i, rank = first + (best & ((1 << POSITION_BITS) - 1)), I64(best >> POSITION_BITS)
     right = first + right_of[i]
     after, before = right_of[right], left_of[i]
-    symbols[i], symbols[right] = numbers[RESULTS + rank], -1
+    offset = numbers[RESULT_OFFSET]
+    symbols[i] = rank + offset if offset != _NO_OFFSET else numbers[RESULTS + rank]
+    symbols[right] = -1
     pairs[i] = pairs[right] = _NO_PAIR
     right_of[i] = after
     new_rank = I64(NO_RANK)

@@ -36,6 +36,7 @@ from basic.bpe.kernels.hash_table import (
     is_long,
     key1_in_table,
     new_keys,
+    prefetch_whole,
     put_in_pool,
 )
 from basic.bpe.kernels.instructions import (
@@ -128,11 +129,15 @@ def _add_pretokens(data, position, j, num_pretokens, starts, keys, table, pool, 
     key0s, key1s, slots = keys[0], keys[1], keys[2]
     new_slots, new_starts, new_lengths, first_symbols, waiting = work[0], work[1], work[2], work[3], work[4]
     symbols = buffers[0][0]
-    num_new, first = 0, 0
+    num_new, first, num_unknown = 0, 0, 0
     for k in range(j, U64(num_pretokens)):
         base = slots[k] * U64(SLOT_LENGTH)
-        if ((table[base] ^ key0s[k]) | (table[base + U64(1)] ^ key1s[k])) == U64(0):
-            continue
+        if ((table[base] ^ key0s[k]) | (table[base + U64(1)] ^ key1s[k])) != U64(0):
+            waiting[num_unknown] = k
+            num_unknown += 1
+            prefetch_whole(key0s[k], key1_in_table(key1s[k]), merges[2])
+    for unknown in range(num_unknown):
+        k = U64(waiting[unknown])
         key1 = key1_in_table(key1s[k])
         start, length = position + starts[k], starts[k + U64(1)] - starts[k]
         base = _find(data, start, length, key0s[k], key1, slots[k], table, pool)

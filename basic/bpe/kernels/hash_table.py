@@ -40,14 +40,19 @@ _MULTIPLIER_1 = U64(0xD6E8FEB86659FD93)
 
 
 def new_table(num_slots: int) -> np.ndarray:
-    """An empty table; the number of slots must be a power of two. No slot crosses a cache line.
+    """An empty table; the number of slots must be a power of two. No slot crosses a cache line."""
+    return aligned_zeros(num_slots * SLOT_LENGTH)
 
-    A large table is aligned to 2 MB, so that Linux can use huge pages for it (NumPy requests them): 5 % faster.
+
+def aligned_zeros(length: int) -> np.ndarray:
+    """Zeros (uint64) from the start of a cache line on.
+
+    Many are aligned to 2 MB, so that Linux can use huge pages for them (NumPy requests them): 5 % faster.
     """
-    alignment = 1 << 18 if num_slots * SLOT_LENGTH >= 1 << 18 else 8
-    memory = np.zeros(num_slots * SLOT_LENGTH + alignment, np.uint64)
+    alignment = 1 << 18 if length >= 1 << 18 else 8
+    memory = np.zeros(length + alignment, np.uint64)
     first = (-memory.ctypes.data // 8) % alignment
-    return memory[first : first + num_slots * SLOT_LENGTH]
+    return memory[first : first + length]
 
 
 def new_keys(length: int) -> np.ndarray:
@@ -162,11 +167,23 @@ def _keys_of(data, start, length):
     return key0, key1
 
 
+@inlined_kernel
+def _first_whole_slot(key0, key1, tokens):
+    bits = trailing_zeros(tokens[0])
+    return ((key0 ^ (key1 * _MULTIPLIER_1)) * _MULTIPLIER_0) >> (U64(64) - bits)
+
+
+@inlined_kernel
+def prefetch_whole(key0, key1, tokens):
+    """Fetch from memory what `find_whole` will read."""
+    if tokens[0] != U64(0):
+        prefetch(tokens, U64(2) + _first_whole_slot(key0, key1, tokens) * U64(_WHOLE_SLOT))
+
+
 @kernel
 def _whole_slot(data, start, length, key0, key1, tokens):
     """The index of a token's slot, or of the empty slot where it belongs."""
-    bits = trailing_zeros(tokens[0])
-    slot = ((key0 ^ (key1 * _MULTIPLIER_1)) * _MULTIPLIER_0) >> (U64(64) - bits)
+    slot = _first_whole_slot(key0, key1, tokens)
     while True:
         base = U64(1) + slot * U64(_WHOLE_SLOT)
         if tokens[base + U64(1)] == U64(0):
@@ -228,7 +245,7 @@ def whole_token_table(data: np.ndarray, starts: np.ndarray, ids: np.ndarray) -> 
     num_slots = 1 << (len(ids) * 5 // 4 + 1).bit_length()
     lengths = np.diff(starts)
     num_long_words = int(((lengths[lengths > SHORT_BYTES] + 7) // 8).sum())
-    tokens = np.zeros(1 + num_slots * _WHOLE_SLOT + num_long_words, np.uint64)
+    tokens = aligned_zeros(1 + num_slots * _WHOLE_SLOT + num_long_words)
     tokens[0] = num_slots
     _add_whole_tokens(data, starts, ids, tokens)
     return tokens
