@@ -1,19 +1,23 @@
 """Training and decoding on a CPU, beside a plain twin of nanoGPT and beside transformers, in turns in one process.
 
 `python local/bench/cpu.py training` prints the time of a step for each program and the ratio, taken pair by pair;
-`--threads 1` is the steadiest on a busy machine.
+`python local/bench/cpu.py decoding` prints tokens a second for a Llama of SmolLM2's shape with random weights.
+`--threads 1` is the steadiest on a busy machine: it counts CPU time.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -21,6 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from basic.formats.export_model import export_hf
+from basic.generation.sampling import generate
 from basic.model import ModelConfig, TransformerLM
 from basic.training.settings import TrainConfig
 from basic.training.step import TrainStep, make_optimizer
@@ -127,11 +133,53 @@ def training(options: argparse.Namespace) -> None:
                               "times_as_fast": round(statistics.median(ratios), 2)}), flush=True)  # fmt: skip
 
 
+def decoding(options: argparse.Namespace) -> None:
+    """Greedy ids for one prompt; the ids of ours in float32 are those of transformers."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"d_model": 576, "num_layers": 30, "num_heads": 9, "num_kv_heads": 3, "d_ff": 1536}
+    config = ModelConfig(vocab_size=49_152, context_length=256, tied_embeddings=True, **sizes)
+    ours = TransformerLM(config).eval()
+    half = copy.deepcopy(ours).bfloat16()
+    with tempfile.TemporaryDirectory() as folder:
+        export_hf(ours, Path(folder) / "llama")
+        theirs: Any = AutoModelForCausalLM.from_pretrained(Path(folder) / "llama", dtype=torch.float32).eval()
+    prompt = [1, 2, 3, 4, 5]
+
+    def by_transformers(count: int) -> list[int]:
+        ids = torch.tensor([prompt])
+        made = theirs.generate(ids, attention_mask=ids > 0, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+        return made[0, len(prompt) :].tolist()
+
+    programs: dict[str, Callable[[int], list[int]]] = {
+        "transformers, float32": by_transformers,
+        "basic, float32": lambda count: generate(ours, [prompt], count, temperature=0.0)[0],
+        "basic, bfloat16": lambda count: generate(half, [prompt], count, temperature=0.0)[0],
+    }
+    clock = time.process_time if options.threads == 1 else time.perf_counter
+    rates: dict[str, list[float]] = {name: [] for name in programs}
+    made: dict[str, list[int]] = {}
+    for number in range(1 + options.rounds):
+        for name, program in programs.items():
+            started = clock()
+            made[name] = program(options.tokens)
+            if number:
+                rates[name].append(options.tokens / (clock() - started))
+    expected = made["transformers, float32"]
+    for name, measured in rates.items():
+        ratios = [ours / theirs for ours, theirs in zip(measured, rates["transformers, float32"], strict=True)]
+        same = next((i for i, (a, b) in enumerate(zip(made[name], expected, strict=True)) if a != b), len(expected))
+        print(json.dumps({"model": name, "tokens_per_s": round(statistics.median(measured), 1),
+                          "times_as_fast": round(statistics.median(ratios), 2), "same_first_ids": same}))  # fmt: skip
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["training"])
+    parser.add_argument("what", choices=["training", "decoding"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=20, help="steps of each program")
+    parser.add_argument("--rounds", type=int, default=20, help="steps, or texts, of each program")
+    parser.add_argument("--tokens", type=int, default=20, help="decoding: length of a text")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    training(options)
+    {"training": training, "decoding": decoding}[options.what](options)
