@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -100,13 +101,16 @@ def matmul_flops_per_s(device: torch.device) -> float:
 @contextmanager
 def deterministic_on_cpu(device: torch.device) -> Generator[None]:
     """Make sums on a CPU deterministic: otherwise two threads add to an embedding's gradient in a random order."""
-    before = torch.are_deterministic_algorithms_enabled()
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
+        settings.fill_uninitialized_memory = False  # it writes NaN to all new memory, for debugging
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0])
+        settings.fill_uninitialized_memory = before[1]
 
 
 @contextmanager
