@@ -35,14 +35,16 @@ class _LinearCrossEntropy(Function):
     """The loss and both gradients in one pass: the backward pass only scales them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, num_targets: Tensor | None):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, num_targets: Tensor | None,
+        with_gradient: bool
+    ):  # fmt: skip
         (rows, d_model), vocab_size = x.shape, len(weight)
         correction = mean_correction(targets, ignore_index, x.dtype)
         inverse_count = correction / rows if num_targets is None else 1 / num_targets
         is_ignored = (targets == ignore_index).unsqueeze(-1)
         targets = targets.unsqueeze(-1).masked_fill(is_ignored, 0)
         factors = torch.where(is_ignored, 0, inverse_count)
-        with_gradient = any(ctx.needs_input_grad)
         dx, dweight = (torch.empty_like(x), torch.zeros_like(weight)) if with_gradient else (x, weight)
         losses = x.new_empty(rows, 1)
         # With fewer rows than d_model, adding to the weight's gradient would take longer than to pass over the logits.
@@ -69,7 +71,7 @@ class _LinearCrossEntropy(Function):
         dx, dweight = ctx.saved_tensors
         if gradient != 1:
             dx, dweight = dx * gradient, dweight * gradient
-        return dx, dweight, None, None, None
+        return dx, dweight, None, None, None, None
 
 
 class _RMSNorm(Function):
@@ -215,7 +217,9 @@ def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, num_targets: Tensor | None
 ) -> Tensor:
     """The mean cross-entropy of the logits x W^T for x (rows, d_model) and checked targets (rows,)."""
-    return _LinearCrossEntropy.apply(x, weight, targets, ignore_index, num_targets)
+    # Asked here: inside the function gradients are always off.
+    with_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(x, weight, targets, ignore_index, num_targets, with_gradient)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

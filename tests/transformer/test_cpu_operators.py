@@ -66,6 +66,16 @@ def test_loss(num_targets: float | None, monkeypatch: pytest.MonkeyPatch):
         dispatch.linear_cross_entropy(x, weight, targets[:2])
 
 
+def test_the_loss_of_an_evaluation_computes_no_gradient():
+    x, weight, targets = torch.randn(3, 32), torch.randn(50, 32).requires_grad_(), torch.arange(3)
+    with torch.profiler.profile() as evaluation, torch.no_grad():
+        dispatch.linear_cross_entropy(x, weight, targets)
+    with torch.profiler.profile() as training:
+        dispatch.linear_cross_entropy(x, weight, targets)
+    counts = [sum("mm" in event.name for event in each.events()) for each in (evaluation, training)]
+    assert 0 < counts[0] < counts[1]
+
+
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"num_kv_heads": 2},
