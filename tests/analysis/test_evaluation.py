@@ -130,6 +130,14 @@ def test_result_does_not_depend_on_batch_size(model, batch_size):
     )
 
 
+@pytest.mark.parametrize("logits_at_once", [1, 3 * VOCAB, 7 * VOCAB + 1])
+def test_result_does_not_depend_on_the_size_of_the_pieces(model, logits_at_once, monkeypatch):
+    ids = np.random.default_rng(4).integers(VOCAB, size=50)
+    expected = evaluate_tokens(model, ids)
+    monkeypatch.setattr("basic.analysis.evaluation._LOGITS_AT_ONCE", logits_at_once)
+    assert evaluate_tokens(model, ids).nats == pytest.approx(expected.nats, rel=1e-6)
+
+
 def test_default_stride_is_half_the_context(model):
     tokens = np.random.default_rng(0).integers(VOCAB, size=100)
     assert evaluate_tokens(model, tokens) == evaluate_tokens(model, tokens, stride=CONTEXT // 2)
