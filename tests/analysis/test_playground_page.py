@@ -1,6 +1,5 @@
 """The playground's page in a browser: typing, streaming, mouse, keyboard, and texts that contain HTML."""
 
-import shutil
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -9,7 +8,6 @@ from contextlib import contextmanager
 import pytest
 import uvicorn
 from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
@@ -19,14 +17,6 @@ from basic.analysis.playground.server import create_app
 from basic.common.errors import InvalidInputError
 from tests.analysis.test_playground import CONTEXT, make_playground, train_two_checkpoints
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="needs a browser: apt-get install chromium chromium-driver"
-)
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-)
 HOSTILE = (
     "<img src=x onerror=\"document.title='broken'\"> </script><script>document.title='broken'</script> "
     "\u202eabc\u202c \u0301\u0302x \u200f&lt;b&gt; {{7*7}} \ud83e\udd39\ud83c\udffd\u200d\u2640\ufe0f \0 \ufeff"
@@ -45,18 +35,6 @@ def serving(playground: Playground) -> Generator[str]:
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
     server.should_exit = True
     thread.join(10)
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory) -> Iterator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('browser')}"]:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, Service(str(DRIVER)))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from selenium.webdriver.support.ui import WebDriverWait
 
 from basic.analysis.report.html import script_json
 from basic.analysis.report.page import report_page
@@ -339,6 +340,23 @@ def test_a_followed_run_has_a_page_that_loads_itself_until_the_run_ends(run_dir,
     assert '<meta http-equiv="refresh" content="10">' in pages[0]
     assert 'http-equiv="refresh"' not in path.read_text("utf-8")
     assert f"wrote {path} " in capsys.readouterr().out
+
+
+def test_a_followed_page_loads_itself_and_keeps_what_is_shown(driver, run_dir, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text(report_page([run_dir], refresh_s=1), encoding="utf-8")
+    driver.get(f"{page.as_uri()}#axis=tokens&smoothing=0.6&from=2000&to=9000")
+    driver.execute_script("window.isOld = true")
+    state = "const $ = (css) => document.querySelector(css); return [window.isOld ?? false, "
+    state += "$('input[name=axis]:checked').value, $('.smoothing input').value, $('.reset').hidden]"
+
+    def is_new(driver) -> bool:
+        ready = "return window.isOld === undefined && document.readyState === 'complete'"
+        return driver.execute_script(ready)
+
+    WebDriverWait(driver, 30, 0.05).until(is_new)
+    assert driver.execute_script(state) == [False, "tokens", "0.6", False]
+    assert [entry["message"] for entry in driver.get_log("browser")] == []
 
 
 def test_plotting_script_labels_runs_and_skips_duplicates(run_dir, tmp_path, monkeypatch):

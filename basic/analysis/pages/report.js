@@ -350,3 +350,6 @@ if (charts.length) {
     input.addEventListener("change", () => { axis = input.value; zoom = marked = null; redraw(); });
   }
 }
+// The browser's own refresh does not load a page whose address has a fragment.
+const refresh = document.querySelector("meta[http-equiv=refresh]");
+if (refresh) setTimeout(() => location.reload(), 1000 * Number(refresh.content));
