@@ -389,10 +389,11 @@ def causal_self_attention(
     if options.change_heads is not None:
         qkv = options.change_heads(qkv)
     qkv = rearrange(qkv, "... seq head d -> ... head seq d")
-    q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=-3)
+    qk, v = qkv.split((num_heads + num_kv_heads, num_kv_heads), dim=-3)
     if options.rope is not None:
         cos, sin = (table.unsqueeze(-3) for table in options.rope)  # the same for every head
-        q, k = rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
+        qk = rotate_pairs(qk, cos, sin)
+    q, k = qk.split((num_heads, num_kv_heads), dim=-3)
     if options.extend_cache is not None:
         k, v = options.extend_cache(k, v)
     seq, num_earlier = q.shape[-2], k.shape[-2] - q.shape[-2]
