@@ -42,6 +42,7 @@ from basic.training.batches import (
 from basic.training.parallel.devices import (
     activation_dtype,
     advice_on_failures,
+    check_precision,
     choose_device,
     deterministic_on_cpu,
     device_name,
@@ -132,6 +133,7 @@ def train(
         )
     warn = partial(print_text, file=sys.stderr) if world.is_rank_0 else lambda message: None
     device = choose_device(world.device_name(settings.device))
+    check_precision(config, device, world.size)
     check_trackers(settings.trackers)
     train_sampler, valid_sampler = _make_samplers(config, train_tokens, valid_tokens, tokenizer, world)
     environment = describe_environment(train_tokens, valid_tokens, tokenizer, device, world.size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 
-from basic.model import Embedding, Linear, TransformerLM
+from basic.model import TransformerLM
+from basic.transformer.layers import Embedding, Linear, SwiGLU
 from basic.training.batches import BatchSampler, to_device
 from basic.training.parallel.devices import reduce_dtype
 from basic.training.parallel.world import SINGLE_PROCESS, World, is_sharded
@@ -102,6 +103,9 @@ class TrainStep:
             )
             gradient_dtype = torch.float32 if in_float32 else model.compute_dtype
             model, self.weight_copies = _with_weight_copies(model, gradient_dtype)
+        self.fp8: Any = None
+        if config.precision == "fp8":
+            self.fp8 = multiply_in_fp8(model, config.batch_size * model.config.context_length)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.compiles = compiles = config.compile and (device.type != "cuda" or with_kernels)
         self.loss_fn = model.loss
@@ -117,7 +121,7 @@ class TrainStep:
         can_capture &= not (config.dropout and config.activation_checkpointing)
         # On the device, so that a captured graph reads the numbers of the step.
         self.learning_rate, self.momentum, self.weight_decay_factor = (torch.zeros((), device=device) for _ in range(3))
-        self.num_calls = 0
+        self.num_calls, self.is_calibrated = 0, False
         self.graph: torch.cuda.CUDAGraph | None = None
         # One side stream for the warm-up steps and the capture: a stream does not reuse memory freed in another one.
         self.stream = torch.cuda.Stream(device) if can_capture and config.cuda_graph else None
@@ -141,6 +145,9 @@ class TrainStep:
             The mean loss in nats per token, and the L2 norm of the gradients before clipping. Both are over all ranks
             and on the device. The next call may overwrite them.
         """
+        if self.fp8 is not None and not self.is_calibrated:
+            self.is_calibrated = True
+            self.fp8.calibrate(lambda: list(self._compute_gradients(batch)[1]))
         self.learning_rate.fill_(learning_rate)
         self.momentum.fill_(momentum)
         self.weight_decay_factor.fill_(weight_decay_factor)
@@ -166,9 +173,27 @@ class TrainStep:
         return self.static_result
 
     def _step(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        total_loss, gradients = self._compute_gradients(batch)
+        with torch.no_grad():
+            all_reduce = self.world.all_reduce_sum if self.sharded else None
+            norm, factor = clipping_factor(gradients, self.config.max_gradient_norm, all_reduce)
+            total_loss = self.world.all_reduce_mean(total_loss)  # after the gradients, which are sent first
+            # A non-finite number on any rank makes the norm non-finite. Then no rank changes a weight.
+            factor = torch.where(torch.isfinite(total_loss + norm), factor, torch.nan)
+        if isinstance(self.optimizer, AdamW):
+            self._update(self.optimizer, factor)
+        else:
+            self._update_with(self.optimizer, factor)
+        if self.fp8 is not None:
+            with torch.no_grad():
+                self.fp8.update()
+        return total_loss, norm
+
+    def _compute_gradients(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, Iterable[list[Tensor]]]:
+        """The loss of a batch, and the gradients, in the buckets of `World.make_backward`."""
         self._clear_gradients()
         num_micro_batches = self.config.gradient_accumulation
-        total_loss, gradients = torch.zeros((), device=self.device), ()
+        total_loss, gradients = torch.zeros((), device=self.device), []
         # The number of targets, the only scalar, is that of all micro-batches together.
         chunks = ([ids] * num_micro_batches if ids.ndim == 0 else ids.chunk(num_micro_batches) for ids in batch)
         for number, micro_batch in enumerate(zip(*chunks, strict=True), 1):
@@ -178,24 +203,17 @@ class TrainStep:
             self.world.count_barrier()  # the backward pass waits for the other ranks
             gradients = self.backward(loss, number == num_micro_batches)
             total_loss += loss.detach()
-        with torch.no_grad():
-            all_reduce = self.world.all_reduce_sum if self.sharded else None
-            norm, factor = clipping_factor(gradients, self.config.max_gradient_norm, all_reduce)
-            total_loss = self.world.all_reduce_mean(total_loss)  # after the gradients, which are sent first
-            # A non-finite number on any rank makes the norm non-finite. Then no rank changes a weight.
-            factor = torch.where(torch.isfinite(total_loss + norm), factor, torch.nan)
-        if not isinstance(self.optimizer, AdamW):
-            self._update_with(self.optimizer, factor)
-            return total_loss, norm
-        for group in self.optimizer.param_groups:
+        return total_loss, gradients
+
+    def _update(self, optimizer: AdamW, factor: Tensor) -> None:
+        for group in optimizer.param_groups:
             group["lr"] = self.learning_rate * group.get("rate_factor", 1.0)
             if group.get("rule") == "muon":
                 group["momentum"] = self.momentum
             if self.config.weight_decay_schedule != "constant":
                 base = group.setdefault("base_weight_decay", group["weight_decay"])
                 group["weight_decay"] = self.weight_decay_factor * base
-        self.optimizer.step(gradient_factor=factor, copies=self.weight_copies)
-        return total_loss, norm
+        optimizer.step(gradient_factor=factor, copies=self.weight_copies)
 
     def _update_with(self, optimizer: torch.optim.Optimizer, factor: Tensor) -> None:
         """Update with an optimizer of the user, which knows neither factors nor numbers on the device."""
@@ -264,6 +282,34 @@ def _with_weight_copies(
             if weight.requires_grad and weight.dtype != gradient_dtype == model.compute_dtype:
                 shared[id(weight)] = copies[weight] = Parameter(weight.detach().to(gradient_dtype))
     return copy.deepcopy(model, shared), copies
+
+
+def multiply_in_fp8(model: TransformerLM, num_tokens: int) -> Any:
+    """Let the blocks of a model multiply their matrices in 8 bits; returns these as `Fp8Matrices`.
+
+    Args:
+        num_tokens: of the mean loss.
+    """
+    from basic.transformer.fp8 import Fp8Matrices, Fp8SwiGLU  # imported late: it needs Triton
+
+    joined: dict[str, list[Linear]] = {}
+    blocks: list[Any] = list(model.layers)
+    for i, block in enumerate(blocks):
+        attn, ffn = block.attn, block.ffn
+        joined[f"layers.{i}.attn.qkv"] = [attn.q_proj, attn.k_proj, attn.v_proj]
+        joined[f"layers.{i}.attn.output_proj"] = [attn.output_proj]
+        joined[f"layers.{i}.ffn.in"] = [ffn.w1, ffn.w3] if isinstance(ffn, SwiGLU) else [ffn.w1]
+        joined[f"layers.{i}.ffn.w2"] = [ffn.w2]
+    weights = {name: [linear.weight for linear in linears] for name, linears in joined.items()}
+    result = Fp8Matrices(weights, num_tokens)
+    for i, block in enumerate(blocks):
+        qkv, output, first, second = (result.matrices[name] for name in list(joined)[4 * i : 4 * i + 4])
+        block.attn.project, block.attn.output_proj.multiply = qkv.linear, output.linear
+        if isinstance(block.ffn, SwiGLU):
+            block.ffn.compute = Fp8SwiGLU(first, second)
+        else:
+            block.ffn.w1.multiply, block.ffn.w2.multiply = first.linear, second.linear
+    return result
 
 
 class _Blocks(Module):

@@ -31,3 +31,5 @@ class AttentionOptions:
     nothing is cached."""
     num_cached: int = 0
     """Number of these earlier tokens."""
+    project: Callable[..., Tensor] | None = None
+    """Computes the products of x and the three matrices, side by side; None for x W^T."""

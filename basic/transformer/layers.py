@@ -33,9 +33,10 @@ class Linear(Module):
         std = (2 / (d_in + d_out)) ** 0.5
         trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
         self.bias = Parameter(torch.zeros(d_out)) if bias else None
+        self.multiply: Callable[..., Tensor] = linear  # or training's own, in fp8
 
     def forward(self, x: Float[Tensor, " ... d_in"]) -> Float[Tensor, " ... d_out"]:
-        y = linear(x, self.weight)
+        y = self.multiply(x, self.weight)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -187,9 +188,10 @@ class SwiGLU(Module):
         self.w1 = Linear(d_model, d_ff)
         self.w2 = Linear(d_ff, d_model)
         self.w3 = Linear(d_model, d_ff)
+        self.compute: Callable[..., Tensor] = dispatch.swiglu  # or training's own, in fp8
 
     def forward(self, x: Float[Tensor, " ... d_model"]) -> Float[Tensor, " ... d_model"]:
-        return dispatch.swiglu(x, self.w1.weight, self.w2.weight, self.w3.weight)
+        return self.compute(x, self.w1.weight, self.w2.weight, self.w3.weight)
 
 
 class SiLUFeedForward(Module):

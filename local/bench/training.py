@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,12 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def our_step(config: ModelConfig, batch_size: int) -> Callable[[tuple[Tensor, Tensor]], Tensor]:
+def our_step(config: ModelConfig, batch_size: int, precision: Any = "auto") -> Callable:
     model = TransformerLM(config).to(DEVICE)
     model.activation_dtype = torch.bfloat16
     optimizer = AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    step = TrainStep(model, optimizer, TrainConfig(steps=1, batch_size=batch_size, compile=True), DEVICE)
+    settings = TrainConfig(steps=1, batch_size=batch_size, compile=True, precision=precision)
+    step = TrainStep(model, optimizer, settings, DEVICE)
     return lambda batch: step(batch, 1e-4)[0]
 
 
@@ -114,7 +116,25 @@ def peer_step(config: ModelConfig, batch_size: int) -> Callable[[tuple[Tensor, T
     return step
 
 
-def measure(make_step: Callable, config: ModelConfig, batch_size: int, seconds: float, *, fixed: bool) -> dict:
+def print_kernels(step: Callable[[], object], steps: int = 3, count: int = 40) -> None:
+    """Print the kernels of a step in the order of their time, in ms a step and with the number of their launches."""
+    activity = torch.profiler.ProfilerActivity.CUDA if DEVICE.type == "cuda" else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
+        for _ in range(steps):
+            step()
+        synchronize()
+    events = sorted(profile.key_averages(), key=lambda event: -event.device_time_total)
+    for event in events[:count]:
+        print(
+            f"{event.device_time_total / 1e3 / steps:9.3f} ms {event.count / steps:7.0f} x {event.key[:110]}",
+            flush=True,
+        )
+    print(f"{sum(event.device_time_total for event in events) / 1e3 / steps:9.3f} ms in all kernels", flush=True)
+
+
+def measure(
+    make_step: Callable, config: ModelConfig, batch_size: int, seconds: float, *, fixed: bool, profile: bool = False
+) -> dict:
     torch.manual_seed(0)
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=20_000_000, dtype=np.uint16)
     sampler = BatchSampler(tokens, batch_size, config.context_length, seed=0)
@@ -135,6 +155,8 @@ def measure(make_step: Callable, config: ModelConfig, batch_size: int, seconds: 
                 count += 1
             synchronize()
         step_s = (time.perf_counter() - started) / count
+        if profile:
+            print_kernels(lambda: step(batch))
     attention = 2 * config.d_model * (config.num_heads + config.kv_heads) * config.d_head
     matrices = config.num_layers * (attention + 3 * config.d_model * (config.d_ff or 0))
     weights = matrices + config.vocab_size * config.d_model
@@ -163,15 +185,20 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=3, help="time to measure, after the first steps")
     parser.add_argument("--fixed-batch", action="store_true", help="use one batch for all steps: no data loading")
+    parser.add_argument("--precision", nargs="+", choices=("bfloat16", "fp8"), default=["bfloat16"])
+    parser.add_argument("--profile", action="store_true", help="also print the kernels that take the most time")
     parser.add_argument("--peers", action="store_true")
     options = parser.parse_args()
-    makers = {"basic": our_step} | ({"HF Llama": peer_step} if options.peers else {})
+    makers = {f"basic {precision}": partial(our_step, precision=precision) for precision in options.precision}
+    makers |= {"HF Llama": peer_step} if options.peers else {}
     for name, maker in makers.items():
         torch.compiler.reset()
         if DEVICE.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         config = ModelConfig(**SIZES[options.size])
-        result = measure(maker, config, options.batch_size, options.seconds, fixed=options.fixed_batch)
+        result = measure(
+            maker, config, options.batch_size, options.seconds, fixed=options.fixed_batch, profile=options.profile
+        )
         print(json.dumps({"model": name, "size": options.size, "batch_size": options.batch_size, **result,
                           "torch": torch.__version__}), flush=True)  # fmt: skip

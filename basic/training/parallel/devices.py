@@ -16,7 +16,10 @@ import torch
 from basic.common.errors import InvalidConfigError, failures_of
 from basic.model import TransformerLM
 from basic.training.settings import RunConfig, TrainConfig
+from basic.transformer.kernels import dispatch
 
+FP8_DIVISOR = 16
+"""What sizes must be divisible by that are multiplied in 8 bits."""
 PEAK_BF16_FLOPS = {
     "NVIDIA A10": 125e12,
     "NVIDIA A100-PCIE-40GB": 312e12,
@@ -75,8 +78,36 @@ def activation_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     has_bfloat16 = device.type == "mps"
     if device.type == "cuda":  # older GPUs emulate bfloat16, more slowly than they compute in float32
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    use = config.precision == "bfloat16" or (config.precision == "auto" and has_bfloat16)
+    use = config.precision == "bfloat16" or (config.precision in ("auto", "fp8") and has_bfloat16)
     return torch.bfloat16 if use else torch.float32
+
+
+def check_precision(config: RunConfig, device: torch.device, num_ranks: int = 1) -> None:
+    """Check that a run in fp8 can be trained here; all other precisions can be.
+
+    Raises:
+        InvalidConfigError: the device has no matrix multiplication in 8 bits, or the run has sizes or settings that
+            it does not support.
+    """
+    if config.train.precision != "fp8":
+        return
+    model, train = config.model, config.train
+    tokens = train.batch_size // train.gradient_accumulation // num_ranks * model.context_length
+    sizes = {"d_model": model.d_model, "d_ff": model.d_ff or 0, "num_heads x head size": model.num_heads * model.d_head}
+    sizes |= {"num_kv_heads x head size": model.kv_heads * model.d_head, "the tokens of a micro-batch": tokens}
+    uneven = [f"{size} for {name}" for name, size in sizes.items() if size % FP8_DIVISOR]
+    problem = None
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        name = device_name(device)
+        problem = f"a GPU that multiplies in 8 bits (NVIDIA's L4, RTX 4090, H100 and later ones), got {name}"
+    elif not dispatch.available_on(device):
+        problem = "Triton, which is not installed"
+    elif train.parallel == "sharded" and num_ranks > 1:
+        problem = 'parallel = "replicated", got "sharded"'
+    elif uneven:
+        problem = f"sizes that are divisible by {FP8_DIVISOR}, got {uneven[0]}"
+    if problem is not None:
+        raise InvalidConfigError(f'precision = "fp8" needs {problem}; change that, or use precision = "auto"')
 
 
 def reduce_dtype(config: TrainConfig) -> torch.dtype | None:

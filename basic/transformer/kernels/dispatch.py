@@ -170,9 +170,13 @@ def causal_self_attention(
         # Rotate by zero: attention without positions is for experiments, which need no kernel of their own.
         angles = torch.zeros(x.shape[1], d_head // 2, device=x.device)
         rope = angles + 1, angles
-    weight = torch.cat((w_q, w_k, w_v)).to(x.dtype)
+    weight = None
+    if options.project is not None or options.change_heads is not None:
+        x = (options.project or functional.linear)(x, w_q, w_k, w_v)
+    else:
+        weight = torch.cat((w_q, w_k, w_v)).to(x.dtype)
     if options.change_heads is not None:
-        x, weight = options.change_heads((x @ weight.T).unflatten(-1, (-1, d_head))).flatten(-2), None
+        x = options.change_heads(x.unflatten(-1, (-1, d_head))).flatten(-2)
     window, starts = options.window or 0, options.document_starts
     window = 0 if window >= x.shape[1] else window  # else the kernels would be compiled for it
     starts = None if starts is None else starts.expand(x.shape[:2]).to(torch.int32).contiguous()

@@ -1,4 +1,4 @@
-"""What all Triton kernels share: matrix multiplication that Triton's interpreter gets right, and a constant."""
+"""What all Triton kernels share: operations that Triton's interpreter gets right, and a constant."""
 
 from __future__ import annotations
 
@@ -22,3 +22,16 @@ def dot(a, b, accumulator=None):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, accumulator, input_precision="ieee")
+
+
+@triton.jit
+def to_float8(x, dtype: tl.constexpr, LIMIT: tl.constexpr):
+    """float32 rounded to 8 bits: at most LIMIT, the largest number of the dtype; NaN for what is not finite."""
+    size = tl.abs(x)
+    x = tl.where(size <= LIMIT, x, tl.where(size < float("inf"), tl.where(x > 0, LIMIT, -LIMIT), float("nan")))
+    if _UPCAST:  # the interpreter loses the carry of a mantissa that is rounded up: round it here
+        DROPPED: tl.constexpr = 21 if dtype == tl.float8e5 else 20
+        bits = x.to(tl.int32, bitcast=True)
+        bits += (1 << (DROPPED - 1)) - 1 + ((bits >> DROPPED) & 1)
+        x = (bits >> DROPPED << DROPPED).to(tl.float32, bitcast=True)
+    return x.to(dtype)

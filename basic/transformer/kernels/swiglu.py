@@ -13,12 +13,26 @@ from torch import Tensor
 
 
 @triton.jit
+def load_both(X, rows, columns, width, x_stride, mask):
+    """x1 and x3 of a tile, in float32."""
+    x1 = tl.load(X + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    x3 = tl.load(X + rows * x_stride + columns + width, mask=mask, other=0.0).to(tl.float32)
+    return x1, x3
+
+
+@triton.jit
+def gate_gradients(x1, x3, dy):
+    """The gradients of x1 and x3, and the output."""
+    gate = tl.sigmoid(x1)
+    return dy * x3 * gate * (1 + x1 * (1 - gate)), dy * x1 * gate, x1 * gate * x3
+
+
+@triton.jit
 def _forward(X, Y, num_rows, width, x_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     columns = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     mask = (rows < num_rows) & (columns < width)
-    x1 = tl.load(X + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    x3 = tl.load(X + rows * x_stride + columns + width, mask=mask, other=0.0).to(tl.float32)
+    x1, x3 = load_both(X, rows, columns, width, x_stride, mask)
     tl.store(Y + rows * width + columns, (x1 * tl.sigmoid(x1) * x3).to(Y.dtype.element_ty), mask=mask)
 
 
@@ -27,15 +41,13 @@ def _backward(X, DY, DX, num_rows, width, x_stride, dy_stride, ROWS: tl.constexp
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     columns = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     mask = (rows < num_rows) & (columns < width)
-    x1 = tl.load(X + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    x3 = tl.load(X + rows * x_stride + columns + width, mask=mask, other=0.0).to(tl.float32)
+    x1, x3 = load_both(X, rows, columns, width, x_stride, mask)
     dy = tl.load(DY + rows * dy_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    gate = tl.sigmoid(x1)
-    tl.store(DY + rows * dy_stride + columns, (x1 * gate * x3).to(DY.dtype.element_ty), mask=mask)
-    dx1 = dy * x3 * gate * (1 + x1 * (1 - gate))
+    dx1, dx3, y = gate_gradients(x1, x3, dy)
+    tl.store(DY + rows * dy_stride + columns, y.to(DY.dtype.element_ty), mask=mask)
     out = DX + rows * 2 * width + columns
     tl.store(out, dx1.to(DX.dtype.element_ty), mask=mask)
-    tl.store(out + width, (dy * x1 * gate).to(DX.dtype.element_ty), mask=mask)
+    tl.store(out + width, dx3.to(DX.dtype.element_ty), mask=mask)
 
 
 def forward(x: Tensor) -> Tensor:

@@ -1,0 +1,157 @@
+"""Quantizing to 8-bit floating point in Triton: one pass writes a tensor in both layouts and measures its largest size.
+
+The matrix units multiply 8-bit numbers only along the contiguous dimension of both factors, and a linear layer needs
+its input, its weight and its output's gradient along one dimension in one multiplication and along the other in the
+next. So a kernel writes each of them twice, as it is and transposed, which is as many bytes as one bfloat16 tensor.
+
+A tensor's scale is known before it is computed (see `basic.transformer.fp8`), so that the kernel which computes it can
+write it in 8 bits at once. The kernel also records the largest absolute value, from which the next scale is made.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from basic.transformer.kernels.interpreter import to_float8
+from basic.transformer.kernels.swiglu import gate_gradients, load_both
+
+FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
+"""Inputs and weights need precision, gradients range."""
+LIMITS = {dtype: torch.finfo(dtype).max for dtype in (FORWARD, BACKWARD)}
+SCALE, INVERSE, LARGEST, SATURATED, NONFINITE = range(5)
+"""Places in the record of a tensor, float32 (5,): its scale, and 1 / scale; its largest absolute value since the scale
+was set (NaN if there is one); and counts of the steps with numbers that were too large, or not finite."""
+
+# Rows and columns of a tile, and warps. 128 rows are 128 bytes in the transposed layout.
+_TILE = (128, 64, 8)
+
+
+@triton.jit
+def _rounded(x, dtype: tl.constexpr, RECORD, LIMIT: tl.constexpr):
+    """A tile of float32 in 8 bits; the largest absolute value is recorded."""
+    # As integers, absolute values have the same order, and NaN is the largest.
+    largest = tl.max(tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1), 0)
+    RECORDED = (RECORD + 2).to(tl.pointer_type(tl.int32), bitcast=True)
+    tl.atomic_max(RECORDED, largest, mask=largest > tl.load(RECORDED), sem="relaxed")
+    return to_float8(x * tl.load(RECORD), dtype, LIMIT)
+
+
+@triton.jit
+def store_both(x, ROWS, COLUMNS, rows, columns, rows_stride, columns_stride, mask, RECORD, LIMIT: tl.constexpr):
+    """Quantize a tile of float32 and write it to a tensor and to its transpose; masked numbers must be 0."""
+    y = _rounded(x, ROWS.dtype.element_ty, RECORD, LIMIT)
+    tl.store(ROWS + rows * rows_stride + columns, y, mask=mask)
+    tl.store(COLUMNS + columns.to(tl.int64) * columns_stride + rows, y, mask=mask)
+
+
+@triton.jit
+def _quantize(X, ROWS, COLUMNS, RECORD, num_rows, num_columns, x_stride, rows_stride, columns_stride,
+              LIMIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    rows = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)[:, None]
+    columns = (tl.program_id(1) * N + tl.arange(0, N))[None, :]
+    mask = (rows < num_rows) & (columns < num_columns)
+    x = tl.load(X + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    store_both(x, ROWS, COLUMNS, rows, columns, rows_stride, columns_stride, mask, RECORD, LIMIT)
+
+
+def tile_of(rows: int, columns: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """The grid and the tile of a kernel that calls `store_both` for (rows, columns)."""
+    M, N, warps = _TILE
+    return (triton.cdiv(rows, M), triton.cdiv(columns, N)), {"M": M, "N": N, "num_warps": warps}
+
+
+def quantize_into(x: Tensor, rows: Tensor, columns: Tensor, record: Tensor) -> None:
+    """Write x (m, n) times its scale to `rows` (m, n) and, transposed, to `columns` (n, m).
+
+    Args:
+        x: the last dimension contiguous.
+        rows, columns: of `FORWARD` or `BACKWARD`, the last dimension contiguous. A number that is too large becomes the
+            largest one; one that is not finite becomes NaN.
+        record: of x; the largest absolute value is updated.
+    """
+    grid, tile = tile_of(*x.shape)
+    strides = x.stride(0), rows.stride(0), columns.stride(0)
+    _quantize[grid](x, rows, columns, record, *x.shape, *strides, LIMIT=LIMITS[rows.dtype], **tile)
+
+
+@triton.jit
+def _gate(X, ROWS, COLUMNS, RECORD, num_rows, width, x_stride, LIMIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    rows = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)[:, None]
+    columns = (tl.program_id(1) * N + tl.arange(0, N))[None, :]
+    mask = (rows < num_rows) & (columns < width)
+    x1, x3 = load_both(X, rows, columns, width, x_stride, mask)
+    y = x1 * tl.sigmoid(x1) * x3
+    store_both(y, ROWS, COLUMNS, rows, columns, width, num_rows, mask, RECORD, LIMIT)
+
+
+@triton.jit
+def _gate_gradients(X, DY, DX_ROWS, DX_COLUMNS, DX_RECORD, COLUMNS, RECORD, num_rows, width, x_stride,
+                    LIMIT: tl.constexpr, DX_LIMIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    rows = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)[:, None]
+    columns = (tl.program_id(1) * N + tl.arange(0, N))[None, :]
+    mask = (rows < num_rows) & (columns < width)
+    x1, x3 = load_both(X, rows, columns, width, x_stride, mask)
+    dy = tl.load(DY + rows * width + columns, mask=mask, other=0.0).to(tl.float32)
+    dx1, dx3, y = gate_gradients(x1, x3, dy)
+    y = _rounded(y, COLUMNS.dtype.element_ty, RECORD, LIMIT)
+    tl.store(COLUMNS + columns.to(tl.int64) * num_rows + rows, y, mask=mask)
+    store_both(dx1, DX_ROWS, DX_COLUMNS, rows, columns, 2 * width, num_rows, mask, DX_RECORD, DX_LIMIT)
+    store_both(dx3, DX_ROWS, DX_COLUMNS, rows, columns + width, 2 * width, num_rows, mask, DX_RECORD, DX_LIMIT)
+
+
+# These operators update a record without saying so: nothing else in a step's graph reads what they change.
+
+
+def _empty(x: Tensor, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return x.new_empty((rows, columns), dtype=dtype), x.new_empty((columns, rows), dtype=dtype)
+
+
+@torch.library.custom_op("basic::quantize", mutates_args=())
+def quantize(x: Tensor, record: Tensor, is_gradient: bool = False) -> tuple[Tensor, Tensor]:
+    """x (m, n) in 8 bits, and its transpose (n, m); see `quantize_into`."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    rows, columns = _empty(x, *x.shape, BACKWARD if is_gradient else FORWARD)
+    quantize_into(x, rows, columns, record)
+    return rows, columns
+
+
+@quantize.register_fake
+def _(x: Tensor, record: Tensor, is_gradient: bool = False) -> tuple[Tensor, Tensor]:
+    return _empty(x, *x.shape, BACKWARD if is_gradient else FORWARD)
+
+
+@torch.library.custom_op("basic::quantized_gate", mutates_args=())
+def quantized_gate(x: Tensor, record: Tensor) -> tuple[Tensor, Tensor]:
+    """silu(x1) * x3 of x (m, 2 n), which has x1 and x3 side by side, in 8 bits: (m, n), and its transpose (n, m)."""
+    m, n = x.shape[0], x.shape[1] // 2
+    rows, columns = _empty(x, m, n, FORWARD)
+    grid, tile = tile_of(m, n)
+    _gate[grid](x, rows, columns, record, m, n, x.stride(0), LIMIT=LIMITS[FORWARD], **tile)
+    return rows, columns
+
+
+@quantized_gate.register_fake
+def _(x: Tensor, record: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty(x, x.shape[0], x.shape[1] // 2, FORWARD)
+
+
+@torch.library.custom_op("basic::quantized_gate_backward", mutates_args=())
+def quantized_gate_backward(x: Tensor, dy: Tensor, dx_record: Tensor, record: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of x in 8 bits, (m, 2 n) and (2 n, m), from that of the output; and the output again, (n, m)."""
+    m, n = dy.shape
+    dx_rows, dx_columns = _empty(x, m, 2 * n, BACKWARD)
+    columns = x.new_empty((n, m), dtype=FORWARD)
+    grid, tile = tile_of(m, n)
+    _gate_gradients[grid](
+        x, dy.contiguous(), dx_rows, dx_columns, dx_record, columns, record, m, n, x.stride(0),
+        LIMIT=LIMITS[FORWARD], DX_LIMIT=LIMITS[BACKWARD], **tile)  # fmt: skip
+    return dx_rows, dx_columns, columns
+
+
+@quantized_gate_backward.register_fake
+def _(x: Tensor, dy: Tensor, dx_record: Tensor, record: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    m, n = dy.shape
+    return *_empty(x, m, 2 * n, BACKWARD), x.new_empty((n, m), dtype=FORWARD)
