@@ -250,7 +250,7 @@ class _TrainingLoop:
         tokens_per_step = settings.batch_size * self.config.model.context_length
         tokens_before = start.sequences * self.config.model.context_length
         meter = Meter(start.step, tokens_before, start.wall_s, tokens_per_step, self.device)
-        nonfinite = _NonfiniteSteps(settings, self.train_sampler, start.nonfinite_steps, self.log)
+        nonfinite = _NonfiniteSteps(settings, self.train_sampler, start.nonfinite_steps, self.log, take_step)
         budget = None
         if settings.steps == 0:
             budget, settings = _time_budget(settings, meter), settings.before_planning
@@ -289,6 +289,8 @@ class _TrainingLoop:
                     if step == 1:
                         del record["tokens_per_s"]
                     valid_loss = self._log_interval(record, take_step if is_evaluated else None)
+                    if unusual := take_step.take_unusual():
+                        self.log.print_message(f"warning: in fp8, {_first_of(unusual)}")
                 if self.tokenizer is not None and _is_due(step, settings.sample_interval, settings):
                     self._sample(self.tokenizer, step)
 
@@ -359,9 +361,11 @@ class _NonfiniteSteps:
     `TrainStep` has not applied these steps: weights and optimizer state are unchanged.
     """
 
-    def __init__(self, config: TrainConfig, sampler: BatchSampler, count: int, log: RunLog | NullLog):
+    def __init__(
+        self, config: TrainConfig, sampler: BatchSampler, count: int, log: RunLog | NullLog, take_step: TrainStep
+    ):
         self.max_count = config.max_nonfinite_steps if config.on_nonfinite == "skip" else 0
-        self.sampler, self.count, self.log = sampler, count, log
+        self.sampler, self.count, self.log, self.take_step = sampler, count, log, take_step
 
     def handle(self, steps: list[StepMetrics]) -> None:
         for step in steps:
@@ -376,6 +380,8 @@ class _NonfiniteSteps:
                 f"learning rate {step.learning_rate:.3g}, on the sequences that start at tokens {positions} of the "
                 "training data"
             )
+            if unusual := self.take_step.take_unusual():
+                message += f"; in fp8, {_first_of(unusual)}"
             if self.count > self.max_count:
                 raise FloatingPointError(
                     f"{message}; neither the weights nor the checkpoints contain this step; try a lower "
@@ -383,6 +389,10 @@ class _NonfiniteSteps:
                     f"on_nonfinite = skip, max_nonfinite_steps above {self.max_count}"
                 )
             self.log.print_message(f"warning: {message}; skipped, number {self.count} of at most {self.max_count}")
+
+
+def _first_of(messages: list[str]) -> str:
+    return "; ".join(messages[:4]) + (f"; and {len(messages) - 4} more" if len(messages) > 4 else "")
 
 
 def _time_budget(settings: TrainConfig, meter: Meter) -> TimeBudget:

@@ -172,6 +172,10 @@ class TrainStep:
         self.graph.replay()
         return self.static_result
 
+    def take_unusual(self) -> list[str]:
+        """In fp8, what was too large or not finite since the last call; see `Fp8Matrices.take_unusual`."""
+        return [] if self.fp8 is None else self.fp8.take_unusual()
+
     def _step(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         total_loss, gradients = self._compute_gradients(batch)
         with torch.no_grad():
@@ -300,7 +304,7 @@ def multiply_in_fp8(model: TransformerLM, num_tokens: int) -> Any:
         joined[f"layers.{i}.attn.output_proj"] = [attn.output_proj]
         joined[f"layers.{i}.ffn.in"] = [ffn.w1, ffn.w3] if isinstance(ffn, SwiGLU) else [ffn.w1]
         joined[f"layers.{i}.ffn.w2"] = [ffn.w2]
-    weights = {name: [linear.weight for linear in linears] for name, linears in joined.items()}
+    weights: dict[str, list[Tensor]] = {name: [linear.weight for linear in linears] for name, linears in joined.items()}
     result = Fp8Matrices(weights, num_tokens)
     for i, block in enumerate(blocks):
         qkv, output, first, second = (result.matrices[name] for name in list(joined)[4 * i : 4 * i + 4])

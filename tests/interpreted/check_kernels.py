@@ -16,7 +16,7 @@ from basic.training.settings import TrainConfig
 from basic.training.step import TrainStep
 from basic.transformer.kernels import dispatch, flash_attention, operators
 from basic.transformer.kernels.interpreter import INTERPRETED
-from tests.helpers import kernel_checks
+from tests.helpers import fp8_checks, kernel_checks
 
 assert INTERPRETED, "run this through tests/interpreted/test_kernels.py, which sets TRITON_INTERPRET=1"
 
@@ -122,6 +122,51 @@ def test_symmetric_product(shape, dtype):
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16])
 def test_muon(shape, count, dtype):
     kernel_checks.check_muon(shape, count, dtype, "cpu")
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (48, 32), (130, 80)])
+def test_quantizing_to_8_bits(shape):
+    fp8_checks.check_quantizing(shape, "cpu")
+
+
+@pytest.mark.parametrize(("tokens", "d_in", "d_outs"), [(32, 16, (16,)), (160, 48, (32, 16, 16))])
+def test_linear_in_fp8(tokens, d_in, d_outs):
+    fp8_checks.check_linear(tokens, d_in, d_outs, "cpu")
+
+
+def test_swiglu_in_fp8():
+    fp8_checks.check_swiglu(48, 32, 80, "cpu")
+
+
+def test_unusual_tensors_are_named():
+    fp8_checks.check_unusual_tensors_are_named("cpu")
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes"),
+    [({}, {}), ({"gradient_accumulation": 2, "optimizer": "muon"}, {"ffn": "relu2", "num_kv_heads": 1})],
+)
+def test_training_steps_in_fp8(settings, changes):
+    """Against the steps in bfloat16: the losses are near, and all matrices of the blocks are multiplied in 8 bits."""
+    sizes: dict[str, Any] = {"vocab_size": 37, "context_length": 16, "d_model": 32, "num_layers": 1, "num_heads": 2}
+    losses = []
+    torch.manual_seed(0)
+    ids = torch.randint(37, (2, 2, 17))
+    for precision in ("bfloat16", "fp8"):
+        torch.manual_seed(0)
+        model = TransformerLM(ModelConfig(**sizes, d_ff=48, **changes))
+        model.activation_dtype = BFLOAT16
+        config = TrainConfig(steps=1, batch_size=2, cuda_graph=False, precision=precision, **settings)
+        with dispatch.use_operators(operators):
+            step = TrainStep(model, make_optimizer(model, config), config, torch.device("cpu"))
+            losses.append([step((batch[:, :-1], batch[:, 1:]), 1e-2)[0].item() for batch in ids])
+    print(losses)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert losses[0] != losses[1]
+    assert list(step.fp8.matrices) == [
+        f"layers.0.{name}" for name in ("attn.qkv", "attn.output_proj", "ffn.in", "ffn.w2")
+    ]
+    assert step.take_unusual() == []
 
 
 def test_registrations():

@@ -11,10 +11,11 @@ from basic.common.config_files import save_config
 from basic.common.errors import InvalidConfigError, InvalidInputError, NotARunError
 from basic.model import ModelConfig, TransformerLM
 from basic.training.checkpoints.file import save_checkpoint
-from basic.training.parallel.devices import choose_device
+from basic.training.parallel.devices import activation_dtype, check_precision, choose_device
 from basic.training.records.metrics import read_metrics
 from basic.training.run_folder import create_run_folder, load_run
 from basic.training.settings import DataConfig, RunConfig, TrainConfig
+from basic.transformer.kernels import dispatch
 
 CONFIG = RunConfig(
     model=ModelConfig(vocab_size=11, context_length=8, d_model=16, num_layers=1, num_heads=2, norm="post"),
@@ -119,6 +120,31 @@ def test_devices_by_name():
         choose_device("abacus")
     with pytest.raises(InvalidConfigError, match="device 'cuda:99' cannot be used here"):
         choose_device("cuda:99")
+
+
+def test_fp8_is_refused_where_it_cannot_be_trained(monkeypatch):
+    config = replace(CONFIG, train=replace(CONFIG.train, precision="fp8", batch_size=2))
+    check_precision(CONFIG, torch.device("cpu"))
+    with pytest.raises(InvalidConfigError, match=r'"fp8" needs a GPU that multiplies in 8 bits .*, got cpu; .*"auto"'):
+        check_precision(config, torch.device("cpu"))
+    # A run that was trained elsewhere can be used here.
+    assert activation_dtype(config.train, torch.device("cpu")) == torch.float32
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(InvalidConfigError, match="got an old GPU"):
+        check_precision(config, cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with dispatch.use_operators(None), pytest.raises(InvalidConfigError, match="needs Triton"):
+        check_precision(config, cuda)
+    with dispatch.use_operators(object()):
+        with pytest.raises(InvalidConfigError, match="divisible by 16, got 8 for the tokens of a micro-batch"):
+            check_precision(config, cuda, num_ranks=2)
+        with pytest.raises(InvalidConfigError, match='needs parallel = "replicated", got "sharded"'):
+            check_precision(replace(config, train=replace(config.train, parallel="sharded")), cuda, num_ranks=2)
+        check_precision(config, cuda)
+        with pytest.raises(InvalidConfigError, match="divisible by 16, got 8 for num_kv_heads x head size"):
+            check_precision(replace(config, model=replace(CONFIG.model, num_kv_heads=1)), cuda)
 
 
 def test_prompts_start_with_the_separator_only_if_all_training_sequences_did(run_dir):

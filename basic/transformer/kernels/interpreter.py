@@ -29,9 +29,14 @@ def to_float8(x, dtype: tl.constexpr, LIMIT: tl.constexpr):
     """float32 rounded to 8 bits: at most LIMIT, the largest number of the dtype; NaN for what is not finite."""
     size = tl.abs(x)
     x = tl.where(size <= LIMIT, x, tl.where(size < float("inf"), tl.where(x > 0, LIMIT, -LIMIT), float("nan")))
-    if _UPCAST:  # the interpreter loses the carry of a mantissa that is rounded up: round it here
-        DROPPED: tl.constexpr = 21 if dtype == tl.float8e5 else 20
+    if _UPCAST:  # the interpreter only cuts off, in its own way: round here
+        MANTISSA: tl.constexpr = 2 if dtype == tl.float8e5 else 3
+        SMALLEST: tl.constexpr = 2.0**-16 if dtype == tl.float8e5 else 2.0**-9
         bits = x.to(tl.int32, bitcast=True)
-        bits += (1 << (DROPPED - 1)) - 1 + ((bits >> DROPPED) & 1)
-        x = (bits >> DROPPED << DROPPED).to(tl.float32, bitcast=True)
+        bits += (1 << (22 - MANTISSA)) - 1 + ((bits >> (23 - MANTISSA)) & 1)
+        normal = (bits >> (23 - MANTISSA) << (23 - MANTISSA)).to(tl.float32, bitcast=True)
+        subnormal = (x + 3 * 2.0**22 * SMALLEST) - 3 * 2.0**22 * SMALLEST
+        x = tl.where(size >= SMALLEST * 2**MANTISSA, normal, subnormal)
+        NAN: tl.constexpr = 0x7FE00000 if dtype == tl.float8e5 else 0x7FF00000
+        x = tl.where(x == x, x, tl.full(x.shape, NAN, tl.int32).to(tl.float32, bitcast=True))
     return x.to(dtype)
