@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 
 from basic.model import TransformerLM
-from basic.transformer.layers import Embedding, Linear, SwiGLU
 from basic.training.batches import BatchSampler, to_device
 from basic.training.parallel.devices import reduce_dtype
 from basic.training.parallel.world import SINGLE_PROCESS, World, is_sharded
 from basic.training.settings import MuonConfig, TrainConfig
 from basic.transformer.kernels import dispatch
+from basic.transformer.layers import Embedding, Linear, SwiGLU
 from basic.transformer.muon import Muon
 from basic.transformer.optimizer import AdamW, clipping_factor
 

@@ -30,6 +30,7 @@ from basic.transformer.kernels.fp8 import (
     NONFINITE,
     SATURATED,
     SCALE,
+    multiply,
     quantize,
     quantize_into,
     quantized_gate,
@@ -87,29 +88,21 @@ class Fp8SwiGLU:
         return _SwiGLU.apply(x, a.rows, a.columns, a.records, b.rows, b.columns, b.records, w1, w3, w2)
 
 
-def _multiply(a: Tensor, a_record: Tensor, b: Tensor, b_record: Tensor, dtype: torch.dtype) -> Tensor:
-    """A B^T of (m, k) and (n, k), with sums that are exact enough for gradients if the result is one."""
-    fast = a.dtype == FORWARD
-    return torch._scaled_mm(
-        a, b.t(), scale_a=a_record[INVERSE], scale_b=b_record[INVERSE], out_dtype=dtype, use_fast_accum=fast
-    )
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor, columns: Tensor, records: Tensor, *weights: Tensor) -> Tensor:
         x_rows, x_columns = quantize(x.reshape(-1, x.shape[-1]), records[INPUT])
         ctx.save_for_backward(x_columns, columns, records)
         ctx.dtype, ctx.sizes = weights[0].dtype, [weight.shape[0] for weight in weights]
-        return _multiply(x_rows, records[INPUT], rows, records[WEIGHT], x.dtype).view(*x.shape[:-1], -1)
+        return multiply(x_rows, rows, records[INPUT], records[WEIGHT], x.dtype, True).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (dy,) = gradients
         x_columns, columns, records = ctx.saved_tensors
         dy_rows, dy_columns = quantize(dy.reshape(-1, dy.shape[-1]), records[GRADIENT], True)
-        dx = _multiply(dy_rows, records[GRADIENT], columns, records[WEIGHT], dy.dtype)
-        dweight = _multiply(dy_columns, records[GRADIENT], x_columns, records[INPUT], ctx.dtype)
+        dx = multiply(dy_rows, columns, records[GRADIENT], records[WEIGHT], dy.dtype, False)
+        dweight = multiply(dy_columns, x_columns, records[GRADIENT], records[INPUT], ctx.dtype, False)
         return dx.view(*dy.shape[:-1], -1), None, None, None, *dweight.split(ctx.sizes)
 
 
@@ -120,23 +113,22 @@ class _SwiGLU(torch.autograd.Function):
         rows2: Tensor, columns2: Tensor, records2: Tensor, w1: Tensor, w3: Tensor, w2: Tensor,
     ) -> Tensor:  # fmt: skip
         x_rows, x_columns = quantize(x.reshape(-1, x.shape[-1]), records[INPUT])
-        both = _multiply(x_rows, records[INPUT], rows, records[WEIGHT], x.dtype)
-        gated_rows, _ = quantized_gate(both, records2[INPUT])
+        both = multiply(x_rows, rows, records[INPUT], records[WEIGHT], x.dtype, True)
+        gated = quantized_gate(both, records2[INPUT])
         ctx.save_for_backward(x_columns, columns, records, both, columns2, records2)
         ctx.dtype = w1.dtype
-        return _multiply(gated_rows, records2[INPUT], rows2, records2[WEIGHT], x.dtype).view(*x.shape[:-1], -1)
+        return multiply(gated, rows2, records2[INPUT], records2[WEIGHT], x.dtype, True).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (dy,) = gradients
         x_columns, columns, records, both, columns2, records2 = ctx.saved_tensors
         dy_rows, dy_columns = quantize(dy.reshape(-1, dy.shape[-1]), records2[GRADIENT], True)
-        dgated = _multiply(dy_rows, records2[GRADIENT], columns2, records2[WEIGHT], dy.dtype)
-        # Computed again, as in bfloat16, because it takes as many bytes to read it.
+        dgated = multiply(dy_rows, columns2, records2[GRADIENT], records2[WEIGHT], dy.dtype, False)
         d_rows, d_columns, gated = quantized_gate_backward(both, dgated, records[GRADIENT], records2[INPUT])
-        dw2 = _multiply(dy_columns, records2[GRADIENT], gated, records2[INPUT], ctx.dtype)
-        dx = _multiply(d_rows, records[GRADIENT], columns, records[WEIGHT], dy.dtype)
-        dw1, dw3 = _multiply(d_columns, records[GRADIENT], x_columns, records[INPUT], ctx.dtype).chunk(2)
+        dw2 = multiply(dy_columns, gated, records2[GRADIENT], records2[INPUT], ctx.dtype, False)
+        dx = multiply(d_rows, columns, records[GRADIENT], records[WEIGHT], dy.dtype, False)
+        dw1, dw3 = multiply(d_columns, x_columns, records[GRADIENT], records[INPUT], ctx.dtype, False).chunk(2)
         return dx.view(*dy.shape[:-1], -1), *[None] * 6, dw1, dw3, dw2
 
 

@@ -108,7 +108,7 @@ class Machine:
             self.flops[dtype] = 2 * size**3 / median_s(lambda x=x: x @ x, 5)
 
     def limit_s(self, model: TransformerLM, tokens: int, keys: int, weight_bytes: float, passes: int) -> float:
-        """The shortest time for `passes` times the multiplications of a forward pass, over about `keys` keys a token."""
+        """The shortest time of `passes` times the multiplications of a forward pass, over `keys` keys a token."""
         dtype = model.compute_dtype
         features = sum(sum(module.weight.shape) for module in model.modules() if isinstance(module, Linear))
         moved = weight_bytes + passes * tokens * features * dtype.itemsize

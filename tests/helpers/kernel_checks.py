@@ -122,10 +122,12 @@ def check_rotation(seq: int, head_size: int, dtype: torch.dtype, device: str) ->
     x = torch.randn(2, seq, 5, head_size, device=device).to(dtype)
     cos, sin = functional.rope_tables(1e4, head_size, seq, dtype=torch.float32, device=device)
     expected = functional.rotate_pairs(x.double().transpose(1, 2), cos.double(), sin.double()).transpose(1, 2)
-    y = x.clone()
-    rope.rotate_packed(y[:, :, :3], cos, sin)
-    assert_close(y[:, :, :3], expected[:, :, :3], dtype)
-    assert torch.equal(y[:, :, 3:], x[:, :, 3:])
+    y, out = x.clone(), torch.full_like(x, math.nan)
+    rope.rotate_packed(x, cos, sin, 3, out)
+    rope.rotate_packed(y, cos, sin, 3, y)
+    for result in (y, out):
+        assert_close(result[:, :, :3], expected[:, :, :3], dtype)
+        assert torch.equal(result[:, :, 3:], x[:, :, 3:])
 
 
 def check_swiglu(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:

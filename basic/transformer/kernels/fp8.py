@@ -78,13 +78,13 @@ def quantize_into(x: Tensor, rows: Tensor, columns: Tensor, record: Tensor) -> N
 
 
 @triton.jit
-def _gate(X, ROWS, COLUMNS, RECORD, num_rows, width, x_stride, LIMIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+def _gate(X, ROWS, RECORD, num_rows, width, x_stride, LIMIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     rows = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)[:, None]
     columns = (tl.program_id(1) * N + tl.arange(0, N))[None, :]
     mask = (rows < num_rows) & (columns < width)
     x1, x3 = load_both(X, rows, columns, width, x_stride, mask)
-    y = x1 * tl.sigmoid(x1) * x3
-    store_both(y, ROWS, COLUMNS, rows, columns, width, num_rows, mask, RECORD, LIMIT)
+    y = _rounded(x1 * tl.sigmoid(x1) * x3, ROWS.dtype.element_ty, RECORD, LIMIT)
+    tl.store(ROWS + rows * width + columns, y, mask=mask)
 
 
 @triton.jit
@@ -124,18 +124,18 @@ def _(x: Tensor, record: Tensor, is_gradient: bool = False) -> tuple[Tensor, Ten
 
 
 @torch.library.custom_op("basic::quantized_gate", mutates_args=())
-def quantized_gate(x: Tensor, record: Tensor) -> tuple[Tensor, Tensor]:
-    """silu(x1) * x3 of x (m, 2 n), which has x1 and x3 side by side, in 8 bits: (m, n), and its transpose (n, m)."""
+def quantized_gate(x: Tensor, record: Tensor) -> Tensor:
+    """silu(x1) * x3 of x (m, 2 n), which has x1 and x3 side by side, in 8 bits, (m, n)."""
     m, n = x.shape[0], x.shape[1] // 2
-    rows, columns = _empty(x, m, n, FORWARD)
+    y = x.new_empty((m, n), dtype=FORWARD)
     grid, tile = tile_of(m, n)
-    _gate[grid](x, rows, columns, record, m, n, x.stride(0), LIMIT=LIMITS[FORWARD], **tile)
-    return rows, columns
+    _gate[grid](x, y, record, m, n, x.stride(0), LIMIT=LIMITS[FORWARD], **tile)
+    return y
 
 
 @quantized_gate.register_fake
-def _(x: Tensor, record: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty(x, x.shape[0], x.shape[1] // 2, FORWARD)
+def _(x: Tensor, record: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1] // 2), dtype=FORWARD)
 
 
 @torch.library.custom_op("basic::quantized_gate_backward", mutates_args=())
@@ -155,3 +155,21 @@ def quantized_gate_backward(x: Tensor, dy: Tensor, dx_record: Tensor, record: Te
 def _(x: Tensor, dy: Tensor, dx_record: Tensor, record: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     m, n = dy.shape
     return *_empty(x, m, 2 * n, BACKWARD), x.new_empty((n, m), dtype=FORWARD)
+
+
+@torch.library.custom_op("basic::multiply_float8", mutates_args=())
+def multiply(a: Tensor, b: Tensor, a_record: Tensor, b_record: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
+    """A B^T of A (m, k) and B (n, k) in 8 bits.
+
+    Args:
+        a_record, b_record: of A and B.
+        dtype: of the result.
+        fast: add up in fewer bits than float32 has.
+    """
+    scales = {"scale_a": a_record[INVERSE], "scale_b": b_record[INVERSE]}
+    return torch._scaled_mm(a, b.t(), **scales, out_dtype=dtype, use_fast_accum=fast)
+
+
+@multiply.register_fake
+def _(a: Tensor, b: Tensor, a_record: Tensor, b_record: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)

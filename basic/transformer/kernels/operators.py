@@ -36,9 +36,10 @@ def rotary_attention(
         The output (B, T, H, D); and for the backward pass, the logarithms of the softmax's sums and the rotated queries
         and keys with the values, (B, T, H + 2 KV heads, D).
     """
-    projected = x.clone(memory_format=torch.contiguous_format) if weight is None else x @ weight.T
-    qkv = projected.view(*x.shape[:2], num_heads + 2 * num_kv_heads, -1)
-    rope.rotate_packed(qkv[:, :, : num_heads + num_kv_heads], cos, sin)
+    projected = x.contiguous() if weight is None else x @ weight.T
+    projected = projected.view(*x.shape[:2], num_heads + 2 * num_kv_heads, -1)
+    qkv = torch.empty_like(projected) if weight is None else projected
+    rope.rotate_packed(projected, cos, sin, num_heads + num_kv_heads, qkv)
     o, log_sums = flash_attention.forward(*split_heads(qkv, num_heads), window, starts)
     return o, log_sums, qkv
 
