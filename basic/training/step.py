@@ -181,6 +181,8 @@ class TrainStep:
         with torch.no_grad():
             all_reduce = self.world.all_reduce_sum if self.sharded else None
             norm, factor = clipping_factor(gradients, self.config.max_gradient_norm, all_reduce)
+            if self.fp8 is not None:
+                total_loss += self.fp8.nan_if_not_finite()
             total_loss = self.world.all_reduce_mean(total_loss)  # after the gradients, which are sent first
             # A non-finite number on any rank makes the norm non-finite. Then no rank changes a weight.
             factor = torch.where(torch.isfinite(total_loss + norm), factor, torch.nan)

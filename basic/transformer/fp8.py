@@ -162,6 +162,10 @@ class Fp8Matrices:
             self.update()
         self.table[..., SATURATED:] = 0
 
+    def nan_if_not_finite(self) -> Tensor:
+        """0; NaN if a number of this step was not finite, which the largest number in 8 bits may hide."""
+        return (self.table[..., LARGEST] * 0).sum()
+
     def update(self) -> None:
         """After a step: the next scales, from the largest numbers of this one; and the new weights, in 8 bits."""
         largest = self.table[..., LARGEST]

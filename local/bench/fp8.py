@@ -89,7 +89,7 @@ def measure_quantizing(size: str) -> None:
     assert record[fp8.LARGEST] == x.abs().max(), "the largest number is wrong"
     del expected
     for tile in ((128, 64, 8), (128, 64, 4), (64, 64, 4), (64, 128, 8), (128, 32, 4), (256, 32, 8), (128, 128, 8)):
-        fp8._TILE = tile
+        fp8._TILES = dict.fromkeys(fp8._TILES, tile)
         times = {
             "quantize": milliseconds(lambda: fp8.quantize_into(x, rows, columns, record)),
             "gate": milliseconds(lambda: fp8.quantized_gate(x, record)),
@@ -129,6 +129,7 @@ def print_loss(folder: Path, precision: Any, seed: int, size: str, steps: int, b
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("quantizing", "multiplications"), help="only this")
     parser.add_argument("--loss", type=Path, help="folder with train.bin and valid.bin")
     parser.add_argument("--precision", nargs="+", choices=("bfloat16", "fp8"), default=["bfloat16", "fp8"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -138,8 +139,10 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if options.loss is None:
         for size in LAYERS:
-            measure_quantizing(size)
-            measure_multiplications(size)
+            if options.part != "multiplications":
+                measure_quantizing(size)
+            if options.part != "quantizing":
+                measure_multiplications(size)
     else:
         for seed, precision in product(options.seeds, options.precision):
             print_loss(options.loss, precision, seed, options.size, options.steps, options.batch_size)

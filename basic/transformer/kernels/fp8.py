@@ -25,42 +25,43 @@ SCALE, INVERSE, LARGEST, SATURATED, NONFINITE = range(5)
 """Places in the record of a tensor, float32 (5,): its scale, and 1 / scale; its largest absolute value since the scale
 was set (NaN if there is one); and counts of the steps with numbers that were too large, or not finite."""
 
-# Rows and columns of a tile, and warps. 128 rows are 128 bytes in the transposed layout.
-_TILE = (128, 64, 8)
+_TILES = {"quantize": (64, 64, 4), "gate": (64, 128, 8), "gate_gradients": (128, 64, 8)}
+"""Rows and columns of a program's tile, and warps."""
 
 
 @triton.jit
-def _rounded(x, dtype: tl.constexpr, RECORD, LIMIT: tl.constexpr):
+def _rounded(x, dtype: tl.constexpr, RECORD):
     """A tile of float32 in 8 bits; the largest absolute value is recorded."""
     # As integers, absolute values have the same order, and NaN is the largest.
     largest = tl.max(tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1), 0)
     RECORDED = (RECORD + 2).to(tl.pointer_type(tl.int32), bitcast=True)
     tl.atomic_max(RECORDED, largest, mask=largest > tl.load(RECORDED), sem="relaxed")
-    return to_float8(x * tl.load(RECORD), dtype, LIMIT)
+    return to_float8(x * tl.load(RECORD), dtype)
 
 
 @triton.jit
-def store_both(x, ROWS, COLUMNS, rows, columns, rows_stride, columns_stride, mask, RECORD, LIMIT: tl.constexpr):
+def store_both(x, ROWS, COLUMNS, rows, columns, rows_stride, columns_stride, mask, RECORD):
     """Quantize a tile of float32 and write it to a tensor and to its transpose; masked numbers must be 0."""
-    y = _rounded(x, ROWS.dtype.element_ty, RECORD, LIMIT)
+    y = _rounded(x, ROWS.dtype.element_ty, RECORD)
     tl.store(ROWS + rows * rows_stride + columns, y, mask=mask)
     tl.store(COLUMNS + columns.to(tl.int64) * columns_stride + rows, y, mask=mask)
 
 
 @triton.jit
 def _quantize(X, ROWS, COLUMNS, RECORD, num_rows, num_columns, x_stride, rows_stride, columns_stride,
-              LIMIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
+              M: tl.constexpr, N: tl.constexpr):  # fmt: skip
     rows = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)[:, None]
     columns = (tl.program_id(1) * N + tl.arange(0, N))[None, :]
     mask = (rows < num_rows) & (columns < num_columns)
     x = tl.load(X + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    store_both(x, ROWS, COLUMNS, rows, columns, rows_stride, columns_stride, mask, RECORD, LIMIT)
+    store_both(x, ROWS, COLUMNS, rows, columns, rows_stride, columns_stride, mask, RECORD)
 
 
-def tile_of(rows: int, columns: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """The grid and the tile of a kernel that calls `store_both` for (rows, columns)."""
-    M, N, warps = _TILE
-    return (triton.cdiv(rows, M), triton.cdiv(columns, N)), {"M": M, "N": N, "num_warps": warps}
+def _launch(kernel: str, rows: int, columns: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """The grid and the tile of a kernel."""
+    M, N, warps = _TILES[kernel]
+    # With more registers a thread, half as many programs of the largest kernel would run at a time.
+    return (triton.cdiv(rows, M), triton.cdiv(columns, N)), {"M": M, "N": N, "num_warps": warps, "maxnreg": 128}
 
 
 def quantize_into(x: Tensor, rows: Tensor, columns: Tensor, record: Tensor) -> None:
@@ -68,38 +69,38 @@ def quantize_into(x: Tensor, rows: Tensor, columns: Tensor, record: Tensor) -> N
 
     Args:
         x: the last dimension contiguous.
-        rows, columns: of `FORWARD` or `BACKWARD`, the last dimension contiguous. A number that is too large becomes the
-            largest one; one that is not finite becomes NaN.
+        rows, columns: of `FORWARD` or `BACKWARD`, the last dimension contiguous. A number that is too large, or
+            infinite, becomes the largest one; NaN remains.
         record: of x; the largest absolute value is updated.
     """
-    grid, tile = tile_of(*x.shape)
+    grid, tile = _launch("quantize", *x.shape)
     strides = x.stride(0), rows.stride(0), columns.stride(0)
-    _quantize[grid](x, rows, columns, record, *x.shape, *strides, LIMIT=LIMITS[rows.dtype], **tile)
+    _quantize[grid](x, rows, columns, record, *x.shape, *strides, **tile)
 
 
 @triton.jit
-def _gate(X, ROWS, RECORD, num_rows, width, x_stride, LIMIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+def _gate(X, ROWS, RECORD, num_rows, width, x_stride, M: tl.constexpr, N: tl.constexpr):
     rows = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)[:, None]
     columns = (tl.program_id(1) * N + tl.arange(0, N))[None, :]
     mask = (rows < num_rows) & (columns < width)
     x1, x3 = load_both(X, rows, columns, width, x_stride, mask)
-    y = _rounded(x1 * tl.sigmoid(x1) * x3, ROWS.dtype.element_ty, RECORD, LIMIT)
+    y = _rounded(x1 * tl.sigmoid(x1) * x3, ROWS.dtype.element_ty, RECORD)
     tl.store(ROWS + rows * width + columns, y, mask=mask)
 
 
 @triton.jit
 def _gate_gradients(X, DY, DX_ROWS, DX_COLUMNS, DX_RECORD, COLUMNS, RECORD, num_rows, width, x_stride,
-                    LIMIT: tl.constexpr, DX_LIMIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
+                    M: tl.constexpr, N: tl.constexpr):  # fmt: skip
     rows = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)[:, None]
     columns = (tl.program_id(1) * N + tl.arange(0, N))[None, :]
     mask = (rows < num_rows) & (columns < width)
     x1, x3 = load_both(X, rows, columns, width, x_stride, mask)
     dy = tl.load(DY + rows * width + columns, mask=mask, other=0.0).to(tl.float32)
     dx1, dx3, y = gate_gradients(x1, x3, dy)
-    y = _rounded(y, COLUMNS.dtype.element_ty, RECORD, LIMIT)
+    y = _rounded(y, COLUMNS.dtype.element_ty, RECORD)
     tl.store(COLUMNS + columns.to(tl.int64) * num_rows + rows, y, mask=mask)
-    store_both(dx1, DX_ROWS, DX_COLUMNS, rows, columns, 2 * width, num_rows, mask, DX_RECORD, DX_LIMIT)
-    store_both(dx3, DX_ROWS, DX_COLUMNS, rows, columns + width, 2 * width, num_rows, mask, DX_RECORD, DX_LIMIT)
+    store_both(dx1, DX_ROWS, DX_COLUMNS, rows, columns, 2 * width, num_rows, mask, DX_RECORD)
+    store_both(dx3, DX_ROWS, DX_COLUMNS, rows, columns + width, 2 * width, num_rows, mask, DX_RECORD)
 
 
 # These operators update a record without saying so: nothing else in a step's graph reads what they change.
@@ -128,8 +129,8 @@ def quantized_gate(x: Tensor, record: Tensor) -> Tensor:
     """silu(x1) * x3 of x (m, 2 n), which has x1 and x3 side by side, in 8 bits, (m, n)."""
     m, n = x.shape[0], x.shape[1] // 2
     y = x.new_empty((m, n), dtype=FORWARD)
-    grid, tile = tile_of(m, n)
-    _gate[grid](x, y, record, m, n, x.stride(0), LIMIT=LIMITS[FORWARD], **tile)
+    grid, tile = _launch("gate", m, n)
+    _gate[grid](x, y, record, m, n, x.stride(0), **tile)
     return y
 
 
@@ -144,10 +145,10 @@ def quantized_gate_backward(x: Tensor, dy: Tensor, dx_record: Tensor, record: Te
     m, n = dy.shape
     dx_rows, dx_columns = _empty(x, m, 2 * n, BACKWARD)
     columns = x.new_empty((n, m), dtype=FORWARD)
-    grid, tile = tile_of(m, n)
+    grid, tile = _launch("gate_gradients", m, n)
     _gate_gradients[grid](
         x, dy.contiguous(), dx_rows, dx_columns, dx_record, columns, record, m, n, x.stride(0),
-        LIMIT=LIMITS[FORWARD], DX_LIMIT=LIMITS[BACKWARD], **tile)  # fmt: skip
+        **tile)  # fmt: skip
     return dx_rows, dx_columns, columns
 
 

@@ -25,18 +25,20 @@ def dot(a, b, accumulator=None):
 
 
 @triton.jit
-def to_float8(x, dtype: tl.constexpr, LIMIT: tl.constexpr):
-    """float32 rounded to 8 bits: at most LIMIT, the largest number of the dtype; NaN for what is not finite."""
-    size = tl.abs(x)
-    x = tl.where(size <= LIMIT, x, tl.where(size < float("inf"), tl.where(x > 0, LIMIT, -LIMIT), float("nan")))
+def to_float8(x, dtype: tl.constexpr):
+    """float32 rounded to 8 bits; what is larger than the dtype's largest number becomes that number."""
     if _UPCAST:  # the interpreter only cuts off, in its own way: round here
-        MANTISSA: tl.constexpr = 2 if dtype == tl.float8e5 else 3
-        SMALLEST: tl.constexpr = 2.0**-16 if dtype == tl.float8e5 else 2.0**-9
+        IS_E5: tl.constexpr = dtype == tl.float8e5
+        MANTISSA: tl.constexpr = 2 if IS_E5 else 3
+        SMALLEST: tl.constexpr = 2.0**-16 if IS_E5 else 2.0**-9
+        LARGEST: tl.constexpr = 57344.0 if IS_E5 else 448.0
+        NAN: tl.constexpr = 0x7FE00000 if IS_E5 else 0x7FF00000
+        is_number, is_normal = x == x, tl.abs(x) >= SMALLEST * 2**MANTISSA
+        x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
         bits = x.to(tl.int32, bitcast=True)
         bits += (1 << (22 - MANTISSA)) - 1 + ((bits >> (23 - MANTISSA)) & 1)
         normal = (bits >> (23 - MANTISSA) << (23 - MANTISSA)).to(tl.float32, bitcast=True)
         subnormal = (x + 3 * 2.0**22 * SMALLEST) - 3 * 2.0**22 * SMALLEST
-        x = tl.where(size >= SMALLEST * 2**MANTISSA, normal, subnormal)
-        NAN: tl.constexpr = 0x7FE00000 if dtype == tl.float8e5 else 0x7FF00000
-        x = tl.where(x == x, x, tl.full(x.shape, NAN, tl.int32).to(tl.float32, bitcast=True))
+        x = tl.where(is_normal, normal, subnormal)
+        x = tl.where(is_number, x, tl.full(x.shape, NAN, tl.int32).to(tl.float32, bitcast=True))
     return x.to(dtype)
