@@ -83,6 +83,15 @@ def _multiply(X, W, GAIN, inverse_rms, rows, outputs, R, K, N, ROWS: tl.constexp
 
 
 @triton.jit
+def normalize(X, GAIN, Y, K, eps, BLOCK_K: tl.constexpr):
+    """Y = RMSNorm(X), for the rows of a prompt."""
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_K)
+    gain = tl.load(GAIN + columns, mask=columns < K, other=0.0)
+    x = _load_vector(X + row * K, gain, K, eps, BLOCK_K, True)
+    tl.store(Y + row * K + columns, x.to(Y.dtype.element_ty), mask=columns < K)
+
+
+@triton.jit
 def embed(EMBEDDING, TOKENS, POSITIONS, X, capacity, K, eps, BLOCK_K: tl.constexpr, NORM: tl.constexpr,
           OVERLAP: tl.constexpr):  # fmt: skip
     """X = the embeddings of the tokens at the sequences' positions, with NORM normalised."""

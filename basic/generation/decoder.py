@@ -11,6 +11,8 @@ from torch import Tensor
 
 from basic.generation import decode_kernels
 from basic.model import KVCache, RotaryPositionalEmbedding, TransformerLM
+from basic.transformer.functional import rms_norm
+from basic.transformer.kernels import flash_attention, rope, swiglu
 from basic.transformer.kernels.interpreter import LOG2_E
 
 
@@ -51,7 +53,12 @@ class Decoder:
         weights = model.state_dict()
 
         def pack(*names: str, kind: str = "weight") -> Tensor:
-            return torch.cat([weights[f"{name}.{kind}"].to(self.dtype) for name in names])
+            parts = [weights[f"{name}.{kind}"] for name in names]
+            sizes = [len(part) for part in parts]
+            packed = torch.empty((sum(sizes), *parts[0].shape[1:]), dtype=self.dtype, device=self.device)
+            for target, part in zip(packed.split(sizes), parts, strict=True):
+                target.copy_(part)
+            return packed
 
         self.embedding = pack("token_embeddings")
         self.head = self.embedding if config.tied_embeddings else pack("lm_head")
@@ -92,6 +99,42 @@ class Decoder:
         self.tokens = buffer(batch_size, config.context_length + 1, dtype=torch.int64)
         self.positions = buffer(batch_size, dtype=torch.int64)
         self.graph: torch.cuda.CUDAGraph | None = None
+
+    def read_prompt(self, tokens: Tensor) -> Tensor:
+        """Read the first tokens of all sequences, (batch, length), at once; return the logits of the tokens after them.
+
+        The cache must be empty. A layer has 11 launches; those of the model's own forward pass take four times as long.
+        """
+        config, cache, (batch, length) = self.config, self.cache, tokens.shape
+        assert cache.length == 0
+        heads, eps = (config.num_heads, config.kv_heads), config.norm_eps
+        window = config.sliding_window or 0
+        x = self.embedding[tokens.flatten()]
+        for layer, (ln1, qkv_weight, output, ln2, w13, w2) in enumerate(self.layers):
+            qkv = self._normalized(x, ln1) @ qkv_weight.T
+            if (bias := self.biases[layer]) is not None:
+                qkv += bias
+            qkv = qkv.view(batch, length, heads[0] + 2 * heads[1], config.d_head)
+            if config.qk_norm:
+                for part, gain in zip(qkv.split((*heads, heads[1]), 2), self.gains[layer], strict=False):
+                    part.copy_(rms_norm(part, gain, eps))
+            rope.rotate_packed(qkv, self.cos, self.sin, sum(heads), qkv)
+            q, k, v = qkv.split((*heads, heads[1]), 2)
+            cache.keys[layer, :, :, :length] = k.transpose(1, 2)
+            cache.values[layer, :, :, :length] = v.transpose(1, 2)
+            attended, _ = flash_attention.forward(q, k, v, window if window < length else 0)
+            x = torch.addmm(x, attended.view(batch * length, -1), output.T)
+            x = torch.addmm(x, swiglu.forward(self._normalized(x, ln2) @ w13.T), w2.T)
+        cache.advance(length)
+        last = x.view(batch, length, -1)[:, -1].contiguous()
+        return self._normalized(last, self.ln_final) @ self.head.T
+
+    def _normalized(self, x: Tensor, gain: Tensor) -> Tensor:
+        y = torch.empty_like(x)
+        decode_kernels.normalize[len(x),](
+            x, gain, y, x.shape[1], self.config.norm_eps, BLOCK_K=triton.next_power_of_2(x.shape[1]), num_warps=4
+        )
+        return y
 
     def start(self, tokens: Tensor) -> None:
         """Set the ids (batch, length), at least up to the end of the longest prompt.

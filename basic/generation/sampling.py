@@ -425,6 +425,8 @@ def _next_logits(
         for _ in range(new.shape[1]):
             decoder.step()
         return decoder.logits
+    if decoder is not None and cache.length == 0:
+        return decoder.read_prompt(new)
     logits = model(new, cache)[:, -1]
     cache.advance(new.shape[1])
     return logits

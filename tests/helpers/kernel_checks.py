@@ -354,7 +354,7 @@ def check_decoder_finds_nan(dtype: torch.dtype, device: str, **options: Any) -> 
 def check_decoder(
     config: ModelConfig, prompt_lengths: list[int], steps: int, dtype: torch.dtype, device: str, **options: Any
 ) -> None:
-    """The logits of every step against those of a full forward pass, and the chosen ids; prompts differ in length."""
+    """The logits of a prompt and of steps against those of full forward passes, and the chosen ids."""
     torch.manual_seed(0)
     model = TransformerLM(config).to(device)
     for name, parameter in model.named_parameters():
@@ -366,11 +366,12 @@ def check_decoder(
     cache = KVCache(config, batch_size, dtype=dtype, device=device)
     cache.keys.fill_(math.nan)
     cache.values.fill_(math.nan)
-    if shortest > 1:
-        model(tokens[:, : shortest - 1], cache)
-        cache.advance(shortest - 1)
     num_choices = config.vocab_size - 5
     decoder = Decoder(model, cache, torch.tensor(prompt_lengths, device=device), num_choices, **options)
+    if shortest > 1:
+        logits = decoder.read_prompt(tokens[:, : shortest - 1])
+        error = relative_error(logits, model(tokens[:, : shortest - 1])[:, -1])
+        assert error < 2 * TOLERANCES[dtype], f"relative error {error} of the prompt"
     decoder.start(tokens)
     for length in range(shortest, shortest + steps):
         decoder.step()
