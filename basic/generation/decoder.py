@@ -11,9 +11,12 @@ from torch import Tensor
 
 from basic.generation import decode_kernels
 from basic.model import KVCache, RotaryPositionalEmbedding, TransformerLM
-from basic.transformer.functional import rms_norm
+from basic.transformer.functional import rms_norm, silu
 from basic.transformer.kernels import flash_attention, rope, swiglu
 from basic.transformer.kernels.interpreter import LOG2_E
+
+LIBRARY_ROWS = 2
+"""From so many sequences on, the matrices are multiplied by torch, with kernels of their own for norm and gate."""
 
 
 class Decoder:
@@ -103,31 +106,42 @@ class Decoder:
     def read_prompt(self, tokens: Tensor) -> Tensor:
         """Read the first tokens of all sequences, (batch, length), at once; return the logits of the tokens after them.
 
-        The cache must be empty. A layer has 11 launches; those of the model's own forward pass take four times as long.
+        The cache must be empty. It takes a third of the launches of the model's own forward pass.
         """
         config, cache, (batch, length) = self.config, self.cache, tokens.shape
         assert cache.length == 0
-        heads, eps = (config.num_heads, config.kv_heads), config.norm_eps
-        window = config.sliding_window or 0
-        x = self.embedding[tokens.flatten()]
+        tokens, eps = tokens.flatten(), config.norm_eps
+        heads = config.num_heads, config.kv_heads, config.kv_heads
+        x = self.embedding[tokens]
+        if config.embedding_norm:
+            x = rms_norm(x, x.new_ones(config.d_model), eps)
         for layer, (ln1, qkv_weight, output, ln2, w13, w2) in enumerate(self.layers):
-            qkv = self._normalized(x, ln1) @ qkv_weight.T
+            outputs = self._normalized(x, ln1) @ qkv_weight.T
             if (bias := self.biases[layer]) is not None:
-                qkv += bias
-            qkv = qkv.view(batch, length, heads[0] + 2 * heads[1], config.d_head)
+                outputs += bias
+            qkv = outputs[:, : sum(heads) * config.d_head].view(batch, length, sum(heads), config.d_head)
+            q, k, v = qkv.split(heads, 2)
+            if (values := self.value_embeddings[layer]) is not None:
+                gates = 2 * torch.sigmoid(outputs[:, -config.kv_heads :]).unsqueeze(-1)
+                v += (gates * values[tokens].unflatten(-1, (config.kv_heads, -1))).view_as(v)
             if config.qk_norm:
-                for part, gain in zip(qkv.split((*heads, heads[1]), 2), self.gains[layer], strict=False):
+                for part, gain in zip((q, k), self.gains[layer], strict=True):
                     part.copy_(rms_norm(part, gain, eps))
-            rope.rotate_packed(qkv, self.cos, self.sin, sum(heads), qkv)
-            q, k, v = qkv.split((*heads, heads[1]), 2)
+            rope.rotate_packed(qkv, self.cos, self.sin, sum(heads[:2]), qkv)
             cache.keys[layer, :, :, :length] = k.transpose(1, 2)
             cache.values[layer, :, :, :length] = v.transpose(1, 2)
+            window = config.window(layer) or 0
             attended, _ = flash_attention.forward(q, k, v, window if window < length else 0)
             x = torch.addmm(x, attended.view(batch * length, -1), output.T)
-            x = torch.addmm(x, swiglu.forward(self._normalized(x, ln2) @ w13.T), w2.T)
+            x = torch.addmm(x, self._activated(self._normalized(x, ln2) @ w13.T), w2.T)
         cache.advance(length)
         last = x.view(batch, length, -1)[:, -1].contiguous()
         return self._normalized(last, self.ln_final) @ self.head.T
+
+    def _activated(self, x: Tensor) -> Tensor:
+        if self.config.ffn == "swiglu":
+            return swiglu.forward(x)
+        return silu(x) if self.config.ffn == "silu" else x.clamp(min=0).square()
 
     def _normalized(self, x: Tensor, gain: Tensor) -> Tensor:
         y = torch.empty_like(x)
@@ -170,8 +184,7 @@ class Decoder:
 
     def _launch_step(self) -> None:
         config, batch_size = self.config, self.batch_size
-        d_model, d_ff, eps = config.d_model, config.d_ff, config.norm_eps
-        assert d_ff is not None
+        d_model, eps = config.d_model, config.norm_eps
         scale = LOG2_E / math.sqrt(config.d_head)
         capacity = config.context_length
         decode_kernels.embed[batch_size,](
@@ -189,21 +202,35 @@ class Decoder:
                 NORM=config.qk_norm, HAVE_EMBEDDINGS=values is not None, WINDOW=config.window(layer) or 0,
                 EARLY=batch_size <= 2, **self._options(4))  # fmt: skip
             self._project(self.attended, output, ln1, self.x, add=True)
-            block_n, block_k, warps = self.tiles(d_ff, d_model, self.padded_batch)
-            decode_kernels.activate[triton.cdiv(d_ff, block_n),](
-                self.x, w13, ln2, self.gated, batch_size, d_model, d_ff, eps, FFN=config.ffn,
-                ROWS=self.padded_batch, BLOCK_N=block_n, BLOCK_K=block_k, **self._options(warps))  # fmt: skip
-            self._project(self.gated, w2, ln2, self.x, add=True)
+            self._project(self._feed_forward(w13, ln2), w2, ln2, self.x, add=True)
         self._project(self.x, self.head, self.ln_final, self.logits, norm=True)
         decode_kernels.choose[batch_size,](
             self.logits, self.tokens, self.prompt_lengths, self.positions, capacity + 1, config.vocab_size,
             self.num_choices, BLOCK_N=min(triton.next_power_of_2(self.num_choices), 16384),
             **self._options(16))  # fmt: skip
 
+    def _feed_forward(self, weight: Tensor, gain: Tensor) -> Tensor:
+        """The features between the matrices of a feed-forward layer."""
+        if self.batch_size >= LIBRARY_ROWS:
+            return self._activated(self._normalized(self.x, gain) @ weight.T)
+        d_ff, d_model = self.gated.shape[1], weight.shape[1]
+        block_n, block_k, warps = self.tiles(d_ff, d_model, self.padded_batch)
+        decode_kernels.activate[triton.cdiv(d_ff, block_n),](
+            self.x, weight, gain, self.gated, self.batch_size, d_model, d_ff, self.config.norm_eps,
+            FFN=self.config.ffn, ROWS=self.padded_batch, BLOCK_N=block_n, BLOCK_K=block_k,
+            **self._options(warps))  # fmt: skip
+        return self.gated
+
     def _project(
         self, x: Tensor, weight: Tensor, gain: Tensor, y: Tensor, *, norm: bool = False, add: bool = False,
         biases: Tensor | None = None,
     ) -> None:  # fmt: skip
+        if self.batch_size >= LIBRARY_ROWS:
+            x = self._normalized(x, gain) if norm else x
+            y = y.view(-1)[: self.batch_size * len(weight)].view(self.batch_size, -1)
+            addend = y if add else biases
+            torch.mm(x, weight.T, out=y) if addend is None else torch.addmm(addend, x, weight.T, out=y)
+            return
         n, k = weight.shape
         block_n, block_k, warps = self.tiles(n, k, self.padded_batch)
         decode_kernels.project[triton.cdiv(n, block_n),](
