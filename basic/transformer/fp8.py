@@ -28,6 +28,7 @@ from basic.transformer.kernels.fp8 import (
     LARGEST,
     LIMITS,
     NONFINITE,
+    RECORD_SIZE,
     SATURATED,
     SCALE,
     multiply,
@@ -51,7 +52,7 @@ class Fp8Matrix:
     Attributes:
         weights: the parameters whose values it has.
         rows, columns: the matrix (d_out, d_in) and its transpose.
-        records: float32 (3, 5); see `basic.transformer.kernels.fp8`.
+        records: float32 (3, RECORD_SIZE); see `basic.transformer.kernels.fp8`.
     """
 
     def __init__(self, weights: list[Tensor], records: Tensor):
@@ -142,7 +143,7 @@ class Fp8Matrices:
 
     def __init__(self, groups: Mapping[str, list[Tensor]], num_tokens: int):
         device = next(iter(groups.values()))[0].device
-        self.table = torch.zeros((len(groups), len(KINDS), 5), device=device)
+        self.table = torch.zeros((len(groups), len(KINDS), RECORD_SIZE), device=device)
         # The first scales need not fit well, because steps are measured before the first one is taken: features are
         # near 1, and so are gradients, times the number of tokens in the mean.
         first = torch.tensor([8.0, 64.0, 2.0 ** round(math.log2(num_tokens))], device=device)
@@ -181,7 +182,7 @@ class Fp8Matrices:
 
     def take_unusual(self) -> list[str]:
         """What was too large for its scale or not finite since the last call, such as "layers.3.ffn.w2 (gradient)"."""
-        counts = self.table[..., SATURATED:].tolist()
+        counts = self.table[..., SATURATED : NONFINITE + 1].tolist()
         self.table[..., SATURATED:] = 0
         return [
             f"{name} ({kind}) {what} in {count:.0f} steps"

@@ -80,7 +80,7 @@ def measure_quantizing(size: str) -> None:
     tokens, _, d_ff = LAYERS[size]
     x = torch.randn(tokens, 2 * d_ff, device="cuda", dtype=torch.bfloat16)
     dy = torch.randn(tokens, d_ff, device="cuda", dtype=torch.bfloat16)
-    record = torch.tensor([8.0, 1 / 8, 0, 0, 0], device="cuda")
+    record = torch.tensor([1 / 8, 8.0, 0, 0, 0, 0, 0, 0], device="cuda")
     other = record.clone()
     rows, columns = fp8.quantize(x, record)
     expected = (x.float() * 8).clamp(-448, 448).to(fp8.FORWARD)

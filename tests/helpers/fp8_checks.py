@@ -38,7 +38,7 @@ def check_quantizing(shape: tuple[int, int], device: str) -> None:
     x[0, :6] = torch.tensor([0.0, 1e9, -1e9, 57344.0, 448.0, -465.0], device=device)
     x = x.bfloat16()
     for is_gradient, dtype in ((False, FORWARD), (True, BACKWARD)):
-        record = torch.tensor([1.0, 1, 0, 0, 0], device=device)
+        record = torch.tensor([1.0, 1, 0, 0, 0, 0, 0, 0], device=device)
         with poisoned():
             rows, columns = fp8.quantize(x, record, is_gradient)
         expected = round_to_8_bits(x, dtype, record[SCALE]).float()

@@ -21,9 +21,11 @@ from basic.transformer.kernels.swiglu import gate_gradients, load_both
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 """Inputs and weights need precision, gradients range."""
 LIMITS = {dtype: torch.finfo(dtype).max for dtype in (FORWARD, BACKWARD)}
-SCALE, INVERSE, LARGEST, SATURATED, NONFINITE = range(5)
-"""Places in the record of a tensor, float32 (5,): its scale, and 1 / scale; its largest absolute value since the scale
-was set (NaN if there is one); and counts of the steps with numbers that were too large, or not finite."""
+INVERSE, SCALE, LARGEST, SATURATED, NONFINITE = range(5)
+"""Places in the record of a tensor: 1 / scale, and the scale; its largest absolute value since the scale was set (NaN if
+there is one); and counts of the steps with numbers that were too large, or not finite."""
+RECORD_SIZE = 8
+"""Numbers of a record, float32: cuBLAS reads the first one, whose address must be divisible by 16."""
 
 _TILES = {"quantize": (64, 64, 4), "gate": (64, 128, 8), "gate_gradients": (128, 64, 8)}
 """Rows and columns of a program's tile, and warps."""
@@ -36,7 +38,7 @@ def _rounded(x, dtype: tl.constexpr, RECORD):
     largest = tl.max(tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1), 0)
     RECORDED = (RECORD + 2).to(tl.pointer_type(tl.int32), bitcast=True)
     tl.atomic_max(RECORDED, largest, mask=largest > tl.load(RECORDED), sem="relaxed")
-    return to_float8(x * tl.load(RECORD), dtype)
+    return to_float8(x * tl.load(RECORD + 1), dtype)
 
 
 @triton.jit
