@@ -8,8 +8,8 @@ same name in `functional`. All of them, the configuration, the loss and the opti
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -133,7 +133,7 @@ class MultiHeadSelfAttention(Module):
         self.q_proj = Linear(d_model, num_heads * head_dim, bias=bias)
         self.k_proj = Linear(d_model, num_kv_heads * head_dim, bias=bias)
         self.v_proj = Linear(d_model, num_kv_heads * head_dim, bias=bias)
-        self.project: Callable[..., Tensor] | None = None  # training's own product with the three above, in fp8
+        self.fp8: Any = None  # the three above, joined in 8 bits by training
         self.output_proj = Linear(num_heads * head_dim, d_model)
         self.q_norm = self.k_norm = None
         if norm_eps is not None:
@@ -185,7 +185,7 @@ class MultiHeadSelfAttention(Module):
             change_heads=partial(self._change_heads, values) if changes_heads else None,
             extend_cache=None if cache is None else partial(cache.extend, layer),
             num_cached=num_cached,
-            project=self.project,
+            fp8=self.fp8,
         )
         weights = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
         attended = dispatch.causal_self_attention(x, *weights, options)

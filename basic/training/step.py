@@ -310,7 +310,7 @@ def multiply_in_fp8(model: TransformerLM, num_tokens: int) -> Any:
     result = Fp8Matrices(weights, num_tokens)
     for i, block in enumerate(blocks):
         qkv, output, first, second = (result.matrices[name] for name in list(joined)[4 * i : 4 * i + 4])
-        block.attn.project, block.attn.output_proj.multiply = qkv.linear, output.linear
+        block.attn.fp8, block.attn.output_proj.multiply = qkv, output.linear
         if isinstance(block.ffn, SwiGLU):
             block.ffn.compute = Fp8SwiGLU(first, second)
         else:

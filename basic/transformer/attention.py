@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -31,5 +32,5 @@ class AttentionOptions:
     nothing is cached."""
     num_cached: int = 0
     """Number of these earlier tokens."""
-    project: Callable[..., Tensor] | None = None
-    """Computes the products of x and the three matrices, side by side; None for x W^T."""
+    fp8: Any = None
+    """The `Fp8Matrix` of the three matrices, which multiplies in 8 bits; None for the dtype of x."""

@@ -385,7 +385,8 @@ def causal_self_attention(
     d_head = w_q.shape[0] // num_heads
     num_kv_heads = w_k.shape[0] // d_head
     # One matrix multiplication; its heads are those of the queries, then of the keys, then of the values.
-    qkv = rearrange((options.project or linear)(x, w_q, w_k, w_v), "... (head d) -> ... head d", d=d_head)
+    product = linear if options.fp8 is None else options.fp8.linear
+    qkv = rearrange(product(x, w_q, w_k, w_v), "... (head d) -> ... head d", d=d_head)
     if options.change_heads is not None:
         qkv = options.change_heads(qkv)
     qkv = rearrange(qkv, "... seq head d -> ... head seq d")

@@ -170,17 +170,18 @@ def causal_self_attention(
         # Rotate by zero: attention without positions is for experiments, which need no kernel of their own.
         angles = torch.zeros(x.shape[1], d_head // 2, device=x.device)
         rope = angles + 1, angles
-    weight = None
-    if options.project is not None or options.change_heads is not None:
-        x = (options.project or functional.linear)(x, w_q, w_k, w_v)
-    else:
-        weight = torch.cat((w_q, w_k, w_v)).to(x.dtype)
-    if options.change_heads is not None:
-        x = options.change_heads(x.unflatten(-1, (-1, d_head))).flatten(-2)
     window, starts = options.window or 0, options.document_starts
     window = 0 if window >= x.shape[1] else window  # else the kernels would be compiled for it
     starts = None if starts is None else starts.expand(x.shape[:2]).to(torch.int32).contiguous()
-    attended, _, qkv = operators.rotary_attention(x, weight, *rope, num_heads, len(w_k) // d_head, window, starts)
+    how = *rope, num_heads, len(w_k) // d_head, window, starts
+    if options.change_heads is not None:
+        product = functional.linear if options.fp8 is None else options.fp8.linear
+        x, weight = options.change_heads(product(x, w_q, w_k, w_v).unflatten(-1, (-1, d_head))).flatten(-2), None
+    elif options.fp8 is not None:
+        return options.fp8.attention(x, (w_q, w_k, w_v), *how).flatten(-2)
+    else:
+        weight = torch.cat((w_q, w_k, w_v)).to(x.dtype)
+    attended, _, qkv = operators.rotary_attention(x, weight, *how)
     if extend_cache is not None:
         _, k, v = operators.split_heads(qkv, num_heads)
         extend_cache(k.transpose(1, 2), v.transpose(1, 2))

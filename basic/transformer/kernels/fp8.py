@@ -22,8 +22,8 @@ FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 """Inputs and weights need precision, gradients range."""
 LIMITS = {dtype: torch.finfo(dtype).max for dtype in (FORWARD, BACKWARD)}
 INVERSE, SCALE, LARGEST, SATURATED, NONFINITE = range(5)
-"""Places in the record of a tensor: 1 / scale, and the scale; its largest absolute value since the scale was set (NaN if
-there is one); and counts of the steps with numbers that were too large, or not finite."""
+"""Places in the record of a tensor: 1 / scale, and the scale; its largest absolute value since the scale was set (NaN
+if there is one); and counts of the steps with numbers that were too large, or not finite."""
 RECORD_SIZE = 8
 """Numbers of a record, float32: cuBLAS reads the first one, whose address must be divisible by 16."""
 
