@@ -588,7 +588,7 @@ def test_arguments_that_do_not_fit_together_are_refused_before_anything_is_writt
         ({"warmup_share": 0.1}, "warmup_steps=3 and warmup_share=0.1 say the same; leave one out"),
         ({"gradient_accumulation": 3}, "batch_size=4 must be divisible by gradient_accumulation=3"),
         ({"rows": "lines"}, "rows must be one of windows, shuffled, documents, packed, got 'lines'"),
-        ({"precision": "float16"}, "precision must be one of auto, float32, bfloat16, got 'float16'"),
+        ({"precision": "float16"}, "precision must be one of auto, float32, bfloat16, fp8, got 'float16'"),
     ],
 )
 def test_settings_out_of_range_are_named(settings, message):
