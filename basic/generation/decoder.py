@@ -15,9 +15,6 @@ from basic.transformer.functional import rms_norm, silu
 from basic.transformer.kernels import flash_attention, rope, swiglu
 from basic.transformer.kernels.interpreter import LOG2_E
 
-LIBRARY_ROWS = 2
-"""From so many sequences on, the matrices are multiplied by torch, with kernels of their own for norm and gate."""
-
 
 class Decoder:
     """Continues a cache that the model has filled with the prompts.
@@ -184,7 +181,8 @@ class Decoder:
 
     def _launch_step(self) -> None:
         config, batch_size = self.config, self.batch_size
-        d_model, eps = config.d_model, config.norm_eps
+        d_model, d_ff, eps = config.d_model, config.d_ff, config.norm_eps
+        assert d_ff is not None
         scale = LOG2_E / math.sqrt(config.d_head)
         capacity = config.context_length
         decode_kernels.embed[batch_size,](
@@ -202,35 +200,21 @@ class Decoder:
                 NORM=config.qk_norm, HAVE_EMBEDDINGS=values is not None, WINDOW=config.window(layer) or 0,
                 EARLY=batch_size <= 2, **self._options(4))  # fmt: skip
             self._project(self.attended, output, ln1, self.x, add=True)
-            self._project(self._feed_forward(w13, ln2), w2, ln2, self.x, add=True)
+            block_n, block_k, warps = self.tiles(d_ff, d_model, self.padded_batch)
+            decode_kernels.activate[triton.cdiv(d_ff, block_n),](
+                self.x, w13, ln2, self.gated, batch_size, d_model, d_ff, eps, FFN=config.ffn,
+                ROWS=self.padded_batch, BLOCK_N=block_n, BLOCK_K=block_k, **self._options(warps))  # fmt: skip
+            self._project(self.gated, w2, ln2, self.x, add=True)
         self._project(self.x, self.head, self.ln_final, self.logits, norm=True)
         decode_kernels.choose[batch_size,](
             self.logits, self.tokens, self.prompt_lengths, self.positions, capacity + 1, config.vocab_size,
             self.num_choices, BLOCK_N=min(triton.next_power_of_2(self.num_choices), 16384),
             **self._options(16))  # fmt: skip
 
-    def _feed_forward(self, weight: Tensor, gain: Tensor) -> Tensor:
-        """The features between the matrices of a feed-forward layer."""
-        if self.batch_size >= LIBRARY_ROWS:
-            return self._activated(self._normalized(self.x, gain) @ weight.T)
-        d_ff, d_model = self.gated.shape[1], weight.shape[1]
-        block_n, block_k, warps = self.tiles(d_ff, d_model, self.padded_batch)
-        decode_kernels.activate[triton.cdiv(d_ff, block_n),](
-            self.x, weight, gain, self.gated, self.batch_size, d_model, d_ff, self.config.norm_eps,
-            FFN=self.config.ffn, ROWS=self.padded_batch, BLOCK_N=block_n, BLOCK_K=block_k,
-            **self._options(warps))  # fmt: skip
-        return self.gated
-
     def _project(
         self, x: Tensor, weight: Tensor, gain: Tensor, y: Tensor, *, norm: bool = False, add: bool = False,
         biases: Tensor | None = None,
     ) -> None:  # fmt: skip
-        if self.batch_size >= LIBRARY_ROWS:
-            x = self._normalized(x, gain) if norm else x
-            y = y.view(-1)[: self.batch_size * len(weight)].view(self.batch_size, -1)
-            addend = y if add else biases
-            torch.mm(x, weight.T, out=y) if addend is None else torch.addmm(addend, x, weight.T, out=y)
-            return
         n, k = weight.shape
         block_n, block_k, warps = self.tiles(n, k, self.padded_batch)
         decode_kernels.project[triton.cdiv(n, block_n),](

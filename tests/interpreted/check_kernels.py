@@ -185,12 +185,12 @@ def test_registrations():
         ([1], FLOAT16, {}),
         ([3, 1, 5], FLOAT32, {}),
         ([1], FLOAT32, {"num_heads": 4, "num_kv_heads": 2, "tied_embeddings": True}),
-        ([3, 1, 5], FLOAT32, {"num_heads": 4, "num_kv_heads": 1}),
-        ([1], FLOAT32, {"head_dim": 10, "qkv_bias": True, "qk_norm": True, "sliding_window": 3}),
+        ([3, 4, 5], FLOAT32, {"num_heads": 4, "num_kv_heads": 1}),
+        ([6], FLOAT32, {"head_dim": 10, "qkv_bias": True, "qk_norm": True, "sliding_window": 3}),
         ([3, 1, 5], FLOAT16, {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32, "qkv_bias": True, "qk_norm": True}),
         ([1], FLOAT32, MODERN | {"num_heads": 4, "num_kv_heads": 2, "num_layers": 2}),
-        ([3, 1, 5], FLOAT16, MODERN | {"qkv_bias": True}),
-        ([1], FLOAT32, {"ffn": "silu", "sliding_window": 3, "window_pattern": "SL", "num_layers": 2}),
+        ([3, 4], FLOAT32, MODERN | {"qkv_bias": True}),
+        ([6], FLOAT32, {"ffn": "silu", "sliding_window": 3, "window_pattern": "SL", "num_layers": 2}),
     ],
 )
 def test_decoder(prompt_lengths, dtype, changes):
