@@ -42,8 +42,9 @@ from basic.transformer.kernels.operators import quantized_attention_backward, ro
 INPUT, WEIGHT, GRADIENT = range(3)
 """The tensors of a matrix multiplication that have records: x, W and the gradient of x W^T."""
 KINDS = ("input", "weights", "gradient")
-_HEADROOM = 4.0
-"""A number may be this many times as large as the largest one of the step before."""
+_HEADROOM = 4.0, 4.0, 128.0
+"""A number may be this many times as large as the largest one of the step before. Gradients vary the most, and their
+format has the most range."""
 _CALIBRATION_PASSES = 2
 
 
@@ -108,7 +109,7 @@ class _Linear(torch.autograd.Function):
         x_columns, columns, records = ctx.saved_tensors
         dy_rows, dy_columns = quantize(dy.reshape(-1, dy.shape[-1]), records[GRADIENT], True)
         dx = multiply(dy_rows, columns, records[GRADIENT], records[WEIGHT], dy.dtype, False)
-        dweight = multiply(dy_columns, x_columns, records[GRADIENT], records[INPUT], ctx.dtype, False)
+        dweight = multiply(dy_columns, x_columns, records[GRADIENT], records[INPUT], dy.dtype, False).to(ctx.dtype)
         return dx.view(*dy.shape[:-1], -1), None, None, None, *dweight.split(ctx.sizes)
 
 
@@ -132,7 +133,7 @@ class _Attention(torch.autograd.Function):
         x_columns, columns, records, *saved, starts = ctx.saved_tensors
         d_rows, d_columns = quantized_attention_backward(*saved, do, records[GRADIENT], ctx.window, starts)
         dx = multiply(d_rows, columns, records[GRADIENT], records[WEIGHT], do.dtype, False)
-        dweight = multiply(d_columns, x_columns, records[GRADIENT], records[INPUT], ctx.dtype, False)
+        dweight = multiply(d_columns, x_columns, records[GRADIENT], records[INPUT], do.dtype, False).to(ctx.dtype)
         return dx.view(*do.shape[:2], -1), *[None] * 9, *dweight.split(ctx.sizes)
 
 
@@ -156,10 +157,10 @@ class _SwiGLU(torch.autograd.Function):
         dy_rows, dy_columns = quantize(dy.reshape(-1, dy.shape[-1]), records2[GRADIENT], True)
         dgated = multiply(dy_rows, columns2, records2[GRADIENT], records2[WEIGHT], dy.dtype, False)
         d_rows, d_columns, gated = quantized_gate_backward(both, dgated, records[GRADIENT], records2[INPUT])
-        dw2 = multiply(dy_columns, gated, records2[GRADIENT], records2[INPUT], ctx.dtype, False)
+        dw2 = multiply(dy_columns, gated, records2[GRADIENT], records2[INPUT], dy.dtype, False).to(ctx.dtype)
         dx = multiply(d_rows, columns, records[GRADIENT], records[WEIGHT], dy.dtype, False)
-        dw1, dw3 = multiply(d_columns, x_columns, records[GRADIENT], records[INPUT], ctx.dtype, False).chunk(2)
-        return dx.view(*dy.shape[:-1], -1), *[None] * 6, dw1, dw3, dw2
+        dw13 = multiply(d_columns, x_columns, records[GRADIENT], records[INPUT], dy.dtype, False).to(ctx.dtype)
+        return dx.view(*dy.shape[:-1], -1), *[None] * 6, *dw13.chunk(2), dw2
 
 
 class Fp8Matrices:
@@ -178,6 +179,7 @@ class Fp8Matrices:
         first = torch.tensor([8.0, 64.0, 2.0 ** round(math.log2(num_tokens))], device=device)
         self.table[..., SCALE], self.table[..., INVERSE] = first, 1 / first
         self.limits = torch.tensor([LIMITS[FORWARD], LIMITS[FORWARD], LIMITS[BACKWARD]], device=device)
+        self.headroom = torch.tensor(_HEADROOM, device=device)
         self.matrices = {
             name: Fp8Matrix(groups[name], records) for name, records in zip(groups, self.table, strict=True)
         }
@@ -202,7 +204,7 @@ class Fp8Matrices:
         is_finite = largest.isfinite()
         self.table[..., NONFINITE] += ~is_finite
         self.table[..., SATURATED] += is_finite & (largest * self.table[..., SCALE] > self.limits)
-        scales = (self.limits / (_HEADROOM * largest)).log2().floor().clamp(-100, 100).exp2()
+        scales = (self.limits / (self.headroom * largest)).log2().floor().clamp(-100, 100).exp2()
         scales = torch.where(is_finite & (largest > 0), scales, self.table[..., SCALE])
         self.table[..., SCALE], self.table[..., INVERSE] = scales, 1 / scales
         self.table[..., LARGEST] = 0
