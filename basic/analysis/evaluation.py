@@ -125,7 +125,7 @@ def _window_nats(
     features = model.features(ids[:, :-1])[:, -num_scored:].flatten(0, 1)
     num_rows = max(1, _LOGITS_AT_ONCE // model.config.vocab_size)
     pieces = zip(features.split(num_rows), ids[:, -num_scored:].flatten().split(num_rows), strict=True)
-    return sum(token_losses(model.lm_head(x), targets).double().sum().item() for x, targets in pieces)
+    return sum(token_losses(model.lm_head(x), targets).cpu().double().sum().item() for x, targets in pieces)
 
 
 @torch.inference_mode()

@@ -8,13 +8,13 @@ torch's `exp` takes a hundred times as long for numbers below -88, as after a ma
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from basic.transformer.attention import AttentionOptions
 from basic.transformer.functional import linear, mean_correction
@@ -29,6 +29,21 @@ _QUERIES = 64
 def _chunks(rows: int, row_bytes: int, least: int = 1) -> list[slice]:
     size = max(least, _CHUNK_BYTES * torch.get_num_threads() // row_bytes)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _without_second_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """As `once_differentiable` of torch, with which `torch.autograd.grad` leaves the missing terms out silently."""
+
+    @wraps(backward)
+    def checked(*arguments: Any):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the operators for a CPU have no second derivative (create_graph=True); compute the model and its loss "
+                "inside `with basic.transformer.kernels.dispatch.use_operators(None):`, which takes the plain functions"
+            )
+        return backward(*arguments)
+
+    return checked
 
 
 class _LinearCrossEntropy(Function):
@@ -66,7 +81,7 @@ class _LinearCrossEntropy(Function):
         return losses.mean() * correction if num_targets is None else losses.sum() * inverse_count
 
     @staticmethod
-    @once_differentiable
+    @_without_second_derivative
     def backward(ctx: Any, gradient: Tensor):
         dx, dweight = ctx.saved_tensors
         if gradient != 1:
@@ -83,7 +98,7 @@ class _RMSNorm(Function):
         return (x * scales).mul_(weight)
 
     @staticmethod
-    @once_differentiable
+    @_without_second_derivative
     def backward(ctx: Any, dy: Tensor):
         x, weight, scales = ctx.saved_tensors
         normalized = x * scales
@@ -99,7 +114,7 @@ class _SwiGLU(Function):
         return torch.sigmoid(gate).mul_(gate).mul_(value)
 
     @staticmethod
-    @once_differentiable
+    @_without_second_derivative
     def backward(ctx: Any, dy: Tensor):
         gate, value = ctx.saved_tensors
         slopes = torch.sigmoid(gate)
@@ -136,7 +151,7 @@ class _Attention(Function):
         return o, qk
 
     @staticmethod
-    @once_differentiable
+    @_without_second_derivative
     def backward(ctx: Any, do: Tensor, _dqk: None):
         qk, values, o, log_sums, starts = ctx.saved_tensors
         H, D, B, T = o.shape

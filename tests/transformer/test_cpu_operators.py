@@ -66,6 +66,26 @@ def test_loss(num_targets: float | None, monkeypatch: pytest.MonkeyPatch):
         dispatch.linear_cross_entropy(x, weight, targets[:2])
 
 
+def test_what_the_operators_do_not_have_is_refused_or_taken_from_the_plain_functions():
+    """`torch.autograd.grad` would leave out terms of a second derivative silently."""
+    torch.manual_seed(0)
+    model, ids = TransformerLM(ModelConfig(**SHAPE)), torch.randint(50, (2, 20))
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    gradients = torch.autograd.grad(model.loss(ids, ids), list(parameters.values()))
+    with pytest.raises(RuntimeError, match=r"no second derivative .* `with basic.*use_operators\(None\):`"):
+        torch.autograd.grad(model.features(ids).sum(), list(parameters.values()), create_graph=True, allow_unused=True)
+    with dispatch.use_operators(None):
+        torch.autograd.grad(model.loss(ids, ids), list(parameters.values()), create_graph=True)
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return functional.cross_entropy(torch.func.functional_call(model, parameters, (ids,)), ids)
+
+    transformed = torch.func.grad(loss)(parameters)
+    torch.testing.assert_close(tuple(transformed.values()), gradients)
+    assert model(ids[:0]).shape == (0, 20, 50)
+    assert dispatch.linear_cross_entropy(torch.zeros(0, 32), torch.zeros(50, 32), ids[:0, 0]).isnan()
+
+
 def test_the_loss_of_an_evaluation_computes_no_gradient():
     x, weight, targets = torch.randn(3, 32), torch.randn(50, 32).requires_grad_(), torch.arange(3)
     with torch.profiler.profile() as evaluation, torch.no_grad():

@@ -60,9 +60,11 @@ def operators_for(x: Tensor) -> Any:
 
 
 def _takes_cpu_operators(*tensors: Tensor) -> bool:
-    """Whether the operators for a CPU support these; compiled code fuses the plain functions itself."""
-    are_float32 = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
-    return are_float32 and "cpu" not in _device_types and not torch.compiler.is_compiling()
+    """Whether the operators for a CPU support these. Compiled code fuses the plain functions itself, and what traces or
+    transforms a function, as `torch.func.grad` does, needs torch's own."""
+    supported = all(x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 for x in tensors)
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    return supported and "cpu" not in _device_types and not is_traced
 
 
 def supports_decoding(keys: Float[Tensor, " batch head context d"]) -> bool:
