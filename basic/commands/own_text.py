@@ -133,7 +133,9 @@ def train_text(
     texts = [os.fspath(each) for each in ([text] if isinstance(text, str | os.PathLike) else text)]
     if not 0 < minutes < float("inf"):
         raise InvalidInputError(f"minutes must be above 0, got {minutes}")
-    recipe_settings(recipe, vocab_size=1, depth=1)  # checks the name
+    # What is wrong with these is said before the text is encoded.
+    recipe_settings(recipe, vocab_size=1, depth=1 if depth is None else depth)
+    choose_device(device)
     run_dir, say = Path(default_output(texts) if output is None else output), print if progress else lambda line: None
     if (run_dir / "config.toml").exists() and not overwrite:
         raise FileExistsError(

@@ -137,7 +137,8 @@ def atomic_folder(path: str | os.PathLike) -> Generator[Path]:
             os.rename(temporary, target)
         except OSError:
             if target.exists():  # "Directory not empty"
-                raise FileExistsError(f"{os.fspath(path)!r} was made by another process meanwhile") from None
+                message = f"{os.fspath(path)!r} was made by another process meanwhile; start this one again"
+                raise FileExistsError(message) from None
             raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -215,6 +215,8 @@ def test_basic_train_with_a_text_leaves_a_complete_run(texts, tmp_path, quick, m
         (["--config=x"], "--config is no option with --text"),
         (["--recipe", "other"], "invalid choice 'other'"),
         (["--nothing"], "For full helptext, run basic train --text TEXT --help"),
+        (["--depth", "65"], "depth must be from 1 to 64 blocks, got 65"),  # there is no my.txt: it is not read first
+        (["--device", "other"], "other"),
     ],
 )
 def test_options_that_a_text_does_not_take(arguments, message, monkeypatch, capsys):
