@@ -56,7 +56,8 @@ def main(name: str | None = None) -> None:
             )
         name = name.replace("_", "-")
         sys.argv[:2] = [f"{sys.argv[0]} {name}"]
-    if name in COMPUTING and (choice := choose_threads(os.environ, *machine_state())):
+    computes = name in COMPUTING and not {"-h", "--help"} & set(sys.argv)
+    if computes and (choice := choose_threads(os.environ, *machine_state())):
         print(choice, file=sys.stderr)
     command_line.run(lambda: run_command(import_module(f"basic.{COMMANDS[name][0]}")))
 
@@ -106,7 +107,7 @@ def choose_threads(environment: MutableMapping[str, str], cores: int, quota: flo
         return None
     environment["OMP_WAIT_POLICY"] = "PASSIVE"
     reason = (
-        f"other programs use {load:.1f} of {cores} cores"
+        f"other programs make a load of {load:.1f} on {cores} core{'s' * (cores > 1)}"
         if threads == cores
         else f"of {cores} cores, {quota:g} may be used"
     )

@@ -11,7 +11,7 @@ from basic.__main__ import choose_threads, machine_state
     ("state", "expected", "said"),
     [
         ((2, 2.0, 0.1), {"GOMP_SPINCOUNT": "10000"}, None),
-        ((2, 2.0, 1.4), {"OMP_WAIT_POLICY": "PASSIVE"}, "use 1.4 of 2 cores: 2 threads, which wait with"),
+        ((2, 2.0, 1.4), {"OMP_WAIT_POLICY": "PASSIVE"}, "a load of 1.4 on 2 cores: 2 threads, which wait with"),
         ((64, 1.5, 0.0), {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}, "1.5 may be used: 1 thread"),
     ],
 )  # fmt: skip
