@@ -273,10 +273,11 @@ def _write_conversations(
                     num_learned += int((mask & IS_LEARNED).sum())
         if num_learned == 0:
             warn_of_skipped([skipped.as_record()])
+            names = ", ".join(os.fspath(source) for source in sources[:3]) + ", ..." * (len(sources) > 3)
             raise InvalidInputError(
-                "these conversations have no text of the assistant, so nothing would be learned; give some with "
-                "messages of the role 'assistant', which the chat template must write (between {% generation %} and "
-                "{% endgeneration %} if it has these tags)"
+                f"the conversations of {names} have no text of the assistant, so nothing would be learned; give some "
+                "with messages of the role 'assistant', which the chat template must write (between {% generation %} "
+                "and {% endgeneration %} if it has these tags)"
             )
     return writer.info, num_learned, skipped
 

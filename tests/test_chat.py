@@ -274,7 +274,7 @@ def test_conversations_without_an_answer_are_refused(tmp_path, template):
     lines = [json.dumps({"messages": messages_of([("user", "Hi"), ("user", "Hello!")])})] * 3
     for content in ("\n".join(lines), ""):
         (tmp_path / "chat.jsonl").write_text(content)
-        with pytest.raises(InvalidInputError, match=r"no text of the assistant, so nothing would be learned"):
+        with pytest.raises(InvalidInputError, match=r"chat\.jsonl have no text of the assistant, so nothing would be"):
             encode_conversations(tokenizer_with(template), tmp_path / "chat.jsonl", tmp_path / "chat.bin")
     assert [path.name for path in tmp_path.iterdir()] == ["chat.jsonl"]
 

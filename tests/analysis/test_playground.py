@@ -8,6 +8,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import socket
 import sys
 import threading
@@ -28,6 +29,7 @@ from basic.analysis.attention import attention_maps
 from basic.analysis.playground.answers import MAX_SHOWN_TOKENS, NUM_CANDIDATES, Playground
 from basic.analysis.playground.choices import PUBLISHED, find_published, find_runs, find_tokenizers
 from basic.analysis.playground.server import MAX_SHORT_BYTES, MAX_TEXT_CHARACTERS, TimedProtocol, create_app
+from basic.common.errors import InvalidInputError
 from basic.formats.tiktoken_ranks import save_tiktoken
 from basic.generation.text import complete
 from basic.model import ModelConfig, TransformerLM
@@ -160,6 +162,23 @@ def test_a_checkpoint_is_chosen_and_few_stay_in_memory(two_checkpoints):
     client = TestClient(create_app(playground), base_url="http://127.0.0.1:8000")
     for fields, status in (({"checkpoint": 3}, 400), ({"model": "../talks"}, 404), ({"model": "talks"}, 200)):
         assert client.post("/api/score", json={"text": "a"} | fields).status_code == status
+
+
+def test_a_run_that_vanishes_does_not_hide_the_others(tmp_path, folder, playground):
+    """As while it is trained anew with --overwrite."""
+    first: dict[str, Path | Run] = {}
+    for name in ("a", "b"):
+        shutil.copytree(folder / "tiny" / "tokenizer", tmp_path / name / "tokenizer")
+        (tmp_path / name / "checkpoints").mkdir()
+        first[name] = tmp_path / name
+    served = Playground(tmp_path, first, data=tmp_path)
+    shutil.rmtree(tmp_path / "a")
+    assert [model["name"] for model in served.about()["models"]] == ["b"]
+    assert served.tokenize("b", "the")["tokens"] == 1
+    with pytest.raises(KeyError):
+        served.tokenize("a", "the")
+    with pytest.raises(InvalidInputError, match="a has no tokenizer/ folder"):
+        Playground(tmp_path, first, data=tmp_path)
 
 
 def test_attention_maps_are_those_of_the_model(two_checkpoints):

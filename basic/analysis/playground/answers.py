@@ -67,7 +67,6 @@ class Playground:
         device: str = "auto",
     ) -> None:
         self.choices = Choices(runs, first or {}, others or {}, data, device)
-        self.about()  # raises for a run without a tokenizer
 
     def about(self) -> dict[str, Any]:
         """List the tokenizers, how to get those that are missing, and the models."""

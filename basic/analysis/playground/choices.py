@@ -100,6 +100,9 @@ class Choices:
         others: more tokenizers, by name.
         data: folder that may have rank files of published vocabularies.
         device: of the models.
+
+    Raises:
+        InvalidInputError: a run of `first` has no tokenizer. If one vanishes later, it only leaves the lists.
     """
 
     def __init__(
@@ -112,6 +115,8 @@ class Choices:
     ) -> None:
         self._runs, self._first, self._others, self.data, self._device = runs, first, others, data, device
         self.num_first = len(first)
+        for run in first.values():
+            _tokenizer_path(run)
         self._tokenizers: dict[str, tuple[Any, Tokenizer]] = {}
         self._models: dict[Any, LoadedModel] = {}
         self._lock = threading.Lock()
@@ -177,17 +182,22 @@ class Choices:
         return LoadedModel(loaded, tokenizer)
 
     def _all_runs(self) -> dict[str, Path | Run]:
-        return {**self._first, **{name: run for name, run in find_runs(self._runs).items() if name not in self._first}}
+        first = {name: run for name, run in self._first.items() if _saved_tokenizer(run)}
+        return {**first, **{name: run for name, run in find_runs(self._runs).items() if name not in first}}
 
     def _tokenizer_paths(self) -> dict[str, Path]:
-        first = {name: _tokenizer_path(run) for name, run in self._first.items()}
+        first = {name: path for name, run in self._first.items() if (path := _saved_tokenizer(run))}
         found = {name: path for name, path in find_tokenizers(self._runs).items() if name not in first}
         return {**first, **found, **find_published(self.data)}
 
 
-def _tokenizer_path(run: Path | Run) -> Path:
+def _saved_tokenizer(run: Path | Run) -> Path | None:
     path = run.tokenizer_path if isinstance(run, Run) else run / "tokenizer"
-    if path is None or not path.is_dir():
+    return path if path is not None and path.is_dir() else None
+
+
+def _tokenizer_path(run: Path | Run) -> Path:
+    if (path := _saved_tokenizer(run)) is None:
         name = run if isinstance(run, Path) else "given"
         raise InvalidInputError(f"the run {name} has no tokenizer/ folder; choose a run that has one")
     return path
