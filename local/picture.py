@@ -86,13 +86,13 @@ def draw(run_dir: Path, output: Path) -> None:
     bars = {"a bigram model": compared.bigram, "this model": compared.model, "exact": compared.exact}
     drawn = axes["stories"].barh(list(bars), list(bars.values()), color=["#c8c8c8", "C0", "black"], height=0.6)
     axes["stories"].bar_label(drawn, fmt="%.1f", padding=4)
-    axes["stories"].set(xlabel="nats a story", title=f"needed for {compared.num_fitting:,} unseen stories")
+    axes["stories"].set(xlabel="nats per story", title=f"needed for {compared.num_fitting:,} unseen stories")
     for name in ("loss", "stories"):
         axes[name].spines[["top", "right"]].set_visible(False)
 
     sample = (run_dir / "samples.txt").read_text(encoding="utf-8").split("\n\n")[0].strip()
     figure.text(left, 0.165, "it writes", **heading)
-    figure.text(left, 0.13, textwrap.fill(sample, 128), va="top", family="serif", fontsize=11.5)
+    figure.text(left, 0.13, textwrap.fill(sample, 124), va="top", family="serif", fontsize=11.5)
     save_figure(figure, output)
 
 

@@ -86,7 +86,8 @@ def check_llama(config: ModelConfig, program: str) -> None:
         raise InvalidInputError(
             f"a Llama of {program} cannot express {' and '.join(found)}; only models with norm='pre', "
             "positions='rope', ffn='swiglu' and no embedding_norm, value_embeddings or window_pattern can be exported "
-            "(transformers also has OLMo 2, with norm='sublayer' and qk_norm='all_heads')"
+            "(transformers also has OLMo 2, with norm='sublayer' and qk_norm='all_heads'); to train a Llama, give "
+            "`basic train` the option --recipe handout"
         )
     if config.qk_norm and config.qkv_bias:
         raise InvalidInputError(
