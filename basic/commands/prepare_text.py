@@ -110,6 +110,8 @@ def _make(
 ) -> None:
     train, valid, joined = folder / "train.txt", folder / "valid.txt", folder / "joined.txt"
     if len(sources) == 1:
+        for _ in read_text(sources[0]) if sources[0].is_plain else ():
+            pass  # an error in the text names this file, and not the copies that are then encoded
         split_text(sources[0], folder, valid_fraction=valid_fraction)
     elif not _split_documents(sources, folder, valid_fraction):
         train.rename(joined)

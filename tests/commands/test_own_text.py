@@ -120,6 +120,9 @@ def test_what_cannot_be_prepared_is_refused_and_leaves_nothing(tmp_path):
         prepare_text(["my.txt"], tmp_path / "data", valid_fraction=1.0)
     with pytest.raises(FileNotFoundError):
         prepare_text(["missing.txt"], tmp_path / "data")
+    (tmp_path / "latin.txt").write_bytes(b"a line\n" * 100 + "na\u00efve".encode("latin-1"))
+    with pytest.raises(InvalidInputError, match=r"latin\.txt' is not valid UTF-8 at byte offset 702"):
+        prepare_text([str(tmp_path / "latin.txt")], tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
 
