@@ -97,5 +97,5 @@ def main(options: Options) -> None:
     print(
         f"saved as {output}, with its index"
         if output.is_dir()
-        else f"saved as {output} and {output.with_suffix('.json')}"
+        else f"saved as {output}{'' if num_learned is None else ', its .mask'} and {output.with_suffix('.json')}"
     )
