@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -23,7 +23,7 @@ from basic.transformer.kernels.dispatch import MAX_DECODED_SEQUENCES
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    run: tyro.conf.Positional[Path]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder, such as runs/quickstart."""
     prompt: str | None = None
     """Text to continue; <|endoftext|> starts a new document. Only the last context_length tokens are used."""

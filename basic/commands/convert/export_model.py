@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -18,9 +18,9 @@ from basic.common.errors import InvalidInputError
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    run: tyro.conf.Positional[Path]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder, such as runs/quickstart."""
-    output: tyro.conf.Positional[Path]
+    output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
     """hf: the folder to create; gguf, tiktoken: the file to write. It must not exist."""
     checkpoint: int | Literal["best", "last"] = "last"
     """The step of a checkpoint, best for the one with the lowest validation loss, or last for the newest."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -17,7 +18,7 @@ from basic.common.errors import InvalidInputError
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    source: tyro.conf.Positional[Path]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Folder or GGUF file of a model; with --unpickle and --config also a .pt file, a state dict with this library's
     keys."""
     output: Path

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -18,9 +18,9 @@ from basic.common.errors import InvalidInputError
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    run: tyro.conf.Positional[Path]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder, such as runs/quickstart."""
-    file: tyro.conf.Positional[Path | None] = None
+    file: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[FILE]")] = None
     """Token file (.bin, .npy) or UTF-8 text; None: the run's validation tokens."""
     checkpoint: int | Literal["best", "last"] = "last"
     """The step of a checkpoint, best for the one with the lowest validation loss, or last for the newest."""
