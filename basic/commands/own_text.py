@@ -8,6 +8,7 @@ options with which every setting is chosen by hand, for a text that is token fil
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -91,7 +92,8 @@ def command(arguments: list[str]) -> None:
             f"the validation loss was lowest at step {best} ({losses[best]:.3f}, at the end {losses[last]:.3f}): the "
             "text was learned by heart from there on; `--checkpoint best` uses that step"
         )
-    for next_command in (f"`basic generate {run_dir}`", f"`basic playground {run_dir}`"):
+    folder = shlex.quote(str(run_dir))
+    for next_command in (f"`basic generate {folder}`", f"`basic playground {folder}`"):
         print(f"next: {command_line.as_started(next_command)}")
 
 
