@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from basic.transformer.attention import AttentionOptions
-from basic.transformer.functional import linear, mean_correction
+from basic.transformer.functional import linear, mean_correction, project_heads
 
 _LOG2_E = math.log2(math.e)
 _CHUNK_BYTES = 1 << 20
@@ -265,7 +265,7 @@ def causal_self_attention(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, opti
         weight = torch.cat((halves(weight).flatten(0, 1), w_v))
         qkv = (weight @ x.flatten(0, 1).T).view(-1, D, B, T)
     else:
-        changed = options.change_heads(linear(x, w_q, w_k, w_v).unflatten(-1, (-1, D))).permute(2, 0, 3, 1)
+        changed = project_heads(x, w_q, w_k, w_v, options).permute(2, 0, 3, 1)
         qkv = torch.cat((halves(changed[:num_rotated]), changed[num_rotated:])).transpose(1, 2).contiguous()
     starts = None if options.document_starts is None else options.document_starts.expand(B, T)
     o, qk = _Attention.apply(qkv, angles, options.num_heads, options.window or 0, starts)

@@ -364,6 +364,19 @@ def scaled_dot_product_attention(
     return attended.masked_fill(~mask.any(-1, keepdim=True), 0)
 
 
+def project_heads(
+    x: Float[Tensor, " ... d_model"],
+    w_q: Float[Tensor, " q_features d_model"],
+    w_k: Float[Tensor, " kv_features d_model"],
+    w_v: Float[Tensor, " kv_features d_model"],
+    options: AttentionOptions,
+) -> Float[Tensor, " ... head d"]:
+    """The heads of the queries, then of the keys, then of the values, before RoPE: one matrix multiplication."""
+    multiply = linear if options.fp8 is None else options.fp8.linear
+    heads = rearrange(multiply(x, w_q, w_k, w_v), "... (head d) -> ... head d", d=len(w_q) // options.num_heads)
+    return heads if options.change_heads is None else options.change_heads(heads)
+
+
 def causal_self_attention(
     x: Float[Tensor, " ... seq d_model"],
     w_q: Float[Tensor, " q_features d_model"],
@@ -382,14 +395,8 @@ def causal_self_attention(
     Source: Vaswani et al. 2017, section 3.2.2; Ainslie et al. 2023, "GQA".
     """
     num_heads, window = options.num_heads, options.window
-    d_head = w_q.shape[0] // num_heads
-    num_kv_heads = w_k.shape[0] // d_head
-    # One matrix multiplication; its heads are those of the queries, then of the keys, then of the values.
-    product = linear if options.fp8 is None else options.fp8.linear
-    qkv = rearrange(product(x, w_q, w_k, w_v), "... (head d) -> ... head d", d=d_head)
-    if options.change_heads is not None:
-        qkv = options.change_heads(qkv)
-    qkv = rearrange(qkv, "... seq head d -> ... head seq d")
+    qkv = rearrange(project_heads(x, w_q, w_k, w_v, options), "... seq head d -> ... head seq d")
+    num_kv_heads = w_k.shape[0] // qkv.shape[-1]
     qk, v = qkv.split((num_heads + num_kv_heads, num_kv_heads), dim=-3)
     if options.rope is not None:
         cos, sin = (table.unsqueeze(-3) for table in options.rope)  # the same for every head

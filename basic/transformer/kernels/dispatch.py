@@ -177,8 +177,7 @@ def causal_self_attention(
     starts = None if starts is None else starts.expand(x.shape[:2]).to(torch.int32).contiguous()
     how = *rope, num_heads, len(w_k) // d_head, window, starts
     if options.change_heads is not None:
-        product = functional.linear if options.fp8 is None else options.fp8.linear
-        x, weight = options.change_heads(product(x, w_q, w_k, w_v).unflatten(-1, (-1, d_head))).flatten(-2), None
+        x, weight = functional.project_heads(x, w_q, w_k, w_v, options).flatten(-2), None
     elif options.fp8 is not None:
         return options.fp8.attention(x, (w_q, w_k, w_v), *how).flatten(-2)
     else:
