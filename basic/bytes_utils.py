@@ -47,15 +47,7 @@ def invalid_byte_error(
     lacks_token: bool = False,
     max_pretoken_bytes: int | None = None,
 ) -> InvalidInputError:
-    """The error for the byte data[index], which is not UTF-8, has no token, or begins a pre-token that is too long.
-
-    Args:
-        name: of the text.
-        data: uint8.
-        offset: of the byte in the text.
-        lacks_token: whether the vocabulary has no token for the byte.
-        max_pretoken_bytes: the limit, if the pre-token that begins here is longer.
-    """
+    """The error for the byte data[index], which is not UTF-8, has no token, or begins a pre-token that is too long."""
     if max_pretoken_bytes is not None:
         beginning = data[index : index + 40].tobytes().decode(errors="replace")
         return InvalidInputError(
@@ -81,8 +73,6 @@ def decode_blocks(
     """Decode consecutive blocks of UTF-8, which may end inside a character; newlines are not translated.
 
     Args:
-        blocks: the bytes, in order.
-        name: of the text, for the error message.
         start: the byte offset of the first block in the text.
         errors: "strict" raises; "replace" decodes invalid bytes as U+FFFD.
 
@@ -163,12 +153,8 @@ def load_vocab(path: str | os.PathLike, content: bytes | None = None) -> dict[in
     A token with a character that stands for no byte (a space, for example) is a special token that another program
     wrote as plain text; it is read as that text.
 
-    Args:
-        content: the file's content, if it has been read already.
-
     Raises:
         DamagedFileError: the file is not such a vocabulary.
-        OSError: the file cannot be read.
     """
     name = os.fspath(path)
     entries = load_json(path, content, object_pairs_hook=tuple)
@@ -202,12 +188,8 @@ def load_merges(path: str | os.PathLike, content: bytes | None = None) -> list[t
 
     Only a first line that starts with "#version" is skipped; "# #" is a merge like any other.
 
-    Args:
-        content: the file's content, if it has been read already.
-
     Raises:
         DamagedFileError: a line is not two printable tokens with one space between them; the message has its number.
-        OSError: the file cannot be read.
     """
     name = os.fspath(path)
     lines = read_text_file(path, content).rstrip("\r\n").split("\n")

@@ -75,11 +75,7 @@ class ChatFormat:
         self._render = _plain_template(end_of_text) if template is None else _jinja_template(template, self._mark)
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """The text of a conversation up to where the assistant's next answer begins.
-
-        Raises:
-            InvalidInputError: as for `parts`.
-        """
+        """The text of a conversation up to where the assistant's next answer begins."""
         return self._text(messages, True).replace(self._mark, "")
 
     def fitting_prompt(self, messages: Sequence[Message], max_tokens: int) -> tuple[str, int]:
@@ -89,9 +85,6 @@ class ChatFormat:
 
         Returns:
             The prompt, and how many messages were left out.
-
-        Raises:
-            InvalidInputError: as for `parts`.
         """
         kept, num_first = list(messages), int(bool(messages) and messages[0].get("role") == "system")
         prompt = self.prompt(kept)
@@ -142,11 +135,7 @@ class ChatFormat:
         return [(part, is_learned) for part, is_learned in [*parts, (text[end:], False)] if part]
 
     def encode(self, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of a conversation, and their mask, uint8 (see `basic.tokens.info.mask_path`).
-
-        Raises:
-            InvalidInputError: as for `parts`.
-        """
+        """The ids of a conversation, and their mask, uint8 (see `basic.tokens.info.mask_path`)."""
         parts = [(self.tokenizer.encode(text), is_learned) for text, is_learned in self.parts(messages)]
         ids = np.concatenate([np.empty(0, np.int64), *(part for part, _ in parts)]).astype(np.int64)
         lengths, learned = [len(part) for part, _ in parts], [is_learned * IS_LEARNED for _, is_learned in parts]
@@ -214,7 +203,6 @@ def encode_conversations(
     Raises:
         InvalidInputError: a line is no conversation; the message names it. Or no conversation of a file has a learned
             token.
-        FileExistsError, BlockingIOError, DamagedFileError, OSError: as for `encode_file` and `encode_files`.
     """
     settings = {"end_of_text": end_of_text, "on_bad_line": on_bad_line}
     if Path(output_path).suffix != ".bin" or dataset.get("executor") is not None:

@@ -123,7 +123,6 @@ def encode_file(
         num_threads: by default the number of processors; the result is the same.
         errors: for bytes that are not UTF-8, or that have no token: "strict" raises, "replace" encodes U+FFFD.
         specials_as_text: whether special tokens in the text are encoded like any other text.
-        progress: whether to show a progress bar.
         chunk_bytes: the approximate amount of text for one call of a kernel; the result is the same.
         overwrite: replace the token file and the sidecar that exist; other files are never replaced.
 
@@ -135,8 +134,6 @@ def encode_file(
             an input is also the output or its sidecar.
         FileExistsError: the output or its sidecar exists, and is not a token file or not to be overwritten.
         BlockingIOError: another process writes the output.
-        DamagedFileError: a compressed input is damaged.
-        OSError: a file cannot be read or written.
     """
     encoding = ShardEncoding(
         num_threads=resolve_num_threads(num_threads),
@@ -183,9 +180,7 @@ def encode_files(
         start_over: delete what the folder holds.
         num_workers: threads or processes of the default executor; by default the number of processors.
         shard_bytes: the approximate amount of text for one token file.
-        errors: for bytes that are not UTF-8, or that have no token: "strict" raises, "replace" encodes U+FFFD.
-        specials_as_text: whether special tokens in the text are encoded like any other text.
-        progress: whether to show a progress bar.
+        errors, specials_as_text, progress: as for `encode_file`.
         task, work: instead of `encode_shard`, for inputs that cannot be divided, and what else its results depend on;
             see `basic.chat`.
 
@@ -196,8 +191,6 @@ def encode_files(
         InvalidInputError: the text is not UTF-8 or has a byte without a token, the folder holds other work, or an input
             is also an output.
         FileExistsError: the folder holds files with the names of outputs that are not of a dataset.
-        DamagedFileError: a compressed input is damaged.
-        OSError: a file cannot be read or written, or workers died (ChildProcessError).
     """
     output = Path(output)
     num_workers = default_num_workers() if num_workers is None else num_workers

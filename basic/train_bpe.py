@@ -217,9 +217,6 @@ def arrays_for_kernels(
 
     Returns:
         The counts as arrays, or None for the plain path: there are few pre-tokens, or the counts are too large.
-
-    Raises:
-        InvalidInputError: there are too many pre-tokens.
     """
     if kernels is False:
         return None

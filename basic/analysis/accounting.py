@@ -107,8 +107,6 @@ def evaluate_formula(formula: str, config: ModelConfig, batch_size: int = 1) -> 
 
     Args:
         formula: integers and the letters above, separated by spaces; their product is the value.
-        config: gives the sizes.
-        batch_size: B.
 
     Raises:
         InvalidInputError: the formulas do not hold for the configuration's architecture.

@@ -72,7 +72,6 @@ def evaluate_tokens(
         stride: 1 to context_length, by default context_length // 2. A smaller stride gives more context, hence a
             lower loss, and takes longer.
         batch_size: windows per forward pass; does not change the result.
-        progress: show a progress bar.
 
     Returns:
         Losses in the model's precision, summed in float64.
@@ -139,7 +138,6 @@ def document_nats(
 
     Args:
         documents: ids without separators, at most context_length - 1 per document.
-        separator_id: the end-of-text id.
         batch_size: documents per forward pass; they are sorted by length to reduce padding.
 
     Returns:
@@ -183,7 +181,6 @@ def bigram_document_nats(
 
     Args:
         tokens: training ids (tokens,), with a separator at the end of each document.
-        documents: ids without separators.
 
     Returns:
         float64 (documents,), comparable with `document_nats`.

@@ -91,12 +91,7 @@ def plot_losses(runs: Mapping[str, Records], path: str | os.PathLike, *, floor_n
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
-    """Write a picture atomically, in the format of its suffix, with a title by which `picture_output` recognises it.
-
-    Raises:
-        InvalidInputError: the format is unknown.
-        OSError: the file cannot be written.
-    """
+    """Write a picture atomically, in the format of its suffix, with a title by which `picture_output` recognises it."""
     image_format = Path(path).suffix.removeprefix(".").lower() or "png"
     metadata: dict[str, Any] = {"Title": _TITLE} if image_format in ("png", "svg", "pdf") else {}
     if image_format == "svg":

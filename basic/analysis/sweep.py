@@ -125,7 +125,6 @@ def run_sweep(
         folder: holds one folder per run, and table.md, which is rewritten after every run; created if missing.
         open_data: opens the data of a run; called once for consecutive runs with the same data.
         report: called with one line per finished run.
-        progress: show a progress line for each run.
         train: trains a run, as `basic.training.loop.train`.
 
     Raises:

@@ -56,8 +56,6 @@ def count_pretokens_in_chunks(
     """Count the pre-tokens of chunks, which must start and end at safe positions.
 
     Args:
-        pattern: finds the pre-tokens.
-        special_tokens: their bytes.
         advance: gets the number of bytes of each finished chunk.
         max_pretokens: a hash table with more is yielded, so that memory does not grow with the text.
 
@@ -135,8 +133,6 @@ def learn_merges(
     Args:
         pretokens: the sum of their number and their bytes is less than 2**31, that of their counts less than 2**63.
         advance: gets the number of new merges, now and then.
-        first_merges: applied first; not among the results.
-        max_token_bytes: no longer token is learned.
     """
     load_kernels("training")
     from basic.bpe.kernels.learn_merges import MergeLearner
@@ -154,14 +150,7 @@ def learn_merges(
 class KernelEncoder:
     """Encodes with the kernels; several threads may use it at the same time.
 
-    Args:
-        rules: the merges.
-        pattern: finds the pre-tokens.
-        special_tokens: bytes and id of each.
-        dtype: of the ids, uint16 or uint32.
-
     Attributes:
-        dtype: as given.
         strings: encodes short strings, with special tokens, as fast as possible: see `StringEncoder`.
     """
 
@@ -215,10 +204,6 @@ class KernelEncoder:
 
     def encode_list(self, data: np.ndarray, specials_as_text: bool) -> list[int]:
         """Encode a text to a list of ids.
-
-        Args:
-            data: the UTF-8 bytes, read-only.
-            specials_as_text: whether special tokens in the text are ordinary text.
 
         Raises:
             InvalidByteError: a byte is not UTF-8 or has no token.

@@ -39,8 +39,6 @@ def kernels_pay_off(task: Task, num_bytes: int, num_mapped_bytes: int = 0) -> bo
     """Whether a text should use the kernels: they are compiled already, or the text is large enough to compile them.
 
     Args:
-        task: the kernels that are needed.
-        num_bytes: of the text.
         num_mapped_bytes: address space that reading the text will need.
     """
     if task in _loaded or are_compiled(task):
@@ -94,11 +92,7 @@ def load_kernels(task: Task) -> None:
 
 
 def compile_kernels(task: Task, cache_folder: Path | None) -> None:
-    """Call each kernel of a task, so that it is compiled, and print a message.
-
-    Args:
-        cache_folder: of the compiled kernels.
-    """
+    """Call each kernel of a task, so that it is compiled, and print a message."""
     if cache_folder is None:
         _compile(task, None)
         return

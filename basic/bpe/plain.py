@@ -60,12 +60,7 @@ class MergeRules(NamedTuple):
 
 
 class JoinedRanks:
-    """tiktoken's rule, which has no list of merges: the rank of two tokens is the id of the token with their bytes.
-
-    Args:
-        ids: token to id.
-        tokens: id to token.
-    """
+    """tiktoken's rule, which has no list of merges: the rank of two tokens is the id of the token with their bytes."""
 
     def __init__(self, ids: Mapping[bytes, int], tokens: Mapping[int, bytes]) -> None:
         self.ids, self._tokens = ids, tokens
@@ -146,7 +141,6 @@ def merge_rules(ids: dict[bytes, int], merges: Iterable[tuple[bytes, bytes]]) ->
     """Look up the ids of all merges.
 
     Args:
-        ids: token to id.
         merges: pairs of tokens, the lowest rank first; of two equal merges the first one counts.
 
     Raises:
@@ -167,12 +161,7 @@ def merge_rules(ids: dict[bytes, int], merges: Iterable[tuple[bytes, bytes]]) ->
 
 
 def rules_of_ranks(ids: Mapping[bytes, int], tokens: Mapping[int, bytes]) -> MergeRules:
-    """The rules of tiktoken, where the ids are the ranks; a pre-token that is a token is not split.
-
-    Args:
-        ids: token to id; each token has one id.
-        tokens: id to token.
-    """
+    """The rules of tiktoken, where the ids are the ranks; a pre-token that is a token is not split."""
     results = range(max(tokens, default=-1) + 1)
     return MergeRules(_byte_ids(ids), JoinedRanks(ids, tokens), results, one_at_a_time=True, whole_tokens=ids)
 
@@ -196,10 +185,6 @@ def is_pair_of_bytes(merge: object) -> bool:
 
 class PretokenCache(dict[str, tuple[int, ...]]):
     """Maps each pre-token to its ids, which are computed at the first lookup. A full cache is emptied.
-
-    Args:
-        rules: the merges.
-        max_pretokens: the largest number of pre-tokens in the cache.
 
     Raises:
         ValueError: (at a lookup) a byte of the pre-token has no token, or the pre-token is too long.

@@ -30,12 +30,7 @@ def check_integer(name: str, value: Any) -> int:
 
 
 def check_size(name: str, value: Any) -> int:
-    """Return a size as an int.
-
-    Raises:
-        TypeError: it is not an integer.
-        InvalidInputError: it is less than 1.
-    """
+    """Return a size as an int; it is an InvalidInputError if it is less than 1."""
     if (size := check_integer(name, value)) < 1:
         raise InvalidInputError(f"{name} must be at least 1, got {size}")
     return size
@@ -81,7 +76,6 @@ def id_list(name: str, ids: Any) -> list[int]:
     """Return one sequence of token ids as a list of ints.
 
     Args:
-        name: of the argument, for the message.
         ids: a list, an array, a tensor on any device, or any iterable of integers.
 
     Raises:
@@ -102,9 +96,6 @@ def id_list(name: str, ids: Any) -> list[int]:
 
 def id_array(name: str, ids: Any) -> Any:
     """Return token ids as an array: a list or a tensor is converted, an array or a token dataset is returned as it is.
-
-    Args:
-        name: of the argument, for the message.
 
     Raises:
         TypeError: it is something else.

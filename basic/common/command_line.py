@@ -166,11 +166,7 @@ def escape(text: str) -> str:
 
 
 def print_text(text: str, end: str = "\n", file: TextIO | None = None) -> None:
-    """Print text of a model, a tokenizer or a file at once; if it goes to a terminal, control characters are escaped.
-
-    Args:
-        file: None for stdout.
-    """
+    """Print text of a model, a tokenizer or a file at once, at a terminal with its control characters escaped."""
     file = file or sys.stdout
     print(escape(text) if file.isatty() else text, end=end, file=file, flush=True)
 

@@ -48,11 +48,7 @@ def load_config(
 
 
 def toml_path(path: str | os.PathLike, what: str) -> Path:
-    """The path itself, or the file of this name that is included in the package, such as tinystories.
-
-    Args:
-        what: configuration or sweep.
-    """
+    """The path itself, or the file of this name that is included in the package, such as tinystories."""
     path = Path(path)
     included = INCLUDED / _FOLDERS[what] / f"{path}.toml"
     return included if path.name == str(path) and not path.exists() and included.is_file() else path
@@ -61,14 +57,9 @@ def toml_path(path: str | os.PathLike, what: str) -> Path:
 def load_table(path: str | os.PathLike, what: str) -> dict[str, Any]:
     """Read a TOML file.
 
-    Args:
-        path: a file, or the name of an included one.
-        what: configuration or sweep.
-
     Raises:
         FileNotFoundError: the file does not exist.
         InvalidConfigError: the file is not TOML.
-        OSError: it cannot be read.
     """
     try:
         return tomllib.loads(decode_utf8(read_file(toml_path(path, what))))
@@ -118,9 +109,6 @@ def flatten_settings(table: Mapping[str, Any], prefix: str = "") -> dict[str, An
 
 def from_table(cls: type[T], table: dict[str, Any], prefix: str = "") -> T:
     """Build a dataclass from nested dictionaries.
-
-    Args:
-        prefix: the table's dotted name and a dot, for messages.
 
     Raises:
         InvalidConfigError: a key is unknown or missing, or a value has the wrong type or is out of its range.

@@ -41,7 +41,6 @@ def atomic_set(folder: str | os.PathLike, names: Iterable[str]) -> Generator[dic
 
     Raises:
         BlockingIOError: another process writes the set.
-        OSError: a file cannot be written.
     """
     folder, names = Path(os.path.realpath(folder)), list(names)
     with FolderLock(folder):
@@ -67,15 +66,11 @@ def atomic_set(folder: str | os.PathLike, names: Iterable[str]) -> Generator[dic
 def read_set(folder: str | os.PathLike, names: Iterable[str]) -> dict[str, bytes]:
     """Read a set of files, and check it.
 
-    Args:
-        names: of all files that the set may have.
-
     Returns:
         The content of each file that exists.
 
     Raises:
         DamagedFileError: the files are not those that were written; the message says how to accept them.
-        OSError: a file cannot be read.
     """
     folder, names = Path(folder), list(names)
     for _ in range(_ATTEMPTS - 1):
@@ -106,9 +101,6 @@ def write_checksums(folder: str | os.PathLike, names: Iterable[str]) -> None:
 
 def check_checksums(folder: str | os.PathLike, contents: Mapping[str, bytes]) -> None:
     """Compare the contents of files with the `checksums.json` of their folder; without one, every content is right.
-
-    Args:
-        contents: file name to content, of all files of the set that exist.
 
     Raises:
         DamagedFileError: a file has changed, is missing, or is not in the set.

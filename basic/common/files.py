@@ -39,9 +39,6 @@ def atomic_write(path: str | os.PathLike) -> Generator[BinaryIO]:
     Args:
         path: the file to create or replace; its folder must exist.
 
-    Yields:
-        A binary file object opened for writing.
-
     Raises:
         FileNotFoundError: the folder does not exist.
         OSError: `path` is a folder, or not a regular file.
@@ -64,9 +61,6 @@ def atomic_paths(*paths: str | os.PathLike) -> Generator[tuple[Path, ...]]:
     `is_unfinished` recognises, and never data with the description of other data.
 
     Symbolic links are written through: their targets are replaced, also those that do not exist yet.
-
-    Args:
-        paths: the files to create or replace; their folders must exist.
 
     Yields:
         One path for each of `paths`; no file exists there yet, and the block must create it.
@@ -241,11 +235,7 @@ def sync_file(path: Path, flags: int = os.O_RDWR) -> None:
 
 
 def check_path(path: str | os.PathLike) -> None:
-    """Check that a path can be one on this system: NUL and lone surrogates cannot be in it.
-
-    Raises:
-        InvalidInputError: it cannot.
-    """
+    """Raise InvalidInputError if a path cannot be one on this system: with NUL or lone surrogates in it."""
     try:
         is_possible = b"\0" not in os.fsencode(path)
     except UnicodeEncodeError:
@@ -258,10 +248,8 @@ def check_regular_file(path: str | os.PathLike) -> None:
     """Check that a file can be read from its beginning to its end; opening a pipe that nobody writes would wait.
 
     Raises:
-        FileNotFoundError: it does not exist.
-        IsADirectoryError: it is a folder.
+        OSError: it cannot: it does not exist, or is a folder, a pipe, a socket or a device.
         InvalidInputError: it cannot be a path.
-        OSError: it is something else, such as a pipe, a socket or a device.
     """
     check_path(path)
     try:
@@ -304,12 +292,9 @@ def make_folder(path: str | os.PathLike) -> None:
 
 
 def read_text_file(path: str | os.PathLike, content: bytes | None = None) -> str:
-    """Read a small text file in UTF-8, without the byte order mark that some editors write at its beginning.
+    """Read a small text file in UTF-8, or its content, without the byte order mark that some editors write first.
 
     Newlines are not translated. (Text to train on or to encode is read by `basic.corpus.sources`.)
-
-    Args:
-        content: the file's content, if it has been read already.
 
     Raises:
         DamagedFileError: the file is not UTF-8; the message names the file and the byte offset.
@@ -326,11 +311,7 @@ def decode_utf8(content: bytes) -> str:
 
 
 def load_json(path: str | os.PathLike, content: bytes | None = None, **options: Any) -> Any:
-    """Read a JSON file.
-
-    Args:
-        content: the file's content, if it has been read already.
-        options: the keyword arguments of `json.loads`.
+    """Read a JSON file, or parse its content if that has been read already; options are those of `json.loads`.
 
     Raises:
         DamagedFileError: the file is not JSON; the message names the file and the line.

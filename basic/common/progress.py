@@ -19,20 +19,13 @@ def default_num_workers() -> int:
 
 
 def resolve_num_threads(num_threads: int | None) -> int:
-    """The number of threads, by default one for each processor that this process may use.
-
-    Raises:
-        InvalidInputError: the number is less than 1.
-    """
+    """The number of threads, by default one for each processor that this process may use."""
     return default_num_workers() if num_threads is None else check_size("num_threads", num_threads)
 
 
 @contextmanager
 def progress_bar(shown: bool, **options: Any) -> Generator[Callable[[int], object]]:
     """Show a progress bar while the block runs, or none if `shown` is false.
-
-    Args:
-        options: the arguments of `tqdm`.
 
     Yields:
         A function that advances the bar by an amount.

@@ -76,16 +76,7 @@ def read_table(path: str | os.PathLike, *, sha256: str | None = None) -> Iterato
 def merge_tables(
     tables: Sequence[Iterable[PretokenCounts]], *, kernels: bool, fan_in: int = FAN_IN
 ) -> Iterator[PretokenCounts]:
-    """Merge sorted tables into one; a pre-token's counts are summed.
-
-    Args:
-        tables: the blocks of each table.
-        kernels: whether to sort with compiled code; the result is the same.
-        fan_in: tables that are merged at a time.
-
-    Yields:
-        The blocks of the merged table.
-    """
+    """Merge sorted tables into one; a pre-token's counts are summed."""
     while len(tables) > fan_in:
         groups = [tables[start : start + fan_in] for start in range(0, len(tables), fan_in)]
         tables = [merge_tables(group, kernels=kernels, fan_in=fan_in) for group in groups]

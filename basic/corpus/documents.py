@@ -52,9 +52,7 @@ def read_json_lines(file: ContentReader, field: str, suffix: str, *, errors: str
 
     Args:
         file: at its beginning.
-        field: of the document.
         suffix: the end of its name, without that of a compression.
-        errors: "strict", or "replace" for U+FFFD instead of bytes that are not UTF-8.
         bad_lines: what happens to a line that is too long or no JSON object with a string under the field.
 
     Raises:
@@ -104,14 +102,6 @@ def _read_lines(file: ContentReader, bad_lines: BadLines) -> Iterator[tuple[int,
 def parse_json_line(line: bytes, field: str, name: str, offset: int, *, errors: str, remedy: str = "") -> str:
     """Return the document of a line of JSON lines.
 
-    Args:
-        line: one object.
-        field: of the document.
-        name: of the line, for messages.
-        offset: of the line in the file, in bytes.
-        errors: "strict", or "replace" for U+FFFD instead of bytes that are not UTF-8.
-        remedy: the end of the message for what is no JSON object.
-
     Raises:
         InvalidInputError: the line is not JSON, or has no string under the field.
     """
@@ -154,11 +144,7 @@ def read_parquet(file: Any, name: str, field: str, *, errors: str, bad_lines: Ba
     """Read the documents of a Parquet table. In memory are some rows of one column, however large a row group is.
 
     Args:
-        file: open for reading, in binary, at any offset.
-        name: of the file, for messages.
         field: of the document: a column, also inside of structs.
-        errors: as for `read_json_lines`.
-        bad_lines: what happens to a row without a text.
 
     Raises:
         InvalidInputError: pyarrow is not installed, no column of texts has this name, or a row is bad.

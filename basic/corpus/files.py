@@ -29,13 +29,7 @@ REMOTE_BLOCK_BYTES = 1 << 23  # a round trip costs as much time as a megabyte or
 
 
 def file_size_bytes(path: str | os.PathLike) -> int:
-    """Return the size of a regular file.
-
-    Raises:
-        FileNotFoundError: `path` does not exist.
-        IsADirectoryError: `path` is a folder.
-        OSError: `path` is something else, such as a pipe, which can be read only once.
-    """
+    """Return the size of a regular file."""
     check_regular_file(path)
     return os.path.getsize(path)
 
@@ -97,11 +91,7 @@ def _buffered(stream: Any) -> io.BufferedReader:
 
 
 def standard_input() -> io.BufferedReader:
-    """Standard input as a file of bytes, the same each time.
-
-    Raises:
-        InvalidInputError: there is none.
-    """
+    """Standard input as a file of bytes, the same each time."""
     if sys.stdin is None:
         raise InvalidInputError("there is no standard input; give a file")
     return _buffered(sys.stdin.buffer)
@@ -224,7 +214,6 @@ class ContentReader:
 
     Args:
         stored: the file as it is stored, at its beginning. It stays open.
-        name: of the file, for messages.
         compression: a key of `COMPRESSIONS`, or None.
 
     Attributes:

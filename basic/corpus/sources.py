@@ -172,11 +172,7 @@ class TextSource(DocumentOptions):
         return isinstance(self.path, Iterator) or self.path == STANDARD_INPUT
 
     def size_and_version(self) -> tuple[int | None, str]:
-        """Return the size in bytes (None if it is not known), and a string that changes with the content.
-
-        Raises:
-            OSError: the source is not a readable file.
-        """
+        """Return the size in bytes (None if it is not known), and a string that changes with the content."""
         if self.reads_once:
             return None, ""
         if not self.is_remote:
@@ -280,11 +276,7 @@ def as_source(path: str | os.PathLike | Iterator[str]) -> TextSource:
 
 
 def with_known_content(source: TextSource) -> TextSource:
-    """Return the same source with its `content`; if its name does not say it, its first bytes do.
-
-    Raises:
-        OSError, DamagedFileError: the file must be read, but cannot.
-    """
+    """Return the same source with its `content`; if its name does not say it, its first bytes do."""
     content = source.known_content
     if content is None:
         with source.open_content() as file:
@@ -333,11 +325,7 @@ def warn_of_skipped(records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def check_separator(source: TextSource, special_tokens: Collection[str]) -> None:
-    """Check that the separator of documents is one of the special tokens.
-
-    Raises:
-        InvalidInputError: it is not.
-    """
+    """Check that the separator of documents is one of the special tokens."""
     if source.has_documents and source.end_of_text not in special_tokens:
         raise InvalidInputError(
             f"the documents of {os.fspath(source)!r} are to be joined by {source.end_of_text!r}, which is none of the "
@@ -357,9 +345,7 @@ def read_text_with_marks(
     or the separator itself if special tokens are special in documents, except before the first document of the source.
 
     Args:
-        path: a path, a URL, an iterator or a `TextSource`.
         errors: for bytes that are not UTF-8: "strict" raises, "replace" reads U+FFFD.
-        on_skip: called with the error of each line or row that is left out.
 
     Raises:
         InvalidInputError: the file holds no text, the text is not UTF-8 (the message names the byte offset), or a line
@@ -449,11 +435,7 @@ def _separated_in_text(source: TextSource) -> Iterator[bytes]:
 
 
 def size_of_bom(source: TextSource) -> int:
-    """Return the size of the byte order mark of a plain file, 0 or 3 bytes.
-
-    Raises:
-        InvalidInputError: the file holds no text, as its first bytes show.
-    """
+    """Return the size of the byte order mark of a plain file, 0 or 3 bytes."""
     head = source.read(0, HEAD_BYTES)
     check_head(source, head, source.content_suffix)
     return len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0

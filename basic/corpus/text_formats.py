@@ -93,7 +93,6 @@ class Format:
     """What a file can hold other than plain text.
 
     Attributes:
-        name: for messages.
         suffixes: the ends of the names of such files, in small letters.
         head: matches the beginning of their content; None if it cannot be told from text.
         remedy: what to do with such a file where plain text is expected.
@@ -153,9 +152,6 @@ def check_name(path: str | os.PathLike, suffix: str) -> None:
 
     Args:
         suffix: the end of the name without that of a compression, in small letters.
-
-    Raises:
-        InvalidInputError: it does.
     """
     for kind in _FORMATS:
         if kind not in (JSON_LINES, PARQUET) and suffix in kind.suffixes:
@@ -168,9 +164,6 @@ def check_head(path: str | os.PathLike, head: bytes, suffix: str) -> None:
     Args:
         head: the first `HEAD_BYTES`, or more.
         suffix: as for `check_name`. A name that ends in .txt says that JSON is plain text, too.
-
-    Raises:
-        InvalidInputError: it does not.
     """
     head = head[:HEAD_BYTES].removeprefix(codecs.BOM_UTF8)
     for kind in _FORMATS:

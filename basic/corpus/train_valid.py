@@ -31,10 +31,6 @@ def write_stories(
 
     Args:
         folder: folder of train.txt and valid.txt; it must exist.
-        train_count: number of stories in train.txt.
-        valid_count: number of stories in valid.txt.
-        seed: other seeds give other stories.
-        progress: whether to show a progress bar.
         sample: samples stories for a seed and a count, None for an endless stream.
 
     Returns:
@@ -75,9 +71,7 @@ def split_text(
 
     Raises:
         FileExistsError: train.txt or valid.txt holds another text.
-        FileNotFoundError: there is no such text.
         InvalidInputError: the text is empty or not valid, or `valid_fraction` is out of range.
-        DamagedFileError: the compressed file is incomplete or damaged.
     """
     if not 0 < valid_fraction < 1:
         raise InvalidInputError(f"valid_fraction must be between 0 and 1, got {valid_fraction}")

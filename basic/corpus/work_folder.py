@@ -86,9 +86,6 @@ def _end_with_parent() -> None:
 def dask_executor(scheduler: str | None) -> Generator[Executor | None]:
     """Connect to a Dask cluster and yield its executor; None if no scheduler is given.
 
-    Args:
-        scheduler: the address of the scheduler, such as tcp://10.0.0.1:8786.
-
     Raises:
         InvalidInputError: Dask is not installed, or the address is invalid.
         OSError: the scheduler does not answer.

@@ -17,11 +17,7 @@ MAGIC = b"GGUF"
 
 
 def load_gguf_package() -> ModuleType:
-    """Import the `gguf` package.
-
-    Raises:
-        InvalidInputError: it is not installed.
-    """
+    """Import the `gguf` package."""
     try:
         import gguf  # imported late: it is an extra
     except ImportError as error:
@@ -68,9 +64,6 @@ class GGUFFile:
 
     def tensors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
         """Yield tensors as float32, one in memory at a time.
-
-        Args:
-            names: only these; None for all.
 
         Raises:
             InvalidInputError: the `gguf` package cannot dequantise a tensor's type.

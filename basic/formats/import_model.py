@@ -109,7 +109,6 @@ def import_run(source: str | os.PathLike, run_dir: str | os.PathLike, **options:
         options: the other arguments of `open_model`.
 
     Raises:
-        FileNotFoundError, DamagedFileError, InvalidInputError, WrongTokenizerError: as for `open_model`.
         FileExistsError: the run folder exists.
     """
     check_outputs([Output(run_dir, "a run", is_folder=True)], inputs=[source])
@@ -167,12 +166,6 @@ def load_hf(
         directory: contains config.json and model.safetensors, or its shards and model.safetensors.index.json.
         context_length: a shorter context length for the model; None: the one in config.json.
         unpickle: read pytorch_model.bin (or its shards) instead, with `torch.load(weights_only=True)`.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        DamagedFileError: a file is incomplete or not of its format, or has changed since `export_hf` wrote it.
-        InvalidInputError: our model cannot represent the model (the message names the field of config.json), or a
-            weight does not match config.json (the message names the tensor).
     """
     directory = Path(directory)
     path = directory / "config.json"
@@ -238,12 +231,7 @@ def _count_blocks(names: Iterable[str]) -> int:
 def _match_weights(
     model: TransformerLM, names: dict[str, str], tensors: Iterable[tuple[Path, str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Rename weights to our names and convert them to float32, after checking names, shapes and dtypes.
-
-    Args:
-        names: names in the files to our names.
-        tensors: files, names in them, and tensors.
-    """
+    """Rename weights to our names and convert them to float32, after checking names, shapes and dtypes."""
     weights: dict[str, Tensor] = {}
     for file, name, tensor in tensors:
         if name not in names or names[name] in weights:
@@ -260,11 +248,7 @@ def _match_weights(
 
 
 def _load_weights(config: ModelConfig, weights: dict[str, Tensor], names: dict[str, str]) -> TransformerLM:
-    """Create the model on the CPU and load all weights; a tied output matrix may be missing.
-
-    Args:
-        names: names in the files to our names, as for `_match_weights`.
-    """
+    """Create the model on the CPU and load all weights; a tied output matrix may be missing."""
     if config.tied_embeddings and "token_embeddings.weight" in weights:
         embedding = weights["token_embeddings.weight"]
         if not torch.equal(weights.setdefault("lm_head.weight", embedding), embedding):

@@ -14,11 +14,7 @@ DEFAULT_FLAGS = {"special": True, "normalized": False, "lstrip": False, "rstrip"
 
 
 class Template(NamedTuple):
-    """The ids that are added to a text.
-
-    Attributes:
-        before, after: the ids.
-    """
+    """The ids that are added to a text."""
 
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
@@ -26,10 +22,6 @@ class Template(NamedTuple):
 
 def parse_post_processor(processor: Mapping[str, Any] | None, field: str) -> Template:
     """The ids that a post-processor adds to a single text.
-
-    Args:
-        processor: the JSON value.
-        field: its name, for the error message.
 
     Raises:
         InvalidInputError: the kind of post-processor is not known, or a value is missing.
@@ -95,9 +87,6 @@ class TokenizerSettings:
         post_processor: that of tokenizer.json, as JSON; it has the tokens that `encode(text, template=True)` adds.
         missing_bytes: only for vocabularies that lack bytes: the options of tokenizer.json for such bytes ("unk_token"
             and so on), which are written back. Here a text with such a byte is an error.
-
-    Raises:
-        InvalidInputError: a value is not one of these.
     """
 
     normalizer: str | None = None

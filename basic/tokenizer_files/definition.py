@@ -127,7 +127,6 @@ class TokenizerDefinition(Vocabulary):
         A token that is not in the vocabulary gets the next id after the largest. All other ids stay.
 
         Raises:
-            TypeError: a merge is not a pair of bytes.
             InvalidInputError: a merge needs a token that is not in the vocabulary.
         """
         return self._extended(list(merges), [])
@@ -303,11 +302,7 @@ class TokenizerDefinition(Vocabulary):
 
     @classmethod
     def from_content(cls, content: TokenizerContent) -> Self:
-        """Make a tokenizer of the parts that a file has.
-
-        Raises:
-            TypeError, InvalidInputError: as for `Tokenizer`.
-        """
+        """Make a tokenizer of the parts that a file has."""
         return cls(
             content.vocab,
             content.merges,

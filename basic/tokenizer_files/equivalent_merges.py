@@ -101,9 +101,6 @@ def missing_bytes(tokens: Iterable[bytes]) -> bytes:
 def check_all_bytes(tokens: Iterable[bytes], name: str) -> None:
     """Check that each byte of UTF-8 is a token.
 
-    Args:
-        name: of the tokens, for the message.
-
     Raises:
         InvalidInputError: a byte is missing.
     """

@@ -34,18 +34,8 @@ def is_our_folder(path: Path) -> bool:
 def read_tokenizer(path: str | os.PathLike, *, pattern: str | Pattern | None = None) -> tuple[TokenizerContent, bool]:
     """Read a tokenizer from a file or folder of any kind.
 
-    Args:
-        pattern: see `Tokenizer.load`.
-
     Returns:
         The parts of the tokenizer, and whether this library saved it.
-
-    Raises:
-        FileNotFoundError: there is no tokenizer.
-        DamagedFileError: a file is damaged.
-        InvalidInputError: a file has something that is not supported, or the pattern is not known, or not that of the
-            file.
-        OSError: a file cannot be read.
     """
     path = Path(path)
     is_ours = path.is_dir() and is_our_folder(path)

@@ -106,10 +106,6 @@ def find_published(sha256: str, vocab: dict[int, bytes]) -> tuple[str, dict[str,
     """The pattern and the special tokens that belong to a rank file; None if it is not known.
 
     A file is known if it is a published one, or if it has special tokens of only one of them, at their published ids.
-
-    Args:
-        sha256: of the file.
-        vocab: id to token, of all lines.
     """
     for published in PUBLISHED_RANKS.values():
         if published.sha256 == sha256:
@@ -132,7 +128,6 @@ def read_rank_file(
     """Read a rank file of tiktoken. As for tiktoken, a pre-token that is a token is not split.
 
     Args:
-        content: the file's content, if it has been read already.
         pattern: None: that of the published file that this is, or whose special tokens it has.
         special_tokens: None: those of the published file that this is.
 
@@ -140,7 +135,6 @@ def read_rank_file(
         DamagedFileError: a line is not a token with its rank (the message has the line), or two lines have the same
             token or rank.
         InvalidInputError: a byte has no token, the pattern is not given and not known, or it is invalid.
-        OSError: the file cannot be read.
     """
     name = os.fspath(path)
     if content is None:
@@ -224,14 +218,9 @@ def write_rank_file(
 ) -> None:
     """Write the tokens as a rank file.
 
-    Args:
-        content: with ids for the special tokens.
-        used: the merges that are used.
-
     Raises:
         InvalidInputError: tiktoken would give other ids (the message has the token), or leave text out: it drops what
             the pattern does not match.
-        OSError: the file cannot be written.
     """
     _check_text(content)
     settings, special = content.settings, dict(content.special_tokens)  # ty: ignore[no-matching-overload]

@@ -65,12 +65,7 @@ class Vocabulary:
         return frozenset()
 
     def may_use_kernels(self, num_bytes: int, num_mapped_bytes: int = 0) -> bool:
-        """Whether a text should use the kernels.
-
-        Args:
-            num_bytes: of the text.
-            num_mapped_bytes: address space that reading the text will need.
-        """
+        """Whether a text should use the kernels."""
         if self.kernels is not None:
             return self.kernels
         return loading.kernels_pay_off("encoding", num_bytes, num_mapped_bytes)
@@ -112,11 +107,7 @@ class Vocabulary:
         return StreamDecoder(partial(self.decode_bytes, skip_special_tokens=skip_special_tokens))
 
     def decode_bytes(self, ids: Iterable[int] | npt.NDArray[np.integer], *, skip_special_tokens: bool = False) -> bytes:
-        """Decode ids to bytes, which may start or end inside a character.
-
-        Raises:
-            TypeError, InvalidInputError: as for `decode`.
-        """
+        """Decode ids to bytes, which may start or end inside a character."""
         skipped = self.skipped_ids if skip_special_tokens else frozenset()
         decoded = None
         if isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu":

@@ -213,9 +213,6 @@ def _check_against_sidecar(path: Path, info: TokenFileInfo, dtype: np.dtype | No
 def open_npy(path: Path, dtype: np.dtype | None = None) -> np.ndarray:
     """Map a one-dimensional integer array that `numpy.save` wrote.
 
-    Args:
-        dtype: if given, it must be the array's.
-
     Raises:
         InvalidInputError: the array does not hold token ids, or has another dtype.
         DamagedFileError: the file is not a complete .npy file that can be mapped.

@@ -44,11 +44,7 @@ def check_header(path: Path, dtype: np.dtype) -> None:
 
 
 def check_ids(path: Path, ids: np.ndarray) -> None:
-    """Check that the ids of a flat file without a sidecar are not plainly those of another dtype.
-
-    Raises:
-        InvalidInputError: they are.
-    """
+    """Check that the ids of a flat file without a sidecar are not plainly those of another dtype."""
     _check_dtype(path, ids.dtype, _dtype_by_content(ids))
 
 

@@ -27,11 +27,7 @@ _MAX_MAPPED_FILES = 1 << 12  # systems limit the maps of a process to some ten t
 
 
 def write_index(path: str | os.PathLike, names: Sequence[str]) -> TokenFileInfo:
-    """Write the index of token files in the same folder; return what it says about all of them together.
-
-    Raises:
-        WrongTokenizerError: the files were not made by the same tokenizer.
-    """
+    """Write the index of token files in the same folder; return what it says about all of them together."""
     infos = [read_sidecar(Path(path).parent / name) for name in names]
     for key in ("dtype", "vocab_size", "tokenizer_fingerprint"):
         if len(values := {getattr(info, key) for info in infos}) != 1:
@@ -57,11 +53,7 @@ def write_index(path: str | os.PathLike, names: Sequence[str]) -> TokenFileInfo:
 
 
 def read_index(path: str | os.PathLike) -> tuple[TokenFileInfo, list[dict[str, Any]]]:
-    """Read an index: what it says about all files together, and `file`, `count` and `sha256` of each.
-
-    Raises:
-        DamagedFileError: the file is not a valid index.
-    """
+    """Read an index: what it says about all files together, and `file`, `count` and `sha256` of each."""
     try:
         content = load_object(path, {**INFO_TYPES, "shards": list})
         info, shards = info_from_json(content), content["shards"]
@@ -92,9 +84,6 @@ class ShardedTokens:
     Attributes:
         path: path of the index.
         info: what the index says about all files together.
-
-    Raises:
-        DamagedFileError: the index is invalid, or a file is missing, has another size or another SHA-256.
     """
 
     ndim = 1

@@ -56,9 +56,6 @@ INFO_TYPES = {
 def token_dtype(vocab_size: int | np.integer) -> np.dtype:
     """Return the smaller of the two dtypes of token files that holds every id below `vocab_size`.
 
-    Args:
-        vocab_size: from 1 to 2**32.
-
     Raises:
         InvalidInputError: `vocab_size` is out of range.
     """
@@ -127,11 +124,7 @@ def info_to_json(info: TokenFileInfo) -> dict[str, Any]:
 
 
 def info_from_json(content: dict[str, Any]) -> TokenFileInfo:
-    """Convert from the JSON object of a sidecar or an index, whose types are `INFO_TYPES`.
-
-    Raises:
-        DamagedFileError: a value is none that a token file can have.
-    """
+    """Convert from the JSON object of a sidecar or an index, whose types are `INFO_TYPES`."""
     values = {name: content[name] for name in INFO_TYPES}
     if values["dtype"] not in _DTYPES:
         raise DamagedFileError(f"dtype is {values['dtype']!r:.40}, which must be one of {', '.join(_DTYPES)}")

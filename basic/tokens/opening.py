@@ -86,10 +86,6 @@ def read_info(path: str | os.PathLike) -> TokenFileInfo:
 
     Args:
         path: a token file (not its sidecar), an index, or the folder of an index.
-
-    Raises:
-        FileNotFoundError: there is no sidecar or index.
-        DamagedFileError: the sidecar or index is invalid.
     """
     if (index := _find_index(path)) is not None:
         return read_index(index)[0]

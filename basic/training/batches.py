@@ -42,8 +42,6 @@ def get_batch(
 
     Args:
         dataset: one-dimensional integer array of token ids, may be a memory map; or a tensor or list of ids.
-        batch_size: number of sequences.
-        context_length: tokens per sequence.
         device: of the returned tensors; an unusable one raises torch's own error.
 
     Returns:
@@ -91,8 +89,6 @@ class BatchSampler:
 
     Args:
         tokens: one-dimensional integer array of token ids, may be a memory map.
-        batch_size: sequences per batch.
-        context_length: tokens per sequence.
         seed: >= 0; different seeds give independent batches.
         starts: positions at which sequences may start, such as those from `document_starts`.
         shuffled: see each window of the text once before any comes again; not together with `starts`.
@@ -265,14 +261,10 @@ def document_starts(
     A sequence starts at the separator and not after it, so that the first token of the document is a target too.
 
     Args:
-        tokens: one-dimensional integer array of token ids, may be a memory map.
         separator_id: id of the token between documents, such as that of `<|endoftext|>`.
         context_length: tokens per sequence; separators too close to the end for a sequence are left out.
         mask: of the tokens, if it says where documents begin; None for separators.
         chunk_tokens: tokens to read at a time; does not change the result.
-
-    Returns:
-        int64 array, ascending.
 
     Raises:
         InvalidInputError: there is no such position.
@@ -295,9 +287,6 @@ def document_starts(
 def check_tokenizer_size(tokenizer_vocab_size: int, model_vocab_size: int, remedy: str) -> None:
     """Check that a model has an embedding for every id of a tokenizer.
 
-    Args:
-        remedy: what the user can do, for the message.
-
     Raises:
         WrongTokenizerError: the tokenizer has more ids than the model.
     """
@@ -315,8 +304,6 @@ def check_token_ids(tokens: Tokens, vocab_size: int, *, chunk_tokens: int = _CHU
     than a billion of them. These, and damage to a file, are left to the check of each batch.
 
     Args:
-        tokens: one-dimensional integer array of token ids, may be a memory map.
-        vocab_size: number of ids of the model.
         chunk_tokens: tokens to read at a time; does not change the result.
 
     Raises:
@@ -346,7 +333,6 @@ def check_learned(mask: np.ndarray, *, chunk_tokens: int = _CHUNK_TOKENS) -> Non
     """Check that training can learn a token: that one after the first, which is never a target, is learned.
 
     Args:
-        mask: see `basic.tokens.info.mask_path`.
         chunk_tokens: tokens to read at a time; does not change the result.
 
     Raises:

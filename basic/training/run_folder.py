@@ -282,9 +282,6 @@ def model_for_checks(config: ModelConfig, num_saved_blocks: int, path: Path) -> 
     A configuration of somebody else may ask for any number of blocks and positions. One block more than is saved is
     enough to name the first missing weight, and no weight depends on the number of positions.
 
-    Args:
-        path: where the configuration is from, for the message.
-
     Raises:
         InvalidConfigError: no model can have these sizes.
     """
@@ -359,20 +356,12 @@ def find_checkpoint_path(run_dir: Path, checkpoint: int | str) -> Path:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint, which is a file or the folder of a sharded model.
-
-    Raises:
-        DamagedFileError: the checkpoint is not complete.
-    """
+    """Open a checkpoint, which is a file or the folder of a sharded model."""
     return read_sharded_checkpoint(path) if path.is_dir() else read_checkpoint(path)
 
 
 def read_checkpoint_document(path: Path) -> dict[str, Any]:
-    """Read the JSON document of a checkpoint, which is a file or a folder, without verifying it.
-
-    Raises:
-        DamagedFileError: it has no document.
-    """
+    """Read the JSON document of a checkpoint, which is a file or a folder, without verifying it."""
     return read_sharded_document(path) if path.is_dir() else read_document(path)
 
 
@@ -398,9 +387,6 @@ def valid_losses(run_dir: Path) -> dict[int, float]:
 
 def newest_checkpoint(run_dir: Path, report: Callable[[str], None]) -> Checkpoint:
     """Open the newest complete checkpoint of a run.
-
-    Args:
-        report: called with a warning for each newer checkpoint that is damaged.
 
     Raises:
         NotARunError: there is no checkpoint.

@@ -61,8 +61,6 @@ class CheckpointManager:
     otherwise, it prints a warning; training continues, older checkpoints stay, and the state at a later step is saved.
 
     Args:
-        run_dir: run folder.
-        config: settings of the run.
         log: gets a record for every checkpoint that is on the disk.
         world: the ranks that train together. Rank 0 decides when a checkpoint is due, and writes it unless the model is
             sharded.
@@ -96,11 +94,7 @@ class CheckpointManager:
         self._finish_save(wait=True)
 
     def is_due(self, step: int, valid_loss: float | None) -> bool:
-        """Whether to save the state after a step: by its number, by time, as the best, or after a failed attempt.
-
-        Args:
-            valid_loss: of this state, if it was measured.
-        """
+        """Whether to save the state after a step: by its number, by time, as the best, or after a failed attempt."""
         if not self.world.is_rank_0:
             return False
         if self.saver.is_busy:  # a checkpoint that is due now is saved as soon as the saver is free
@@ -124,7 +118,6 @@ class CheckpointManager:
         """Copy the state, and write it in the background.
 
         Args:
-            valid_loss: of this state, if it was measured.
             is_last: the process ends afterwards: wait until the checkpoint is on the disk, and retry several times.
 
         Raises:
@@ -231,7 +224,6 @@ def find_checkpoint(
     Args:
         config: with which the run is to be resumed.
         report: called with each message for the user.
-        world: the ranks that resume.
 
     Returns:
         The newest complete checkpoint, or None if the run has none: then it starts again at its first step.

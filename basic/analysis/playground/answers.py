@@ -116,9 +116,6 @@ class Playground:
             probabilities of the NUM_CANDIDATES most probable tokens at each position; if the context is not full, one
             more position follows, for the next token. A first token without context has None in all three lists.
             `model`: what the model is.
-
-        Raises:
-            InvalidInputError: there is no model, or the text cannot be encoded.
         """
         run, tokenizer = self._model(model, checkpoint)
         ids = tokenizer.encode_array(text)
@@ -159,9 +156,6 @@ class Playground:
         Returns:
             The tokens, the number of `layers` and `heads`, and `maps`: their weights, from 0 to 255, as bytes in base64
             in the order layer, head, query, key.
-
-        Raises:
-            InvalidInputError: there is no model, or the text cannot be encoded.
         """
         run, tokenizer = self._model(model, checkpoint)
         end_id = tokenizer.special_token_ids.get(run.config.train.end_of_text)
@@ -193,9 +187,6 @@ class Playground:
         Yields:
             {"tokens": prompt tokens, "seen": prompt tokens that the model uses}, then {"text": new text, "sample":
             number of the sample} repeatedly.
-
-        Raises:
-            InvalidInputError: there is no model, or an argument is out of its range.
         """
         run, tokenizer = self._model(model, checkpoint)
         num_tokens = len(tokenizer.encode_array(prompt))
@@ -223,9 +214,6 @@ class Playground:
 
         Yields:
             {"forgotten": messages that were left out}, then {"text": new text} repeatedly.
-
-        Raises:
-            InvalidInputError: the model has no chat template, or it refuses the conversation.
         """
         loaded = self._model(model, checkpoint)
         chat = loaded.chat

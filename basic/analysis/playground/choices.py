@@ -36,11 +36,7 @@ class LoadedModel(NamedTuple):
 
     @property
     def chat(self) -> ChatFormat:
-        """How conversations become text.
-
-        Raises:
-            InvalidInputError: the tokenizer has no chat template.
-        """
+        """How conversations become text."""
         if self.tokenizer.chat_template is None:
             raise InvalidInputError("this model's tokenizer has no chat template; choose another model")
         return ChatFormat(self.tokenizer, end_of_text=self.run.config.train.end_of_text)
@@ -94,13 +90,6 @@ def how_to_get(data: str | os.PathLike) -> dict[str, str]:
 class Choices:
     """The lists, read anew at each request for them, and what was loaded; methods may be called from several threads.
 
-    Args:
-        runs: folder of runs.
-        first: runs that come first, by name: folders, or loaded runs.
-        others: more tokenizers, by name.
-        data: folder that may have rank files of published vocabularies.
-        device: of the models.
-
     Raises:
         InvalidInputError: a run of `first` has no tokenizer. If one vanishes later, it only leaves the lists.
     """
@@ -135,12 +124,7 @@ class Choices:
         return described
 
     def tokenizer(self, name: str) -> Tokenizer:
-        """Load a tokenizer, or return it if it has not changed since.
-
-        Raises:
-            KeyError: the name is unknown.
-            OSError, DamagedFileError: its files are missing or damaged.
-        """
+        """Load a tokenizer, or return it if it has not changed since."""
         if name in self._others:
             return self._others[name]
         with self._lock:
@@ -152,17 +136,7 @@ class Choices:
             return self._tokenizers[name][1]
 
     def model(self, name: str | None = None, checkpoint: int | None = None) -> LoadedModel:
-        """Load a model, or return it if it is in memory.
-
-        Args:
-            name: None for the first.
-            checkpoint: the step; None for the newest.
-
-        Raises:
-            KeyError: the name is unknown.
-            InvalidInputError: there is no model.
-            OSError, BasicError: as `load_run`.
-        """
+        """Load a model, or return it if it is in memory."""
         with self._lock:
             runs = self._all_runs()
             if not runs:

@@ -57,9 +57,7 @@ def create_app(
     """Create the ASGI application.
 
     Args:
-        playground: computes the answers.
         host: the address that the server listens on; if it is a name, requests may use it as their Host.
-        max_text_characters: longest text of a request.
     """
     html = read_page()
     handlers = Handlers(playground, html, max_text_characters)
@@ -156,13 +154,7 @@ def _stream(updates: Iterator[dict[str, Any]]) -> Response:
 
 
 class QueuedEndpoint:
-    """An ASGI application that answers one request at a time, beside the large requests of all endpoints.
-
-    Args:
-        handler: computes the response from the request's body.
-        large: a semaphore that is shared by all endpoints.
-        max_text_characters: longest text of a request.
-    """
+    """An ASGI application that answers one request at a time, beside the large requests of all endpoints."""
 
     def __init__(
         self, handler: Callable[[RequestBody], Awaitable[Response]], large: anyio.Semaphore, max_text_characters: int

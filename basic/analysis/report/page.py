@@ -87,9 +87,6 @@ def report_page(
     Raises:
         InvalidInputError: `floor_nats` is not finite, or there is no run.
         NotARunError: the folder is not a run.
-        FileNotFoundError: the run has no metrics yet, or a file of its tokenizer is missing.
-        InvalidConfigError: the configuration is not valid.
-        DamagedFileError: a file of the tokenizer, or environment.json, cannot be read.
     """
     if floor_nats is not None and not math.isfinite(floor_nats):
         raise InvalidInputError(f"the entropy must be a finite number, got {floor_nats}")

@@ -42,9 +42,6 @@ def stories(seed: int, count: int | None = None) -> Iterator[Story]:
         seed: at least 0 (Python's generator treats -1 like 1).
         count: the number of stories; None for an endless stream.
 
-    Returns:
-        A lazy iterator.
-
     Raises:
         TypeError: seed or count is not an integer.
         InvalidInputError: seed or count is negative.
@@ -215,11 +212,7 @@ class Grammar:
     # --- sample
 
     def sample(self, uniform: Callable[[], float]) -> Story:
-        """Sample a story.
-
-        Args:
-            uniform: returns the next random number from [0, 1).
-        """
+        """Sample a story."""
         text: list[str] = []
         nats = _derive(self.start, {}, text, uniform)
         return Story("".join(text), nats)

@@ -126,12 +126,7 @@ def stage_checkpoint(
 
 
 def write_staged_checkpoint(staged: StagedCheckpoint, out: PathOrFile) -> None:
-    """Write a checkpoint file, as described for `save_checkpoint`.
-
-    Raises:
-        InvalidInputError: the document is too large for the header of a safetensors file.
-        OSError: the disk is full, or fails otherwise.
-    """
+    """Write a checkpoint file, as described for `save_checkpoint`."""
     metadata = {"format": "pt", "checkpoint": staged.document, "sha256": _ZERO_DIGEST}
     try:
         if isinstance(out, (str, os.PathLike)):

@@ -66,11 +66,7 @@ def stage_shards(
     extra: dict | None = None,
     to_host: Callable[[Tensor], Tensor] = Tensor.cpu,
 ) -> StagedShards:
-    """Collect this rank's shards of a checkpoint in CPU memory, to be written later.
-
-    Args:
-        model, optimizer, iteration, extra, to_host: as for `file.stage_checkpoint`, also the errors raised.
-    """
+    """Collect this rank's shards of a checkpoint in CPU memory, to be written later."""
     dtensors: dict[str, Tensor] = {}
 
     def local_shards(value: Any, path: str) -> Any:
@@ -233,11 +229,7 @@ def read_sharded_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
 
 def read_sharded_document(folder: Path) -> dict[str, Any]:
-    """Read the JSON document of a checkpoint folder, without verifying checksums.
-
-    Raises:
-        DamagedFileError: the folder has no such document.
-    """
+    """Read the JSON document of a checkpoint folder, without verifying checksums."""
     try:
         return parse_document(load_object(folder / METADATA_NAME, _METADATA_TYPES)["checkpoint"])
     except (OSError, ValueError, TypeError, RecursionError) as error:

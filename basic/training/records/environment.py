@@ -36,7 +36,6 @@ def describe_environment(
 
     Args:
         tokenizer: None, or any object; its `fingerprint` is saved if it has one.
-        processes: number of ranks that train together.
     """
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -61,11 +60,7 @@ def describe_environment(
 
 
 def read_environments(run_dir: Path) -> list[dict[str, Any]]:
-    """Read the environments of all starts of a run, oldest first; empty if the run has no such file.
-
-    Raises:
-        DamagedFileError: the file cannot be read.
-    """
+    """Read the environments of all starts of a run, oldest first; empty if the run has no such file."""
     path = run_dir / _FILE_NAME
     starts = load_object(path, {"starts": list})["starts"] if path.is_file() else []
     if not all(map(_is_environment, starts)):

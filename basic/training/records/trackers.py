@@ -36,7 +36,6 @@ def open_trackers(
     """Open the trackers with these names.
 
     Args:
-        names: of `NAMES`.
         run_dir: trackers store their files in subfolders of it; its name is the name of the run.
         first_step: number of steps done before. If there are any, the run of Weights & Biases is continued. TensorBoard
             drops what an earlier process logged after this step.
@@ -56,11 +55,7 @@ def open_trackers(
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Check that these trackers can be used, before any file is written.
-
-    Raises:
-        InvalidConfigError: a name is unknown, or its package is not installed.
-    """
+    """Check that these trackers can be used, before any file is written."""
     for name in names:
         if name not in NAMES:
             raise InvalidConfigError(f"there is no tracker {name!r}; choose from {', '.join(NAMES)}")
