@@ -6,16 +6,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from basic.formats.export_model import export_gguf, export_hf
     from basic.formats.import_model import import_hf, import_pt, import_run, load_model
-    from basic.formats.tiktoken_ranks import load_tiktoken, save_tiktoken
-    from basic.formats.tokenizer_json import save_tokenizer_json
+    from basic.formats.tokenizers import load_tiktoken, save_tiktoken, save_tokenizer_json
 
 __all__ = ["export_gguf", "export_hf", "import_hf", "import_pt", "import_run", "load_model"]
 __all__ += ["load_tiktoken", "save_tiktoken", "save_tokenizer_json"]
 _MODULES = {
     **dict.fromkeys(("export_hf", "export_gguf"), "export_model"),
     **dict.fromkeys(("import_hf", "import_run", "import_pt", "load_model"), "import_model"),
-    **dict.fromkeys(("load_tiktoken", "save_tiktoken"), "tiktoken_ranks"),
-    "save_tokenizer_json": "tokenizer_json",
+    **dict.fromkeys(("load_tiktoken", "save_tiktoken", "save_tokenizer_json"), "tokenizers"),
 }
 
 

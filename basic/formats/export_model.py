@@ -20,7 +20,7 @@ from basic.formats.gguf_file import write_gguf
 from basic.formats.gguf_names import ROPE_DIVISORS, ROPE_SCALING, gguf_fields, gguf_name, rope_divisors
 from basic.formats.gguf_tokenizer import gguf_tokenizer_fields
 from basic.formats.hf_names import hf_config, hf_name, to_hf_row_order
-from basic.formats.tokenizer_json import save_tokenizer_json
+from basic.formats.tokenizers import save_tokenizer_json
 from basic.model import TransformerLM
 from basic.Tokenizer import Tokenizer
 from basic.training.batches import check_tokenizer_size

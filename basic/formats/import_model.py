@@ -12,8 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,13 +179,10 @@ def load_hf(
         raise InvalidInputError(f"{path}: {error}") from error
     config = _shortened(config, context_length)
     files = _weight_files(directory, unpickle)
-    read_names = _names_in_pickle if unpickle else _names_in_safetensors
-    read_tensors = _read_pickle if unpickle else _read_safetensors
-    saved = [name.removeprefix("model.") for file in files for name in read_names(file)]
-    model = model_for_checks(config, _count_blocks(saved), path)
+    saved = [(file, *item) for file in files for item in (_read_pickle if unpickle else _read_safetensors)(file)]
+    model = model_for_checks(config, _count_blocks(name.removeprefix("model.") for _, name, _ in saved), path)
     names = {hf_name(name, config.norm): name for name in model.state_dict()}
-    tensors = ((file, *item) for file in files for item in read_tensors(file) if not item[0].endswith(_ROPE_BUFFER))
-    weights = _match_weights(model, names, tensors)
+    weights = _match_weights(model, names, (each for each in saved if not each[1].endswith(_ROPE_BUFFER)))
     ordered = {name: from_hf_row_order(name, weight, config.d_head) for name, weight in weights.items()}
     return _load_weights(config, ordered, names)
 
@@ -295,30 +291,15 @@ def _weight_files(directory: Path, unpickle: bool) -> list[Path]:
     return [directory / shard for shard in shards]
 
 
-def _names_in_safetensors(path: Path) -> list[str]:
-    with _open_safetensors(path) as file:
-        return list(file.keys())
-
-
 def _read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    with _open_safetensors(path) as file:
-        for name in list(file.keys()):
-            yield name, file.get_tensor(name)
-
-
-@contextmanager
-def _open_safetensors(path: Path) -> Generator[Any]:
+    """Yield the tensors of a file, which are views of it: they are read when they are used."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}, which the index names")
     try:
         with safe_open(path, framework="pt") as file:
-            yield file
+            yield from [(name, file.get_tensor(name)) for name in list(file.keys())]
     except SafetensorError as error:
         raise DamagedFileError(f"{path} is not a complete safetensors file ({error}); download it again") from error
-
-
-def _names_in_pickle(path: Path) -> list[str]:
-    return [name for name, _ in _read_pickle(path)]
 
 
 def _read_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:

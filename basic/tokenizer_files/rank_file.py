@@ -146,14 +146,6 @@ def read_rank_file(
         special_tokens = {} if published is None else published[1]
         for token_id in special_tokens.values():  # no merge makes them, also where the file has them
             vocab.pop(token_id, None)
-    elif isinstance(special_tokens, Mapping):
-        ranks = {token: rank for rank, token in vocab.items()}
-        for token, token_id in special_tokens.items():
-            if ranks.get(token.encode(), token_id) != token_id or vocab.get(token_id, token.encode()) != token.encode():
-                raise InvalidInputError(
-                    f"special token {token!r} cannot have the id {token_id}: in {name!r} the token has another rank, "
-                    "or the rank another token"
-                )
     if pattern is None:
         if published is None:
             raise InvalidInputError(

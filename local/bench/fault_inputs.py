@@ -20,8 +20,7 @@ from basic.common import file_sets
 from basic.common.errors import BasicError, DamagedFileError
 from basic.encoding import encode_file, encode_files
 from basic.formats.import_model import open_model
-from basic.formats.tiktoken_ranks import load_tiktoken
-from basic.formats.tokenizer_json import load_tokenizer_json
+from basic.formats.tokenizers import load_tiktoken
 from basic.Tokenizer import Tokenizer
 from basic.tokens.opening import open_tokens, read_info
 from basic.train_bpe import train_bpe
@@ -71,7 +70,7 @@ def kinds(given: Path) -> dict[str, tuple[str, Callable[[Path], Any]]]:
         "cache of a pattern": ("cache/pattern", lambda folder: _cached(folder / "cache/pattern")),
         "cache of a kernel": ("cache/kernel", lambda folder: _cached(folder / "cache/kernel")),
         "rank file": ("ranks.tiktoken", lambda f: load_tiktoken(f / "ranks.tiktoken", pattern="gpt2").fingerprint),
-        "tokenizer.json": ("hf/tokenizer.json", lambda f: load_tokenizer_json(f / "hf/tokenizer.json").fingerprint),
+        "tokenizer.json": ("hf/tokenizer.json", lambda f: Tokenizer.load(f / "hf/tokenizer.json").fingerprint),
     }
 
 

@@ -173,7 +173,7 @@ def find_vocabularies(folder: Path, options: Options) -> dict[str, Path]:
 
 def write_json_files(vocabularies: dict[str, Path], folder: Path) -> None:
     """Write each tokenizer as tokenizer.json, for the peers that do not open its rank file."""
-    from basic.formats.tokenizer_json import save_tokenizer_json
+    from basic.formats.tokenizers import save_tokenizer_json
     from basic.Tokenizer import Tokenizer
 
     for name, path in vocabularies.items():

@@ -30,7 +30,7 @@ from basic.analysis.playground.answers import MAX_SHOWN_TOKENS, NUM_CANDIDATES, 
 from basic.analysis.playground.choices import PUBLISHED, find_published, find_runs, find_tokenizers
 from basic.analysis.playground.server import MAX_SHORT_BYTES, MAX_TEXT_CHARACTERS, TimedProtocol, create_app
 from basic.common.errors import InvalidInputError
-from basic.formats.tiktoken_ranks import save_tiktoken
+from basic.formats.tokenizers import save_tiktoken
 from basic.generation.text import complete
 from basic.model import ModelConfig, TransformerLM
 from basic.Tokenizer import Tokenizer

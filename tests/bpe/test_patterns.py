@@ -71,15 +71,14 @@ def count(pattern: Pattern, text: str) -> Counter[bytes]:
     from basic.bpe.kernels.scan import pattern_tables
     from basic.bpe.kernels.special_tokens import special_token_tables
 
-    if pattern not in counters:
-        counters[pattern] = PretokenCounter(pattern_tables(automaton(pattern)), special_token_tables([]))
-    counter, data = counters[pattern], bytes_array(text.encode())
-    counter.clear()
+    if pattern not in compiled_tables:
+        compiled_tables[pattern] = pattern_tables(automaton(pattern))
+    counter, data = PretokenCounter(compiled_tables[pattern], special_token_tables([])), bytes_array(text.encode())
     assert counter.add_text(data, 0, len(data)) is None
     return counter.pretokens().to_counter()
 
 
-counters: dict[Pattern, Any] = {}
+compiled_tables: dict[Pattern, Any] = {}
 
 
 def counted(pattern: Pattern, text: str) -> Counter[bytes]:

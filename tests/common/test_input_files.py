@@ -16,9 +16,9 @@ from basic.corpus.sources import read_text
 from basic.corpus.train_valid import split_text
 from basic.encoding import encode_file
 from basic.formats.import_model import import_pt
-from basic.formats.tiktoken_ranks import load_tiktoken
-from basic.formats.tokenizer_json import load_tokenizer_json
+from basic.formats.tokenizers import load_tiktoken
 from basic.Tokenizer import Tokenizer
+from basic.tokenizer_files.tokenizer_json import read_tokenizer_json
 from basic.tokens.opening import open_tokens, read_info
 from basic.train_bpe import train_bpe
 from basic.training.records.metrics import read_metrics
@@ -46,7 +46,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "text.gz": lambda path: list(read_text(path)),
     "split.txt": lambda path: split_text(path, path.parent),
     "ranks.tiktoken": lambda path: load_tiktoken(path, pattern="gpt2"),
-    "tokenizer.json": load_tokenizer_json,
+    "tokenizer.json": read_tokenizer_json,
     "weights.pt": lambda path: import_pt(path, path.parent / "run", CONFIG),
 }
 

@@ -62,7 +62,7 @@ PUBLIC_NAMES = {
 TEXT_TO_TOKENS = (
     *("basic.bytes_utils", "basic.pretokenization", "basic.train_bpe", "basic.Tokenizer", "basic.encoding"),
     *("basic.chat", "basic.common", "basic.bpe", "basic.corpus", "basic.tokens", "basic.tokenizer_files"),
-    *("basic.formats.tokenizer_json", "basic.formats.tiktoken_ranks", "basic.formats.gguf_tokenizer"),
+    *("basic.formats.tokenizers", "basic.formats.gguf_tokenizer"),
 )
 TOKENIZERS = ("basic.Tokenizer", "basic.pretokenization", "basic.train_bpe", "basic.bpe", "basic.corpus")
 

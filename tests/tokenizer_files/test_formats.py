@@ -12,8 +12,7 @@ import tokenizers
 from hypothesis import given
 
 from basic.bytes_utils import load_merges, load_vocab
-from basic.formats.tiktoken_ranks import load_tiktoken, save_tiktoken
-from basic.formats.tokenizer_json import load_tokenizer_json, save_tokenizer_json
+from basic.formats.tokenizers import load_tiktoken, save_tiktoken, save_tokenizer_json
 from basic.pretokenization import resolve_pattern
 from basic.Tokenizer import Tokenizer
 from basic.train_bpe import train_bpe
@@ -50,7 +49,7 @@ def programs_for(tmp_path_factory):
         save_tokenizer_json(tokenizer, json_path)
         save_tiktoken(tokenizer, ranks_path)
         special = tokenizer.special_token_ids
-        loaded = load_tokenizer_json(json_path), load_tiktoken(ranks_path, pattern=pattern, special_tokens=special)
+        loaded = Tokenizer.load(json_path), load_tiktoken(ranks_path, pattern=pattern, special_tokens=special)
         assert [ours.fingerprint for ours in loaded] == [tokenizer.fingerprint] * 2
         programs = tokenizers.Tokenizer.from_file(str(json_path)), tiktoken_of(ranks_path, special, PUBLISHED[pattern])
         assert programs[0].get_vocab_size() == programs[1].n_vocab == tokenizer.vocab_size
@@ -93,7 +92,7 @@ def test_gpt2_survives_a_round_trip(tmp_path):
     save_tokenizer_json(gpt2, tmp_path / "tokenizer.json")
     huggingface = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     huggingface.save(str(tmp_path / "theirs.json"))
-    assert load_tokenizer_json(tmp_path / "theirs.json").fingerprint == gpt2.fingerprint
+    assert Tokenizer.load(tmp_path / "theirs.json").fingerprint == gpt2.fingerprint
     save_tiktoken(gpt2, tmp_path / "gpt2.tiktoken")
     loaded = load_tiktoken(tmp_path / "gpt2.tiktoken", pattern=PUBLISHED["gpt2"], special_tokens=[END])
     assert loaded.fingerprint == gpt2.fingerprint
@@ -179,7 +178,7 @@ def test_merges_in_any_order_are_read_exactly(tmp_path):
         content["model"]["ignore_merges"] = random_.random() < 0.5
         path.write_text(json.dumps(content))
         huggingface = tokenizers.Tokenizer.from_str(json.dumps(content))
-        ours = load_tokenizer_json(path)
+        ours = Tokenizer.load(path)
         early += ours.used_merges.early is not None
         others = []
         if number % 50 == 0:  # files are slow

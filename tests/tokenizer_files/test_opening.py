@@ -6,8 +6,7 @@ import pytest
 
 from basic.bytes_utils import save_merges, save_vocab
 from basic.common.errors import DamagedFileError, InvalidInputError
-from basic.formats.tiktoken_ranks import save_tiktoken
-from basic.formats.tokenizer_json import save_tokenizer_json
+from basic.formats.tokenizers import save_tiktoken, save_tokenizer_json
 from basic.pretokenization import Pattern
 from basic.Tokenizer import Tokenizer
 from basic.tokenizer_files.content import TokenizerSettings

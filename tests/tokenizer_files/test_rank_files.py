@@ -6,8 +6,7 @@ import pytest
 import tokenizers
 
 from basic.common.errors import DamagedFileError, InvalidInputError
-from basic.formats.tiktoken_ranks import load_tiktoken, save_tiktoken
-from basic.formats.tokenizer_json import load_tokenizer_json, save_tokenizer_json
+from basic.formats.tokenizers import load_tiktoken, save_tiktoken, save_tokenizer_json
 from basic.Tokenizer import Tokenizer
 from basic.tokenizer_files.content import TokenizerSettings
 from tests.helpers.tokenizer_tools import BYTES, tiktoken_of
@@ -78,7 +77,7 @@ def test_special_tokens_that_are_also_ordinary_tokens(tmp_path):
     save_tokenizer_json(ours, tmp_path / "tokenizer.json")
     save_tiktoken(ours, tmp_path / "ranks")
     from_ranks = load_tiktoken(tmp_path / "ranks", pattern="gpt2", special_tokens=ours.special_token_ids)
-    for other in (load_tokenizer_json(tmp_path / "tokenizer.json"), from_ranks):
+    for other in (Tokenizer.load(tmp_path / "tokenizer.json"), from_ranks):
         assert other.fingerprint == ours.fingerprint
     huggingface = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     text = "a t\nx y the  t"
@@ -112,7 +111,7 @@ def test_special_tokens_of_rank_files(tmp_path):
     assert load_tiktoken(tmp_path / "ranks", pattern="gpt2", special_tokens=["<a>"]).encode("<a>") == [256]
     assert load_tiktoken(tmp_path / "ranks", pattern="gpt2", special_tokens={"<a>": 300}).encode("<a>") == [300]
     for special_tokens in [{"<a>": 97}, {"a": 98}, {"a": 300}]:
-        with pytest.raises(InvalidInputError, match=r"cannot have the id .* the token has another rank"):
+        with pytest.raises(InvalidInputError, match=r"cannot have the id .* the token has another id"):
             load_tiktoken(tmp_path / "ranks", pattern="gpt2", special_tokens=special_tokens)
     (tmp_path / "ranks").write_bytes(LINES[: LINES.index(b"\n", 999) + 1])
     with pytest.raises(InvalidInputError, match="the file lacks a token for the byte"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from basic.formats.tokenizer_json import save_tokenizer_json
+from basic.formats.tokenizers import save_tokenizer_json
 from basic.Tokenizer import Tokenizer
 from basic.train_bpe import learn_more_merges
 from tests.conftest import shared_data

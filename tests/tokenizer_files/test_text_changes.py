@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from basic.common.errors import InvalidInputError
 from basic.encoding import encode_file, encode_files
-from basic.formats.tokenizer_json import save_tokenizer_json
+from basic.formats.tokenizers import save_tokenizer_json
 from basic.pretokenization import SpecialTokens
 from basic.Tokenizer import Tokenizer
 from basic.tokenizer_files.content import TokenizerSettings

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 
 from basic.common.errors import DamagedFileError, InvalidInputError
-from basic.formats.tokenizer_json import load_tokenizer_json, save_tokenizer_json
+from basic.formats.tokenizers import save_tokenizer_json
 from basic.pretokenization import PATTERNS
 from basic.Tokenizer import Tokenizer
 from tests.helpers.tokenizer_tools import BYTES, END, PUBLISHED, added, tokenizer_json
@@ -70,13 +70,13 @@ def changed(path: str, value: object) -> dict[str, Any]:
 def test_files_of_other_programs_are_read(tmp_path, path, value):
     content = changed(path, value)
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    ours = load_tokenizer_json(tmp_path / "tokenizer.json")
+    ours = Tokenizer.load(tmp_path / "tokenizer.json")
     huggingface = tokenizers.Tokenizer.from_str(json.dumps(content))
     for text in ["the  three TH'S the!?", f"b b{END} th {END}", "a thé 1234\n\n ", ""]:
         assert ours.encode(text) == huggingface.encode(text).ids
         assert ours.decode(ours.encode(text)) == text
     save_tokenizer_json(ours, tmp_path / "tokenizer.json")
-    assert load_tokenizer_json(tmp_path / "tokenizer.json").fingerprint == ours.fingerprint
+    assert Tokenizer.load(tmp_path / "tokenizer.json").fingerprint == ours.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_the_error_names_what_is_not_supported(tmp_path, path, value, message):
     (tmp_path / "tokenizer.json").write_text(json.dumps(changed(path, value)))
     damaged = "not a complete" in message
     with pytest.raises(DamagedFileError if damaged else InvalidInputError, match=message) as error:
-        load_tokenizer_json(tmp_path / "tokenizer.json")
+        Tokenizer.load(tmp_path / "tokenizer.json")
     assert "tokenizer.json'" in str(error.value)
 
 
@@ -159,7 +159,7 @@ def test_tokens_without_a_merge_are_used_with_ignore_merges(tmp_path, ignore_mer
     content["model"]["ignore_merges"] = ignore_merges
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     huggingface = tokenizers.Tokenizer.from_str(json.dumps(content))
-    ours = load_tokenizer_json(tmp_path / "tokenizer.json")
+    ours = Tokenizer.load(tmp_path / "tokenizer.json")
     assert ours.encode("the the") == huggingface.encode("the the").ids
     assert (258 in ours.encode("the the")) == ignore_merges
     ours.save(tmp_path / "folder")
@@ -176,7 +176,7 @@ PADDING |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
 def test_truncation_and_padding_are_ignored_with_a_warning(tmp_path, field, value):
     (tmp_path / "tokenizer.json").write_text(json.dumps(changed(field, value)))
     with pytest.warns(UserWarning, match=rf"{field} is .*: 1.*, which is ignored"):
-        assert len(load_tokenizer_json(tmp_path / "tokenizer.json").encode("the the")) > 1
+        assert len(Tokenizer.load(tmp_path / "tokenizer.json").encode("the the")) > 1
 
 
 @pytest.mark.filterwarnings("ignore:.*which is ignored")
@@ -199,10 +199,10 @@ def test_values_that_the_package_refuses_are_refused(tmp_path):
         except BaseException:
             num_refused += 1
             with pytest.raises((InvalidInputError, DamagedFileError), match=path[-1] if len(path) < 3 else "added_tok"):
-                load_tokenizer_json(tmp_path / "tokenizer.json")
+                Tokenizer.load(tmp_path / "tokenizer.json")
             continue
         if path[0] != "model" and value is not True:
-            load_tokenizer_json(tmp_path / "tokenizer.json")
+            Tokenizer.load(tmp_path / "tokenizer.json")
     assert num_refused > 120
 
 
@@ -233,9 +233,9 @@ def test_every_sequence_of_pre_tokenizers_splits_the_same(tmp_path, steps):
     content["model"] = tokenizer_json({**BYTES, **{256 + i: x + y for i, (x, y) in enumerate(pairs)}}, pairs)["model"]
     content["added_tokens"] = []
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    ours = load_tokenizer_json(tmp_path / "tokenizer.json")
+    ours = Tokenizer.load(tmp_path / "tokenizer.json")
     save_tokenizer_json(ours, tmp_path / "ours.json")
-    assert load_tokenizer_json(tmp_path / "ours.json").fingerprint == ours.fingerprint
+    assert Tokenizer.load(tmp_path / "ours.json").fingerprint == ours.fingerprint
     theirs = [tokenizers.Tokenizer.from_file(str(tmp_path / name)) for name in ("tokenizer.json", "ours.json")]
     for length in range(1, 5):
         for text in map("".join, itertools.product(pieces, repeat=length)):
@@ -260,7 +260,7 @@ def test_every_sequence_of_pre_tokenizers_splits_the_same(tmp_path, steps):
 def test_the_template_is_applied_when_asked_and_written_back(tmp_path, processor, before, after):
     content = changed("post_processor", processor)
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    ours = load_tokenizer_json(tmp_path / "tokenizer.json")
+    ours = Tokenizer.load(tmp_path / "tokenizer.json")
     ours.save(tmp_path / "folder")
     save_tokenizer_json(Tokenizer.load(tmp_path / "folder"), tmp_path / "again.json")
     again = Tokenizer.load(tmp_path / "again.json")

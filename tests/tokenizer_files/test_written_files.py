@@ -2,8 +2,7 @@
 
 import pytest
 
-from basic.formats.tiktoken_ranks import save_tiktoken
-from basic.formats.tokenizer_json import save_tokenizer_json
+from basic.formats.tokenizers import save_tiktoken, save_tokenizer_json
 from basic.Tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer({byte: bytes([byte]) for byte in range(256)}, [], ["<|endoftext|>"])

@@ -196,11 +196,6 @@ class PretokenCounter:
         _write_pretokens(self._table, self._pool, *pretokens)
         return pretokens._replace(data=data[:num_bytes])
 
-    def clear(self) -> None:
-        """Forget all pre-tokens."""
-        self._table[:] = 0
-        self._state[ENTRIES] = self._state[POOL_USED] = 0
-
     def grow(self) -> None:
         """Make the array that is too small four times as large."""
         if (self._state[ENTRIES] + BLOCK) * 2 * SLOT_LENGTH > len(self._table):

@@ -37,7 +37,7 @@ def main(options: Options) -> None:
     from basic.common.files import make_folder
     from basic.common.outputs import Output, check_outputs
     from basic.formats.export_model import export_gguf, export_hf
-    from basic.formats.tiktoken_ranks import save_tiktoken
+    from basic.formats.tokenizers import save_tiktoken
     from basic.Tokenizer import Tokenizer
     from basic.training.records.environment import check_run_tokenizer
     from basic.training.run_folder import load_run

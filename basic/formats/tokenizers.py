@@ -1,4 +1,7 @@
-"""Tokenizers as rank files of tiktoken; see `basic.tokenizer_files.rank_file`."""
+"""Tokenizers in the files of other programs, whose formats are in `basic.tokenizer_files`.
+
+All of them are opened by `Tokenizer.load`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,19 @@ from collections.abc import Iterable, Mapping
 from basic.pretokenization import Pattern
 from basic.Tokenizer import Tokenizer
 from basic.tokenizer_files.rank_file import read_rank_file, write_rank_file
+from basic.tokenizer_files.tokenizer_json import write_tokenizer_json
+
+
+def save_tokenizer_json(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
+    """Write a tokenizer as `tokenizer.json`, which `tokenizers.Tokenizer.from_file` reads.
+
+    The `tokenizers` package then gives the same ids, also for special tokens. (Its decoder takes a special token of
+    Latin-1 letters, such as "<é>", for the printable form of bytes; this does not change ids.)
+
+    Raises:
+        InvalidInputError: the file format cannot express the tokenizer; the message has the token, merge or pattern.
+    """
+    write_tokenizer_json(tokenizer.content(), tokenizer.used_merges, path)
 
 
 def save_tiktoken(tokenizer: Tokenizer, path: str | os.PathLike, *, overwrite: bool = True) -> None:
@@ -23,7 +39,6 @@ def save_tiktoken(tokenizer: Tokenizer, path: str | os.PathLike, *, overwrite: b
         FileExistsError: the file exists, and `overwrite` is False.
         InvalidInputError: tiktoken would give other ids (the message has the token), or leave text out: it drops what
             the pattern does not match.
-        OSError: the file cannot be written.
 
     Examples:
         >>> save_tiktoken(tokenizer, "ours.tiktoken")
@@ -54,6 +69,5 @@ def load_tiktoken(
         DamagedFileError: a line is not a token with its rank (the message has the line), or two lines have the same
             token or rank.
         InvalidInputError: a byte has no token, or the pattern or a special token is invalid.
-        OSError: the file cannot be read.
     """
     return Tokenizer.from_content(read_rank_file(path, pattern=pattern, special_tokens=special_tokens))
