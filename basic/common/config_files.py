@@ -186,25 +186,13 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def convert(hint: Any, value: Any, name: str) -> Any:
-    """Convert a TOML value to the type of its field.
-
-    Raises:
-        InvalidConfigError: the value does not have this type; the message names the key.
-    """
+    """Convert a TOML value to the type of its field; an InvalidConfigError names the key of one with another."""
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return from_table(hint, value, name + ".")
-    if get_origin(hint) is tuple and isinstance(value, list):  # tuple[item, ...] is a list in TOML
-        return tuple(convert(get_args(hint)[0], item, f"{name}[{index}]") for index, item in enumerate(value))
-    options = _options(hint)
-    for option in options:
-        if get_origin(option) is Literal and value in get_args(option):
-            return value
-        if option is float and type(value) is int:
-            return float(value)
-        if type(value) is option:  # not isinstance, because True is an instance of int
-            return value
-    allowed = " or ".join(_describe(option) for option in options if option is not type(None))
-    raise InvalidConfigError(f"{name} must be {allowed}, got {value!r}")
+    try:
+        return _checked(hint, value, name)
+    except TypeError as error:
+        raise InvalidConfigError(str(error)) from None
 
 
 def _describe(option: Any) -> str:

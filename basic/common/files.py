@@ -328,7 +328,7 @@ def load_json(path: str | os.PathLike, content: bytes | None = None, **options: 
 Types = Mapping[str, type | tuple[type, ...]]
 
 
-def load_object(path: str | os.PathLike, types: Types, content: bytes | None = None) -> dict[str, Any]:
+def load_object(path: str | os.PathLike, types: Types) -> dict[str, Any]:
     """Read a JSON file that holds one object with at least these keys.
 
     If the object has a checksum (`with_checksum`), it is compared with the other keys. Without one it is accepted: by
@@ -336,12 +336,11 @@ def load_object(path: str | os.PathLike, types: Types, content: bytes | None = N
 
     Args:
         types: the type of each key's value, or several; `type(None)` allows null.
-        content: the file's content, if it has been read already.
 
     Raises:
         DamagedFileError: the file is not such an object, or its checksum is another.
     """
-    value, name = load_json(path, content), os.fspath(path)
+    value, name = load_json(path), os.fspath(path)
     if (problem := difference_from_object(value, types)) is not None:
         raise DamagedFileError(f"{name!r} {problem}")
     if _CHECKSUM in value and value != with_checksum(value):

@@ -44,14 +44,12 @@ def check_outputs(
     *,
     inputs: Iterable[str | os.PathLike] = (),
     overwrite: bool = False,
-    remedy: str = "replace it with --overwrite",
 ) -> None:
     """Check everything that a command will write; at most, locks are removed that killed processes left.
 
     Args:
         inputs: files and folders that the command reads; those that do not exist, such as URLs, are skipped.
         overwrite: whether outputs that exist and are ours may be replaced.
-        remedy: how to ask for that, in messages.
 
     Raises:
         InvalidInputError: an output is also an input, or cannot be a path.
@@ -63,7 +61,7 @@ def check_outputs(
         check_path(output.path)
     try:
         for output in outputs:
-            _check_output(output, read, overwrite, remedy)
+            _check_output(output, read, overwrite)
     except OSError:
         # A process that is killed between its last rename and its end leaves locks beside an output that is complete.
         for output in outputs:
@@ -71,7 +69,7 @@ def check_outputs(
         raise
 
 
-def _check_output(output: Output, read: set, overwrite: bool, remedy: str) -> None:
+def _check_output(output: Output, read: set, overwrite: bool) -> None:
     path = os.fspath(output.path)
     _check_parents(Path(os.path.realpath(path)))
     if (identity := _identity(path)) is None:
@@ -92,7 +90,7 @@ def _check_output(output: Output, read: set, overwrite: bool, remedy: str) -> No
             "another name, or move it away"
         )
     if not overwrite:
-        raise FileExistsError(f"{path!r} already exists; choose another name, or {remedy}")
+        raise FileExistsError(f"{path!r} already exists; choose another name, or replace it with --overwrite")
 
 
 def _is_ours(output: Output) -> bool:
@@ -109,7 +107,6 @@ def reserved_outputs(
     *,
     inputs: Iterable[str | os.PathLike] = (),
     overwrite: bool = False,
-    remedy: str = "replace it with --overwrite",
 ) -> Generator[None]:
     """Check what the block will write, and keep it for this process until the block ends.
 
@@ -120,7 +117,7 @@ def reserved_outputs(
         InvalidInputError, OSError: as for `check_outputs`, whose arguments these are.
     """
     outputs = list(outputs)
-    check = partial(check_outputs, outputs, inputs=list(inputs), overwrite=overwrite, remedy=remedy)
+    check = partial(check_outputs, outputs, inputs=list(inputs), overwrite=overwrite)
     check()
     with ExitStack() as locks:
         for path in sorted({os.path.realpath(output.path) for output in outputs}):

@@ -29,6 +29,7 @@ from basic.transformer.functional import IGNORE_INDEX
 
 _CHUNK_TOKENS = 1 << 22
 """Tokens that are scanned at a time: a few MB, whatever the size of the file."""
+_BATCHES_AHEAD = 2
 _MAX_SCANNED_TOKENS = 1 << 30
 """Tokens without a sidecar are scanned before training if there are at most this many, which takes about a second."""
 
@@ -216,13 +217,8 @@ class BatchSampler:
 
 
 @contextmanager
-def read_ahead(
-    sampler: BatchSampler, steps: range, device: torch.device, *, ahead: int = 2
-) -> Generator[Iterator[tuple[Tensor, ...]]]:
+def read_ahead(sampler: BatchSampler, steps: range, device: torch.device) -> Generator[Iterator[tuple[Tensor, ...]]]:
     """Read the batches of some steps in a background thread and copy them to the device.
-
-    Args:
-        ahead: number of batches to prepare in advance.
 
     Yields:
         An iterator over the batches; it raises what the thread raised. Leaving the block ends the thread.
@@ -236,7 +232,7 @@ def read_ahead(
         def batches() -> Iterator[tuple[Tensor, ...]]:
             for step in steps:
                 queue.append(thread.submit(fetch, step))
-                if len(queue) > ahead:
+                if len(queue) > _BATCHES_AHEAD:
                     yield queue.popleft().result()
             while queue:
                 yield queue.popleft().result()

@@ -91,7 +91,7 @@ def test_small_table_replaces_the_keys_it_has(tmp_path):
         ("grid.train.step = [1]", "unknown key 'train.step'; the keys here are steps, "),
         ("grid.train.steps = 3", "grid.train.steps must be a list of values to try, got 3"),
         ("grid.train.steps = []", "grid.train.steps must be a list of values"),
-        ("grid.train.steps = ['a']", "train.steps must be an integer, got 'a'"),
+        ("grid.train.steps = ['a']", "train.steps must be an integer, got str: 'a'"),
         ("grid.train.steps = [0]", "steps must be at least 1, got 0"),
         ("grid.train.steps = [1, 1]", "two runs would be called 'steps=1'"),
         ("variants = [{ name = '../x' }]", "a run would be called '../x', which cannot name a folder"),
