@@ -53,8 +53,6 @@ class Options:
 def main(options: Options) -> None:
     from basic.generation.sampling import generate
     from basic.generation.text import complete, stream
-    from basic.Tokenizer import Tokenizer
-    from basic.training.records.environment import check_run_tokenizer
     from basic.training.run_folder import load_run
 
     if options.prompt is not None and options.prompt_file is not None:
@@ -62,11 +60,7 @@ def main(options: Options) -> None:
     if options.log_probabilities and (options.chat or options.stop):
         raise InvalidInputError("--log-probabilities lists all tokens of a continuation; leave --chat and --stop out")
     run = load_run(options.run, checkpoint=options.checkpoint, device=options.device)
-    if run.tokenizer_path is None:
-        raise InvalidInputError(f"{options.run} has no tokenizer/ folder, which is needed to encode the prompt")
-    tokenizer = Tokenizer.load(run.tokenizer_path)
-    check_run_tokenizer(options.run, tokenizer.fingerprint)
-    end_of_text = run.config.train.end_of_text
+    tokenizer, end_of_text = run.tokenizer, run.config.train.end_of_text
     how: dict[str, Any] = {**asdict(options.sampling), "stop": options.stop, "end_of_text": end_of_text}
     if options.chat:
         chat = ChatFormat(tokenizer, end_of_text=end_of_text)

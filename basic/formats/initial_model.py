@@ -81,7 +81,7 @@ def open_initial_model(source: str | os.PathLike) -> InitialModel:
     run_dir = path.parents[1] if is_checkpoint else path
     if (run_dir / "config.toml").is_file():
         run = load_run(run_dir, checkpoint=checkpoint_step(path) if is_checkpoint else None, device="cpu")
-        tokenizer = None if run.tokenizer_path is None else Tokenizer.load(run.tokenizer_path)
+        tokenizer = None if run.tokenizer_path is None else run.tokenizer
         saved = str(find_checkpoint_path(run_dir, run.step))
         return InitialModel(run.model, saved, tokenizer, run.tokenizer_path, run.config.train.end_of_text)
     if is_gguf(path):

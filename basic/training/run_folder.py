@@ -42,6 +42,7 @@ from basic.training.checkpoints.sharded import (
 )
 from basic.training.checkpoints.state import check_shapes, rename_wrapped_keys, without_wrappers
 from basic.training.parallel.devices import activation_dtype, choose_device
+from basic.training.records.environment import check_run_tokenizer
 from basic.training.records.metrics import read_metrics
 from basic.training.settings import RunConfig
 
@@ -66,6 +67,7 @@ class Run(NamedTuple):
 
         Raises:
             InvalidInputError: the run has none.
+            WrongTokenizerError: it is not the one with which the run was started.
         """
         if self.tokenizer_path is None:
             raise InvalidInputError("the run has no tokenizer/ folder; its model continues ids, with basic.generation")
@@ -99,7 +101,9 @@ class Run(NamedTuple):
 def _load_tokenizer(path: Path) -> Any:
     # Training never imports a tokenizer (tests/project/test_architecture.py); this module is imported by its name when
     # a user asks for the tokenizer of a run.
-    return import_module("basic.Tokenizer").Tokenizer.load(path)
+    tokenizer = import_module("basic.Tokenizer").Tokenizer.load(path)
+    check_run_tokenizer(path.parent, tokenizer.fingerprint)
+    return tokenizer
 
 
 def load_run_config(run_dir: Path) -> RunConfig:

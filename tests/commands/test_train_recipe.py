@@ -48,9 +48,9 @@ def test_a_warm_up_in_steps_replaces_that_of_the_recipe():
     [
         ("train = 4", "train must be a table of settings, got 4"),
         ("model = []", r"model must be a table of settings, got \[\]"),
-        ("[model]\nvocab_size = 'many'", "model.vocab_size must be an integer, got 'many'"),
-        ("[train]\nminutes = 'ten'", "train.minutes must be a number, got 'ten'"),
-        ("[train]\ndevice = 4", "train.device must be a string in quotes, got 4"),
+        ("[model]\nvocab_size = 'many'", "model.vocab_size must be an integer, got str: 'many'"),
+        ("[train]\nminutes = 'ten'", "train.minutes must be a number, got str: 'ten'"),
+        ("[train]\ndevice = 4", "train.device must be a string in quotes, got int: 4"),
     ],
 )
 def test_a_wrong_configuration_is_named(text, message, tmp_path):

@@ -117,7 +117,7 @@ def test_a_configuration_file_may_leave_out_what_the_source_has(base, tmp_path):
 def test_a_configuration_file_with_a_number_in_place_of_a_table_is_refused(base, tmp_path, name):
     path = tmp_path / "fine.toml"
     path.write_text(f"{name} = 3\n" + "[train]\nsteps = 7\n" * (name != "train"))
-    with pytest.raises(InvalidConfigError, match=rf"fine.toml: {name} must be a table with the keys .*, got 3"):
+    with pytest.raises(InvalidConfigError, match=rf"fine.toml: {name} must be a table with the keys .*, got int: 3"):
         open_initial_model(base).run_config(path)
 
 

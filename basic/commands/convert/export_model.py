@@ -38,14 +38,11 @@ def main(options: Options) -> None:
     from basic.common.outputs import Output, check_outputs
     from basic.formats.export_model import export_gguf, export_hf
     from basic.formats.tokenizers import save_tiktoken
-    from basic.Tokenizer import Tokenizer
-    from basic.training.records.environment import check_run_tokenizer
     from basic.training.run_folder import load_run
 
     check_outputs([Output(options.output, "an export", is_folder=options.to == "hf")])
     run = load_run(options.run, checkpoint=options.checkpoint, device="cpu")
-    tokenizer = None if run.tokenizer_path is None else Tokenizer.load(run.tokenizer_path)
-    check_run_tokenizer(options.run, None if tokenizer is None else tokenizer.fingerprint)
+    tokenizer = None if run.tokenizer_path is None else run.tokenizer
     make_folder(options.output.parent)
     exported = (run.model, options.output, tokenizer if options.tokenizer else None)
     end_of_text = run.config.train.end_of_text

@@ -38,16 +38,13 @@ class Options:
 
 def main(options: Options) -> None:
     from basic.analysis.evaluation import evaluate_tokens
-    from basic.Tokenizer import Tokenizer
     from basic.training.parallel.devices import activation_dtype, choose_device
-    from basic.training.records.environment import check_run_tokenizer
     from basic.training.run_folder import load_run
 
     run = load_run(options.run, checkpoint=options.checkpoint, device=options.device)
     precision = replace(run.config.train, precision=options.precision)
     run.model.activation_dtype = activation_dtype(precision, choose_device(options.device))
-    tokenizer = None if run.tokenizer_path is None else Tokenizer.load(run.tokenizer_path)
-    check_run_tokenizer(options.run, None if tokenizer is None else tokenizer.fingerprint)
+    tokenizer = None if run.tokenizer_path is None else run.tokenizer
     if options.file is None and not run.config.data.valid_tokens:
         raise InvalidInputError(f"{options.run} names no validation tokens; give a token file or a text after the run")
     path = options.file or Path(run.config.data.valid_tokens)
