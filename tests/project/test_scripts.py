@@ -410,7 +410,7 @@ def test_all_scripts_from_text_to_generated_text(tmp_path, monkeypatch, capsys):
     run_script(monkeypatch, "train", "--config", "small.toml", "--overwrite", "--tokenizer", "")
     assert load_run("runs/small").step == 2
     assert load_run("runs/small").tokenizer_path is None
-    with pytest.raises(SystemExit, match="error: runs/small has no tokenizer/ folder"):
+    with pytest.raises(SystemExit, match="error: the run has no tokenizer/ folder"):
         run_script(monkeypatch, "generate", "runs/small")
 
     Path("other.txt").write_text(text(100).upper())
