@@ -52,7 +52,7 @@ def losses(precision: Any, steps: int = 30, changes: dict[str, Any] | None = Non
     config = TrainConfig(steps=steps, batch_size=8, precision=precision, **settings)
     step = TrainStep(model, make_optimizer(model, config), config, CUDA)
     ids = torch.randint(512, (steps, 8, 32), device=CUDA).repeat(1, 1, 9)[:, :, :257]
-    result = [step((batch[:, :-1], batch[:, 1:]), 1e-3)[0].item() for batch in ids]
+    result = [step((batch[:, :-1].contiguous(), batch[:, 1:].contiguous()), 1e-3)[0].item() for batch in ids]
     assert (step.graph is not None) == (config.gradient_accumulation == 1)
     return result
 

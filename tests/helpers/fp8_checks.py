@@ -75,7 +75,7 @@ def check_linear(tokens: int, d_in: int, d_outs: tuple[int, ...], device: str) -
         for ours, plain in zip(results, (expected, wide.grad, wide_weight.grad), strict=True):
             assert ours is not None
             assert plain is not None
-            assert relative_error(ours, plain) < 1e-2
+            assert (error := relative_error(ours, plain)) < 1e-2, error
         matrices.update()
     for kind, tensor, largest in ((INPUT, x, 112), (WEIGHT, torch.cat(weights), 112), (GRADIENT, dy, 448)):
         scale = matrix.records[kind, SCALE].item()
@@ -105,7 +105,7 @@ def check_swiglu(tokens: int, d_model: int, d_ff: int, device: str) -> None:
     expected.backward(dy.double())
     for ours, plain in zip((y, x.grad, w1.grad, w2.grad, w3.grad), (expected, *(t.grad for t in wide)), strict=True):
         assert ours is not None
-        assert relative_error(ours, plain) < 1e-2
+        assert (error := relative_error(ours, plain)) < 1e-2, error
 
 
 def check_attention(batch: int, seq: int, heads: tuple[int, int], head_size: int, device: str) -> None:
@@ -135,7 +135,7 @@ def check_attention(batch: int, seq: int, heads: tuple[int, int], head_size: int
     assert matrix.rows.shape[0] == features
     assert largest[0] == pytest.approx(largest[1], rel=2e-2)
     for joined, apart in zip(*results, strict=True):
-        assert relative_error(joined, apart) < 5e-2
+        assert (error := relative_error(joined, apart)) < 5e-2, error
 
 
 def check_unusual_tensors_are_named(device: str) -> None:
