@@ -20,7 +20,7 @@ from basic.bpe.compiled import KernelEncoder
 from basic.bpe.patterns.tables import automaton_of
 from basic.bpe.spans import Encoding, find_spans
 from basic.bytes_utils import decode_blocks, invalid_byte_error
-from basic.common.arguments import check_errors_option, check_text_list, describe
+from basic.common.arguments import check_errors_option, check_text, check_text_list, describe
 from basic.common.errors import InvalidInputError
 from basic.common.progress import resolve_num_threads
 from basic.pretokenization import (
@@ -129,7 +129,7 @@ class Tokenizer(TokenizerDefinition):
             before, after = self.settings.template()
             return [*before, *self.encode(text, specials_as_text=specials_as_text, errors=errors), *after]
         if self._always_changes or errors != "strict":
-            _check_text(text)
+            check_text(text)
             text = self._text_changes(specials_as_text, errors).apply(replace_surrogates(text))
         elif self._kernel_encoder is not None and not specials_as_text:
             try:
@@ -139,7 +139,7 @@ class Tokenizer(TokenizerDefinition):
                 self._kernel_encoder.replace_strings(ids)
             except (TypeError, UnicodeEncodeError):  # raised or handled below
                 pass
-        _check_text(text)
+        check_text(text)
         if (length := len(text)) > 0 and (encoder := self.kernel_encoder(length)) is not None:
             data = np.frombuffer(_utf8(text), np.uint8)
             try:
@@ -370,11 +370,6 @@ def _join_arrays(arrays: list[np.ndarray], dtype: np.dtype, num_threads: int) ->
     with ThreadPoolExecutor(num_threads) as executor:
         list(executor.map(np.copyto, [result[start:stop] for start, stop in pairwise(ends)], arrays))
     return result
-
-
-def _check_text(text: object) -> None:
-    if not isinstance(text, str):
-        raise TypeError(f"text must be a string, got {type(text).__name__}: {text!r:.80}")
 
 
 def _utf8(text: str) -> bytes:

@@ -29,7 +29,7 @@ import numpy as np
 from basic.common.errors import InvalidInputError, how_to_install
 from basic.common.outputs import reserved_outputs
 from basic.common.progress import progress_bar
-from basic.corpus.documents import MAX_LINE_BYTES, BadLines
+from basic.corpus.documents import BadLines, read_lines
 from basic.corpus.shards import Shard
 from basic.corpus.sources import Inputs, SkippedLines, TextSource, expand_inputs, warn_of_skipped
 from basic.corpus.work_folder import Record
@@ -204,13 +204,15 @@ def encode_conversations(
         InvalidInputError: a line is no conversation; the message names it. Or no conversation of a file has a learned
             token.
     """
-    settings = {"end_of_text": end_of_text, "on_bad_line": on_bad_line}
+    settings: dict[str, Any] = {"end_of_text": end_of_text, "on_bad_line": on_bad_line}
     if Path(output_path).suffix != ".bin" or dataset.get("executor") is not None:
         chat = tokenizer.chat_template
         template = None if chat is None else [chat.source, *sorted(chat.tokens.items())]
         work = {"kind": "conversations", "chat_template": template, **settings}
         task = partial(encode_conversation_shard, **settings)
         info = encode_files(tokenizer, inputs, output_path, progress=progress, task=task, work=work, **dataset)
+        if info.count == 0:
+            raise InvalidInputError("the inputs have no conversation, they are empty; give others with --start-over")
         mask = open_mask(open_tokens(output_path))
         return info, 0 if mask is None else int(np.count_nonzero(mask & IS_LEARNED))
     sources, outputs = expand_inputs(inputs), token_file_outputs(output_path, with_mask=True)
@@ -224,11 +226,11 @@ def encode_conversations(
 
 
 def encode_conversation_shard(
-    tokenizer: SavedTokenizer, encoding: ShardEncoding, shard: Shard, path: str, **settings: str
+    tokenizer: SavedTokenizer, encoding: ShardEncoding, shard: Shard, path: str, **settings: Any
 ) -> Record:
-    """As `basic.encoding.encode_shard`, of conversations."""
-    sources = [segment.source for segment in shard]
-    info, _, skipped = _write_conversations(tokenizer.load(), sources, path, lambda num_bytes: None, **settings)
+    """As `basic.encoding.encode_shard`, of conversations; the shard, a file, may be empty."""
+    sources, advance = [segment.source for segment in shard], lambda num_bytes: None
+    info, _, skipped = _write_conversations(tokenizer.load(), sources, path, advance, may_be_empty=True, **settings)
     return shard_record(info, skipped)
 
 
@@ -240,6 +242,7 @@ def _write_conversations(
     *,
     end_of_text: str,
     on_bad_line: str,
+    may_be_empty: bool = False,
 ) -> tuple[TokenFileInfo, int, SkippedLines]:
     """Write a token file with its mask; return its sidecar, how many tokens are learned, and what was left out."""
     chat, skipped, num_learned = ChatFormat(tokenizer, end_of_text=end_of_text), SkippedLines(), 0
@@ -249,17 +252,21 @@ def _write_conversations(
         for source in sources:
             bad_lines = BadLines(skipped if on_bad_line == "skip" else None)
             with source.open_content() as file:
-                for name, line in _numbered_lines(file):
+                for number, _, line in read_lines(file, bad_lines):
                     advance(len(line))
+                    if not line.strip():
+                        continue
                     try:
                         ids, mask = chat.encode(_messages(line))
                     except InvalidInputError as error:
-                        bad_lines.add(InvalidInputError(f"{name}: {error}"))
+                        bad_lines.add(InvalidInputError(f"{file.name}, line {number}: {error}"))
                         continue
                     bad_lines.has_documents = True
                     writer.write(ids, len(line), mask=mask)
                     num_learned += int((mask & IS_LEARNED).sum())
-        if num_learned == 0:
+            if is_empty := file.offset == 0:
+                skipped(InvalidInputError(f"{os.fspath(source)!r} is empty"))
+        if num_learned == 0 and not (may_be_empty and is_empty):
             warn_of_skipped([skipped.as_record()])
             names = ", ".join(os.fspath(source) for source in sources[:3]) + ", ..." * (len(sources) > 3)
             raise InvalidInputError(
@@ -270,17 +277,9 @@ def _write_conversations(
     return writer.info, num_learned, skipped
 
 
-def _numbered_lines(file: Any) -> Iterator[tuple[str, bytes]]:
-    number = 0
-    while line := file.readline(MAX_LINE_BYTES):
-        number += 1
-        if line.strip():
-            yield f"{file.name}, line {number}", line
-
-
 def _messages(line: bytes) -> list[Message]:
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
         raise InvalidInputError(f"this is not JSON in UTF-8: {error}") from None
     messages = record.get("messages") if isinstance(record, dict) else None

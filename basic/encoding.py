@@ -22,7 +22,7 @@ from typing import Any
 from basic.bpe.arrays import InvalidByteError
 from basic.bpe.compiled import KernelEncoder
 from basic.bpe.loading import MIN_BYTES_FOR_KERNELS
-from basic.common.arguments import check_errors_option, check_integer
+from basic.common.arguments import check_errors_option, check_size
 from basic.common.errors import DamagedFileError, InvalidInputError, WrongTokenizerError
 from basic.common.files import is_unfinished
 from basic.common.outputs import Output, check_outputs, reserved_outputs
@@ -193,10 +193,8 @@ def encode_files(
         FileExistsError: the folder holds files with the names of outputs that are not of a dataset.
     """
     output = Path(output)
-    num_workers = default_num_workers() if num_workers is None else num_workers
-    for name, value in [("num_workers", num_workers), ("shard_bytes", shard_bytes)]:
-        if check_integer(name, value) < 1:
-            raise InvalidInputError(f"{name}={value} must be at least 1")
+    num_workers = check_size("num_workers", default_num_workers() if num_workers is None else num_workers)
+    shard_bytes = check_size("shard_bytes", shard_bytes)
     if output.suffix == ".bin":
         raise InvalidInputError(
             f"{output} names one token file, but a dataset is a folder: give its name, or use encode_file"

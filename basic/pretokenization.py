@@ -30,6 +30,7 @@ from basic.bpe.arrays import Chunk
 from basic.bpe.patterns.cuts import SafeCuts, last_settled_position, safe_cuts_of
 from basic.bpe.patterns.longest_of import longest_of
 from basic.bpe.patterns.pattern import GPT2_PATTERN, PATTERNS, Pattern, resolve_pattern
+from basic.common.arguments import check_text
 from basic.common.errors import InvalidInputError
 
 __all__ = ["PATTERNS", "Pattern", "SpecialTokens", "pretokenize", "pretokenize_stream", "resolve_pattern"]
@@ -124,8 +125,7 @@ def replace_surrogates_in_stream(texts: Iterable[str]) -> Iterator[str]:
     """
     first_half = ""  # a high surrogate at the end of a string, the first half of a possible pair
     for text in texts:
-        if not isinstance(text, str):
-            raise TypeError(f"text must be a string, got {type(text).__name__}: {text!r:.80}")
+        check_text(text)
         text = first_half + text
         first_half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
         yield replace_surrogates(text[: len(text) - len(first_half)])
@@ -221,7 +221,7 @@ def join_strings(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         if not isinstance(text, str):
             yield "".join(batch)
-            raise TypeError(f"text must be a string, got {type(text).__name__}: {text!r:.80}")
+            check_text(text)
         batch.append(text)
         size += len(text)
         if size >= enough or monotonic() >= deadline:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from basic.bpe import compiled, loading
 from basic.bpe.arrays import MAX_SYMBOLS, PretokenCounts
 from basic.bpe.plain import NumberedMerges, number_merges
-from basic.common.arguments import check_integer
+from basic.common.arguments import check_integer, check_size
 from basic.common.errors import InvalidInputError
 from basic.common.progress import progress_bar
 from basic.corpus.counting import CountingOptions, build_count_table
@@ -180,8 +180,8 @@ class _Learning(NamedTuple):
         num_merges = check_integer("num_merges", num_merges)
         if num_merges < 0:
             raise InvalidInputError(f"num_merges={num_merges} must be at least 0")
-        if max_token_bytes is not None and check_integer("max_token_bytes", max_token_bytes) < 1:
-            raise InvalidInputError(f"max_token_bytes={max_token_bytes} must be at least 1")
+        if max_token_bytes is not None:
+            check_size("max_token_bytes", max_token_bytes)
         try:
             return cls(num_merges, number_merges(first_merges), max_token_bytes)
         except ValueError as error:

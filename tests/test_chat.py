@@ -269,6 +269,20 @@ def test_conversations_become_a_dataset(tmp_path):
     assert sorted(path.name for path in (tmp_path / "chat").glob("*.mask")) == ["000000.mask"]
 
 
+def test_an_empty_file_of_several_is_skipped(tmp_path):
+    tokenizer, paths = tokenizer_with(CHATML), [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    paths[0].write_text("")
+    paths[1].write_text(json.dumps({"messages": messages_of(CONVERSATIONS[0])}) + "\n")
+    ids, mask = ChatFormat(tokenizer).encode(messages_of(CONVERSATIONS[0]))
+    for output in ("chat", "chat.bin"):
+        with pytest.warns(UserWarning, match=r"skipped: 1; the first: '.*a\.jsonl' is empty"):
+            encode_conversations(tokenizer, paths, tmp_path / output)
+        tokens = open_tokens(tmp_path / output)
+        assert (tokens[:].tolist(), open_mask(tokens)[:].tolist()) == (ids.tolist(), mask.tolist())  # ty: ignore
+    with pytest.raises(InvalidInputError, match="the inputs have no conversation, they are empty"):
+        encode_conversations(tokenizer, paths[:1], tmp_path / "nothing")
+
+
 @pytest.mark.parametrize("template", [None, TAGS], ids=["plain", "tags"])
 def test_conversations_without_an_answer_are_refused(tmp_path, template):
     lines = [json.dumps({"messages": messages_of([("user", "Hi"), ("user", "Hello!")])})] * 3

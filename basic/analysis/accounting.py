@@ -102,6 +102,12 @@ def gpt2_config(size: str, context_length: int = 1024) -> ModelConfig:
     )
 
 
+def count_parameters(config: ModelConfig) -> int:
+    """Count the trainable parameters of a model of any architecture."""
+    with torch.device("meta"):  # shapes without memory
+        return TransformerLM(config).num_parameters
+
+
 def evaluate_formula(formula: str, config: ModelConfig, batch_size: int = 1) -> int:
     """Evaluate a formula such as "2 L d" for sequences of context_length tokens.
 
@@ -214,8 +220,7 @@ def gpt2_forward() -> dict[str, int | float | TableRows]:
     configs = {size: gpt2_config(size) for size in GPT2_SIZES}
     xl, long = configs["XL"], "XL, 16,384"
     configs[long] = gpt2_config("XL", context_length=16_384)
-    with torch.device("meta"):  # shapes without memory
-        parameters = TransformerLM(xl).num_parameters
+    parameters = count_parameters(xl)
     flops = {name: forward_flops(config) for name, config in configs.items()}
     totals = {name: sum(of_model.values()) for name, of_model in flops.items()}
     return {

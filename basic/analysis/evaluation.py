@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from tqdm import tqdm
 
-from basic.common.arguments import check_integer, id_array
+from basic.common.arguments import check_integer, check_size, id_array
 from basic.common.errors import InvalidInputError
 from basic.model import TransformerLM
 from basic.tokens.index import Tokens
@@ -84,8 +84,7 @@ def evaluate_tokens(
     stride = max(1, context // 2) if stride is None else check_integer("stride", stride)
     if not 1 <= stride <= context:
         raise InvalidInputError(f"stride must be from 1 to context_length={context}, got {stride}")
-    if check_integer("batch_size", batch_size) < 1:
-        raise InvalidInputError(f"batch_size must be at least 1, got {batch_size}")
+    batch_size = check_size("batch_size", batch_size)
     tokens = id_array("tokens", tokens)
     check_token_ids(tokens, model.config.vocab_size)
     first, last = 0 if prefix_token_id is None else -1, len(tokens) - 1  # the prefix has position -1

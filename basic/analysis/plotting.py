@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
-from basic.common.config_files import flatten_settings
+from basic.common.config_files import differing_settings, setting_label
 from basic.common.errors import InvalidInputError
 from basic.common.files import atomic_write, read_file
 from basic.common.outputs import Output, check_outputs
@@ -116,31 +116,18 @@ def run_labels(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Label each run with the settings in which the runs differ.
 
     Args:
-        configs: run name to configuration as nested tables (`basic.common.config_files.to_table`).
+        configs: run name to configuration, as a table (`basic.common.config_files.to_table`).
 
     Returns:
         Distinct labels, in the order given: the names if the runs differ in no setting or in more than
         MAX_SETTINGS_IN_LABEL; settings followed by the name where several runs have the same settings.
-
-    Examples:
-        >>> run_labels({"a": {"train": {"lr": 0.1, "seed": 0}}, "b": {"train": {"lr": 0.2, "seed": 0}}})
-        ['lr=0.1', 'lr=0.2']
     """
-    settings = {name: flatten_settings(table) for name, table in configs.items()}
-    keys = dict.fromkeys(key for values in settings.values() for key in values)
-    differing = [key for key in keys if len({repr(values.get(key)) for values in settings.values()}) > 1]
+    differing, settings = differing_settings(configs.values())
     if not 0 < len(differing) <= MAX_SETTINGS_IN_LABEL:
         return list(configs)
-    labels = {
-        name: ", ".join(f"{key.rpartition('.')[2]}={_format_value(values.get(key))}" for key in differing)
-        for name, values in settings.items()
-    }
-    counts = Counter(labels.values())
-    return [label if counts[label] == 1 else f"{label} ({name})" for name, label in labels.items()]
-
-
-def _format_value(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    labels = [", ".join(setting_label(key, values.get(key)) for key in differing) for values in settings]
+    counts = Counter(labels)
+    return [label if counts[label] == 1 else f"{label} ({name})" for name, label in zip(configs, labels, strict=True)]
 
 
 def _plot_line(axes: Axes, records: Records, x: str, y: str, **style) -> None:

@@ -30,7 +30,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from basic.analysis.evaluation import evaluate_tokens
-from basic.common.config_files import flatten_settings, from_table, load_table, to_table, toml_path
+from basic.common.config_files import (
+    differing_settings,
+    flatten_settings,
+    from_table,
+    load_table,
+    setting_label,
+    to_table,
+    toml_path,
+)
 from basic.common.errors import DamagedFileError, InvalidConfigError
 from basic.common.files import atomic_write, load_json, make_folder, open_file
 from basic.common.folder_lock import FolderLock
@@ -142,33 +150,22 @@ def run_sweep(
         outputs += [picture_output(folder / name) for name in ("final_loss.png", "loss.png")]
     check_outputs(outputs, overwrite=True)
     make_folder(folder)
-    with FolderLock(folder):
-        return _run_sweep(runs, folder, open_data, report, progress, train)
-
-
-def _run_sweep(
-    runs: Sequence[SweepRun],
-    folder: Path,
-    open_data: Callable[[DataConfig], SweepData],
-    report: Callable[[str], None],
-    progress: bool,
-    train: Callable[..., Run],
-) -> list[RunResult]:
-    for run in runs:
-        _check_same_config(folder / run.name, run.config)
     results: list[RunResult] = []
     opened: tuple[DataConfig, SweepData] | None = None
-    for number, run in enumerate(runs, 1):
-        result, note = _read_result(folder / run.name), " (finished earlier)"
-        if result is None:
-            if opened is None or opened[0] != run.config.data:
-                opened = run.config.data, open_data(run.config.data)
-            result, note = _train_and_evaluate(run, folder / run.name, opened[1], train, progress), ""
-        loss = "failed" if result.loss is None else f"{result.loss:.4f}"
-        report(f"{number}/{len(runs)} {run.name}: {loss}{note}" + f"; {result.remark}" * bool(result.remark))
-        results.append(result)
-        with atomic_write(folder / "table.md") as file:
-            file.write(result_table(results).encode())
+    with FolderLock(folder):
+        for run in runs:
+            _check_same_config(folder / run.name, run.config)
+        for number, run in enumerate(runs, 1):
+            result, note = _read_result(folder / run.name), " (finished earlier)"
+            if result is None:
+                if opened is None or opened[0] != run.config.data:
+                    opened = run.config.data, open_data(run.config.data)
+                result, note = _train_and_evaluate(run, folder / run.name, opened[1], train, progress), ""
+            loss = "failed" if result.loss is None else f"{result.loss:.4f}"
+            report(f"{number}/{len(runs)} {run.name}: {loss}{note}" + f"; {result.remark}" * bool(result.remark))
+            results.append(result)
+            with atomic_write(folder / "table.md") as file:
+                file.write(result_table(results).encode())
     return results
 
 
@@ -289,10 +286,9 @@ def _check_same_config(run_dir: Path, config: RunConfig) -> None:
     """Raise InvalidConfigError if the folder holds a run with another configuration."""
     if not (run_dir / "config.toml").is_file():
         return
-    saved, new = (flatten_settings(to_table(each)) for each in (load_run_config(run_dir), config))
-    for key in {**saved, **new}:
-        is_planned = key == "train.steps" and new.get(key) == 0
-        if saved.get(key) != new.get(key) and not is_planned:
+    differing, (saved, new) = differing_settings(map(to_table, (load_run_config(run_dir), config)))
+    for key in differing:
+        if key != "train.steps" or new.get(key) != 0:  # planned when the run was started
             raise InvalidConfigError(
                 f"{run_dir} holds a run with {key} = {saved.get(key)}, but the sweep has {key} = {new.get(key)}; "
                 "choose another --output, or remove that folder"
@@ -309,8 +305,3 @@ def _nest(settings: Mapping[str, Any]) -> dict[str, Any]:
             table = table.setdefault(name, {})
         table[last] = value
     return tables
-
-
-def setting_label(key: str, value: Any) -> str:
-    """Format a setting for a run's name: "train.lr", 0.1 becomes "lr=0.1"."""
-    return f"{key.rpartition('.')[2]}={value:g}" if isinstance(value, float) else f"{key.rpartition('.')[2]}={value}"

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from basic.analysis.plotting import save_figure
-from basic.analysis.sweep import RunResult, SweepRun, setting_label
-from basic.common.config_files import flatten_settings, to_table
+from basic.analysis.sweep import RunResult, SweepRun
+from basic.common.config_files import flatten_settings, setting_label, to_table
 
 _LOG_FROM_RATIO = 5
 """A setting has a logarithmic axis if its largest value is at least so many times its smallest."""

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from basic.analysis.accounting import count_parameters
 from basic.commands.prepare_text import END, PreparedText, prepare_text
 from basic.commands.show.report import leave_report
 from basic.common import command_line
@@ -212,7 +213,7 @@ def choose(
     model, train_config = config.model, config.train
     blocks = f"{model.num_layers} block{'s'[: model.num_layers > 1]} of {model.d_model} features"
     line = (
-        f"{blocks}, {_num_parameters(config) / 1e6:.2f}M parameters; {train_config.batch_size} sequences of "
+        f"{blocks}, {count_parameters(model) / 1e6:.2f}M parameters; {train_config.batch_size} sequences of "
         f"{model.context_length} tokens a step, {step_s:.3g} s on {device}: about {steps:,} steps in "
         f"{steps * step_s / 60:.1f} minutes"
     )
@@ -240,11 +241,6 @@ def _configure(prepared: PreparedText, recipe: RecipeName, depth: int, *, device
         tokenizer=str(folder / "tokenizer"),
     )
     return replace(from_table(RunConfig, tables), data=data)
-
-
-def _num_parameters(config: RunConfig) -> int:
-    with torch.device("meta"):
-        return TransformerLM(config.model).num_parameters
 
 
 def time_steps(config: RunConfig, device: torch.device) -> tuple[float, RunConfig]:

@@ -120,17 +120,24 @@ def _make(
     if vocab_size is None:
         vocab_size = 1 << round(math.log2(max(1, train.stat().st_size + valid.stat().st_size)) / 2)
         vocab_size = min(max(vocab_size, SMALLEST_VOCABULARY), LARGEST_VOCABULARY)
-    vocab, merges = train_bpe(train, vocab_size, [END], progress=progress)
-    tokenizer = Tokenizer(vocab, merges, [END])
-    tokenizer.save(folder / "tokenizer")
-    counts = [
-        encode_file(tokenizer, path, path.with_suffix(".bin"), progress=progress).count for path in (train, valid)
-    ]
+    _, counts = tokenize(folder, vocab_size, progress=progress)
     if min(counts) < FEWEST_TOKENS:
         raise InvalidInputError(
             f"the text is too short: {counts[0]:,} tokens for training and {counts[1]:,} for validation, at least "
             f"{FEWEST_TOKENS} each are needed; give a longer text, or a larger share for validation"
         )
+
+
+def tokenize(
+    folder: Path, vocab_size: int, *, kernels: bool | None = None, progress: bool
+) -> tuple[Tokenizer, list[int]]:
+    """Train a tokenizer on train.txt, and encode it and valid.txt; returns also how many tokens each has."""
+    vocab, merges = train_bpe(folder / "train.txt", vocab_size, [END], kernels=kernels, progress=progress)
+    tokenizer = Tokenizer(vocab, merges, [END], kernels=kernels)
+    tokenizer.save(folder / "tokenizer")
+    texts = [folder / "train.txt", folder / "valid.txt"]
+    infos = [encode_file(tokenizer, text, text.with_suffix(".bin"), progress=progress) for text in texts]
+    return tokenizer, [info.count for info in infos]
 
 
 def _split_documents(sources: list[TextSource], folder: Path, valid_fraction: float) -> bool:

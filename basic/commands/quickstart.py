@@ -13,7 +13,7 @@ from pathlib import Path
 from basic.common import command_line
 
 MANIFEST = "quickstart.json"  # the names and checksums of the files that belong to the quickstart
-END, TRAIN_STORIES, VALID_STORIES = "<|endoftext|>", 40_000, 1_000
+TRAIN_STORIES, VALID_STORIES = 40_000, 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +50,11 @@ def make(options: Options, folder: Path) -> None:
     """Make all files in a new folder, and print the results."""
     from basic.analysis.evaluation import compare_with_entropy
     from basic.analysis.plotting import plot_losses
+    from basic.commands.prepare_text import END, tokenize
     from basic.corpus.sources import TextSource
     from basic.corpus.train_valid import split_text, write_stories
-    from basic.encoding import encode_file
     from basic.generation.text import complete
-    from basic.Tokenizer import Tokenizer
     from basic.tokens.opening import open_tokens, read_info
-    from basic.train_bpe import train_bpe
     from basic.training.loop import train
     from basic.training.records.metrics import encode_record, read_metrics
 
@@ -66,10 +64,7 @@ def make(options: Options, folder: Path) -> None:
     else:
         split_text(TextSource(options.input, field=options.field, end_of_text=END), folder, separator=END)
     # Without kernels: compiling them would take longer than these few megabytes.
-    vocab, merges = train_bpe(folder / "train.txt", options.vocab_size, [END], kernels=False, progress=True)
-    tokenizer = Tokenizer(vocab, merges, [END], kernels=False)
-    for split in ("train", "valid"):
-        encode_file(tokenizer, folder / f"{split}.txt", folder / f"{split}.bin", progress=True)
+    tokenizer, _ = tokenize(folder, options.vocab_size, kernels=False, progress=True)
     tokens = open_tokens(folder / "train.bin"), open_tokens(folder / "valid.bin")
     config = configure(options, tokenizer.vocab_size)
     try:

@@ -65,19 +65,12 @@ def open_data(data):
 
 def make_stories(folder: Path, *, num_train: int = 20_000, num_valid: int = 400, vocab_size: int = 1024) -> None:
     """Write the embedded stories, train a tokenizer and encode them; valid.bin is written last."""
+    from basic.commands.prepare_text import tokenize
     from basic.common.files import make_folder
     from basic.common.folder_lock import FolderLock
     from basic.corpus.train_valid import write_stories
-    from basic.encoding import encode_file
-    from basic.Tokenizer import Tokenizer
-    from basic.train_bpe import train_bpe
 
-    end = "<|endoftext|>"
     make_folder(folder)
     with FolderLock(folder):
-        write_stories(folder, num_train, num_valid, separator=end, progress=True)
-        vocab, merges = train_bpe(folder / "train.txt", vocab_size, [end], kernels=False, progress=True)
-        tokenizer = Tokenizer(vocab, merges, [end], kernels=False)
-        tokenizer.save(folder / "tokenizer")
-        for split in ("train", "valid"):
-            encode_file(tokenizer, folder / f"{split}.txt", folder / f"{split}.bin", progress=True)
+        write_stories(folder, num_train, num_valid, progress=True)
+        tokenize(folder, vocab_size, kernels=False, progress=True)

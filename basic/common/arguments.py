@@ -53,6 +53,12 @@ def check_type(name: str, value: Any, expected: type, remedy: str) -> None:
         raise TypeError(f"{name} must be a {expected.__name__}, got {describe(value)}; {remedy}")
 
 
+def check_text(text: Any) -> None:
+    """Raise a TypeError unless a text is a string."""
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a string, got {describe(text)}")
+
+
 def check_errors_option(errors: str) -> None:
     """Raise InvalidInputError unless the option is "strict" or "replace"."""
     if errors not in ("strict", "replace"):

@@ -9,7 +9,7 @@ import numbers
 import os
 import tomllib
 import types
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -105,6 +105,18 @@ def flatten_settings(table: Mapping[str, Any], prefix: str = "") -> dict[str, An
         else:
             settings[prefix + key] = value
     return settings
+
+
+def differing_settings(tables: Iterable[Mapping[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The dotted names of the settings in which configurations differ, and the settings of each by these names."""
+    settings = [flatten_settings(table) for table in tables]
+    keys = dict.fromkeys(key for values in settings for key in values)
+    return [key for key in keys if len({repr(values.get(key)) for values in settings}) > 1], settings
+
+
+def setting_label(key: str, value: Any) -> str:
+    """Format a setting for the name of a run: "train.lr", 0.1 becomes "lr=0.1"."""
+    return f"{key.rpartition('.')[2]}={value:g}" if isinstance(value, float) else f"{key.rpartition('.')[2]}={value}"
 
 
 def from_table(cls: type[T], table: dict[str, Any], prefix: str = "") -> T:

@@ -325,6 +325,13 @@ def load_json(path: str | os.PathLike, content: bytes | None = None, **options: 
         raise DamagedFileError(f"{os.fspath(path)!r} is not JSON of ours: it is nested too deeply") from None
 
 
+def load_json_object(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a JSON file that holds one object; a DamagedFileError says that it does not."""
+    if not isinstance(content := load_json(path), dict):
+        raise DamagedFileError(f"{os.fspath(path)!r} must hold a JSON object, got {content!r:.40}")
+    return content
+
+
 Types = Mapping[str, type | tuple[type, ...]]
 
 

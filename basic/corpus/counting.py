@@ -25,9 +25,8 @@ from typing import Any
 from basic.bpe import compiled, loading
 from basic.bpe.arrays import Chunk, InvalidByteError, PretokenCounts, bytes_array
 from basic.bpe.patterns.tables import automaton_of
-from basic.common.arguments import check_errors_option
+from basic.common.arguments import check_errors_option, check_size
 from basic.common.config_files import check_fields
-from basic.common.errors import InvalidInputError
 from basic.common.progress import default_num_workers, progress_bar
 from basic.corpus.count_tables import (
     FAN_IN,
@@ -111,9 +110,8 @@ class CountingOptions:
     def __post_init__(self) -> None:
         check_fields(self)
         for name in ("num_workers", "shard_bytes", "min_count", "chunk_bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidInputError(f"{name}={value} must be at least 1")
+            if (value := getattr(self, name)) is not None:
+                check_size(name, value)
         check_errors_option(self.errors)
 
 

@@ -64,7 +64,7 @@ def read_json_lines(file: ContentReader, field: str, suffix: str, *, errors: str
         remedy = "; a .json file must have one object a line (`jq -c` writes such lines); plain text is named .txt"
     elif suffix not in JSON_LINES.suffixes:
         remedy = "; the file begins like JSON lines; plain text is named .txt"
-    for number, offset, line in _read_lines(file, bad_lines):
+    for number, offset, line in read_lines(file, bad_lines):
         if not line.strip():
             continue
         name = f"{file.name}, line {number}"
@@ -77,7 +77,7 @@ def read_json_lines(file: ContentReader, field: str, suffix: str, *, errors: str
             yield document
 
 
-def _read_lines(file: ContentReader, bad_lines: BadLines) -> Iterator[tuple[int, int, bytes]]:
+def read_lines(file: ContentReader, bad_lines: BadLines) -> Iterator[tuple[int, int, bytes]]:
     """The lines of a file, each with its number and its byte offset; without a byte order mark."""
     number, offset = 0, file.offset
     while line := file.readline(MAX_LINE_BYTES + 1):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.common.file_sets import check_files
-from basic.common.files import atomic_folder, check_regular_file, load_json
+from basic.common.files import atomic_folder, check_regular_file, load_json_object
 from basic.common.outputs import Output, check_outputs, reserved_outputs
 from basic.formats.gguf_file import GGUFFile, is_gguf
 from basic.formats.gguf_names import ROPE_DIVISORS, gguf_config, gguf_name
@@ -172,7 +172,7 @@ def load_hf(
         hint = "; it is a run, which load_run opens" if (directory / "config.toml").is_file() else ""
         raise FileNotFoundError(f"{directory} is not a model folder of transformers: it has no config.json{hint}")
     check_files(directory)  # of an export of ours
-    fields = _load_json_object(path)
+    fields = load_json_object(path)
     try:
         config = model_config(fields)
     except InvalidInputError as error:
@@ -276,7 +276,7 @@ def _weight_files(directory: Path, unpickle: bool) -> list[Path]:
     if single_file.is_file():
         shards = [single_file.name]
     elif index.is_file():
-        weight_map = _load_json_object(index).get("weight_map")
+        weight_map = load_json_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise DamagedFileError(f"{index} must hold the name of a file for each weight as 'weight_map'")
         shards = sorted(set(weight_map.values()))
@@ -342,7 +342,7 @@ def _end_ids(directory: Path) -> list[Any]:
     ids: list[Any] = []
     for name in ("generation_config.json", "config.json"):
         if (directory / name).is_file():
-            found = _load_json_object(directory / name).get("eos_token_id")
+            found = load_json_object(directory / name).get("eos_token_id")
             ids += found if isinstance(found, list) else [found]
     return ids
 
@@ -352,10 +352,3 @@ def _load_tokenizer(directory: Path) -> Tokenizer:
         return Tokenizer.load(directory)
     except FileNotFoundError:
         raise FileNotFoundError(f"{directory} has no tokenizer.json; import the model without a tokenizer") from None
-
-
-def _load_json_object(path: Path) -> dict[str, Any]:
-    content = load_json(path)
-    if not isinstance(content, dict):
-        raise DamagedFileError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content

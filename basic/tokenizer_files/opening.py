@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Any
 from basic.bytes_utils import load_merges, load_vocab
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.common.file_sets import CHECKSUMS_NAME
-from basic.common.files import decode_utf8, load_json, read_file
+from basic.common.files import decode_utf8, load_json_object, read_file
 from basic.pretokenization import PATTERNS, Pattern, resolve_pattern
 from basic.tokenizer_files.content import DEFAULT_FLAGS, ChatTemplate, TokenizerContent, TokenizerSettings
 from basic.tokenizer_files.equivalent_merges import missing_bytes
@@ -161,7 +160,4 @@ def _named_tokens(fields: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _optional_object(path: Path) -> dict[str, Any]:
-    content = load_json(path) if path.exists() else {}
-    if not isinstance(content, dict):
-        raise DamagedFileError(f"{str(path)!r} must hold a JSON object, got {json.dumps(content):.40}")
-    return content
+    return load_json_object(path) if path.exists() else {}

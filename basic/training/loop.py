@@ -246,7 +246,8 @@ class _TrainingLoop:
         config, settings = self.config, self.config.train
         take_step = self.make_step(self.model, self.optimizer, settings, self.device, self.world)
         if take_step.compiles:
-            self.log.print_message("compiling the model: the first step takes up to a minute")
+            time = "up to a minute" if self.device.type == "cuda" else "a minute or, with a long context, several"
+            self.log.print_message(f"compiling the model: the first step takes {time}")
         tokens_per_step = settings.batch_size * self.config.model.context_length
         tokens_before = start.sequences * self.config.model.context_length
         meter = Meter(start.step, tokens_before, start.wall_s, tokens_per_step, self.device)

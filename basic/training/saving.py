@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from basic.common.config_files import flatten_settings, to_table
+from basic.common.config_files import differing_settings, to_table
 from basic.common.errors import DamagedFileError, InvalidConfigError, InvalidInputError
 from basic.common.files import atomic_write, difference_from_object, read_file
 from basic.model import TransformerLM
@@ -123,29 +123,23 @@ class CheckpointManager:
         Raises:
             OSError: the last checkpoint could not be written.
         """
-        save = partial(self._save, model, optimizer, progress, valid_loss, _FINAL_ATTEMPTS if is_last else 1)
+        start = partial(self._start_save, model, optimizer, progress, valid_loss)
+        save = partial(self._save, start, _FINAL_ATTEMPTS if is_last else 1)
         if is_sharded(model):
             with self.world.pause_hang_detection():
                 save()
         else:
             self.world.on_rank_0(save)
 
-    def _save(
-        self,
-        model: TransformerLM,
-        optimizer: torch.optim.Optimizer,
-        progress: RunProgress,
-        valid_loss: float | None,
-        attempts: int,
-    ) -> None:
+    def _save(self, start: Callable[[], None], attempts: int) -> None:
         self._finish_save(wait=True)
         for attempt in range(attempts):
             time.sleep(self.retry_s if attempt else 0)
-            self._start_save(model, optimizer, progress, valid_loss)
+            start()
             if attempts == 1 or self._finish_save(wait=True):
                 return
         raise OSError(
-            f"the checkpoint of step {progress.step} could not be saved in {attempts} tries; make room on the disk "
+            f"the checkpoint of step {self._step} could not be saved in {attempts} tries; make room on the disk "
             f"of {self.run_dir}, then resume from the previous checkpoint with --resume {self.run_dir}"
         )
 
@@ -322,12 +316,8 @@ def _check_same_optimizer(saved: RunConfig, config: RunConfig, run_dir: Path) ->
 
 def _changed_settings(saved: RunConfig, config: RunConfig) -> list[str]:
     """Describe the settings of a resumed run that differ from those before."""
-    before, after = (flatten_settings(to_table(each)) for each in (saved, config))
-    return [
-        f"{key} = {after.get(key)!r} instead of {before.get(key)!r}"
-        for key in dict.fromkeys([*before, *after])
-        if before.get(key) != after.get(key)
-    ]
+    differing, (before, after) = differing_settings(map(to_table, (saved, config)))
+    return [f"{key} = {after.get(key)!r} instead of {before.get(key)!r}" for key in differing]
 
 
 def _rewind_folder(run_dir: Path, config: RunConfig, step: int) -> None:

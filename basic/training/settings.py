@@ -239,7 +239,7 @@ class TrainConfig:
         if warmup and warmup >= self.steps:
             raise InvalidConfigError(
                 f"the warm-up of {warmup:,} steps does not fit into steps = {self.steps:,}, so the learning rate would "
-                f"never reach its maximum; set warmup_steps = {self.steps // 10}, or warmup_share = 0.1 for any length"
+                f"never reach its maximum; give --warmup-steps {self.steps // 10}, or --warmup-share 0.1 for any length"
             )
         if warmup + decay > self.steps:
             raise InvalidConfigError(

@@ -64,7 +64,7 @@ def make_playground(
 
 
 def the_run(playground: Playground) -> Run:
-    return playground.choices.model().run
+    return playground.model().run
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_a_checkpoint_is_chosen_and_few_stay_in_memory(two_checkpoints):
             losses = token_losses(expected(torch.tensor([[256, *b"ab"]]))[0], torch.tensor([*b"abc"]))
         assert answer["model"]["step"] == step
         assert answer["nats"] == pytest.approx(losses.tolist(), rel=1e-3)
-    assert playground.choices.model("talks", 2).run is playground.choices.model("talks", 2).run
+    assert playground.model("talks", 2).run is playground.model("talks", 2).run
     client = TestClient(create_app(playground), base_url="http://127.0.0.1:8000")
     for fields, status in (({"checkpoint": 3}, 400), ({"model": "../talks"}, 404), ({"model": "talks"}, 200)):
         assert client.post("/api/score", json={"text": "a"} | fields).status_code == status
@@ -186,7 +186,7 @@ def test_attention_maps_are_those_of_the_model(two_checkpoints):
     client = TestClient(create_app(playground), base_url="http://127.0.0.1:8000")
     answer = client.post("/api/attention", json={"text": "hello " * 20, "checkpoint": 2}).json()
     assert (len(answer["ids"]), answer["layers"], answer["heads"]) == (40, 2, 2)
-    maps = attention_maps(playground.choices.model(None, 2).run.model, answer["ids"])
+    maps = attention_maps(playground.model(None, 2).run.model, answer["ids"])
     weights = np.frombuffer(base64.b64decode(answer["maps"]), np.uint8).reshape(maps.shape)
     assert np.abs(weights / 255 - maps.numpy()).max() <= 0.5 / 255 + 1e-6
 

@@ -237,7 +237,7 @@ def test_two_models_side_by_side_with_their_samples_and_maps(driver, tmp_path):
             document.querySelector("#go").click();"""
         )
         page.wait(lambda: "Done: " in page.one("#progress").text)
-        run = Playground(two_checkpoints, device="cpu").choices.model("talks", 2).run
+        run = Playground(two_checkpoints, device="cpu").model("talks", 2).run
         settings = {"temperature": 0.8, "top_p": 0.95}
         expected = [run.complete("abc", 4, seed=seed, **settings) for seed in (1, 2, 3)]
         assert page.texts(second + ".sample") == expected

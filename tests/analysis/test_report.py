@@ -296,9 +296,9 @@ def test_several_runs_have_their_curves_together_and_a_table(run_dir):
     assert page.texts["h1"] == ['a<b>&"c and 1 more']
     assert page.texts["h2"] == ["Curves", "Results", "Last samples"]
     assert page.rows() == [
-        "RunValidationLowestBits per byteStepsTokensTimeTokens/sParametersmax_learning_rate",
-        "max_learning_rate=0.0030.45000.4500 at 200.2162012,80013 min 30 s1,0114,4960.003",
-        "max_learning_rate=0.052.75002.5000 at 11.32221,2801 min 21 s1,0024,4960.05",
+        "RunValidationLowestBits/byteStepsTokensTimeParameters",
+        "max_learning_rate=0.0030.45000.4500 at 200.2162012,80013 min 30 s4,496",
+        "max_learning_rate=0.052.75002.5000 at 11.32221,2801 min 21 s4,496",
     ]
     assert page.texts["blockquote"] == [f"{HOSTILE} 20"]
 
@@ -315,6 +315,11 @@ def test_script_writes_the_page_to_the_run_or_to_output(run_dir, tmp_path, monke
     assert Page((run_dir / "report.html").read_text("utf-8")).curves["floor"] is None
     run_script(monkeypatch, "report", run_dir, "--output", tmp_path / "page.html", "--entropy", "0.25")
     assert Page((tmp_path / "page.html").read_text("utf-8")).curves["floor"] == 0.25
+    for script in ("report", "plot"):
+        with pytest.raises(
+            SystemExit, match=r"^error: the entropy must be above 0 nats per token, got -1; leave it out"
+        ):
+            run_script(monkeypatch, script, run_dir, "--entropy=-1", "--output", tmp_path / f"{script}.svg")
     with pytest.raises(SystemExit, match=r"^error: .*nowhere is not a run: it has no config\.toml"):
         run_script(monkeypatch, "report", tmp_path / "nowhere")
     shutil.copytree(run_dir, tmp_path / "other")

@@ -231,9 +231,9 @@ def test_the_error_names_the_offset_in_the_file_of_invalid_utf8(tmp_path, num_wo
 
 
 def test_numbers_too_small():
-    with pytest.raises(InvalidInputError, match="num_workers=0 must be at least 1"):
+    with pytest.raises(InvalidInputError, match="num_workers must be at least 1, got 0"):
         count_pretokens(SAMPLE, SpecialTokens([]), num_workers=0)
-    with pytest.raises(InvalidInputError, match="shard_bytes=0 must be at least 1"):
+    with pytest.raises(InvalidInputError, match="shard_bytes must be at least 1, got 0"):
         count_pretokens(SAMPLE, SpecialTokens([]), shard_bytes=0)
 
 

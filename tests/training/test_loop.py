@@ -379,7 +379,7 @@ def test_with_another_batch_size_documents_that_were_not_seen_are_next(tmp_path)
     [
         (
             {"steps": 50, "warmup_steps": 100},
-            "the warm-up of 100 steps does not fit into steps = 50, .* warmup_steps = 5",
+            "the warm-up of 100 steps does not fit into steps = 50, .* --warmup-steps 5,",
         ),
         ({"steps": 4, "warmup_steps": 4}, "the warm-up of 4 steps does not fit into steps = 4, "),
         ({"steps": 4, "warmup_share": 1.0}, "the warm-up of 4 steps does not fit into steps = 4, "),

@@ -10,10 +10,8 @@ from __future__ import annotations
 import base64
 import copy
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -25,7 +23,6 @@ from basic.common.errors import InvalidInputError
 from basic.generation.text import stream
 from basic.model import TransformerLM
 from basic.Tokenizer import Tokenizer
-from basic.training.run_folder import Run
 from basic.transformer.functional import at_least_float32, softmax, token_losses
 
 MAX_SHOWN_TOKENS = 3000
@@ -40,44 +37,15 @@ MAX_PATTERN_S = 5.0
 """Time in which a tokenizer's own pattern must split a text; some patterns need exponential time."""
 
 
-class Playground:
-    """Answers the requests of the page; methods may be called from several threads.
-
-    Models are loaded when they are first used. `model` and `checkpoint` choose one: a name that `about` lists, None for
-    the first, and a step, None for the newest. An unknown name is a KeyError.
-
-    Args:
-        runs: folder of runs, searched for tokenizers and models at every request that needs their list.
-        first: runs that come first in the list, by their names on the page: folders, or loaded runs.
-        others: more tokenizers for comparison, by their names on the page.
-        data: folder that may have rank files of published vocabularies.
-        device: of the models: "auto", "cpu", "cuda" ...
-
-    Raises:
-        InvalidInputError: a run of `first` has no tokenizer.
-    """
-
-    def __init__(
-        self,
-        runs: str | os.PathLike,
-        first: Mapping[str, Path | Run] | None = None,
-        *,
-        others: Mapping[str, Tokenizer] | None = None,
-        data: str | os.PathLike = "data",
-        device: str = "auto",
-    ) -> None:
-        self.choices = Choices(runs, first or {}, others or {}, data, device)
+class Playground(Choices):
+    """Answers the requests of the page; methods may be called from several threads."""
 
     def about(self) -> dict[str, Any]:
         """List the tokenizers, how to get those that are missing, and the models."""
-        tokenizers = self.choices.tokenizers()
-        missing = {name: how for name, how in how_to_get(self.choices.data).items() if name not in tokenizers}
-        return {
-            "tokenizers": tokenizers,
-            "missing": missing,
-            "models": self.choices.models(),
-            "num_first": self.choices.num_first,
-        }
+        tokenizers = self.tokenizers()
+        missing = {name: how for name, how in how_to_get(self._data).items() if name not in tokenizers}
+        models = self.models()
+        return {"tokenizers": tokenizers, "missing": missing, "models": models, "num_first": len(self._first)}
 
     def tokenize(self, tokenizer_id: str, text: str) -> dict[str, Any]:
         """Tokenize a text; return its first tokens and statistics over all of them.
@@ -90,7 +58,7 @@ class Playground:
             OSError, DamagedFileError: the tokenizer's files are missing or damaged.
             InvalidInputError: the text cannot be encoded, or not within MAX_PATTERN_S.
         """
-        tokenizer = self.choices.tokenizer(tokenizer_id)
+        tokenizer = self.tokenizer(tokenizer_id)
         ids = _with_deadline(tokenizer).encode_array(text)
         return {
             "tokens": len(ids),
@@ -225,7 +193,7 @@ class Playground:
             yield {"text": text}
 
     def _model(self, name: str | None, checkpoint: int | None) -> LoadedModel:
-        run, tokenizer = self.choices.model(name, checkpoint)
+        run, tokenizer = self.model(name, checkpoint)
         return LoadedModel(run, _with_deadline(tokenizer))
 
 

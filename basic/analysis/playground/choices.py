@@ -90,6 +90,16 @@ def how_to_get(data: str | os.PathLike) -> dict[str, str]:
 class Choices:
     """The lists, read anew at each request for them, and what was loaded; methods may be called from several threads.
 
+    Models are loaded when they are first used. `model` and `checkpoint` choose one: a name that is listed, None for the
+    first, and a step, None for the newest. An unknown name is a KeyError.
+
+    Args:
+        runs: folder of runs, searched for tokenizers and models at every request that needs their list.
+        first: runs that come first in the list, by their names on the page: folders, or loaded runs.
+        others: more tokenizers for comparison, by their names on the page.
+        data: folder that may have rank files of published vocabularies.
+        device: of the models: "auto", "cpu", "cuda" ...
+
     Raises:
         InvalidInputError: a run of `first` has no tokenizer. If one vanishes later, it only leaves the lists.
     """
@@ -97,14 +107,14 @@ class Choices:
     def __init__(
         self,
         runs: str | os.PathLike,
-        first: Mapping[str, Path | Run],
-        others: Mapping[str, Tokenizer],
-        data: str | os.PathLike,
-        device: str,
+        first: Mapping[str, Path | Run] | None = None,
+        *,
+        others: Mapping[str, Tokenizer] | None = None,
+        data: str | os.PathLike = "data",
+        device: str = "auto",
     ) -> None:
-        self._runs, self._first, self._others, self.data, self._device = runs, first, others, data, device
-        self.num_first = len(first)
-        for run in first.values():
+        self._runs, self._first, self._others, self._data, self._device = runs, first or {}, others or {}, data, device
+        for run in self._first.values():
             _tokenizer_path(run)
         self._tokenizers: dict[str, tuple[Any, Tokenizer]] = {}
         self._models: dict[Any, LoadedModel] = {}
@@ -162,7 +172,7 @@ class Choices:
     def _tokenizer_paths(self) -> dict[str, Path]:
         first = {name: path for name, run in self._first.items() if (path := _saved_tokenizer(run))}
         found = {name: path for name, path in find_tokenizers(self._runs).items() if name not in first}
-        return {**first, **found, **find_published(self.data)}
+        return {**first, **found, **find_published(self._data)}
 
 
 def _saved_tokenizer(run: Path | Run) -> Path | None:

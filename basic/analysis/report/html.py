@@ -20,6 +20,14 @@ def table(rows: Mapping[str, str]) -> str:
     return f"<table>\n{lines(shown)}\n</table>"
 
 
+def numbers_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table whose cells are HTML, with a bar to scroll it where it is too wide."""
+    titles = "".join(f"<th>{escape(name)}</th>" for name in head)
+    body = lines("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    content = f"<thead><tr>{titles}</tr></thead>\n<tbody>\n{body}\n</tbody>"
+    return f'<div class="scroll">\n<table class="numbers">\n{content}\n</table>\n</div>'
+
+
 def lines(texts: Iterable[str]) -> str:
     return "\n".join(texts)
 

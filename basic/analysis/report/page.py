@@ -16,9 +16,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import torch
-
-from basic.analysis.plotting import run_labels
+from basic.analysis.accounting import count_parameters
+from basic.analysis.plotting import MAX_SETTINGS_IN_LABEL, run_labels
 from basic.analysis.report.html import (
     abbreviate,
     format_count,
@@ -26,6 +25,7 @@ from basic.analysis.report.html import (
     format_number,
     format_setting,
     lines,
+    numbers_table,
     perplexity,
     script_json,
 )
@@ -37,13 +37,11 @@ from basic.analysis.report.sections import (
     samples_section,
     tokenizer_section,
 )
-from basic.common.config_files import flatten_settings, to_table
+from basic.common.config_files import differing_settings, to_table
 from basic.common.errors import InvalidInputError
 from basic.common.files import open_file
 from basic.common.outputs import Output
-from basic.model import TransformerLM
-from basic.training.records.metrics import known_entropy
-from basic.training.settings import RunConfig
+from basic.training.records.metrics import entropy_to_draw
 
 Record = Mapping[str, Any]
 
@@ -85,18 +83,14 @@ def report_page(
         refresh_s: seconds after which an open page loads itself again, for a run that trains; None for never.
 
     Raises:
-        InvalidInputError: `floor_nats` is not finite, or there is no run.
+        InvalidInputError: `floor_nats` is not above 0, or there is no run.
         NotARunError: the folder is not a run.
     """
-    if floor_nats is not None and not math.isfinite(floor_nats):
-        raise InvalidInputError(f"the entropy must be a finite number, got {floor_nats}")
     folders = [runs] if isinstance(runs, str | os.PathLike) else list(dict.fromkeys(runs))
     if not folders:
         raise InvalidInputError("no run given; name at least one folder, such as runs/quickstart")
     logged = [LoggedRun.read(Path(folder)) for folder in folders]
-    if floor_nats is None:
-        floors = [known_entropy(run.records) for run in logged]
-        floor_nats = floors[0] if len(set(floors)) == 1 else None
+    floor_nats = entropy_to_draw(floor_nats, [run.records for run in logged])
     first, is_one = logged[0], len(logged) == 1
     labels = [""] if is_one else run_labels({str(run.folder): to_table(run.config) for run in logged})
     curves = _curves_section(logged, floor_nats)
@@ -138,18 +132,13 @@ def report_page(
 
 def _summary(run: LoggedRun) -> str:
     """Describe the model and its training in a sentence."""
-    model = f"A Transformer with {format_count(_num_parameters(run.config))} parameters"
+    model = f"A Transformer with {format_count(count_parameters(run.config.model))} parameters"
     if not run.training:
         return f"{model}; no metrics have been logged yet."
     last, planned = run.training[-1], run.config.train.steps
     steps = f"{last['step']:,}" + (f" of {planned:,}" if last["step"] < planned else "")
     tokens, time = format_count(last["tokens"]), format_duration(last["wall_s"])
     return f"{model}, trained for {steps} steps: {tokens} tokens in {time}."
-
-
-def _num_parameters(config: RunConfig) -> int:
-    with torch.device("meta"):  # shapes without memory
-        return TransformerLM(config.model).num_parameters
 
 
 def _losses(run: LoggedRun) -> tuple[float | None, float | None, int | None]:
@@ -236,13 +225,10 @@ def _curves_section(runs: Sequence[LoggedRun], floor_nats: float | None) -> str:
 
 
 def _results_section(runs: Sequence[LoggedRun], labels: Sequence[str]) -> str:
-    """A table with a row for each run: its results, and the settings that are not the same in all runs."""
-    settings = [flatten_settings(to_table(run.config)) for run in runs]
-    keys = dict.fromkeys(key for values in settings for key in values)
-    differing = [key for key in keys if len({repr(values.get(key)) for values in settings}) > 1]
-    head = ("Run", "Validation", "Lowest", "Bits per byte", "Steps", "Tokens", "Time", "Tokens/s", "Parameters")
+    """A table with a row for each run, and one with a row for each setting that differs, unless the labels say it."""
+    head = ("Run", "Validation", "Lowest", "Bits/byte", "Steps", "Tokens", "Time", "Parameters")
     rows = []
-    for run, label, values in zip(runs, labels, settings, strict=True):
+    for run, label in zip(runs, labels, strict=True):
         loss, lowest, step = _losses(run)
         last = run.training[-1] if run.training else {}
         shown = (
@@ -253,14 +239,16 @@ def _results_section(runs: Sequence[LoggedRun], labels: Sequence[str]) -> str:
             _or_dash(last.get("step"), ","),
             format_count(last.get("tokens", 0)),
             format_duration(last.get("wall_s", 0.0)),
-            _or_dash(_median_speed(run), ",.0f"),
-            format_count(_num_parameters(run.config)),
-            *(escape(format_setting(values.get(key))) for key in differing),
+            format_count(count_parameters(run.config.model)),
         )
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in shown) + "</tr>")
-    titles = "".join(f"<th>{escape(name)}</th>" for name in (*head, *(key.rpartition(".")[2] for key in differing)))
-    body = f'<table class="numbers">\n<thead><tr>{titles}</tr></thead>\n<tbody>\n{lines(rows)}\n</tbody>\n</table>'
-    return f'<div class="scroll">\n{body}\n</div>'
+        rows.append(shown)
+    results = numbers_table(head, rows)
+    differing, settings = differing_settings(to_table(run.config) for run in runs)
+    if len(differing) <= MAX_SETTINGS_IN_LABEL:
+        return results
+    cells = [[escape(key), *(escape(format_setting(values.get(key))) for values in settings)] for key in differing]
+    table = numbers_table(["", *(run.name for run in runs)], cells)
+    return f'{results}\n<h3 style="margin-top: 1.75rem">Settings</h3>\n{table}'
 
 
 def _lastsamples_section(runs: Sequence[LoggedRun], labels: Sequence[str]) -> str:
@@ -294,7 +282,5 @@ def _evaluation_table(training: Sequence[Record]) -> str:
     ]
     if not rows:
         return ""
-    head = "".join(f"<th>{name}</th>" for name in ("Step", "Tokens", "Time", "Training", "Validation", "Perplexity"))
-    body = lines("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    body = f'<table class="numbers">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>'
-    return f'<details><summary>Evaluations as a table</summary>\n<div class="scroll">\n{body}\n</div>\n</details>'
+    table = numbers_table(("Step", "Tokens", "Time", "Training", "Validation", "Perplexity"), rows)
+    return f"<details><summary>Evaluations as a table</summary>\n{table}\n</details>"

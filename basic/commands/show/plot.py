@@ -30,7 +30,7 @@ def main(options: Options) -> None:
     from basic.analysis.plotting import picture_output, plot_losses, run_labels
     from basic.common.config_files import to_table
     from basic.common.outputs import reserved_outputs
-    from basic.training.records.metrics import known_entropy, read_all_records
+    from basic.training.records.metrics import entropy_to_draw, read_all_records
     from basic.training.run_folder import load_run_config
 
     if not options.runs:
@@ -40,8 +40,7 @@ def main(options: Options) -> None:
     with reserved_outputs([picture_output(output)], overwrite=options.overwrite):
         labels = run_labels({str(run): to_table(load_run_config(run)) for run in runs})
         logs = [read_all_records(run / "metrics.jsonl") for run in runs]
-        floors = {known_entropy(log) for log in logs}
-        floor_nats = floors.pop() if options.entropy is None and len(floors) == 1 else options.entropy
+        floor_nats = entropy_to_draw(options.entropy, logs)
         training = [[record for record in log if "kind" not in record] for log in logs]
         plot_losses(dict(zip(labels, training, strict=True)), output, floor_nats=floor_nats)
     print(f"wrote {output}")

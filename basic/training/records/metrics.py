@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from basic.common.errors import InvalidInputError
 from basic.common.files import open_file
 
 _CHECKSUM = re.compile(rb', "crc32": "([0-9a-f]{8})"\}$')
@@ -75,6 +76,20 @@ def known_entropy(records: Iterable[Mapping[str, Any]]) -> float | None:
     """The entropy in nats per token of the source that a run was trained on, if the log has it: kind "source"."""
     found = [record.get("entropy_nats") for record in records if record.get("kind") == "source"]
     return float(found[-1]) if found and isinstance(found[-1], int | float) and math.isfinite(found[-1]) else None
+
+
+def entropy_to_draw(given: float | None, logs: Iterable[Iterable[Mapping[str, Any]]]) -> float | None:
+    """The entropy in nats per token for a picture of runs: the given one, or else that of the source of all of them.
+
+    Raises:
+        InvalidInputError: the given one is not a positive number.
+    """
+    if given is None:
+        known = {known_entropy(log) for log in logs}
+        return known.pop() if len(known) == 1 else None
+    if not 0 < given < math.inf:
+        raise InvalidInputError(f"the entropy must be above 0 nats per token, got {given:g}; leave it out for no line")
+    return given
 
 
 def describe_lost_records(path: Path, state: Any) -> str | None:

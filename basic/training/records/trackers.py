@@ -15,7 +15,6 @@ from typing import Any, Protocol
 from basic.common.errors import InvalidConfigError, failures_of, how_to_install
 from basic.common.files import atomic_write
 
-NAMES = ("wandb", "tensorboard")
 _REMEDIES = {
     "wandb": "log in (`wandb login`), work without a network (WANDB_MODE=offline), or leave the tracker out",
     "tensorboard": "leave the tracker out",
@@ -42,10 +41,8 @@ def open_trackers(
         config_table: the run's configuration as nested dictionaries, shown with the curves.
 
     Raises:
-        InvalidConfigError: a name is unknown, or its package is not installed.
         DependencyError: a tracker cannot be opened, for example without a key or a network.
     """
-    check_trackers(names)
     makers = {"wandb": _Wandb, "tensorboard": _TensorBoard}
     trackers = []
     for name in dict.fromkeys(names):
@@ -57,8 +54,6 @@ def open_trackers(
 def check_trackers(names: Sequence[str]) -> None:
     """Check that these trackers can be used, before any file is written."""
     for name in names:
-        if name not in NAMES:
-            raise InvalidConfigError(f"there is no tracker {name!r}; choose from {', '.join(NAMES)}")
         try:
             if name == "wandb":
                 import wandb  # noqa: F401
