@@ -13,7 +13,7 @@ the same results. `basic.bpe.loading` decides which texts use the kernels:
     kernels/encoders       call it, for arrays and for short strings
     kernels/decode         ids to bytes
 
-Numba compiles them once; `basic.bpe.native` keeps the machine code and loads it without Numba. They run without the
+Numba compiles them once; `basic.common.native` keeps the machine code and loads it without Numba. They run without the
 interpreter's lock, so threads run in parallel on the same text, where processes would need copies. Each thread has its
 own hash table. The result does not depend on the number of threads.
 """

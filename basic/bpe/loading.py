@@ -66,7 +66,7 @@ def _has_address_space(num_bytes: int) -> bool:
 @cache
 def are_compiled(task: Task) -> bool:
     """Whether an earlier process has compiled all kernels of a task for this processor."""
-    from basic.bpe.native.object_files import cache_folder
+    from basic.common.native.object_files import cache_folder
 
     folder = cache_folder()
     return folder is not None and _stamp(task, folder).exists()
@@ -85,7 +85,7 @@ def load_kernels(task: Task) -> None:
         if task in _loaded:
             return
         if not are_compiled(task):
-            from basic.bpe.native.object_files import cache_folder
+            from basic.common.native.object_files import cache_folder
 
             compile_kernels(task, cache_folder())
         _loaded.add(task)

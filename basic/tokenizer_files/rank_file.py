@@ -15,11 +15,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from basic.bpe.cache_files import read_checked, write_checked
-from basic.bpe.native.object_files import cache_folder
 from basic.bpe.plain import rules_of_ranks
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.common.files import read_file
+from basic.common.native.cache_files import read_checked, write_checked
+from basic.common.native.object_files import cache_folder
 from basic.common.outputs import Output, write_output
 from basic.pretokenization import PATTERNS, Pattern, resolve_pattern
 from basic.tokenizer_files.content import TokenizerContent

@@ -27,7 +27,6 @@ from basic.common.command_line import print_text
 from basic.common.errors import BasicError, InvalidConfigError, InvalidInputError
 from basic.common.files import make_folder
 from basic.common.folder_lock import FolderLock
-from basic.common.stop_signals import StopSignals
 from basic.generation.text import SavableTokenizer, TextTokenizer, complete, tokenizer_for_samples
 from basic.model import RotaryPositionalEmbedding, TransformerLM
 from basic.tokens.opening import open_mask
@@ -49,6 +48,7 @@ from basic.training.parallel.devices import (
     reduce_dtype,
     training_flops_per_token,
 )
+from basic.training.parallel.stop_signals import StopSignals
 from basic.training.parallel.world import SINGLE_PROCESS, World, is_sharded
 from basic.training.records.environment import append_environment, check_environment, describe_environment
 from basic.training.records.log import NullLog, RunLog

@@ -155,33 +155,21 @@ class AdamW(torch.optim.Optimizer):
             scalars, beta1, beta2, group["eps"])  # fmt: skip
 
     def _update_plainly(self, updates: list[Update], group: dict[str, Any], gradient_factor: Tensor | None) -> None:
-        """The update in torch's operations; each one is a loop over all parameters."""
+        """The update in torch's operations, or in the kernel for a CPU."""
         beta1, beta2 = group["betas"]
-        states = [self.state[update.parameter] for update in updates]
-        for state in states:
+        learning_rate, factor = float(group["lr"]), 1.0 if gradient_factor is None else float(gradient_factor)
+        keep = 1 - learning_rate * float(group["weight_decay"])
+        for update in updates:
+            state, parameter = self.state[update.parameter], local_shard(update.parameter).detach()
             state["step"] += 1
-        parameters = [local_shard(update.parameter) for update in updates]
-        gradients = [update.gradient.to(parameter.dtype) for update, parameter in zip(updates, parameters, strict=True)]
-        if gradient_factor is not None:
-            gradients = torch._foreach_mul(gradients, float(gradient_factor))
-        firsts = [local_shard(state["exp_avg"]) for state in states]
-        seconds = [local_shard(state["exp_avg_sq"]) for state in states]
-        learning_rate = float(group["lr"])
-        torch._foreach_mul_(parameters, 1 - learning_rate * float(group["weight_decay"]))
-        torch._foreach_lerp_(firsts, gradients, 1 - beta1)
-        torch._foreach_mul_(seconds, beta2)
-        torch._foreach_addcmul_(seconds, gradients, gradients, 1 - beta2)
-        # Bias correction: both moments start at zero, so their early values are too small by these factors.
-        first_corrections = [1 - beta1 ** int(state["step"]) for state in states]
-        second_corrections = [1 - beta2 ** int(state["step"]) for state in states]
-        denominators = torch._foreach_sqrt(seconds)
-        torch._foreach_div_(denominators, [math.sqrt(correction) for correction in second_corrections])
-        torch._foreach_add_(denominators, group["eps"])
-        factors = [-learning_rate / correction for correction in first_corrections]
-        torch._foreach_addcdiv_(parameters, firsts, denominators, factors)
-        for update, parameter in zip(updates, parameters, strict=True):
+            # Bias correction: both moments start at zero, so their early values are too small by these factors.
+            rate = learning_rate / (1 - beta1 ** int(state["step"]))
+            root_factor = (1 - beta2 ** int(state["step"])) ** -0.5
+            moments = local_shard(state["exp_avg"]), local_shard(state["exp_avg_sq"])
+            numbers = factor, keep, beta1, beta2, rate, root_factor, group["eps"]
+            dispatch.step_adamw(parameter, update.gradient.to(parameter.dtype), *moments, *map(float, numbers))
             if update.copy is not None:
-                update.copy.copy_(parameter)
+                update.copy.detach().copy_(parameter)
 
 
 @torch.no_grad()

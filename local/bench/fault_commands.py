@@ -33,11 +33,11 @@ import basic.analysis.plotting
 import basic.analysis.report.page
 import basic.analysis.sweep
 import basic.training.saving
-from basic.bpe.cache_files import kept_arrays
-from basic.bpe.native import object_files
-from basic.bpe.native.kernel import Kernel
 from basic.bpe.patterns.automaton import compile_splits
 from basic.common.files import sha256_of_file
+from basic.common.native import object_files
+from basic.common.native.cache_files import kept_arrays
+from basic.common.native.kernel import Kernel
 from basic.pretokenization import GPT2_PATTERN
 from basic.Tokenizer import Tokenizer
 from basic.training.records.metrics import read_all_records

@@ -15,9 +15,9 @@ from typing import Any
 
 from fault_commands import BYTES, END, TOKENIZERS, Child, Command, Tries, checkpoint_content
 
-from basic.bpe.cache_files import read_checked
 from basic.common import file_sets
 from basic.common.errors import BasicError, DamagedFileError
+from basic.common.native.cache_files import read_checked
 from basic.encoding import encode_file, encode_files
 from basic.formats.import_model import open_model
 from basic.formats.tokenizers import load_tiktoken

@@ -239,7 +239,7 @@ def digest(ids: list[Any]) -> str:
 def empty_call() -> float:
     """The seconds of a call of a built-in function whose kernel returns at once."""
     from basic.bpe.kernels.instructions import kernel, new_integer
-    from basic.bpe.native.kernel import PreparedCall
+    from basic.common.native.kernel import PreparedCall
 
     @kernel
     def nothing(text):

@@ -600,15 +600,15 @@ def test_the_kernels_are_not_used_with_little_address_space(tmp_path):
 
 
 def test_kernels_are_compiled_without_a_cache_folder(monkeypatch):
-    from basic.bpe.native import object_files
-    from basic.bpe.native.kernel import Kernel
+    from basic.common.native import object_files
+    from basic.common.native.kernel import Kernel
 
     monkeypatch.setattr(object_files, "cache_folder", lambda: None)
     assert Kernel(lambda x: x + 1, {})(1) == 2
 
 
 def test_the_cache_folder_is_the_first_that_is_absolute_and_writable(capsys, tmp_path):
-    from basic.bpe.native.object_files import first_writable_folder
+    from basic.common.native.object_files import first_writable_folder
 
     (tmp_path / "file").touch()
     unusable = [None, "", "relative", tmp_path / "file" / "x"]
@@ -622,7 +622,7 @@ def test_the_cache_folder_is_the_first_that_is_absolute_and_writable(capsys, tmp
 
 def test_a_message_says_that_kernels_are_compiled(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(loading, "_call_training_kernels", lambda: None)
-    monkeypatch.setattr("basic.bpe.native.object_files.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("basic.common.native.object_files.cache_folder", lambda: tmp_path)
     for expected in ("compiling the kernels for training, once on this machine (ahead", ""):
         monkeypatch.setattr(loading, "_loaded", set())  # as in a new process
         loading.are_compiled.cache_clear()

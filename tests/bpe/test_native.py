@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from basic.bpe import loading
-from basic.bpe.native import object_files
-from basic.bpe.native.kernel import Kernel
 from basic.common.errors import InvalidInputError
+from basic.common.native import object_files
+from basic.common.native.kernel import Kernel
 from basic.Tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]

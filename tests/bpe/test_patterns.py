@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import regex
 
-from basic.bpe import cache_files, loading
+from basic.bpe import loading
 from basic.bpe.arrays import bytes_array
 from basic.bpe.patterns import tables
 from basic.bpe.patterns.automaton import Automaton, compile_splits
 from basic.bpe.patterns.characters import NUM_CODE_POINTS, complement, equal_ignoring_case, matched_by, union
 from basic.bpe.patterns.cuts import SafeCuts, last_settled_position
 from basic.bpe.patterns.parser import UnsupportedPatternError
+from basic.common.native import cache_files
 from basic.pretokenization import (
     PATTERNS,
     Pattern,

@@ -81,8 +81,8 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
         *("basic.analysis.report", "basic.analysis.sweep", "basic.commands"),
     ),
     "safetensors": ("basic.training.checkpoints.file", "basic.formats.export_model", "basic.formats.import_model"),
-    "numba": ("basic.bpe.native.compiler",),
-    "llvmlite": ("basic.bpe.native.compiler", "basic.bpe.native.object_files"),
+    "numba": ("basic.common.native.compiler",),
+    "llvmlite": ("basic.common.native.compiler", "basic.common.native.object_files"),
     "triton": ("basic.transformer.kernels", "basic.generation.decode_kernels", "basic.generation.decoder"),
     "matplotlib": ("basic.analysis.plotting", "basic.analysis.sweep_plot"),
     "starlette": ("basic.analysis.playground",),
@@ -373,9 +373,9 @@ def test_every_imported_package_is_declared(path: Path) -> None:
 # These read their own files, or the system's.
 OPENS_FILES = (
     "assignment_question.py",
-    "bpe/cache_files.py",
+    "common/native/cache_files.py",
     "bpe/loading.py",
-    "bpe/native/object_files.py",
+    "common/native/object_files.py",
     "bpe/patterns/tables.py",
     "common/files.py",
 )
@@ -404,7 +404,7 @@ def test_text_to_tokens_loads_neither_torch_nor_numba() -> None:
     lines = ["import importlib, sys"]
     for module in TREE.modules:
         if is_within(module, *TEXT_TO_TOKENS) and not is_within(
-            module, "basic.bpe.native.compiler", "basic.bpe.__main__"
+            module, "basic.common.native.compiler", "basic.bpe.__main__"
         ):
             lines.append(f"importlib.import_module('{module}')")
             lines.append(f"assert not {{'torch', 'numba'}} & sys.modules.keys(), '{module} loads torch or numba'")

@@ -89,7 +89,7 @@ def test_an_error_after_a_signal_is_the_interruption_that_was_asked_for(tmp_path
 def test_a_second_signal_ends_the_process_at_once():
     program = """
 import signal
-from basic.common.stop_signals import StopSignals
+from basic.training.parallel.stop_signals import StopSignals
 with StopSignals() as stop:
     signal.raise_signal(signal.SIGINT)
     assert stop.received is signal.SIGINT

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from basic.model import KVCache, ModelConfig, TransformerLM
-from basic.transformer import cpu_operators, functional
+from basic.transformer import functional
+from basic.transformer.cpu import operators as cpu_operators
 from basic.transformer.kernels import dispatch
 
 SHAPE: dict[str, Any] = {"vocab_size": 50, "context_length": 150, "d_model": 32, "num_layers": 2, "num_heads": 4}

@@ -17,11 +17,12 @@ from typing import NamedTuple
 import numpy as np
 
 from basic.bpe.arrays import bytes_array
-from basic.bpe.cache_files import kept_arrays
 from basic.bpe.kernels.hash_table import I64, find_whole_bytes, new_table, whole_token_table
-from basic.bpe.kernels.instructions import U64, inlined_kernel, kernel, low_bits_where, smallest16
-from basic.bpe.native.object_files import cache_folder
+from basic.bpe.kernels.instructions import U64, low_bits_where, smallest16
 from basic.bpe.plain import JoinedRanks, MergeRules
+from basic.common.native.cache_files import kept_arrays
+from basic.common.native.kernel import inlined_kernel, kernel
+from basic.common.native.object_files import cache_folder
 
 # A slot of the hash table of merges is one number: left id, right id, rank + 1.
 ID_BITS, RANK_BITS = 21, 22

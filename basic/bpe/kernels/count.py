@@ -39,7 +39,7 @@ from basic.bpe.kernels.hash_table import (
     put_in_pool,
     rehash,
 )
-from basic.bpe.kernels.instructions import U64, kernel, readonly, store8
+from basic.bpe.kernels.instructions import U64, readonly, store8
 from basic.bpe.kernels.scan import (
     BLOCK,
     SCRATCH_LENGTH,
@@ -49,6 +49,7 @@ from basic.bpe.kernels.scan import (
     scan_block,
 )
 from basic.bpe.kernels.special_tokens import SpecialTokenTables, find_special
+from basic.common.native.kernel import kernel
 
 # A block has at most BLOCK new pre-tokens, whose bytes take at most this many elements of the pool.
 _POOL_BLOCK = BLOCK // 8 + BLOCK // SHORT_BYTES

@@ -13,7 +13,6 @@ from basic.bpe.kernels.instructions import (
     clear_error,
     free,
     int32s_at,
-    kernel,
     list_item,
     list_size,
     load8,
@@ -23,7 +22,7 @@ from basic.bpe.kernels.instructions import (
     store8,
     writable_bytes_at,
 )
-from basic.bpe.native.kernel import PreparedCall, functions_are_safe
+from basic.common.native.kernel import PreparedCall, functions_are_safe, kernel
 
 _BLOCK_IDS = 1 << 20  # decoded at a time, so that the temporary arrays are small
 

@@ -43,7 +43,6 @@ from basic.bpe.kernels.instructions import (
     U64,
     address_of,
     bytes_at,
-    kernel,
     new_integer,
     new_list,
     release,
@@ -61,6 +60,7 @@ from basic.bpe.kernels.scan import (
     scan_block,
 )
 from basic.bpe.kernels.special_tokens import find_special
+from basic.common.native.kernel import kernel
 
 # Why the kernel stops before the end: the table or its pool, the output, or the buffers for a long pre-token are too
 # small; a character is not UTF-8; or a byte has no token.

@@ -37,7 +37,7 @@ from basic.bpe.kernels.hash_table import (
 from basic.bpe.kernels.instructions import readonly
 from basic.bpe.kernels.scan import BLOCK, PatternTables
 from basic.bpe.kernels.special_tokens import SpecialTokenTables
-from basic.bpe.native.kernel import PreparedCall, functions_are_safe
+from basic.common.native.kernel import PreparedCall, functions_are_safe
 
 _FEWEST_SLOTS, _USUAL_SLOTS = 1 << 14, 1 << 17
 _MAX_SLOTS, _MAX_POOL = 1 << 19, 1 << 21  # 16 MB each

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from basic.bpe.kernels.instructions import U64, inlined_kernel, kernel, load8, prefetch, trailing_zeros
+from basic.bpe.kernels.instructions import U64, load8, prefetch, trailing_zeros
 from basic.bpe.kernels.scan import BEFORE
+from basic.common.native.kernel import inlined_kernel, kernel
 
 I64 = np.int64
 

@@ -1,4 +1,4 @@
-"""Compile the kernels with Numba, and give them processor instructions that NumPy has no name for.
+"""Processor instructions that NumPy has no name for, and Python's C interface, for the kernels.
 
 The kernels read eight bytes at a time, count trailing zeros, and prefetch memory. Each of these is one processor
 instruction; the functions here generate it. The processor must be little-endian.
@@ -6,83 +6,13 @@ instruction; the functions here generate it. The processor must be little-endian
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from basic.bpe.native.kernel import Kernel
+from basic.common.native.instructions import arrayobj, c_function, instruction, ir, types
 
 U64 = np.uint64
-
-
-class _ModuleOfCompiler:
-    """A module that the compiler imports, which is done when one of its names is used: only compiling needs Numba."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __getattr__(self, name: str) -> Any:
-        from basic.bpe.native import compiler
-
-        return getattr(getattr(compiler, self._name), name)
-
-
-ir: Any = _ModuleOfCompiler("ir")
-types: Any = _ModuleOfCompiler("types")
-arrayobj: Any = _ModuleOfCompiler("arrayobj")
-
-
-def kernel(function: Any) -> Kernel:
-    """Make a function over arrays and numbers a kernel, which is compiled when it is first called.
-
-    It runs without the interpreter's lock, so threads run in parallel. Divisions are not checked.
-    """
-    return Kernel(function, {})
-
-
-def inlined_kernel(function: Any) -> Kernel:
-    """`kernel` for a small function with many arrays: it is inlined, because passing an array copies seven numbers.
-
-    To apply merges to a new pre-token took 0.88 microseconds without inlining, and takes 0.57 with it.
-    """
-    return Kernel(function, {"forceinline": True})
-
-
-class _Instruction:
-    """A code generator that kernels call with values instead of types."""
-
-    def __init__(self, generator: Callable[..., Any]) -> None:
-        self._generator, self.__doc__ = generator, generator.__doc__
-
-    @cached_property
-    def _numba_type_(self) -> Any:
-        from basic.bpe.native.compiler import instruction_type
-
-        return instruction_type(self._generator)
-
-
-def _instruction(function: Callable[..., Any]) -> Any:
-    """Make a code generator callable from kernels, which call it with values instead of types."""
-    return _Instruction(function)
-
-
-class _CFunction:
-    """A function of Python's C interface, of integers and addresses; kernels call it with the interpreter's lock."""
-
-    def __init__(self, name: str, num_arguments: int) -> None:
-        self._name, self._num_arguments = name, num_arguments
-
-    @cached_property
-    def _numba_type_(self) -> Any:
-        from basic.bpe.native.compiler import c_function_type
-
-        return c_function_type(self._name, self._num_arguments)
-
-
-def _c_function(name: str, num_arguments: int) -> Any:
-    return _CFunction(name, num_arguments)
 
 
 def readonly(array: np.ndarray) -> np.ndarray:
@@ -101,7 +31,7 @@ def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any
     return builder.gep(data, [index])
 
 
-@_instruction
+@instruction
 def load8(typing_context, array, index):
     """Load array[index : index + 8] of a uint8 array as one uint64, without a bounds check."""
 
@@ -112,7 +42,7 @@ def load8(typing_context, array, index):
     return types.uint64(array, types.uint64), generate
 
 
-@_instruction
+@instruction
 def store8(typing_context, array, index, value):
     """Store the eight bytes of a uint64 in an integer array, from element `index` on, without a bounds check."""
 
@@ -124,7 +54,7 @@ def store8(typing_context, array, index, value):
     return types.void(array, types.uint64, types.uint64), generate
 
 
-@_instruction
+@instruction
 def load_address(typing_context, address):
     """Load the 64-bit number at an address."""
 
@@ -134,7 +64,7 @@ def load_address(typing_context, address):
     return types.int64(types.int64), generate
 
 
-@_instruction
+@instruction
 def address_of(typing_context, array):
     """The address of an array's first element."""
 
@@ -159,25 +89,25 @@ def _array_at(array_type: Any) -> Any:
     return array_type(types.int64, types.int64), generate
 
 
-@_instruction
+@instruction
 def bytes_at(typing_context, address, length):
     """The bytes at an address as a read-only array."""
     return _array_at(types.Array(types.uint8, 1, "C", readonly=True))
 
 
-@_instruction
+@instruction
 def writable_bytes_at(typing_context, address, length):
     """The bytes at an address as an array."""
     return _array_at(types.Array(types.uint8, 1, "C"))
 
 
-@_instruction
+@instruction
 def int32s_at(typing_context, address, length):
     """The int32 numbers at an address as an array."""
     return _array_at(types.Array(types.int32, 1, "C"))
 
 
-@_instruction
+@instruction
 def prefetch(typing_context, array, index):
     """Prefetch the cache line of an element, so that a later access does not wait for memory."""
 
@@ -194,7 +124,7 @@ def prefetch(typing_context, array, index):
     return types.void(array, types.uint64), generate
 
 
-@_instruction
+@instruction
 def trailing_zeros(typing_context, value):
     """The number of zero bits below the lowest one bit of a uint64; 64 for 0."""
 
@@ -204,7 +134,7 @@ def trailing_zeros(typing_context, value):
     return types.uint64(types.uint64), generate
 
 
-@_instruction
+@instruction
 def count_ones(typing_context, value):
     """The number of one bits of a uint64."""
 
@@ -214,7 +144,7 @@ def count_ones(typing_context, value):
     return types.uint64(types.uint64), generate
 
 
-@_instruction
+@instruction
 def at_least_64(typing_context, array, index, bound):
     """A bit for each element of array[index : index + 64] (uint16): whether it is at least `bound` (uint16)."""
 
@@ -231,7 +161,7 @@ def at_least_64(typing_context, array, index, bound):
     return types.uint64(array, types.uint64, types.uint16), generate
 
 
-@_instruction
+@instruction
 def smallest16(typing_context, array, index):
     """The minimum of array[index : index + 16] of an int32 array."""
 
@@ -246,7 +176,7 @@ def smallest16(typing_context, array, index):
     return types.int32(array, types.uint64), generate
 
 
-@_instruction
+@instruction
 def low_bits_where(typing_context, array, index, high_bits, shift):
     """The low `shift` bits of the number in array[index : index + 8] (uint64) whose other bits equal `high_bits`.
 
@@ -273,11 +203,11 @@ def low_bits_where(typing_context, array, index, high_bits, shift):
 
 
 # Python's C interface. An object is its address; 0 means that an exception was raised. All are in the stable ABI.
-list_size, list_item = _c_function("PyList_Size", 1), _c_function("PyList_GetItem", 2)
-new_list, set_list_item = _c_function("PyList_New", 1), _c_function("PyList_SetItem", 3)
-as_integer, new_integer = _c_function("PyLong_AsLongLong", 1), _c_function("PyLong_FromLongLong", 1)
-new_bytes, bytes_address = _c_function("PyBytes_FromStringAndSize", 2), _c_function("PyBytes_AsString", 1)
-string_length, string_as_utf8 = _c_function("PyUnicode_GetLength", 1), _c_function("PyUnicode_AsUTF8AndSize", 2)
-allocate, free = _c_function("PyMem_Malloc", 1), _c_function("PyMem_Free", 1)
-clear_error, release = _c_function("PyErr_Clear", 0), _c_function("Py_DecRef", 1)
+list_size, list_item = c_function("PyList_Size", 1), c_function("PyList_GetItem", 2)
+new_list, set_list_item = c_function("PyList_New", 1), c_function("PyList_SetItem", 3)
+as_integer, new_integer = c_function("PyLong_AsLongLong", 1), c_function("PyLong_FromLongLong", 1)
+new_bytes, bytes_address = c_function("PyBytes_FromStringAndSize", 2), c_function("PyBytes_AsString", 1)
+string_length, string_as_utf8 = c_function("PyUnicode_GetLength", 1), c_function("PyUnicode_AsUTF8AndSize", 2)
+allocate, free = c_function("PyMem_Malloc", 1), c_function("PyMem_Free", 1)
+clear_error, release = c_function("PyErr_Clear", 0), c_function("Py_DecRef", 1)
 TYPE_OFFSET = object.__basicsize__ - 8  # where an object has the address of its type

@@ -30,8 +30,9 @@ import numpy as np
 
 from basic.bpe.arrays import PretokenCounts
 from basic.bpe.kernels.hash_table import DONE, FULL, I64
-from basic.bpe.kernels.instructions import U64, kernel, prefetch
+from basic.bpe.kernels.instructions import U64, prefetch
 from basic.bpe.plain import NumberedMerges
+from basic.common.native.kernel import kernel
 
 NO_TOKEN, INSIDE = -1, -2  # symbols: between pre-tokens, and inside a token
 

@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from basic.bpe.kernels.instructions import U64, at_least_64, count_ones, kernel, load8, store8, trailing_zeros
+from basic.bpe.kernels.instructions import U64, at_least_64, count_ones, load8, store8, trailing_zeros
 from basic.bpe.patterns.automaton import FIRST_CLASS, Automaton
+from basic.common.native.kernel import kernel
 
 U16, I64 = np.uint16, np.int64
 

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from basic.bpe.kernels.instructions import U64, kernel, load8, trailing_zeros
+from basic.bpe.kernels.instructions import U64, load8, trailing_zeros
+from basic.common.native.kernel import kernel
 
 _MAX_FIRST_BYTES = 4  # up to so many distinct first bytes are searched by comparing eight bytes at once
 _MULTIPLIER = U64(0x9E3779B97F4A7C15)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import regex
 
-from basic.bpe.cache_files import kept_arrays
 from basic.bpe.patterns.automaton import Automaton, compile_splits
 from basic.bpe.patterns.parser import UnsupportedPatternError
+from basic.common.native.cache_files import kept_arrays
 
 
 @cache

@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from basic.transformer import cpu_operators, functional
+from basic.transformer import functional
 from basic.transformer.attention import AttentionOptions
+from basic.transformer.cpu import operators as cpu_operators
 
 MAX_DECODED_SEQUENCES = 64
 """Largest batch that the decoding kernels support."""
@@ -81,6 +82,30 @@ def supports_adamw(parameter: Tensor, gradient: Tensor) -> bool:
         and parameter.is_contiguous()
         and gradient.is_contiguous()
     )
+
+
+def step_adamw(
+    parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, factor: float, keep: float, beta1: float,
+    beta2: float, rate: float, root_factor: float, eps: float,
+) -> None:  # fmt: skip
+    """A step of AdamW on a CPU, or where its kernel on a GPU does not support the parameter.
+
+    Args:
+        parameter, first, second: of one shape; changed in place.
+        factor: of the gradient.
+        keep: factor of the parameter, which decays.
+        rate: the learning rate, divided by the bias correction of the first moment.
+        root_factor: of the second moment's root: 1 / the root of its bias correction.
+    """
+    numbers = factor, keep, beta1, beta2, rate, root_factor, eps
+    tensors = parameter, gradient, first, second
+    if _takes_cpu_operators(*tensors) and all(tensor.is_contiguous() for tensor in tensors):
+        cpu_operators.step_adamw(*tensors, *numbers)
+        return
+    gradient = gradient * factor
+    first.lerp_(gradient, 1 - beta1)
+    second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    parameter.mul_(keep).addcdiv_(first, (second.sqrt() * root_factor).add_(eps), value=-rate)
 
 
 def symmetric_product(

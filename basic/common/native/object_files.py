@@ -21,9 +21,9 @@ from pathlib import Path
 from struct import Struct
 from typing import NamedTuple
 
-from basic.bpe.cache_files import read_checked, write_checked
+from basic.common.native.cache_files import read_checked, write_checked
 
-# The functions of an object file (`basic.bpe.native.compiler`).
+# The functions of an object file (`basic.common.native.compiler`).
 ENTRIES = ENTRY, METHOD = "basic_kernel", "basic_method"
 
 _FILE_HEADER, _SECTION, _SYMBOL, _RELOCATION = (
@@ -183,9 +183,9 @@ def processor() -> str:
 
 def _sources() -> dict[Path, int]:
     """The files that the machine code depends on, and when each was changed."""
-    folder = Path(__file__).parents[1]
-    paths = [path for name in ("kernels", "native") for path in sorted((folder / name).glob("*.py"))]
-    paths.append(folder / "patterns" / "automaton.py")  # the layout of the tables
+    folder = Path(__file__).parents[2]
+    patterns = "common/native/*.py", "bpe/kernels/*.py", "bpe/patterns/automaton.py", "transformer/cpu/kernels.py"
+    paths = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     return {path: path.stat().st_mtime_ns for path in paths}
 
 

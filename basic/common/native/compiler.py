@@ -1,6 +1,6 @@
 """Compile kernels to object files, with Numba and LLVM.
 
-Numba compiles a function of one number, the address of the arguments (`basic.bpe.native.kernel`): it reads them and
+Numba compiles a function of one number, the address of the arguments (`basic.common.native.kernel`): it reads them and
 calls the kernel. The object file also holds all kernels that this one calls, and nothing of Numba.
 """
 
@@ -22,7 +22,7 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 from numba.np import arrayobj
 
-from basic.bpe.native.object_files import ENTRY, METHOD
+from basic.common.native.object_files import ENTRY, METHOD
 
 _I64 = ir.IntType(64)
 
@@ -35,6 +35,7 @@ _OPTIONS: dict[str, Any] = {
     "no_cfunc_wrapper": True,
 }
 
+_NUMBERS = {"i": types.int64, "d": types.float64}
 _dispatchers: list[Any] = []  # their types have weak references to them
 
 
@@ -129,8 +130,8 @@ def _numba_types(signature: list[str]) -> list[Any]:
     """The types of arguments; takes them from the front of the list, up to the end of the tuple."""
     result: list[Any] = []
     while signature and (text := signature.pop(0)) != ")":
-        if text == "i":
-            result.append(types.int64)
+        if text in _NUMBERS:
+            result.append(_NUMBERS[text])
         elif text == "(":
             result.append(types.BaseTuple.from_types(_numba_types(signature)))
         else:
@@ -157,6 +158,8 @@ def _reader(argument_types: list[Any]) -> Any:
                 return context.make_tuple(builder, numba_type, [make(item) for item in numba_type])
             if numba_type == types.int64:
                 return next_word()
+            if numba_type == types.float64:
+                return builder.bitcast(next_word(), ir.DoubleType())
             element = context.get_data_type(numba_type.dtype)
             size = ir.Constant(_I64, context.get_abi_sizeof(element))
             data = builder.inttoptr(next_word(), element.as_pointer())

@@ -1,0 +1,1 @@
+"""Operators for float32 on a CPU, and their kernels."""

@@ -1,0 +1,305 @@
+"""The passes over memory of the operators for a CPU, each one a kernel: what torch would do in several passes.
+
+Arrays are contiguous float32. The threads of a call take rows from `counter`, which starts at [0], a fixed number at a
+time; sums over rows have an array for each such number. So a result does not depend on the number of threads.
+
+    N rows · D features of a head · T tokens · C keys of a tile
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from basic.common.native.instructions import larger, take_items
+from basic.common.native.kernel import Kernel
+
+F32, I32 = np.float32, np.int32
+LOG2_E, LN_2 = F32(1.4426950408889634), F32(0.6931471805599453)
+ROWS = 16
+"""Rows that a thread takes at a time."""
+# Sums may be computed in any order, which vector code needs. NaN and infinity are kept.
+_FAST = {"fastmath": {"reassoc", "nsz", "arcp", "contract"}}
+
+
+def _kernel(function):
+    return Kernel(function, _FAST)
+
+
+def _inlined(function):
+    return Kernel(function, {"fastmath": {"nsz", "contract"}, "forceinline": True})
+
+
+@_inlined
+def _exp2(x):
+    """2^x within 1.5e-7 of it for x <= 0, and 0 for x < -100: a polynomial of degree 5 of the fraction."""
+    bounded = F32(-100) if x < F32(-100) else x
+    whole = np.floor(bounded)
+    t = bounded - whole
+    p = F32(1.8775767e-3) * t + F32(8.9893397e-3)
+    p = p * t + F32(5.5826318e-2)
+    p = p * t + F32(2.4015361e-1)
+    p = p * t + F32(6.9315308e-1)
+    p = p * t + F32(9.9999994e-1)
+    scaled = I32(I32(I32(whole) << I32(23)) + F32(p).view(np.int32)).view(np.float32)  # adds to the exponent
+    return F32(0) if x < F32(-100) else scaled
+
+
+@_inlined
+def _sigmoid(x):
+    power = _exp2(-abs(x) * LOG2_E)
+    return (F32(1) if x >= F32(0) else power) / (F32(1) + power)
+
+
+@_kernel
+def norm_forward(counter, x, weight, eps, y, scales):
+    rows, width = x.shape
+    while True:
+        first = take_items(counter, ROWS)
+        if first >= rows:
+            return
+        for row in range(first, min(first + ROWS, rows)):
+            squares = F32(0)
+            for i in range(width):
+                squares += x[row, i] * x[row, i]
+            scale = F32(1) / np.sqrt(squares / F32(width) + F32(eps))
+            scales[row] = scale
+            for i in range(width):
+                y[row, i] = x[row, i] * scale * weight[i]
+
+
+@_kernel
+def norm_backward(counter, x, weight, scales, dy, dx, dweights):
+    """dweights has a row for each ROWS rows."""
+    rows, width = x.shape
+    while True:
+        first = take_items(counter, ROWS)
+        if first >= rows:
+            return
+        part = first // ROWS
+        for i in range(width):
+            dweights[part, i] = F32(0)
+        for row in range(first, min(first + ROWS, rows)):
+            scale, product = scales[row], F32(0)
+            for i in range(width):
+                product += dy[row, i] * weight[i] * x[row, i]
+            factor = product * scale * scale / F32(width)
+            for i in range(width):
+                dx[row, i] = (dy[row, i] * weight[i] - x[row, i] * factor) * scale
+                dweights[part, i] += dy[row, i] * x[row, i] * scale
+
+
+@_kernel
+def swiglu_forward(counter, gates_values, y):
+    rows, width = y.shape
+    while True:
+        first = take_items(counter, ROWS)
+        if first >= rows:
+            return
+        for row in range(first, min(first + ROWS, rows)):
+            for i in range(width):
+                gate = gates_values[row, i]
+                y[row, i] = gate * _sigmoid(gate) * gates_values[row, width + i]
+
+
+@_kernel
+def swiglu_backward(counter, gates_values, dy, dgates_values):
+    rows, width = dy.shape
+    while True:
+        first = take_items(counter, ROWS)
+        if first >= rows:
+            return
+        for row in range(first, min(first + ROWS, rows)):
+            gates, values = gates_values[row, :width], gates_values[row, width:]
+            dgates, dvalues = dgates_values[row, :width], dgates_values[row, width:]
+            for i in range(width):
+                gate = gates[i]
+                slope = _sigmoid(gate)
+                activation = gate * slope
+                dvalues[i] = activation * dy[row, i]
+                dgates[i] = (slope + activation * (F32(1) - slope)) * dy[row, i] * values[i]
+
+
+@_kernel
+def cross_entropy(counter, logits, targets, factors, losses, with_gradient):
+    """Write the losses, and over the logits the gradient: a row's softmax, minus 1 for its target, times its factor."""
+    rows, vocab_size = logits.shape
+    while True:
+        first = take_items(counter, ROWS)
+        if first >= rows:
+            return
+        for row in range(first, min(first + ROWS, rows)):
+            target, maximum = logits[row, targets[row]], logits[row, 0]
+            for i in range(vocab_size):
+                maximum = larger(maximum, logits[row, i])
+            total = F32(0)
+            for i in range(vocab_size):
+                power = _exp2((logits[row, i] - maximum) * LOG2_E)
+                logits[row, i] = power
+                total += power
+            losses[row] = np.log(total) + (maximum - target)
+            if with_gradient:
+                factor = factors[row] / total
+                for i in range(vocab_size):
+                    logits[row, i] *= factor
+                logits[row, targets[row]] -= factors[row]
+
+
+@_kernel
+def split_heads(counter, qkv, cos, sin, num_queries, num_rotated, group, scale, heads):
+    """Rotate and scale heads of queries, rotate heads of keys, and copy each head to its place.
+
+    Args:
+        qkv: (B, T, queries + keys + values, D).
+        cos, sin: (T, D / 2), or of any shape if `num_rotated` is 0.
+        group: heads of queries that share one of keys and values.
+        heads: (3, queries, B, T, D), in which keys and values are repeated for each of their group.
+    """
+    B, T, H, D = qkv.shape
+    num_keys = (H - num_queries) // 2
+    while True:
+        first = take_items(counter, ROWS)
+        if first >= B * T:
+            return
+        for row in range(first, min(first + ROWS, B * T)):
+            b, t = row // T, row % T
+            for head in range(H):
+                if head < num_queries:
+                    kind, to, copies, factor = 0, head, 1, F32(scale)
+                else:
+                    kind = 1 + (head - num_queries) // num_keys
+                    to, copies, factor = (head - num_queries) % num_keys * group, group, F32(1)
+                if head < num_rotated:
+                    for pair in range(D // 2):
+                        x, y = qkv[b, t, head, 2 * pair] * factor, qkv[b, t, head, 2 * pair + 1] * factor
+                        heads[kind, to, b, t, 2 * pair] = x * cos[t, pair] - y * sin[t, pair]
+                        heads[kind, to, b, t, 2 * pair + 1] = x * sin[t, pair] + y * cos[t, pair]
+                else:
+                    for i in range(D):
+                        heads[kind, to, b, t, i] = qkv[b, t, head, i] * factor
+                for other in range(to + 1, to + copies):
+                    for i in range(D):
+                        heads[kind, other, b, t, i] = heads[kind, to, b, t, i]
+
+
+@_kernel
+def join_heads(counter, dheads, cos, sin, num_queries, num_rotated, group, scale, dqkv):
+    """The gradient of `split_heads`, from that of its result; changes `dheads`."""
+    B, T, H, D = dqkv.shape
+    num_keys = (H - num_queries) // 2
+    while True:
+        first = take_items(counter, ROWS)
+        if first >= B * T:
+            return
+        for row in range(first, min(first + ROWS, B * T)):
+            b, t = row // T, row % T
+            for head in range(H):
+                if head < num_queries:
+                    kind, at, copies, factor = 0, head, 1, F32(scale)
+                else:
+                    kind = 1 + (head - num_queries) // num_keys
+                    at, copies, factor = (head - num_queries) % num_keys * group, group, F32(1)
+                for other in range(at + 1, at + copies):
+                    for i in range(D):
+                        dheads[kind, at, b, t, i] += dheads[kind, other, b, t, i]
+                if head < num_rotated:
+                    for pair in range(D // 2):
+                        x, y = dheads[kind, at, b, t, 2 * pair] * factor, dheads[kind, at, b, t, 2 * pair + 1] * factor
+                        dqkv[b, t, head, 2 * pair] = x * cos[t, pair] + y * sin[t, pair]
+                        dqkv[b, t, head, 2 * pair + 1] = y * cos[t, pair] - x * sin[t, pair]
+                else:
+                    for i in range(D):
+                        dqkv[b, t, head, i] = dheads[kind, at, b, t, i] * factor
+
+
+@_inlined
+def _first_key(query, first_key, window, starts, sequence):
+    """The index in a tile of the first key that a query may attend to."""
+    first = max(first_key, query - window + 1) if window else first_key
+    if starts.shape[1]:
+        first = max(first, starts[sequence, query])
+    return first - first_key
+
+
+@_kernel
+def attention_weights(counter, scores, first_item, first_query, first_key, window, starts, log_sums):
+    """Overwrite the scores of a tile, logarithms to the base of 2, with their softmax over the keys not masked.
+
+    Args:
+        scores: (items, queries, C); an item is a head of a sequence, and each head has all sequences one after another.
+        first_item, first_query, first_key: the indices of the tile's first ones.
+        window: number of keys that a query may attend to; 0 for all before it.
+        starts: (B, T), the first token of each token's document; or (B, 0).
+        log_sums: (H B, T); those of the tile are written.
+    """
+    items, queries, _ = scores.shape
+    while True:
+        first = take_items(counter, ROWS)
+        if first >= items * queries:
+            return
+        for row in range(first, min(first + ROWS, items * queries)):
+            item, index = row // queries, row % queries
+            query = first_query + index
+            start = _first_key(query, first_key, window, starts, (first_item + item) % len(starts))
+            visible = scores[item, index, start : query - first_key + 1]
+            maximum = visible[0]
+            for i in range(len(visible)):
+                maximum = larger(maximum, visible[i])
+            total = F32(0)
+            for i in range(len(visible)):
+                power = _exp2(visible[i] - maximum)
+                visible[i] = power
+                total += power
+            factor = F32(1) / total
+            for i in range(len(visible)):
+                visible[i] *= factor
+            scores[item, index, :start] = F32(0)
+            scores[item, index, query - first_key + 1 :] = F32(0)
+            log_sums[first_item + item, query] = maximum + np.log(total) * LOG2_E
+
+
+@_kernel
+def attention_gradients(counter, scores, dweights, first_item, first_query, first_key, window, starts, log_sums):
+    """Overwrite the scores of a tile with their softmax, and the gradient of the weights with that of the scores."""
+    items, queries, _ = scores.shape
+    while True:
+        first = take_items(counter, ROWS)
+        if first >= items * queries:
+            return
+        for row in range(first, min(first + ROWS, items * queries)):
+            item, index = row // queries, row % queries
+            query = first_query + index
+            start = _first_key(query, first_key, window, starts, (first_item + item) % len(starts))
+            stop = query - first_key + 1
+            weights, slopes = scores[item, index, start:stop], dweights[item, index, start:stop]
+            log_sum, product = log_sums[first_item + item, query], F32(0)
+            for i in range(len(weights)):
+                weight = _exp2(weights[i] - log_sum)
+                weights[i] = weight
+                product += weight * slopes[i]
+            for i in range(len(weights)):
+                slopes[i] = weights[i] * (slopes[i] - product) * LN_2
+            scores[item, index, :start] = dweights[item, index, :start] = F32(0)
+            scores[item, index, stop:] = dweights[item, index, stop:] = F32(0)
+
+
+@_kernel
+def adamw(counter, parameter, gradient, first, second, factor, keep, beta1, beta2, rate, second_factor, eps):
+    """A step of AdamW.
+
+    Args:
+        factor: of the gradient.
+        keep: of the parameter, 1 minus its decay.
+        rate: learning rate, divided by the bias correction of the first moment.
+        second_factor: 1 / the root of the bias correction of the second moment.
+    """
+    block = ROWS * 256
+    while True:
+        start = take_items(counter, block)
+        if start >= len(parameter):
+            return
+        for i in range(start, min(start + block, len(parameter))):
+            g = gradient[i] * F32(factor)
+            m = first[i] * F32(beta1) + g * F32(1 - beta1)
+            v = second[i] * F32(beta2) + g * g * F32(1 - beta2)
+            first[i], second[i] = m, v
+            parameter[i] = parameter[i] * F32(keep) - F32(rate) * m / (np.sqrt(v) * F32(second_factor) + F32(eps))
