@@ -31,6 +31,7 @@ import tyro
 
 from basic.common import command_line
 from basic.common.errors import InvalidInputError
+from basic.common.progress import peak_memory_bytes
 from basic.corpus.counting import count_pretokens
 from basic.corpus.stories.grammar import stories
 from basic.pretokenization import SpecialTokens
@@ -277,16 +278,12 @@ def _train(path: Path, vocab_size: int) -> Training:
 
 def _peak_memory_bytes() -> int:
     """Return the peak memory of this process plus that of its largest worker; 0 if unknown."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    own, workers = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    own, workers = peak_memory_bytes()
     if sys.platform == "linux":
-        # On Linux ru_maxrss includes the memory of the parent at the time of the fork.
+        # On Linux the first one includes the memory of the parent at the time of the fork.
         status = Path("/proc/self/status").read_text().splitlines()
-        own = next((int(line.split()[1]) for line in status if line.startswith("VmHWM:")), own)
-    return (own + workers) * (1 if sys.platform == "darwin" else 1024)
+        own = next((1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM:")), own)
+    return own + workers
 
 
 # --- Tokenizers ---------------------------------------------------------------------------------------------

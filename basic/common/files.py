@@ -384,10 +384,10 @@ _JSON_NAMES: dict[type, str] = {
 _CHECKSUM = "checksum"
 
 
-def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
+def with_checksum(content: Mapping[str, Any], name: str = _CHECKSUM) -> dict[str, Any]:
     """Return a JSON object with the SHA-256 of its other keys and values as its last key."""
-    others = {key: value for key, value in content.items() if key != _CHECKSUM}
-    return {**others, _CHECKSUM: hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()}
+    others = {key: value for key, value in content.items() if key != name}
+    return {**others, name: hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()}
 
 
 def write_json(path: str | os.PathLike, content: Any, *, indent: int | None = None) -> None:

@@ -39,14 +39,20 @@ def progress_bar(shown: bool, **options: Any) -> Generator[Callable[[int], objec
         yield bar.update
 
 
-def peak_memory() -> str:
-    """Describe the peak memory of this process and of its workers."""
+def peak_memory_bytes() -> tuple[int, int]:
+    """The most memory that this process has had, and the largest of its workers; 0 on Windows."""
     try:
         import resource
-    except ImportError:  # on Windows
-        return "peak memory unknown"
-    unit_bytes = 1 if sys.platform == "darwin" else 1024
-    this, worker = (
-        resource.getrusage(who).ru_maxrss * unit_bytes / 1e6 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    except ImportError:
+        return 0, 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit,
     )
-    return f"peak memory {this:.0f} MB" + (f" and {worker:.0f} MB a worker" if worker else "")
+
+
+def peak_memory() -> str:
+    """Describe the peak memory of this process and of its workers."""
+    own, worker = (size / 1e6 for size in peak_memory_bytes())
+    return f"peak memory {own:.0f} MB" + (f" and {worker:.0f} MB a worker" if worker else "")

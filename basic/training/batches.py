@@ -59,7 +59,7 @@ def get_batch(
     # The remainder of a random number favours low starts: by up to 6 % with the bits that randint(num_starts) uses, by
     # an immeasurable amount with 63 bits.
     starts = torch.randint(2**63 - 1, (batch_size,)) % num_starts
-    x, y = _read_sequences(dataset, starts.numpy(), context_length)
+    x, y = _shifted(dataset[starts.numpy()[:, None] + np.arange(context_length + 1)])
     return to_device(x, device), to_device(y, device)
 
 
@@ -156,10 +156,13 @@ class BatchSampler:
         if self.packed is not None:
             positions, document_starts = self.packed.rows(self._sequences(step))
         else:
-            starts = self.row_starts(step)
-            if self.mask is None:
-                return self._windows(starts[local])
-            positions, document_starts = starts[:, None] + np.arange(self.context_length), None
+            starts, document_starts = self.row_starts(step), None
+            if self.mask is None:  # complete windows, all of whose targets count
+                positions = starts[local, None] + np.arange(self.context_length + 1)
+                ids = self.tokens[positions]
+                self._check_ids(ids, positions)
+                return _shifted(ids)
+            positions = starts[:, None] + np.arange(self.context_length)
         is_target = positions >= 0
         if self.mask is not None:
             is_target &= self.mask[positions + 1] & IS_LEARNED > 0
@@ -167,22 +170,13 @@ class BatchSampler:
         positions, is_target = positions[local], is_target[local]
         x = self.tokens[positions.clip(min=0)].astype(np.int64)
         y = np.where(is_target, self.tokens[positions + 1].astype(np.int64), IGNORE_INDEX)
-        if self.vocab_size is not None:
-            self._check_ids(x, positions.clip(min=0))
-            self._check_ids(np.where(is_target, y, 0), positions + 1)
+        self._check_ids(x, positions.clip(min=0))
+        self._check_ids(np.where(is_target, y, 0), positions + 1)
         batch = torch.from_numpy(x), torch.from_numpy(y), torch.tensor(max(num_targets, 1e-6), dtype=torch.float32)
         return batch if document_starts is None else (*batch, torch.from_numpy(document_starts[local]))
 
-    def _windows(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
-        """The inputs and targets of complete windows, all of whose targets count."""
-        x, y = _read_sequences(self.tokens, starts, self.context_length)
-        if self.vocab_size is not None:
-            _check_sequences(x, starts, self.vocab_size)
-            _check_sequences(y[:, -1:], starts + self.context_length, self.vocab_size)
-        return x, y
-
     def _check_ids(self, ids: np.ndarray, positions: np.ndarray) -> None:
-        for index in (ids.argmin(), ids.argmax()):
+        for index in (ids.argmin(), ids.argmax()) if self.vocab_size is not None else ():
             _check_id(int(ids.flat[index]), int(positions.flat[index]), self.vocab_size or 0)
 
     def _sequences(self, step: int) -> np.ndarray:
@@ -341,16 +335,6 @@ def check_learned(mask: np.ndarray, *, chunk_tokens: int = _CHUNK_TOKENS) -> Non
         )
 
 
-def _check_sequences(ids: Tensor, starts: np.ndarray, vocab_size: int) -> None:
-    """Check the ids of sequences, (batch, seq), that were read at these positions of the tokens."""
-    smallest, largest = ids.aminmax()
-    if smallest >= 0 and largest < vocab_size:
-        return
-    for index in (int(ids.argmin()), int(ids.argmax())):
-        row, offset = divmod(index, ids.shape[1])
-        _check_id(int(ids[row, offset]), int(starts[row]) + offset, vocab_size)
-
-
 def _check_id(token_id: int, position: int, vocab_size: int) -> None:
     if not 0 <= token_id < vocab_size:
         raise WrongTokenizerError(
@@ -360,12 +344,11 @@ def _check_id(token_id: int, position: int, vocab_size: int) -> None:
         )
 
 
-def _read_sequences(
-    tokens: Tokens, starts: np.ndarray, context_length: int
-) -> tuple[Int64[Tensor, " batch context_length"], Int64[Tensor, " batch context_length"]]:
-    windows = tokens[starts[:, None] + np.arange(context_length + 1)].astype(np.int64)
-    x, y = windows[:, :-1], windows[:, 1:]
-    return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(np.ascontiguousarray(y))
+def _shifted(windows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Inputs and targets, int64: the first ids of each window, and the last."""
+    windows = windows.astype(np.int64)
+    x, y = (np.ascontiguousarray(half) for half in (windows[:, :-1], windows[:, 1:]))
+    return torch.from_numpy(x), torch.from_numpy(y)
 
 
 def _count_starts(tokens: Tokens, batch_size: int, context_length: int) -> int:

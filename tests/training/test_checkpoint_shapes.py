@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from basic.common.errors import DamagedFileError
+from basic.common.files import with_checksum
 from basic.training.checkpoints.file import StagedCheckpoint, load_checkpoint, read_document, write_staged_checkpoint
-from basic.training.checkpoints.sharded import METADATA_NAME, _metadata_digest, read_sharded_checkpoint
+from basic.training.checkpoints.sharded import METADATA_NAME, read_sharded_checkpoint
 
 GOOD: dict[str, Any] = {
     "version": 2,
@@ -33,7 +34,7 @@ DOCUMENTS = [
 def write_folder(folder, **changes: Any) -> None:
     metadata = {"version": 1, "checkpoint": json.dumps(GOOD), "files": {}, **changes}
     folder.mkdir()
-    (folder / METADATA_NAME).write_text(json.dumps(metadata | {"sha256": _metadata_digest(metadata)}))
+    (folder / METADATA_NAME).write_text(json.dumps(with_checksum(metadata, "sha256")))
 
 
 @pytest.mark.parametrize(("document", "message"), DOCUMENTS, ids=lambda value: str(value)[:20])

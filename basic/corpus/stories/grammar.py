@@ -72,12 +72,6 @@ def story_nats(text: str) -> float:
 
 
 @cache
-def entropy_nats() -> float:
-    """Return the mean information of a story in nats, exactly: a lower bound of a model's mean loss a story."""
-    return story_grammar().count()[1]
-
-
-@cache
 def story_grammar() -> Grammar:
     """Return the grammar of `words.py`, compiled at the first call."""
     return Grammar(RULES, WORDS, DRAWN_FROM)

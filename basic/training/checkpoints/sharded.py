@@ -11,7 +11,6 @@ checkpoint.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from basic.common.errors import DamagedFileError
-from basic.common.files import load_object, sha256_of_file, sync_file, sync_folder
+from basic.common.files import load_object, sha256_of_file, sync_file, sync_folder, with_checksum
 from basic.training.checkpoints.file import Checkpoint, parse_document
 from basic.training.checkpoints.state import (
     check_model_state,
@@ -153,8 +152,7 @@ def _sync_files(folder: Path, rank: int) -> dict[str, str]:
 
 def _commit(document: str, digests: dict[str, str], temporary: Path, target: Path) -> None:
     """Write the metadata file, and rename the folder to its final name."""
-    metadata = {"version": _VERSION, "checkpoint": document, "files": digests}
-    metadata["sha256"] = _metadata_digest(metadata)
+    metadata = with_checksum({"version": _VERSION, "checkpoint": document, "files": digests}, "sha256")
     (temporary / METADATA_NAME).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
     sync_file(temporary / METADATA_NAME)
     sync_folder(temporary)
@@ -210,7 +208,7 @@ def read_sharded_checkpoint(path: str | os.PathLike) -> Checkpoint:
         metadata = load_object(folder / METADATA_NAME, _METADATA_TYPES)
         if metadata["version"] != _VERSION:
             raise ValueError(f"its version is {metadata['version']}, this library reads version {_VERSION}")
-        if metadata["sha256"] != _metadata_digest(metadata):
+        if metadata != with_checksum(metadata, "sha256"):
             raise ValueError(f"the contents of {METADATA_NAME} do not match their checksum")
         for name, digest in metadata["files"].items():
             if Path(name).name != name or not isinstance(digest, str):
@@ -328,8 +326,3 @@ def _read_tensors(targets: dict[str, Tensor], folder: Path) -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads on its own
         dcp.load(targets, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
-
-
-def _metadata_digest(metadata: dict[str, Any]) -> str:
-    rest = {key: value for key, value in metadata.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from basic.common.progress import peak_memory_bytes
 
 _STEPS_PER_COPY = 4
 """Steps whose numbers are copied together. A step's numbers are known after at most twice as many steps."""
@@ -125,13 +126,8 @@ class Meter:
 
 
 def memory_use(device: torch.device) -> dict[str, int]:
-    """The most memory that was in use so far: of this process, where the system says it, and of tensors on its GPU."""
-    use = {}
-    if sys.platform != "win32":
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        use["cpu_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    """The most memory that was in use so far: of this process, and of tensors on its GPU."""
+    use = {"cpu_memory_bytes": peak_memory_bytes()[0]}
     if device.type == "cuda":
         use["gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device)
     return use
