@@ -66,7 +66,6 @@ class Tokenizer(TokenizerDefinition):
 
     Attributes:
         vocab: id to bytes, with the special tokens.
-        settings: as given.
         special_tokens: the special tokens, prepared for the search.
         special_token_ids: special token to id, in the order given.
         compiled_pattern: the pattern, in the spelling of `PATTERNS` if it is known.
@@ -117,7 +116,6 @@ class Tokenizer(TokenizerDefinition):
             errors: for characters with a byte that has no token: "strict" raises, "replace" encodes U+FFFD.
 
         Raises:
-            TypeError: `text` is not a string.
             InvalidInputError: a byte of the text has no token, the tokens are not the text (`offsets`), or an option is
                 invalid.
         """
@@ -184,7 +182,6 @@ class Tokenizer(TokenizerDefinition):
             uint16 if all ids of the vocabulary fit, else uint32.
 
         Raises:
-            TypeError: `data` has another type.
             InvalidInputError: a byte is not UTF-8 or has no token, or an option is invalid.
         """
         check_errors_option(errors)
@@ -238,7 +235,6 @@ class Tokenizer(TokenizerDefinition):
 
         Raises:
             TypeError: `texts` is a single text, or one of them is not a string.
-            InvalidInputError: as for `encode`.
         """
         texts, num_threads = check_text_list("texts", texts), resolve_num_threads(num_threads)
         encode: Any = partial(self.encode, **options)
@@ -258,10 +254,6 @@ class Tokenizer(TokenizerDefinition):
 
         The ids are those of the joined text. Memory is bounded by the longest string, the
         longest pre-token and a cache of fixed size.
-
-        Raises:
-            TypeError: an item is not a string.
-            InvalidInputError: a byte of the text has no token.
         """
         return chain.from_iterable(self.encode_stream(iterable, specials_as_text=specials_as_text, errors=errors))
 
@@ -343,7 +335,6 @@ class Tokenizer(TokenizerDefinition):
 
         Args:
             num_bytes: of the text; 0 for a stream of unknown length.
-            num_mapped_bytes: address space that reading the text will need.
 
         Returns:
             The encoder that uses the kernels, or None for the plain path.

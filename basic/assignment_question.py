@@ -191,11 +191,7 @@ class Corpus(NamedTuple):
         return _train_in_process(self.path, self.vocab_size)
 
     def documents(self, size_bytes: int = 1 << 25) -> list[str]:
-        """Return the complete documents in the first `size_bytes` of the file.
-
-        Raises:
-            InvalidInputError: no document is complete.
-        """
+        """Return the complete documents in the first `size_bytes` of the file."""
         with open(self.path, "rb") as file:
             documents = file.read(size_bytes).split(SEPARATOR.encode())
             if file.read(1):
@@ -477,12 +473,7 @@ def questions(corpora: Corpora = EMBEDDED) -> dict[str, Callable[[], Answer]]:
 
 
 def main(name: tyro.conf.Positional[str] = "all", corpora: tyro.conf.OmitArgPrefixes[Corpora] = EMBEDDED) -> None:
-    """Print the answers to the assignment's written questions.
-
-    Args:
-        name: name of a question, or all.
-        corpora: the texts.
-    """
+    """Print the answers to the assignment's written questions."""
     answers = questions(corpora)
     if name not in {"all", *answers}:
         raise InvalidInputError(f"there is no question {name!r}; the questions are: all, {', '.join(answers)}")

@@ -124,11 +124,7 @@ def to_printable(token: bytes) -> str:
 
 
 def from_printable(printable: str) -> bytes:
-    """Convert a printable form to its token.
-
-    Raises:
-        KeyError: a character stands for no byte.
-    """
+    """Convert a printable form to its token."""
     try:
         return printable.translate(_printable_to_latin1()).encode("latin-1")
     except UnicodeEncodeError as error:

@@ -50,12 +50,10 @@ class SpecialTokens:
         tokens: strings, in the order of their ids.
 
     Attributes:
-        tokens: the same strings, as a tuple.
         max_length: the number of characters of the longest, 1 if there are none.
         longest_first_bytes: in UTF-8, sorted by the number of characters.
 
     Raises:
-        TypeError: a special token is not a string, or one string is given instead of a list.
         InvalidInputError: a special token is empty, given twice, or has a lone surrogate.
     """
 
@@ -118,11 +116,7 @@ def replace_surrogates(text: str) -> str:
 
 
 def replace_surrogates_in_stream(texts: Iterable[str]) -> Iterator[str]:
-    """The same for a text that arrives as a stream of strings, where a string may end inside a pair of surrogates.
-
-    Raises:
-        TypeError: an item is not a string.
-    """
+    """The same for a text that arrives as a stream of strings, where a string may end inside a pair of surrogates."""
     first_half = ""  # a high surrogate at the end of a string, the first half of a possible pair
     for text in texts:
         check_text(text)
@@ -242,9 +236,6 @@ def divide_stream(
     Args:
         pattern: if it has no automaton, the text between two special tokens is held back.
         characters: to wait for before a text is divided.
-
-    Raises:
-        InvalidInputError: a pre-token is much longer than any that can be encoded.
     """
     held, size, enough = [], 0, 0
     for text in texts:
@@ -336,8 +327,6 @@ def find_safe_position(
 
     Args:
         read: returns the bytes from an offset on, up to a number of bytes.
-        position: the byte offset.
-        size: of the text in bytes.
         search_bytes: read at first; twice as many each time that no safe position is found.
     """
     if not 0 < position < size:

@@ -65,8 +65,6 @@ def train_bpe(
     Raises:
         InvalidInputError: `vocab_size` or another number is too small, a special token is empty or given twice, or the
             text is not UTF-8.
-        TypeError: `vocab_size` is not an integer, or a special token is not a string.
-        OSError: a file cannot be read.
 
     Source: Sennrich et al. 2016, over bytes with the pre-tokens of Radford et al. 2019; assignment, BPE training.
     """
@@ -145,7 +143,6 @@ def merges_from_counts(
         first_merges: applied first; not among the results.
         max_token_bytes: no longer token is learned, at least 1; by default there is no limit.
         kernels: whether to use compiled code; by default if there are many pre-tokens. The result is the same.
-        progress: whether to show a progress bar.
 
     Returns:
         The merges, in order.
@@ -153,7 +150,6 @@ def merges_from_counts(
     Raises:
         InvalidInputError: a number is too small, several first merges make a token that another needs before, or there
             are too many pre-tokens.
-        TypeError: a pre-token is not bytes.
 
     Examples:
         >>> merges_from_counts({b"low": 5, b"lower": 2, b"widest": 3, b"newest": 6}, 3)

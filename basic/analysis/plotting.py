@@ -41,7 +41,6 @@ def plot_losses(runs: Mapping[str, Records], path: str | os.PathLike, *, floor_n
     Raises:
         InvalidInputError: a run has no records, or the format is unknown.
         FileExistsError: the file exists and is no picture that this library drew.
-        OSError: the file cannot be written.
     """
     check_outputs([picture_output(path)], overwrite=True)
     for label, records in runs.items():

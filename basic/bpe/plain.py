@@ -102,7 +102,6 @@ def number_merges(merges: Iterable[tuple[bytes, bytes]]) -> NumberedMerges:
     same result have one token; a merge that is given again counts once.
 
     Raises:
-        TypeError: a merge is not a pair of bytes.
         ValueError: several merges make a token, and not all of them come before those that need it.
     """
     waiting: dict[bytes, list[tuple[int, bytes, bytes]]] = defaultdict(list)  # for a token that no merge has made yet
@@ -144,7 +143,6 @@ def merge_rules(ids: dict[bytes, int], merges: Iterable[tuple[bytes, bytes]]) ->
         merges: pairs of tokens, the lowest rank first; of two equal merges the first one counts.
 
     Raises:
-        TypeError: a merge is not a pair of bytes.
         ValueError: a merge needs a token that has no id.
     """
     ranks: dict[Pair, int] = {}
@@ -220,7 +218,6 @@ class PretokenCache(dict[str, tuple[int, ...]]):
 
         Raises:
             InvalidByteError: a byte has no token; it has the index of the first one in the joined pre-tokens.
-            ValueError: a pre-token is too long.
         """
         try:
             return list(chain.from_iterable(map(self.__getitem__, pretokens)))
@@ -240,9 +237,6 @@ def apply_merges(ids: list[int], ranks: PairRanks, results: Sequence[int], one_a
     Args:
         ids: of the bytes of the pre-token; modified.
         ranks, results, one_at_a_time: see `MergeRules`.
-
-    Returns:
-        The ids of the pre-token.
 
     Source: Sennrich et al. 2016, algorithm 1, applied to one word.
     """

@@ -12,9 +12,6 @@ class StreamDecoder:
     Bytes that are not UTF-8 become U+FFFD, as soon as it is certain that no character can begin with them. So the
     texts, joined, are those of all ids decoded at once.
 
-    Args:
-        decode_bytes: decodes ids to bytes.
-
     Examples:
         >>> decoder = tokenizer.stream_decoder()  # where "é" is two tokens
         >>> [decoder.decode(token_id) for token_id in tokenizer.encode("né!")]

@@ -104,7 +104,6 @@ def id_array(name: str, ids: Any) -> Any:
     """Return token ids as an array: a list or a tensor is converted, an array or a token dataset is returned as it is.
 
     Raises:
-        TypeError: it is something else.
         InvalidInputError: it is not one-dimensional, or does not have an integer dtype.
     """
     if isinstance(ids, list | tuple):

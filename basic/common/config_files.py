@@ -35,7 +35,6 @@ def load_config(
         complete: called with the table of the file, to which it may add settings.
 
     Raises:
-        FileNotFoundError: the file does not exist.
         InvalidConfigError: the file is not TOML, a key is unknown or missing, or a value has the wrong type or is out
             of its range; the message starts with the file's path.
     """
@@ -55,12 +54,7 @@ def toml_path(path: str | os.PathLike, what: str) -> Path:
 
 
 def load_table(path: str | os.PathLike, what: str) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        InvalidConfigError: the file is not TOML.
-    """
+    """Read a TOML file."""
     try:
         return tomllib.loads(decode_utf8(read_file(toml_path(path, what))))
     except FileNotFoundError:
@@ -91,11 +85,7 @@ def to_table(config: Any) -> dict[str, Any]:
 
 
 def flatten_settings(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested tables into one, with dotted keys: {"train": {"lr": 1}} becomes {"train.lr": 1}.
-
-    Raises:
-        InvalidConfigError: `table` is not a table.
-    """
+    """Flatten nested tables into one, with dotted keys: {"train": {"lr": 1}} becomes {"train.lr": 1}."""
     if not isinstance(table, Mapping):
         raise InvalidConfigError(f"a table of settings is needed, got {table!r}")
     settings: dict[str, Any] = {}
@@ -152,7 +142,6 @@ def check_fields(config: Any, *, may_be_infinite: Collection[str] = ()) -> None:
         may_be_infinite: names of fields whose number may be infinite; no number may be NaN.
 
     Raises:
-        TypeError: a value has another type.
         InvalidConfigError: a value is none of the choices that a Literal lists, or a number is not finite.
     """
     hints = _hints(type(config))

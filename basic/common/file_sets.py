@@ -136,7 +136,6 @@ def replaced_files(
         folder: is created if it does not exist, and locked during the block.
         manifest: name of a file in `folder` that lists what was moved there, with checksums.
         last: the file by which the result is recognised. It is removed first and moved last.
-        inputs: files that the block reads.
 
     Yields:
         A new folder, inside of `folder`. If the block raises, it stays until the next time.
@@ -144,7 +143,6 @@ def replaced_files(
     Raises:
         FileExistsError: the folder was made by somebody else, or was changed since, or a file is in the way.
         InvalidInputError: one of the inputs is in the folder.
-        BlockingIOError: another process writes the folder.
     """
     folder = Path(folder)
     for path in inputs:

@@ -38,10 +38,6 @@ def atomic_write(path: str | os.PathLike) -> Generator[BinaryIO]:
 
     Args:
         path: the file to create or replace; its folder must exist.
-
-    Raises:
-        FileNotFoundError: the folder does not exist.
-        OSError: `path` is a folder, or not a regular file.
     """
     with atomic_paths(path) as (temporary,), open(temporary, "xb") as file:
         yield file
@@ -64,10 +60,6 @@ def atomic_paths(*paths: str | os.PathLike) -> Generator[tuple[Path, ...]]:
 
     Yields:
         One path for each of `paths`; no file exists there yet, and the block must create it.
-
-    Raises:
-        FileNotFoundError: a folder does not exist.
-        OSError: one of `paths` is a folder, or not a regular file.
     """
     targets = [_resolve(path) for path in paths]
     folders = {target.parent for target in targets}
@@ -110,10 +102,6 @@ def atomic_folder(path: str | os.PathLike) -> Generator[Path]:
     Args:
         path: the folder to create; it must not exist, and its parent must. A symbolic link to a folder that does not
             exist is written through.
-
-    Raises:
-        FileExistsError: `path` exists.
-        FileNotFoundError: its parent does not exist.
     """
     target = _resolve(path)
     if target.exists():
@@ -265,11 +253,7 @@ def check_regular_file(path: str | os.PathLike) -> None:
 
 
 def open_file(path: str | os.PathLike) -> io.BufferedReader:
-    """Open a file for reading; every file of a user is opened by this.
-
-    Raises:
-        OSError: it cannot be opened, or is not a regular file (`check_regular_file`).
-    """
+    """Open a file for reading; every file of a user is opened by this."""
     check_regular_file(path)
     return open(path, "rb")
 
@@ -311,11 +295,7 @@ def decode_utf8(content: bytes) -> str:
 
 
 def load_json(path: str | os.PathLike, content: bytes | None = None, **options: Any) -> Any:
-    """Read a JSON file, or parse its content if that has been read already; options are those of `json.loads`.
-
-    Raises:
-        DamagedFileError: the file is not JSON; the message names the file and the line.
-    """
+    """Read a JSON file, or parse its content if that has been read already; options are those of `json.loads`."""
     try:
         # Of bytes, json.loads skips a byte order mark itself.
         return json.loads(read_file(path) if content is None else content, **options)

@@ -34,7 +34,6 @@ class _Lock:
 
     Raises:
         BlockingIOError: another process, or this one, holds the lock; the message names it.
-        OSError: the folder cannot be written.
     """
 
     def __init__(self, path: Path, what: str | os.PathLike) -> None:

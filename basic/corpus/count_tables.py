@@ -60,11 +60,7 @@ def write_table(
 
 
 def read_table(path: str | os.PathLike, *, sha256: str | None = None) -> Iterator[PretokenCounts]:
-    """Read the blocks of a table, one at a time.
-
-    Raises:
-        DamagedFileError: the file does not have the given SHA-256.
-    """
+    """Read the blocks of a table, one at a time."""
     if sha256 is not None and sha256_of_file(path) != sha256:
         raise DamagedFileError(f"{os.fspath(path)!r} has changed since it was written; run again, which makes it again")
     with open_file(path) as file:

@@ -51,13 +51,11 @@ def read_json_lines(file: ContentReader, field: str, suffix: str, *, errors: str
     """Read the documents of JSON lines. In memory is the longest line.
 
     Args:
-        file: at its beginning.
         suffix: the end of its name, without that of a compression.
         bad_lines: what happens to a line that is too long or no JSON object with a string under the field.
 
     Raises:
         InvalidInputError: a line is bad (see `BadLines`), or the file holds something else.
-        DamagedFileError: the file is damaged.
     """
     remedy = ""
     if suffix == ".json":
@@ -148,7 +146,6 @@ def read_parquet(file: Any, name: str, field: str, *, errors: str, bad_lines: Ba
 
     Raises:
         InvalidInputError: pyarrow is not installed, no column of texts has this name, or a row is bad.
-        DamagedFileError: the file is not a Parquet table.
     """
     try:
         import pyarrow

@@ -218,9 +218,6 @@ class ContentReader:
 
     Attributes:
         offset: the number of bytes of the content that have been read.
-
-    Raises:
-        DamagedFileError: (also later) the compressed file is incomplete or damaged.
     """
 
     def __init__(self, stored: Any, name: str, compression: str | None) -> None:

@@ -49,7 +49,6 @@ class Segment:
     """A byte range of a plain file, or an entire source of another kind.
 
     Attributes:
-        source: the input.
         size: size of the file in bytes; None if the server does not report it.
         version: changes when the content of the file changes.
         start, stop: byte offsets in a plain file; the range is from the first safe position at or after `start` to that

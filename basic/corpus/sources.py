@@ -230,11 +230,7 @@ def expand_inputs(inputs: Inputs) -> list[TextSource]:
         inputs: paths, globs, URLs, "-" or `TextSource`s; or one iterator, whose strings are documents.
 
     Raises:
-        TypeError: an input is no path.
         InvalidInputError: no input is given, or one holds no text, as its name or its first bytes say.
-        DamagedFileError: a compressed file is incomplete or damaged.
-        FileNotFoundError: no file matches a glob.
-        OSError: a file whose name does not say what it holds cannot be read.
     """
     sources = []
     for source in _as_sources(inputs):
@@ -351,8 +347,6 @@ def read_text_with_marks(
         InvalidInputError: the file holds no text, the text is not UTF-8 (the message names the byte offset), or a line
             is too long or not a JSON object with a string under the key (the message names the line). Offsets are
             those of the decompressed content.
-        DamagedFileError: the compressed file is incomplete or damaged.
-        OSError: the file cannot be read.
     """
     source = as_source(path)
     check_name(source, source.content_suffix)

@@ -28,12 +28,7 @@ HEAD_BYTES = 1 << 12
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentOptions:
-    """How the documents of JSON lines and of Parquet tables are read.
-
-    Raises:
-        TypeError: an option has another type.
-        InvalidInputError: an option has another value.
-    """
+    """How the documents of JSON lines and of Parquet tables are read."""
 
     field: str = "text"
     """JSON lines and Parquet: the key or the column of the text. A dot leads into an object or a struct (data.text),

@@ -88,7 +88,6 @@ def dask_executor(scheduler: str | None) -> Generator[Executor | None]:
 
     Raises:
         InvalidInputError: Dask is not installed, or the address is invalid.
-        OSError: the scheduler does not answer.
     """
     if scheduler is None:
         yield None
@@ -131,13 +130,9 @@ class WorkFolder:
         work: describes the work, as JSON values.
         start_over: delete the results that the folder holds, also those of other work.
 
-    Attributes:
-        path: the absolute path.
-
     Raises:
         InvalidInputError: the folder holds other work.
         FileExistsError: the folder has a manifest.jsonl that is not of a work folder.
-        BlockingIOError: another process uses the folder.
     """
 
     def __init__(self, path: str | os.PathLike, work: dict[str, Any], *, start_over: bool = False) -> None:

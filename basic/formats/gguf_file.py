@@ -42,8 +42,6 @@ class GGUFFile:
         path: of the file; a model in several files cannot be read.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        DamagedFileError: it is incomplete.
         InvalidInputError: the `gguf` package is missing, or the model is in several files.
     """
 
@@ -63,11 +61,7 @@ class GGUFFile:
             )
 
     def tensors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield tensors as float32, one in memory at a time.
-
-        Raises:
-            InvalidInputError: the `gguf` package cannot dequantise a tensor's type.
-        """
+        """Yield tensors as float32, one in memory at a time."""
         wanted = None if names is None else {*names}
         for tensor in self._reader.tensors:
             if wanted is None or tensor.name in wanted:

@@ -69,10 +69,6 @@ def open_initial_model(source: str | os.PathLike) -> InitialModel:
     Args:
         source: the folder of a run, for its newest checkpoint; a checkpoint in it (runs/a/checkpoints/step_...); or the
             folder of a model of transformers.
-
-    Raises:
-        FileNotFoundError: there is no such file or folder.
-        NotARunError, DamagedFileError, InvalidInputError: as for `load_run` and `open_model`.
     """
     path = Path(source)
     if not path.exists():

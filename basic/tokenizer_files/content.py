@@ -162,12 +162,10 @@ class TokenizerContent:
     """The parts of a tokenizer; see `Tokenizer`.
 
     Attributes:
-        vocab: id to bytes.
         merges: None if the ids are ranks (a rank file of tiktoken).
         special_tokens: in the order of the file, with their ids if the file has them.
         pattern: for the pre-tokens; None is GPT-2's.
         settings: all else that changes ids.
-        chat_template: None if the file has none.
     """
 
     vocab: dict[int, bytes]

@@ -235,8 +235,6 @@ class TokenizerDefinition(Vocabulary):
 
         Raises:
             DamagedFileError: a file is damaged; the message has the line.
-            InvalidInputError: the files do not belong together, or another argument is invalid.
-            OSError: a file cannot be read.
         """
         vocab, merges = load_vocab(vocab_filepath), load_merges(merges_filepath)
         tokenizer = cls(vocab, merges, special_tokens, pattern=pattern, kernels=kernels)
@@ -262,7 +260,6 @@ class TokenizerDefinition(Vocabulary):
 
         Raises:
             FileExistsError: the folder has files of these names that are not a saved tokenizer.
-            OSError: a file cannot be written.
         """
         write_folder(replace(self.content(), settings=self._decisive_settings), directory)
 
@@ -281,12 +278,10 @@ class TokenizerDefinition(Vocabulary):
                 the published files of these tokenizers, which are known, with their special tokens.
 
         Raises:
-            FileNotFoundError: there is no tokenizer.
             DamagedFileError: a file is damaged or was changed (the message says how to accept it), or the files do not
                 belong together.
             InvalidInputError: the file has something that is not supported (the message has its name), or the pattern
                 is not known.
-            OSError: a file is missing or cannot be read.
         """
         content, is_ours = read_tokenizer(path, pattern=pattern)
         try:

@@ -99,11 +99,7 @@ def missing_bytes(tokens: Iterable[bytes]) -> bytes:
 
 
 def check_all_bytes(tokens: Iterable[bytes], name: str) -> None:
-    """Check that each byte of UTF-8 is a token.
-
-    Raises:
-        InvalidInputError: a byte is missing.
-    """
+    """Check that each byte of UTF-8 is a token."""
     if missing := missing_bytes(tokens):
         raise InvalidInputError(
             f"{name} lacks a token for the byte 0x{missing[0]:02x} ({len(missing)} bytes in all), which other "

@@ -30,7 +30,6 @@ class TextChanges:
     """The changes that a tokenizer needs before it splits a text.
 
     Args:
-        special_tokens: those at which the text is split.
         settings: the normaliser, and which special tokens take white space.
         missing_bytes: characters with one of these bytes are replaced by U+FFFD.
 

@@ -41,9 +41,7 @@ class PublishedRanks:
     """What belongs to a published rank file.
 
     Attributes:
-        sha256: of the file.
         pattern: its name in `basic.pretokenization.PATTERNS`.
-        special_tokens: with their ids.
     """
 
     sha256: str

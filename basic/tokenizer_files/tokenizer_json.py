@@ -58,7 +58,6 @@ def read_tokenizer_json(path: str | os.PathLike, content: bytes | None = None) -
     out when special tokens are skipped. Truncation and padding are ignored with a warning.
 
     Raises:
-        DamagedFileError: the file is not JSON, or a field is missing or has the wrong type.
         InvalidInputError: `Tokenizer` does not support a value; the message has the field.
     """
     fields = load_json(path, content)

@@ -26,7 +26,6 @@ class Vocabulary:
     """Ids to bytes and text, and tokens by id. Compiled kernels do it faster, where they are worth it.
 
     Attributes:
-        vocab: id to bytes.
         vocab_size: the largest id plus one, the number of rows that an embedding of these ids needs.
         kernels: True uses the kernels always, False never, None where they are worth it (see Tokenizer).
     """
@@ -91,7 +90,6 @@ class Vocabulary:
             skip_special_tokens: whether to leave out the special tokens.
 
         Raises:
-            TypeError: `ids` are not integers.
             InvalidInputError: an id is not in the vocabulary, or an array has another shape or dtype.
         """
         return self.decode_bytes(ids, skip_special_tokens=skip_special_tokens).decode(errors="replace")

@@ -123,7 +123,6 @@ class TokenFileWriter:
             mask: a byte for each id, if the writer was made with a mask.
 
         Raises:
-            TypeError: the ids are not integers.
             InvalidInputError: the ids have more than one dimension, or an id is outside the vocabulary.
         """
         array = np.asarray(ids)
@@ -215,7 +214,6 @@ def open_npy(path: Path, dtype: np.dtype | None = None) -> np.ndarray:
 
     Raises:
         InvalidInputError: the array does not hold token ids, or has another dtype.
-        DamagedFileError: the file is not a complete .npy file that can be mapped.
     """
     try:
         array = np.lib.format.open_memmap(path, mode="r")

@@ -82,7 +82,6 @@ class ShardedTokens:
         verify: compare the SHA-256 of every file with the index.
 
     Attributes:
-        path: path of the index.
         info: what the index says about all files together.
     """
 

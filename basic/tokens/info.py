@@ -22,7 +22,6 @@ class TokenFileInfo:
 
     Attributes:
         dtype: of the ids, little-endian uint16 or uint32; in JSON its name.
-        count: the number of ids.
         source_bytes: size of the text in bytes of UTF-8; 0 if unknown.
         largest_id: the largest id in the file; None if the file is empty.
         vocab_size: every id is less than this.
@@ -54,11 +53,7 @@ INFO_TYPES = {
 
 
 def token_dtype(vocab_size: int | np.integer) -> np.dtype:
-    """Return the smaller of the two dtypes of token files that holds every id below `vocab_size`.
-
-    Raises:
-        InvalidInputError: `vocab_size` is out of range.
-    """
+    """Return the smaller of the two dtypes of token files that holds every id below `vocab_size`."""
     if not 1 <= vocab_size <= 2**32:
         raise InvalidInputError(f"vocab_size={vocab_size} must be from 1 to 2**32, as a token file has ids of 32 bits")
     return UINT16 if vocab_size <= 2**16 else UINT32
@@ -68,9 +63,6 @@ def sidecar_path(path: str | os.PathLike) -> Path:
     """Return the path of the sidecar of a token file: tokens.bin -> tokens.json.
 
     It is beside the file itself, and not beside a link to it, unless there is one beside the link.
-
-    Raises:
-        InvalidInputError: `path` ends in .json.
     """
     path = Path(path)
     if path.suffix == ".json":
@@ -96,12 +88,7 @@ def mask_path(path: str | os.PathLike) -> Path:
 
 
 def read_sidecar(path: str | os.PathLike) -> TokenFileInfo:
-    """Read the sidecar of the token file at `path`.
-
-    Raises:
-        FileNotFoundError: there is no sidecar.
-        DamagedFileError: the file is not a valid sidecar.
-    """
+    """Read the sidecar of the token file at `path`."""
     sidecar = sidecar_path(path)
     try:
         return info_from_json(load_object(sidecar, INFO_TYPES))

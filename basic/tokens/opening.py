@@ -41,9 +41,7 @@ def open_tokens(
         `basic.tokens.index.ShardedTokens`, which has the operations of an array that this library uses.
 
     Raises:
-        FileNotFoundError: there is no such file, or a flat file has neither a sidecar nor a `dtype`.
         DamagedFileError: the data contradicts its sidecar, its index or `dtype`, or a sidecar or index is invalid.
-        WrongTokenizerError: another tokenizer made the ids.
         InvalidInputError: `dtype` contradicts the file, the file is a text, the array does not hold token ids, or there
             is no checksum.
     """

@@ -49,7 +49,6 @@ def get_batch(
         Inputs and targets; the targets are the inputs shifted by one token.
 
     Raises:
-        TypeError: the dataset is no array, or a size is not an integer.
         InvalidInputError: the dataset is not such an array, or has fewer than `context_length + 1` tokens.
 
     Source: assignment, section "Training loop", data loading.

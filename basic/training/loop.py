@@ -86,7 +86,6 @@ def train(
         tokenizer: for samples and for rows = "documents"; a copy is saved with the run.
         resume: continue from the newest complete checkpoint in `run_dir`.
         overwrite: remove the run in `run_dir`, after all checks of the arguments.
-        progress: show progress on stderr.
         world: the ranks that train together. Each calls this function with the same arguments; rank 0 writes the
             folder.
         init_from: a model whose weights begin the run, with the configuration of this one (its context length aside).
@@ -100,7 +99,6 @@ def train(
         make_step: called like `TrainStep`, whose subclasses tests pass here.
 
     Raises:
-        TypeError: an argument has another type.
         FileExistsError: `run_dir` contains a run, and neither `resume` nor `overwrite` is given.
         BlockingIOError: another process writes `run_dir`.
         NotARunError: `run_dir` contains no run to resume.

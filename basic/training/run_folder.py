@@ -81,9 +81,6 @@ class Run(NamedTuple):
 
         Returns:
             The continuation without the prompt, or the list of them.
-
-        Raises:
-            TypeError, InvalidInputError: as `basic.generation.complete`, or the run has no tokenizer.
         """
         end = self.config.train.end_of_text
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -110,9 +107,7 @@ def load_run_config(run_dir: Path) -> RunConfig:
     """Load the configuration with which a run was started or last resumed.
 
     Raises:
-        NotARunError: the folder is not a run.
         DamagedFileError: config.toml is not the one that was written; the message says how to accept it.
-        InvalidConfigError: the configuration is not valid.
     """
     path = run_dir / "config.toml"
     if not path.is_file():
@@ -139,14 +134,12 @@ def load_run(
     A warning names every newer checkpoint that is damaged.
 
     Args:
-        path: the folder of the run.
         checkpoint: the step of a checkpoint; "best" for the one with the lowest validation loss; "last" or None for the
             newest.
         device: cpu, cuda, ...; "auto" is a GPU if there is one, else the CPU.
 
     Raises:
         NotARunError: the folder is not a run, or has no checkpoint yet.
-        FileNotFoundError: it does not have this checkpoint (the message lists those that it has).
         InvalidInputError: the configuration or the device is not valid, or the checkpoint does not fit the
             configuration.
         DamagedFileError: no checkpoint, or not the one that was asked for, is complete, or config.toml is damaged.
@@ -340,10 +333,6 @@ def find_checkpoint_path(run_dir: Path, checkpoint: int | str) -> Path:
 
     Args:
         checkpoint: its step, or "best" for the one with the lowest validation loss.
-
-    Raises:
-        FileNotFoundError: the run does not have it.
-        InvalidInputError: `checkpoint` is something else.
     """
     paths = {checkpoint_step(path): path for path in checkpoint_paths(run_dir)}
     remedy = f"give one of {', '.join(map(str, paths)) or 'none: it has no checkpoint'}, or leave it out for the newest"

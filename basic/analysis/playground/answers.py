@@ -52,11 +52,6 @@ class Playground(Choices):
 
         Args:
             tokenizer_id: a name that `about` lists; it is never used as a path.
-
-        Raises:
-            KeyError: the name is unknown.
-            OSError, DamagedFileError: the tokenizer's files are missing or damaged.
-            InvalidInputError: the text cannot be encoded, or not within MAX_PATTERN_S.
         """
         tokenizer = self.tokenizer(tokenizer_id)
         ids = _with_deadline(tokenizer).encode_array(text)
@@ -149,7 +144,6 @@ class Playground(Choices):
 
         Args:
             prompt: empty for a new document; if it is longer than the context, its last tokens are used.
-            max_new_tokens, sampling: as for `basic.generation.sampling.generate`.
             seed: of the first sample; the next one has the next seed.
 
         Yields:
@@ -178,7 +172,6 @@ class Playground(Choices):
 
         Args:
             messages: {"role": "user" or "assistant", "content": text}; the oldest are left out if they do not fit.
-            max_new_tokens, sampling: as for `generate`.
 
         Yields:
             {"forgotten": messages that were left out}, then {"text": new text} repeatedly.

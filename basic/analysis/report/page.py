@@ -84,7 +84,6 @@ def report_page(
 
     Raises:
         InvalidInputError: `floor_nats` is not above 0, or there is no run.
-        NotARunError: the folder is not a run.
     """
     folders = [runs] if isinstance(runs, str | os.PathLike) else list(dict.fromkeys(runs))
     if not folders:

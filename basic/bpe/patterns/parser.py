@@ -86,10 +86,6 @@ Node = Character | Condition | Sequence | Choice | Repetition
 class Parser:
     """A parsed pattern.
 
-    Attributes:
-        sets: the distinct sets of characters of the pattern.
-        tree: what it matches.
-
     Raises:
         UnsupportedPatternError: the pattern has something else than the syntax above.
     """

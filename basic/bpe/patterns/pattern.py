@@ -34,7 +34,6 @@ class Pattern:
         splits: regular expressions of the `regex` package, at least one.
 
     Raises:
-        TypeError: one is not a string.
         InvalidInputError: there is none, or one is not in the syntax of the `regex` package.
 
     Examples:
@@ -122,7 +121,6 @@ def resolve_pattern(pattern: str | Pattern | None) -> Pattern:
             give the same pattern.
 
     Raises:
-        TypeError: the pattern is of another type.
         InvalidInputError: the pattern is neither a known name nor a regular expression of the `regex` package.
     """
     if pattern is None:

@@ -50,7 +50,6 @@ class ThreadList:
     symbols are the bits of an integer. Symbols are the classes of characters, and then the end of the text.
 
     Args:
-        tree: of the regular expression.
         symbols_of_set: of each of its sets of characters.
         end: the symbol at the end of the text.
 

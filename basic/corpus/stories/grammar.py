@@ -41,10 +41,6 @@ def stories(seed: int, count: int | None = None) -> Iterator[Story]:
     Args:
         seed: at least 0 (Python's generator treats -1 like 1).
         count: the number of stories; None for an endless stream.
-
-    Raises:
-        TypeError: seed or count is not an integer.
-        InvalidInputError: seed or count is negative.
     """
     for name, value in (("seed", seed), ("count", 0 if count is None else count)):
         if index(value) < 0:
@@ -124,9 +120,6 @@ class Grammar:
         words: the word lists that variables are bound from.
         drawn_from: the name of a variable's word list, if it is not the variable's own name; it may contain a form of
             another variable, as in "{hero.opposite}".
-
-    Raises:
-        KeyError: a template refers to a rule, word list or form that does not exist.
     """
 
     def __init__(

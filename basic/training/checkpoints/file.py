@@ -82,7 +82,6 @@ def save_checkpoint(
     tensor only if it is not contiguous. Writing to a file object needs memory for one copy of the complete checkpoint.
 
     Args:
-        model: any module.
         optimizer: any optimizer, or None to save the model alone.
         iteration: number of steps done.
         out: path, or binary file object, which is written from its position.
@@ -92,7 +91,6 @@ def save_checkpoint(
         TypeError: a value is neither a dense tensor in memory nor of a plain type (exactly None, bool, int, float, str,
             list, tuple, dict or OrderedDict); the message has its path, and nothing is written.
         InvalidInputError: the plain values are too large for the header of a safetensors file.
-        OSError: the disk is full, or fails otherwise.
 
     Source: assignment, section "Training loop", checkpointing.
     """
@@ -203,8 +201,6 @@ def load_checkpoint(src: PathOrFile, model: Module, optimizer: Optimizer | None 
         The saved iteration.
 
     Raises:
-        FileNotFoundError: the file does not exist.
-        DamagedFileError: the file is not a complete checkpoint.
         InvalidInputError: the checkpoint does not fit; the message names the first difference.
     """
     return load_state(read_checkpoint(src), model, optimizer)
@@ -235,10 +231,6 @@ def read_checkpoint(src: PathOrFile) -> Checkpoint:
     """Open a checkpoint and verify its checksum.
 
     The tensors of a path are views of the file and are read when they are used.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        DamagedFileError: the file is not a complete checkpoint.
     """
     try:
         if isinstance(src, (str, os.PathLike)):

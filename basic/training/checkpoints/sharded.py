@@ -196,10 +196,6 @@ def read_sharded_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
     Returns:
         The same as `read_checkpoint` for one file. The tensors are complete, and read when the first of them is used.
-
-    Raises:
-        FileNotFoundError: the folder does not exist.
-        DamagedFileError: the folder is not a complete checkpoint.
     """
     folder = Path(path)
     if not folder.is_dir():

@@ -45,7 +45,6 @@ class GradientReducer:
         segments: the modules of the model in the order of the forward pass. Together they have all its parameters; each
             has a bucket.
         dtype: the precision in which gradients are reduced; None for the gradient's own.
-        world_size: number of ranks.
         all_reduce: starts to sum tensors over all ranks, in place.
     """
 
