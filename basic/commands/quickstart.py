@@ -1,7 +1,8 @@
 """Train a tokenizer and a small Transformer in a few minutes, and write samples: `basic quickstart`.
 
-Without --input, the text is short stories from a probabilistic grammar. Their exact information content is known: no
-model can reach a lower loss. All files are in one folder. They replace those of an earlier quickstart there.
+The text is short stories from a probabilistic grammar. Their exact information content is known: no model can reach a
+lower loss. All files are in one folder. They replace those of an earlier quickstart there. For a text of your own, see
+`basic train --text`.
 """
 
 from __future__ import annotations
@@ -18,10 +19,6 @@ TRAIN_STORIES, VALID_STORIES = 40_000, 1_000
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    input: Path | None = None
-    """Text (.txt, .gz, .zst, .jsonl) with <|endoftext|> between its documents; None: the embedded stories."""
-    field: str = "text"
-    """JSON lines: the field that holds the text of the document."""
     output: Path = Path("runs/quickstart")
     """Folder for all files."""
     vocab_size: int = 2048
@@ -38,8 +35,8 @@ def main(options: Options) -> None:
     from basic.commands.show.report import leave_report
     from basic.common.file_sets import replaced_files
 
-    output, inputs = options.output, [] if options.input is None else [options.input]
-    with replaced_files(output, MANIFEST, last="config.toml", inputs=inputs) as folder:
+    output = options.output
+    with replaced_files(output, MANIFEST, last="config.toml") as folder:
         make(options, folder)
     leave_report(output)
     print(f"\nwrote {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
@@ -51,18 +48,13 @@ def make(options: Options, folder: Path) -> None:
     from basic.analysis.evaluation import compare_with_entropy
     from basic.analysis.plotting import plot_losses
     from basic.commands.prepare_text import END, tokenize
-    from basic.corpus.sources import TextSource
-    from basic.corpus.train_valid import split_text, write_stories
+    from basic.corpus.train_valid import write_stories
     from basic.generation.text import complete
     from basic.tokens.opening import open_tokens, read_info
     from basic.training.loop import train
     from basic.training.records.metrics import encode_record, read_metrics
 
-    stories = []
-    if options.input is None:
-        stories = write_stories(folder, TRAIN_STORIES, VALID_STORIES, seed=options.seed, separator=END, progress=True)
-    else:
-        split_text(TextSource(options.input, field=options.field, end_of_text=END), folder, separator=END)
+    stories = write_stories(folder, TRAIN_STORIES, VALID_STORIES, seed=options.seed, separator=END, progress=True)
     # Without kernels: compiling them would take longer than these few megabytes.
     tokenizer, _ = tokenize(folder, options.vocab_size, kernels=False, progress=True)
     tokens = open_tokens(folder / "train.bin"), open_tokens(folder / "valid.bin")
@@ -75,27 +67,25 @@ def make(options: Options, folder: Path) -> None:
     loss, exact = records[-1]["valid_loss"], [story.nats for story in stories]
     bits_per_byte = loss / math.log(2) * info.count / info.source_bytes
     print(f"\nvalidation loss {loss:.3f} nats per token, {bits_per_byte:.3f} bits per byte, of sampled sequences")
-    if stories:
-        documents = [tokenizer.encode(story.text) for story in stories]
-        print(compare_with_entropy(model, documents, exact, tokens[0], tokenizer.special_token_ids[END]))
-    floor_nats = sum(exact) / info.count or None
+    documents = [tokenizer.encode(story.text) for story in stories]
+    print(compare_with_entropy(model, documents, exact, tokens[0], tokenizer.special_token_ids[END]))
+    floor_nats = sum(exact) / info.count
     with open(folder / "metrics.jsonl", "ab") as log:  # reports and plots of the run draw it
         log.write(encode_record({"kind": "source", "step": records[-1]["step"], "entropy_nats": floor_nats}))
     plot_losses({options.output.name: records}, folder / "loss.png", floor_nats=floor_nats)
-    start = END if tokenizer.special_token_ids[END] in tokens[0] else "\n"
-    samples = complete(model, tokenizer, [start] * 8, 256, temperature=0.7, top_p=0.95, seed=options.seed)
+    samples = complete(model, tokenizer, [END] * 8, 256, temperature=0.7, top_p=0.95, seed=options.seed)
     (folder / "samples.txt").write_text("\n\n".join(map(str.strip, samples)) + "\n", encoding="utf-8")
     for number, sample in enumerate(samples[:2], 1):
         command_line.print_text(f"\nsample {number}: {sample.strip()}")
 
 
 def configure(options: Options, vocab_size: int):
-    """Fill the options into configs/quickstart.toml; a user's text may have no documents, so it is read as windows."""
+    """Fill the options into configs/quickstart.toml."""
     from basic.common.config_files import INCLUDED, load_config
     from basic.training.settings import DataConfig, RunConfig
 
     config = load_config(INCLUDED / "configs" / "quickstart.toml", RunConfig)
-    out, rows = options.output, config.train.rows if options.input is None else "windows"
-    train = replace(config.train, rows=rows, steps=options.steps, seed=options.seed, device=options.device)
+    out = options.output
+    train = replace(config.train, steps=options.steps, seed=options.seed, device=options.device)
     data = DataConfig(train_tokens=f"{out}/train.bin", valid_tokens=f"{out}/valid.bin", tokenizer=f"{out}/tokenizer")
     return RunConfig(model=replace(config.model, vocab_size=vocab_size), train=train, data=data)

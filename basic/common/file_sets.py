@@ -18,7 +18,7 @@ from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from basic.common.errors import DamagedFileError, InvalidInputError
+from basic.common.errors import DamagedFileError
 from basic.common.files import load_json, make_folder, read_file, sha256_of_file, sync_file, sync_folder, write_json
 from basic.common.folder_lock import LOCK_NAME, FolderLock
 
@@ -124,9 +124,7 @@ def check_files(folder: str | os.PathLike) -> None:
 
 
 @contextmanager
-def replaced_files(
-    folder: str | os.PathLike, manifest: str, *, last: str, inputs: Iterable[str | os.PathLike] = ()
-) -> Generator[Path]:
+def replaced_files(folder: str | os.PathLike, manifest: str, *, last: str) -> Generator[Path]:
     """Make files in a new folder, and move them to `folder` when the block ends without an error.
 
     There they replace those of the last time. Other files stay. If the process is killed while files are moved, some
@@ -142,12 +140,8 @@ def replaced_files(
 
     Raises:
         FileExistsError: the folder was made by somebody else, or was changed since, or a file is in the way.
-        InvalidInputError: one of the inputs is in the folder.
     """
     folder = Path(folder)
-    for path in inputs:
-        if Path(path).resolve().is_relative_to(folder.resolve()):
-            raise InvalidInputError(f"{path} is in {folder}, whose files are replaced; move it, or give another folder")
     new = folder / ".partial"
     if folder.exists() and any(path.name not in (new.name, LOCK_NAME) for path in folder.iterdir()):
         for name, digests in _read_manifest(folder, manifest).items():

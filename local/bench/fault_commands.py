@@ -32,6 +32,7 @@ import basic
 import basic.analysis.plotting
 import basic.analysis.report.page
 import basic.analysis.sweep
+import basic.commands.quickstart
 import basic.training.saving
 from basic.bpe.patterns.automaton import compile_splits
 from basic.common.files import sha256_of_file
@@ -97,7 +98,7 @@ COMMANDS = {
     "consolidate": Command("consolidate given/sharded out.safetensors"),
     "report": Command("report given/run --output out.html", old="report given/older --output out.html"),
     "plot": Command("plot given/run --output out.png", old="plot given/older --output out.png"),
-    "quickstart": Command("quickstart --input given/documents.txt --vocab-size 300 --steps 3 --output out"),
+    "quickstart": Command("quickstart --vocab-size 300 --steps 3 --output out"),
 }  # fmt: skip
 
 
@@ -156,6 +157,7 @@ def _run_script(line: list[str]) -> int:
     sys.argv, code = [str(REPOSITORY / "local" / f"{line[0]}.py"), *line[1:]], 0
     faulthandler.enable(2, all_threads=False)
     sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
+    basic.commands.quickstart.TRAIN_STORIES, basic.commands.quickstart.VALID_STORIES = 300, 40
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
@@ -345,7 +347,6 @@ def prepare(given: Path) -> Path:
     """Make the inputs of all commands, and an example of each kind of file."""
     given.mkdir()
     text = (SHARED / "tinystories_2MiB.txt").read_bytes()[:60_000].decode(errors="ignore")
-    (given / "documents.txt").write_text(text, encoding="utf-8")
     (given / "text.txt").write_text(text[:40_000], encoding="utf-8")
     (given / "run.toml").write_text(CONFIG)
     sweep = 'config = "run.toml"\n[settings]\ntrain.steps = 12\n[grid]\ntrain.max_learning_rate = [1e-3, 1e-2]\n'
