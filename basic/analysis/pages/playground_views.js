@@ -72,8 +72,8 @@ async function start() {
   const names = about.tokenizers;
   panes[1].choice.value = names.includes("GPT-2") && names[0] !== "GPT-2" ? "GPT-2" : names[1] ?? "";
   arrangePanes();
-  $("no-model").hidden = $("no-model-2").hidden = Boolean(about.models.length);
-  $("with-model").hidden = $("with-maps").hidden = !about.models.length;
+  $("no-model").hidden = Boolean(about.models.length);
+  $("with-model").hidden = $("tab-attention").hidden = !about.models.length;
   const talking = about.models.filter((model) => model.chat);
   $("tab-chat").hidden = !talking.length;
   modelPanes[0].choice.fill(about.models);
