@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from basic.bpe.plain import MergeRules, PretokenCache, merge_long, merge_short
 from basic.bytes_utils import load_merges, load_vocab, to_printable
 from basic.common.errors import DamagedFileError, InvalidInputError
-from basic.corpus.sources import TextSource
 from basic.encoding import encode_file
 from basic.pretokenization import PATTERNS
 from basic.Tokenizer import Tokenizer
@@ -515,8 +514,9 @@ def test_a_folder_without_a_tokenizer_is_not_found(tmp_path):
 
 
 @pytest.mark.parametrize("block_bytes", [1, 1 << 16])
-def test_encode_file(tmp_path, ours, block_bytes):
-    info = encode_file(ours, TextSource(SAMPLE, block_bytes=block_bytes), tmp_path / "sample.bin")
+def test_encode_file(tmp_path, monkeypatch, ours, block_bytes):
+    monkeypatch.setattr("basic.corpus.files.BLOCK_BYTES", block_bytes)
+    info = encode_file(ours, SAMPLE, tmp_path / "sample.bin")
     data = SAMPLE.read_bytes()
     assert open_tokens(tmp_path / "sample.bin", verify=True).tolist() == ours.encode(data.decode())
     assert info == read_info(tmp_path / "sample.bin")

@@ -34,13 +34,11 @@ def file_size_bytes(path: str | os.PathLike) -> int:
     return os.path.getsize(path)
 
 
-def read_blocks(
-    path: str | os.PathLike, start: int = 0, stop: int | None = None, *, block_bytes: int = BLOCK_BYTES
-) -> Iterator[bytes]:
-    """Read the bytes from `start` to `stop` (default: the end) of a file, in blocks of at most `block_bytes`."""
+def read_blocks(path: str | os.PathLike, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+    """Read the bytes from `start` to `stop` (default: the end) of a file, block by block."""
     with open_file(path) as file:
         offset = file.seek(start)
-        while block := file.read(block_bytes if stop is None else min(block_bytes, stop - offset)):
+        while block := file.read(BLOCK_BYTES if stop is None else min(BLOCK_BYTES, stop - offset)):
             offset += len(block)
             yield block
 

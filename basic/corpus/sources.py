@@ -28,7 +28,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from basic.bytes_utils import decode_blocks
-from basic.common.arguments import check_size, check_type, describe
+from basic.common.arguments import check_type, describe
 from basic.common.errors import InvalidInputError
 from basic.common.files import open_file, temporary_folder
 from basic.corpus.documents import BadLines, read_json_lines, read_parquet
@@ -103,8 +103,6 @@ class TextSource(DocumentOptions):
     and else plain text. An iterator gives documents; it can be read once, like standard input."""
     begins_with_separator: bool = False
     """Whether the special token between documents also comes before the first one."""
-    block_bytes: int | None = None
-    """The number of bytes to read at a time; by default `BLOCK_BYTES`, or `REMOTE_BLOCK_BYTES` for a URL."""
     content: Content | None = None
     """What the source holds, once it is known (`with_known_content`)."""
 
@@ -113,8 +111,6 @@ class TextSource(DocumentOptions):
         if not isinstance(self.path, str | os.PathLike | Iterator):
             raise TypeError(f"path must be a path or an iterator of texts, got {describe(self.path)}")
         check_type("begins_with_separator", self.begins_with_separator, bool, "give True or False")
-        if self.block_bytes is not None:
-            check_size("block_bytes", self.block_bytes)
         if isinstance(self.path, Iterator) and not isinstance(self.path, TextIterator):
             object.__setattr__(self, "path", TextIterator(self.path))
 
@@ -211,11 +207,10 @@ class TextSource(DocumentOptions):
     def blocks(self, start: int, stop: int) -> Iterator[bytes]:
         """Read the bytes between two offsets, block by block."""
         if not self.is_remote:
-            yield from read_blocks(self, start, stop, block_bytes=self.block_bytes or BLOCK_BYTES)
+            yield from read_blocks(self, start, stop)
             return
-        block_bytes = self.block_bytes or REMOTE_BLOCK_BYTES
-        for offset in range(start, stop, block_bytes):
-            yield self.read(offset, min(block_bytes, stop - offset))
+        for offset in range(start, stop, REMOTE_BLOCK_BYTES):
+            yield self.read(offset, min(REMOTE_BLOCK_BYTES, stop - offset))
 
 
 Inputs = str | os.PathLike | Sequence[str | os.PathLike] | Iterator[str]
@@ -363,12 +358,11 @@ def read_text_with_marks(
 
 
 def _read_plain(source: TextSource, errors: str) -> Iterator[str]:
-    block_bytes = source.block_bytes or BLOCK_BYTES
     with source.open_content() as file:
-        first = file.read(max(block_bytes, HEAD_BYTES))
+        first = file.read(BLOCK_BYTES)
         check_head(source, first, source.content_suffix)
         start = len(codecs.BOM_UTF8) if first.startswith(codecs.BOM_UTF8) else 0
-        blocks = chain([first[start:]], iter(lambda: file.read(block_bytes), b""))
+        blocks = chain([first[start:]], iter(lambda: file.read(BLOCK_BYTES), b""))
         yield from decode_blocks(blocks, source, start, errors=errors)
 
 

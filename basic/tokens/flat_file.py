@@ -174,7 +174,7 @@ def open_flat_file(path: Path, dtype: np.dtype | None = None, *, verify: bool = 
     elif verify:
         raise InvalidInputError(f"{path} has no sidecar and so no checksum to verify; open it without verify=True")
     if not has_sidecar:
-        check_header(path, dtype)
+        check_header(path)
     size_bytes = path.stat().st_size
     if size_bytes % dtype.itemsize:
         raise DamagedFileError(

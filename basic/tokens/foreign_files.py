@@ -14,10 +14,6 @@ from basic.common.files import open_file
 _LLM_C = {20240520: "uint16", 20240801: "uint32"}
 _LLM_C_HEADER_BYTES = 1024
 
-# Megatron: NAME.idx beside NAME.bin begins with this, a version (uint64), and a code of the dtype (uint8).
-_MEGATRON = b"MMIDIDX\0\0"
-_MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-
 _SAMPLE_IDS = 1 << 13
 _MIN_SAMPLE_IDS = 128
 _MAX_VOCAB_SIZE = 1 << 21  # of known tokenizers, with much to spare
@@ -25,12 +21,8 @@ _MIN_DISTINCT_IDS = 16  # of text
 _MAX_SMALL_ID = 1 << 12
 
 
-def check_header(path: Path, dtype: np.dtype) -> None:
-    """Check that a flat file without a sidecar has no header, and that no index beside it says another dtype.
-
-    Raises:
-        InvalidInputError: it is a file of llm.c, or a Megatron dataset of another dtype.
-    """
+def check_header(path: Path) -> None:
+    """Check that a flat file without a sidecar has not the header of llm.c."""
     with open_file(path) as file:
         head = file.read(8)
     magic, version = struct.unpack("<ii", head) if len(head) == 8 else (0, 0)
@@ -40,32 +32,16 @@ def check_header(path: Path, dtype: np.dtype) -> None:
             f"ids without it: np.fromfile({str(path)!r}, {right!r}, offset={_LLM_C_HEADER_BYTES}).tofile('ids.bin'), "
             f"and open that with dtype={right!r}"
         )
-    _check_dtype(path, dtype, _megatron_dtype(path))
 
 
 def check_ids(path: Path, ids: np.ndarray) -> None:
     """Check that the ids of a flat file without a sidecar are not plainly those of another dtype."""
-    _check_dtype(path, ids.dtype, _dtype_by_content(ids))
-
-
-def _check_dtype(path: Path, dtype: np.dtype, right: str | None) -> None:
-    if right is not None and right != dtype:
+    right = _dtype_by_content(ids)
+    if right is not None and right != ids.dtype:
         raise InvalidInputError(
-            f"{path} was opened with dtype={dtype.name}, but it holds ids of {right}, as its content shows; open it "
-            f"with dtype={right!r}"
+            f"{path} was opened with dtype={ids.dtype.name}, but it holds ids of {right}, as its content shows; open "
+            f"it with dtype={right!r}"
         )
-
-
-def _megatron_dtype(path: Path) -> str | None:
-    """The dtype that the index of a Megatron dataset says, None if there is no such index."""
-    try:
-        with open_file(path.with_suffix(".idx")) as file:
-            head = file.read(len(_MEGATRON) + 9)
-    except OSError:
-        return None
-    if not head.startswith(_MEGATRON) or len(head) < len(_MEGATRON) + 9:
-        return None
-    return _MEGATRON_DTYPES.get(head[-1])
 
 
 def _dtype_by_content(ids: np.ndarray) -> str | None:

@@ -140,12 +140,13 @@ def test_the_error_names_the_offset_of_invalid_utf8(data, size):
         assert "".join(decode_blocks(blocks, "name")) == expected
 
 
-def test_files_are_read_without_newline_translation(tmp_path):
+def test_files_are_read_without_newline_translation(tmp_path, monkeypatch):
     path = tmp_path / "text.txt"
     path.write_bytes(b"\xef\xbb\xbfa\r\nb\rc\n\x1a")
-    assert "".join(decode_blocks(read_blocks(path, block_bytes=4), path)) == "\ufeffa\r\nb\rc\n\x1a"
-    assert b"".join(read_blocks(path, 3, 9, block_bytes=4)) == b"a\r\nb\rc"
-    assert b"".join(read_blocks(path, 5, 5, block_bytes=4)) == b""
+    monkeypatch.setattr("basic.corpus.files.BLOCK_BYTES", 4)
+    assert "".join(decode_blocks(read_blocks(path), path)) == "\ufeffa\r\nb\rc\n\x1a"
+    assert b"".join(read_blocks(path, 3, 9)) == b"a\r\nb\rc"
+    assert b"".join(read_blocks(path, 5, 5)) == b""
 
 
 def test_a_byte_order_mark_is_skipped(tmp_path):

@@ -401,7 +401,7 @@ def test_the_kernels_for_standard_input_are_chosen_by_its_size(monkeypatch, size
 @pytest.mark.parametrize(
     "options",
     [
-        *({"field": 5}, {"end_of_text": None}, {"block_bytes": "5"}, {"begins_with_separator": 1}),
+        *({"field": 5}, {"end_of_text": None}, {"begins_with_separator": 1}),
         *({"specials_in_documents": "no"}, {"path": 5}, {"path": b"a.txt"}),
     ],
     ids=str,

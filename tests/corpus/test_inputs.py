@@ -55,7 +55,8 @@ def test_urls_are_read_like_files(tmp_path, monkeypatch, corpus, tokenizer):
     memory = fsspec.filesystem("memory")
     for path in set(corpus):
         memory.pipe_file(f"/corpus/{path.name}", path.read_bytes())
-    urls = [TextSource(f"memory://corpus/{path.name}", block_bytes=500) for path in corpus]
+    monkeypatch.setattr("basic.corpus.sources.REMOTE_BLOCK_BYTES", 500)
+    urls = [TextSource(f"memory://corpus/{path.name}") for path in corpus]
     expected = encoded(tokenizer, corpus, tmp_path)
     for kernels in (False, True):
         counts = count_pretokens(urls, SPECIAL, shard_bytes=1000, kernels=kernels, num_workers=2)
@@ -109,14 +110,15 @@ class _Handler(SimpleHTTPRequestHandler):
 
 
 @pytest.mark.parametrize("supports_ranges", [False, True])
-def test_web_servers_with_and_without_ranges(tmp_path, corpus, tokenizer, supports_ranges):
+def test_web_servers_with_and_without_ranges(tmp_path, monkeypatch, corpus, tokenizer, supports_ranges):
+    monkeypatch.setattr("basic.corpus.sources.REMOTE_BLOCK_BYTES", 500)
     handler = type("Handler", (_Handler,), {"supports_ranges": supports_ranges})
     served = [path for path in corpus if path.stat().st_size]
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=corpus[0].parent)) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         try:
             base = f"http://127.0.0.1:{server.server_port}"
-            urls = [TextSource(f"{base}/{path.name}", block_bytes=500) for path in served]
+            urls = [TextSource(f"{base}/{path.name}") for path in served]
             assert [source.supports_ranges() for source in urls] == [supports_ranges] * len(urls)
             sizes, versions = zip(*(source.size_and_version() for source in urls), strict=True)
             assert list(sizes) == [path.stat().st_size for path in served]

@@ -412,12 +412,3 @@ def test_the_header_of_llm_c_is_named(path, monkeypatch, magic, version, written
     monkeypatch.chdir(path.parent)
     exec(str(error.value).split("without it: ")[1].split(", and open")[0], {"np": np})  # the remedy works
     np.testing.assert_array_equal(open_tokens("ids.bin", dtype=written), ids)
-
-
-def test_the_dtype_of_a_megatron_dataset_is_read_from_its_index(path):
-    ids = text_ids(np.int32)[:100]
-    ids.tofile(path)
-    path.with_suffix(".idx").write_bytes(b"MMIDIDX\0\0" + (1).to_bytes(8, "little") + b"\4")
-    with pytest.raises(InvalidInputError, match="dtype=uint16, but it holds ids of int32"):
-        open_tokens(path, dtype=np.uint16)
-    np.testing.assert_array_equal(open_tokens(path, dtype=np.int32), ids)
