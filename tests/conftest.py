@@ -98,3 +98,23 @@ def shared_data(name: str) -> Path:
 def plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Disable compiled kernels, also if an earlier test has loaded them."""
     monkeypatch.setattr(loading, "kernels_pay_off", lambda *arguments, **options: False)
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Any:
+    """GPT-2's tokenizer, through the adapters."""
+    from basic.bytes_utils import load_merges, load_vocab
+    from tests.adapters import get_tokenizer
+
+    vocab, merges = shared_data("gpt2_vocab.json"), shared_data("gpt2_merges.txt")
+    return get_tokenizer(load_vocab(vocab), load_merges(merges), ["<|endoftext|>"])
+
+
+@pytest.fixture(scope="module")
+def ours() -> Any:
+    """A small tokenizer trained on the project's own sample."""
+    from tests.adapters import get_tokenizer, run_train_bpe
+    from tests.fixtures.make_tokenizer_fixtures import SAMPLE
+
+    special_tokens = ["<|endoftext|>", "<| a break |>"]
+    return get_tokenizer(*run_train_bpe(SAMPLE, 500, special_tokens), special_tokens)

@@ -1,11 +1,17 @@
-"""A browser for the tests of pages."""
+"""A browser for the tests of pages, and a playground."""
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
+from starlette.testclient import TestClient
+
+from basic.analysis.playground.answers import Playground
+from basic.analysis.playground.server import create_app
+from tests.helpers.playground_tools import make_playground
 
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -26,3 +32,18 @@ def driver(tmp_path_factory) -> Iterator[webdriver.Chrome]:
     driver = webdriver.Chrome(options, Service(str(driver_path)))
     yield driver
     driver.quit()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def playground(folder) -> Playground:
+    return make_playground(folder)
+
+
+@pytest.fixture(scope="module")
+def client(playground) -> TestClient:
+    return TestClient(create_app(playground), base_url="http://127.0.0.1:8000")

@@ -15,7 +15,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from basic.analysis.playground.answers import MAX_SHOWN_TOKENS, Playground
 from basic.analysis.playground.server import create_app
 from basic.common.errors import InvalidInputError
-from tests.analysis.test_playground import CONTEXT, make_playground, train_two_checkpoints
+from tests.helpers.playground_tools import CONTEXT, make_playground, train_two_checkpoints
 
 HOSTILE = (
     "<img src=x onerror=\"document.title='broken'\"> </script><script>document.title='broken'</script> "

@@ -27,6 +27,19 @@ PUBLISHED = {
     ),
     OTHER: OTHER,
 }
+TEXT_FILES = [
+    "address.txt",
+    "corpus.en",
+    "german.txt",
+    "japanese_novel.txt",
+    "multilingual_wikipedia.txt",
+    "naughty_strings.json",
+    "novels_train.txt",
+    "novels_valid.txt",
+    "tinystories_2MiB.txt",
+    "tinystories_sample.txt",
+    "tinystories_shuffled_words_5M.txt",
+]
 TRICKY = ["'", "s", "'LL", "ſ", "é", "\u0301", "日本", "𝒳", "ǅ", "1", "²³", " ", "\n", "\r", "\t", "\x85", "/", "!"]
 # Characters that all programs know, not those of the newest Unicode versions.
 ANY_TEXT = st.lists(

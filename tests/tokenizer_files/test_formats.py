@@ -25,10 +25,10 @@ from tests.helpers.tokenizer_tools import (
     OTHER,
     PUBLISHED,
     SPECIAL_TOKENS,
+    TEXT_FILES,
     tiktoken_of,
     tokenizer_json,
 )
-from tests.test_tokenizer import TEXT_FILES
 
 pytestmark = pytest.mark.usefixtures("plain_path")
 

@@ -13,8 +13,7 @@ from basic.formats.tokenizers import save_tokenizer_json
 from basic.Tokenizer import Tokenizer
 from basic.train_bpe import learn_more_merges
 from tests.conftest import shared_data
-from tests.helpers.tokenizer_tools import END, tiktoken_of
-from tests.test_tokenizer import TEXT_FILES
+from tests.helpers.tokenizer_tools import END, TEXT_FILES, tiktoken_of
 
 pytestmark = pytest.mark.usefixtures("plain_path")
 
