@@ -9,7 +9,7 @@ OVERLAPPING = [END, "<|end", "|>", " the", "é\u3000"]
 # Each class of the pattern and its special cases: letters, digits, contractions, all kinds of white space, control
 # characters that are white space for str.isspace only, marks, emoji, the code points next to the surrogates.
 DIFFICULT = [
-    *[
+    *(
         "a",
         "Z",
         "é",
@@ -17,7 +17,7 @@ DIFFICULT = [
         "漢",
         "한",
         "ع",
-        "𐐀",
+        "\U00010400",
         "1",
         "٣",
         "²",
@@ -29,12 +29,8 @@ DIFFICULT = [
         "'ve",
         "'re",
         "'S",
-        "l",
-        "v",
-        "r",
-        "e",
-        "s",
-    ],
+    ),
+    *("l", "v", "r", "e", "s"),
     *(" ", " ", "  ", "\n", "\t", "\r\n", "\x1c", "\x1d", "\x1e", "\x1f", "\x85", "\xa0", "\u1680", "\u2003"),
     *("\u2028", "\u2029", "\u202f", "\u3000", "\u200b", "\u180e", "\u0301", "\u0903", "😀", "👩\u200d💻"),
     *(".", "!", "¿", "—", "_", "\x00", "\x7f", "\ud7ff", "\ue000", "\ufffd", "\uffff", "\U00010000", "\U0010ffff"),
