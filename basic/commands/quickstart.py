@@ -1,19 +1,19 @@
 """Train a tokenizer and a small Transformer in a few minutes, and write samples: `basic quickstart`.
 
 The text is short stories from a probabilistic grammar. Their exact information content is known: no model can reach a
-lower loss. All files are in one folder. They replace those of an earlier quickstart there. For a text of your own, see
-`basic train --text`.
+lower loss. All files are in one folder; that of an earlier quickstart is set aside. For a text of your own, see `basic
+train --text`.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from basic.common import command_line
 
-MANIFEST = "quickstart.json"  # the names and checksums of the files that belong to the quickstart
 TRAIN_STORIES, VALID_STORIES = 40_000, 1_000
 
 
@@ -33,12 +33,24 @@ class Options:
 
 def main(options: Options) -> None:
     from basic.commands.show.report import leave_report
-    from basic.common.file_sets import replaced_files
+    from basic.common.files import make_folder, temporary_folder
+    from basic.common.folder_lock import FolderLock
+    from basic.training.run_folder import load_run_config, set_aside
 
-    output = options.output
-    with replaced_files(output, MANIFEST, last="config.toml") as folder:
+    output = Path(os.path.realpath(options.output))
+    is_there = output.exists() and any(output.iterdir())
+    is_run = (output / "config.toml").is_file()
+    if is_there and not (is_run and load_run_config(output).data.train_tokens == _train_tokens(options)):
+        raise FileExistsError(f"{options.output} holds other files than a quickstart's; give another folder")
+    make_folder(output.parent)
+    with temporary_folder(output) as folder:
         make(options, folder)
-    leave_report(output)
+        if is_there:
+            FolderLock(output).close()  # a process that writes the folder is an error
+            print(f"\nthe quickstart before is now in {os.path.relpath(set_aside(output))}")
+        os.rename(folder, output)
+    leave_report(options.output)
+    output = options.output
     print(f"\nwrote {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
     print(f"its curves, samples and settings as a page: {output / 'report.html'}; open it in any browser")
 
@@ -85,7 +97,11 @@ def configure(options: Options, vocab_size: int):
     from basic.training.settings import DataConfig, RunConfig
 
     config = load_config(INCLUDED / "configs" / "quickstart.toml", RunConfig)
-    out = options.output
     train = replace(config.train, steps=options.steps, seed=options.seed, device=options.device)
-    data = DataConfig(train_tokens=f"{out}/train.bin", valid_tokens=f"{out}/valid.bin", tokenizer=f"{out}/tokenizer")
+    valid_tokens, tokenizer = f"{options.output}/valid.bin", f"{options.output}/tokenizer"
+    data = DataConfig(train_tokens=_train_tokens(options), valid_tokens=valid_tokens, tokenizer=tokenizer)
     return RunConfig(model=replace(config.model, vocab_size=vocab_size), train=train, data=data)
+
+
+def _train_tokens(options: Options) -> str:
+    return f"{options.output}/train.bin"

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from basic.common.errors import DamagedFileError
-from basic.common.files import load_json, make_folder, read_file, sha256_of_file, sync_file, sync_folder, write_json
-from basic.common.folder_lock import LOCK_NAME, FolderLock
+from basic.common.files import load_json, read_file, sha256_of_file, sync_file, sync_folder, write_json
+from basic.common.folder_lock import FolderLock
 
 CHECKSUMS_NAME = "checksums.json"
 _ATTEMPTS, _WAIT_S = 5, 0.05  # to read a set while it is replaced
@@ -121,73 +120,6 @@ def check_files(folder: str | os.PathLike) -> None:
         expected = {name: digest for name, digest in _parse(path, content).items() if Path(name).name == name}
         existing = {name: Path(folder) / name for name in expected if (Path(folder) / name).is_file()}
         _compare_digests(path, expected, {name: sha256_of_file(file) for name, file in existing.items()})
-
-
-@contextmanager
-def replaced_files(folder: str | os.PathLike, manifest: str, *, last: str) -> Generator[Path]:
-    """Make files in a new folder, and move them to `folder` when the block ends without an error.
-
-    There they replace those of the last time. Other files stay. If the process is killed while files are moved, some
-    are new and some are old, and the next time replaces both.
-
-    Args:
-        folder: is created if it does not exist, and locked during the block.
-        manifest: name of a file in `folder` that lists what was moved there, with checksums.
-        last: the file by which the result is recognised. It is removed first and moved last.
-
-    Yields:
-        A new folder, inside of `folder`. If the block raises, it stays until the next time.
-
-    Raises:
-        FileExistsError: the folder was made by somebody else, or was changed since, or a file is in the way.
-    """
-    folder = Path(folder)
-    new = folder / ".partial"
-    if folder.exists() and any(path.name not in (new.name, LOCK_NAME) for path in folder.iterdir()):
-        for name, digests in _read_manifest(folder, manifest).items():
-            if (folder / name).is_file() and sha256_of_file(folder / name) not in digests:
-                raise FileExistsError(
-                    f"{folder} is not replaced, because {name} has changed since it was written; give another name, or "
-                    "move the folder away"
-                )
-    make_folder(folder)
-    with FolderLock(folder):
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        yield new
-        _move_files(new, folder, manifest, last)
-
-
-def _move_files(new: Path, folder: Path, manifest: str, last: str) -> None:
-    names = sorted(path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file())
-    names.sort(key=lambda name: name == last)
-    old = _read_manifest(folder, manifest) if (folder / manifest).exists() else {}
-    for name in names:
-        if name not in old and (folder / name).exists():
-            raise FileExistsError(f"{folder / name} is in the way and was not written by this program; move it away")
-    digests = {name: [sha256_of_file(new / name)] for name in names}
-    both = {name: old.get(name, []) + digests.get(name, []) for name in {**old, **digests}}
-    write_json(folder / manifest, {"sha256": both}, indent=1)
-    for name in sorted(old, key=lambda name: name != last):
-        (folder / name).unlink(missing_ok=True)
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        os.rename(new / name, folder / name)
-    shutil.rmtree(new)
-    sync_folder(folder)
-    write_json(folder / manifest, {"sha256": digests}, indent=1)
-
-
-def _read_manifest(folder: Path, manifest: str) -> dict[str, list[str]]:
-    """Return the SHA-256 of the files that a manifest lists, several of a file that is being replaced."""
-    content = load_json(folder / manifest) if (folder / manifest).is_file() else None
-    digests = content.get("sha256") if isinstance(content, dict) else None
-    is_valid = isinstance(digests, dict) and all(isinstance(each, list) for each in digests.values())
-    if not is_valid or any(Path(name).is_absolute() or ".." in Path(name).parts for name in digests):
-        raise FileExistsError(
-            f"{folder} exists and has no valid {manifest}, so it is not replaced; give another name, or move it away"
-        )
-    return digests
 
 
 def _read_set(folder: Path, names: list[str]) -> dict[str, bytes]:

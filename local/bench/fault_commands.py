@@ -205,7 +205,7 @@ def content_of(folder: Path) -> dict[str, Any]:
     # Which checkpoints before the last one are left depends on how fast the disk is.
     old = {path for path in found.values() if (path.parent.name, path.suffix) == ("checkpoints", ".safetensors")}
     old -= {max(path for path in old if path.parent == folder) for folder in {path.parent for path in old}}
-    with_times = ("environment.json", "quickstart.json", "report.html")
+    with_times = ("environment.json", "report.html")
     left_out = {path for path in found.values() if path.name in with_times} | old
     return {name: _content(path) for name, path in sorted(found.items()) if path not in left_out}
 

@@ -1,10 +1,8 @@
 """A set of files is replaced at once, whatever fails, and damage is found when it is read."""
 
-import contextlib
 import itertools
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +15,8 @@ from basic.common.file_sets import (
     atomic_set,
     check_checksums,
     read_set,
-    replaced_files,
     write_checksums,
 )
-from basic.common.folder_lock import LOCK_NAME
 from tests.helpers.forks import exit_status, run_in_fork
 
 resource = pytest.importorskip("resource", reason="Windows has no limit for the size of files")
@@ -162,63 +158,3 @@ def test_a_reader_beside_a_writer_sees_one_of_the_two_sets(tmp_path):
         num_read += 1
     assert process.returncode == 0
     assert num_read > 10
-
-
-# --- A folder of results ------------------------------------------------------------------------------------------
-
-
-def make_results(folder: Path, content: str, *names: str) -> None:
-    with replaced_files(folder, "ours.json", last="last.txt") as new:
-        (new / "inner").mkdir()
-        for name in ("inner/a.txt", "last.txt", *names):
-            (new / name).write_text(content)
-
-
-def texts(folder: Path) -> dict[str, str]:
-    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != "ours.json")
-    return {path.relative_to(folder).as_posix(): path.read_text() for path in paths}
-
-
-@pytest.mark.parametrize("failing_call", range(5))
-def test_results_replace_the_last_ones_also_after_a_kill_and_foreign_files_stay(tmp_path, monkeypatch, failing_call):
-    folder, calls = tmp_path / "results", []
-    make_results(folder, "one", "first_only.txt")
-    (folder / "inner" / "notes.txt").write_text("mine")
-
-    def kill_at(function):
-        def counted(*arguments, **options):
-            if Path(arguments[0]).name != LOCK_NAME:  # the system releases the lock of a killed process
-                calls.append(None)
-                if len(calls) == failing_call + 1:
-                    raise KeyboardInterrupt
-            return function(*arguments, **options)
-
-        return counted
-
-    monkeypatch.setattr(os, "rename", kill_at(os.rename))
-    monkeypatch.setattr(Path, "unlink", kill_at(Path.unlink))
-    with contextlib.suppress(KeyboardInterrupt):
-        make_results(folder, "two")
-    monkeypatch.undo()
-    assert texts(folder)["inner/notes.txt"] == "mine"
-    make_results(folder, "three")
-    assert texts(folder) == {"inner/a.txt": "three", "last.txt": "three", "inner/notes.txt": "mine"}
-
-
-def test_results_of_somebody_else_or_changed_ones_are_not_replaced(tmp_path):
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "last.txt").write_text("mine")
-    make_results(tmp_path / "changed", "one")
-    (tmp_path / "changed" / "last.txt").write_text("mine")
-    make_results(tmp_path / "hostile", "one")
-    (tmp_path / "hostile" / "ours.json").write_text('{"sha256": {"../changed/last.txt": []}}')
-    make_results(tmp_path / "in_the_way", "one")
-    (tmp_path / "in_the_way" / "new.txt").write_text("mine")
-    before = texts(tmp_path)
-    for name in ("foreign", "changed", "hostile"):
-        with pytest.raises(FileExistsError, match="not replaced"):
-            make_results(tmp_path / name, "two")
-    with pytest.raises(FileExistsError, match=r"new\.txt is in the way"):
-        make_results(tmp_path / "in_the_way", "two", "new.txt")
-    shutil.rmtree(tmp_path / "in_the_way" / ".partial")  # stays until the next time
-    assert texts(tmp_path) == before

@@ -21,6 +21,7 @@ import pytest
 from basic.__main__ import COMMANDS, main
 from basic.common import command_line
 from basic.common.config_files import load_config, save_config
+from basic.common.folder_lock import FolderLock
 from basic.corpus.stories.grammar import stories
 from basic.model import ModelConfig
 from basic.Tokenizer import Tokenizer
@@ -147,7 +148,7 @@ def corpus(tmp_path) -> Path:
     [
         (
             ["quickstart", "--output", "foreign"],
-            "foreign exists and has no valid quickstart.json, so it is not replaced",
+            "foreign holds other files than a quickstart's; give another folder",
         ),
         (["train", "--config", "missing.toml"], "there is no configuration 'missing.toml'; give a TOML file"),
         (["train"], "give --text TEXT, --config FILE, --recipe NAME, --init-from MODEL or --resume FOLDER; got none"),
@@ -256,11 +257,11 @@ QUICKSTART_FILES = {
     *("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/special_tokens.json"),
     *("train.txt", "train.bin", "train.json", "valid.txt", "valid.bin", "valid.json"),
     *("config.toml", "environment.json", "metrics.jsonl", "loss.png", "samples.txt"),
-    *("checksums.json", "tokenizer/checksums.json", "quickstart.json", "report.html"),
+    *("checksums.json", "tokenizer/checksums.json", "report.html"),
 }
 
 
-def test_quickstart_writes_all_files_and_replaces_an_earlier_result(quickstart, tmp_path, capsys):
+def test_quickstart_writes_all_files_and_sets_an_earlier_result_aside(quickstart, tmp_path, capsys):
     output = tmp_path / "runs" / "quick"
     options = quickstart.Options(output=output, vocab_size=300, steps=4, device="cpu")
     quickstart.main(options)
@@ -281,26 +282,19 @@ def test_quickstart_writes_all_files_and_replaces_an_earlier_result(quickstart, 
     assert f"wrote {output}: " in printed
 
     (output / "notes.txt").write_text("mine")
+    before = files(output)
     quickstart.main(dataclasses.replace(options, steps=3))
-    assert files(output).keys() == QUICKSTART_FILES | {"checkpoints/step_00000003.safetensors", "notes.txt"}
-    assert (output / "notes.txt").read_text() == "mine"
-    assert [path.name for path in output.parent.iterdir()] == ["quick"]
+    assert files(output).keys() == QUICKSTART_FILES | {"checkpoints/step_00000003.safetensors"}
+    assert files(output.parent / "set_aside_quick") == before
+    assert sorted(path.name for path in output.parent.iterdir()) == ["quick", "set_aside_quick"]
 
-
-@pytest.mark.usefixtures("without_pictures")
-def test_quickstart_replaces_only_what_quickstart_has_written(quickstart, tmp_path, monkeypatch):
-    """Neither a run of train.py, nor its own run that was trained further."""
-    output = tmp_path / "quick"
-    options = quickstart.Options(output=output, vocab_size=300, steps=2, device="cpu")
-    quickstart.main(options)
-    run_script(monkeypatch, "train", "--resume", output, "--steps", "3")
-    precious = tmp_path / "precious"
-    run_script(monkeypatch, "train", "--config", output / "config.toml", "--output", precious)
-    before = files(tmp_path)
-    for folder in (output, precious):
-        with pytest.raises(FileExistsError, match=r"so it is not replaced|is not replaced, because"):
-            quickstart.main(dataclasses.replace(options, output=folder))
-    assert files(tmp_path) == before
+    with FolderLock(output), pytest.raises(BlockingIOError):  # somebody resumes the run
+        quickstart.main(options)
+    output.rename(output.with_name("precious"))  # now a run on the data of another folder, as one of `basic train` is
+    before = files(output.parent)
+    with pytest.raises(FileExistsError, match=r"precious holds other files than a quickstart's"):
+        quickstart.main(dataclasses.replace(options, output=output.with_name("precious")))
+    assert files(output.parent) == before
 
 
 @pytest.mark.usefixtures("without_pictures")
