@@ -54,32 +54,37 @@ def _load_vector(X, gain, K, eps, BLOCK_K: tl.constexpr, NORM: tl.constexpr):
 
 
 @triton.jit
-def _inverse_rms(X, rows, R, K, eps, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
-    total = tl.zeros([ROWS], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        columns = start + tl.arange(0, BLOCK_K)
-        mask = (rows[:, None] < R) & (columns[None, :] < K)
-        x = tl.load(X + rows[:, None] * K + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        total += tl.sum(x * x, 1)
-    return 1 / tl.sqrt(total / K + eps)
+def _multiply(X, W, W3, GAIN, rows, outputs, R, K, N, eps, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+              BLOCK_K: tl.constexpr, NORM: tl.constexpr, TWO: tl.constexpr):  # fmt: skip
+    """W x and, with TWO, W3 x, of shape (outputs, rows); with NORM, x is normalised.
 
-
-@triton.jit
-def _multiply(X, W, GAIN, inverse_rms, rows, outputs, R, K, N, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-             BLOCK_K: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
-    """W x of shape (outputs, rows); with NORM, x is normalised first."""
+    The norm divides the products, not x, because it is known only when all of x has been read. x is made smaller
+    before, so that its product with the gain does not overflow in float16.
+    """
+    SMALLER: tl.constexpr = 1 / 16
     sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    sums3, squares = sums, tl.zeros([ROWS], tl.float32)
     for start in range(0, K, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
-        w = tl.load(W + outputs[:, None].to(tl.int64) * K + columns[None, :],
-                    mask=(outputs[:, None] < N) & (columns[None, :] < K), other=0.0)  # fmt: skip
+        weights = outputs[:, None].to(tl.int64) * K + columns[None, :]
+        inside = (outputs[:, None] < N) & (columns[None, :] < K)
+        w = tl.load(W + weights, mask=inside, other=0.0)
         mask = (rows[:, None] < R) & (columns[None, :] < K)
         x = tl.load(X + rows[:, None] * K + columns[None, :], mask=mask, other=0.0)
         if NORM:
             gain = tl.load(GAIN + columns, mask=columns < K, other=0.0)
-            x = (x.to(tl.float32) * inverse_rms[:, None] * gain[None, :]).to(w.dtype)
-        sums = dot(w, tl.trans(x), sums)
-    return sums
+            wide = x.to(tl.float32)
+            squares += tl.sum(wide * wide, 1)
+            x = (wide * (gain * SMALLER)[None, :]).to(w.dtype)
+        x = tl.trans(x)
+        sums = dot(w, x, sums)
+        if TWO:
+            sums3 = dot(tl.load(W3 + weights, mask=inside, other=0.0), x, sums3)
+    if NORM:
+        factors = (1 / SMALLER) / tl.sqrt(squares / K + eps)
+        sums *= factors[None, :]
+        sums3 *= factors[None, :]
+    return sums, sums3
 
 
 @triton.jit
@@ -127,10 +132,7 @@ def project(X, W, GAIN, BIASES, Y, R, K, N, eps, ROWS: tl.constexpr, BLOCK_N: tl
         sums = tl.sum(w.to(tl.float32) * x[None, :], 1)[:, None]
     else:
         _wait_for_previous_kernel(OVERLAP)
-        inverse_rms = tl.full([ROWS], 1.0, tl.float32)
-        if NORM:
-            inverse_rms = _inverse_rms(X, rows, R, K, eps, ROWS, BLOCK_K)
-        sums = _multiply(X, W, GAIN, inverse_rms, rows, outputs, R, K, N, ROWS, BLOCK_N, BLOCK_K, NORM)
+        sums, _ = _multiply(X, W, W, GAIN, rows, outputs, R, K, N, eps, ROWS, BLOCK_N, BLOCK_K, NORM, False)
         if ADD:
             addend = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     if ADD:
@@ -157,14 +159,12 @@ def activate(X, W, GAIN, Y, R, K, N, eps, FFN: tl.constexpr, ROWS: tl.constexpr,
         _wait_for_previous_kernel(OVERLAP)
         x = _load_vector(X, gain, K, eps, BLOCK_K, True)
         x1 = tl.sum(w1.to(tl.float32) * x[None, :], 1)[:, None]
+        x3 = x1
         if FFN == "swiglu":
             x3 = tl.sum(w3.to(tl.float32) * x[None, :], 1)[:, None]
     else:
         _wait_for_previous_kernel(OVERLAP)
-        inverse_rms = _inverse_rms(X, rows, R, K, eps, ROWS, BLOCK_K)
-        x1 = _multiply(X, W, GAIN, inverse_rms, rows, outputs, R, K, N, ROWS, BLOCK_N, BLOCK_K, True)
-        if FFN == "swiglu":
-            x3 = _multiply(X, W3, GAIN, inverse_rms, rows, outputs, R, K, N, ROWS, BLOCK_N, BLOCK_K, True)
+        x1, x3 = _multiply(X, W, W3, GAIN, rows, outputs, R, K, N, eps, ROWS, BLOCK_N, BLOCK_K, True, FFN == "swiglu")
     if FFN == "relu2":
         positive = tl.maximum(x1, 0.0)
         y = positive * positive
@@ -270,25 +270,28 @@ def attend(QKV, stride, Q_GAIN, K_GAIN, EMBEDDINGS, TOKENS, KEYS, VALUES, COS, S
         total = total * rescale + tl.sum(weights, 0)
         weighted = weighted * rescale + tl.sum(weights[:, None] * v_wide, 0)
         maximum = new_maximum
-    partials = PARTIALS + (row * H + head) * SPLITS * (D + 2)
-    tl.store(partials + split * (D + 2) + features, weighted, mask=features < D)
-    tl.store(partials + split * (D + 2) + D, maximum)
-    tl.store(partials + split * (D + 2) + D + 1, total)
-    # All threads have stored their results before one thread increments the counter.
-    tl.debug_barrier()
-    finished = FINISHED + row * H + head
-    if tl.atomic_add(finished, 1, sem="acq_rel") == SPLITS - 1:
-        all_splits = partials + tl.arange(0, SPLITS) * (D + 2)
-        maxima = tl.load(all_splits + D, cache_modifier=".cg")
-        factors = tl.exp2(maxima - tl.max(maxima, 0))
-        total = tl.sum(tl.load(all_splits + D + 1, cache_modifier=".cg") * factors, 0)
-        all_weighted = tl.load(
-            all_splits[:, None] + features[None, :], mask=features[None, :] < D, other=0.0, cache_modifier=".cg"
-        )
-        attended = tl.sum(all_weighted * factors[:, None], 0) / total
-        attended = attended.to(ATTENDED.dtype.element_ty)
-        tl.store(ATTENDED + (row * H + head) * D + features, attended, mask=features < D)
-        tl.store(finished, 0)
+    attended = ATTENDED + (row * H + head) * D + features
+    if SPLITS == 1:
+        tl.store(attended, (weighted / total).to(ATTENDED.dtype.element_ty), mask=features < D)
+    else:
+        partials = PARTIALS + (row * H + head) * SPLITS * (D + 2)
+        tl.store(partials + split * (D + 2) + features, weighted, mask=features < D)
+        tl.store(partials + split * (D + 2) + D, maximum)
+        tl.store(partials + split * (D + 2) + D + 1, total)
+        # All threads have stored their results before one thread increments the counter.
+        tl.debug_barrier()
+        finished = FINISHED + row * H + head
+        if tl.atomic_add(finished, 1, sem="acq_rel") == SPLITS - 1:
+            all_splits = partials + tl.arange(0, SPLITS) * (D + 2)
+            maxima = tl.load(all_splits + D, cache_modifier=".cg")
+            factors = tl.exp2(maxima - tl.max(maxima, 0))
+            total = tl.sum(tl.load(all_splits + D + 1, cache_modifier=".cg") * factors, 0)
+            all_weighted = tl.load(
+                all_splits[:, None] + features[None, :], mask=features[None, :] < D, other=0.0, cache_modifier=".cg"
+            )
+            weighted = tl.sum(all_weighted * factors[:, None], 0)
+            tl.store(attended, (weighted / total).to(ATTENDED.dtype.element_ty), mask=features < D)
+            tl.store(finished, 0)
 
 
 @triton.jit

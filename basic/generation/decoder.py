@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import triton
 from torch import Tensor
 
 from basic.generation import decode_kernels
-from basic.model import KVCache, RotaryPositionalEmbedding, TransformerLM
+from basic.generation.packed_weights import PackedWeights
+from basic.model import KVCache, TransformerLM
 from basic.transformer.functional import rms_norm, silu
 from basic.transformer.kernels import flash_attention, rope, swiglu
 from basic.transformer.kernels.interpreter import LOG2_E
+
+_PROMPT_BLOCK = 128  # prompts are padded to a multiple of it, so that those of about the same length share a graph
 
 
 class Decoder:
@@ -43,97 +47,99 @@ class Decoder:
         splits: int | None = None,
     ):
         config = model.config
-        self.config, self.cache, self.prompt_lengths = config, cache, prompt_lengths
+        self.config, self.cache, self.prompt_lengths = config, cache, prompt_lengths.clone()
         self.batch_size, self.dtype, self.device = cache.keys.shape[1], cache.keys.dtype, cache.keys.device
         self.padded_batch = 1 if self.batch_size == 1 else max(16, triton.next_power_of_2(self.batch_size))
-        self.tiles, self.splits = tiles or choose_tiles, splits or choose_splits(self.batch_size)
+        self.tiles = tiles or choose_tiles
+        self.splits = splits or choose_splits(self.batch_size * config.num_heads)
         self.num_choices = min(vocab_size or config.vocab_size, config.vocab_size)
         self.overlap = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (9, 0)
-
-        weights = model.state_dict()
-
-        def pack(*names: str, kind: str = "weight") -> Tensor:
-            parts = [weights[f"{name}.{kind}"] for name in names]
-            sizes = [len(part) for part in parts]
-            packed = torch.empty((sum(sizes), *parts[0].shape[1:]), dtype=self.dtype, device=self.device)
-            for target, part in zip(packed.split(sizes), parts, strict=True):
-                target.copy_(part)
-            return packed
-
-        self.embedding = pack("token_embeddings")
-        self.head = self.embedding if config.tied_embeddings else pack("lm_head")
-        self.layers, self.biases, self.gains = [], [], []
-        self.value_embeddings: list[Tensor | None] = []
-        for i in range(config.num_layers):
-            names, attention = [f"layers.{i}.attn.{name}_proj" for name in "qkv"], f"layers.{i}.attn"
-            qkv, biases = pack(*names), pack(*names, kind="bias") if config.qkv_bias else None
-            has_values = f"{attention}.value_gate.weight" in weights
-            self.value_embeddings.append(pack(f"{attention}.value_embeddings") if has_values else None)
-            if has_values:  # the gates are more outputs of the same matrix, without biases
-                gate = pack(f"{attention}.value_gate")
-                qkv = torch.cat((qkv, qkv.new_zeros(len(gate), config.d_model)))
-                qkv[-len(gate) :, : gate.shape[1]] = gate
-                biases = None if biases is None else torch.cat((biases, biases.new_zeros(len(gate))))
-            w13 = pack(*(f"layers.{i}.ffn.{name}" for name in (("w1", "w3") if config.ffn == "swiglu" else ("w1",))))
-            ln1, ln2 = weights[f"layers.{i}.ln1.weight"], weights[f"layers.{i}.ln2.weight"]
-            self.layers.append((ln1, qkv, pack(f"{attention}.output_proj"), ln2, w13, pack(f"layers.{i}.ffn.w2")))
-            self.biases.append(biases)
-            names = [f"{attention}.{name}_norm.weight" for name in "qk"]
-            self.gains.append([weights[name] if config.qk_norm else self.embedding for name in names])
-        self.ln_final = weights["ln_final.weight"]
-        rope = next(module for module in model.modules() if isinstance(module, RotaryPositionalEmbedding))
-        self.cos, self.sin = rope.cos, rope.sin
+        self.windows = [config.window(layer) or 0 for layer in range(config.num_layers)]
+        self.weights = PackedWeights(model, self.dtype)
+        self.weights.update(model)
 
         def buffer(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
         batch_size = self.batch_size
         self.x = buffer(batch_size, config.d_model)
-        self.qkv = buffer(batch_size, max(len(qkv) for _, qkv, *_ in self.layers))
+        self.qkv = buffer(batch_size, self.weights.qkv.shape[1])
         self.partials = buffer(batch_size, config.num_heads, self.splits, config.d_head + 2, dtype=torch.float32)
         self.num_finished = buffer(batch_size, config.num_heads, dtype=torch.int32)
         self.attended = buffer(batch_size, config.num_heads * config.d_head)
-        assert config.d_ff is not None  # set by ModelConfig
-        self.gated = buffer(batch_size, config.d_ff)
+        self.gated = buffer(batch_size, self.weights.w2.shape[2])
         self.logits = buffer(batch_size, config.vocab_size)
         self.tokens = buffer(batch_size, config.context_length + 1, dtype=torch.int64)
         self.positions = buffer(batch_size, dtype=torch.int64)
+        self.last_position = buffer(1, dtype=torch.int64)  # of a prompt
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.prompt_graphs: dict[int, torch.cuda.CUDAGraph | None] = {}  # by padded length; None before it is recorded
+
+    def restart(self, model: TransformerLM, cache: KVCache, prompt_lengths: Tensor, vocab_size: int | None) -> bool:
+        """Begin anew with an empty cache and the weights that the model has now, if what is given fits the old buffers.
+
+        The recorded graphs are kept, which is most of the time of a beginning. `cache` is only compared.
+        """
+        old, new = self.cache.keys, cache.keys
+        fits = (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)
+        if not fits or self.config != model.config or self.num_choices != (vocab_size or model.config.vocab_size):
+            return False
+        self.weights.update(model)
+        self.prompt_lengths.copy_(prompt_lengths)
+        self.cache.length = 0
+        return True
 
     def read_prompt(self, tokens: Tensor) -> Tensor:
         """Read the first tokens of all sequences, (batch, length), at once; return the logits of the tokens after them.
 
-        The cache must be empty. It takes a third of the launches of the model's own forward pass.
+        The cache must be empty. Lengths are rounded up, so that a second prompt of about this length replays a CUDA
+        graph. The keys and values after the end, of any tokens, are overwritten before they are read.
         """
-        config, cache, (batch, length) = self.config, self.cache, tokens.shape
-        assert cache.length == 0
-        tokens, eps = tokens.flatten(), config.norm_eps
+        length = tokens.shape[1]
+        assert self.cache.length == 0
+        padded = min(triton.cdiv(length, _PROMPT_BLOCK) * _PROMPT_BLOCK, self.config.context_length)
+        self.tokens[:, :length] = tokens
+        self.last_position.fill_(length - 1)
+        if padded not in self.prompt_graphs or self.device.type != "cuda":
+            self._launch_prompt(padded)
+            self.prompt_graphs[padded] = None
+        else:
+            if (graph := self.prompt_graphs[padded]) is None:
+                graph = self.prompt_graphs[padded] = record(partial(self._launch_prompt, padded))
+            graph.replay()
+        self.cache.advance(length)
+        return self.logits
+
+    def _launch_prompt(self, length: int) -> None:
+        """The logits after `last_position`; in a third of the launches of the model's own forward pass."""
+        config, weights, cache, batch = self.config, self.weights, self.cache, self.batch_size
+        tokens, eps = self.tokens[:, :length].flatten(), config.norm_eps
         heads = config.num_heads, config.kv_heads, config.kv_heads
-        x = self.embedding[tokens]
+        x = weights.embedding[tokens]
         if config.embedding_norm:
             x = rms_norm(x, x.new_ones(config.d_model), eps)
-        for layer, (ln1, qkv_weight, output, ln2, w13, w2) in enumerate(self.layers):
-            outputs = self._normalized(x, ln1) @ qkv_weight.T
-            if (bias := self.biases[layer]) is not None:
-                outputs += bias
+        for layer in range(config.num_layers):
+            outputs = self._normalized(x, weights.gains1[layer]) @ weights.qkv[layer].T
+            if weights.biases is not None:
+                outputs += weights.biases[layer]
             qkv = outputs[:, : sum(heads) * config.d_head].view(batch, length, sum(heads), config.d_head)
             q, k, v = qkv.split(heads, 2)
-            if (values := self.value_embeddings[layer]) is not None:
+            if (index := weights.value_indices[layer]) >= 0:
                 gates = 2 * torch.sigmoid(outputs[:, -config.kv_heads :]).unsqueeze(-1)
-                v += (gates * values[tokens].unflatten(-1, (config.kv_heads, -1))).view_as(v)
-            if config.qk_norm:
-                for part, gain in zip((q, k), self.gains[layer], strict=True):
-                    part.copy_(rms_norm(part, gain, eps))
-            rope.rotate_packed(qkv, self.cos, self.sin, sum(heads[:2]), qkv)
+                v += (gates * weights.value_embeddings[index][tokens].unflatten(-1, (config.kv_heads, -1))).view_as(v)
+            if weights.qk_gains is not None:
+                for part, gains in zip((q, k), weights.qk_gains, strict=True):
+                    part.copy_(rms_norm(part, gains[layer], eps))
+            rope.rotate_packed(qkv, weights.cos, weights.sin, sum(heads[:2]), qkv)
             cache.keys[layer, :, :, :length] = k.transpose(1, 2)
             cache.values[layer, :, :, :length] = v.transpose(1, 2)
-            window = config.window(layer) or 0
+            window = self.windows[layer]
             attended, _ = flash_attention.forward(q, k, v, window if window < length else 0)
-            x = torch.addmm(x, attended.view(batch * length, -1), output.T)
-            x = torch.addmm(x, self._activated(self._normalized(x, ln2) @ w13.T), w2.T)
-        cache.advance(length)
-        last = x.view(batch, length, -1)[:, -1].contiguous()
-        return self._normalized(last, self.ln_final) @ self.head.T
+            x = torch.addmm(x, attended.view(batch * length, -1), weights.output[layer].T)
+            gated = self._activated(self._normalized(x, weights.gains2[layer]) @ weights.w13[layer].T)
+            x = torch.addmm(x, gated, weights.w2[layer].T)
+        last = x.view(batch, length, -1).index_select(1, self.last_position)[:, 0]
+        torch.mm(self._normalized(last, weights.final_gain), weights.head.T, out=self.logits)
 
     def _activated(self, x: Tensor) -> Tensor:
         if self.config.ffn == "swiglu":
@@ -156,7 +162,12 @@ class Decoder:
         self.tokens[:, :length] = tokens[:, :length]
         self.positions.fill_(self.cache.length)
         if self.device.type == "cuda" and self.graph is None:
-            self._record()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._launch_step()  # compiles the kernels; the first real step overwrites its results
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = record(self._launch_step)
             self.tokens[:, :length] = tokens[:, :length]
             self.positions.fill_(self.cache.length)
 
@@ -168,44 +179,35 @@ class Decoder:
             self.graph.replay()
         self.cache.advance(1)
 
-    def _record(self) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._launch_step()  # compiles the kernels; the first real step overwrites its results
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        # Other threads, such as one that sends batches, may use the GPU meanwhile.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self._launch_step()
-
     def _launch_step(self) -> None:
-        config, batch_size = self.config, self.batch_size
+        config, weights, batch_size = self.config, self.weights, self.batch_size
         d_model, d_ff, eps = config.d_model, config.d_ff, config.norm_eps
         assert d_ff is not None
-        scale = LOG2_E / math.sqrt(config.d_head)
         capacity = config.context_length
+        q_gains, k_gains = weights.qk_gains or (weights.gains1, weights.gains1)
         decode_kernels.embed[batch_size,](
-            self.embedding, self.tokens, self.positions, self.x, capacity + 1, d_model, eps,
+            weights.embedding, self.tokens, self.positions, self.x, capacity + 1, d_model, eps,
             BLOCK_K=triton.next_power_of_2(d_model), NORM=config.embedding_norm, **self._options(4))  # fmt: skip
-        for layer, (ln1, qkv, output, ln2, w13, w2) in enumerate(self.layers):
-            values = self.value_embeddings[layer]
-            self._project(self.x, qkv, ln1, self.qkv, norm=True, biases=self.biases[layer])
+        for layer in range(config.num_layers):
+            index, ln1, ln2 = weights.value_indices[layer], weights.gains1[layer], weights.gains2[layer]
+            self._project(self.x, weights.qkv[layer], ln1, self.qkv, norm=True,
+                          biases=None if weights.biases is None else weights.biases[layer])  # fmt: skip
             decode_kernels.attend[batch_size, config.num_heads, self.splits](
-                self.qkv, len(qkv), *self.gains[layer], self.embedding if values is None else values, self.tokens,
-                self.cache.keys[layer], self.cache.values[layer], self.cos, self.sin, self.positions, self.partials,
-                self.num_finished, self.attended, config.num_heads, capacity, scale, eps,
-                GROUP=config.num_heads // config.kv_heads, D=config.d_head,
+                self.qkv, self.qkv.shape[1], q_gains[layer], k_gains[layer],
+                weights.value_embeddings[index] if index >= 0 else weights.embedding, self.tokens,
+                self.cache.keys[layer], self.cache.values[layer], weights.cos, weights.sin, self.positions,
+                self.partials, self.num_finished, self.attended, config.num_heads, capacity,
+                LOG2_E / math.sqrt(config.d_head), eps, GROUP=config.num_heads // config.kv_heads, D=config.d_head,
                 WIDTH=triton.next_power_of_2(config.d_head), SPLITS=self.splits, BLOCK=64,
-                NORM=config.qk_norm, HAVE_EMBEDDINGS=values is not None, WINDOW=config.window(layer) or 0,
+                NORM=config.qk_norm, HAVE_EMBEDDINGS=index >= 0, WINDOW=self.windows[layer],
                 EARLY=batch_size <= 2, **self._options(4))  # fmt: skip
-            self._project(self.attended, output, ln1, self.x, add=True)
+            self._project(self.attended, weights.output[layer], ln1, self.x, add=True)
             block_n, block_k, warps = self.tiles(d_ff, d_model, self.padded_batch)
             decode_kernels.activate[triton.cdiv(d_ff, block_n),](
-                self.x, w13, ln2, self.gated, batch_size, d_model, d_ff, eps, FFN=config.ffn,
+                self.x, weights.w13[layer], ln2, self.gated, batch_size, d_model, d_ff, eps, FFN=config.ffn,
                 ROWS=self.padded_batch, BLOCK_N=block_n, BLOCK_K=block_k, **self._options(warps))  # fmt: skip
-            self._project(self.gated, w2, ln2, self.x, add=True)
-        self._project(self.x, self.head, self.ln_final, self.logits, norm=True)
+            self._project(self.gated, weights.w2[layer], ln2, self.x, add=True)
+        self._project(self.x, weights.head, weights.final_gain, self.logits, norm=True)
         decode_kernels.choose[batch_size,](
             self.logits, self.tokens, self.prompt_lengths, self.positions, capacity + 1, config.vocab_size,
             self.num_choices, BLOCK_N=min(triton.next_power_of_2(self.num_choices), 16384),
@@ -228,9 +230,20 @@ class Decoder:
         return {**options, "launch_pdl": True} if self.overlap else options
 
 
-def choose_splits(batch_size: int) -> int:
-    """Programs among which the keys of a head are divided: enough to fill the GPU."""
-    return 16 if batch_size <= 2 else 8 if batch_size <= 8 else 4
+def record(launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, such as one that sends batches, may use the GPU meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        launch()
+    return graph
+
+
+def choose_splits(num_heads: int) -> int:
+    """Programs among which the keys of a head are divided: enough to fill the GPU, a power of two.
+
+    With many heads, of all sequences together, a program each is faster than to combine the results of several.
+    """
+    return min(16, max(1, triton.next_power_of_2(512 // num_heads)))
 
 
 def choose_tiles(n: int, k: int, padded_batch: int) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -205,7 +206,8 @@ def generate(
 ) -> list[list[int]] | tuple[list[list[int]], list[list[float]]]:
     """Continue each prompt by up to `max_new_tokens` ids; the prompts may differ in length.
 
-    On a GPU, single steps use the kernels of `basic.generation.decoder` if those support the model.
+    On a GPU, single steps use the kernels of `basic.generation.decoder` if those support the model, which then keeps
+    their buffers for the next call: a copy of the weights in half precision, and a cache of up to 1 GB.
 
     Args:
         prompts: at least one id each, as lists, arrays or tensors, or the rows of one array; of a prompt longer than
@@ -286,10 +288,18 @@ def _prompt_lists(prompts: Iterable[Ids] | np.ndarray | Tensor, vocab_size: int)
     return id_lists
 
 
+# The last decoder of each model, with its copy of the weights, its cache and its graphs: a second call begins sooner.
+_idle_decoders: WeakKeyDictionary[TransformerLM, Decoder] = WeakKeyDictionary()
+_MAX_IDLE_BYTES = 2**29  # of keys; larger caches are for many sequences, whose decoding takes longer than a beginning
+
+
+@torch.inference_mode()  # as the steps: what is made in this mode can only be changed in it
 def make_decoder(
     model: TransformerLM, cache: KVCache, prompt_lengths: Tensor, vocab_size: int | None
 ) -> Decoder | None:
     """The kernels for single steps, or None if they do not support the model."""
+    if (idle := _idle_decoders.pop(model, None)) is not None and idle.restart(model, cache, prompt_lengths, vocab_size):
+        return idle
     config = model.config
     supported = config.norm == "pre" and config.positions == "rope" and config.qk_norm != "all_heads"
     if not supported or not dispatch.supports_decoding(cache.keys[0]):
@@ -346,8 +356,8 @@ def continue_ids(
     cache, decoder = None, None
     if use_cache:
         cache = KVCache(model.config, len(prompts), dtype=model.compute_dtype, device=device)
-        # A copy: the kernels count positions from the first id that the model sees.
-        decoder = make_decoder(model, cache, prompt_lengths.clone(), vocab_size)
+        decoder = make_decoder(model, cache, prompt_lengths, vocab_size)
+        cache = cache if decoder is None else decoder.cache
 
     @torch.inference_mode()  # not around the loop: the mode would be on in the caller's code between two steps
     def extend(length: int) -> int:
@@ -391,6 +401,8 @@ def continue_ids(
             if remaining[index] and has_ended(index, ids):
                 remaining[index] = 0
         length = end
+    if decoder is not None and decoder.cache.keys.nbytes <= _MAX_IDLE_BYTES:
+        _idle_decoders[model] = decoder
 
 
 def first_seen(length: int, context: int) -> int:

@@ -98,6 +98,9 @@ def test_greedy_decoding_with_kernels_does_not_forget_the_penalties(model):
         def __init__(self, model, cache, prompt_lengths, vocab_size):
             self.model, self.cache = model, cache
 
+        def restart(self, *args):
+            return False
+
         def start(self, tokens):
             self.tokens = tokens
 

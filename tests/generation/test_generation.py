@@ -111,6 +111,9 @@ class PlainDecoder:
         self.model, self.cache, self.prompt_lengths, self.vocab_size = model, cache, prompt_lengths, vocab_size
         self.tokens = torch.zeros(len(prompt_lengths), CONTEXT + 1, dtype=torch.int64)
 
+    def restart(self, *args):
+        return False
+
     def start(self, tokens):
         length = min(tokens.shape[1], CONTEXT + 1)
         self.tokens[:, :length] = tokens[:, :length]

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="needs Triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from basic.generation import decoder
+from basic.generation import decoder, sampling
 from basic.generation.sampling import first_seen, generate
 from basic.model import ModelConfig, TransformerLM
 from basic.transformer.kernels import dispatch
@@ -73,6 +73,20 @@ def test_draws_with_and_without_the_kernels(model):
     with_kernels = generate(model, prompts, 3, **settings)
     without = generate(model, prompts, 3, use_cache=False, **settings)
     assert sum(a == b for a, b in zip(with_kernels, without, strict=True)) >= 40
+
+
+@pytest.mark.parametrize("length", [3, 60])
+def test_a_second_call_takes_the_decoder_of_the_first_with_the_new_weights(model, length):
+    prompt = list(range(length))
+    for _ in range(3):  # on a GPU a long prompt's first, recorded and replayed pass
+        with torch.no_grad():
+            model.lm_head.weight.copy_(model.lm_head.weight.roll(7, 0))
+        ids = generate(model, [prompt], 3, temperature=0.0)
+        kept = sampling._idle_decoders.pop(model, None)
+        assert (kept is not None) == (model.activation_dtype != torch.float32)
+        assert ids == generate(model, [prompt], 3, temperature=0.0)  # with a new decoder
+        if kept is not None:
+            sampling._idle_decoders[model] = kept
 
 
 def test_sequences_end_at_their_end_id(model):

@@ -171,5 +171,12 @@ def test_decoder_of_the_modern_model(pattern, prompt_lengths, dtype):
 
 
 @HALVES
+@pytest.mark.parametrize("context", [12, 300])
+def test_a_restarted_decoder_has_the_new_weights(context, dtype):
+    config = ModelConfig(vocab_size=1001, context_length=context, d_model=128, num_layers=2, num_heads=4)
+    kernel_checks.check_restarted_decoder(config, dtype, "cuda")
+
+
+@HALVES
 def test_decoder_finds_nan(dtype):
     kernel_checks.check_decoder_finds_nan(dtype, "cuda")

@@ -383,3 +383,25 @@ def check_decoder(
             assert decoder.tokens[row, length] == (tokens[row, length] if length < prompt_length else chosen)
     assert cache.length == shortest - 1 + steps
     assert (decoder.num_finished == 0).all()
+
+
+@torch.no_grad()
+def check_restarted_decoder(config: ModelConfig, dtype: torch.dtype, device: str, **options: Any) -> None:
+    """Prompts and steps after them, each time with other weights; on a GPU, later prompts replay graphs."""
+    torch.manual_seed(0)
+    model = TransformerLM(config).to(device)
+    model.activation_dtype = dtype
+    cache = KVCache(config, 2, dtype=dtype, device=device)
+    decoder = Decoder(model, cache, torch.tensor([9, 9], device=device), **options)
+    tolerance = 2 * TOLERANCES[dtype]
+    for length in (7, 5, 8, 6):
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.std() / 2)
+        assert decoder.restart(model, KVCache(config, 2, dtype=dtype, device=device), torch.tensor([length] * 2), None)
+        tokens = torch.randint(config.vocab_size, (2, length), device=device)
+        assert relative_error(decoder.read_prompt(tokens[:, :-1]), model(tokens[:, :-1])[:, -1]) < tolerance
+        decoder.start(tokens)
+        decoder.step()
+        assert relative_error(decoder.logits, model(tokens)[:, -1]) < tolerance
+    assert not decoder.restart(model, KVCache(config, 1, dtype=dtype, device=device), torch.tensor([3]), None)
+    assert not decoder.restart(model, cache, torch.tensor([3, 3]), config.vocab_size - 1)

@@ -10,6 +10,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from basic.generation import decoder, sampling
 from basic.model import Linear, ModelConfig, TransformerLM
 from basic.training.loop import make_optimizer
 from basic.training.settings import TrainConfig
@@ -222,6 +223,31 @@ def test_decoder_skips_the_keys_before_a_window(window):
     options = {"tiles": lambda n, k, batch: (32, 64, 1), "splits": 2}
     config = ModelConfig(**(sizes | {"sliding_window": window}))
     kernel_checks.check_decoder(config, [190], 5, FLOAT32, "cpu", **options)
+
+
+def test_a_restarted_decoder_has_the_new_weights():
+    config = ModelConfig(vocab_size=37, context_length=12, d_model=32, num_layers=1, num_heads=2, d_ff=48, **MODERN)
+    options = {"tiles": lambda n, k, batch: (32, 64 if batch == 1 else 32, 1), "splits": 2}
+    kernel_checks.check_restarted_decoder(config, FLOAT32, "cpu", **options)
+
+
+def test_a_second_call_of_generate_takes_the_decoder_of_the_first_with_the_new_weights(monkeypatch):
+    monkeypatch.setattr(decoder, "choose_tiles", lambda n, k, batch: (32, 64, 1))
+    monkeypatch.setattr(decoder, "choose_splits", lambda heads: 2)
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=37, context_length=12, d_model=32, num_layers=1, num_heads=2, d_ff=48)
+    model = TransformerLM(config)
+    torch.nn.init.normal_(model.lm_head.weight)
+    model.activation_dtype = FLOAT16
+    kept = []
+    with dispatch.use_operators(operators):
+        for prompts in ([[3]], [[4]], [[5], [6]]):
+            model.lm_head.weight.detach().copy_(model.lm_head.weight.roll(7, 0))
+            ids = sampling.generate(model, prompts, 1, temperature=0.0)
+            assert ids == sampling.generate(model, prompts, 1, temperature=0.0, use_cache=False)
+            kept.append(sampling._idle_decoders[model])
+    assert kept[0] is kept[1]
+    assert kept[1] is not kept[2]  # two sequences
 
 
 def test_decoder_finds_nan():
