@@ -62,7 +62,7 @@ def open_model(
         source: a folder in Hugging Face format, or a GGUF file, whose weights are dequantised.
         context_length: a shorter context length for the model; None: the one in the file.
         with_tokenizer: also load the tokenizer, which must be byte-level BPE.
-        unpickle: as for `load_hf`.
+        unpickle: of a folder, read pytorch_model.bin (or its shards) in place of model.safetensors (or its shards).
 
     Raises:
         InvalidInputError: our model cannot represent the model, or our tokenizer the tokenizer (the message names the
@@ -79,7 +79,7 @@ def open_model(
         end_ids: list[Any] = [file.fields.get("tokenizer.ggml.eos_token_id")]
     else:
         directory = Path(source)
-        model = load_hf(directory, context_length=context_length, unpickle=unpickle)
+        model = _load_hf(directory, context_length, unpickle)
         if with_tokenizer:
             tokenizer = _load_tokenizer(directory)
         end_ids = _end_ids(directory)
@@ -147,17 +147,8 @@ def _write_run(
         save_checkpoint(model, None, 0, folder / "checkpoints" / "step_00000000.safetensors")
 
 
-def load_hf(
-    directory: str | os.PathLike, *, context_length: int | None = None, unpickle: bool = False
-) -> TransformerLM:
-    """Load a Llama or one of its relatives in Hugging Face format, in float32 on the CPU.
-
-    Args:
-        directory: contains config.json and model.safetensors, or its shards and model.safetensors.index.json.
-        context_length: a shorter context length for the model; None: the one in config.json.
-        unpickle: read pytorch_model.bin (or its shards) instead, with `torch.load(weights_only=True)`.
-    """
-    directory = Path(directory)
+def _load_hf(directory: Path, context_length: int | None, unpickle: bool) -> TransformerLM:
+    """Load a model in Hugging Face format, in float32 on the CPU."""
     path = directory / "config.json"
     if not path.is_file():
         hint = "; it is a run, which load_run opens" if (directory / "config.toml").is_file() else ""

@@ -13,7 +13,7 @@ import torch
 from basic.common.errors import InvalidInputError
 from basic.formats.export_model import export_hf
 from basic.formats.hf_names import model_config
-from basic.formats.import_model import load_hf, load_model
+from basic.formats.import_model import load_model
 from basic.generation.sampling import generate
 from basic.model import ModelConfig, TransformerLM
 from tests.helpers.model_tools import transformers
@@ -113,7 +113,7 @@ def test_logits_text_and_round_trip(name: str, tmp_path: Path) -> None:
     after = safetensors.torch.load_file(tmp_path / "back/model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    again = load_hf(tmp_path / "back")
+    again = load_model(tmp_path / "back")
     assert again.config == ours.config
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in ours.state_dict().items())
 
@@ -127,7 +127,7 @@ def test_a_folder_of_an_older_transformers_opens(tmp_path: Path) -> None:
     rope = fields.pop("rope_parameters")
     fields |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     path.write_text(json.dumps(fields))
-    assert logit_difference(load_hf(tmp_path), theirs) < 1e-4
+    assert logit_difference(load_model(tmp_path), theirs) < 1e-4
 
 
 def test_weights_in_bfloat16_on_request(tmp_path: Path) -> None:
@@ -138,13 +138,13 @@ def test_weights_in_bfloat16_on_request(tmp_path: Path) -> None:
     weights = safetensors.torch.load_file(tmp_path / "half/model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == "bfloat16"
-    loaded = load_hf(tmp_path / "half").state_dict()
+    loaded = load_model(tmp_path / "half").state_dict()
     assert all(torch.equal(weight, loaded[name]) for name, weight in model.state_dict().items())
 
 
 def load_hf_of(name: str, folder: Path) -> TransformerLM:
     their_model(name).save_pretrained(folder / "theirs")
-    return load_hf(folder / "theirs")
+    return load_model(folder / "theirs")
 
 
 # --- Fields -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor
 from basic.common.errors import DamagedFileError, InvalidInputError, WrongTokenizerError
 from basic.formats.export_model import export_hf
 from basic.formats.hf_names import model_config
-from basic.formats.import_model import import_hf, import_pt, load_hf
+from basic.formats.import_model import import_hf, import_pt, load_model
 from basic.generation.sampling import generate
 from basic.generation.text import complete
 from basic.model import ModelConfig, TransformerLM
@@ -112,7 +112,7 @@ def test_llama_of_transformers_loads(changes, max_shard_size, tmp_path):
     )
     theirs.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     assert (tmp_path / "model.safetensors").exists() == (max_shard_size == "1GB")
-    ours = load_hf(tmp_path)
+    ours = load_model(tmp_path)
     assert ours.config == config
     assert ours.num_parameters == theirs.num_parameters()
     assert_same_behaviour(ours, theirs)
@@ -123,7 +123,7 @@ def test_half_precision_is_converted_exactly(dtype, tmp_path):
     model = random_model({}).to(dtype)
     export_hf(model, tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
-    assert same_weights(load_hf(tmp_path / "hf"), model.float())
+    assert same_weights(load_model(tmp_path / "hf"), model.float())
 
 
 def test_old_config_json_and_shorter_context(tmp_path):
@@ -139,15 +139,15 @@ def test_old_config_json_and_shorter_context(tmp_path):
     )
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     safetensors.torch.save_file(weights, tmp_path / "hf" / "model.safetensors")
-    loaded = load_hf(tmp_path / "hf")
+    loaded = load_model(tmp_path / "hf")
     assert loaded.config == model.config
     assert same_weights(loaded, model)
 
-    short = load_hf(tmp_path / "hf", context_length=5)
+    short = load_model(tmp_path / "hf", context_length=5)
     assert short.config == dataclasses.replace(model.config, context_length=5)
     assert torch.equal(short(torch.tensor([[1, 2, 3]])), model(torch.tensor([[1, 2, 3]])))
     with pytest.raises(InvalidInputError, match="context_length must be 1 to 16 for this model, got 17"):
-        load_hf(tmp_path / "hf", context_length=17)
+        load_model(tmp_path / "hf", context_length=17)
 
 
 # --- Export and import ----------------------------------------------------------------------------------------
@@ -165,12 +165,12 @@ def test_exported_model_opens_in_transformers_and_round_trips_bit_for_bit(change
     assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == tokenizer.special_token_ids[END] == 0
     assert_same_behaviour(ours, theirs)
 
-    loaded_back = load_hf(tmp_path / "hf")
+    loaded_back = load_model(tmp_path / "hf")
     assert loaded_back.config == ours.config
     assert same_weights(loaded_back, ours)
 
     theirs.save_pretrained(tmp_path / "theirs")
-    assert same_weights(load_hf(tmp_path / "theirs"), ours)
+    assert same_weights(load_model(tmp_path / "theirs"), ours)
 
 
 def real_and_naughty_texts() -> list[str]:
@@ -296,18 +296,18 @@ def test_tokenizer_with_more_ids_than_the_model_is_an_error(tokenizer, tmp_path)
 def test_unsupported_field_is_an_error_that_names_it(name, value, message, tmp_path):
     export_with_changes(tmp_path / "hf", random_model({}), {name: value})
     with pytest.raises(InvalidInputError, match=r"config\.json: " + message):
-        load_hf(tmp_path / "hf")
+        load_model(tmp_path / "hf")
 
 
 def test_missing_field_and_damaged_config_json(tmp_path):
     with pytest.raises(InvalidInputError, match="the field 'hidden_size' is missing"):
         model_config({"model_type": "llama", "vocab_size": 3, "max_position_embeddings": 3})
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
-        load_hf(tmp_path)
+        load_model(tmp_path)
     for content, message in (("{", "is not JSON"), ("[]", r"must hold a JSON object, got \[\]")):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(DamagedFileError, match=message):
-            load_hf(tmp_path)
+            load_model(tmp_path)
 
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -332,7 +332,7 @@ def test_weight_that_does_not_match_is_an_error_that_names_it(change, message, t
     weights = export_with_changes(tmp_path / "hf", random_model({}))
     safetensors.torch.save_file(change(weights), tmp_path / "hf" / "model.safetensors")
     with pytest.raises(InvalidInputError, match=message):
-        load_hf(tmp_path / "hf")
+        load_model(tmp_path / "hf")
 
 
 def test_output_matrix_of_a_tied_model_must_equal_the_embedding(tmp_path):
@@ -343,9 +343,9 @@ def test_output_matrix_of_a_tied_model_must_equal_the_embedding(tmp_path):
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + change
         safetensors.torch.save_file(weights, tmp_path / "hf" / "model.safetensors")
         if change == 0:
-            assert same_weights(load_hf(tmp_path / "hf"), model)
+            assert same_weights(load_model(tmp_path / "hf"), model)
     with pytest.raises(InvalidInputError, match=r"tied by the configuration, but differ from lm_head\.weight"):
-        load_hf(tmp_path / "hf")
+        load_model(tmp_path / "hf")
 
 
 def test_a_flipped_bit_in_any_exported_file_is_found_and_an_edit_can_be_accepted(tmp_path, tokenizer):
@@ -364,9 +364,9 @@ def test_a_flipped_bit_in_any_exported_file_is_found_and_an_edit_can_be_accepted
     fields = json.loads((hf / "config.json").read_text())
     (hf / "config.json").write_text(json.dumps(fields))
     with pytest.raises(DamagedFileError, match=r"config\.json has changed .* on purpose, delete .*checksums\.json"):
-        load_hf(hf)
+        load_model(hf)
     (hf / "checksums.json").unlink()
-    assert same_weights(load_hf(hf), model)
+    assert same_weights(load_model(hf), model)
 
 
 def test_damaged_and_missing_files_are_errors(tmp_path):
@@ -375,29 +375,29 @@ def test_damaged_and_missing_files_are_errors(tmp_path):
     content = (hf / "model.safetensors").read_bytes()
     (hf / "model.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(DamagedFileError, match=r"model\.safetensors is not a complete safetensors file"):
-        load_hf(hf)
+        load_model(hf)
     (hf / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json$"):
-        load_hf(hf)
+        load_model(hf)
     index = hf / "model.safetensors.index.json"
     for wrong in ({}, {"weight_map": []}, {"weight_map": None}, {"weight_map": {"a": 3}}, {"weight_map": {"a": [1]}}):
         index.write_text(json.dumps(wrong))
         with pytest.raises(DamagedFileError, match=r"index\.json must hold the name of a file for each weight"):
-            load_hf(hf)
+            load_model(hf)
     index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "shard.safetensors")}))
     with pytest.raises(FileNotFoundError, match=r"no .*shard\.safetensors, which the index names"):
-        load_hf(hf)
+        load_model(hf)
     (hf / "shard.safetensors").write_bytes(content)
-    assert same_weights(load_hf(hf), model)
+    assert same_weights(load_model(hf), model)
     index.write_text(json.dumps({"weight_map": {name: f"{i % 2}.safetensors" for i, name in enumerate(weights)}}))
     for shard in ("0.safetensors", "1.safetensors"):
         (hf / shard).write_bytes(content)
     with pytest.raises(InvalidInputError, match=r"1\.safetensors has '.*', of shape .*, a second time"):
-        load_hf(hf)
+        load_model(hf)
     (tmp_path / "outside.safetensors").write_bytes(content)
     index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "../outside.safetensors")}))
     with pytest.raises(InvalidInputError, match=r"names '\.\./outside\.safetensors', which is not a file beside it"):
-        load_hf(hf)
+        load_model(hf)
 
 
 # --- Runs -----------------------------------------------------------------------------------------------------
@@ -445,19 +445,19 @@ def test_pickle_is_read_only_on_request_and_never_runs_code(tmp_path):
     (hf / "model.safetensors").unlink()
     torch.save(weights, hf / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match=r"it has weights as a pickle .* only when unpickle is asked for"):
-        load_hf(hf)
-    assert same_weights(load_hf(hf, unpickle=True), model)
+        load_model(hf)
+    assert same_weights(load_model(hf, unpickle=True), model)
 
     torch.save({**weights, "bomb": Bomb(tmp_path / "crater")}, hf / "pytorch_model.bin")
     with pytest.raises(DamagedFileError, match=r"pytorch_model\.bin is damaged, or holds more than tensors"):
-        load_hf(hf, unpickle=True)
+        load_model(hf, unpickle=True)
     (hf / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "crater"), protocol=2))
     with pytest.raises(DamagedFileError, match="holds more than tensors"):
-        load_hf(hf, unpickle=True)
+        load_model(hf, unpickle=True)
     assert not (tmp_path / "crater").exists()
     torch.save([1, 2], hf / "pytorch_model.bin")
     with pytest.raises(DamagedFileError, match="must hold a dictionary from names to tensors"):
-        load_hf(hf, unpickle=True)
+        load_model(hf, unpickle=True)
 
 
 def test_a_run_whose_checkpoint_has_names_of_wrappers_is_loaded(tokenizer, tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from basic.common.errors import InvalidInputError
 from basic.formats.export_model import export_hf
-from basic.formats.import_model import import_pt, load_hf
+from basic.formats.import_model import import_pt, load_model
 from basic.model import ModelConfig, TransformerLM
 from basic.training.settings import RunConfig, TrainConfig
 
@@ -41,7 +41,7 @@ def test_sizes_are_compared_with_the_weights_first(changes, message, tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     (tmp_path / "llama" / "checksums.json").unlink()
     with pytest.raises(InvalidInputError, match=message):
-        load_hf(tmp_path / "llama")
+        load_model(tmp_path / "llama")
 
 
 def test_the_sizes_of_a_pt_file_too(tmp_path):

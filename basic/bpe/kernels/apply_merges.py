@@ -56,7 +56,6 @@ class MergeArrays(NamedTuple):
             0 (see `MergeRules`). At RESULT_OFFSET, if every result is its rank and a constant, this constant, which
             saves an access to memory; else _NO_OFFSET. From BYTE_RANKS on the rank of each pair of bytes, at the index
             256 * left + right, which needs no hash. From RESULTS on the id that each merge produces, by rank.
-        whole_tokens: of `whole_token_table`.
     """
 
     slots: np.ndarray
@@ -216,7 +215,6 @@ def last_merges(merges: MergeArrays, data: np.ndarray, starts: np.ndarray) -> np
     """The left and the right id that the last merge of each token joins, if one merge is applied at a time.
 
     Args:
-        data: the bytes of all tokens, read-only.
         starts: the offset of each token, and the end of the last one.
 
     Returns:

@@ -149,12 +149,7 @@ def _write_pretokens(table, pool, data, starts, counts):
 
 
 class PretokenCounter:
-    """Counts pre-tokens, for one thread.
-
-    Args:
-        pattern: finds the pre-tokens; may be shared.
-        specials: the special tokens; may be shared.
-    """
+    """Counts pre-tokens, for one thread."""
 
     def __init__(self, pattern: PatternTables, specials: SpecialTokenTables) -> None:
         self._pattern, self._specials = pattern, specials

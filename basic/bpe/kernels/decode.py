@@ -92,11 +92,7 @@ def _decode_list(items, type_of_int, data, starts, lengths):
 
 
 class TokenBytes:
-    """The bytes of all tokens in one array.
-
-    Args:
-        tokens: id to bytes.
-    """
+    """The bytes of all tokens in one array."""
 
     def __init__(self, tokens: dict[int, bytes]) -> None:
         ids = np.array(list(tokens), np.int64)

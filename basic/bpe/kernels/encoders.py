@@ -49,9 +49,6 @@ class PretokenEncoder:
     """Encodes for one thread at a time, and caches pre-tokens.
 
     Args:
-        pattern: finds the pre-tokens; may be shared.
-        merges: may be shared.
-        dtype: of the ids, uint16 or uint32.
         max_slots, max_pool: the largest size of the table in slots, and of the pool in elements.
     """
 
@@ -81,15 +78,8 @@ class PretokenEncoder:
     def encode(self, data: np.ndarray, start: int, stop: int, specials: SpecialTokenTables) -> np.ndarray:
         """Encode data[start:stop], which must start and end at safe positions.
 
-        Args:
-            data: read-only uint8.
-            specials: the special tokens with their ids.
-
         Returns:
             An array of ids, which the next call overwrites if the text has at most `SMALL_BYTES`.
-
-        Raises:
-            InvalidByteError: a byte is not UTF-8 or has no token.
         """
         is_small = stop - start <= SMALL_BYTES
         id_bytes, call = self._dtype.itemsize, self._prepared_call(specials)
@@ -171,8 +161,6 @@ class StringEncoder:
     third of a microsecond. With arrays for input and output, Python needs three.
 
     Args:
-        pattern, merges: as for `PretokenEncoder`.
-        specials: as for `PretokenEncoder.encode`.
         num_slots: the size of its table, which does not grow.
 
     Attributes:

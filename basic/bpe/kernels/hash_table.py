@@ -199,12 +199,7 @@ def _whole_slot(data, start, length, key0, key1, tokens):
 
 @kernel
 def find_whole(data, start, length, key0, key1, tokens):
-    """The id of the token that has the bytes of a pre-token, or -1.
-
-    Args:
-        key0, key1: of the pre-token.
-        tokens: of `whole_token_table`.
-    """
+    """The id of the token that has the bytes of a pre-token, or -1."""
     if tokens[0] == U64(0):
         return I64(-1)
     base = _whole_slot(data, start, length, key0, key1, tokens)

@@ -374,7 +374,6 @@ class MergeLearner:
 
     Args:
         pretokens: distinct; the sum of their number and their bytes is less than 2**31.
-        num_merges: the largest number of merges to learn.
         first_merges: applied first; not counted.
         max_token_bytes: no longer token is learned; None for no limit.
     """

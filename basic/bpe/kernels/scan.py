@@ -305,8 +305,6 @@ def scan_block(data, start, stop, pattern, scratch, starts):
     """Find the complete pre-tokens in the first `BLOCK` bytes from `start`, where a pre-token must start.
 
     Args:
-        data: UTF-8 bytes; the text ends at `stop`.
-        pattern: of `pattern_tables`.
         scratch: of `new_scratch`. On return the first row of its bytes has, from BEFORE on, the bytes from `start` and
             at least 16 readable bytes after them.
         starts: int64, SCRATCH_LENGTH; output: the offset from `start` of each pre-token, and the end of the last one.

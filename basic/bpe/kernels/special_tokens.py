@@ -35,7 +35,6 @@ class SpecialTokenTables(NamedTuple):
         edges: hash table with two numbers a slot: node * 256 + byte or -1, and the next node (int64).
         ends: for each node the number of the token that ends there, or -1 (int64).
         lengths: of each token in bytes (int64).
-        ids: of each token (int64).
     """
 
     first_bytes: np.ndarray
@@ -48,12 +47,7 @@ class SpecialTokenTables(NamedTuple):
 
 
 def special_token_tables(tokens: Sequence[bytes], ids: Sequence[int] | None = None) -> SpecialTokenTables:
-    """Make the tables.
-
-    Args:
-        tokens: distinct and not empty.
-        ids: of the tokens, where they are needed.
-    """
+    """Make the tables."""
     next_nodes: dict[int, int] = {}
     ends = [-1]
     first_pairs = np.zeros((256, 256) if tokens else 0, np.uint8)
@@ -194,9 +188,6 @@ def _next_beginning(data, start, stop, first_pairs, beginnings):
 @kernel
 def find_special(data, start, stop, specials):
     """Find the next special token.
-
-    Args:
-        specials: of `special_token_tables`.
 
     Returns:
         Its offset and its number; `stop` and -1 if there is none.
