@@ -266,16 +266,17 @@ def test_negative_seeds_and_steps():
 
 
 @pytest.fixture(params=[1, 3, 1 << 22])
-def chunk_tokens(request) -> int:
+def any_chunks(request, monkeypatch) -> None:
     """Tokens are scanned in chunks, whose size must not change the result."""
-    return request.param
+    monkeypatch.setattr("basic.tokens.packed_documents._CHUNK_TOKENS", request.param)
 
 
+@pytest.mark.usefixtures("any_chunks")
 @pytest.mark.parametrize("dtype", [np.uint16, np.int64])
 @pytest.mark.parametrize(("context_length", "expected"), [(1, [0, 3, 4, 7]), (2, [0, 3, 4]), (5, [0, 3]), (8, [0])])
-def test_document_starts_are_separators(chunk_tokens, dtype, context_length, expected):
+def test_document_starts_are_separators(dtype, context_length, expected):
     tokens = np.array([9, 1, 2, 9, 9, 3, 4, 9, 5], dtype)
-    starts = document_starts(tokens, 9, context_length, chunk_tokens=chunk_tokens)
+    starts = document_starts(tokens, 9, context_length)
     assert starts.dtype == np.int64
     assert starts.tolist() == expected
     x, y = BatchSampler(tokens, len(starts), context_length, seed=0, starts=starts).batch(0)
@@ -283,17 +284,19 @@ def test_document_starts_are_separators(chunk_tokens, dtype, context_length, exp
     assert sorted(y[:, 0].tolist()) == sorted(tokens[starts + 1].tolist())
 
 
+@pytest.mark.usefixtures("any_chunks")
 @pytest.mark.parametrize(("separator_id", "context_length"), [(8, 2), (9, 9), (9, 100), (70_000, 2), (-1, 2)])
-def test_no_document_start(chunk_tokens, separator_id, context_length):
+def test_no_document_start(separator_id, context_length):
     tokens = np.array([9, 1, 2, 9, 9, 3, 4, 9, 5], np.uint16)
     message = (
         rf"token {separator_id}, the separator, is not in the first {max(9 - context_length, 0)} of 9 tokens "
         rf"\(a sequence needs {context_length} more\); .*rows = windows"
     )
     with pytest.raises(InvalidInputError, match=message):
-        document_starts(tokens, separator_id, context_length, chunk_tokens=chunk_tokens)
+        document_starts(tokens, separator_id, context_length)
 
 
+@pytest.mark.usefixtures("any_chunks")
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
@@ -302,11 +305,12 @@ def test_no_document_start(chunk_tokens, separator_id, context_length):
         (np.array([5, -2, 7, -2]), "token id -2 at position 1"),
     ],
 )
-def test_ids_outside_the_vocabulary(chunk_tokens, tokens, message):
+def test_ids_outside_the_vocabulary(tokens, message):
     with pytest.raises(WrongTokenizerError, match=message):
-        check_token_ids(tokens, 300, chunk_tokens=chunk_tokens)
+        check_token_ids(tokens, 300)
 
 
+@pytest.mark.usefixtures("any_chunks")
 @pytest.mark.parametrize("tokens", [np.array([0, 299], np.uint16), np.array([], np.uint16), np.array([299, 0])])
-def test_ids_within_the_vocabulary(chunk_tokens, tokens):
-    check_token_ids(tokens, 300, chunk_tokens=chunk_tokens)
+def test_ids_within_the_vocabulary(tokens):
+    check_token_ids(tokens, 300)

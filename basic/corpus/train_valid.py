@@ -16,6 +16,8 @@ from basic.common.files import atomic_paths, open_file
 from basic.corpus.sources import as_plain_file
 from basic.corpus.stories.grammar import Story, stories
 
+_SEPARATOR = "<|endoftext|>"
+
 
 def write_stories(
     folder: str | os.PathLike,
@@ -23,7 +25,7 @@ def write_stories(
     valid_count: int,
     *,
     seed: int = 0,
-    separator: str = "<|endoftext|>",
+    separator: str = _SEPARATOR,
     progress: bool = False,
     sample: Callable[[int, int | None], Iterator[Story]] = stories,
 ) -> list[Story]:
@@ -52,17 +54,11 @@ def write_stories(
     return valid
 
 
-def split_text(
-    source: str | os.PathLike,
-    folder: str | os.PathLike,
-    *,
-    valid_fraction: float = 0.1,
-    separator: str = "<|endoftext|>",
-) -> None:
+def split_text(source: str | os.PathLike, folder: str | os.PathLike, *, valid_fraction: float = 0.1) -> None:
     """Copy the beginning of a text of any size to train.txt and its end to valid.txt.
 
-    The text is split after the first separator in its last `valid_fraction`, else after the first line, else after the
-    first word there. Only the first half of that range is searched, so that valid.txt does not become too short.
+    The text is split after the first <|endoftext|> in its last `valid_fraction`, else after the first line, else after
+    the first word there. Only the first half of that range is searched, so that valid.txt does not become too short.
 
     Args:
         folder: folder of train.txt and valid.txt; it must exist.
@@ -77,7 +73,7 @@ def split_text(
             )
         with open_file(plain) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
             start = int(len(text) * (1 - valid_fraction))
-            offset = _split_offset(text, start, (start + len(text)) // 2, separator.encode())
+            offset = _split_offset(text, start, (start + len(text)) // 2)
             with _new_or_equal(Path(folder) / "train.txt") as train:
                 _copy(file, train, offset)
             with _new_or_equal(Path(folder) / "valid.txt") as valid:
@@ -94,9 +90,9 @@ def _new_or_equal(path: Path) -> Generator[BinaryIO]:
             raise FileExistsError(f"{path} exists and holds another text, which would be replaced; move it away")
 
 
-def _split_offset(text: mmap.mmap, start: int, stop: int, separator: bytes) -> int:
+def _split_offset(text: mmap.mmap, start: int, stop: int) -> int:
     """The offset after the first separator, newline or space from `start` to `stop`; else after a whole character."""
-    for delimiter in (separator, b"\n", b" "):
+    for delimiter in (_SEPARATOR.encode(), b"\n", b" "):
         offset = text.find(delimiter, start, stop)
         if offset >= 0:
             return offset + len(delimiter)

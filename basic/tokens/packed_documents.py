@@ -7,6 +7,8 @@ the last may share a row with others. Rows that are not full end with padding.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from basic.tokens.index import Tokens
@@ -16,23 +18,22 @@ from basic.tokens.shuffled_order import epoch_keys, permute
 _CHUNK_TOKENS = 1 << 22
 
 
-def find_documents(
-    tokens: Tokens, separator_id: int | None, mask: np.ndarray | None, *, chunk_tokens: int = _CHUNK_TOKENS
-) -> np.ndarray:
+def chunks(count: int) -> Iterator[slice]:
+    """Slices in which so many tokens are read, however many there are."""
+    return (slice(start, start + _CHUNK_TOKENS) for start in range(0, count, _CHUNK_TOKENS))
+
+
+def find_documents(tokens: Tokens, separator_id: int | None, mask: np.ndarray | None) -> np.ndarray:
     """Return the positions at which documents begin, int64, ascending: as the mask says, or else at each separator.
 
     Args:
         separator_id: id of the token before (or between) documents.
         mask: of the tokens, see `basic.tokens.info.mask_path`; None if there is none.
-        chunk_tokens: tokens to read at a time; does not change the result.
     """
     positions = [np.empty(0, np.int64)]
-    for start in range(0, len(tokens), chunk_tokens):
-        if mask is not None:
-            begins = mask[start : start + chunk_tokens] & BEGINS_DOCUMENT > 0
-        else:
-            begins = tokens[start : start + chunk_tokens] == separator_id
-        positions.append(start + np.flatnonzero(begins))
+    for chunk in chunks(len(tokens)):
+        begins = tokens[chunk] == separator_id if mask is None else mask[chunk] & BEGINS_DOCUMENT > 0
+        positions.append(chunk.start + np.flatnonzero(begins))
     return np.concatenate(positions)
 
 

@@ -23,11 +23,10 @@ from basic.common.errors import InvalidConfigError, InvalidInputError, WrongToke
 from basic.tokens.index import Tokens
 from basic.tokens.info import IS_LEARNED
 from basic.tokens.opening import mapped_file
-from basic.tokens.packed_documents import PackedDocuments, find_documents
+from basic.tokens.packed_documents import PackedDocuments, chunks, find_documents
 from basic.tokens.shuffled_order import ShuffledWindows
 from basic.transformer.functional import IGNORE_INDEX
 
-_CHUNK_TOKENS = 1 << 22
 """Tokens that are scanned at a time: a few MB, whatever the size of the file."""
 _BATCHES_AHEAD = 2
 _MAX_SCANNED_TOKENS = 1 << 30
@@ -238,12 +237,7 @@ def read_ahead(sampler: BatchSampler, steps: range, device: torch.device) -> Gen
 
 
 def document_starts(
-    tokens: Tokens,
-    separator_id: int | None,
-    context_length: int,
-    *,
-    mask: np.ndarray | None = None,
-    chunk_tokens: int = _CHUNK_TOKENS,
+    tokens: Tokens, separator_id: int | None, context_length: int, *, mask: np.ndarray | None = None
 ) -> np.ndarray:
     """Return the positions of separators, where sequences may start so that they begin with a document.
 
@@ -253,7 +247,6 @@ def document_starts(
         separator_id: id of the token between documents, such as that of `<|endoftext|>`.
         context_length: tokens per sequence; separators too close to the end for a sequence are left out.
         mask: of the tokens, if it says where documents begin; None for separators.
-        chunk_tokens: tokens to read at a time; does not change the result.
 
     Raises:
         InvalidInputError: there is no such position.
@@ -263,7 +256,7 @@ def document_starts(
         [0, 3]
     """
     num_starts = max(len(tokens) - context_length, 0)
-    starts = find_documents(tokens, separator_id, mask, chunk_tokens=chunk_tokens)
+    starts = find_documents(tokens, separator_id, mask)
     starts = starts[starts < num_starts]
     if len(starts) == 0:
         raise InvalidInputError(
@@ -286,14 +279,11 @@ def check_tokenizer_size(tokenizer_vocab_size: int, model_vocab_size: int, remed
         )
 
 
-def check_token_ids(tokens: Tokens, vocab_size: int, *, chunk_tokens: int = _CHUNK_TOKENS) -> None:
+def check_token_ids(tokens: Tokens, vocab_size: int) -> None:
     """Check that a model has an embedding for every token, without reading a large file.
 
     The sidecar of a token file contains its largest id. Tokens without a sidecar are scanned, unless there are more
     than a billion of them. These, and damage to a file, are left to the check of each batch.
-
-    Args:
-        chunk_tokens: tokens to read at a time; does not change the result.
 
     Raises:
         WrongTokenizerError: an id is negative or not below `vocab_size`.
@@ -310,24 +300,17 @@ def check_token_ids(tokens: Tokens, vocab_size: int, *, chunk_tokens: int = _CHU
     if not 0 < len(tokens) <= _MAX_SCANNED_TOKENS:
         return
     smallest_at = largest_at = 0
-    for start in range(0, len(tokens), chunk_tokens):
-        chunk = tokens[start : start + chunk_tokens]
-        smallest_at = min(smallest_at, start + int(chunk.argmin()), key=tokens.__getitem__)
-        largest_at = max(largest_at, start + int(chunk.argmax()), key=tokens.__getitem__)
+    for chunk in chunks(len(tokens)):
+        smallest_at = min(smallest_at, chunk.start + int(tokens[chunk].argmin()), key=tokens.__getitem__)
+        largest_at = max(largest_at, chunk.start + int(tokens[chunk].argmax()), key=tokens.__getitem__)
     for position in (smallest_at, largest_at):
         _check_id(int(tokens[position]), position, vocab_size)
 
 
-def check_learned(mask: np.ndarray, *, chunk_tokens: int = _CHUNK_TOKENS) -> None:
-    """Check that training can learn a token: that one after the first, which is never a target, is learned.
-
-    Args:
-        chunk_tokens: tokens to read at a time; does not change the result.
-
-    Raises:
-        InvalidInputError: none is learned.
-    """
-    if not any((mask[start : start + chunk_tokens] & IS_LEARNED).any() for start in range(1, len(mask), chunk_tokens)):
+def check_learned(mask: np.ndarray) -> None:
+    """Check that training can learn a token: that one after the first, which is never a target, is learned."""
+    targets = mask[1:]
+    if not any((targets[chunk] & IS_LEARNED).any() for chunk in chunks(len(targets))):
         raise InvalidInputError(
             f"the mask of these {len(mask)} tokens has none that is learned, so every loss would be 0; give "
             "conversations with answers of the assistant (`basic encode --chat`), or another part of the file"

@@ -66,7 +66,7 @@ def test_a_text_is_split_after_a_separator(tmp_path):
     train, valid = split(tmp_path, "".join(documents))
     assert train.decode() == "".join(documents[:91])  # the first 91 end after nine tenths of the bytes
     assert valid.decode() == "".join(documents[91:])
-    train, valid = split(tmp_path, "".join(documents).replace(END, "==="), valid_fraction=0.5, separator="===")
+    train, valid = split(tmp_path, "".join(documents), valid_fraction=0.5)
     assert valid.startswith(b"Document 51\n")
 
 

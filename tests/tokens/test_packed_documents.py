@@ -79,15 +79,15 @@ def test_the_order_is_another_in_each_epoch_and_for_each_seed_and_depends_on_not
     assert np.array_equal(across, np.concatenate([first[-3:], second[:3]]))
 
 
-def test_documents_begin_where_the_mask_says_or_at_the_separators():
+@pytest.mark.parametrize("chunk", [1, 4, 1000])
+def test_documents_begin_where_the_mask_says_or_at_the_separators(monkeypatch, chunk):
+    monkeypatch.setattr("basic.tokens.packed_documents._CHUNK_TOKENS", chunk)
     tokens = corpus(3)
     mask = np.zeros(len(tokens), np.uint8)
     mask[[0, 7, 20]] = BEGINS_DOCUMENT
     mask[[3, 20]] |= 1
-    for chunk in (1, 4, 1000):
-        assert find_documents(tokens, SEPARATOR, mask, chunk_tokens=chunk).tolist() == [0, 7, 20]
-        found = find_documents(tokens, SEPARATOR, None, chunk_tokens=chunk)
-        assert found.tolist() == np.flatnonzero(tokens == SEPARATOR).tolist()
+    assert find_documents(tokens, SEPARATOR, mask).tolist() == [0, 7, 20]
+    assert find_documents(tokens, SEPARATOR, None).tolist() == np.flatnonzero(tokens == SEPARATOR).tolist()
 
 
 def test_tokens_before_the_first_separator_are_a_document():

@@ -217,14 +217,15 @@ def test_training_with_a_mask_equals_a_loop_with_torchs_ignore_index(data, tmp_p
 
 
 @pytest.mark.parametrize("rows", ["windows", "packed"])
-def test_tokens_of_which_none_is_learned_are_refused(data, tmp_path, rows):
+def test_tokens_of_which_none_is_learned_are_refused(data, tmp_path, monkeypatch, rows):
     mask = np.full(len(data[0]), BEGINS_DOCUMENT, np.uint8)
     mask[0] |= IS_LEARNED  # the first token is the target of nothing
     nothing = token_file(tmp_path / "nothing.bin", np.array(data[0]), mask)
     for name, tokens in (("training", (nothing, data[1])), ("validation", (data[0], nothing))):
         with pytest.raises(InvalidInputError, match=f"^{name} tokens: the mask of these .* none that is learned"):
             train(configuration(rows=rows), *tokens, tmp_path / "run")
-    check_learned(np.array([0, 0, 0, IS_LEARNED], np.uint8), chunk_tokens=2)
+    monkeypatch.setattr("basic.tokens.packed_documents._CHUNK_TOKENS", 2)
+    check_learned(np.array([0, 0, 0, IS_LEARNED], np.uint8))
 
 
 # --- Packed documents -----------------------------------------------------------------------------------------
