@@ -14,7 +14,8 @@ from basic.generation import decode_kernels
 from basic.generation.packed_weights import PackedWeights
 from basic.model import KVCache, TransformerLM
 from basic.transformer.functional import rms_norm, silu
-from basic.transformer.kernels import flash_attention, rope, swiglu
+from basic.transformer.kernels import rope, swiglu
+from basic.transformer.kernels.attention import flash_attention
 from basic.transformer.kernels.interpreter import LOG2_E
 
 _PROMPT_BLOCK = 128  # prompts are padded to a multiple of it, so that those of about the same length share a graph

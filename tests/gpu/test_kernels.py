@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from basic.model import ModelConfig, TransformerLM
+from basic.transformer.kernels.attention import flash_attention
 from basic.transformer.optimizer import AdamW
 from tests.helpers import kernel_checks
 
@@ -24,6 +25,23 @@ HALVES = pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16])
 def test_attention(head_size, dtype):
     for seq in (1, 17, 64, 129, 512, 1000):
         kernel_checks.check_attention(seq, head_size, dtype, "cuda", batch=3, heads=5)
+
+
+@HALVES
+@pytest.mark.parametrize(("seq", "head_size", "window"), [(2048, 128, 0), (2050, 128, 1000)])
+def test_attention_in_long_rows(seq, head_size, window, dtype):
+    """More tiles than multiprocessors, so that programs for Hopper GPUs take several."""
+    kernel_checks.check_attention(seq, head_size, dtype, "cuda", batch=3, heads=10, group=5, window=window)
+
+
+def test_hopper_gpus_have_their_own_kernels():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    x = torch.zeros(1, 10, 2, 132, device="cuda", dtype=BFLOAT16)
+    assert flash_attention._hopper(x[..., :128]) is None  # the copy engine cannot read these
+    assert flash_attention._hopper(x[..., :64].contiguous()) is None
+    if flash_attention.triton.__version__.startswith("3.6."):
+        assert flash_attention._hopper(x[..., :128].contiguous()) is not None
 
 
 @HALVES
@@ -52,8 +70,9 @@ def test_attention_in_a_window(head_size, heads, group, window, dtype):
 
 
 @HALVES
-def test_attention_finds_nan(dtype):
-    kernel_checks.check_attention_finds_nan(dtype, "cuda")
+@pytest.mark.parametrize("head_size", [16, 128])
+def test_attention_finds_nan(head_size, dtype):
+    kernel_checks.check_attention_finds_nan(head_size, dtype, "cuda")
 
 
 @HALVES

@@ -19,8 +19,9 @@ from basic.generation.sampling import NO_TOKEN
 from basic.model import KVCache, ModelConfig, TransformerLM
 from basic.transformer import functional
 from basic.transformer import muon as plain_muon
-from basic.transformer.kernels import dispatch, flash_attention, muon, operators, rope
+from basic.transformer.kernels import dispatch, muon, operators, rope
 from basic.transformer.kernels.adamw import step_parameters
+from basic.transformer.kernels.attention import flash_attention
 from basic.transformer.kernels.interpreter import INTERPRETED
 
 # The interpreter truncates to bfloat16 where a GPU rounds: twice the error.
@@ -108,9 +109,9 @@ def check_attention(
     assert_close(weight.grad, wide.grad.flatten(2).flatten(0, 1).T @ wide.detach().flatten(2).flatten(0, 1), dtype)
 
 
-def check_attention_finds_nan(dtype: torch.dtype, device: str) -> None:
+def check_attention_finds_nan(head_size: int, dtype: torch.dtype, device: str) -> None:
     for i in range(3):
-        qkv = torch.randn(1, 40, 3, 1, 16, device=device).to(dtype)
+        qkv = torch.randn(1, 40, 3, 1, head_size, device=device).to(dtype)
         qkv[0, 20, i, 0, 3] = math.nan
         q, k, v = qkv.unbind(2)
         output, _ = flash_attention.forward(q, k, v)

@@ -15,7 +15,8 @@ from basic.model import Linear, ModelConfig, TransformerLM
 from basic.training.loop import make_optimizer
 from basic.training.settings import TrainConfig
 from basic.training.step import TrainStep
-from basic.transformer.kernels import dispatch, flash_attention, operators
+from basic.transformer.kernels import dispatch, operators
+from basic.transformer.kernels.attention import flash_attention
 from basic.transformer.kernels.interpreter import INTERPRETED
 from tests.helpers import fp8_checks, kernel_checks
 
@@ -82,7 +83,7 @@ def test_gradients_of_keys_skip_queries_behind_their_document():
 
 
 def test_attention_finds_nan():
-    kernel_checks.check_attention_finds_nan(FLOAT32, "cpu")
+    kernel_checks.check_attention_finds_nan(16, FLOAT32, "cpu")
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16])

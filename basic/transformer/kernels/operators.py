@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from basic.transformer.functional import IGNORE_INDEX, mean_correction
-from basic.transformer.kernels import cross_entropy, flash_attention, fp8, rope, swiglu
+from basic.transformer.kernels import cross_entropy, fp8, rope, swiglu
+from basic.transformer.kernels.attention import flash_attention
 
 before_attention_gradients: list[Callable[[], None]] = []
 """Called when the backward pass of an attention begins, also in compiled code and while a CUDA graph is recorded. A

@@ -27,6 +27,7 @@ Source: Dao 2023, "FlashAttention-2", algorithms 1 and 2; Milakov and Gimelshein
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from basic.transformer.kernels.fp8 import store_both
-from basic.transformer.kernels.interpreter import LOG2_E, dot
+from basic.transformer.kernels.interpreter import INTERPRETED, LOG2_E, dot
 
 # By padded head size: queries per tile, keys per tile, warps, pipeline stages, and registers per thread (None for the
 # compiler's choice). Tuned on an H200.
@@ -296,6 +297,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, window: int = 0, starts: Tensor | N
     B, T, H, D = q.shape
     o = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     log_sums = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    if (hopper := _hopper(q, k, v)) is not None:
+        hopper.forward(q, k, v, o, log_sums, window, starts)
+        return o, log_sums
     constants = _constants(q, k, _FORWARD_TILES, window, starts)
     scale = LOG2_E / math.sqrt(D)  # the kernels use exp2
     _forward[triton.cdiv(T, constants["M"]), B * H](
@@ -326,10 +330,13 @@ def backward(
     record = log_sums if record is None else record
     scales = LOG2_E / math.sqrt(D), 1 / math.sqrt(D)
     deltas = torch.empty_like(log_sums)
-    constants = _constants(q, k, _QUERY_GRADIENT_TILES, window, starts)
-    _query_gradients[triton.cdiv(T, constants["M"]), B * H](
-        q, k, v, o, do, dq, dq_columns, record, log_sums, deltas, cos, sin, *_strides(q, k, v, o, do, dq), H, T,
-        *scales, **constants, QUANTIZED=is_quantized)  # fmt: skip
+    if not is_quantized and (hopper := _hopper(q, k, v, do)) is not None:
+        hopper.query_gradients(q, k, v, o, log_sums, deltas, do, dq, cos, sin, window, starts)
+    else:
+        constants = _constants(q, k, _QUERY_GRADIENT_TILES, window, starts)
+        _query_gradients[triton.cdiv(T, constants["M"]), B * H](
+            q, k, v, o, do, dq, dq_columns, record, log_sums, deltas, cos, sin, *_strides(q, k, v, o, do, dq), H, T,
+            *scales, **constants, QUANTIZED=is_quantized)  # fmt: skip
     constants = _constants(q, k, _KEY_GRADIENT_TILES, window, starts)
     constants["ENDS"] = q
     if starts is not None:  # index of the first token behind each token's document
@@ -338,6 +345,22 @@ def backward(
     _key_gradients[triton.cdiv(T, constants["N"]), B * k.shape[2]](
         q, k, v, do, dk, dv, dk_columns, dv_columns, record, log_sums, deltas, cos, sin,
         *_strides(q, k, v, do, dk, dv), H, T, *scales, **constants, QUANTIZED=is_quantized)  # fmt: skip
+
+
+@cache
+def _hopper_kernels(device: torch.device) -> Any:
+    """The kernels for Hopper GPUs if this is one and Triton is of the version that they were tested with, else None."""
+    if INTERPRETED or not triton.__version__.startswith("3.6.") or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    from basic.transformer.kernels.attention import hopper_gradients  # imported late: it needs Gluon
+
+    return hopper_gradients
+
+
+def _hopper(*tensors: Tensor) -> Any:
+    """The kernels for Hopper GPUs if they support these (B, T, heads, D), else None."""
+    hopper = _hopper_kernels(tensors[0].device)
+    return hopper if hopper is not None and hopper.supports(*tensors) else None
 
 
 def _constants(q: Tensor, k: Tensor, tiles: dict[int, tuple], window: int, starts: Tensor | None) -> dict[str, Any]:
