@@ -282,7 +282,7 @@ def supports(*tensors: Tensor) -> bool:
         x.shape[3] == HEAD_SIZE.value
         and x.element_size() == 2
         and x.data_ptr() % 16 == 0
-        and all(stride % 8 == 0 for stride in x.stride()[:3])
+        and all(stride > 0 and stride % 8 == 0 for stride in x.stride()[:3])
         for x in tensors
     )
 
