@@ -2,7 +2,7 @@
 
 Greedy decoding in bfloat16, with a prompt of 32 tokens and 512 new tokens. `tokens_per_s` is the speed of the decoding
 steps alone, for all sequences together. `generate_tokens_per_s` is that of a complete call of
-`basic.generation.generate`, which also copies the weights, processes the prompt and records the CUDA graph.
+`basic.generation.generate`, which also copies the weights and reads the prompt.
 `first_token_ms` is the time of `generate` from a prompt of 1,000 tokens (or the context, if it is shorter) to one new
 token, when the model has generated before; `first_token_of_first_call_ms`, when its decoder is made anew.
 `limit_tokens_per_s` is the memory's speed, measured by a copy, over the bytes of the weights that a step reads.
