@@ -71,7 +71,10 @@ class Run(NamedTuple):
         """
         if self.tokenizer_path is None:
             raise InvalidInputError("the run has no tokenizer/ folder; its model continues ids, with basic.generation")
-        return _load_tokenizer(self.tokenizer_path)
+        files = ((file.name, file.stat().st_mtime_ns) for file in os.scandir(self.tokenizer_path))
+        tokenizer = _load_tokenizer(self.tokenizer_path.absolute(), tuple(sorted(files)))
+        check_run_tokenizer(self.tokenizer_path.parent, tokenizer.fingerprint)
+        return tokenizer
 
     def complete(self, prompts: Any = "", max_new_tokens: int = 200, **sampling: Any) -> Any:
         """Continue a text, or each of a list of texts; "" is the start of a document.
@@ -95,12 +98,11 @@ class Run(NamedTuple):
 
 
 @lru_cache(maxsize=4)
-def _load_tokenizer(path: Path) -> Any:
+def _load_tokenizer(path: Path, files: tuple[tuple[str, int], ...]) -> Any:
+    """Load the tokenizer of a run, once as long as its files have these times of modification."""
     # Training never imports a tokenizer (tests/project/test_architecture.py); this module is imported by its name when
     # a user asks for the tokenizer of a run.
-    tokenizer = import_module("basic.Tokenizer").Tokenizer.load(path)
-    check_run_tokenizer(path.parent, tokenizer.fingerprint)
-    return tokenizer
+    return import_module("basic.Tokenizer").Tokenizer.load(path)
 
 
 def load_run_config(run_dir: Path) -> RunConfig:
