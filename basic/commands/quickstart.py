@@ -23,7 +23,7 @@ class Options:
     """Folder for all files."""
     vocab_size: int = 2048
     """Size of the vocabulary: 256 bytes, the end-of-text token, and the merges."""
-    steps: int = 1280
+    steps: int = 2240
     """Training steps of 16 sequences of 128 tokens each."""
     seed: int = 0
     """Seed of the stories, the initial weights, the batches and the samples."""

@@ -133,5 +133,6 @@ def _modern(vocab_size: int, depth: int) -> dict[str, dict[str, Any]]:
     train: dict[str, Any] = {"optimizer": "muon", "max_learning_rate": 0.02, "min_learning_rate": 0.0}
     train |= {"embedding_rate_factor": 15 * depth / 8, "head_rate_factor": 0.2 * 8 / depth, "gain_rate_factor": 0.2}
     train |= {"beta1": 0.8, "schedule": "trapezoid", "warmup_share": 0.0, "decay_share": 0.65, "rows": "shuffled"}
-    train |= {"weight_decay": 0.3, "batch_size": batch_size, "steps": max(1, round(tokens / (batch_size * context)))}
+    train |= {"weight_decay": 0.3, "head_weight_decay": depth / 10}  # times its rate: the same at every depth
+    train |= {"batch_size": batch_size, "steps": max(1, round(tokens / (batch_size * context)))}
     return {"model": model, "train": train}

@@ -107,6 +107,8 @@ class TrainConfig:
     other_weight_decay: float | None = None
     """Weight decay of the token embedding, the output matrix and the gains; None for weight_decay with AdamW, and for
     none with Muon."""
+    head_weight_decay: float | None = None
+    """Weight decay of the output matrix; None for other_weight_decay."""
     weight_decay_schedule: Literal["constant", "linear"] = "constant"
     """linear = weight decay falls linearly from its value to 0 at the last step."""
     muon: MuonConfig = field(default_factory=MuonConfig)
@@ -253,7 +255,7 @@ class TrainConfig:
                 raise InvalidConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         intervals = ("log_interval", "eval_interval", "sample_interval", "checkpoint_interval", "milestone_interval")
         numbers = ("min_learning_rate", "embedding_rate_factor", "eps", "weight_decay", "checkpoint_minutes")
-        numbers += ("head_rate_factor", "gain_rate_factor", "other_weight_decay")
+        numbers += ("head_rate_factor", "gain_rate_factor", "other_weight_decay", "head_weight_decay")
         for name in ("warmup_steps", "decay_steps", "seed", "max_nonfinite_steps", *numbers, *intervals):
             if (value := getattr(self, name)) is not None and not value >= 0:
                 raise InvalidConfigError(f"{name} must be at least 0, got {value}")

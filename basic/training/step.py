@@ -45,11 +45,13 @@ def make_optimizer(model: TransformerLM, config: TrainConfig) -> AdamW:
     other_decay = config.other_weight_decay
     if other_decay is None:
         other_decay = 0.0 if is_muon else config.weight_decay
+    head_decay = other_decay if config.head_weight_decay is None else config.head_weight_decay
 
     def group_settings(parameter: Tensor) -> tuple[tuple[str, Any], ...]:
         if parameter in ends:
-            factor = embedding_factor if parameter in embeddings else head_factor
-            return ("rule", "adamw"), ("rate_factor", factor), ("weight_decay", other_decay)
+            is_embedding = parameter in embeddings
+            factor, decay = (embedding_factor, other_decay) if is_embedding else (head_factor, head_decay)
+            return ("rule", "adamw"), ("rate_factor", factor), ("weight_decay", decay)
         if parameter.ndim < 2:
             return ("rule", "adamw"), ("rate_factor", config.gain_rate_factor), ("weight_decay", other_decay)
         return ("rule", config.optimizer), ("rate_factor", 1.0), ("weight_decay", config.weight_decay)

@@ -98,6 +98,7 @@ def test_groups_of_parameters(tied):
     assert [("muon", 1.0, 0.2, matrices), ("adamw", 1.0, 0.0, gains)] == sorted(found[:2], reverse=True)
     assert found[2:] == [("adamw", factor, 0.0, [name]) for factor, name in zip((15.0, 0.2), ends, strict=False)]
     assert groups(**settings, other_weight_decay=0.3)[-1][2] == 0.3
+    assert groups(**settings, head_weight_decay=0.5)[-1][2] == (0.0 if tied else 0.5)
 
 
 def test_momentum_and_weight_decay_change_from_step_to_step():

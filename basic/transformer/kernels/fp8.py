@@ -27,8 +27,9 @@ if there is one); and counts of the steps with numbers that were too large, or n
 RECORD_SIZE = 8
 """Numbers of a record, float32: cuBLAS reads the first one, whose address must be divisible by 16."""
 
-_TILES = {"quantize": (64, 64, 4), "gate": (64, 128, 8), "gate_gradients": (128, 64, 8)}
-"""Rows and columns of a program's tile, and warps."""
+_TILES = {"quantize": (64, 64, 4), "gate": (64, 128, 8), "gate_gradients": (64, 64, 8)}
+"""Rows and columns of a program's tile, and warps. The last kernel keeps the most numbers a thread: with larger tiles,
+or fewer warps, they do not fit into registers."""
 
 
 @triton.jit
