@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from basic.model import AdamW, ModelConfig, TransformerLM, clip_gradients, cross_entropy
+from basic.transformer.kernels.dispatch import use_operators
 from tests.project.test_architecture import BASIC, LOCAL, full_module, relative
 
 # Nothing of the FORBIDDEN modules may be used, except the names in ALLOWED.
@@ -318,14 +320,15 @@ class OperatorRecorder(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("ffn", ["swiglu", "silu"])
-def test_a_training_step_runs_on_plain_operators(ffn) -> None:
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_training_step_runs_on_plain_operators(ffn, kernels) -> None:
     config = ModelConfig(vocab_size=11, context_length=6, d_model=8, num_layers=2, num_heads=2, ffn=ffn)
     ids = torch.randint(11, (2, 7))
-    with OperatorRecorder() as operators:
+    with OperatorRecorder() as operators, nullcontext() if kernels else use_operators(None):
         model = TransformerLM(config)
         optimizer = AdamW(model.parameters())
         cross_entropy(model(ids[:, :-1]), ids[:, 1:]).backward()
         clip_gradients(model.parameters(), 1.0)
         optimizer.step()
-    assert {"bmm", "exp", "exp2_", "sigmoid", "rsqrt_", "_foreach_addcdiv_"} <= operators.names
+    assert ({"bmm", "mm"} if kernels else {"bmm", "exp", "sigmoid", "rsqrt", "addcdiv_"}) <= operators.names
     assert {operator for operator in operators.names if is_ready_made(operator)} == set()
