@@ -41,8 +41,13 @@ _dispatchers: list[Any] = []  # their types have weak references to them
 
 def function_type(kernel: Any) -> Any:
     """The Numba type of a kernel, as another kernel sees it."""
-    _dispatchers.append(numba.njit(**_OPTIONS, **kernel.options)(kernel.function))
-    return types.Dispatcher(_dispatchers[-1])
+    options = dict(kernel.options)
+    separate = options.pop("separate", False)
+    dispatcher: Any = numba.njit(**_OPTIONS, **options)(kernel.function)
+    if separate:
+        dispatcher._compiler._customize_flags = lambda flags: setattr(flags, "noalias", True) or flags
+    _dispatchers.append(dispatcher)
+    return types.Dispatcher(dispatcher)
 
 
 def instruction_type(generator: Any) -> Any:

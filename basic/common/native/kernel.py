@@ -37,6 +37,7 @@ _call_type = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)
 _compile_lock = threading.RLock()
 _INT64, _DOUBLE = Struct("<q"), Struct("<d")
 _TENSOR_TYPES = {"torch.float32": "f4", "torch.int64": "i8"}
+_tensor_signatures: dict[tuple[Any, int], str] = {}  # by dtype and number of dimensions
 
 
 class Kernel:
@@ -188,7 +189,15 @@ def functions_are_safe() -> bool:
 
 def _append(argument: Any, signature: list[str], words: list[int]) -> None:
     """Append the types and the numbers of an argument."""
-    if isinstance(argument, np.ndarray):
+    if hasattr(argument, "data_ptr"):  # a tensor of torch, which this package does not import
+        assert argument.is_contiguous(), "kernels take contiguous tensors"
+        shape, dtype = argument.shape, argument.dtype
+        key = dtype, len(shape)
+        if key not in _tensor_signatures:
+            _tensor_signatures[key] = f"{_TENSOR_TYPES[str(dtype)]} {len(shape)} w"
+        signature.append(_tensor_signatures[key])
+        words += (argument.data_ptr(), *shape)
+    elif isinstance(argument, np.ndarray):
         interface = argument.__array_interface__
         address, is_readonly = interface["data"]
         assert argument.flags.c_contiguous, "kernels take contiguous arrays"
@@ -202,10 +211,6 @@ def _append(argument: Any, signature: list[str], words: list[int]) -> None:
     elif isinstance(argument, float):
         signature.append("d")
         words.append(_INT64.unpack(_DOUBLE.pack(argument))[0])
-    elif hasattr(argument, "data_ptr"):  # a tensor of torch, which this package does not import
-        assert argument.is_contiguous(), "kernels take contiguous tensors"
-        signature.append(f"{_TENSOR_TYPES[str(argument.dtype)]} {argument.ndim} w")
-        words += (argument.data_ptr(), *argument.shape)
     else:
         signature.append("i")
         words.append(int(argument))

@@ -18,7 +18,7 @@ LOG2_E, LN_2 = F32(1.4426950408889634), F32(0.6931471805599453)
 ROWS = 16
 """Rows that a thread takes at a time."""
 # Sums may be computed in any order, which vector code needs. NaN and infinity are kept.
-_FAST = {"fastmath": {"reassoc", "nsz", "arcp", "contract"}}
+_FAST = {"fastmath": {"reassoc", "nsz", "arcp", "contract"}, "separate": True}
 
 
 def _kernel(function):
@@ -103,6 +103,7 @@ def swiglu_forward(counter, gates_values, y):
 
 @_kernel
 def swiglu_backward(counter, gates_values, dy, dgates_values):
+    """Also write over dy what `swiglu_forward` makes."""
     rows, width = dy.shape
     while True:
         first = take_items(counter, ROWS)
@@ -112,11 +113,12 @@ def swiglu_backward(counter, gates_values, dy, dgates_values):
             gates, values = gates_values[row, :width], gates_values[row, width:]
             dgates, dvalues = dgates_values[row, :width], dgates_values[row, width:]
             for i in range(width):
-                gate = gates[i]
+                gate, gradient = gates[i], dy[row, i]
                 slope = _sigmoid(gate)
                 activation = gate * slope
-                dvalues[i] = activation * dy[row, i]
-                dgates[i] = (slope + activation * (F32(1) - slope)) * dy[row, i] * values[i]
+                dvalues[i] = activation * gradient
+                dgates[i] = (slope + activation * (F32(1) - slope)) * gradient * values[i]
+                dy[row, i] = activation * values[i]
 
 
 @_kernel
@@ -145,17 +147,19 @@ def cross_entropy(counter, logits, targets, factors, losses, with_gradient):
 
 
 @_kernel
-def split_heads(counter, qkv, cos, sin, num_queries, num_rotated, group, scale, heads):
+def split_heads(counter, qkv, cos, sin, num_rotated, scale, q, k, v):
     """Rotate and scale heads of queries, rotate heads of keys, and copy each head to its place.
 
     Args:
         qkv: (B, T, queries + keys + values, D).
-        cos, sin: (T, D / 2), or of any shape if `num_rotated` is 0.
-        group: heads of queries that share one of keys and values.
-        heads: (3, queries, B, T, D), in which keys and values are repeated for each of their group.
+        cos, sin: (T, D / 2), or of any shape if `num_rotated`, the number of queries and keys, is 0.
+        scale: of the queries.
+        q, k, v: (B, queries, T, D), in which keys and values are repeated for each of their group of queries.
     """
     B, T, H, D = qkv.shape
+    num_queries = q.shape[1]
     num_keys = (H - num_queries) // 2
+    group = num_queries // num_keys
     while True:
         first = take_items(counter, ROWS)
         if first >= B * T:
@@ -164,28 +168,33 @@ def split_heads(counter, qkv, cos, sin, num_queries, num_rotated, group, scale, 
             b, t = row // T, row % T
             for head in range(H):
                 if head < num_queries:
-                    kind, to, copies, factor = 0, head, 1, F32(scale)
+                    out, index, copies, factor = q, head, 1, F32(scale)
+                elif head < num_queries + num_keys:
+                    out, index, copies, factor = k, (head - num_queries) * group, group, F32(1)
                 else:
-                    kind = 1 + (head - num_queries) // num_keys
-                    to, copies, factor = (head - num_queries) % num_keys * group, group, F32(1)
+                    out, index, copies, factor = v, (head - num_queries - num_keys) * group, group, F32(1)
+                from_, to = qkv[b, t, head], out[b, index, t]
                 if head < num_rotated:
+                    c, s = cos[t], sin[t]
                     for pair in range(D // 2):
-                        x, y = qkv[b, t, head, 2 * pair] * factor, qkv[b, t, head, 2 * pair + 1] * factor
-                        heads[kind, to, b, t, 2 * pair] = x * cos[t, pair] - y * sin[t, pair]
-                        heads[kind, to, b, t, 2 * pair + 1] = x * sin[t, pair] + y * cos[t, pair]
+                        x, y = from_[2 * pair] * factor, from_[2 * pair + 1] * factor
+                        to[2 * pair] = x * c[pair] - y * s[pair]
+                        to[2 * pair + 1] = x * s[pair] + y * c[pair]
                 else:
                     for i in range(D):
-                        heads[kind, to, b, t, i] = qkv[b, t, head, i] * factor
-                for other in range(to + 1, to + copies):
+                        to[i] = from_[i] * factor
+                for other in range(index + 1, index + copies):
                     for i in range(D):
-                        heads[kind, other, b, t, i] = heads[kind, to, b, t, i]
+                        out[b, other, t, i] = to[i]
 
 
 @_kernel
-def join_heads(counter, dheads, cos, sin, num_queries, num_rotated, group, scale, dqkv):
-    """The gradient of `split_heads`, from that of its result; changes `dheads`."""
+def join_heads(counter, dq, dk, dv, cos, sin, num_rotated, scale, dqkv):
+    """The gradient of `split_heads`, from that of its results, which are changed."""
     B, T, H, D = dqkv.shape
+    num_queries = dq.shape[1]
     num_keys = (H - num_queries) // 2
+    group = num_queries // num_keys
     while True:
         first = take_items(counter, ROWS)
         if first >= B * T:
@@ -194,44 +203,52 @@ def join_heads(counter, dheads, cos, sin, num_queries, num_rotated, group, scale
             b, t = row // T, row % T
             for head in range(H):
                 if head < num_queries:
-                    kind, at, copies, factor = 0, head, 1, F32(scale)
+                    gradient, index, copies, factor = dq, head, 1, F32(scale)
+                elif head < num_queries + num_keys:
+                    gradient, index, copies, factor = dk, (head - num_queries) * group, group, F32(1)
                 else:
-                    kind = 1 + (head - num_queries) // num_keys
-                    at, copies, factor = (head - num_queries) % num_keys * group, group, F32(1)
-                for other in range(at + 1, at + copies):
+                    gradient, index, copies, factor = dv, (head - num_queries - num_keys) * group, group, F32(1)
+                from_, to = gradient[b, index, t], dqkv[b, t, head]
+                for other in range(index + 1, index + copies):
                     for i in range(D):
-                        dheads[kind, at, b, t, i] += dheads[kind, other, b, t, i]
+                        from_[i] += gradient[b, other, t, i]
                 if head < num_rotated:
+                    c, s = cos[t], sin[t]
                     for pair in range(D // 2):
-                        x, y = dheads[kind, at, b, t, 2 * pair] * factor, dheads[kind, at, b, t, 2 * pair + 1] * factor
-                        dqkv[b, t, head, 2 * pair] = x * cos[t, pair] + y * sin[t, pair]
-                        dqkv[b, t, head, 2 * pair + 1] = y * cos[t, pair] - x * sin[t, pair]
+                        x, y = from_[2 * pair] * factor, from_[2 * pair + 1] * factor
+                        to[2 * pair] = x * c[pair] + y * s[pair]
+                        to[2 * pair + 1] = y * c[pair] - x * s[pair]
                 else:
                     for i in range(D):
-                        dqkv[b, t, head, i] = dheads[kind, at, b, t, i] * factor
+                        to[i] = from_[i] * factor
 
 
 @_inlined
-def _first_key(query, first_key, window, starts, sequence):
-    """The index in a tile of the first key that a query may attend to."""
-    first = max(first_key, query - window + 1) if window else first_key
-    if starts.shape[1]:
-        first = max(first, starts[sequence, query])
-    return first - first_key
+def _mask(row, query, first_key, window, first_token):
+    """Write -inf and 0 over scores that a query may not use; returns the bounds of those that are not 0.
+
+    The bounds are multiples of 32 or the row's end: loops over other numbers end with up to 31 single steps.
+    """
+    start = max(first_key, first_token, query - window + 1 if window else 0) - first_key
+    stop = query - first_key + 1
+    low, high = start - start % 32, min(len(row), stop + -stop % 32)
+    row[:low] = row[high:] = F32(0)
+    row[low:start] = row[stop:high] = F32(-np.inf)
+    return low, high
 
 
 @_kernel
-def attention_weights(counter, scores, first_item, first_query, first_key, window, starts, log_sums):
+def attention_weights(counter, scores, first_query, first_key, window, starts, log_sums):
     """Overwrite the scores of a tile, logarithms to the base of 2, with their softmax over the keys not masked.
 
     Args:
-        scores: (items, queries, C); an item is a head of a sequence, and each head has all sequences one after another.
-        first_item, first_query, first_key: the indices of the tile's first ones.
+        scores: (items, queries, C); an item is a head of a sequence, and each sequence has equally many.
+        first_query, first_key: the indices of the tile's first ones.
         window: number of keys that a query may attend to; 0 for all before it.
-        starts: (B, T), the first token of each token's document; or (B, 0).
-        log_sums: (H B, T); those of the tile are written.
+        starts: (sequences, T), the first token of each token's document; or (sequences, 0).
+        log_sums: (items, T); those of the tile are written.
     """
-    items, queries, _ = scores.shape
+    items, queries, num_keys = scores.shape
     while True:
         first = take_items(counter, ROWS)
         if first >= items * queries:
@@ -239,28 +256,25 @@ def attention_weights(counter, scores, first_item, first_query, first_key, windo
         for row in range(first, min(first + ROWS, items * queries)):
             item, index = row // queries, row % queries
             query = first_query + index
-            start = _first_key(query, first_key, window, starts, (first_item + item) % len(starts))
-            visible = scores[item, index, start : query - first_key + 1]
-            maximum = visible[0]
-            for i in range(len(visible)):
-                maximum = larger(maximum, visible[i])
-            total = F32(0)
-            for i in range(len(visible)):
-                power = _exp2(visible[i] - maximum)
-                visible[i] = power
+            first_token = starts[item * len(starts) // items, query] if starts.shape[1] else 0
+            low, high = _mask(scores[item, index], query, first_key, window, first_token)
+            row, maximum, total = scores[item, index, low:high], scores[item, index, low], F32(0)
+            for i in range(len(row)):
+                maximum = larger(maximum, row[i])
+            for i in range(len(row)):
+                power = _exp2(row[i] - maximum)
+                row[i] = power
                 total += power
             factor = F32(1) / total
-            for i in range(len(visible)):
-                visible[i] *= factor
-            scores[item, index, :start] = F32(0)
-            scores[item, index, query - first_key + 1 :] = F32(0)
-            log_sums[first_item + item, query] = maximum + np.log(total) * LOG2_E
+            for i in range(len(row)):
+                row[i] *= factor
+            log_sums[item, query] = maximum + np.log(total) * LOG2_E
 
 
 @_kernel
-def attention_gradients(counter, scores, dweights, first_item, first_query, first_key, window, starts, log_sums):
+def attention_gradients(counter, scores, dweights, first_query, first_key, window, starts, log_sums):
     """Overwrite the scores of a tile with their softmax, and the gradient of the weights with that of the scores."""
-    items, queries, _ = scores.shape
+    items, queries, num_keys = scores.shape
     while True:
         first = take_items(counter, ROWS)
         if first >= items * queries:
@@ -268,18 +282,18 @@ def attention_gradients(counter, scores, dweights, first_item, first_query, firs
         for row in range(first, min(first + ROWS, items * queries)):
             item, index = row // queries, row % queries
             query = first_query + index
-            start = _first_key(query, first_key, window, starts, (first_item + item) % len(starts))
-            stop = query - first_key + 1
-            weights, slopes = scores[item, index, start:stop], dweights[item, index, start:stop]
-            log_sum, product = log_sums[first_item + item, query], F32(0)
+            first_token = starts[item * len(starts) // items, query] if starts.shape[1] else 0
+            low, high = _mask(scores[item, index], query, first_key, window, first_token)
+            weights, slopes = scores[item, index, low:high], dweights[item, index, low:high]
+            log_sum, product = log_sums[item, query], F32(0)
             for i in range(len(weights)):
                 weight = _exp2(weights[i] - log_sum)
                 weights[i] = weight
                 product += weight * slopes[i]
             for i in range(len(weights)):
                 slopes[i] = weights[i] * (slopes[i] - product) * LN_2
-            scores[item, index, :start] = dweights[item, index, :start] = F32(0)
-            scores[item, index, stop:] = dweights[item, index, stop:] = F32(0)
+            dweights[item, index, :low] = F32(0)
+            dweights[item, index, high:] = F32(0)
 
 
 @_kernel

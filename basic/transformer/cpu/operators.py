@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,9 +36,11 @@ def _run(kernel: Kernel, *arguments: Any) -> None:
     kernel(np.zeros(1, np.int64), *arguments, num_threads=num_threads)
 
 
-def _chunks(rows: int, row_bytes: int, least: int = 1) -> list[slice]:
-    size = max(least, _CHUNK_BYTES * torch.get_num_threads() // row_bytes)
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+def _chunks(count: int, item_bytes: int, least: int = 1) -> list[slice]:
+    """Slices of equal size that fit into the caches of all threads, but of at least some items."""
+    size = max(least, _CHUNK_BYTES * torch.get_num_threads() // item_bytes)
+    size = -(-count // -(-count // size))
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _without_second_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,7 +82,7 @@ class _LinearCrossEntropy(Function):
             _run(kernels.cross_entropy, logits, targets[chunk], factors[chunk], losses[chunk], with_gradient)
             if with_gradient:
                 torch.mm(logits, weight, out=dx[chunk])
-                torch.addmm(dweight, logits.T, x[chunk], beta=float(chunk.start > 0), out=dweight)
+                _add_product(dweight, logits, x[chunk], chunk)
         if with_gradient:
             ctx.save_for_backward(dx, dweight)
         losses.masked_fill_(is_ignored, 0)
@@ -116,84 +118,145 @@ class _RMSNorm(Function):
 
 
 class _SwiGLU(Function):
+    """The feed-forward layer of rows (N, d_model) with the joined matrices W1 and W3, and with W2."""
+
     @staticmethod
-    def forward(ctx: Any, gates_values: Tensor):
-        rows = gates_values.view(-1, gates_values.shape[-1])
-        y = rows.new_empty(len(rows), rows.shape[1] // 2)
-        _run(kernels.swiglu_forward, rows, y)
-        ctx.save_for_backward(rows)
-        return y.view(*gates_values.shape[:-1], -1)
+    def forward(ctx: Any, x: Tensor, w13: Tensor, w2: Tensor):
+        hidden, y = x.new_empty(len(x), len(w13)), x.new_empty(len(x), len(w2))
+        for rows in _chunks(len(x), 8 * len(w13)):
+            torch.mm(x[rows], w13.T, out=hidden[rows])
+            torch.mm(_gated(hidden[rows]), w2.T, out=y[rows])
+        ctx.save_for_backward(x, w13, w2, hidden)
+        return y
 
     @staticmethod
     @_without_second_derivative
     def backward(ctx: Any, dy: Tensor):
-        (rows,) = ctx.saved_tensors
-        gradient = torch.empty_like(rows)
-        _run(kernels.swiglu_backward, rows, dy.reshape(len(rows), -1).contiguous(), gradient)
-        return gradient.view(*dy.shape[:-1], -1)
+        x, w13, w2, hidden = ctx.saved_tensors
+        dx, dw13, dw2 = (torch.empty_like(tensor) for tensor in (x, w13, w2))
+        for rows in _chunks(len(x), 8 * len(w13)):
+            gated = torch.mm(dy[rows], w2)  # its gradient, which the kernel replaces
+            dhidden = torch.empty_like(hidden[rows])
+            _run(kernels.swiglu_backward, hidden[rows], gated, dhidden)
+            torch.mm(dhidden, w13, out=dx[rows])
+            _add_product(dw13, dhidden, x[rows], rows)
+            _add_product(dw2, dy[rows], gated, rows)
+        return dx, dw13, dw2
+
+
+def _gated(hidden: Tensor) -> Tensor:
+    """SiLU(gates) * values for rows (N, gates + values)."""
+    y = hidden.new_empty(len(hidden), hidden.shape[1] // 2)
+    _run(kernels.swiglu_forward, hidden, y)
+    return y
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, chunk: slice) -> None:
+    """Add left^T right of a chunk to the sum over all chunks, which the first one overwrites."""
+    torch.addmm(total, left.T, right, beta=float(chunk.start > 0), out=total)
+
+
+class _Heads(NamedTuple):
+    """What attention computes with its projections, which are (B, T, queries + keys + values, d_head)."""
+
+    num_heads: int
+    num_kv_heads: int
+    d_head: int
+    cos: Tensor
+    """Those of all positions, or none."""
+    sin: Tensor
+    window: int
+    """0 for all tokens before one."""
+    starts: Tensor
+    """(B, T) or, if a sequence is one document, (B, 0)."""
+
+    @property
+    def rotation(self) -> tuple[Tensor, Tensor, int, float]:
+        """Angles, number of heads that rotate, and scale of the queries: scores become logarithms to the base of 2."""
+        num_rotated = self.num_heads + self.num_kv_heads if len(self.cos) else 0
+        return self.cos, self.sin, num_rotated, math.log2(math.e) * self.d_head**-0.5
+
+    def sequences(self, B: int, T: int) -> list[slice]:
+        """Chunks of sequences whose projections, and scores of a tile, fit into the caches."""
+        width = (self.num_heads + 2 * self.num_kv_heads) * self.d_head
+        return _chunks(B, 4 * T * max(width, self.num_heads * min(T, _QUERIES)))
+
+    def tiles(self, count: int, T: int) -> Iterator[tuple[slice, slice, slice]]:
+        """Heads of a number of sequences, queries, and the keys that some of these may attend to."""
+        for start in range(0, T, _QUERIES):
+            rows = slice(start, min(start + _QUERIES, T))
+            cols = slice(max(0, start - self.window + 1) if self.window else 0, rows.stop)
+            for heads in _chunks(self.num_heads, 4 * count * (rows.stop - rows.start) * (cols.stop - cols.start)):
+                yield heads, rows, cols
 
 
 class _Attention(Function):
-    """Causal attention of projected heads (B, T, queries + keys + values, D).
+    """Causal attention of features (B, T, d_model); without a weight, these are the projections.
 
     Source: Dao et al. 2022, "FlashAttention", algorithms 1 and 4, with all keys of a query in one tile.
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, num_heads: int, num_rotated: int, group: int, *settings: Any):
-        (cos, sin), window, starts = settings
-        (B, T, _, D), H = qkv.shape, num_heads
-        heads = qkv.new_empty(3, H, B, T, D)
-        # Of the scores as logarithms to the base of 2.
-        how = cos, sin, H, num_rotated, group, math.log2(math.e) * D**-0.5
-        _run(kernels.split_heads, qkv, *how, heads)
-        q, k, v = heads.flatten(1, 2)
-        o, log_sums = qkv.new_empty(H, B, T, D), qkv.new_empty(H * B, T)
-        for items, rows, cols, numbers in _tiles(H * B, T, window):
-            scores = torch.bmm(q[items, rows], k[items, cols].mT)
-            _run(kernels.attention_weights, scores, *numbers, window, starts, log_sums)
-            o.flatten(0, 1)[items, rows] = torch.bmm(scores, v[items, cols])
-        ctx.save_for_backward(heads, log_sums, starts)
-        ctx.how, ctx.window = how, window
-        ctx.mark_non_differentiable(heads)
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, how: _Heads):
+        (B, T, _), H, D = x.shape, how.num_heads, how.d_head
+        q, k, v = (x.new_empty(B, H, T, D) for _ in range(3))
+        log_sums, o = x.new_empty(B, H, T), x.new_empty(B, T, H, D)
+        for chunk in how.sequences(B, T):
+            qkv = x[chunk] if weight is None else x[chunk] @ weight.T
+            _run(
+                kernels.split_heads,
+                qkv.view(-1, T, H + 2 * how.num_kv_heads, D),
+                *how.rotation,
+                q[chunk],
+                k[chunk],
+                v[chunk],
+            )
+            for heads, rows, cols in how.tiles(len(qkv), T):
+                q_, k_, v_, sums = (x[chunk, heads].flatten(0, 1) for x in (q, k, v, log_sums))
+                scores = torch.bmm(q_[:, rows], k_[:, cols].mT)
+                where = rows.start, cols.start, how.window, how.starts[chunk]
+                _run(kernels.attention_weights, scores, *where, sums)
+                attended = torch.bmm(scores, v_[:, cols])
+                o[chunk].transpose(1, 2)[:, heads, rows] = attended.unflatten(0, (len(qkv), -1))
+        ctx.save_for_backward(x, weight, q, k, v, log_sums)
+        ctx.how = how
+        ctx.mark_non_differentiable(k, v)
         ctx.set_materialize_grads(False)
-        return o, heads
+        return o.flatten(2), k, v
 
     @staticmethod
     @_without_second_derivative
-    def backward(ctx: Any, do: Tensor, _dheads: None):
-        heads, log_sums, starts = ctx.saved_tensors
-        _, H, B, T, D = heads.shape
-        q, k, v = heads.flatten(1, 2)
-        do = do.reshape(H * B, T, D)
-        dheads = torch.empty_like(heads)
-        dq, dk, dv = dheads.flatten(1, 2)
-        if ctx.window:
-            dheads[1:] = 0
-        # The last queries come first: without a window they see all keys, so that the others add to their gradients.
-        for items, rows, cols, numbers in reversed(list(_tiles(H * B, T, ctx.window))):
-            weights = torch.bmm(q[items, rows], k[items, cols].mT)
-            dscores = torch.bmm(do[items, rows], v[items, cols].mT)
-            _run(kernels.attention_gradients, weights, dscores, *numbers, ctx.window, starts, log_sums)
-            dq[items, rows] = torch.bmm(dscores, k[items, cols])
-            for sums, left, right in ((dv, weights, do), (dk, dscores, q)):
-                products = torch.bmm(left.mT, right[items, rows])
-                if rows.stop == T and not ctx.window:
-                    sums[items, cols] = products
-                else:
-                    sums[items, cols] += products
-        dqkv = heads.new_empty(B, T, H + 2 * (H // ctx.how[4]), D)
-        _run(kernels.join_heads, dheads, *ctx.how, dqkv)
-        return dqkv, None, None, None, None, None, None
-
-
-def _tiles(num_items: int, T: int, window: int) -> Iterator[tuple[slice, slice, slice, tuple[int, int, int]]]:
-    """A tile's items (heads of sequences), queries and keys that some of these see, and the first of each."""
-    for start in range(0, T, _QUERIES):
-        rows = slice(start, min(start + _QUERIES, T))
-        cols = slice(max(0, start - window + 1) if window else 0, rows.stop)
-        for items in _chunks(num_items, 4 * _QUERIES * (cols.stop - cols.start)):
-            yield items, rows, cols, (items.start, rows.start, cols.start)
+    def backward(ctx: Any, do: Tensor, _dk: None, _dv: None):
+        x, weight, q, k, v, log_sums = ctx.saved_tensors
+        (B, H, T, D), how = q.shape, ctx.how
+        dx, dweight = torch.empty_like(x), None if weight is None else torch.empty_like(weight)
+        for chunk in how.sequences(B, T):
+            dq, dk, dv = torch.empty_like(q[chunk]), torch.empty_like(k[chunk]), torch.empty_like(v[chunk])
+            if how.window:
+                dk.zero_(), dv.zero_()
+            chunk_do = do[chunk].unflatten(2, (H, D)).transpose(1, 2).contiguous()
+            # The last queries come first: without a window they see all keys, and the others add to the gradients.
+            for heads, rows, cols in reversed(list(how.tiles(len(dq), T))):
+                q_, k_, v_, sums = (x[chunk, heads].flatten(0, 1) for x in (q, k, v, log_sums))
+                dq_, dk_, dv_, do_ = (x[:, heads].flatten(0, 1) for x in (dq, dk, dv, chunk_do))
+                weights = torch.bmm(q_[:, rows], k_[:, cols].mT)
+                dscores = torch.bmm(do_[:, rows], v_[:, cols].mT)
+                where = rows.start, cols.start, how.window, how.starts[chunk]
+                _run(kernels.attention_gradients, weights, dscores, *where, sums)
+                dq_[:, rows] = torch.bmm(dscores, k_[:, cols])
+                for total, left, right in ((dv_, weights, do_), (dk_, dscores, q_)):
+                    products = torch.bmm(left.mT, right[:, rows])
+                    if rows.stop == T and not how.window:
+                        total[:, cols] = products
+                    else:
+                        total[:, cols] += products
+            width = H + 2 * how.num_kv_heads
+            dqkv = dx[chunk] if weight is None else x.new_empty(len(dq), T, width * D)
+            _run(kernels.join_heads, dq, dk, dv, *how.rotation, dqkv.view(-1, T, width, D))
+            if weight is not None:
+                torch.mm(dqkv.flatten(0, 1), weight, out=dx[chunk].flatten(0, 1))
+                _add_product(dweight, dqkv.flatten(0, 1), x[chunk].flatten(0, 1), chunk)
+        return dx, dweight, None
 
 
 def linear_cross_entropy(
@@ -212,24 +275,29 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def swiglu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
     """See `functional.swiglu`."""
-    gated: Any = _SwiGLU.apply(linear(x, w1, w3))
-    return linear(gated, w2)
+    rows = x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled():
+        y = _SwiGLU.apply(rows, torch.cat((w1, w3)), w2)
+    else:
+        y = linear(_gated(linear(rows, w1, w3)), w2)
+    return y.view(*x.shape[:-1], -1)
 
 
 def causal_self_attention(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, options: AttentionOptions) -> Tensor:
     """See `functional.causal_self_attention`; x is (B, T, d_model), without earlier tokens."""
-    H = options.num_heads
-    qkv = project_heads(x, w_q, w_k, w_v, options).contiguous()
-    num_kv_heads = (qkv.shape[2] - H) // 2
-    num_rotated = 0 if options.rope is None else H + num_kv_heads
+    d_head = len(w_q) // options.num_heads
     cos, sin = (table.contiguous() for table in options.rope or 2 * (x.new_empty(0, 0),))
     starts = options.document_starts
     starts = torch.empty(len(x), 0, dtype=torch.int64) if starts is None else starts.expand(x.shape[:2]).contiguous()
-    group = H // num_kv_heads
-    o, heads = _Attention.apply(qkv, H, num_rotated, group, (cos, sin), options.window or 0, starts)
+    how = _Heads(options.num_heads, len(w_k) // d_head, d_head, cos, sin, options.window or 0, starts)
+    if options.change_heads is None:
+        o, k, v = _Attention.apply(x.contiguous(), torch.cat((w_q, w_k, w_v)), how)
+    else:
+        o, k, v = _Attention.apply(project_heads(x, w_q, w_k, w_v, options).flatten(2), None, how)
     if options.extend_cache is not None:
-        options.extend_cache(*heads[1:, ::group].transpose(1, 2))
-    return o.permute(1, 2, 0, 3).flatten(2)
+        group = how.num_heads // how.num_kv_heads
+        options.extend_cache(k[:, ::group], v[:, ::group])
+    return o
 
 
 def step_adamw(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, *numbers: float) -> None:
