@@ -15,6 +15,7 @@ from torch import Tensor
 from basic.common.arguments import check_integer, check_size, id_list
 from basic.common.config_files import check_fields
 from basic.common.errors import InvalidInputError, WrongTokenizerError
+from basic.generation.cpu_decoder import CpuDecoder, make_cpu_decoder
 from basic.model import KVCache, TransformerLM
 from basic.transformer.functional import at_least_float32, softmax, token_losses
 from basic.transformer.kernels import dispatch
@@ -353,11 +354,12 @@ def continue_ids(
         generator.seed()
     else:
         generator.manual_seed(sampling.seed)
-    cache, decoder = None, None
+    cache, decoder, cpu_decoder = None, None, None
     if use_cache:
         cache = KVCache(model.config, len(prompts), dtype=model.compute_dtype, device=device)
         decoder = make_decoder(model, cache, prompt_lengths, vocab_size)
         cache = cache if decoder is None else decoder.cache
+        cpu_decoder = make_cpu_decoder(model, cache)
 
     @torch.inference_mode()  # not around the loop: the mode would be on in the caller's code between two steps
     def extend(length: int) -> int:
@@ -369,7 +371,7 @@ def continue_ids(
                 decoder.prompt_lengths.fill_(length - first)  # known ids, which are read and not chosen
         if decoder is not None and not needs_logits and decoder.cache.length == length - first - 1:
             return first + _decode_greedily(decoder, tokens[:, first:], length - first, steps_per_read)
-        logits = penalized = _next_logits(model, tokens[:, first:length], cache, decoder)
+        logits = penalized = _next_logits(model, tokens[:, first:length], cache, decoder, cpu_decoder)
         if sampling.has_penalties:
             is_new = torch.arange(length, device=device) >= prompt_lengths.unsqueeze(-1)
             penalized = sampling.penalized(logits, tokens[:, :length], is_new)
@@ -426,7 +428,11 @@ def _decode_greedily(decoder: Decoder, tokens: Int[Tensor, " batch total"], leng
 
 
 def _next_logits(
-    model: TransformerLM, tokens: Int[Tensor, " batch length"], cache: KVCache | None, decoder: Decoder | None
+    model: TransformerLM,
+    tokens: Int[Tensor, " batch length"],
+    cache: KVCache | None,
+    decoder: Decoder | None,
+    cpu_decoder: CpuDecoder | None,
 ) -> Float[Tensor, " batch vocab_size"]:
     """The logits of the token after the last one."""
     if cache is None:
@@ -439,6 +445,9 @@ def _next_logits(
         return decoder.logits
     if decoder is not None and cache.length == 0:
         return decoder.read_prompt(new)
-    logits = model(new, cache)[:, -1]
+    if cpu_decoder is not None and new.shape[1] == 1:
+        logits = cpu_decoder.logits(new[:, 0])
+    else:
+        logits = model(new, cache)[:, -1]
     cache.advance(new.shape[1])
     return logits

@@ -236,14 +236,13 @@ def step_weights(
         update_rate, decay_rate: scalars on the device, factors of the updates and of the weights that decay.
         cautious: only weights that the update moves towards 0 decay.
     """
-    stacked, updates = torch.stack(weights), updates.to(weights[0].dtype)
-    if scales is not None:
-        updates = updates * scales.unsqueeze(2 - axis)
-    decayed = torch.where(updates * stacked >= 0, stacked, 0) if cautious else stacked
-    stacked = stacked - (updates * update_rate).addcmul_(decayed, decay_rate)
-    torch._foreach_copy_(weights, stacked.unbind())
+    factors = update_rate if scales is None else scales.unsqueeze(2 - axis) * update_rate
+    stacked, steps = torch.stack(weights), updates.to(weights[0].dtype) * factors
+    # Not `where`, which takes four times as long on a CPU where the mask is random.
+    decayed = stacked * (steps * stacked >= 0) if cautious else stacked
+    torch._foreach_sub_(weights, steps.addcmul_(decayed, decay_rate).unbind())
     if copies:
-        torch._foreach_copy_(copies, stacked.unbind())
+        torch._foreach_copy_(copies, weights)
 
 
 _PLAIN = SimpleNamespace(step_momenta=step_momenta, step_weights=step_weights)
@@ -303,15 +302,17 @@ def orthogonalize(
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     x = x.reshape(-1, *x.shape[-2:])
     is_tall = x.shape[-2] > x.shape[-1]
+    products = factors = spare = None  # memory that each iteration uses again
     for iteration, polynomial in enumerate(coefficients):
         # X X^T or, if it is smaller, X^T X, which gives the same polynomial.
-        products, scales = dispatch.symmetric_product(x.mT if is_tall else x), None
+        products, scales = dispatch.symmetric_product(x.mT if is_tall else x, out=products), None
         if iteration == 0:
             # X is divided by its Frobenius norm, the root of the trace: the first polynomial does it.
             traces = at_least_float32(products.diagonal(dim1=-2, dim2=-1)).sum(-1)
             scales = 1 / (traces.sqrt() * _SAFETY + 1e-18)  # its square is finite in float32
-        factors = dispatch.symmetric_product(products, polynomial, scales)
-        x = torch.bmm(x, factors) if is_tall else torch.bmm(factors, x)
+        factors = dispatch.symmetric_product(products, polynomial, scales, out=factors)
+        new = torch.bmm(*((x, factors) if is_tall else (factors, x)), out=spare)
+        x, spare = new, x if iteration else None  # the first x is the caller's
     return x.reshape(matrices.shape)
 
 

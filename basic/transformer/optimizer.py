@@ -156,18 +156,20 @@ class AdamW(torch.optim.Optimizer):
 
     def _update_plainly(self, updates: list[Update], group: dict[str, Any], gradient_factor: Tensor | None) -> None:
         """The update in torch's operations, or in the kernel for a CPU."""
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = map(float, group["betas"])
         learning_rate, factor = float(group["lr"]), 1.0 if gradient_factor is None else float(gradient_factor)
-        keep = 1 - learning_rate * float(group["weight_decay"])
+        tensors, rates, root_factors = [], [], []
         for update in updates:
             state, parameter = self.state[update.parameter], local_shard(update.parameter).detach()
             state["step"] += 1
-            # Bias correction: both moments start at zero, so their early values are too small by these factors.
-            rate = learning_rate / (1 - beta1 ** int(state["step"]))
-            root_factor = (1 - beta2 ** int(state["step"])) ** -0.5
             moments = local_shard(state["exp_avg"]), local_shard(state["exp_avg_sq"])
-            numbers = factor, keep, beta1, beta2, rate, root_factor, group["eps"]
-            dispatch.step_adamw(parameter, update.gradient.to(parameter.dtype), *moments, *map(float, numbers))
+            tensors.append((parameter, update.gradient.to(parameter.dtype), *moments))
+            # Bias correction: both moments start at zero, so their early values are too small by these factors.
+            rates.append(learning_rate / (1 - beta1 ** int(state["step"])))
+            root_factors.append((1 - beta2 ** int(state["step"])) ** -0.5)
+        keep = 1 - learning_rate * float(group["weight_decay"])
+        dispatch.step_adamw(tensors, rates, root_factors, factor, keep, beta1, beta2, float(group["eps"]))
+        for update, (parameter, *_) in zip(updates, tensors, strict=True):
             if update.copy is not None:
                 update.copy.detach().copy_(parameter)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from basic.model import KVCache, ModelConfig, TransformerLM
 from basic.transformer import functional
+from basic.transformer.cpu import kernels
 from basic.transformer.cpu import operators as cpu_operators
 from basic.transformer.kernels import dispatch
 
@@ -142,6 +143,25 @@ def test_prompt_fills_the_cache(variant: dict[str, Any]):
     torch.testing.assert_close(logits, expected)
     torch.testing.assert_close(caches[0].keys[:, :, :, :100], caches[1].keys[:, :, :, :100])
     torch.testing.assert_close(caches[0].values[:, :, :, :100], caches[1].values[:, :, :, :100])
+
+
+def test_results_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu_operators, "_MIN_NUMBERS", 0)
+    torch.manual_seed(0)
+    x, gain, weight, targets = torch.randn(700, 32), torch.rand(32), torch.randn(50, 32), torch.randint(50, (700,))
+    scores, starts = torch.randn(6, 50, 70), torch.randint(20, (3, 70))
+    made: list[list[Tensor]] = []
+    for num_threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=num_threads: count)
+        gates, weights, log_sums = torch.cat((x, x.flip(0)), 1), scores.clone(), torch.zeros(6, 70)
+        normed = results(lambda x, gain: dispatch.rms_norm(x, gain, 1e-5), [x, gain], x)
+        gated = results(lambda gates: dispatch.swiglu(gates, *torch.eye(64).repeat(3, 1, 1)), [gates], gates)
+        cpu_operators._run(kernels.attention_weights, weights, 20, 0, 40, starts, log_sums)
+        losses, logits = torch.empty(700), x @ weight.T
+        cpu_operators._run(kernels.cross_entropy, logits, targets, torch.ones(700), losses, True)
+        made.append([*normed, *gated, weights, log_sums, losses, logits])
+    for alone, together in zip(*made, strict=True):
+        assert torch.equal(alone, together)
 
 
 def test_attention_does_not_hold_all_scores():

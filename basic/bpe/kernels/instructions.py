@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from basic.common.native.instructions import arrayobj, c_function, instruction, ir, types
+from basic.common.native.instructions import array_at, c_function, instruction, ir, types
 
 U64 = np.uint64
 
@@ -75,36 +75,22 @@ def address_of(typing_context, array):
     return types.int64(array), generate
 
 
-def _array_at(array_type: Any) -> Any:
-    """The type and the code of an array whose elements are at an address."""
-
-    def generate(context, builder, signature, arguments):
-        element = context.get_data_type(array_type.dtype)
-        size = ir.Constant(ir.IntType(64), context.get_abi_sizeof(element))
-        array = context.make_array(array_type)(context, builder)
-        data = builder.inttoptr(arguments[0], element.as_pointer())
-        arrayobj.populate_array(array, data=data, shape=[arguments[1]], strides=[size], itemsize=size, meminfo=None)
-        return array._getvalue()
-
-    return array_type(types.int64, types.int64), generate
-
-
 @instruction
 def bytes_at(typing_context, address, length):
     """The bytes at an address as a read-only array."""
-    return _array_at(types.Array(types.uint8, 1, "C", readonly=True))
+    return array_at(types.Array(types.uint8, 1, "C", readonly=True))
 
 
 @instruction
 def writable_bytes_at(typing_context, address, length):
     """The bytes at an address as an array."""
-    return _array_at(types.Array(types.uint8, 1, "C"))
+    return array_at(types.Array(types.uint8, 1, "C"))
 
 
 @instruction
 def int32s_at(typing_context, address, length):
     """The int32 numbers at an address as an array."""
-    return _array_at(types.Array(types.int32, 1, "C"))
+    return array_at(types.Array(types.int32, 1, "C"))
 
 
 @instruction

@@ -57,6 +57,26 @@ class CFunction:
 c_function: Any = CFunction
 
 
+def array_at(array_type: Any) -> Any:
+    """The type and the code of an array whose elements are at an address."""
+
+    def generate(context, builder, signature, arguments):
+        element = context.get_data_type(array_type.dtype)
+        size = ir.Constant(ir.IntType(64), context.get_abi_sizeof(element))
+        array = context.make_array(array_type)(context, builder)
+        data = builder.inttoptr(arguments[0], element.as_pointer())
+        arrayobj.populate_array(array, data=data, shape=[arguments[1]], strides=[size], itemsize=size, meminfo=None)
+        return array._getvalue()
+
+    return array_type(types.int64, types.int64), generate
+
+
+@instruction
+def float32s_at(typing_context, address, length):
+    """The float32 numbers at an address as an array."""
+    return array_at(types.Array(types.float32, 1, "C"))
+
+
 @instruction
 def take_items(typing_context, counter, amount):
     """Add an amount to counter[0] and return its value before, so that of several threads each gets other items."""

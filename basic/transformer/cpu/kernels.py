@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from basic.common.native.instructions import larger, take_items
+from basic.common.native.instructions import float32s_at, larger, take_items
 from basic.common.native.kernel import Kernel
 
 F32, I32 = np.float32, np.int32
 LOG2_E, LN_2 = F32(1.4426950408889634), F32(0.6931471805599453)
 ROWS = 16
 """Rows that a thread takes at a time."""
+BLOCK = 1 << 12
+"""Numbers of a parameter that a thread takes at a time."""
 # Sums may be computed in any order, which vector code needs. NaN and infinity are kept.
 _FAST = {"fastmath": {"reassoc", "nsz", "arcp", "contract"}, "separate": True}
 
@@ -248,7 +250,7 @@ def attention_weights(counter, scores, first_query, first_key, window, starts, l
         starts: (sequences, T), the first token of each token's document; or (sequences, 0).
         log_sums: (items, T); those of the tile are written.
     """
-    items, queries, num_keys = scores.shape
+    items, queries, _ = scores.shape
     while True:
         first = take_items(counter, ROWS)
         if first >= items * queries:
@@ -274,7 +276,7 @@ def attention_weights(counter, scores, first_query, first_key, window, starts, l
 @_kernel
 def attention_gradients(counter, scores, dweights, first_query, first_key, window, starts, log_sums):
     """Overwrite the scores of a tile with their softmax, and the gradient of the weights with that of the scores."""
-    items, queries, num_keys = scores.shape
+    items, queries, _ = scores.shape
     while True:
         first = take_items(counter, ROWS)
         if first >= items * queries:
@@ -296,24 +298,94 @@ def attention_gradients(counter, scores, dweights, first_query, first_key, windo
             dweights[item, index, high:] = F32(0)
 
 
+@_inlined
+def _rotate(head, cos, sin, factor):
+    """Rotate a head in place, unless there are no angles, and multiply it by a factor."""
+    for pair in range(len(cos)):
+        x, y = head[2 * pair] * factor, head[2 * pair + 1] * factor
+        head[2 * pair] = x * cos[pair] - y * sin[pair]
+        head[2 * pair + 1] = x * sin[pair] + y * cos[pair]
+    if len(cos) == 0:
+        for i in range(len(head)):
+            head[i] *= factor
+
+
 @_kernel
-def adamw(counter, parameter, gradient, first, second, factor, keep, beta1, beta2, rate, second_factor, eps):
-    """A step of AdamW.
+def decode_attention(counter, position, qkv, cos, sin, scale, window, keys, values, scores, o):
+    """Attention of one token of each sequence, whose keys and values are added to the cache.
 
     Args:
-        factor: of the gradient.
-        keep: of the parameter, 1 minus its decay.
-        rate: learning rate, divided by the bias correction of the first moment.
-        second_factor: 1 / the root of the bias correction of the second moment.
+        position: [that of the token].
+        qkv: (B, queries + keys + values, D), changed.
+        cos, sin: (context, D / 2); or (context, 0) for no rotation.
+        scale: of the queries, such that scores are logarithms to the base of 2.
+        window: number of tokens that it attends to; 0 for all.
+        keys, values: (B, heads of keys, context, D).
+        scores: (B, heads of keys, context), overwritten.
+        o: (B, queries, D).
     """
-    block = ROWS * 256
+    B, heads, D = qkv.shape
+    num_keys = keys.shape[1]
+    num_queries = heads - 2 * num_keys
+    group, t = num_queries // num_keys, position[0]
+    start = max(0, t + 1 - window) if window else 0
     while True:
-        start = take_items(counter, block)
-        if start >= len(parameter):
+        item = take_items(counter, 1)
+        if item >= B * num_keys:
             return
-        for i in range(start, min(start + block, len(parameter))):
-            g = gradient[i] * F32(factor)
-            m = first[i] * F32(beta1) + g * F32(1 - beta1)
-            v = second[i] * F32(beta2) + g * g * F32(1 - beta2)
-            first[i], second[i] = m, v
-            parameter[i] = parameter[i] * F32(keep) - F32(rate) * m / (np.sqrt(v) * F32(second_factor) + F32(eps))
+        b, head = item // num_keys, item % num_keys
+        key, value = qkv[b, num_queries + head], qkv[b, num_queries + num_keys + head]
+        _rotate(key, cos[t], sin[t], F32(1))
+        for i in range(D):
+            keys[b, head, t, i], values[b, head, t, i] = key[i], value[i]
+        row = scores[b, head, start : t + 1]
+        for index in range(head * group, (head + 1) * group):
+            query, out = qkv[b, index], o[b, index]
+            _rotate(query, cos[t], sin[t], F32(scale))
+            maximum, total = F32(-np.inf), F32(0)
+            for j in range(len(row)):
+                other, score = keys[b, head, start + j], F32(0)
+                for i in range(D):
+                    score += query[i] * other[i]
+                row[j] = score
+                maximum = larger(maximum, score)
+            for j in range(len(row)):
+                power = _exp2(row[j] - maximum)
+                row[j] = power
+                total += power
+            for i in range(D):
+                out[i] = F32(0)
+            for j in range(len(row)):
+                other, weight = values[b, head, start + j], row[j] / total
+                for i in range(D):
+                    out[i] += weight * other[i]
+
+
+@_kernel
+def adamw(counters, addresses, sizes, rates, root_factors, factor, keep, beta1, beta2, eps):
+    """A step of AdamW for several parameters; see `dispatch.step_adamw`.
+
+    Args:
+        counters: one of each parameter, [0].
+        addresses: (parameters, 4): of the parameter, the gradient and the two moments.
+    """
+    for number in range(len(sizes)):
+        parameter, gradient = (
+            float32s_at(addresses[number, 0], sizes[number]),
+            float32s_at(addresses[number, 1], sizes[number]),
+        )
+        first, second = (
+            float32s_at(addresses[number, 2], sizes[number]),
+            float32s_at(addresses[number, 3], sizes[number]),
+        )
+        rate, root_factor = F32(rates[number]), F32(root_factors[number])
+        while True:
+            start = take_items(counters[number:], BLOCK)
+            if start >= len(parameter):
+                break
+            for i in range(start, min(start + BLOCK, len(parameter))):
+                g = gradient[i] * F32(factor)
+                m = first[i] * F32(beta1) + g * F32(1 - beta1)
+                v = second[i] * F32(beta2) + g * g * F32(1 - beta2)
+                first[i], second[i] = m, v
+                parameter[i] = parameter[i] * F32(keep) - rate * m / (np.sqrt(v) * root_factor + F32(eps))

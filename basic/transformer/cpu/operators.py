@@ -99,22 +99,24 @@ class _LinearCrossEntropy(Function):
 
 class _RMSNorm(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float):
-        rows = x.reshape(-1, len(weight)).contiguous()
-        y, scales = torch.empty_like(rows), rows.new_empty(len(rows))
-        _run(kernels.norm_forward, rows, weight.contiguous(), eps, y, scales)
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, eps: float):
+        y, scales = _normalize(rows, weight, eps)
         ctx.save_for_backward(rows, weight, scales)
-        return y.view(x.shape)
+        return y
 
     @staticmethod
     @_without_second_derivative
     def backward(ctx: Any, dy: Tensor):
         rows, weight, scales = ctx.saved_tensors
         dx, dweights = torch.empty_like(rows), rows.new_empty(-(-len(rows) // kernels.ROWS), len(weight))
-        _run(
-            kernels.norm_backward, rows, weight.contiguous(), scales, dy.reshape(rows.shape).contiguous(), dx, dweights
-        )
-        return dx.view(dy.shape), dweights.sum(0), None
+        _run(kernels.norm_backward, rows, weight, scales, dy.contiguous(), dx, dweights)
+        return dx, dweights.sum(0), None
+
+
+def _normalize(rows: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y, scales = torch.empty_like(rows), rows.new_empty(len(rows))
+    _run(kernels.norm_forward, rows, weight, eps, y, scales)
+    return y, scales
 
 
 class _SwiGLU(Function):
@@ -229,11 +231,13 @@ class _Attention(Function):
     def backward(ctx: Any, do: Tensor, _dk: None, _dv: None):
         x, weight, q, k, v, log_sums = ctx.saved_tensors
         (B, H, T, D), how = q.shape, ctx.how
-        dx, dweight = torch.empty_like(x), None if weight is None else torch.empty_like(weight)
+        dx = torch.empty_like(x)
+        dweight = None if weight is None else torch.empty_like(weight)
         for chunk in how.sequences(B, T):
             dq, dk, dv = torch.empty_like(q[chunk]), torch.empty_like(k[chunk]), torch.empty_like(v[chunk])
             if how.window:
-                dk.zero_(), dv.zero_()
+                dk.zero_()
+                dv.zero_()
             chunk_do = do[chunk].unflatten(2, (H, D)).transpose(1, 2).contiguous()
             # The last queries come first: without a window they see all keys, and the others add to the gradients.
             for heads, rows, cols in reversed(list(how.tiles(len(dq), T))):
@@ -253,7 +257,7 @@ class _Attention(Function):
             width = H + 2 * how.num_kv_heads
             dqkv = dx[chunk] if weight is None else x.new_empty(len(dq), T, width * D)
             _run(kernels.join_heads, dq, dk, dv, *how.rotation, dqkv.view(-1, T, width, D))
-            if weight is not None:
+            if dweight is not None:
                 torch.mm(dqkv.flatten(0, 1), weight, out=dx[chunk].flatten(0, 1))
                 _add_product(dweight, dqkv.flatten(0, 1), x[chunk].flatten(0, 1), chunk)
         return dx, dweight, None
@@ -270,7 +274,9 @@ def linear_cross_entropy(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `functional.rms_norm`."""
-    return _RMSNorm.apply(x, weight, eps)
+    rows, weight = x.reshape(-1, len(weight)).contiguous(), weight.contiguous()
+    y = _RMSNorm.apply(rows, weight, eps) if torch.is_grad_enabled() else _normalize(rows, weight, eps)[0]
+    return y.view(x.shape)
 
 
 def swiglu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
@@ -300,6 +306,12 @@ def causal_self_attention(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, opti
     return o
 
 
-def step_adamw(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, *numbers: float) -> None:
+def step_adamw(
+    tensors: list[tuple[Tensor, ...]], rates: list[float], root_factors: list[float], *numbers: float
+) -> None:
     """See `dispatch.step_adamw`; the tensors are contiguous."""
-    _run(kernels.adamw, *(x.view(-1) for x in (parameter, gradient, first, second)), *numbers)
+    addresses = np.array([[tensor.data_ptr() for tensor in each] for each in tensors])
+    sizes = np.array([parameter.numel() for parameter, *_ in tensors])
+    num_threads = torch.get_num_threads() if sizes.sum() >= _MIN_NUMBERS else 1
+    arrays = np.zeros_like(sizes), addresses, sizes, np.array(rates), np.array(root_factors)
+    kernels.adamw(*arrays, *numbers, num_threads=num_threads)

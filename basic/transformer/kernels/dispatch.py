@@ -60,12 +60,14 @@ def operators_for(x: Tensor) -> Any:
     return _operators if available_on(x.device) and x.dtype in (torch.bfloat16, torch.float16) else None
 
 
-def _takes_cpu_operators(*tensors: Tensor) -> bool:
+def takes_cpu_operators(*tensors: Tensor) -> bool:
     """Whether the operators for a CPU support these. Compiled code fuses the plain functions itself, and what traces or
     transforms a function, as `torch.func.grad` does, needs torch's own."""
-    supported = all(x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 for x in tensors)
+    for x in tensors:
+        if x.device.type != "cpu" or x.dtype != torch.float32 or not x.numel():
+            return False
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-    return supported and "cpu" not in _device_types and not is_traced
+    return "cpu" not in _device_types and not is_traced
 
 
 def supports_decoding(keys: Float[Tensor, " batch head context d"]) -> bool:
@@ -85,33 +87,35 @@ def supports_adamw(parameter: Tensor, gradient: Tensor) -> bool:
 
 
 def step_adamw(
-    parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, factor: float, keep: float, beta1: float,
-    beta2: float, rate: float, root_factor: float, eps: float,
+    tensors: list[tuple[Tensor, ...]], rates: list[float], root_factors: list[float], factor: float, keep: float,
+    beta1: float, beta2: float, eps: float,
 ) -> None:  # fmt: skip
-    """A step of AdamW on a CPU, or where its kernel on a GPU does not support the parameter.
+    """A step of AdamW on a CPU, or where its kernel on a GPU does not support a parameter.
 
     Args:
-        parameter, first, second: of one shape; changed in place.
-        factor: of the gradient.
-        keep: factor of the parameter, which decays.
-        rate: the learning rate, divided by the bias correction of the first moment.
-        root_factor: of the second moment's root: 1 / the root of its bias correction.
+        tensors: each parameter, its gradient and its first and second moments; all but the gradient are changed.
+        rates: the learning rate of each, divided by the bias correction of the first moment.
+        root_factors: of the root of each second moment: 1 / the root of its bias correction.
+        factor: of the gradients.
+        keep: factor of the parameters, which decay.
     """
-    numbers = factor, keep, beta1, beta2, rate, root_factor, eps
-    tensors = parameter, gradient, first, second
-    if _takes_cpu_operators(*tensors) and all(tensor.is_contiguous() for tensor in tensors):
-        cpu_operators.step_adamw(*tensors, *numbers)
+    flat = [tensor for each in tensors for tensor in each]
+    if takes_cpu_operators(*flat) and all(tensor.is_contiguous() for tensor in flat):
+        cpu_operators.step_adamw(tensors, rates, root_factors, factor, keep, beta1, beta2, eps)
         return
-    gradient = gradient * factor
-    first.lerp_(gradient, 1 - beta1)
-    second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    parameter.mul_(keep).addcdiv_(first, (second.sqrt() * root_factor).add_(eps), value=-rate)
+    for (parameter, gradient, first, second), rate, root_factor in zip(tensors, rates, root_factors, strict=True):
+        gradient = gradient * factor
+        first.lerp_(gradient, 1 - beta1)
+        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        parameter.mul_(keep).addcdiv_(first, (second.sqrt() * root_factor).add_(eps), value=-rate)
 
 
 def symmetric_product(
     x: Float[Tensor, " batch rows columns"],
     coefficients: tuple[float, float, float] | None = None,
     scales: Float[Tensor, " batch"] | None = None,
+    *,
+    out: Tensor | None = None,
 ) -> Float[Tensor, " batch rows rows"]:
     """X X^T, or a polynomial a I + b X + c X X^T of symmetric matrices X; the kernel computes one half of it.
 
@@ -119,19 +123,20 @@ def symmetric_product(
         coefficients: a, b, c; None for the product alone.
         scales: with coefficients: of each matrix, a factor f of the matrix whose product with its own transpose X is.
             The result is f (a I + b f^2 X + c f^4 X^2), which is the polynomial of the scaled matrix, scaled.
+        out: memory for the result, which the kernel does not need.
     """
     if operators_for(x) is not None:
         from basic.transformer.kernels import muon  # imported late: it needs Triton
 
         return muon.symmetric_product(x, coefficients, scales)
     if coefficients is None:
-        return torch.bmm(x, x.mT)
+        return torch.bmm(x, x.mT, out=out)
     a, b, c = coefficients
     factors = None if scales is None else scales.to(x.dtype)[:, None, None]
     x = x if factors is None else x * factors.square()
-    result = torch.baddbmm(x, x, x, beta=b, alpha=c)
+    result = torch.baddbmm(x, x, x, beta=b, alpha=c, out=out)
     result.diagonal(dim1=-2, dim2=-1).add_(a)
-    return result if factors is None else result * factors
+    return result if factors is None else result.mul_(factors)
 
 
 def warn_about_plain_attention(d_head: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -189,7 +194,7 @@ def causal_self_attention(
     same_positions = rope is None or rope[0].ndim == 2
     complete = extend_cache is None or (options.num_cached == 0 and not torch.is_grad_enabled())
     supported = complete and x.ndim == 3 and same_positions
-    if supported and x.shape[1] > 1 and _takes_cpu_operators(x, w_q, w_k, w_v):
+    if supported and x.shape[1] > 1 and takes_cpu_operators(x, w_q, w_k, w_v):
         return cpu_operators.causal_self_attention(x, w_q, w_k, w_v, options)
     if operators is None or not supported or d_head not in _HEAD_SIZES:
         return functional.causal_self_attention(x, w_q, w_k, w_v, options)
@@ -235,7 +240,7 @@ def swiglu(
     w3: Float[Tensor, " d_ff d_model"],
 ) -> Float[Tensor, " ... d_model"]:
     """See `functional.swiglu`."""
-    if _takes_cpu_operators(x, w1, w2, w3):
+    if takes_cpu_operators(x, w1, w2, w3):
         return cpu_operators.swiglu(x, w1, w2, w3)
     if (operators := operators_for(x)) is None:
         return functional.swiglu(x, w1, w2, w3)
@@ -246,7 +251,7 @@ def rms_norm(
     x: Float[Tensor, " ... d_model"], weight: Float[Tensor, " d_model"], eps: float
 ) -> Float[Tensor, " ... d_model"]:
     """See `functional.rms_norm`. Triton's kernels have none: torch.compile fuses the plain function."""
-    return (cpu_operators if _takes_cpu_operators(x, weight) else functional).rms_norm(x, weight, eps)
+    return (cpu_operators if takes_cpu_operators(x, weight) else functional).rms_norm(x, weight, eps)
 
 
 def linear_cross_entropy(
@@ -258,7 +263,7 @@ def linear_cross_entropy(
     num_targets: Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, ""]:
     """See `functional.linear_cross_entropy`. Else than there, the logits of a chunk of rows exist at a time."""
-    if _takes_cpu_operators(x, weight):
+    if takes_cpu_operators(x, weight):
         functional.check_targets(targets, x.shape[:-1], len(weight), ignore_index)
         flat = x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1).long()
         return cpu_operators.linear_cross_entropy(*flat, ignore_index, num_targets)
