@@ -108,7 +108,6 @@ class Tokenizer(TokenizerDefinition):
         """Encode a text. Lone surrogates, which have no UTF-8 form, are encoded as U+FFFD.
 
         Args:
-            text: of any length.
             specials_as_text: whether special tokens in the text are ordinary text.
             offsets: whether to return an `Encoding`, which also says where each token is in the text.
             template: whether to add the tokens that the tokenizer's file has for the beginning and the end of a text
@@ -116,6 +115,7 @@ class Tokenizer(TokenizerDefinition):
             errors: for characters with a byte that has no token: "strict" raises, "replace" encodes U+FFFD.
 
         Raises:
+            TypeError: `text` is not a string.
             InvalidInputError: a byte of the text has no token, the tokens are not the text (`offsets`), or an option is
                 invalid.
         """
@@ -182,6 +182,7 @@ class Tokenizer(TokenizerDefinition):
             uint16 if all ids of the vocabulary fit, else uint32.
 
         Raises:
+            TypeError: `data` has another type.
             InvalidInputError: a byte is not UTF-8 or has no token, or an option is invalid.
         """
         check_errors_option(errors)
@@ -229,12 +230,9 @@ class Tokenizer(TokenizerDefinition):
     ) -> list[list[int]] | list[Encoding]:
         """Encode each of several texts as `encode` does; with kernels, in threads.
 
-        Args:
-            num_threads: see `encode_array`.
-            options: those of `encode`.
-
         Raises:
             TypeError: `texts` is a single text, or one of them is not a string.
+            InvalidInputError: as for `encode`.
         """
         texts, num_threads = check_text_list("texts", texts), resolve_num_threads(num_threads)
         encode: Any = partial(self.encode, **options)
@@ -254,6 +252,10 @@ class Tokenizer(TokenizerDefinition):
 
         The ids are those of the joined text. Memory is bounded by the longest string, the
         longest pre-token and a cache of fixed size.
+
+        Raises:
+            TypeError: an item is not a string.
+            InvalidInputError: a byte of the text has no token.
         """
         return chain.from_iterable(self.encode_stream(iterable, specials_as_text=specials_as_text, errors=errors))
 
@@ -335,6 +337,7 @@ class Tokenizer(TokenizerDefinition):
 
         Args:
             num_bytes: of the text; 0 for a stream of unknown length.
+            num_mapped_bytes: address space that reading the text will need.
 
         Returns:
             The encoder that uses the kernels, or None for the plain path.

@@ -90,10 +90,6 @@ def choose_threads(environment: MutableMapping[str, str], cores: int, quota: flo
     The default, one thread a core that spins for milliseconds while it waits, takes ten times as long where it does
     not have all cores for itself. What the user has set stays. Figures: docs/benchmarks/cpu.md.
 
-    Args:
-        environment: of the process; changed.
-        cores, quota, load: of `machine_state`.
-
     Returns:
         A line that says so; None if nothing is special.
     """

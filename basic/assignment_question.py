@@ -191,7 +191,11 @@ class Corpus(NamedTuple):
         return _train_in_process(self.path, self.vocab_size)
 
     def documents(self, size_bytes: int = 1 << 25) -> list[str]:
-        """Return the complete documents in the first `size_bytes` of the file."""
+        """Return the complete documents in the first `size_bytes` of the file.
+
+        Raises:
+            InvalidInputError: no document is complete.
+        """
         with open(self.path, "rb") as file:
             documents = file.read(size_bytes).split(SEPARATOR.encode())
             if file.read(1):

@@ -47,7 +47,12 @@ def invalid_byte_error(
     lacks_token: bool = False,
     max_pretoken_bytes: int | None = None,
 ) -> InvalidInputError:
-    """The error for the byte data[index], which is not UTF-8, has no token, or begins a pre-token that is too long."""
+    """The error for the byte data[index], which is not UTF-8, has no token, or begins a pre-token that is too long.
+
+    Args:
+        lacks_token: whether the vocabulary has no token for the byte.
+        max_pretoken_bytes: the limit, if the pre-token that begins here is longer.
+    """
     if max_pretoken_bytes is not None:
         beginning = data[index : index + 40].tobytes().decode(errors="replace")
         return InvalidInputError(
@@ -124,7 +129,11 @@ def to_printable(token: bytes) -> str:
 
 
 def from_printable(printable: str) -> bytes:
-    """Convert a printable form to its token."""
+    """Convert a printable form to its token.
+
+    Raises:
+        KeyError: a character stands for no byte.
+    """
     try:
         return printable.translate(_printable_to_latin1()).encode("latin-1")
     except UnicodeEncodeError as error:
@@ -149,8 +158,12 @@ def load_vocab(path: str | os.PathLike, content: bytes | None = None) -> dict[in
     A token with a character that stands for no byte (a space, for example) is a special token that another program
     wrote as plain text; it is read as that text.
 
+    Args:
+        content: the file's content, if it has been read already.
+
     Raises:
         DamagedFileError: the file is not such a vocabulary.
+        OSError: the file cannot be read.
     """
     name = os.fspath(path)
     entries = load_json(path, content, object_pairs_hook=tuple)
@@ -184,8 +197,12 @@ def load_merges(path: str | os.PathLike, content: bytes | None = None) -> list[t
 
     Only a first line that starts with "#version" is skipped; "# #" is a merge like any other.
 
+    Args:
+        content: the file's content, if it has been read already.
+
     Raises:
         DamagedFileError: a line is not two printable tokens with one space between them; the message has its number.
+        OSError: the file cannot be read.
     """
     name = os.fspath(path)
     lines = read_text_file(path, content).rstrip("\r\n").split("\n")

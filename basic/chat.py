@@ -52,7 +52,6 @@ class ChatFormat:
 
     Args:
         tokenizer: with its chat template; without one, conversations are plain text with the roles as headings.
-        end_of_text: the special token that ends an answer in the plain template.
 
     Raises:
         InvalidInputError: the tokenizer has neither a template nor this special token, or the template is not valid.
@@ -75,7 +74,11 @@ class ChatFormat:
         self._render = _plain_template(end_of_text) if template is None else _jinja_template(template, self._mark)
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """The text of a conversation up to where the assistant's next answer begins."""
+        """The text of a conversation up to where the assistant's next answer begins.
+
+        Raises:
+            InvalidInputError: as for `parts`.
+        """
         return self._text(messages, True).replace(self._mark, "")
 
     def fitting_prompt(self, messages: Sequence[Message], max_tokens: int) -> tuple[str, int]:
@@ -85,6 +88,9 @@ class ChatFormat:
 
         Returns:
             The prompt, and how many messages were left out.
+
+        Raises:
+            InvalidInputError: as for `parts`.
         """
         kept, num_first = list(messages), int(bool(messages) and messages[0].get("role") == "system")
         prompt = self.prompt(kept)
@@ -135,7 +141,11 @@ class ChatFormat:
         return [(part, is_learned) for part, is_learned in [*parts, (text[end:], False)] if part]
 
     def encode(self, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of a conversation, and their mask, uint8 (see `basic.tokens.info.mask_path`)."""
+        """The ids of a conversation, and their mask, uint8 (see `basic.tokens.info.mask_path`).
+
+        Raises:
+            InvalidInputError: as for `parts`.
+        """
         parts = [(self.tokenizer.encode(text), is_learned) for text, is_learned in self.parts(messages)]
         ids = np.concatenate([np.empty(0, np.int64), *(part for part, _ in parts)]).astype(np.int64)
         lengths, learned = [len(part) for part, _ in parts], [is_learned * IS_LEARNED for _, is_learned in parts]
@@ -192,9 +202,7 @@ def encode_conversations(
         inputs: JSON lines, each an object with "messages", in any form that `basic.encoding.encode_file` takes.
         output_path: path of the token file, `*.bin`; the mask is beside it (see `basic.tokens.info.mask_path`). Another
             name is the folder of a dataset, with a token file for each input; the same call resumes it.
-        end_of_text: as for `ChatFormat`.
         on_bad_line: "error", or "skip" for leaving out lines that are no conversations.
-        overwrite, progress: as for `basic.encoding.encode_file`.
         dataset: `executor`, `start_over` and `num_workers` of `basic.encoding.encode_files`.
 
     Returns:
@@ -203,6 +211,7 @@ def encode_conversations(
     Raises:
         InvalidInputError: a line is no conversation; the message names it. Or no conversation of a file has a learned
             token.
+        FileExistsError, BlockingIOError, DamagedFileError, OSError: as for `encode_file` and `encode_files`.
     """
     settings: dict[str, Any] = {"end_of_text": end_of_text, "on_bad_line": on_bad_line}
     if Path(output_path).suffix != ".bin" or dataset.get("executor") is not None:

@@ -132,6 +132,10 @@ def encode_file(
     Raises:
         InvalidInputError: the text is not UTF-8 (the message names the byte offset) or has a byte without a token, or
             an input is also the output or its sidecar.
+        FileExistsError: the output or its sidecar exists, and is not a token file or not to be overwritten.
+        BlockingIOError: another process writes the output.
+        DamagedFileError: a compressed input is damaged.
+        OSError: a file cannot be read or written.
     """
     encoding = ShardEncoding(
         num_threads=resolve_num_threads(num_threads),
@@ -188,6 +192,9 @@ def encode_files(
     Raises:
         InvalidInputError: the text is not UTF-8 or has a byte without a token, the folder holds other work, or an input
             is also an output.
+        FileExistsError: the folder holds files with the names of outputs that are not of a dataset.
+        DamagedFileError: a compressed input is damaged.
+        OSError: a file cannot be read or written, or workers died (ChildProcessError).
     """
     output = Path(output)
     num_workers = check_size("num_workers", default_num_workers() if num_workers is None else num_workers)

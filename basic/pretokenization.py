@@ -54,6 +54,7 @@ class SpecialTokens:
         longest_first_bytes: in UTF-8, sorted by the number of characters.
 
     Raises:
+        TypeError: a special token is not a string, or one string is given instead of a list.
         InvalidInputError: a special token is empty, given twice, or has a lone surrogate.
     """
 
@@ -116,7 +117,11 @@ def replace_surrogates(text: str) -> str:
 
 
 def replace_surrogates_in_stream(texts: Iterable[str]) -> Iterator[str]:
-    """The same for a text that arrives as a stream of strings, where a string may end inside a pair of surrogates."""
+    """The same for a text that arrives as a stream of strings, where a string may end inside a pair of surrogates.
+
+    Raises:
+        TypeError: an item is not a string.
+    """
     first_half = ""  # a high surrogate at the end of a string, the first half of a possible pair
     for text in texts:
         check_text(text)
@@ -236,6 +241,9 @@ def divide_stream(
     Args:
         pattern: if it has no automaton, the text between two special tokens is held back.
         characters: to wait for before a text is divided.
+
+    Raises:
+        InvalidInputError: a pre-token is much longer than any that can be encoded.
     """
     held, size, enough = [], 0, 0
     for text in texts:

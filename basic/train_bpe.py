@@ -65,6 +65,8 @@ def train_bpe(
     Raises:
         InvalidInputError: `vocab_size` or another number is too small, a special token is empty or given twice, or the
             text is not UTF-8.
+        TypeError: `vocab_size` is not an integer, or a special token is not a string.
+        OSError: a file cannot be read.
 
     Source: Sennrich et al. 2016, over bytes with the pre-tokens of Radford et al. 2019; assignment, BPE training.
     """
@@ -108,7 +110,6 @@ def learn_more_merges(
         num_merges: the largest number of merges to learn, at least 0; there are fewer if no pair is left.
         merges: of the tokenizer, in order; if several make the same token, those that are used
             (`Tokenizer.used_merges.merges`).
-        pattern: of the tokenizer (`Tokenizer.pattern`).
 
     Returns:
         The new merges, in order.
@@ -140,7 +141,6 @@ def merges_from_counts(
     Args:
         counts: pre-token to count, at least 0.
         num_merges: the largest number of merges, at least 0; there are fewer if no pair is left.
-        first_merges: applied first; not among the results.
         max_token_bytes: no longer token is learned, at least 1; by default there is no limit.
         kernels: whether to use compiled code; by default if there are many pre-tokens. The result is the same.
 
@@ -150,6 +150,7 @@ def merges_from_counts(
     Raises:
         InvalidInputError: a number is too small, several first merges make a token that another needs before, or there
             are too many pre-tokens.
+        TypeError: a pre-token is not bytes.
 
     Examples:
         >>> merges_from_counts({b"low": 5, b"lower": 2, b"widest": 3, b"newest": 6}, 3)
@@ -213,6 +214,9 @@ def arrays_for_kernels(
 
     Returns:
         The counts as arrays, or None for the plain path: there are few pre-tokens, or the counts are too large.
+
+    Raises:
+        InvalidInputError: there are too many pre-tokens.
     """
     if kernels is False:
         return None

@@ -41,6 +41,7 @@ def plot_losses(runs: Mapping[str, Records], path: str | os.PathLike, *, floor_n
     Raises:
         InvalidInputError: a run has no records, or the format is unknown.
         FileExistsError: the file exists and is no picture that this library drew.
+        OSError: the file cannot be written.
     """
     check_outputs([picture_output(path)], overwrite=True)
     for label, records in runs.items():
@@ -90,7 +91,12 @@ def plot_losses(runs: Mapping[str, Records], path: str | os.PathLike, *, floor_n
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
-    """Write a picture atomically, in the format of its suffix, with a title by which `picture_output` recognises it."""
+    """Write a picture atomically, in the format of its suffix, with a title by which `picture_output` recognises it.
+
+    Raises:
+        InvalidInputError: the format is unknown.
+        OSError: the file cannot be written.
+    """
     image_format = Path(path).suffix.removeprefix(".").lower() or "png"
     metadata: dict[str, Any] = {"Title": _TITLE} if image_format in ("png", "svg", "pdf") else {}
     if image_format == "svg":

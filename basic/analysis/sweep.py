@@ -87,9 +87,6 @@ class RunResult:
 def read_sweep(path: str | os.PathLike, *, small: bool = False) -> list[SweepRun]:
     """Read the runs of a sweep file.
 
-    Args:
-        small: apply the [small] table.
-
     Raises:
         FileNotFoundError: the file, or the configuration file that it names, does not exist.
         InvalidConfigError: the file is not TOML, a key is unknown or missing, or a value is out of its range.
@@ -132,11 +129,14 @@ def run_sweep(
     Args:
         folder: holds one folder per run, and table.md, which is rewritten after every run; created if missing.
         open_data: opens the data of a run; called once for consecutive runs with the same data.
-        report: called with one line per finished run.
+        train: trains a run, as `basic.training.loop.train`.
 
     Raises:
         InvalidConfigError: a run's folder holds a run with another configuration; or as for `train`.
+        DamagedFileError: an outcome.json is damaged.
         FileExistsError: table.md, final_loss.png or loss.png is not one of a sweep.
+        BlockingIOError: another process trains this sweep.
+        KeyboardInterrupt: a signal arrived; the current run has been saved.
     """
     from basic.analysis.plotting import picture_output
 

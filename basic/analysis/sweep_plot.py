@@ -22,6 +22,10 @@ def plot_final_losses(runs: Sequence[SweepRun], results: Sequence[RunResult], pa
     """Draw the final loss over the number that changes most often, a line for each combination of other settings.
 
     Runs that diverged, or know less than nothing, are crosses at the top. Where no number changes, each run is a bar.
+
+    Raises:
+        InvalidInputError: the format is unknown.
+        OSError: the file cannot be written.
     """
     key, series = _series(runs, results)
     figure = Figure(figsize=(9, 5.5 if key else 1.2 + 0.4 * len(results)), layout="constrained")

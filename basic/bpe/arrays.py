@@ -30,8 +30,6 @@ class InvalidByteError(ValueError):
     """A byte that is not UTF-8, or that has no token, or that begins a pre-token that is too long to merge.
 
     Attributes:
-        offset: the index of the byte in the data.
-        lacks_token: whether the byte has no token.
         max_pretoken_bytes: the limit, if the byte begins such a pre-token.
     """
 

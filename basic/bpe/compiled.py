@@ -203,7 +203,14 @@ class KernelEncoder:
         return [None if pair[0] < 0 else pair for pair in pairs]
 
     def encode_list(self, data: np.ndarray, specials_as_text: bool) -> list[int]:
-        """Encode a text to a list of ids."""
+        """Encode a text to a list of ids.
+
+        Args:
+            specials_as_text: whether special tokens in the text are ordinary text.
+
+        Raises:
+            InvalidByteError: a byte is not UTF-8 or has no token.
+        """
         encoder = self._take_encoder()
         ids = encoder.encode(data, 0, len(data), self._no_specials if specials_as_text else self._specials).tolist()
         self._idle.append(encoder)

@@ -45,7 +45,6 @@ class MergeRules(NamedTuple):
     Attributes:
         byte_ids: byte to id; bytes without a token are missing.
         ranks: pair of ids to the rank of its merge.
-        results: the id that each merge produces, by rank.
         one_at_a_time: whether the lowest rank is looked for again after each single merge, as other programs do.
             Otherwise a merge is applied at all its positions first, as GPT-2 does. Only a merge that comes before those
             that produce its two tokens makes a difference.
@@ -102,6 +101,7 @@ def number_merges(merges: Iterable[tuple[bytes, bytes]]) -> NumberedMerges:
     same result have one token; a merge that is given again counts once.
 
     Raises:
+        TypeError: a merge is not a pair of bytes.
         ValueError: several merges make a token, and not all of them come before those that need it.
     """
     waiting: dict[bytes, list[tuple[int, bytes, bytes]]] = defaultdict(list)  # for a token that no merge has made yet
@@ -143,6 +143,7 @@ def merge_rules(ids: dict[bytes, int], merges: Iterable[tuple[bytes, bytes]]) ->
         merges: pairs of tokens, the lowest rank first; of two equal merges the first one counts.
 
     Raises:
+        TypeError: a merge is not a pair of bytes.
         ValueError: a merge needs a token that has no id.
     """
     ranks: dict[Pair, int] = {}
@@ -184,6 +185,9 @@ def is_pair_of_bytes(merge: object) -> bool:
 class PretokenCache(dict[str, tuple[int, ...]]):
     """Maps each pre-token to its ids, which are computed at the first lookup. A full cache is emptied.
 
+    Args:
+        max_pretokens: the largest number of pre-tokens in the cache.
+
     Raises:
         ValueError: (at a lookup) a byte of the pre-token has no token, or the pre-token is too long.
     """
@@ -218,6 +222,7 @@ class PretokenCache(dict[str, tuple[int, ...]]):
 
         Raises:
             InvalidByteError: a byte has no token; it has the index of the first one in the joined pre-tokens.
+            ValueError: a pre-token is too long.
         """
         try:
             return list(chain.from_iterable(map(self.__getitem__, pretokens)))
@@ -232,11 +237,10 @@ class PretokenCache(dict[str, tuple[int, ...]]):
 
 
 def apply_merges(ids: list[int], ranks: PairRanks, results: Sequence[int], one_at_a_time: bool = False) -> list[int]:
-    """Apply merges to a pre-token: the lowest rank first, from left to right, until none applies.
+    """Apply merges to a pre-token, in place: the lowest rank first, from left to right, until none applies.
 
-    Args:
-        ids: of the bytes of the pre-token; modified.
-        ranks, results, one_at_a_time: see `MergeRules`.
+    Returns:
+        The ids of the pre-token.
 
     Source: Sennrich et al. 2016, algorithm 1, applied to one word.
     """

@@ -17,7 +17,6 @@ class Encoding(NamedTuple):
     """The ids of a text, and the span of each token: the offset where it begins, and that where it ends.
 
     Attributes:
-        ids: of the tokens.
         char_spans: `text[start:stop]` has the characters of which the token has at least one byte. So several tokens
             have the same span if they share a character.
         byte_spans: in the UTF-8 bytes of the text, where each surrogate without its other half is U+FFFD. Each span
@@ -36,7 +35,6 @@ def find_spans(
     """Find the spans of tokens.
 
     Args:
-        text: may have surrogates.
         data: the UTF-8 bytes of the text, or of what it was changed to before it was split: those of all tokens.
         token_sizes: the number of bytes of each token, at least 1.
         origins: if it was changed, for each character of `data` the span of those of the text that it was made of, and

@@ -23,7 +23,11 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def decode(self, ids: int | Iterable[int]) -> str:
-        """Return the text that is complete with the next id or ids, which may be empty."""
+        """Return the text that is complete with the next id or ids, which may be empty.
+
+        Raises:
+            TypeError, InvalidInputError: as for `Tokenizer.decode`.
+        """
         ids = [*ids] if isinstance(ids, Iterable) else [ids]
         return self._utf8.decode(self._decode_bytes(ids))
 

@@ -119,15 +119,16 @@ def train_text(
     Args:
         text: a file, a glob or a folder, or several.
         output: the run folder; by default runs/ and the name of the text.
-        minutes: of the training.
         valid_fraction: share of the text for validation, see `basic.commands.prepare_text`.
         data: gets a folder with the tokenizer and the tokens of the text; with the same text they are used again.
-        vocab_size, depth: None to choose them.
         recipe: `modern`, or `handout`, whose models can be exported as a Llama.
+        progress: print what is chosen, and show the progress.
         confirm: ask a person at a terminal before a training of more than an hour.
 
     Raises:
         InvalidInputError: the text is too short, or an argument is out of its range.
+        FileNotFoundError: there is no such file.
+        FileExistsError: `output` contains a run.
     """
     texts = [os.fspath(each) for each in ([text] if isinstance(text, str | os.PathLike) else text)]
     if not 0 < minutes < float("inf"):

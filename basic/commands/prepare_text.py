@@ -58,6 +58,7 @@ def prepare_text(
 
     Raises:
         InvalidInputError: an input is no text or has none, or is no local file, or a setting is out of its range.
+        FileNotFoundError: there is no such file.
     """
     if not 0 < valid_fraction <= 0.5:
         raise InvalidInputError(f"valid_fraction must be above 0 and at most 0.5, got {valid_fraction}")

@@ -30,7 +30,12 @@ def check_integer(name: str, value: Any) -> int:
 
 
 def check_size(name: str, value: Any) -> int:
-    """Return a size as an int; it is an InvalidInputError if it is less than 1."""
+    """Return a size as an int; it is an InvalidInputError if it is less than 1.
+
+    Raises:
+        TypeError: it is not an integer.
+        InvalidInputError: it is less than 1.
+    """
     if (size := check_integer(name, value)) < 1:
         raise InvalidInputError(f"{name} must be at least 1, got {size}")
     return size
@@ -101,9 +106,10 @@ def id_list(name: str, ids: Any) -> list[int]:
 
 
 def id_array(name: str, ids: Any) -> Any:
-    """Return token ids as an array: a list or a tensor is converted, an array or a token dataset is returned as it is.
+    """Return token ids as an array; an array or a token dataset is returned as it is.
 
     Raises:
+        TypeError: it is something else.
         InvalidInputError: it is not one-dimensional, or does not have an integer dtype.
     """
     if isinstance(ids, list | tuple):

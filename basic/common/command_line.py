@@ -146,7 +146,11 @@ def _set_help_texts(options: Any) -> None:
 
 
 def parse_integer(text: str) -> int:
-    """Convert a text to an integer, also a whole number with an exponent: "1e5" is 100000."""
+    """Convert a text to an integer, also a whole number with an exponent: "1e5" is 100000.
+
+    Raises:
+        ValueError: the text is not a whole number.
+    """
     with suppress(ValueError):
         return int(text)
     with suppress(ValueError):

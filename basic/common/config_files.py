@@ -35,6 +35,7 @@ def load_config(
         complete: called with the table of the file, to which it may add settings.
 
     Raises:
+        FileNotFoundError: the file does not exist.
         InvalidConfigError: the file is not TOML, a key is unknown or missing, or a value has the wrong type or is out
             of its range; the message starts with the file's path.
     """
@@ -54,7 +55,13 @@ def toml_path(path: str | os.PathLike, what: str) -> Path:
 
 
 def load_table(path: str | os.PathLike, what: str) -> dict[str, Any]:
-    """Read a TOML file."""
+    """Read a TOML file.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        InvalidConfigError: the file is not TOML.
+        OSError: it cannot be read.
+    """
     try:
         return tomllib.loads(decode_utf8(read_file(toml_path(path, what))))
     except FileNotFoundError:
@@ -85,7 +92,11 @@ def to_table(config: Any) -> dict[str, Any]:
 
 
 def flatten_settings(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested tables into one, with dotted keys: {"train": {"lr": 1}} becomes {"train.lr": 1}."""
+    """Flatten nested tables into one, with dotted keys: {"train": {"lr": 1}} becomes {"train.lr": 1}.
+
+    Raises:
+        InvalidConfigError: `table` is not a table.
+    """
     if not isinstance(table, Mapping):
         raise InvalidConfigError(f"a table of settings is needed, got {table!r}")
     settings: dict[str, Any] = {}
@@ -111,6 +122,9 @@ def setting_label(key: str, value: Any) -> str:
 
 def from_table(cls: type[T], table: dict[str, Any], prefix: str = "") -> T:
     """Build a dataclass from nested dictionaries.
+
+    Args:
+        prefix: the table's dotted name and a dot, for messages.
 
     Raises:
         InvalidConfigError: a key is unknown or missing, or a value has the wrong type or is out of its range.
@@ -142,6 +156,7 @@ def check_fields(config: Any, *, may_be_infinite: Collection[str] = ()) -> None:
         may_be_infinite: names of fields whose number may be infinite; no number may be NaN.
 
     Raises:
+        TypeError: a value has another type.
         InvalidConfigError: a value is none of the choices that a Literal lists, or a number is not finite.
     """
     hints = _hints(type(config))

@@ -33,13 +33,13 @@ def atomic_set(folder: str | os.PathLike, names: Iterable[str]) -> Generator[dic
 
     Args:
         folder: must exist; it is locked during the block.
-        names: of all files that the set may have.
 
     Yields:
         The path at which the block writes the file of each name. A file that it does not write is not in the new set.
 
     Raises:
         BlockingIOError: another process writes the set.
+        OSError: a file cannot be written.
     """
     folder, names = Path(os.path.realpath(folder)), list(names)
     with FolderLock(folder):
@@ -70,6 +70,7 @@ def read_set(folder: str | os.PathLike, names: Iterable[str]) -> dict[str, bytes
 
     Raises:
         DamagedFileError: the files are not those that were written; the message says how to accept them.
+        OSError: a file cannot be read.
     """
     folder, names = Path(folder), list(names)
     for _ in range(_ATTEMPTS - 1):
@@ -100,6 +101,9 @@ def write_checksums(folder: str | os.PathLike, names: Iterable[str]) -> None:
 
 def check_checksums(folder: str | os.PathLike, contents: Mapping[str, bytes]) -> None:
     """Compare the contents of files with the `checksums.json` of their folder; without one, every content is right.
+
+    Args:
+        contents: file name to content, of all files of the set that exist.
 
     Raises:
         DamagedFileError: a file has changed, is missing, or is not in the set.

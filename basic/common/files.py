@@ -38,6 +38,13 @@ def atomic_write(path: str | os.PathLike) -> Generator[BinaryIO]:
 
     Args:
         path: the file to create or replace; its folder must exist.
+
+    Yields:
+        A binary file object opened for writing.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        OSError: `path` is a folder, or not a regular file.
     """
     with atomic_paths(path) as (temporary,), open(temporary, "xb") as file:
         yield file
@@ -60,6 +67,10 @@ def atomic_paths(*paths: str | os.PathLike) -> Generator[tuple[Path, ...]]:
 
     Yields:
         One path for each of `paths`; no file exists there yet, and the block must create it.
+
+    Raises:
+        FileNotFoundError: a folder does not exist.
+        OSError: one of `paths` is a folder, or not a regular file.
     """
     targets = [_resolve(path) for path in paths]
     folders = {target.parent for target in targets}
@@ -102,6 +113,10 @@ def atomic_folder(path: str | os.PathLike) -> Generator[Path]:
     Args:
         path: the folder to create; it must not exist, and its parent must. A symbolic link to a folder that does not
             exist is written through.
+
+    Raises:
+        FileExistsError: `path` exists.
+        FileNotFoundError: its parent does not exist.
     """
     target = _resolve(path)
     if target.exists():
@@ -223,7 +238,11 @@ def sync_file(path: Path, flags: int = os.O_RDWR) -> None:
 
 
 def check_path(path: str | os.PathLike) -> None:
-    """Raise InvalidInputError if a path cannot be one on this system: with NUL or lone surrogates in it."""
+    """Raise InvalidInputError if a path cannot be one on this system: with NUL or lone surrogates in it.
+
+    Raises:
+        InvalidInputError: it cannot.
+    """
     try:
         is_possible = b"\0" not in os.fsencode(path)
     except UnicodeEncodeError:
@@ -236,8 +255,10 @@ def check_regular_file(path: str | os.PathLike) -> None:
     """Check that a file can be read from its beginning to its end; opening a pipe that nobody writes would wait.
 
     Raises:
-        OSError: it cannot: it does not exist, or is a folder, a pipe, a socket or a device.
+        FileNotFoundError: it does not exist.
+        IsADirectoryError: it is a folder.
         InvalidInputError: it cannot be a path.
+        OSError: it is something else, such as a pipe, a socket or a device.
     """
     check_path(path)
     try:
@@ -253,7 +274,11 @@ def check_regular_file(path: str | os.PathLike) -> None:
 
 
 def open_file(path: str | os.PathLike) -> io.BufferedReader:
-    """Open a file for reading; every file of a user is opened by this."""
+    """Open a file for reading; every file of a user is opened by this.
+
+    Raises:
+        OSError: it cannot be opened, or is not a regular file (`check_regular_file`).
+    """
     check_regular_file(path)
     return open(path, "rb")
 
@@ -280,6 +305,9 @@ def read_text_file(path: str | os.PathLike, content: bytes | None = None) -> str
 
     Newlines are not translated. (Text to train on or to encode is read by `basic.corpus.sources`.)
 
+    Args:
+        content: the file's content, if it has been read already.
+
     Raises:
         DamagedFileError: the file is not UTF-8; the message names the file and the byte offset.
     """
@@ -295,7 +323,14 @@ def decode_utf8(content: bytes) -> str:
 
 
 def load_json(path: str | os.PathLike, content: bytes | None = None, **options: Any) -> Any:
-    """Read a JSON file, or parse its content if that has been read already; options are those of `json.loads`."""
+    """Read a JSON file, or parse its content if that has been read already; options are those of `json.loads`.
+
+    Args:
+        content: the file's content, if it has been read already.
+
+    Raises:
+        DamagedFileError: the file is not JSON; the message names the file and the line.
+    """
     try:
         # Of bytes, json.loads skips a byte order mark itself.
         return json.loads(read_file(path) if content is None else content, **options)

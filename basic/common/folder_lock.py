@@ -91,6 +91,10 @@ class _Lock:
 class FolderLock(_Lock):
     """The lock of a folder, which must exist.
 
+    Raises:
+        BlockingIOError: another process, or this one, holds the lock; the message names it.
+        OSError: the folder cannot be written.
+
     Examples:
         >>> with FolderLock("runs/my"):
         ...     write_into("runs/my")
@@ -104,6 +108,9 @@ class OutputLock(_Lock):
     """The lock of a file or folder that need not exist; the folder that it is in must.
 
     It is another lock than the `FolderLock` of the same folder.
+
+    Raises:
+        BlockingIOError, OSError: as for `FolderLock`.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:

@@ -54,6 +54,7 @@ def check_outputs(
     Raises:
         InvalidInputError: an output is also an input, or cannot be a path.
         FileExistsError: an output exists, and is not ours or not to be replaced.
+        OSError: a folder exists where a file is to be written, or the reverse.
     """
     read, outputs = {_identity(path) for path in inputs} - {None}, list(outputs)
     for output in outputs:
@@ -113,6 +114,7 @@ def reserved_outputs(
 
     Raises:
         BlockingIOError: another process, or an outer block, has reserved an output; the message names it.
+        InvalidInputError, OSError: as for `check_outputs`, whose arguments these are.
     """
     outputs = list(outputs)
     check = partial(check_outputs, outputs, inputs=list(inputs), overwrite=overwrite)
@@ -133,6 +135,10 @@ def write_output(output: Output, *, overwrite: bool = True) -> Generator[BinaryI
 
     Args:
         overwrite: False: a file that is ours is not replaced either.
+
+    Raises:
+        BlockingIOError, FileExistsError: as for `reserved_outputs`.
+        OSError: as for `atomic_write`.
     """
     with reserved_outputs([output], overwrite=overwrite), atomic_write(output.path) as file:
         yield file

@@ -19,7 +19,11 @@ def default_num_workers() -> int:
 
 
 def resolve_num_threads(num_threads: int | None) -> int:
-    """The number of threads, by default one for each processor that this process may use."""
+    """The number of threads, by default one for each processor that this process may use.
+
+    Raises:
+        InvalidInputError: the number is less than 1.
+    """
     return default_num_workers() if num_threads is None else check_size("num_threads", num_threads)
 
 

@@ -60,7 +60,11 @@ def write_table(
 
 
 def read_table(path: str | os.PathLike, *, sha256: str | None = None) -> Iterator[PretokenCounts]:
-    """Read the blocks of a table, one at a time."""
+    """Read the blocks of a table, one at a time.
+
+    Raises:
+        DamagedFileError: the file does not have the given SHA-256.
+    """
     if sha256 is not None and sha256_of_file(path) != sha256:
         raise DamagedFileError(f"{os.fspath(path)!r} has changed since it was written; run again, which makes it again")
     with open_file(path) as file:
@@ -72,7 +76,14 @@ def read_table(path: str | os.PathLike, *, sha256: str | None = None) -> Iterato
 def merge_tables(
     tables: Sequence[Iterable[PretokenCounts]], *, kernels: bool, fan_in: int = FAN_IN
 ) -> Iterator[PretokenCounts]:
-    """Merge sorted tables into one; a pre-token's counts are summed."""
+    """Merge sorted tables into one; a pre-token's counts are summed.
+
+    Args:
+        kernels: whether to sort with compiled code; the result is the same.
+
+    Yields:
+        The blocks of the merged table.
+    """
     while len(tables) > fan_in:
         groups = [tables[start : start + fan_in] for start in range(0, len(tables), fan_in)]
         tables = [merge_tables(group, kernels=kernels, fan_in=fan_in) for group in groups]

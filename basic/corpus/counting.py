@@ -76,6 +76,10 @@ class CountingOptions:
     """How pre-tokens are counted.
 
     The counts depend only on `errors`, and only those of text that is not UTF-8; `min_count` filters them.
+
+    Raises:
+        TypeError: an option has another type.
+        InvalidInputError: a number is less than 1, or `errors` has another value.
     """
 
     executor: Executor | None = None
@@ -161,6 +165,8 @@ def build_count_table(
 
     Raises:
         InvalidInputError: the text is not UTF-8 (the message names the byte offset), or the folder holds other work.
+        DamagedFileError: a compressed input or a table is damaged.
+        OSError: a file cannot be read, or workers died (ChildProcessError).
     """
     pattern = resolve_pattern(pattern)
     if options.executor is not None or options.work_folder is not None:

@@ -52,10 +52,12 @@ def read_json_lines(file: ContentReader, field: str, suffix: str, *, errors: str
 
     Args:
         suffix: the end of its name, without that of a compression.
+        errors: "strict", or "replace" for U+FFFD instead of bytes that are not UTF-8.
         bad_lines: what happens to a line that is too long or no JSON object with a string under the field.
 
     Raises:
         InvalidInputError: a line is bad (see `BadLines`), or the file holds something else.
+        DamagedFileError: the file is damaged.
     """
     remedy = ""
     if suffix == ".json":
@@ -100,6 +102,10 @@ def read_lines(file: ContentReader, bad_lines: BadLines) -> Iterator[tuple[int, 
 def parse_json_line(line: bytes, field: str, name: str, offset: int, *, errors: str, remedy: str = "") -> str:
     """Return the document of a line of JSON lines.
 
+    Args:
+        errors: "strict", or "replace" for U+FFFD instead of bytes that are not UTF-8.
+        remedy: the end of the message for what is no JSON object.
+
     Raises:
         InvalidInputError: the line is not JSON, or has no string under the field.
     """
@@ -142,10 +148,12 @@ def read_parquet(file: Any, name: str, field: str, *, errors: str, bad_lines: Ba
     """Read the documents of a Parquet table. In memory are some rows of one column, however large a row group is.
 
     Args:
+        file: open for reading, in binary, at any offset.
         field: of the document: a column, also inside of structs.
 
     Raises:
         InvalidInputError: pyarrow is not installed, no column of texts has this name, or a row is bad.
+        DamagedFileError: the file is not a Parquet table.
     """
     try:
         import pyarrow

@@ -29,7 +29,13 @@ REMOTE_BLOCK_BYTES = 1 << 23  # a round trip costs as much time as a megabyte or
 
 
 def file_size_bytes(path: str | os.PathLike) -> int:
-    """Return the size of a regular file."""
+    """Return the size of a regular file.
+
+    Raises:
+        FileNotFoundError: `path` does not exist.
+        IsADirectoryError: `path` is a folder.
+        OSError: `path` is something else, such as a pipe, which can be read only once.
+    """
     check_regular_file(path)
     return os.path.getsize(path)
 
@@ -89,7 +95,11 @@ def _buffered(stream: Any) -> io.BufferedReader:
 
 
 def standard_input() -> io.BufferedReader:
-    """Standard input as a file of bytes, the same each time."""
+    """Standard input as a file of bytes, the same each time.
+
+    Raises:
+        InvalidInputError: there is none.
+    """
     if sys.stdin is None:
         raise InvalidInputError("there is no standard input; give a file")
     return _buffered(sys.stdin.buffer)
@@ -216,6 +226,9 @@ class ContentReader:
 
     Attributes:
         offset: the number of bytes of the content that have been read.
+
+    Raises:
+        DamagedFileError: (also later) the compressed file is incomplete or damaged.
     """
 
     def __init__(self, stored: Any, name: str, compression: str | None) -> None:

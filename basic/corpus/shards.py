@@ -83,7 +83,12 @@ Shard = tuple[Segment, ...]
 
 
 def entire_source(source: TextSource) -> Segment:
-    """Return the segment that covers all of a source."""
+    """Return the segment that covers all of a source.
+
+    Raises:
+        InvalidInputError: the content is not text, as its first bytes show.
+        OSError: the source is not a readable file.
+    """
     source = with_known_content(source)
     size, version = source.size_and_version()
     if not source.is_remote and not source.reads_once:
@@ -203,6 +208,7 @@ def read_segment(
     Args:
         special_tokens, pattern: decide which positions are safe.
         on_read: called with the number of bytes of each block before it is decoded.
+        on_skip: called with the error of each line or row that is left out.
     """
 
     def counted(blocks: Iterable[T], num_bytes: Callable[[T], int]) -> Iterator[T]:
@@ -236,6 +242,7 @@ class ShardChunks:
 
     Args:
         errors: for bytes that are not UTF-8 in a stream: "strict" or "replace". Mapped bytes are not decoded here.
+        on_skip: called with the error of each line or row that is left out.
         change: changes a stream of text, whose chunks then are those of the changed text. Positions where the text may
             be divided are not known before, so the segments must be entire sources.
         on_read: with `change`, called with the number of bytes of each block before it is changed.

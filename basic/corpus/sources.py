@@ -168,7 +168,11 @@ class TextSource(DocumentOptions):
         return isinstance(self.path, Iterator) or self.path == STANDARD_INPUT
 
     def size_and_version(self) -> tuple[int | None, str]:
-        """Return the size in bytes (None if it is not known), and a string that changes with the content."""
+        """Return the size in bytes (None if it is not known), and a string that changes with the content.
+
+        Raises:
+            OSError: the source is not a readable file.
+        """
         if self.reads_once:
             return None, ""
         if not self.is_remote:
@@ -225,7 +229,11 @@ def expand_inputs(inputs: Inputs) -> list[TextSource]:
         inputs: paths, globs, URLs, "-" or `TextSource`s; or one iterator, whose strings are documents.
 
     Raises:
+        TypeError: an input is no path.
         InvalidInputError: no input is given, or one holds no text, as its name or its first bytes say.
+        DamagedFileError: a compressed file is incomplete or damaged.
+        FileNotFoundError: no file matches a glob.
+        OSError: a file whose name does not say what it holds cannot be read.
     """
     sources = []
     for source in _as_sources(inputs):
@@ -267,7 +275,11 @@ def as_source(path: str | os.PathLike | Iterator[str]) -> TextSource:
 
 
 def with_known_content(source: TextSource) -> TextSource:
-    """Return the same source with its `content`; if its name does not say it, its first bytes do."""
+    """Return the same source with its `content`; if its name does not say it, its first bytes do.
+
+    Raises:
+        OSError, DamagedFileError: the file must be read, but cannot.
+    """
     content = source.known_content
     if content is None:
         with source.open_content() as file:
@@ -316,7 +328,11 @@ def warn_of_skipped(records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def check_separator(source: TextSource, special_tokens: Collection[str]) -> None:
-    """Check that the separator of documents is one of the special tokens."""
+    """Check that the separator of documents is one of the special tokens.
+
+    Raises:
+        InvalidInputError: it is not.
+    """
     if source.has_documents and source.end_of_text not in special_tokens:
         raise InvalidInputError(
             f"the documents of {os.fspath(source)!r} are to be joined by {source.end_of_text!r}, which is none of the "
@@ -336,12 +352,16 @@ def read_text_with_marks(
     or the separator itself if special tokens are special in documents, except before the first document of the source.
 
     Args:
+        path: a path, a URL, an iterator or a `TextSource`.
         errors: for bytes that are not UTF-8: "strict" raises, "replace" reads U+FFFD.
+        on_skip: called with the error of each line or row that is left out.
 
     Raises:
         InvalidInputError: the file holds no text, the text is not UTF-8 (the message names the byte offset), or a line
             is too long or not a JSON object with a string under the key (the message names the line). Offsets are
             those of the decompressed content.
+        DamagedFileError: the compressed file is incomplete or damaged.
+        OSError: the file cannot be read.
     """
     source = as_source(path)
     check_name(source, source.content_suffix)
@@ -423,7 +443,11 @@ def _separated_in_text(source: TextSource) -> Iterator[bytes]:
 
 
 def size_of_bom(source: TextSource) -> int:
-    """Return the size of the byte order mark of a plain file, 0 or 3 bytes."""
+    """Return the size of the byte order mark of a plain file, 0 or 3 bytes.
+
+    Raises:
+        InvalidInputError: the file holds no text, as its first bytes show.
+    """
     head = source.read(0, HEAD_BYTES)
     check_head(source, head, source.content_suffix)
     return len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0

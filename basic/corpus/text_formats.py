@@ -28,7 +28,12 @@ HEAD_BYTES = 1 << 12
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentOptions:
-    """How the documents of JSON lines and of Parquet tables are read."""
+    """How the documents of JSON lines and of Parquet tables are read.
+
+    Raises:
+        TypeError: an option has another type.
+        InvalidInputError: an option has another value.
+    """
 
     field: str = "text"
     """JSON lines and Parquet: the key or the column of the text. A dot leads into an object or a struct (data.text),
@@ -147,6 +152,9 @@ def check_name(path: str | os.PathLike, suffix: str) -> None:
 
     Args:
         suffix: the end of the name without that of a compression, in small letters.
+
+    Raises:
+        InvalidInputError: it does.
     """
     for kind in _FORMATS:
         if kind not in (JSON_LINES, PARQUET) and suffix in kind.suffixes:
@@ -159,6 +167,9 @@ def check_head(path: str | os.PathLike, head: bytes, suffix: str) -> None:
     Args:
         head: the first `HEAD_BYTES`, or more.
         suffix: as for `check_name`. A name that ends in .txt says that JSON is plain text, too.
+
+    Raises:
+        InvalidInputError: it does not.
     """
     head = head[:HEAD_BYTES].removeprefix(codecs.BOM_UTF8)
     for kind in _FORMATS:

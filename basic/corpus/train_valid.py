@@ -61,8 +61,15 @@ def split_text(source: str | os.PathLike, folder: str | os.PathLike, *, valid_fr
     the first word there. Only the first half of that range is searched, so that valid.txt does not become too short.
 
     Args:
+        source: UTF-8 text, in any form of `basic.corpus.sources`.
         folder: folder of train.txt and valid.txt; it must exist.
         valid_fraction: fraction of the bytes for valid.txt, between 0 and 1.
+
+    Raises:
+        FileExistsError: train.txt or valid.txt holds another text.
+        FileNotFoundError: there is no such text.
+        InvalidInputError: the text is empty or not valid, or `valid_fraction` is out of range.
+        DamagedFileError: the compressed file is incomplete or damaged.
     """
     if not 0 < valid_fraction < 1:
         raise InvalidInputError(f"valid_fraction must be between 0 and 1, got {valid_fraction}")

@@ -86,8 +86,12 @@ def _end_with_parent() -> None:
 def dask_executor(scheduler: str | None) -> Generator[Executor | None]:
     """Connect to a Dask cluster and yield its executor; None if no scheduler is given.
 
+    Args:
+        scheduler: the address of the scheduler, such as tcp://10.0.0.1:8786.
+
     Raises:
         InvalidInputError: Dask is not installed, or the address is invalid.
+        OSError: the scheduler does not answer.
     """
     if scheduler is None:
         yield None
@@ -133,6 +137,7 @@ class WorkFolder:
     Raises:
         InvalidInputError: the folder holds other work.
         FileExistsError: the folder has a manifest.jsonl that is not of a work folder.
+        BlockingIOError: another process uses the folder.
     """
 
     def __init__(self, path: str | os.PathLike, work: dict[str, Any], *, start_over: bool = False) -> None:

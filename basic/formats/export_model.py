@@ -49,6 +49,7 @@ def export_hf(
     Args:
         model: pre-norm, RoPE and SwiGLU.
         directory: must not exist; its parent folder must.
+        tokenizer: the tokenizer that the model was trained with.
         end_of_text: the special token between documents; it becomes the BOS and EOS token.
         dtype: of the weights in the file; None for the model's.
 
@@ -56,6 +57,7 @@ def export_hf(
         InvalidInputError: a Llama cannot represent the model, or tokenizer.json the tokenizer; the message names the
             setting.
         WrongTokenizerError: the tokenizer has more ids than the model.
+        FileExistsError: the folder exists.
     """
     output = Output(directory, "an export", is_folder=True)
     check_outputs([output])
@@ -137,6 +139,8 @@ def export_gguf(
     Raises:
         InvalidInputError: llama.cpp cannot represent the model or the tokenizer (the message names the setting), or the
             package gguf is missing.
+        WrongTokenizerError: the tokenizer has more ids than the model.
+        FileExistsError: the file exists.
     """
     output = Output(path, "an export")
     check_outputs([output])

@@ -17,7 +17,11 @@ MAGIC = b"GGUF"
 
 
 def load_gguf_package() -> ModuleType:
-    """Import the `gguf` package."""
+    """Import the `gguf` package.
+
+    Raises:
+        InvalidInputError: it is not installed.
+    """
     try:
         import gguf  # imported late: it is an extra
     except ImportError as error:
@@ -42,6 +46,8 @@ class GGUFFile:
         path: of the file; a model in several files cannot be read.
 
     Raises:
+        FileNotFoundError: there is no such file.
+        DamagedFileError: it is incomplete.
         InvalidInputError: the `gguf` package is missing, or the model is in several files.
     """
 
@@ -61,7 +67,11 @@ class GGUFFile:
             )
 
     def tensors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield tensors as float32, one in memory at a time."""
+        """Yield tensors as float32, one in memory at a time.
+
+        Raises:
+            InvalidInputError: the `gguf` package cannot dequantise a tensor's type.
+        """
         wanted = None if names is None else {*names}
         for tensor in self._reader.tensors:
             if wanted is None or tensor.name in wanted:

@@ -33,6 +33,7 @@ def read_gguf_tokenizer(fields: dict[str, Any]) -> Tokenizer:
     """The tokenizer that the fields of a file describe.
 
     Raises:
+        DamagedFileError: a field is missing or damaged.
         InvalidInputError: our tokenizer cannot represent it; the message names the field and its value.
     """
     if (kind := fields.get("tokenizer.ggml.model")) != "gpt2":

@@ -65,6 +65,8 @@ def open_model(
         unpickle: of a folder, read pytorch_model.bin (or its shards) in place of model.safetensors (or its shards).
 
     Raises:
+        FileNotFoundError: a file is missing.
+        DamagedFileError: a file is incomplete or not of its format.
         InvalidInputError: our model cannot represent the model, or our tokenizer the tokenizer (the message names the
             field), a weight does not match the configuration (the message names the tensor), or the package gguf is
             missing.
@@ -102,7 +104,12 @@ def import_run(source: str | os.PathLike, run_dir: str | os.PathLike, **options:
 
     Args:
         source: as for `open_model`.
+        run_dir: must not exist; its parent folder must. It appears when it is complete.
         options: the other arguments of `open_model`.
+
+    Raises:
+        FileNotFoundError, DamagedFileError, InvalidInputError, WrongTokenizerError: as for `open_model`.
+        FileExistsError: the run folder exists.
     """
     check_outputs([Output(run_dir, "a run", is_folder=True)], inputs=[source])
     model, tokenizer, end_of_text = open_model(source, **options)
@@ -125,8 +132,11 @@ def import_pt(path: str | os.PathLike, run_dir: str | os.PathLike, config: RunCo
         config: configuration of the run; the tokenizer that it names is copied.
 
     Raises:
+        FileNotFoundError: the file does not exist.
         DamagedFileError: the file holds more than tensors and plain containers.
         InvalidInputError: the weights do not match `config.model`.
+        WrongTokenizerError: the tokenizer has more ids than the model.
+        FileExistsError: the run folder exists.
     """
     check_outputs([Output(run_dir, "a run", is_folder=True)], inputs=[path])
     tokenizer = Tokenizer.load(config.data.tokenizer) if config.data.tokenizer else None

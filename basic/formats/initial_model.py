@@ -37,6 +37,9 @@ class InitialModel(NamedTuple):
         Args:
             config_path: a TOML file as for a new run, which may leave out the model and what it has of it; None for
                 1,000 steps at a learning rate of 1e-4 that falls to 1e-5.
+
+        Raises:
+            InvalidConfigError: the file is not such a configuration.
         """
         data = {"tokenizer": str(self.tokenizer_path)} if self.tokenizer_path is not None else {}
         ends: dict[str, Any] = {} if self.end_of_text is None else {"end_of_text": self.end_of_text}
@@ -55,7 +58,11 @@ class InitialModel(NamedTuple):
         return load_config(config_path, RunConfig, complete)
 
     def check_tokenizer(self, tokenizer: Tokenizer | None) -> None:
-        """Check that the tokenizer of a run is that of these weights, as far as both are known."""
+        """Check that the tokenizer of a run is that of these weights, as far as both are known.
+
+        Raises:
+            WrongTokenizerError: it is another one.
+        """
         if tokenizer and self.tokenizer and tokenizer.fingerprint != self.tokenizer.fingerprint:
             raise WrongTokenizerError(
                 f"{self.source} was trained with another tokenizer than that of this run, so its weights mean other "
@@ -69,6 +76,10 @@ def open_initial_model(source: str | os.PathLike) -> InitialModel:
     Args:
         source: the folder of a run, for its newest checkpoint; a checkpoint in it (runs/a/checkpoints/step_...); or the
             folder of a model of transformers.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        NotARunError, DamagedFileError, InvalidInputError: as for `load_run` and `open_model`.
     """
     path = Path(source)
     if not path.exists():

@@ -36,6 +36,7 @@ def save_tiktoken(tokenizer: Tokenizer, path: str | os.PathLike, *, overwrite: b
         overwrite: replace a rank file that exists; other files are never replaced.
 
     Raises:
+        FileExistsError: the file exists, and `overwrite` is False.
         InvalidInputError: tiktoken would give other ids (the message has the token), or leave text out: it drops what
             the pattern does not match.
 

@@ -87,6 +87,9 @@ class TokenizerSettings:
         post_processor: that of tokenizer.json, as JSON; it has the tokens that `encode(text, template=True)` adds.
         missing_bytes: only for vocabularies that lack bytes: the options of tokenizer.json for such bytes ("unk_token"
             and so on), which are written back. Here a text with such a byte is an error.
+
+    Raises:
+        InvalidInputError: a value is not one of these.
     """
 
     normalizer: str | None = None
@@ -149,7 +152,6 @@ class ChatTemplate:
     """How a conversation becomes a text: a Jinja template, as transformers keeps it beside a tokenizer.
 
     Attributes:
-        source: the template.
         tokens: the special tokens that it may name, such as "bos_token" and "eos_token".
     """
 
@@ -165,7 +167,6 @@ class TokenizerContent:
         merges: None if the ids are ranks (a rank file of tiktoken).
         special_tokens: in the order of the file, with their ids if the file has them.
         pattern: for the pre-tokens; None is GPT-2's.
-        settings: all else that changes ids.
     """
 
     vocab: dict[int, bytes]

@@ -127,6 +127,7 @@ class TokenizerDefinition(Vocabulary):
         A token that is not in the vocabulary gets the next id after the largest. All other ids stay.
 
         Raises:
+            TypeError: a merge is not a pair of bytes.
             InvalidInputError: a merge needs a token that is not in the vocabulary.
         """
         return self._extended(list(merges), [])
@@ -235,6 +236,8 @@ class TokenizerDefinition(Vocabulary):
 
         Raises:
             DamagedFileError: a file is damaged; the message has the line.
+            InvalidInputError: the files do not belong together, or another argument is invalid.
+            OSError: a file cannot be read.
         """
         vocab, merges = load_vocab(vocab_filepath), load_merges(merges_filepath)
         tokenizer = cls(vocab, merges, special_tokens, pattern=pattern, kernels=kernels)
@@ -260,6 +263,7 @@ class TokenizerDefinition(Vocabulary):
 
         Raises:
             FileExistsError: the folder has files of these names that are not a saved tokenizer.
+            OSError: a file cannot be written.
         """
         write_folder(replace(self.content(), settings=self._decisive_settings), directory)
 
@@ -278,10 +282,12 @@ class TokenizerDefinition(Vocabulary):
                 the published files of these tokenizers, which are known, with their special tokens.
 
         Raises:
+            FileNotFoundError: there is no tokenizer.
             DamagedFileError: a file is damaged or was changed (the message says how to accept it), or the files do not
                 belong together.
             InvalidInputError: the file has something that is not supported (the message has its name), or the pattern
                 is not known.
+            OSError: a file is missing or cannot be read.
         """
         content, is_ours = read_tokenizer(path, pattern=pattern)
         try:
@@ -297,7 +303,11 @@ class TokenizerDefinition(Vocabulary):
 
     @classmethod
     def from_content(cls, content: TokenizerContent) -> Self:
-        """Make a tokenizer of the parts that a file has."""
+        """Make a tokenizer of the parts that a file has.
+
+        Raises:
+            TypeError, InvalidInputError: as for `Tokenizer`.
+        """
         return cls(
             content.vocab,
             content.merges,

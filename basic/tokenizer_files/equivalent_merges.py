@@ -99,7 +99,11 @@ def missing_bytes(tokens: Iterable[bytes]) -> bytes:
 
 
 def check_all_bytes(tokens: Iterable[bytes], name: str) -> None:
-    """Check that each byte of UTF-8 is a token."""
+    """Check that each byte of UTF-8 is a token.
+
+    Raises:
+        InvalidInputError: a byte is missing.
+    """
     if missing := missing_bytes(tokens):
         raise InvalidInputError(
             f"{name} lacks a token for the byte 0x{missing[0]:02x} ({len(missing)} bytes in all), which other "

@@ -35,6 +35,13 @@ def read_tokenizer(path: str | os.PathLike, *, pattern: str | Pattern | None = N
 
     Returns:
         The parts of the tokenizer, and whether this library saved it.
+
+    Raises:
+        FileNotFoundError: there is no tokenizer.
+        DamagedFileError: a file is damaged.
+        InvalidInputError: a file has something that is not supported, or the pattern is not known, or not that of the
+            file.
+        OSError: a file cannot be read.
     """
     path = Path(path)
     is_ours = path.is_dir() and is_our_folder(path)

@@ -32,7 +32,12 @@ _FORMAT = "basic tokenizer settings 1"
 
 
 def write_folder(content: TokenizerContent, directory: str | os.PathLike) -> None:
-    """Write a tokenizer to a folder, which is created if needed."""
+    """Write a tokenizer to a folder, which is created if needed.
+
+    Raises:
+        FileExistsError: the folder has files of these names that are not a saved tokenizer.
+        OSError: a file cannot be written.
+    """
     check_outputs(tokenizer_outputs(directory), overwrite=True)
     make_folder(directory)
     pattern = resolve_pattern(content.pattern)
@@ -53,7 +58,12 @@ def _write_json(value: object, path: Path) -> None:
 
 
 def read_folder(directory: str | os.PathLike) -> TokenizerContent:
-    """Read a tokenizer that `write_folder` wrote."""
+    """Read a tokenizer that `write_folder` wrote.
+
+    Raises:
+        DamagedFileError: a file is damaged or was changed (the message says how to accept it).
+        OSError: a file is missing or cannot be read.
+    """
     folder = Path(directory)
     files = read_set(folder, _FILES)
     special_tokens = load_json(folder / SPECIAL_TOKENS_FILE, files.get(SPECIAL_TOKENS_FILE))

@@ -34,7 +34,11 @@ def require(field: str, value: object, allowed: object) -> None:
 
 
 def check_syntax(pattern: str, name: str) -> None:
-    """Check that a regular expression means the same for the `regex` package and for the `tokenizers` package."""
+    """Check that a regular expression means the same for the `regex` package and for the `tokenizers` package.
+
+    Raises:
+        InvalidInputError: it has syntax with two meanings; the message shows it.
+    """
     position, in_class = 0, False
     while match := (_INSIDE if in_class else _OUTSIDE).search(pattern, position):
         position = match.end()
@@ -59,7 +63,11 @@ def _flat(value: Mapping[str, Any] | None, children: str) -> Iterator[Mapping[st
 
 
 def parse_normalizer(value: Mapping[str, Any] | None) -> str | None:
-    """The normal form of a normaliser: "NFC" or None; a Sequence of nothing is nothing."""
+    """The normal form of a normaliser: "NFC" or None; a Sequence of nothing is nothing.
+
+    Raises:
+        InvalidInputError: another kind of normaliser.
+    """
     kinds = [step["type"] for step in _flat(value, "normalizers")]
     for kind in kinds:
         require("normalizer", kind, "NFC")
@@ -67,7 +75,11 @@ def parse_normalizer(value: Mapping[str, Any] | None) -> str | None:
 
 
 def parse_pre_tokenizer(value: Mapping[str, Any] | None) -> Pattern:
-    """The pattern that is equivalent to the pre-tokenizers."""
+    """The pattern that is equivalent to the pre-tokenizers.
+
+    Raises:
+        InvalidInputError: they are not supported.
+    """
     steps = list(_flat(value, "pretokenizers"))
     kinds = [step["type"] for step in steps]
     if kinds[-1:] != ["ByteLevel"] or not {*kinds[:-1]} <= {"Split", "Digits"}:
@@ -98,7 +110,11 @@ def _parse_split(step: Mapping[str, Any]) -> str:
 
 
 def pre_tokenizer_json(pattern: Pattern) -> dict[str, Any]:
-    """The pre-tokenizers that are equivalent to a pattern."""
+    """The pre-tokenizers that are equivalent to a pattern.
+
+    Raises:
+        InvalidInputError: the `tokenizers` package would interpret it differently.
+    """
     splits = pattern.splits
     use_regex = splits[-1:] == GPT2_PATTERN.splits
     steps: list[dict[str, Any]] = []

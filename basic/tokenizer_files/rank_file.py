@@ -38,11 +38,7 @@ _END_OF_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class PublishedRanks:
-    """What belongs to a published rank file.
-
-    Attributes:
-        pattern: its name in `basic.pretokenization.PATTERNS`.
-    """
+    """What belongs to a published rank file."""
 
     sha256: str
     pattern: str
@@ -126,6 +122,7 @@ def read_rank_file(
     """Read a rank file of tiktoken. As for tiktoken, a pre-token that is a token is not split.
 
     Args:
+        content: the file's content, if it has been read already.
         pattern: None: that of the published file that this is, or whose special tokens it has.
         special_tokens: None: those of the published file that this is.
 
@@ -133,6 +130,7 @@ def read_rank_file(
         DamagedFileError: a line is not a token with its rank (the message has the line), or two lines have the same
             token or rank.
         InvalidInputError: a byte has no token, the pattern is not given and not known, or it is invalid.
+        OSError: the file cannot be read.
     """
     name = os.fspath(path)
     if content is None:
@@ -211,6 +209,7 @@ def write_rank_file(
     Raises:
         InvalidInputError: tiktoken would give other ids (the message has the token), or leave text out: it drops what
             the pattern does not match.
+        OSError: the file cannot be written.
     """
     _check_text(content)
     settings, special = content.settings, dict(content.special_tokens)  # ty: ignore[no-matching-overload]

@@ -57,8 +57,13 @@ def read_tokenizer_json(path: str | os.PathLike, content: bytes | None = None) -
     Added tokens become special tokens, in the order of the file; those that are not marked as special are only not left
     out when special tokens are skipped. Truncation and padding are ignored with a warning.
 
+    Args:
+        content: the file's content, if it has been read already.
+
     Raises:
+        DamagedFileError: the file is not JSON, or a field is missing or has the wrong type.
         InvalidInputError: `Tokenizer` does not support a value; the message has the field.
+        OSError: the file cannot be read.
     """
     fields = load_json(path, content)
     try:
@@ -198,8 +203,12 @@ def _parse_merges(lines: list[Any]) -> list[tuple[bytes, bytes]]:
 def write_tokenizer_json(content: TokenizerContent, used: UsedMerges, path: str | os.PathLike) -> None:
     """Write a tokenizer as `tokenizer.json`.
 
+    Args:
+        content: with ids for the special tokens, and merges.
+
     Raises:
         InvalidInputError: the file format cannot express the tokenizer; the message has the token, merge or pattern.
+        OSError: the file cannot be written.
     """
     settings, special_token_ids = content.settings, dict(content.special_tokens)  # ty: ignore
     if settings.missing_bytes is None:

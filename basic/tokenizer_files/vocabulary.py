@@ -64,7 +64,11 @@ class Vocabulary:
         return frozenset()
 
     def may_use_kernels(self, num_bytes: int, num_mapped_bytes: int = 0) -> bool:
-        """Whether a text should use the kernels."""
+        """Whether a text should use the kernels.
+
+        Args:
+            num_mapped_bytes: address space that reading the text will need.
+        """
         if self.kernels is not None:
             return self.kernels
         return loading.kernels_pay_off("encoding", num_bytes, num_mapped_bytes)
@@ -87,9 +91,9 @@ class Vocabulary:
 
         Args:
             ids: a list, a one-dimensional array or tensor, or any iterable of integers.
-            skip_special_tokens: whether to leave out the special tokens.
 
         Raises:
+            TypeError: `ids` are not integers.
             InvalidInputError: an id is not in the vocabulary, or an array has another shape or dtype.
         """
         return self.decode_bytes(ids, skip_special_tokens=skip_special_tokens).decode(errors="replace")
@@ -105,7 +109,11 @@ class Vocabulary:
         return StreamDecoder(partial(self.decode_bytes, skip_special_tokens=skip_special_tokens))
 
     def decode_bytes(self, ids: Iterable[int] | npt.NDArray[np.integer], *, skip_special_tokens: bool = False) -> bytes:
-        """Decode ids to bytes, which may start or end inside a character."""
+        """Decode ids to bytes, which may start or end inside a character.
+
+        Raises:
+            TypeError, InvalidInputError: as for `decode`.
+        """
         skipped = self.skipped_ids if skip_special_tokens else frozenset()
         decoded = None
         if isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu":

@@ -38,7 +38,6 @@ class TokenFileWriter:
     Args:
         path: path of the data, usually `*.bin`; the sidecar is written beside it.
         vocab_size: decides the dtype; every id must be less.
-        tokenizer_fingerprint: recorded in the sidecar.
         with_mask: also write a mask, which must be given with all ids.
 
     Attributes:
@@ -123,6 +122,7 @@ class TokenFileWriter:
             mask: a byte for each id, if the writer was made with a mask.
 
         Raises:
+            TypeError: the ids are not integers.
             InvalidInputError: the ids have more than one dimension, or an id is outside the vocabulary.
         """
         array = np.asarray(ids)
@@ -214,6 +214,7 @@ def open_npy(path: Path, dtype: np.dtype | None = None) -> np.ndarray:
 
     Raises:
         InvalidInputError: the array does not hold token ids, or has another dtype.
+        DamagedFileError: the file is not a complete .npy file that can be mapped.
     """
     try:
         array = np.lib.format.open_memmap(path, mode="r")

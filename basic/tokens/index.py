@@ -27,7 +27,11 @@ _MAX_MAPPED_FILES = 1 << 12  # systems limit the maps of a process to some ten t
 
 
 def write_index(path: str | os.PathLike, names: Sequence[str]) -> TokenFileInfo:
-    """Write the index of token files in the same folder; return what it says about all of them together."""
+    """Write the index of token files in the same folder; return what it says about all of them together.
+
+    Raises:
+        WrongTokenizerError: the files were not made by the same tokenizer.
+    """
     infos = [read_sidecar(Path(path).parent / name) for name in names]
     for key in ("dtype", "vocab_size", "tokenizer_fingerprint"):
         if len(values := {getattr(info, key) for info in infos}) != 1:
@@ -53,7 +57,11 @@ def write_index(path: str | os.PathLike, names: Sequence[str]) -> TokenFileInfo:
 
 
 def read_index(path: str | os.PathLike) -> tuple[TokenFileInfo, list[dict[str, Any]]]:
-    """Read an index: what it says about all files together, and `file`, `count` and `sha256` of each."""
+    """Read an index: what it says about all files together, and `file`, `count` and `sha256` of each.
+
+    Raises:
+        DamagedFileError: the file is not a valid index.
+    """
     try:
         content = load_object(path, {**INFO_TYPES, "shards": list})
         info, shards = info_from_json(content), content["shards"]
@@ -78,11 +86,10 @@ class ShardedTokens:
     The results are arrays in memory. A file is mapped when it is first read.
 
     Args:
-        path: path of the index.
         verify: compare the SHA-256 of every file with the index.
 
-    Attributes:
-        info: what the index says about all files together.
+    Raises:
+        DamagedFileError: the index is invalid, or a file is missing, has another size or another SHA-256.
     """
 
     ndim = 1

@@ -24,9 +24,7 @@ class TokenFileInfo:
         dtype: of the ids, little-endian uint16 or uint32; in JSON its name.
         source_bytes: size of the text in bytes of UTF-8; 0 if unknown.
         largest_id: the largest id in the file; None if the file is empty.
-        vocab_size: every id is less than this.
         tokenizer_fingerprint: of the tokenizer that made the ids; None if unknown.
-        sha256: of the data file, in hexadecimal.
         mask_sha256: of the mask beside it; None if there is none.
     """
 
@@ -53,7 +51,11 @@ INFO_TYPES = {
 
 
 def token_dtype(vocab_size: int | np.integer) -> np.dtype:
-    """Return the smaller of the two dtypes of token files that holds every id below `vocab_size`."""
+    """Return the smaller of the two dtypes of token files that holds every id below `vocab_size`.
+
+    Raises:
+        InvalidInputError: `vocab_size` is out of range.
+    """
     if not 1 <= vocab_size <= 2**32:
         raise InvalidInputError(f"vocab_size={vocab_size} must be from 1 to 2**32, as a token file has ids of 32 bits")
     return UINT16 if vocab_size <= 2**16 else UINT32
@@ -63,6 +65,9 @@ def sidecar_path(path: str | os.PathLike) -> Path:
     """Return the path of the sidecar of a token file: tokens.bin -> tokens.json.
 
     It is beside the file itself, and not beside a link to it, unless there is one beside the link.
+
+    Raises:
+        InvalidInputError: `path` ends in .json.
     """
     path = Path(path)
     if path.suffix == ".json":
@@ -88,7 +93,12 @@ def mask_path(path: str | os.PathLike) -> Path:
 
 
 def read_sidecar(path: str | os.PathLike) -> TokenFileInfo:
-    """Read the sidecar of the token file at `path`."""
+    """Read the sidecar of the token file at `path`.
+
+    Raises:
+        FileNotFoundError: there is no sidecar.
+        DamagedFileError: the file is not a valid sidecar.
+    """
     sidecar = sidecar_path(path)
     try:
         return info_from_json(load_object(sidecar, INFO_TYPES))
@@ -111,7 +121,11 @@ def info_to_json(info: TokenFileInfo) -> dict[str, Any]:
 
 
 def info_from_json(content: dict[str, Any]) -> TokenFileInfo:
-    """Convert from the JSON object of a sidecar or an index, whose types are `INFO_TYPES`."""
+    """Convert from the JSON object of a sidecar or an index, whose types are `INFO_TYPES`.
+
+    Raises:
+        DamagedFileError: a value is none that a token file can have.
+    """
     values = {name: content[name] for name in INFO_TYPES}
     if values["dtype"] not in _DTYPES:
         raise DamagedFileError(f"dtype is {values['dtype']!r:.40}, which must be one of {', '.join(_DTYPES)}")

@@ -41,7 +41,9 @@ def open_tokens(
         `basic.tokens.index.ShardedTokens`, which has the operations of an array that this library uses.
 
     Raises:
+        FileNotFoundError: there is no such file, or a flat file has neither a sidecar nor a `dtype`.
         DamagedFileError: the data contradicts its sidecar, its index or `dtype`, or a sidecar or index is invalid.
+        WrongTokenizerError: another tokenizer made the ids.
         InvalidInputError: `dtype` contradicts the file, the file is a text, the array does not hold token ids, or there
             is no checksum.
     """
@@ -84,6 +86,10 @@ def read_info(path: str | os.PathLike) -> TokenFileInfo:
 
     Args:
         path: a token file (not its sidecar), an index, or the folder of an index.
+
+    Raises:
+        FileNotFoundError: there is no sidecar or index.
+        DamagedFileError: the sidecar or index is invalid.
     """
     if (index := _find_index(path)) is not None:
         return read_index(index)[0]

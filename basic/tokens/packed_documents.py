@@ -27,6 +27,7 @@ def find_documents(tokens: Tokens, separator_id: int | None, mask: np.ndarray | 
     """Return the positions at which documents begin, int64, ascending: as the mask says, or else at each separator.
 
     Args:
+        tokens: one-dimensional integer array of token ids, may be a memory map.
         separator_id: id of the token before (or between) documents.
         mask: of the tokens, see `basic.tokens.info.mask_path`; None if there is none.
     """
@@ -44,7 +45,6 @@ class PackedDocuments:
 
     Args:
         starts: positions at which documents begin, ascending. Tokens before the first are a document too.
-        context_length: inputs of a row.
         seed: >= 0; other seeds give other orders.
     """
 

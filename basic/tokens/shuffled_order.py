@@ -20,7 +20,6 @@ class ShuffledWindows:
     Args:
         num_tokens: of the array, at least context_length + 1.
         context_length: tokens per window, and from one window's start to the next.
-        seed: >= 0; other seeds give other orders.
     """
 
     def __init__(self, num_tokens: int, context_length: int, seed: int):

@@ -48,6 +48,7 @@ def get_batch(
         Inputs and targets; the targets are the inputs shifted by one token.
 
     Raises:
+        TypeError: the dataset is no array, or a size is not an integer.
         InvalidInputError: the dataset is not such an array, or has fewer than `context_length + 1` tokens.
 
     Source: assignment, section "Training loop", data loading.
@@ -244,9 +245,13 @@ def document_starts(
     A sequence starts at the separator and not after it, so that the first token of the document is a target too.
 
     Args:
+        tokens: one-dimensional integer array of token ids, may be a memory map.
         separator_id: id of the token between documents, such as that of `<|endoftext|>`.
         context_length: tokens per sequence; separators too close to the end for a sequence are left out.
         mask: of the tokens, if it says where documents begin; None for separators.
+
+    Returns:
+        int64 array, ascending.
 
     Raises:
         InvalidInputError: there is no such position.

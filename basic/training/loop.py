@@ -80,7 +80,6 @@ def train(
     """Train a model and save everything about the run in a folder (see `basic.training.run_folder`).
 
     Args:
-        config: saved with the run.
         train_tokens, valid_tokens: token ids, integers (tokens,), as arrays (may be memory maps), tensors or lists.
         run_dir: folder of the run; must not contain a run, unless it is resumed or overwritten.
         tokenizer: for samples and for rows = "documents"; a copy is saved with the run.
@@ -95,10 +94,11 @@ def train(
             rate of a group is that of the schedule, times the group's `rate_factor` if it has one.
         schedule: the learning rate of a step, counted from 1, in place of the configuration's.
         on_step: called after each step with its number, its loss on the device, and the model. To resume a run, give
-            the same three functions again: a run folder has no code.
         make_step: called like `TrainStep`, whose subclasses tests pass here.
+            the same three functions again: a run folder has no code.
 
     Raises:
+        TypeError: an argument has another type.
         FileExistsError: `run_dir` contains a run, and neither `resume` nor `overwrite` is given.
         BlockingIOError: another process writes `run_dir`.
         NotARunError: `run_dir` contains no run to resume.

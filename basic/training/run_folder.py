@@ -84,6 +84,9 @@ class Run(NamedTuple):
 
         Returns:
             The continuation without the prompt, or the list of them.
+
+        Raises:
+            TypeError, InvalidInputError: as `basic.generation.complete`, or the run has no tokenizer.
         """
         end = self.config.train.end_of_text
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -109,7 +112,9 @@ def load_run_config(run_dir: Path) -> RunConfig:
     """Load the configuration with which a run was started or last resumed.
 
     Raises:
+        NotARunError: the folder is not a run.
         DamagedFileError: config.toml is not the one that was written; the message says how to accept it.
+        InvalidConfigError: the configuration is not valid.
     """
     path = run_dir / "config.toml"
     if not path.is_file():
@@ -142,6 +147,7 @@ def load_run(
 
     Raises:
         NotARunError: the folder is not a run, or has no checkpoint yet.
+        FileNotFoundError: it does not have this checkpoint (the message lists those that it has).
         InvalidInputError: the configuration or the device is not valid, or the checkpoint does not fit the
             configuration.
         DamagedFileError: no checkpoint, or not the one that was asked for, is complete, or config.toml is damaged.
@@ -281,6 +287,9 @@ def model_for_checks(config: ModelConfig, num_saved_blocks: int, path: Path) -> 
     A configuration of somebody else may ask for any number of blocks and positions. One block more than is saved is
     enough to name the first missing weight, and no weight depends on the number of positions.
 
+    Args:
+        path: where the configuration is from, for the message.
+
     Raises:
         InvalidConfigError: no model can have these sizes.
     """
@@ -306,8 +315,6 @@ def check_same_model(
 
     Args:
         before, now: what has them, for the message: "runs/a was started", "config.toml has".
-        may_differ: names of settings that are not compared.
-        remedy: end of the message.
 
     Raises:
         InvalidConfigError: they differ; the message names the first setting that does.
@@ -335,6 +342,10 @@ def find_checkpoint_path(run_dir: Path, checkpoint: int | str) -> Path:
 
     Args:
         checkpoint: its step, or "best" for the one with the lowest validation loss.
+
+    Raises:
+        FileNotFoundError: the run does not have it.
+        InvalidInputError: `checkpoint` is something else.
     """
     paths = {checkpoint_step(path): path for path in checkpoint_paths(run_dir)}
     remedy = f"give one of {', '.join(map(str, paths)) or 'none: it has no checkpoint'}, or leave it out for the newest"
@@ -351,12 +362,20 @@ def find_checkpoint_path(run_dir: Path, checkpoint: int | str) -> Path:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint, which is a file or the folder of a sharded model."""
+    """Open a checkpoint, which is a file or the folder of a sharded model.
+
+    Raises:
+        DamagedFileError: the checkpoint is not complete.
+    """
     return read_sharded_checkpoint(path) if path.is_dir() else read_checkpoint(path)
 
 
 def read_checkpoint_document(path: Path) -> dict[str, Any]:
-    """Read the JSON document of a checkpoint, which is a file or a folder, without verifying it."""
+    """Read the JSON document of a checkpoint, which is a file or a folder, without verifying it.
+
+    Raises:
+        DamagedFileError: it has no document.
+    """
     return read_sharded_document(path) if path.is_dir() else read_document(path)
 
 
@@ -382,6 +401,9 @@ def valid_losses(run_dir: Path) -> dict[int, float]:
 
 def newest_checkpoint(run_dir: Path, report: Callable[[str], None]) -> Checkpoint:
     """Open the newest complete checkpoint of a run.
+
+    Args:
+        report: called with a warning for each newer checkpoint that is damaged.
 
     Raises:
         NotARunError: there is no checkpoint.

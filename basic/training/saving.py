@@ -119,6 +119,9 @@ class CheckpointManager:
 
         Args:
             is_last: the process ends afterwards: wait until the checkpoint is on the disk, and retry several times.
+
+        Raises:
+            OSError: the last checkpoint could not be written.
         """
         start = partial(self._start_save, model, optimizer, progress, valid_loss)
         save = partial(self._save, start, _FINAL_ATTEMPTS if is_last else 1)
@@ -212,14 +215,11 @@ def find_checkpoint(
 ) -> Checkpoint | None:
     """Open the checkpoint from which a run is resumed, and check that it can be; nothing is changed.
 
-    Args:
-        config: with which the run is to be resumed.
-        report: called with each message for the user.
-
     Returns:
         The newest complete checkpoint, or None if the run has none: then it starts again at its first step.
 
     Raises:
+        NotARunError: the folder holds no run.
         InvalidConfigError: the run was started with another model or optimizer, or has done more than all its steps.
         InvalidInputError: the run is finished.
         DamagedFileError: no checkpoint is complete.

@@ -19,7 +19,11 @@ _DEFAULT_WARMUP_STEPS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class MuonConfig:
-    """How Muon updates the matrices, if optimizer is muon (see `basic.transformer.muon.Muon`)."""
+    """How Muon updates the matrices, if optimizer is muon (see `basic.transformer.muon.Muon`).
+
+    Raises:
+        InvalidConfigError: a setting is out of its range.
+    """
 
     momentum: float = 0.95
     """Muon: decay rate of the running mean of the gradient."""
@@ -226,7 +230,11 @@ class TrainConfig:
         return replace(self, steps=10**9, warmup_steps=warmup_steps, warmup_share=None)
 
     def check_schedule(self) -> None:
-        """Check that warm-up and decay fit into the run; only a run that is trained needs it."""
+        """Check that warm-up and decay fit into the run; only a run that is trained needs it.
+
+        Raises:
+            InvalidConfigError: they do not.
+        """
         if self.steps == 0:  # not planned yet
             return
         warmup, decay = self.total_warmup_steps, self.total_decay_steps if self.schedule == "trapezoid" else 0

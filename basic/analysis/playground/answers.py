@@ -52,6 +52,11 @@ class Playground(Choices):
 
         Args:
             tokenizer_id: a name that `about` lists; it is never used as a path.
+
+        Raises:
+            KeyError: the name is unknown.
+            OSError, DamagedFileError: the tokenizer's files are missing or damaged.
+            InvalidInputError: the text cannot be encoded, or not within MAX_PATTERN_S.
         """
         tokenizer = self.tokenizer(tokenizer_id)
         ids = _with_deadline(tokenizer).encode_array(text)
@@ -79,6 +84,9 @@ class Playground(Choices):
             probabilities of the NUM_CANDIDATES most probable tokens at each position; if the context is not full, one
             more position follows, for the next token. A first token without context has None in all three lists.
             `model`: what the model is.
+
+        Raises:
+            InvalidInputError: there is no model, or the text cannot be encoded.
         """
         run, tokenizer = self._model(model, checkpoint)
         ids = tokenizer.encode_array(text)
@@ -119,6 +127,9 @@ class Playground(Choices):
         Returns:
             The tokens, the number of `layers` and `heads`, and `maps`: their weights, from 0 to 255, as bytes in base64
             in the order layer, head, query, key.
+
+        Raises:
+            InvalidInputError: there is no model, or the text cannot be encoded.
         """
         run, tokenizer = self._model(model, checkpoint)
         end_id = tokenizer.special_token_ids.get(run.config.train.end_of_text)
@@ -149,6 +160,9 @@ class Playground(Choices):
         Yields:
             {"tokens": prompt tokens, "seen": prompt tokens that the model uses}, then {"text": new text, "sample":
             number of the sample} repeatedly.
+
+        Raises:
+            InvalidInputError: there is no model, or an argument is out of its range.
         """
         run, tokenizer = self._model(model, checkpoint)
         num_tokens = len(tokenizer.encode_array(prompt))
@@ -175,6 +189,9 @@ class Playground(Choices):
 
         Yields:
             {"forgotten": messages that were left out}, then {"text": new text} repeatedly.
+
+        Raises:
+            InvalidInputError: the model has no chat template, or it refuses the conversation.
         """
         loaded = self._model(model, checkpoint)
         chat = loaded.chat

@@ -36,7 +36,11 @@ class LoadedModel(NamedTuple):
 
     @property
     def chat(self) -> ChatFormat:
-        """How conversations become text."""
+        """How conversations become text.
+
+        Raises:
+            InvalidInputError: the tokenizer has no chat template.
+        """
         if self.tokenizer.chat_template is None:
             raise InvalidInputError("this model's tokenizer has no chat template; choose another model")
         return ChatFormat(self.tokenizer, end_of_text=self.run.config.train.end_of_text)
@@ -98,7 +102,6 @@ class Choices:
         first: runs that come first in the list, by their names on the page: folders, or loaded runs.
         others: more tokenizers for comparison, by their names on the page.
         data: folder that may have rank files of published vocabularies.
-        device: of the models: "auto", "cpu", "cuda" ...
 
     Raises:
         InvalidInputError: a run of `first` has no tokenizer. If one vanishes later, it only leaves the lists.
@@ -134,7 +137,12 @@ class Choices:
         return described
 
     def tokenizer(self, name: str) -> Tokenizer:
-        """Load a tokenizer, or return it if it has not changed since."""
+        """Load a tokenizer, or return it if it has not changed since.
+
+        Raises:
+            KeyError: the name is unknown.
+            OSError, DamagedFileError: its files are missing or damaged.
+        """
         if name in self._others:
             return self._others[name]
         with self._lock:
@@ -146,7 +154,13 @@ class Choices:
             return self._tokenizers[name][1]
 
     def model(self, name: str | None = None, checkpoint: int | None = None) -> LoadedModel:
-        """Load a model, or return it if it is in memory."""
+        """Load a model, or return it if it is in memory.
+
+        Raises:
+            KeyError: the name is unknown.
+            InvalidInputError: there is no model.
+            OSError, BasicError: as `load_run`.
+        """
         with self._lock:
             runs = self._all_runs()
             if not runs:

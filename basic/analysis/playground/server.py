@@ -154,7 +154,12 @@ def _stream(updates: Iterator[dict[str, Any]]) -> Response:
 
 
 class QueuedEndpoint:
-    """An ASGI application that answers one request at a time, beside the large requests of all endpoints."""
+    """An ASGI application that answers one request at a time, beside the large requests of all endpoints.
+
+    Args:
+        handler: computes the response from the request's body.
+        large: a semaphore that is shared by all endpoints.
+    """
 
     def __init__(
         self, handler: Callable[[RequestBody], Awaitable[Response]], large: anyio.Semaphore, max_text_characters: int

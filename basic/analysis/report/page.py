@@ -84,6 +84,10 @@ def report_page(
 
     Raises:
         InvalidInputError: `floor_nats` is not above 0, or there is no run.
+        NotARunError: the folder is not a run.
+        FileNotFoundError: the run has no metrics yet, or a file of its tokenizer is missing.
+        InvalidConfigError: the configuration is not valid.
+        DamagedFileError: a file of the tokenizer, or environment.json, cannot be read.
     """
     folders = [runs] if isinstance(runs, str | os.PathLike) else list(dict.fromkeys(runs))
     if not folders:

@@ -111,7 +111,6 @@ def block_keys(text, starts, num_pretokens, table, keys):
     Args:
         text: the block (see `scan_block`).
         starts: the offset at which each pre-token starts, and the end of the last one.
-        keys: of `new_keys`; output.
     """
     key0s, key1s, slots = keys[0], keys[1], keys[2]
     start = U64(starts[0])
@@ -234,7 +233,6 @@ def whole_token_table(data: np.ndarray, starts: np.ndarray, ids: np.ndarray) -> 
     Args:
         data: the bytes of all tokens, read-only; none is empty.
         starts: the offset of each token, and the end of the last one (int64).
-        ids: of each token (int64).
     """
     if len(ids) == 0:
         return np.zeros(1, np.uint64)

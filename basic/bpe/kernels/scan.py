@@ -47,7 +47,6 @@ class PatternTables(NamedTuple):
     """A pattern for the scanner; may be shared by threads.
 
     Attributes:
-        table: of `Automaton`.
         code_classes: the symbol of each code point (uint8).
         numbers: what else the scanner needs of the automaton (int64).
     """

@@ -34,7 +34,6 @@ class SpecialTokenTables(NamedTuple):
             four if it has less than six (uint64). Other bytes may have the same number.
         edges: hash table with two numbers a slot: node * 256 + byte or -1, and the next node (int64).
         ends: for each node the number of the token that ends there, or -1 (int64).
-        lengths: of each token in bytes (int64).
     """
 
     first_bytes: np.ndarray

@@ -33,7 +33,6 @@ class Automaton(NamedTuple):
             END, and the marks. A state is the offset of its row. CONTINUATION is each further byte of a character.
         bounds: the first state with BACK, with both BACK and BEGIN, with BEGIN only, and with C marks. So it can be
             seen from the number of a state which marks it has (int64).
-        start: the state at the beginning of a text.
         first_codes, class_of_range: the classes of code points: those from first_codes[i] on, up to the next, have the
             class class_of_range[i] (int32, uint8).
         safe_pairs: for two classes, whether a text may be divided between their characters, whatever is around them

@@ -62,11 +62,7 @@ class State(NamedTuple):
 
 
 class Split:
-    """One regular expression.
-
-    Attributes:
-        leaves_gaps: whether it was seen to leave characters out.
-    """
+    """One regular expression."""
 
     def __init__(self, threads: ThreadList) -> None:
         self._threads, self.leaves_gaps = threads, False

@@ -39,11 +39,7 @@ class UnsupportedPatternError(ValueError):
 
 @dataclass(frozen=True)
 class Character:
-    """One character of a set.
-
-    Attributes:
-        number: of the set in `Parser.sets`.
-    """
+    """One character of a set."""
 
     number: int
 

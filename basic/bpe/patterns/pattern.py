@@ -121,6 +121,7 @@ def resolve_pattern(pattern: str | Pattern | None) -> Pattern:
             give the same pattern.
 
     Raises:
+        TypeError: the pattern is of another type.
         InvalidInputError: the pattern is neither a known name nor a regular expression of the `regex` package.
     """
     if pattern is None:

@@ -51,7 +51,6 @@ class ThreadList:
 
     Args:
         symbols_of_set: of each of its sets of characters.
-        end: the symbol at the end of the text.
 
     Raises:
         UnsupportedPatternError: the expression can match nothing.

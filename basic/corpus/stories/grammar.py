@@ -41,6 +41,13 @@ def stories(seed: int, count: int | None = None) -> Iterator[Story]:
     Args:
         seed: at least 0 (Python's generator treats -1 like 1).
         count: the number of stories; None for an endless stream.
+
+    Returns:
+        A lazy iterator.
+
+    Raises:
+        TypeError: seed or count is not an integer.
+        InvalidInputError: seed or count is negative.
     """
     for name, value in (("seed", seed), ("count", 0 if count is None else count)):
         if index(value) < 0:
@@ -120,6 +127,9 @@ class Grammar:
         words: the word lists that variables are bound from.
         drawn_from: the name of a variable's word list, if it is not the variable's own name; it may contain a form of
             another variable, as in "{hero.opposite}".
+
+    Raises:
+        KeyError: a template refers to a rule, word list or form that does not exist.
     """
 
     def __init__(
@@ -199,7 +209,11 @@ class Grammar:
     # --- sample
 
     def sample(self, uniform: Callable[[], float]) -> Story:
-        """Sample a story."""
+        """Sample a story.
+
+        Args:
+            uniform: returns the next random number from [0, 1).
+        """
         text: list[str] = []
         nats = _derive(self.start, {}, text, uniform)
         return Story("".join(text), nats)

@@ -62,7 +62,6 @@ class BackgroundSaver:
         Args:
             model, optimizer, iteration, path, extra: as for `save_checkpoint`; for a sharded model, `path` is a folder.
             on_saved: called by the thread when the checkpoint is on the disk.
-            before_write: called by the thread first.
         """
         assert not self.is_busy, "a checkpoint is still being written"
         device = next(model.parameters()).device

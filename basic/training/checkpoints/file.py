@@ -83,7 +83,6 @@ def save_checkpoint(
 
     Args:
         optimizer: any optimizer, or None to save the model alone.
-        iteration: number of steps done.
         out: path, or binary file object, which is written from its position.
         extra: data of the caller, such as configuration or random states: a tree of tensors and plain values.
 
@@ -91,6 +90,7 @@ def save_checkpoint(
         TypeError: a value is neither a dense tensor in memory nor of a plain type (exactly None, bool, int, float, str,
             list, tuple, dict or OrderedDict); the message has its path, and nothing is written.
         InvalidInputError: the plain values are too large for the header of a safetensors file.
+        OSError: the disk is full, or fails otherwise.
 
     Source: assignment, section "Training loop", checkpointing.
     """
@@ -124,7 +124,12 @@ def stage_checkpoint(
 
 
 def write_staged_checkpoint(staged: StagedCheckpoint, out: PathOrFile) -> None:
-    """Write a checkpoint file, as described for `save_checkpoint`."""
+    """Write a checkpoint file, as described for `save_checkpoint`.
+
+    Raises:
+        InvalidInputError: the document is too large for the header of a safetensors file.
+        OSError: the disk is full, or fails otherwise.
+    """
     metadata = {"format": "pt", "checkpoint": staged.document, "sha256": _ZERO_DIGEST}
     try:
         if isinstance(out, (str, os.PathLike)):
@@ -201,6 +206,8 @@ def load_checkpoint(src: PathOrFile, model: Module, optimizer: Optimizer | None 
         The saved iteration.
 
     Raises:
+        FileNotFoundError: the file does not exist.
+        DamagedFileError: the file is not a complete checkpoint.
         InvalidInputError: the checkpoint does not fit; the message names the first difference.
     """
     return load_state(read_checkpoint(src), model, optimizer)
@@ -231,6 +238,10 @@ def read_checkpoint(src: PathOrFile) -> Checkpoint:
     """Open a checkpoint and verify its checksum.
 
     The tensors of a path are views of the file and are read when they are used.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        DamagedFileError: the file is not a complete checkpoint.
     """
     try:
         if isinstance(src, (str, os.PathLike)):

@@ -65,7 +65,11 @@ def stage_shards(
     extra: dict | None = None,
     to_host: Callable[[Tensor], Tensor] = Tensor.cpu,
 ) -> StagedShards:
-    """Collect this rank's shards of a checkpoint in CPU memory, to be written later."""
+    """Collect this rank's shards of a checkpoint in CPU memory, to be written later.
+
+    Args:
+        model, optimizer, iteration, extra, to_host: as for `file.stage_checkpoint`, also the errors raised.
+    """
     dtensors: dict[str, Tensor] = {}
 
     def local_shards(value: Any, path: str) -> Any:
@@ -196,6 +200,10 @@ def read_sharded_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
     Returns:
         The same as `read_checkpoint` for one file. The tensors are complete, and read when the first of them is used.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        DamagedFileError: the folder is not a complete checkpoint.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -223,7 +231,11 @@ def read_sharded_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
 
 def read_sharded_document(folder: Path) -> dict[str, Any]:
-    """Read the JSON document of a checkpoint folder, without verifying checksums."""
+    """Read the JSON document of a checkpoint folder, without verifying checksums.
+
+    Raises:
+        DamagedFileError: the folder has no such document.
+    """
     try:
         return parse_document(load_object(folder / METADATA_NAME, _METADATA_TYPES)["checkpoint"])
     except (OSError, ValueError, TypeError, RecursionError) as error:

@@ -15,9 +15,6 @@ class StopSignals:
     """Context manager: the first signal is stored in `received`, a second one ends the process at once.
 
     It does nothing outside of the main thread, where Python cannot handle signals.
-
-    Attributes:
-        received: the first signal, or None.
     """
 
     def __init__(self) -> None:

@@ -72,9 +72,6 @@ class Watchdog:
     def report_failure(self, reason: str, *, connection_lost: bool) -> str:
         """Publish that this rank fails, and wait some seconds to find out which other ranks fail.
 
-        Args:
-            connection_lost: it fails because another rank has left.
-
         Returns:
             With `connection_lost`, what happened to the other rank. Otherwise the failure of rank 0, if it is the same
             as this one. An empty string if unknown.

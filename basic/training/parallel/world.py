@@ -42,8 +42,6 @@ class World:
     """The ranks that train one model together, and this one among them.
 
     Attributes:
-        rank: the number of this process, from 0.
-        size: number of ranks.
         local_rank: the number of this process on its machine, which is also the number of its GPU.
     """
 
@@ -185,7 +183,6 @@ class World:
 
         Args:
             model: has its blocks in `layers`, and a method `loss`.
-            device: where the shards are stored.
             dtype: of the gathered parameters, with which the model computes.
             reduce_dtype: in which gradients are reduced; None for `dtype`.
         """
@@ -211,7 +208,6 @@ class World:
         """A function that runs the backward pass of this rank's loss, and averages the gradients over all ranks.
 
         Args:
-            model: whose gradients are computed.
             segments: its modules in the order of the forward pass, which together have all its parameters. The
                 gradients of a segment are reduced together, while those of earlier segments are computed.
             reduce_dtype: in which gradients are reduced; None for each gradient's own dtype. A sharded model has its

@@ -60,7 +60,11 @@ def describe_environment(
 
 
 def read_environments(run_dir: Path) -> list[dict[str, Any]]:
-    """Read the environments of all starts of a run, oldest first; empty if the run has no such file."""
+    """Read the environments of all starts of a run, oldest first; empty if the run has no such file.
+
+    Raises:
+        DamagedFileError: the file cannot be read.
+    """
     path = run_dir / _FILE_NAME
     starts = load_object(path, {"starts": list})["starts"] if path.is_file() else []
     if not all(map(_is_environment, starts)):

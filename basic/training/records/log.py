@@ -40,13 +40,9 @@ class RunLog:
 
     Args:
         run_dir: records are appended to its `metrics.jsonl`.
-        config: of the run.
-        first_step: number of steps done before.
         flops_per_token: floating-point operations of training per token; with 0, no MFU is shown.
         device_name: name of the device of each rank, from `basic.training.parallel.devices.device_name`.
-        num_processes: number of ranks that train together.
         progress: show progress on stderr: a live line in a terminal, else a line every few seconds.
-        clock: returns the time in seconds.
 
     Raises:
         InvalidConfigError: a tracker is unknown or not installed (when the log is opened).

@@ -32,10 +32,6 @@ class Meter:
     """Compute the mean loss and the speed of an interval of steps, and find steps whose numbers are not finite.
 
     Args:
-        step: number of steps done before.
-        tokens_before: number of tokens in these steps.
-        wall_before_s: seconds that these steps took.
-        tokens_per_step: of all ranks together.
         device: that the losses and norms are on.
     """
 
@@ -143,8 +139,6 @@ class TimeBudget:
     """Plans how many steps a run takes, from the time of the first ones.
 
     Args:
-        seconds: that the whole run is to take.
-        meter: of the run.
         overhead: seconds of other work for each second of steps, such as evaluations.
     """
 

@@ -93,7 +93,11 @@ def entropy_to_draw(given: float | None, logs: Iterable[Iterable[Mapping[str, An
 
 
 def describe_lost_records(path: Path, state: Any) -> str | None:
-    """Say what a log lacks, if it ends before the last record that it had when a checkpoint was saved."""
+    """Say what a log lacks, if it ends before the last record that it had when a checkpoint was saved.
+
+    Args:
+        state: the extra data of the checkpoint; version 0.1.0 did not save the step.
+    """
     logged = state.get("logged_step") if isinstance(state, dict) else None  # version 0.1.0 did not save it
     last = max((record["step"] for record in read_all_records(path)), default=0) if path.exists() else 0
     if not isinstance(logged, int) or last >= logged:

@@ -52,7 +52,11 @@ def open_trackers(
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Check that these trackers can be used, before any file is written."""
+    """Check that these trackers can be used, before any file is written.
+
+    Raises:
+        InvalidConfigError: a name is unknown, or its package is not installed.
+    """
     for name in names:
         try:
             if name == "wandb":
