@@ -404,21 +404,8 @@ def causal_self_attention(
     q, k = qk.split((num_heads, num_kv_heads), dim=-3)
     if options.extend_cache is not None:
         k, v = options.extend_cache(k, v)
-    seq, num_earlier = q.shape[-2], k.shape[-2] - q.shape[-2]
-    step = _QUERIES_AT_ONCE if q.device.type == "cpu" else max(1, seq)
-    attended = []
-    for first in range(0, max(1, seq), step):
-        # What none of these queries may attend to is not computed.
-        last = min(first + step, seq)
-        first_key = 0 if window is None else max(0, num_earlier + first + 1 - window)
-        keys = slice(first_key, num_earlier + last)
-        starts = None if options.document_starts is None else options.document_starts[..., first:last] - first_key
-        attended.append(_attend(q[..., first:last, :], k[..., keys, :], v[..., keys, :], window, starts))
-    return rearrange(torch.cat(attended, -2), "... head seq d -> ... seq (head d)")
-
-
-_QUERIES_AT_ONCE = 64
-"""On the CPU, so that their scores stay in its caches."""
+    attended = _attend(q, k, v, window, options.document_starts)
+    return rearrange(attended, "... head seq d -> ... seq (head d)")
 
 
 def _attend(
@@ -428,9 +415,10 @@ def _attend(
     window: int | None,
     document_starts: Int[Tensor, "... queries"] | None,
 ) -> Float[Tensor, " ... heads queries d"]:
-    """Attention of queries at the last of the keys' positions, of which the documents' starts count from the first."""
-    # A single query, as in decoding, may attend to all keys.
-    mask = causal_mask(q.shape[-2], k.shape[-2], window, device=q.device) if q.shape[-2] > 1 else None
+    """Attention of queries at the last of the keys' positions."""
+    # A single query, as in decoding, may attend to all keys that no window hides.
+    is_masked = q.shape[-2] > 1 or (window is not None and window < k.shape[-2])
+    mask = causal_mask(q.shape[-2], k.shape[-2], window, device=q.device) if is_masked else None
     if document_starts is not None:
         in_document = torch.arange(k.shape[-2], device=k.device) >= document_starts.unsqueeze(-1)
         in_document = in_document.unsqueeze(-3)  # the same for every head

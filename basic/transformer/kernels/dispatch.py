@@ -60,11 +60,11 @@ def operators_for(x: Tensor) -> Any:
     return _operators if available_on(x.device) and x.dtype in (torch.bfloat16, torch.float16) else None
 
 
-def takes_cpu_operators(*tensors: Tensor) -> bool:
+def takes_cpu_operators(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
     """Whether the operators for a CPU support these. Compiled code fuses the plain functions itself, and what traces or
     transforms a function, as `torch.func.grad` does, needs torch's own."""
     for x in tensors:
-        if x.device.type != "cpu" or x.dtype != torch.float32 or not x.numel():
+        if x.device.type != "cpu" or x.dtype not in dtypes or not x.numel():
             return False
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
     return "cpu" not in _device_types and not is_traced
@@ -194,7 +194,9 @@ def causal_self_attention(
     same_positions = rope is None or rope[0].ndim == 2
     complete = extend_cache is None or (options.num_cached == 0 and not torch.is_grad_enabled())
     supported = complete and x.ndim == 3 and same_positions
-    if supported and x.shape[1] > 1 and takes_cpu_operators(x, w_q, w_k, w_v):
+    # In half precision all but the projections are computed in float32.
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    if supported and x.shape[1] > 1 and takes_cpu_operators(x, w_q, w_k, w_v, dtypes=dtypes):
         return cpu_operators.causal_self_attention(x, w_q, w_k, w_v, options)
     if operators is None or not supported or d_head not in _HEAD_SIZES:
         return functional.causal_self_attention(x, w_q, w_k, w_v, options)
