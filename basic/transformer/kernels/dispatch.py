@@ -104,7 +104,7 @@ def step_adamw(
         cpu_operators.step_adamw(tensors, rates, root_factors, factor, keep, beta1, beta2, eps)
         return
     for (parameter, gradient, first, second), rate, root_factor in zip(tensors, rates, root_factors, strict=True):
-        gradient = gradient * factor
+        gradient = gradient if factor == 1 else gradient * factor
         first.lerp_(gradient, 1 - beta1)
         second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         parameter.mul_(keep).addcdiv_(first, (second.sqrt() * root_factor).add_(eps), value=-rate)
