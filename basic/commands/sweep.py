@@ -18,7 +18,7 @@ from basic.common.errors import InvalidInputError
 class Options:
     sweeps: tyro.conf.Positional[tuple[Path, ...]]
     """TOML files of sweeps, whose format stands in basic/analysis/sweep.py, or names of those that are included:
-    learning_rate, batch_size, ablations, optimizer."""
+    learning_rate, batch_size, ablations, architecture, optimizer, isoflop."""
     small: bool = False
     """Run the small versions, for a CPU, on embedded stories, which are generated if they do not exist."""
     output: Path = Path("runs")

@@ -225,9 +225,10 @@ class RunLog:
         if record.get("train_loss") and "tokens_per_s" in record and self._num_averaged > 1:
             metrics[0] = f"mean {metrics[0]}"
         if self._total_steps:
-            step, since_s = self._pace if steps_done > self._pace[0] else (self._first_step, self._started_s)
-            step_s = (now_s - since_s) / max(1, steps_done - step)
-            metrics.append(f"{tqdm.format_interval((self._total_steps - steps_done) * step_s)} left")
+            step, since_s = self._pace
+            if steps_done > max(step, self._first_step + 1):  # the time of the first step says nothing of the others
+                step_s = (now_s - since_s) / (steps_done - step)
+                metrics.append(f"{tqdm.format_interval((self._total_steps - steps_done) * step_s)} left")
             total = f"/{self._total_steps:,}"
         self.print_message(f"step {steps_done:,}{total}: {', '.join(metrics)}")
 
