@@ -214,7 +214,8 @@ def start(options: Options, initial: InitialModel | None, world: World) -> None:
         log = output / "metrics.jsonl"  # not there if the run was killed before its first line
         records = read_metrics(log) if log.exists() and not is_new else []
         steps_left = options.run.train.steps - (records[-1]["step"] if records else 0)
-        own_text.announce(options.run, steps_left, choose_device(options.run.train.device))
+        if all(len(each) > options.run.model.context_length for each in tokens):  # else the run says what is wrong
+            own_text.announce(options.run, steps_left, choose_device(options.run.train.device))
     how: dict[str, Any] = {"resume": options.resume is not None, "overwrite": options.overwrite, "progress": True}
     how["init_from"] = None if initial is None else initial.model
     run = train(options.run, tokens[0], tokens[1], output, tokenizer=tokenizer, world=world, **how)

@@ -59,6 +59,12 @@ def generate_output(capsys, monkeypatch, folder: Path, *arguments: str | Path) -
     return capsys.readouterr().out
 
 
+def test_a_wrong_number_of_tokens_is_refused_before_the_prompt_is_shown(folder, capsys, monkeypatch):
+    with pytest.raises(SystemExit, match="error: --max-tokens must be at least 0, got -1"):
+        generate_output(capsys, monkeypatch, folder, "--prompt", "the cat", "--max-tokens", "-1")
+    assert capsys.readouterr().out == ""
+
+
 def test_a_prompt_comes_from_an_option_a_file_or_standard_input(folder, capsys, monkeypatch):
     run = load_run(folder / "run", device="cpu")
     (expected,) = complete(run.model, BYTES, ["the cat"], 20, temperature=0)

@@ -133,6 +133,13 @@ def test_wrong_data_is_one_line(monkeypatch, name):
     assert re.search(expected, error_of(monkeypatch))
 
 
+def test_a_context_longer_than_the_text_is_refused_before_steps_are_timed(monkeypatch, capsys):
+    Path("run.toml").write_text(GOOD)
+    sizes = ("--context-length", "100000", "--steps", "1000000")
+    assert "context_length=100000 needs at least 100001" in error_of(monkeypatch, *sizes)
+    assert "timing" not in capsys.readouterr().err
+
+
 def test_token_files_without_a_sidecar_need_a_dtype(monkeypatch):
     Path("run.toml").write_text(GOOD)
     for name in ("train", "valid"):
