@@ -27,7 +27,7 @@ _MODULES += ModuleList, Embedding, Linear, RMSNorm, SwiGLU
 
 def make_cpu_decoder(model: TransformerLM, cache: KVCache) -> CpuDecoder | None:
     """The decoder of a float32 model of Llama's architecture, none of whose modules a user has changed; else None."""
-    config, tensors = model.config, (cache.keys, *model.parameters())
+    config, tensors = model.config, (cache.keys, *model.parameters(), *model.buffers())
     supported = config.norm == "pre" and not (config.qk_norm or config.qkv_bias or config.embedding_norm)
     for module in model.modules():
         hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)

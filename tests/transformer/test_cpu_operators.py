@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from basic.model import KVCache, ModelConfig, TransformerLM
+from basic.model import KVCache, ModelConfig, MultiHeadSelfAttention, RotaryPositionalEmbedding, TransformerLM
 from basic.transformer import functional
 from basic.transformer.cpu import kernels
 from basic.transformer.cpu import operators as cpu_operators
@@ -86,6 +90,35 @@ def test_what_the_operators_do_not_have_is_refused_or_taken_from_the_plain_funct
     torch.testing.assert_close(tuple(transformed.values()), gradients)
     assert model(ids[:0]).shape == (0, 20, 50)
     assert dispatch.linear_cross_entropy(torch.zeros(0, 32), torch.zeros(50, 32), ids[:0, 0]).isnan()
+
+
+def test_what_looks_for_functions_of_torch_finds_them():
+    """A kernel writes to addresses: tensors without memory ended the process, and a traced graph had no result."""
+    x, gain = torch.randn(3, 32), torch.rand(32)
+    with FakeTensorMode():
+        assert dispatch.rms_norm(torch.empty(3, 32), torch.empty(32), 1e-5).shape == (3, 32)
+    traced = make_fx(lambda x, gain: dispatch.rms_norm(x, gain, 1e-5))(torch.ones(3, 32), gain)
+    torch.testing.assert_close(traced(x, gain), dispatch.rms_norm(x, gain, 1e-5))
+    with forward_ad.dual_level(), torch.no_grad():
+        y = dispatch.rms_norm(forward_ad.make_dual(x, torch.ones_like(x)), gain, 1e-5)
+        assert forward_ad.unpack_dual(y).tangent is not None
+    model, ids = TransformerLM(ModelConfig(**SHAPE)), torch.randint(50, (2, 20))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(ids, ids)
+        loss.backward()
+    torch.testing.assert_close(loss, model.loss(ids, ids), rtol=1e-2, atol=1e-2)
+
+
+def test_angles_starts_and_weights_of_other_dtypes():
+    attention = MultiHeadSelfAttention(32, 4, RotaryPositionalEmbedding(1e4, 8, 20).double())
+    x, starts = torch.randn(2, 20, 32), torch.arange(20).div(7, rounding_mode="floor") * 7
+    y = attention(x, document_starts=starts.int())
+    assert attention.rope is not None
+    attention.rope.float()
+    torch.testing.assert_close(y, attention(x, document_starts=starts.int()))
+    torch.testing.assert_close(y, attention(x, document_starts=starts))
+    half = copy.deepcopy(attention).bfloat16()
+    torch.testing.assert_close(half(x, document_starts=starts), y, rtol=1e-2, atol=1e-2)
 
 
 def test_the_loss_of_an_evaluation_computes_no_gradient():

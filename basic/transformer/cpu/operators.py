@@ -292,12 +292,14 @@ def swiglu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
 def causal_self_attention(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, options: AttentionOptions) -> Tensor:
     """See `functional.causal_self_attention`; x is (B, T, d_model) of any dtype, without earlier tokens."""
     d_head = len(w_q) // options.num_heads
-    cos, sin = (table.contiguous() for table in options.rope or 2 * (torch.empty(0, 0),))
+    cos, sin = (table.float().contiguous() for table in options.rope or 2 * (torch.empty(0, 0),))
     starts = options.document_starts
-    starts = torch.empty(len(x), 0, dtype=torch.int64) if starts is None else starts.expand(x.shape[:2]).contiguous()
+    starts = (
+        torch.empty(len(x), 0, dtype=torch.int64) if starts is None else starts.expand(x.shape[:2]).long().contiguous()
+    )
     how = _Heads(options.num_heads, len(w_k) // d_head, d_head, cos, sin, options.window or 0, starts)
     if options.change_heads is None and x.dtype == torch.float32:
-        o, k, v = _Attention.apply(x.contiguous(), torch.cat((w_q, w_k, w_v)), how)
+        o, k, v = _Attention.apply(x.contiguous(), torch.cat((w_q, w_k, w_v)).float(), how)
     else:
         o, k, v = _Attention.apply(project_heads(x, w_q, w_k, w_v, options).flatten(2).float(), None, how)
     if options.extend_cache is not None:

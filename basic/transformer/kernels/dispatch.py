@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from basic.transformer import functional
 from basic.transformer.attention import AttentionOptions
@@ -61,13 +64,15 @@ def operators_for(x: Tensor) -> Any:
 
 
 def takes_cpu_operators(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
-    """Whether the operators for a CPU support these. Compiled code fuses the plain functions itself, and what traces or
-    transforms a function, as `torch.func.grad` does, needs torch's own."""
+    """Whether the operators for a CPU support these: memory of such numbers, and nothing that looks for torch's own
+    functions, as what compiles, traces, transforms or casts does (`torch.func.grad`, `torch.autocast`)."""
     for x in tensors:
-        if x.device.type != "cpu" or x.dtype not in dtypes or not x.numel():
+        plain = type(x) is Tensor or type(x) is Parameter
+        if not plain or x.device.type != "cpu" or x.dtype not in dtypes or not x.numel():
             return False
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-    return "cpu" not in _device_types and not is_traced
+    is_traced = is_traced or is_in_torch_dispatch_mode() or forward_ad._current_level >= 0
+    return "cpu" not in _device_types and not is_traced and not torch.is_autocast_enabled("cpu")
 
 
 def supports_decoding(keys: Float[Tensor, " batch head context d"]) -> bool:
