@@ -23,7 +23,7 @@ Records = Sequence[Mapping[str, Any]]
 _TITLE = "Drawn by basic, a language model library"
 _MAX_PICTURE_BYTES = 1 << 26
 
-VALIDATION_NOTE = "validation loss: of sampled sequences (evaluate.py and sweeps score every token)"
+VALIDATION_NOTE = "validation loss: of sampled sequences (`basic evaluate` and sweeps score every token)"
 
 MAX_SETTINGS_IN_LABEL = 3
 """Runs that differ in more settings are labelled by their names."""

@@ -269,7 +269,7 @@ def test_the_table_says_which_loss_it_has_and_the_picture_too(tmp_path):
     records = read_metrics(tmp_path / "runs" / runs[0].name / "metrics.jsonl")
     plot_losses({"only": records}, tmp_path / "loss.svg", floor_nats=1.0)
     texts = (tmp_path / "loss.svg").read_text()
-    assert "validation loss: of sampled sequences (evaluate.py and sweeps score every token)" in texts
+    assert "validation loss: of sampled sequences (`basic evaluate` and sweeps score every token)" in texts
     assert "entropy of the source, per token of whole documents: 1.000" in texts
 
 

@@ -1,4 +1,4 @@
-"""Plot the losses of one or more runs: `basic plot runs/quickstart`.
+"""Plot the losses of one or more runs: `basic plot runs/my`.
 
 Several runs are labelled by the settings in which they differ, or by the names of their folders.
 """
