@@ -40,7 +40,9 @@ def main(options: Options) -> None:
     output = Path(os.path.realpath(options.output))
     is_there = output.exists() and any(output.iterdir())
     is_run = (output / "config.toml").is_file()
-    if is_there and not (is_run and load_run_config(output).data.train_tokens == _train_tokens(options)):
+    if is_there and not (
+        is_run and os.path.realpath(load_run_config(output).data.train_tokens) == str(output / "train.bin")
+    ):
         raise FileExistsError(f"{options.output} holds other files than a quickstart's; give another folder")
     make_folder(output.parent)
     with temporary_folder(output) as folder:
@@ -98,10 +100,8 @@ def configure(options: Options, vocab_size: int):
 
     config = load_config(INCLUDED / "configs" / "quickstart.toml", RunConfig)
     train = replace(config.train, steps=options.steps, seed=options.seed, device=options.device)
-    valid_tokens, tokenizer = f"{options.output}/valid.bin", f"{options.output}/tokenizer"
-    data = DataConfig(train_tokens=_train_tokens(options), valid_tokens=valid_tokens, tokenizer=tokenizer)
+    train_tokens, valid_tokens, tokenizer = (
+        f"{options.output}/{name}" for name in ("train.bin", "valid.bin", "tokenizer")
+    )
+    data = DataConfig(train_tokens=train_tokens, valid_tokens=valid_tokens, tokenizer=tokenizer)
     return RunConfig(model=replace(config.model, vocab_size=vocab_size), train=train, data=data)
-
-
-def _train_tokens(options: Options) -> str:
-    return f"{options.output}/train.bin"

@@ -1,7 +1,8 @@
 """The passes over memory of the operators for a CPU, each one a kernel: what torch would do in several passes.
 
 Arrays are contiguous float32. The threads of a call take rows from `counter`, which starts at [0], a fixed number at a
-time; sums over rows have an array for each such number. So a result does not depend on the number of threads.
+time; sums over rows have an array for each such number. So the result of a kernel does not depend on the number of
+threads.
 
     N rows · D features of a head · T tokens · C keys of a tile
 """
