@@ -7,33 +7,34 @@ third of the time. Here it is one loop over the blocks, with buffers and calls o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import ModuleList
+from torch.nn import Module, ModuleList
 
 from basic.common.native.kernel import PreparedCall
 from basic.model import KVCache, MultiHeadSelfAttention, TransformerBlock, TransformerLM
 from basic.transformer.cpu import kernels
 from basic.transformer.kernels import dispatch
-from basic.transformer.layers import Embedding, Linear, RMSNorm, RotaryPositionalEmbedding, SwiGLU
+from basic.transformer.layers import FEED_FORWARD, Embedding, Identity, Linear, RMSNorm, RotaryPositionalEmbedding
 
 _MODULES: tuple[type, ...] = (TransformerLM, TransformerBlock, MultiHeadSelfAttention, RotaryPositionalEmbedding)
-_MODULES += ModuleList, Embedding, Linear, RMSNorm, SwiGLU
+_MODULES += ModuleList, Embedding, Linear, RMSNorm, Identity, *FEED_FORWARD.values()
 
 
 def make_cpu_decoder(model: TransformerLM, cache: KVCache) -> CpuDecoder | None:
-    """The decoder of a float32 model of Llama's architecture, none of whose modules a user has changed; else None."""
-    config, tensors = model.config, (cache.keys, *model.parameters(), *model.buffers())
-    supported = config.norm == "pre" and not (config.qk_norm or config.qkv_bias or config.embedding_norm)
+    """The decoder of a float32 model, none of whose modules a user has changed; else None."""
+    tensors = cache.keys, *model.parameters(), *model.buffers()
+    supported = dispatch.takes_cpu_operators(*tensors) and all(tensor.is_contiguous() for tensor in tensors)
     for module in model.modules():
         hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
         supported &= type(module) in _MODULES and not hooks
-    supported = supported and not config.value_embeddings and dispatch.takes_cpu_operators(*tensors)
-    return CpuDecoder(model, cache) if supported and all(tensor.is_contiguous() for tensor in tensors) else None
+    return CpuDecoder(model, cache) if supported else None
 
 
 class CpuDecoder:
@@ -47,52 +48,111 @@ class CpuDecoder:
     def __init__(self, model: TransformerLM, cache: KVCache):
         config, B = model.config, cache.keys.shape[1]
         assert config.d_ff is not None  # set by __post_init__
-        self.embeddings, self.cache, self.position = model.token_embeddings.weight, cache, np.zeros(1, np.int64)
-        self.counters = np.zeros((4 * config.num_layers + 1, 1), np.int64)  # one for each call of a kernel
-        counters = iter(self.counters)
-        sizes = [heads * config.d_head for heads in (config.num_heads, config.kv_heads, config.kv_heads)]
-        self.x, self.normed, scales = torch.empty(B, config.d_model), torch.empty(B, config.d_model), torch.empty(B)
-        projected, attended = torch.empty(B, sum(sizes)), torch.empty(B, sizes[0])
-        hidden, gated = torch.empty(B, 2 * config.d_ff), torch.empty(B, config.d_ff)
-        qkv, o = (x.unflatten(1, (-1, config.d_head)) for x in (projected, attended))
-        scores, no_angles = torch.empty(cache.keys.shape[1:4]), torch.empty(config.context_length, 0)
-
-        def normalize(norm: RMSNorm) -> PreparedCall:
-            weight = norm.weight.detach()
-            return PreparedCall(kernels.norm_forward, next(counters), self.x, weight, norm.eps, self.normed, scales)
-
-        self.steps: list[tuple[PreparedCall, list[tuple[Tensor, Tensor]], PreparedCall, Tensor, Tensor]] = []
+        self.cache, self.position, self.ids = cache, np.zeros(1, np.int64), torch.empty(B, dtype=torch.int64)
+        # One for each call of a kernel: norms, norms of heads, attention and SwiGLU.
+        self.counters = np.zeros(((2 * B + 4) * config.num_layers + 2, 1), np.int64)
+        self._unused_counters = iter(self.counters)
+        self.sizes = [heads * config.d_head for heads in (config.num_heads, config.kv_heads, config.kv_heads)]
+        self.x, self.normed = torch.empty(B, config.d_model), torch.empty(B, config.d_model)
+        self.scales = torch.empty(max(B, config.num_heads))
+        self.projected, self.attended = torch.empty(B, sum(self.sizes)), torch.empty(B, self.sizes[0])
+        self.hidden, self.gated = torch.empty(B, 2 * config.d_ff), torch.empty(B, config.d_ff)
+        self.scores = torch.empty(cache.keys.shape[1:4])
+        self.calls: list[Callable[[], object]] = [
+            partial(torch.index_select, model.token_embeddings.weight.detach(), 0, self.ids, out=self.x)
+        ]
+        if config.embedding_norm:
+            self._normalize(torch.ones(config.d_model), config.norm_eps, self.x, self.x)
         layers: Any = model.layers
         for index, block in enumerate(layers):
-            attn, ffn = block.attn, block.ffn
-            angles = (no_angles, no_angles) if attn.rope is None else (attn.rope.cos, attn.rope.sin)
-            how = *angles, math.log2(math.e) * config.d_head**-0.5, attn.sliding_window or 0
-            cached = cache.keys[index], cache.values[index]
-            attend = PreparedCall(
-                kernels.decode_attention, next(counters), self.position, qkv, *how, *cached, scores, o
-            )
-            gate = PreparedCall(kernels.swiglu_forward, next(counters), hidden, gated)
-            first = zip((attn.q_proj, attn.k_proj, attn.v_proj), projected.split(sizes, 1), strict=True)
-            second = zip((ffn.w1, ffn.w3), hidden.chunk(2, 1), strict=True)
-            for norm, products, call, result, output in (
-                (block.ln1, first, attend, attended, attn.output_proj),
-                (block.ln2, second, gate, gated, ffn.w2),
-            ):
-                pairs = [(linear.weight.detach().T, out) for linear, out in products]
-                self.steps.append((normalize(norm), pairs, call, result, output.weight.detach().T))
-        assert isinstance(model.ln_final, RMSNorm)
-        self.normalize, self.head = normalize(model.ln_final), model.lm_head.weight.detach().T
+            self._add_sublayer(config.norm, block.ln1, partial(self._add_attention, block.attn, index))
+            self._add_sublayer(config.norm, block.ln2, partial(self._add_feed_forward, block.ffn))
+        self.head, self.last = model.lm_head.weight.detach().T, self._norm(model.ln_final, self.x, self.normed)
 
     def logits(self, ids: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab_size"]:
         """Those of the token after these, which are at the position `cache.length`."""
-        x, normed = self.x, self.normed
         self.counters[:], self.position[0] = 0, self.cache.length
-        torch.index_select(self.embeddings, 0, ids, out=x)
-        for normalize, products, call, result, output in self.steps:
-            normalize()
-            for weight, out in products:
-                torch.mm(normed, weight, out=out)
+        self.ids.copy_(ids)
+        for call in self.calls:
             call()
-            x.addmm_(result, output)
-        self.normalize()
-        return normed @ self.head
+        return self.last @ self.head
+
+    def _add_sublayer(self, norm: str, ln: Module, add: Callable[[Tensor], tuple[Tensor, Linear]]) -> None:
+        """Attention or feed-forward layer: `add` adds the calls for its input, and returns what is still multiplied."""
+        x, normed = self.x, self.normed
+        result, output = add(self._norm(ln, x, normed) if norm == "pre" else x)
+        weight = output.weight.detach().T
+        if norm == "sublayer":
+            self.calls.append(partial(torch.mm, result, weight, out=normed))
+            self.calls.append(partial(x.add_, self._norm(ln, normed, normed)))
+        else:
+            self.calls.append(partial(x.addmm_, result, weight))
+            if norm == "post":
+                self._norm(ln, x, x)
+
+    def _norm(self, norm: Module, x: Tensor, y: Tensor) -> Tensor:
+        """Where the normalised x is: in y, if it is normalised at all."""
+        if not isinstance(norm, RMSNorm):
+            return x
+        self._normalize(norm.weight.detach(), norm.eps, x, y)
+        return y
+
+    def _normalize(self, weight: Tensor, eps: float, x: Tensor, y: Tensor) -> None:
+        arguments = next(self._unused_counters), x, weight, eps, y, self.scales[: len(x)]
+        self.calls.append(PreparedCall(kernels.norm_forward, *arguments))
+
+    def _add_attention(self, attn: MultiHeadSelfAttention, index: int, x: Tensor) -> tuple[Tensor, Linear]:
+        parts = self.projected.split(self.sizes, 1)
+        for linear, out in zip((attn.q_proj, attn.k_proj, attn.v_proj), parts, strict=True):
+            weight = linear.weight.detach().T
+            product = (
+                partial(torch.mm, x, weight)
+                if linear.bias is None
+                else partial(torch.addmm, linear.bias.detach(), x, weight)
+            )
+            self.calls.append(partial(product, out=out))
+        if attn.value_embeddings is not None:
+            self.calls += _value_embeddings(attn, x, self.ids, parts[2])
+        for norm, part in ((attn.q_norm, parts[0]), (attn.k_norm, parts[1])):
+            if norm is not None:
+                for row in part:  # the heads of a sequence are side by side, those of several are not
+                    heads = row.view(-1, norm.weight.numel())
+                    self._normalize(norm.weight.detach(), norm.eps, heads, heads)
+        keys, values = self.cache.keys[index], self.cache.values[index]
+        qkv, o = (tensor.unflatten(1, (-1, keys.shape[-1])) for tensor in (self.projected, self.attended))
+        no_angles = torch.empty(keys.shape[-2], 0)
+        angles = (no_angles, no_angles) if attn.rope is None else (attn.rope.cos, attn.rope.sin)
+        how = *angles, math.log2(math.e) * keys.shape[-1] ** -0.5, attn.sliding_window or 0, keys, values
+        counter = next(self._unused_counters)
+        self.calls.append(PreparedCall(kernels.decode_attention, counter, self.position, qkv, *how, self.scores, o))
+        return self.attended, attn.output_proj
+
+    def _add_feed_forward(self, ffn: Any, x: Tensor) -> tuple[Tensor, Linear]:
+        hidden, values = self.hidden.chunk(2, 1)
+        self.calls.append(partial(torch.mm, x, ffn.w1.weight.detach().T, out=hidden))
+        if isinstance(ffn, FEED_FORWARD["swiglu"]):
+            self.calls.append(partial(torch.mm, x, ffn.w3.weight.detach().T, out=values))
+            counter = next(self._unused_counters)
+            self.calls.append(PreparedCall(kernels.swiglu_forward, counter, self.hidden, self.gated))
+        elif isinstance(ffn, FEED_FORWARD["relu2"]):
+            self.calls.append(partial(torch.clamp, hidden, min=0, out=hidden))
+            self.calls.append(partial(torch.mul, hidden, hidden, out=self.gated))
+        else:
+            self.calls.append(partial(torch.sigmoid, hidden, out=self.gated))
+            self.calls.append(partial(self.gated.mul_, hidden))
+        return self.gated, ffn.w2
+
+
+def _value_embeddings(
+    attn: MultiHeadSelfAttention, x: Tensor, ids: Tensor, values: Tensor
+) -> Iterator[Callable[[], object]]:
+    """Calls that add the gated embeddings of the ids to the values; see `MultiHeadSelfAttention.forward`."""
+    assert attn.value_embeddings is not None
+    gate, table = attn.value_gate.weight.detach(), attn.value_embeddings.weight.detach()
+    gates, added = torch.empty(len(x), len(gate)), torch.empty(values.shape)
+    yield partial(torch.mm, x[:, : gate.shape[1]], gate.T, out=gates)
+    yield gates.sigmoid_
+    yield partial(torch.index_select, table, 0, ids, out=added)
+    heads = (tensor.unflatten(1, (len(gate), -1)) for tensor in (values, added))
+    by_head, added_by_head = heads
+    yield partial(by_head.addcmul_, added_by_head, gates.unsqueeze(-1), value=2)
