@@ -265,7 +265,8 @@ def test_quickstart_writes_all_files_and_sets_an_earlier_result_aside(quickstart
     output = tmp_path / "runs" / "quick"
     options = quickstart.Options(output=output, vocab_size=300, steps=4, device="cpu")
     quickstart.main(options)
-    printed = capsys.readouterr().out
+    printed, progress = capsys.readouterr()
+    assert "training: steps 1 to 4, " in progress  # without its temporary folder
 
     assert files(output).keys() == QUICKSTART_FILES | {"checkpoints/step_00000004.safetensors"}
     tokenizer = Tokenizer.load(output / "tokenizer")

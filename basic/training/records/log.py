@@ -106,7 +106,9 @@ class RunLog:
             steps = steps if self._total_steps else f"as many steps as fit into {settings.minutes:g} minutes"
             steps += f", {tokens_per_step:,} tokens each"
             times = f"{self._num_processes} x " if self._num_processes > 1 else ""
-            self.print_message(f"training in {run_dir}: {steps}, on {times}{self._device_name}")
+            # A hidden folder is a temporary one, which its command will rename.
+            where = "" if Path(run_dir).name.startswith(".") else f" in {run_dir}"
+            self.print_message(f"training{where}: {steps}, on {times}{self._device_name}")
             if not settings.compile and self._device_name not in ("cpu", "mps"):  # a compiled model has its own line
                 self.print_message("the first steps compile and tune kernels, which no speed includes")
         return self
