@@ -30,11 +30,13 @@ _MODULES += ModuleList, Embedding, Linear, RMSNorm, Identity, *FEED_FORWARD.valu
 def make_cpu_decoder(model: TransformerLM, cache: KVCache) -> CpuDecoder | None:
     """The decoder of a float32 model, none of whose modules a user has changed; else None."""
     tensors = cache.keys, *model.parameters(), *model.buffers()
-    supported = dispatch.takes_cpu_operators(*tensors) and all(tensor.is_contiguous() for tensor in tensors)
+    if not (dispatch.takes_cpu_operators(*tensors) and all(tensor.is_contiguous() for tensor in tensors)):
+        return None
     for module in model.modules():
         hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-        supported &= type(module) in _MODULES and not hooks
-    return CpuDecoder(model, cache) if supported else None
+        if hooks or type(module) not in _MODULES:
+            return None
+    return CpuDecoder(model, cache)
 
 
 class CpuDecoder:

@@ -149,20 +149,46 @@ def cross_entropy(counter, logits, targets, factors, losses, with_gradient):
                 logits[row, targets[row]] -= factors[row]
 
 
+@_inlined
+def _rotate(from_, to, cos, sin, direction, factor):
+    """Rotate a head by its angles, if there are any, and multiply it by a factor; `to` may be `from_`.
+
+    Args:
+        direction: 1; or -1 for the rotation back, which is that of the gradient.
+    """
+    for pair in range(len(cos)):
+        x, y, c, s = from_[2 * pair] * factor, from_[2 * pair + 1] * factor, cos[pair], sin[pair] * direction
+        to[2 * pair] = x * c - y * s
+        to[2 * pair + 1] = x * s + y * c
+    if len(cos) == 0:
+        for i in range(len(from_)):
+            to[i] = from_[i] * factor
+
+
+@_inlined
+def _place(head, num_queries, num_keys):
+    """Where a head of a projection is: in queries, keys or values (0, 1, 2), its first index there, and how often."""
+    group = num_queries // num_keys
+    if head < num_queries:
+        return 0, head, 1
+    if head < num_queries + num_keys:
+        return 1, (head - num_queries) * group, group
+    return 2, (head - num_queries - num_keys) * group, group
+
+
 @_kernel
-def split_heads(counter, qkv, cos, sin, num_rotated, scale, q, k, v):
+def split_heads(counter, qkv, cos, sin, scale, q, k, v):
     """Rotate and scale heads of queries, rotate heads of keys, and copy each head to its place.
 
     Args:
         qkv: (B, T, queries + keys + values, D).
-        cos, sin: (T, D / 2), or of any shape if `num_rotated`, the number of queries and keys, is 0.
+        cos, sin: (T, D / 2); or (T, 0) for no rotation.
         scale: of the queries.
         q, k, v: (B, queries, T, D), in which keys and values are repeated for each of their group of queries.
     """
     B, T, H, D = qkv.shape
     num_queries = q.shape[1]
     num_keys = (H - num_queries) // 2
-    group = num_queries // num_keys
     while True:
         first = take_items(counter, ROWS)
         if first >= B * T:
@@ -170,34 +196,22 @@ def split_heads(counter, qkv, cos, sin, num_rotated, scale, q, k, v):
         for row in range(first, min(first + ROWS, B * T)):
             b, t = row // T, row % T
             for head in range(H):
-                if head < num_queries:
-                    out, index, copies, factor = q, head, 1, F32(scale)
-                elif head < num_queries + num_keys:
-                    out, index, copies, factor = k, (head - num_queries) * group, group, F32(1)
-                else:
-                    out, index, copies, factor = v, (head - num_queries - num_keys) * group, group, F32(1)
-                from_, to = qkv[b, t, head], out[b, index, t]
-                if head < num_rotated:
-                    c, s = cos[t], sin[t]
-                    for pair in range(D // 2):
-                        x, y = from_[2 * pair] * factor, from_[2 * pair + 1] * factor
-                        to[2 * pair] = x * c[pair] - y * s[pair]
-                        to[2 * pair + 1] = x * s[pair] + y * c[pair]
-                else:
-                    for i in range(D):
-                        to[i] = from_[i] * factor
+                part, index, copies = _place(head, num_queries, num_keys)
+                out, num_angles = (q, k, v)[part], 0 if part == 2 else cos.shape[1]
+                to = out[b, index, t]
+                factor = F32(scale) if part == 0 else F32(1)
+                _rotate(qkv[b, t, head], to, cos[t, :num_angles], sin[t, :num_angles], F32(1), factor)
                 for other in range(index + 1, index + copies):
                     for i in range(D):
                         out[b, other, t, i] = to[i]
 
 
 @_kernel
-def join_heads(counter, dq, dk, dv, cos, sin, num_rotated, scale, dqkv):
+def join_heads(counter, dq, dk, dv, cos, sin, scale, dqkv):
     """The gradient of `split_heads`, from that of its results, which are changed."""
     B, T, H, D = dqkv.shape
     num_queries = dq.shape[1]
     num_keys = (H - num_queries) // 2
-    group = num_queries // num_keys
     while True:
         first = take_items(counter, ROWS)
         if first >= B * T:
@@ -205,25 +219,14 @@ def join_heads(counter, dq, dk, dv, cos, sin, num_rotated, scale, dqkv):
         for row in range(first, min(first + ROWS, B * T)):
             b, t = row // T, row % T
             for head in range(H):
-                if head < num_queries:
-                    gradient, index, copies, factor = dq, head, 1, F32(scale)
-                elif head < num_queries + num_keys:
-                    gradient, index, copies, factor = dk, (head - num_queries) * group, group, F32(1)
-                else:
-                    gradient, index, copies, factor = dv, (head - num_queries - num_keys) * group, group, F32(1)
-                from_, to = gradient[b, index, t], dqkv[b, t, head]
+                part, index, copies = _place(head, num_queries, num_keys)
+                gradient, num_angles = (dq, dk, dv)[part], 0 if part == 2 else cos.shape[1]
+                from_ = gradient[b, index, t]
                 for other in range(index + 1, index + copies):
                     for i in range(D):
                         from_[i] += gradient[b, other, t, i]
-                if head < num_rotated:
-                    c, s = cos[t], sin[t]
-                    for pair in range(D // 2):
-                        x, y = from_[2 * pair] * factor, from_[2 * pair + 1] * factor
-                        to[2 * pair] = x * c[pair] + y * s[pair]
-                        to[2 * pair + 1] = y * c[pair] - x * s[pair]
-                else:
-                    for i in range(D):
-                        to[i] = from_[i] * factor
+                factor = F32(scale) if part == 0 else F32(1)
+                _rotate(from_, dqkv[b, t, head], cos[t, :num_angles], sin[t, :num_angles], F32(-1), factor)
 
 
 @_inlined
@@ -299,18 +302,6 @@ def attention_gradients(counter, scores, dweights, first_query, first_key, windo
             dweights[item, index, high:] = F32(0)
 
 
-@_inlined
-def _rotate(head, cos, sin, factor):
-    """Rotate a head in place, unless there are no angles, and multiply it by a factor."""
-    for pair in range(len(cos)):
-        x, y = head[2 * pair] * factor, head[2 * pair + 1] * factor
-        head[2 * pair] = x * cos[pair] - y * sin[pair]
-        head[2 * pair + 1] = x * sin[pair] + y * cos[pair]
-    if len(cos) == 0:
-        for i in range(len(head)):
-            head[i] *= factor
-
-
 @_kernel
 def decode_attention(counter, position, qkv, cos, sin, scale, window, keys, values, scores, o):
     """Attention of one token of each sequence, whose keys and values are added to the cache.
@@ -336,13 +327,13 @@ def decode_attention(counter, position, qkv, cos, sin, scale, window, keys, valu
             return
         b, head = item // num_keys, item % num_keys
         key, value = qkv[b, num_queries + head], qkv[b, num_queries + num_keys + head]
-        _rotate(key, cos[t], sin[t], F32(1))
+        _rotate(key, key, cos[t], sin[t], F32(1), F32(1))
         for i in range(D):
             keys[b, head, t, i], values[b, head, t, i] = key[i], value[i]
         row = scores[b, head, start : t + 1]
         for index in range(head * group, (head + 1) * group):
             query, out = qkv[b, index], o[b, index]
-            _rotate(query, cos[t], sin[t], F32(scale))
+            _rotate(query, query, cos[t], sin[t], F32(1), F32(scale))
             maximum, total = F32(-np.inf), F32(0)
             for j in range(len(row)):
                 other, score = keys[b, head, start + j], F32(0)

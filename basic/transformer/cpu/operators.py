@@ -165,7 +165,7 @@ class _Heads(NamedTuple):
     num_kv_heads: int
     d_head: int
     cos: Tensor
-    """Those of all positions, or none."""
+    """(T, d_head / 2), or (T, 0) for no rotation."""
     sin: Tensor
     window: int
     """0 for all tokens before one."""
@@ -173,10 +173,9 @@ class _Heads(NamedTuple):
     """(B, T) or, if a sequence is one document, (B, 0)."""
 
     @property
-    def rotation(self) -> tuple[Tensor, Tensor, int, float]:
-        """Angles, number of heads that rotate, and scale of the queries: scores become logarithms to the base of 2."""
-        num_rotated = self.num_heads + self.num_kv_heads if len(self.cos) else 0
-        return self.cos, self.sin, num_rotated, math.log2(math.e) * self.d_head**-0.5
+    def rotation(self) -> tuple[Tensor, Tensor, float]:
+        """Angles, and scale of the queries: scores become logarithms to the base of 2."""
+        return self.cos, self.sin, math.log2(math.e) * self.d_head**-0.5
 
     def sequences(self, B: int, T: int) -> list[slice]:
         """Chunks of sequences whose projections, and scores of a tile, fit into the caches."""
@@ -292,7 +291,7 @@ def swiglu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
 def causal_self_attention(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, options: AttentionOptions) -> Tensor:
     """See `functional.causal_self_attention`; x is (B, T, d_model) of any dtype, without earlier tokens."""
     d_head = len(w_q) // options.num_heads
-    cos, sin = (table.float().contiguous() for table in options.rope or 2 * (torch.empty(0, 0),))
+    cos, sin = (table.float().contiguous() for table in options.rope or 2 * (torch.empty(x.shape[1], 0),))
     starts = options.document_starts
     starts = (
         torch.empty(len(x), 0, dtype=torch.int64) if starts is None else starts.expand(x.shape[:2]).long().contiguous()
