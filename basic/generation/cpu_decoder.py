@@ -19,7 +19,7 @@ from torch.nn import Module, ModuleList
 
 from basic.common.native.kernel import PreparedCall
 from basic.model import KVCache, MultiHeadSelfAttention, TransformerBlock, TransformerLM
-from basic.transformer.cpu import kernels
+from basic.transformer.cpu import attention_kernels, kernels
 from basic.transformer.kernels import dispatch
 from basic.transformer.layers import FEED_FORWARD, Embedding, Identity, Linear, RMSNorm, RotaryPositionalEmbedding
 
@@ -126,7 +126,9 @@ class CpuDecoder:
         angles = (no_angles, no_angles) if attn.rope is None else (attn.rope.cos, attn.rope.sin)
         how = *angles, math.log2(math.e) * keys.shape[-1] ** -0.5, attn.sliding_window or 0, keys, values
         counter = next(self._unused_counters)
-        self.calls.append(PreparedCall(kernels.decode_attention, counter, self.position, qkv, *how, self.scores, o))
+        self.calls.append(
+            PreparedCall(attention_kernels.decode_attention, counter, self.position, qkv, *how, self.scores, o)
+        )
         return self.attended, attn.output_proj
 
     def _add_feed_forward(self, ffn: Any, x: Tensor) -> tuple[Tensor, Linear]:

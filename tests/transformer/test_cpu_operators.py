@@ -138,6 +138,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"qk_norm": True, "qkv_bias": True, "num_kv_heads": 2},
     {"positions": "none", "num_kv_heads": 2},
     {"value_embeddings": True, "sliding_window": 5},
+    {"d_model": 80, "num_heads": 2},
+    {"d_model": 35, "num_heads": 5, "positions": "none"},
 ]
 
 
@@ -182,17 +184,19 @@ def test_results_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.Monk
     monkeypatch.setattr(cpu_operators, "_MIN_NUMBERS", 0)
     torch.manual_seed(0)
     x, gain, weight, targets = torch.randn(700, 32), torch.rand(32), torch.randn(50, 32), torch.randint(50, (700,))
-    scores, starts = torch.randn(6, 50, 70), torch.randint(20, (3, 70))
+    qkv, starts = torch.randn(3, 70, 96), (torch.arange(70) // 30 * 30).repeat(3, 1)
+    cos, sin = functional.rope_tables(1e4, 8, 70, dtype=torch.float32)
+    how = cpu_operators._Heads(8, 2, cos, sin, 40, starts)
     made: list[list[Tensor]] = []
     for num_threads in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda count=num_threads: count)
-        gates, weights, log_sums = torch.cat((x, x.flip(0)), 1), scores.clone(), torch.zeros(6, 70)
+        gates = torch.cat((x, x.flip(0)), 1)
         normed = results(lambda x, gain: dispatch.rms_norm(x, gain, 1e-5), [x, gain], x)
         gated = results(lambda gates: dispatch.swiglu(gates, *torch.eye(64).repeat(3, 1, 1)), [gates], gates)
-        cpu_operators._run(kernels.attention_weights, weights, 20, 0, 40, starts, log_sums)
+        attended = results(lambda qkv: cpu_operators._Attention.apply(qkv, None, how), [qkv], qkv[:, :, :64])
         losses, logits = torch.empty(700), x @ weight.T
         cpu_operators._run(kernels.cross_entropy, logits, targets, torch.ones(700), losses, True)
-        made.append([*normed, *gated, weights, log_sums, losses, logits])
+        made.append([*normed, *gated, *attended, losses, logits])
     for alone, together in zip(*made, strict=True):
         assert torch.equal(alone, together)
 

@@ -15,6 +15,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils as cgutils
 from numba.core.codegen import CPUCodeLibrary as Library
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.cpu import CPUContext

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
+from basic.common.native.object_files import processor
+
 
 class _ModuleOfCompiler:
     """A module that the compiler imports, which is done when one of its names is used: only compiling needs Numba."""
@@ -22,6 +24,7 @@ class _ModuleOfCompiler:
 ir: Any = _ModuleOfCompiler("ir")
 types: Any = _ModuleOfCompiler("types")
 arrayobj: Any = _ModuleOfCompiler("arrayobj")
+cgutils: Any = _ModuleOfCompiler("cgutils")
 
 
 class Instruction:
@@ -99,3 +102,52 @@ def larger(typing_context, first, second):
         return builder.call(maximum, arguments, fastmath=("nnan", "nsz"))
 
     return types.float32(types.float32, types.float32), generate
+
+
+TILE_ROWS, TILE_COLUMNS = (8, 32) if "avx512f" in processor() else (4, 16)
+"""Of what `add_product` computes: as many sums as the registers of the processor hold."""
+
+
+@instruction
+def add_product(typing_context, a, b, c, inner, keeps):
+    """Write A B for the first TILE_ROWS rows of a and TILE_COLUMNS columns of b, or add it to c if `keeps` is not 0.
+
+    The sums stay in registers: a step adds the product of a column of a and a row of b. The numbers of a row of b and
+    of c are neighbours in memory; a may be transposed. A matrix multiplication calls this for each tile of its result.
+
+    Args:
+        a, b, c: float32 arrays of two dimensions, of which the tiles are read and written whole.
+        inner: number of columns of a and of rows of b.
+
+    Source: Goto and van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication", section 6.
+    """
+
+    def generate(context, builder, signature, arguments):
+        a, b, c = (context.make_array(signature.args[i])(context, builder, arguments[i]) for i in range(3))
+        number, index = ir.FloatType(), ir.IntType(64)
+        vector, zeros = ir.VectorType(number, TILE_COLUMNS), ir.VectorType(ir.IntType(32), TILE_COLUMNS)(None)
+
+        def address(array, row, column, kind):
+            row_bytes, column_bytes = cgutils.unpack_tuple(builder, array.strides)
+            offset = builder.add(builder.mul(row_bytes, row), builder.mul(column_bytes, column))
+            return builder.bitcast(cgutils.pointer_add(builder, array.data, offset), kind.as_pointer())
+
+        results = [address(c, index(row), index(0), vector) for row in range(TILE_ROWS)]
+        keeps = cgutils.is_not_null(builder, arguments[4])
+        sums = [
+            cgutils.alloca_once_value(builder, builder.select(keeps, builder.load(result, align=4), vector(None)))
+            for result in results
+        ]
+        with cgutils.for_range(builder, arguments[3]) as loop:
+            line = builder.load(address(b, loop.index, index(0), vector), align=4)
+            for row, total in enumerate(sums):
+                factor = builder.load(address(a, index(row), loop.index, number))
+                factor = builder.insert_element(vector(ir.Undefined), factor, ir.IntType(32)(0))
+                factor = builder.shuffle_vector(factor, vector(ir.Undefined), zeros)
+                product = builder.fmul(factor, line, flags=("contract",))
+                builder.store(builder.fadd(product, builder.load(total), flags=("contract",)), total)
+        for result, total in zip(results, sums, strict=True):
+            builder.store(builder.load(total), result, align=4)
+        return context.get_dummy_value()
+
+    return types.none(a, b, c, inner, keeps), generate

@@ -8,7 +8,7 @@ causal mask hides are skipped.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -17,23 +17,24 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from basic.common.native.instructions import TILE_COLUMNS
 from basic.common.native.kernel import Kernel
 from basic.transformer.attention import AttentionOptions
-from basic.transformer.cpu import kernels
-from basic.transformer.functional import linear, mean_correction, project_heads
+from basic.transformer.cpu import attention_kernels, kernels
+from basic.transformer.cpu.attention_kernels import ALIGNED, QUERIES
+from basic.transformer.functional import linear, mean_correction, project_heads, rotate_pairs
 
 _CHUNK_BYTES = 1 << 20
 """Size of a chunk for each thread: half of the second-level cache of most CPUs."""
-_QUERIES = 64
-"""Queries whose scores are computed together, with all keys up to the last one's."""
 _MIN_NUMBERS = 1 << 15
 """Numbers for which it pays to wake other threads."""
 
 
 def _run(kernel: Kernel, *arguments: Any) -> None:
     """Call a kernel, in torch's threads if its first tensor is large."""
-    num_threads = torch.get_num_threads() if arguments[0].numel() >= _MIN_NUMBERS else 1
-    kernel(np.zeros(1, np.int64), *arguments, num_threads=num_threads)
+    tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
+    num_threads = torch.get_num_threads() if tensor.numel() >= _MIN_NUMBERS else 1
+    kernel(np.zeros(2, np.int64), *arguments, num_threads=num_threads)
 
 
 def _chunks(count: int, item_bytes: int, least: int = 1) -> list[slice]:
@@ -163,7 +164,6 @@ class _Heads(NamedTuple):
 
     num_heads: int
     num_kv_heads: int
-    d_head: int
     cos: Tensor
     """(T, d_head / 2), or (T, 0) for no rotation."""
     sin: Tensor
@@ -173,92 +173,64 @@ class _Heads(NamedTuple):
     """(B, T) or, if a sequence is one document, (B, 0)."""
 
     @property
-    def rotation(self) -> tuple[Tensor, Tensor, float]:
-        """Angles, and scale of the queries: scores become logarithms to the base of 2."""
-        return self.cos, self.sin, math.log2(math.e) * self.d_head**-0.5
+    def width(self) -> int:
+        """Heads of the projections."""
+        return self.num_heads + 2 * self.num_kv_heads
 
-    def sequences(self, B: int, T: int) -> list[slice]:
-        """Chunks of sequences whose projections, and scores of a tile, fit into the caches."""
-        width = (self.num_heads + 2 * self.num_kv_heads) * self.d_head
-        return _chunks(B, 4 * T * max(width, self.num_heads * min(T, _QUERIES)))
+    def chunks(self, qkv_shape: tuple[int, ...]) -> list[slice]:
+        """Of sequences, whose projections fit into the caches."""
+        return _chunks(qkv_shape[0], 4 * math.prod(qkv_shape[1:]))
 
-    def tiles(self, count: int, T: int) -> Iterator[tuple[slice, slice, slice]]:
-        """Heads of a number of sequences, queries, and the keys that some of these may attend to."""
-        for start in range(0, T, _QUERIES):
-            rows = slice(start, min(start + _QUERIES, T))
-            cols = slice(max(0, start - self.window + 1) if self.window else 0, rows.stop)
-            for heads in _chunks(self.num_heads, 4 * count * (rows.stop - rows.start) * (cols.stop - cols.start)):
-                yield heads, rows, cols
+    def arguments(self, qkv: Tensor, chunk: slice, memory: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        """Those that both kernels share; scores become logarithms to the base of 2."""
+        scale = math.log2(math.e) * qkv.shape[-1] ** -0.5
+        return qkv, self.cos, self.sin, scale, self.window, self.starts[chunk], memory
+
+    @staticmethod
+    def memory(x: Tensor, T: int, D: int) -> tuple[Tensor, ...]:
+        """For the matrices of a head, in each thread."""
+        rows, columns = -(-T // ALIGNED) * ALIGNED, -(-D // TILE_COLUMNS) * TILE_COLUMNS
+        # Else, for many lengths, the numbers of a column would share few slots of the first-level cache.
+        width = rows + TILE_COLUMNS
+        shapes = (4, rows, columns), (2, columns, width), (2, QUERIES, width), (3, QUERIES, columns)
+        return tuple(x.new_zeros(torch.get_num_threads(), *shape) for shape in shapes)
 
 
 class _Attention(Function):
-    """Causal attention of features (B, T, d_model); without a weight, these are the projections.
-
-    Source: Dao et al. 2022, "FlashAttention", algorithms 1 and 4, with all keys of a query in one tile.
-    """
+    """Causal attention of features (B, T, d_model); without a weight, these are the projections."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, how: _Heads):
-        (B, T, _), H, D = x.shape, how.num_heads, how.d_head
-        q, k, v = (x.new_empty(B, H, T, D) for _ in range(3))
-        log_sums, o = x.new_empty(B, H, T), x.new_empty(B, T, H, D)
-        for chunk in how.sequences(B, T):
-            qkv = x[chunk] if weight is None else x[chunk] @ weight.T
-            _run(
-                kernels.split_heads,
-                qkv.view(-1, T, H + 2 * how.num_kv_heads, D),
-                *how.rotation,
-                q[chunk],
-                k[chunk],
-                v[chunk],
-            )
-            for heads, rows, cols in how.tiles(len(qkv), T):
-                q_, k_, v_, sums = (x[chunk, heads].flatten(0, 1) for x in (q, k, v, log_sums))
-                scores = torch.bmm(q_[:, rows], k_[:, cols].mT)
-                where = rows.start, cols.start, how.window, how.starts[chunk]
-                _run(kernels.attention_weights, scores, *where, sums)
-                attended = torch.bmm(scores, v_[:, cols])
-                o[chunk].transpose(1, 2)[:, heads, rows] = attended.unflatten(0, (len(qkv), -1))
-        ctx.save_for_backward(x, weight, q, k, v, log_sums)
+        (B, T, _), H, width = x.shape, how.num_heads, how.width
+        D = (x.shape[2] if weight is None else len(weight)) // width
+        qkv = x.view(B, T, width, D) if weight is None else x.new_empty(B, T, width, D)
+        o, log_sums, memory = x.new_empty(B, T, H, D), x.new_empty(B, H, T), how.memory(x, T, D)
+        for chunk in how.chunks(qkv.shape):
+            if weight is not None:
+                torch.mm(x[chunk].flatten(0, 1), weight.T, out=qkv[chunk].view(-1, len(weight)))
+            arguments = how.arguments(qkv[chunk], chunk, memory)
+            # The fewest parts of a head's queries that keep all threads busy.
+            parts = -(-torch.get_num_threads() // (len(arguments[0]) * how.num_kv_heads))
+            _run(attention_kernels.attention_forward, parts, *arguments, o[chunk], log_sums[chunk])
+        ctx.save_for_backward(x, weight, qkv, o, log_sums)
         ctx.how = how
-        ctx.mark_non_differentiable(k, v)
-        ctx.set_materialize_grads(False)
-        return o.flatten(2), k, v
+        return o.flatten(2)
 
     @staticmethod
     @_without_second_derivative
-    def backward(ctx: Any, do: Tensor, _dk: None, _dv: None):
-        x, weight, q, k, v, log_sums = ctx.saved_tensors
-        (B, H, T, D), how = q.shape, ctx.how
-        dx = torch.empty_like(x)
+    def backward(ctx: Any, do: Tensor):
+        x, weight, qkv, o, log_sums = ctx.saved_tensors
+        how, do, dx = ctx.how, do.contiguous().view(o.shape), torch.empty_like(x)
         dweight = None if weight is None else torch.empty_like(weight)
-        for chunk in how.sequences(B, T):
-            dq, dk, dv = torch.empty_like(q[chunk]), torch.empty_like(k[chunk]), torch.empty_like(v[chunk])
-            if how.window:
-                dk.zero_()
-                dv.zero_()
-            chunk_do = do[chunk].unflatten(2, (H, D)).transpose(1, 2).contiguous()
-            # The last queries come first: without a window they see all keys, and the others add to the gradients.
-            for heads, rows, cols in reversed(list(how.tiles(len(dq), T))):
-                q_, k_, v_, sums = (x[chunk, heads].flatten(0, 1) for x in (q, k, v, log_sums))
-                dq_, dk_, dv_, do_ = (x[:, heads].flatten(0, 1) for x in (dq, dk, dv, chunk_do))
-                weights = torch.bmm(q_[:, rows], k_[:, cols].mT)
-                dscores = torch.bmm(do_[:, rows], v_[:, cols].mT)
-                where = rows.start, cols.start, how.window, how.starts[chunk]
-                _run(kernels.attention_gradients, weights, dscores, *where, sums)
-                dq_[:, rows] = torch.bmm(dscores, k_[:, cols])
-                for total, left, right in ((dv_, weights, do_), (dk_, dscores, q_)):
-                    products = torch.bmm(left.mT, right[:, rows])
-                    if rows.stop == T and not how.window:
-                        total[:, cols] = products
-                    else:
-                        total[:, cols] += products
-            width = H + 2 * how.num_kv_heads
-            dqkv = dx[chunk] if weight is None else x.new_empty(len(dq), T, width * D)
-            _run(kernels.join_heads, dq, dk, dv, *how.rotation, dqkv.view(-1, T, width, D))
+        memory = how.memory(x, o.shape[1], o.shape[3])
+        for chunk in how.chunks(qkv.shape):
+            dqkv = torch.empty_like(qkv[chunk]) if weight is not None else dx[chunk].view(qkv[chunk].shape)
+            arguments = how.arguments(qkv[chunk], chunk, memory)
+            _run(attention_kernels.attention_backward, *arguments, o[chunk], log_sums[chunk], do[chunk], dqkv)
             if dweight is not None:
-                torch.mm(dqkv.flatten(0, 1), weight, out=dx[chunk].flatten(0, 1))
-                _add_product(dweight, dqkv.flatten(0, 1), x[chunk].flatten(0, 1), chunk)
+                rows = dqkv.view(-1, len(weight))
+                torch.mm(rows, weight, out=dx[chunk].flatten(0, 1))
+                _add_product(dweight, rows, x[chunk].flatten(0, 1), chunk)
         return dx, dweight, None
 
 
@@ -296,15 +268,14 @@ def causal_self_attention(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, opti
     starts = (
         torch.empty(len(x), 0, dtype=torch.int64) if starts is None else starts.expand(x.shape[:2]).long().contiguous()
     )
-    how = _Heads(options.num_heads, len(w_k) // d_head, d_head, cos, sin, options.window or 0, starts)
-    if options.change_heads is None and x.dtype == torch.float32:
-        o, k, v = _Attention.apply(x.contiguous(), torch.cat((w_q, w_k, w_v)).float(), how)
-    else:
-        o, k, v = _Attention.apply(project_heads(x, w_q, w_k, w_v, options).flatten(2).float(), None, how)
+    how = _Heads(options.num_heads, len(w_k) // d_head, cos, sin, options.window or 0, starts)
+    if options.change_heads is None and options.extend_cache is None and x.dtype == torch.float32:
+        return _Attention.apply(x.contiguous(), torch.cat((w_q, w_k, w_v)).float(), how)
+    heads = project_heads(x, w_q, w_k, w_v, options)
     if options.extend_cache is not None:
-        group = how.num_heads // how.num_kv_heads
-        options.extend_cache(k[:, ::group].to(x.dtype), v[:, ::group].to(x.dtype))
-    return o.to(x.dtype)
+        k, v = heads[:, :, how.num_heads :].transpose(1, 2).chunk(2, 1)
+        options.extend_cache(k if options.rope is None else rotate_pairs(k, cos, sin), v)
+    return _Attention.apply(heads.flatten(2).float().contiguous(), None, how).to(x.dtype)
 
 
 def step_adamw(
