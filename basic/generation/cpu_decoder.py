@@ -1,15 +1,18 @@
-"""Single steps of generation on a CPU: a token's multiplications, and one kernel between each two of them.
+"""Single steps of generation on a CPU: few calls of kernels, and weights of as few bytes as their numbers allow.
 
-A token reads all weights and computes little, so that Python's own work, most of it out of the caches, would take a
-third of the time. Here it is one loop over the blocks, with buffers and calls of kernels prepared for all tokens.
+A token reads all weights and computes little. So a matrix whose numbers are all bfloat16 ones, as in most published
+models, is kept in 16 bits, whatever the model's own dtype is, and multiplied in float32: the same sums to the last bit,
+from half of the bytes. Python's own work, most of it out of the caches, would take a third of the time: here it is one
+loop over calls that are prepared for all tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -19,76 +22,209 @@ from torch.nn import Module, ModuleList
 
 from basic.common.native.kernel import PreparedCall
 from basic.model import KVCache, MultiHeadSelfAttention, TransformerBlock, TransformerLM
-from basic.transformer.cpu import attention_kernels, kernels
+from basic.transformer.cpu import decode_kernels, kernels
 from basic.transformer.kernels import dispatch
 from basic.transformer.layers import FEED_FORWARD, Embedding, Identity, Linear, RMSNorm, RotaryPositionalEmbedding
 
 _MODULES: tuple[type, ...] = (TransformerLM, TransformerBlock, MultiHeadSelfAttention, RotaryPositionalEmbedding)
 _MODULES += ModuleList, Embedding, Linear, RMSNorm, Identity, *FEED_FORWARD.values()
 
+_DTYPES = torch.float32, torch.bfloat16
+MAX_ROWS = 16
+"""Tokens, of all sequences together, up to which a pass is limited by the bytes of the weights. More are read faster by
+the model itself, which computes with several at a time."""
+_PASSES_BEFORE_COPY = 4
+"""Passes with weights of 32 bits before those that fit are copied to 16, which takes as long as these passes."""
+_MIN_NUMBERS = 1 << 17
+"""Numbers of a matrix, or of keys and values, for which it pays to wake other threads."""
 
-def make_cpu_decoder(model: TransformerLM, cache: KVCache) -> CpuDecoder | None:
-    """The decoder of a float32 model, none of whose modules a user has changed; else None."""
-    tensors = cache.keys, *model.parameters(), *model.buffers()
-    if not (dispatch.takes_cpu_operators(*tensors) and all(tensor.is_contiguous() for tensor in tensors)):
+
+def make_cpu_decoder(model: TransformerLM, batch_size: int) -> CpuDecoder | None:
+    """The decoder of a float32 or bfloat16 model, none of whose modules a user has changed; else None."""
+    tensors = *model.parameters(), *model.buffers()
+    if not (dispatch.takes_cpu_operators(*tensors, dtypes=_DTYPES) and all(x.is_contiguous() for x in tensors)):
+        return None
+    if model.compute_dtype not in _DTYPES or len({parameter.dtype for parameter in model.parameters()}) > 1:
         return None
     for module in model.modules():
         hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
         if hooks or type(module) not in _MODULES:
             return None
-    return CpuDecoder(model, cache)
+    return CpuDecoder(model, batch_size)
 
 
 class CpuDecoder:
-    """Computes the logits after one more token of each sequence, and writes its keys and values to the cache.
+    """Computes the logits after the next tokens of each sequence, and writes their keys and values to its cache.
+
+    Everything but the weights is float32, and so are the logits. For a float32 model these are the model's own, within
+    rounding. For one that computes in bfloat16 they are those of its weights, rounded to bfloat16, in float32: closer
+    to the exact ones than the model's own, whose activations are rounded to 8 bits after each operation.
 
     Args:
-        model: see `make_cpu_decoder`. Its weights may change, but not be replaced.
-        cache: of as many sequences; the caller advances it.
+        model: see `make_cpu_decoder`. Its weights must not change.
+        batch_size: number of sequences.
+
+    Attributes:
+        cache: the keys and values, in float32; the caller advances it.
     """
 
-    def __init__(self, model: TransformerLM, cache: KVCache):
-        config, B = model.config, cache.keys.shape[1]
+    def __init__(self, model: TransformerLM, batch_size: int):
+        self.model, self.cache = model, KVCache(model.config, batch_size)
+        self._matrices: dict[Linear, tuple[Tensor, ...]] = {}  # in 16 bits, by the first of their layers
+        self._passes: dict[int, _Pass] = {}  # by the number of tokens of each sequence
+        self._num_passes, self._memory = 0, None
+
+    def reads(self, num_tokens: int) -> bool:
+        """Whether to call `logits` for so many tokens of each sequence, or else the model with this cache."""
+        return num_tokens == 1 or num_tokens * self.cache.keys.shape[1] <= MAX_ROWS
+
+    def logits(self, ids: Int[Tensor, " batch new"]) -> Float[Tensor, "batch vocab_size"]:
+        """Those of the token after these, the first of which are at the position `cache.length`."""
+        if self._num_passes == (_PASSES_BEFORE_COPY if self.model.compute_dtype == torch.float32 else 0):
+            self._copy_to_16_bits()
+        self._num_passes += 1
+        if (one_pass := self._passes.get(ids.shape[1])) is None:
+            one_pass = self._passes[ids.shape[1]] = _Pass(self.model, self.cache, ids.shape[1], self._matrices)
+        return one_pass.logits(ids)
+
+    def _copy_to_16_bits(self) -> None:
+        """Copy each matrix whose numbers are bfloat16 ones, or that the model itself rounds to bfloat16."""
+        self._passes.clear()
+        groups = [_layers_of_one_input(block) for block in self.model.layers] + [[(self.model.lm_head,)]]
+        layers = [group for groups_of_block in groups for group in groups_of_block]
+        rounds, count = self.model.compute_dtype == torch.bfloat16, sum(x.weight.numel() for g in layers for x in g)
+        is_wide = self.model.lm_head.weight.dtype == torch.float32
+        if not is_wide or (self.cache.keys.shape[1] > MAX_ROWS and not rounds) or not _is_free(2 * count):
+            return
+        # NumPy asks for large pages, with which a core reads 15 instead of 12 GB/s.
+        memory = _idle_memory.pop(self.model, None)
+        self._memory = np.empty(count, np.uint16) if memory is None or len(memory) != count else memory
+        free = torch.from_numpy(self._memory).view(torch.bfloat16)
+        for group in layers:
+            sizes = [layer.weight.numel() for layer in group]
+            *parts, rest = free.split([*sizes, len(free) - sum(sizes)])
+            copies = [part.view(layer.weight.shape) for part, layer in zip(parts, group, strict=True)]
+            if all(_copy(layer.weight.detach(), to, rounds) for layer, to in zip(group, copies, strict=True)):
+                self._matrices[group[0]], free = tuple(copies), rest
+
+    def finish(self) -> None:
+        """Keep the memory of the copies for the next decoder of the model: new memory takes up to ten times as long."""
+        if self._matrices and self._memory is not None:
+            _idle_memory[self.model], self._memory = self._memory, None
+        self._passes.clear()
+
+
+_idle_memory: WeakKeyDictionary[TransformerLM, np.ndarray] = WeakKeyDictionary()
+
+
+def _is_free(num_bytes: int) -> bool:
+    """Whether the machine has twice so much memory left, as far as it says so."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return 2 * num_bytes < next(1024 * int(line.split()[1]) for line in file if "MemAvailable" in line)
+    except (OSError, StopIteration):
+        return True
+
+
+def _layers_of_one_input(block: Any) -> list[tuple[Linear, ...]]:
+    """The matrices of a block, those together that are multiplied by the same features."""
+    attn, ffn = block.attn, block.ffn
+    up = (ffn.w1, ffn.w3) if isinstance(ffn, FEED_FORWARD["swiglu"]) else (ffn.w1,)
+    return [(attn.q_proj, attn.k_proj, attn.v_proj), (attn.output_proj,), up, (ffn.w2,)]
+
+
+def _copy(weight: Tensor, to: Tensor, rounds: bool) -> bool:
+    """Copy float32 numbers to bfloat16; returns whether they are equal there, or are rounded."""
+    if rounds:
+        to.copy_(weight)
+        return True
+    lost = np.zeros(1, np.int64)
+    arguments = np.zeros(1, np.int64), weight.view(-1), to.view(-1), lost
+    decode_kernels.copy_upper_halves(*arguments, num_threads=torch.get_num_threads())
+    return not lost[0]
+
+
+class _Pass:
+    """The calls for some tokens of each sequence.
+
+    Args:
+        num_tokens: of each sequence.
+        matrices: the weights in 16 bits that there are, by the first layer of `_layers_of_one_input`.
+    """
+
+    def __init__(
+        self, model: TransformerLM, cache: KVCache, num_tokens: int, matrices: dict[Linear, tuple[Tensor, ...]]
+    ):
+        config, B, T = model.config, cache.keys.shape[1], num_tokens
         assert config.d_ff is not None  # set by __post_init__
-        self.cache, self.position, self.ids = cache, np.zeros(1, np.int64), torch.empty(B, dtype=torch.int64)
-        # One for each call of a kernel: norms, norms of heads, attention and SwiGLU.
-        self.counters = np.zeros(((2 * B + 4) * config.num_layers + 2, 1), np.int64)
+        N = B * T
+        self.model, self.cache, self.matrices, self.num_tokens = model, cache, matrices, num_tokens
+        self.position, self.ids = np.zeros(1, np.int64), torch.empty(N, dtype=torch.int64)
+        # One for each call of a kernel: norms, norms of heads, attention, SwiGLU and multiplications.
+        self.counters = np.zeros(((2 * N + 8) * config.num_layers + 3, 1), np.int64)
         self._unused_counters = iter(self.counters)
         self.sizes = [heads * config.d_head for heads in (config.num_heads, config.kv_heads, config.kv_heads)]
-        self.x, self.normed = torch.empty(B, config.d_model), torch.empty(B, config.d_model)
-        self.scales = torch.empty(max(B, config.num_heads))
-        self.projected, self.attended = torch.empty(B, sum(self.sizes)), torch.empty(B, self.sizes[0])
-        self.hidden, self.gated = torch.empty(B, 2 * config.d_ff), torch.empty(B, config.d_ff)
-        self.scores = torch.empty(cache.keys.shape[1:4])
-        self.calls: list[Callable[[], object]] = [
-            partial(torch.index_select, model.token_embeddings.weight.detach(), 0, self.ids, out=self.x)
-        ]
+        self.x, self.normed = torch.empty(N, config.d_model), torch.empty(N, config.d_model)
+        self.scales = torch.empty(max(N, config.num_heads))
+        self.projected, self.attended = torch.empty(N, sum(self.sizes)), torch.empty(N, self.sizes[0])
+        gates = 2 if config.ffn == "swiglu" else 1
+        self.hidden, self.gated = torch.empty(N, gates * config.d_ff), torch.empty(N, config.d_ff)
+        self.scores, self.output = torch.empty(cache.keys.shape[1:4]), torch.empty(B, config.vocab_size)
+        self.calls: list[Callable[[], object]] = [self._embed]
         if config.embedding_norm:
             self._normalize(torch.ones(config.d_model), config.norm_eps, self.x, self.x)
         layers: Any = model.layers
         for index, block in enumerate(layers):
-            self._add_sublayer(config.norm, block.ln1, partial(self._add_attention, block.attn, index))
-            self._add_sublayer(config.norm, block.ln2, partial(self._add_feed_forward, block.ffn))
-        self.head, self.last = model.lm_head.weight.detach().T, self._norm(model.ln_final, self.x, self.normed)
+            qkv, output, up, down = _layers_of_one_input(block)
+            self._add_sublayer(block.ln1, partial(self._add_attention, block.attn, index, qkv), output)
+            self._add_sublayer(block.ln2, partial(self._add_feed_forward, config.ffn, up), down)
+        last = self._norm(model.ln_final, self.x, self.normed)
+        if T > 1:
+            every, last = last, torch.empty(B, config.d_model)
+            self.calls.append(partial(last.copy_, every[T - 1 :: T]))
+        self._multiply(last, (model.lm_head,), self.output)
 
-    def logits(self, ids: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab_size"]:
-        """Those of the token after these, which are at the position `cache.length`."""
+    def logits(self, ids: Tensor) -> Tensor:
         self.counters[:], self.position[0] = 0, self.cache.length
-        self.ids.copy_(ids)
+        self.ids.copy_(ids.flatten())
         for call in self.calls:
             call()
-        return self.last @ self.head
+        return self.output.clone()
 
-    def _add_sublayer(self, norm: str, ln: Module, add: Callable[[Tensor], tuple[Tensor, Linear]]) -> None:
-        """Attention or feed-forward layer: `add` adds the calls for its input, and returns what is still multiplied."""
-        x, normed = self.x, self.normed
-        result, output = add(self._norm(ln, x, normed) if norm == "pre" else x)
-        weight = output.weight.detach().T
+    def _rounded(self, weight: Tensor) -> Tensor:
+        """A weight as the model itself uses it, in float32."""
+        return weight.detach().to(self.model.compute_dtype).float()
+
+    def _embed(self) -> None:
+        self.x.copy_(self._rounded(self.model.token_embeddings.weight.index_select(0, self.ids)))
+
+    def _multiply(self, x: Tensor, layers: tuple[Linear, ...], y: Tensor, add: bool = False) -> None:
+        """Write, or add, to y the products of x and the matrices of some layers side by side."""
+        biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+        if biases:
+            self.calls.append(partial(y.copy_, self._rounded(torch.cat(biases))))
+        add, weights = add or bool(biases), tuple(layer.weight.detach() for layer in layers)
+        weights = self.matrices.get(layers[0], weights)
+        if len(x) > MAX_ROWS and weights[0].dtype == torch.float32:  # operations are the limit: the BLAS is faster
+            for weight, part in zip(weights, y.split([len(weight) for weight in weights], 1), strict=True):
+                self.calls.append(partial(part.addmm_, x, weight.T, beta=int(add)))
+            return
+        outputs, num_threads = y.shape[1], torch.get_num_threads()
+        num_threads = num_threads if outputs * x.shape[1] >= _MIN_NUMBERS else 1
+        # Long chunks: what is requested ahead of a chunk's end is read in vain.
+        chunk = max(1, -(-outputs // (2 * num_threads * 16))) * 16
+        arguments = next(self._unused_counters), x, weights, chunk, int(add), y
+        self.calls.append(partial(PreparedCall(decode_kernels.multiply, *arguments).in_threads, num_threads))
+
+    def _add_sublayer(self, ln: Module, add: Callable[[Tensor], Tensor], output: tuple[Linear, ...]) -> None:
+        """Attention or feed-forward layer: `add` adds the calls for its input, and returns what `output` multiplies."""
+        x, normed, norm = self.x, self.normed, self.model.config.norm
+        result = add(self._norm(ln, x, normed) if norm == "pre" else x)
         if norm == "sublayer":
-            self.calls.append(partial(torch.mm, result, weight, out=normed))
+            self._multiply(result, output, normed)
             self.calls.append(partial(x.add_, self._norm(ln, normed, normed)))
         else:
-            self.calls.append(partial(x.addmm_, result, weight))
+            self._multiply(result, output, x, add=True)
             if norm == "post":
                 self._norm(ln, x, x)
 
@@ -96,67 +232,57 @@ class CpuDecoder:
         """Where the normalised x is: in y, if it is normalised at all."""
         if not isinstance(norm, RMSNorm):
             return x
-        self._normalize(norm.weight.detach(), norm.eps, x, y)
+        self._normalize(norm.weight, norm.eps, x, y)
         return y
 
     def _normalize(self, weight: Tensor, eps: float, x: Tensor, y: Tensor) -> None:
-        arguments = next(self._unused_counters), x, weight, eps, y, self.scales[: len(x)]
+        arguments = next(self._unused_counters), x, weight.detach().float(), eps, y, self.scales[: len(x)]
         self.calls.append(PreparedCall(kernels.norm_forward, *arguments))
 
-    def _add_attention(self, attn: MultiHeadSelfAttention, index: int, x: Tensor) -> tuple[Tensor, Linear]:
+    def _add_attention(self, attn: MultiHeadSelfAttention, index: int, layers: tuple[Linear, ...], x: Tensor) -> Tensor:
+        self._multiply(x, layers, self.projected)
         parts = self.projected.split(self.sizes, 1)
-        for linear, out in zip((attn.q_proj, attn.k_proj, attn.v_proj), parts, strict=True):
-            weight = linear.weight.detach().T
-            product = (
-                partial(torch.mm, x, weight)
-                if linear.bias is None
-                else partial(torch.addmm, linear.bias.detach(), x, weight)
-            )
-            self.calls.append(partial(product, out=out))
         if attn.value_embeddings is not None:
-            self.calls += _value_embeddings(attn, x, self.ids, parts[2])
+            self._add_value_embeddings(attn, x, parts[2])
         for norm, part in ((attn.q_norm, parts[0]), (attn.k_norm, parts[1])):
             if norm is not None:
-                for row in part:  # the heads of a sequence are side by side, those of several are not
+                for row in part:  # the heads of a token are side by side, those of several are not
                     heads = row.view(-1, norm.weight.numel())
-                    self._normalize(norm.weight.detach(), norm.eps, heads, heads)
+                    self._normalize(norm.weight, norm.eps, heads, heads)
         keys, values = self.cache.keys[index], self.cache.values[index]
-        qkv, o = (tensor.unflatten(1, (-1, keys.shape[-1])) for tensor in (self.projected, self.attended))
+        qkv, o = (x.view(len(keys), self.num_tokens, -1, keys.shape[-1]) for x in (self.projected, self.attended))
         no_angles = torch.empty(keys.shape[-2], 0)
         angles = (no_angles, no_angles) if attn.rope is None else (attn.rope.cos, attn.rope.sin)
         how = *angles, math.log2(math.e) * keys.shape[-1] ** -0.5, attn.sliding_window or 0, keys, values
         counter = next(self._unused_counters)
-        self.calls.append(
-            PreparedCall(attention_kernels.decode_attention, counter, self.position, qkv, *how, self.scores, o)
-        )
-        return self.attended, attn.output_proj
+        call = PreparedCall(decode_kernels.decode_attention, counter, self.position, qkv, *how, self.scores, o)
+        numbers_per_token, num_threads = 2 * keys[:, :, 0].numel(), torch.get_num_threads()
+        least = _MIN_NUMBERS // numbers_per_token
+        self.calls.append(lambda: call.in_threads(num_threads if self.cache.length >= least else 1))
+        return self.attended
 
-    def _add_feed_forward(self, ffn: Any, x: Tensor) -> tuple[Tensor, Linear]:
-        hidden, values = self.hidden.chunk(2, 1)
-        self.calls.append(partial(torch.mm, x, ffn.w1.weight.detach().T, out=hidden))
-        if isinstance(ffn, FEED_FORWARD["swiglu"]):
-            self.calls.append(partial(torch.mm, x, ffn.w3.weight.detach().T, out=values))
+    def _add_value_embeddings(self, attn: MultiHeadSelfAttention, x: Tensor, values: Tensor) -> None:
+        """Add the gated embeddings of the ids to the values; see `MultiHeadSelfAttention.forward`."""
+        assert attn.value_embeddings is not None
+        gate, table = self._rounded(attn.value_gate.weight), attn.value_embeddings.weight
+        by_head = values.unflatten(1, (len(gate), -1))
+
+        def add() -> None:
+            gates = (x[:, : gate.shape[1]] @ gate.T).sigmoid_().unsqueeze(-1)
+            by_head.addcmul_(self._rounded(table.index_select(0, self.ids)).view(by_head.shape), gates, value=2)
+
+        self.calls.append(add)
+
+    def _add_feed_forward(self, ffn: str, layers: tuple[Linear, ...], x: Tensor) -> Tensor:
+        hidden, gated = self.hidden, self.gated
+        self._multiply(x, layers, hidden)
+        if ffn == "swiglu":
             counter = next(self._unused_counters)
-            self.calls.append(PreparedCall(kernels.swiglu_forward, counter, self.hidden, self.gated))
-        elif isinstance(ffn, FEED_FORWARD["relu2"]):
+            self.calls.append(PreparedCall(kernels.swiglu_forward, counter, hidden, gated))
+        elif ffn == "relu2":
             self.calls.append(partial(torch.clamp, hidden, min=0, out=hidden))
-            self.calls.append(partial(torch.mul, hidden, hidden, out=self.gated))
+            self.calls.append(partial(torch.mul, hidden, hidden, out=gated))
         else:
-            self.calls.append(partial(torch.sigmoid, hidden, out=self.gated))
-            self.calls.append(partial(self.gated.mul_, hidden))
-        return self.gated, ffn.w2
-
-
-def _value_embeddings(
-    attn: MultiHeadSelfAttention, x: Tensor, ids: Tensor, values: Tensor
-) -> Iterator[Callable[[], object]]:
-    """Calls that add the gated embeddings of the ids to the values; see `MultiHeadSelfAttention.forward`."""
-    assert attn.value_embeddings is not None
-    gate, table = attn.value_gate.weight.detach(), attn.value_embeddings.weight.detach()
-    gates, added = torch.empty(len(x), len(gate)), torch.empty(values.shape)
-    yield partial(torch.mm, x[:, : gate.shape[1]], gate.T, out=gates)
-    yield gates.sigmoid_
-    yield partial(torch.index_select, table, 0, ids, out=added)
-    heads = (tensor.unflatten(1, (len(gate), -1)) for tensor in (values, added))
-    by_head, added_by_head = heads
-    yield partial(by_head.addcmul_, added_by_head, gates.unsqueeze(-1), value=2)
+            self.calls.append(partial(torch.sigmoid, hidden, out=gated))
+            self.calls.append(partial(gated.mul_, hidden))
+        return gated

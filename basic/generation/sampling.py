@@ -210,6 +210,9 @@ def generate(
     On a GPU, single steps use the kernels of `basic.generation.decoder` if those support the model, which then keeps
     their buffers for the next call: a copy of the weights in half precision, and a cache of up to 1 GB.
 
+    On a CPU, single steps of a float32 or bfloat16 model compute in float32. If the numbers of a float32 model are
+    bfloat16 ones, they are copied to 16 bits for it, memory that the model keeps; the results are the same.
+
     Args:
         prompts: at least one id each, as lists, arrays or tensors, or the rows of one array; of a prompt longer than
             the context, the last ids are used.
@@ -219,7 +222,8 @@ def generate(
         log_probabilities: also return the logarithm of each new id's probability.
         end_id: a sequence ends when this id is drawn.
         vocab_size: draw only ids below this, if the model's vocabulary is larger than the tokenizer's; at least 1.
-        use_cache: keep keys and values of earlier tokens; without, the ids are the same, only slower.
+        use_cache: keep keys and values of earlier tokens; without, the ids are the same, only slower. A model in half
+            precision rounds otherwise then, so that they may differ where two tokens are almost equally likely.
         sampling: fields of `Sampling`: temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, seed.
 
     Returns:
@@ -355,11 +359,12 @@ def continue_ids(
     else:
         generator.manual_seed(sampling.seed)
     cache, decoder, cpu_decoder = None, None, None
-    if use_cache:
+    if use_cache and (cpu_decoder := make_cpu_decoder(model, len(prompts))) is not None:
+        cache = cpu_decoder.cache
+    elif use_cache:
         cache = KVCache(model.config, len(prompts), dtype=model.compute_dtype, device=device)
         decoder = make_decoder(model, cache, prompt_lengths, vocab_size)
         cache = cache if decoder is None else decoder.cache
-        cpu_decoder = make_cpu_decoder(model, cache)
 
     @torch.inference_mode()  # not around the loop: the mode would be on in the caller's code between two steps
     def extend(length: int) -> int:
@@ -405,6 +410,8 @@ def continue_ids(
         length = end
     if decoder is not None and decoder.cache.keys.nbytes <= _MAX_IDLE_BYTES:
         _idle_decoders[model] = decoder
+    if cpu_decoder is not None:
+        cpu_decoder.finish()
 
 
 def first_seen(length: int, context: int) -> int:
@@ -445,8 +452,8 @@ def _next_logits(
         return decoder.logits
     if decoder is not None and cache.length == 0:
         return decoder.read_prompt(new)
-    if cpu_decoder is not None and new.shape[1] == 1:
-        logits = cpu_decoder.logits(new[:, 0])
+    if cpu_decoder is not None and cpu_decoder.reads(new.shape[1]):
+        logits = cpu_decoder.logits(new)
     else:
         logits = model(new, cache)[:, -1]
     cache.advance(new.shape[1])

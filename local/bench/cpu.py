@@ -133,8 +133,14 @@ def training(options: argparse.Namespace) -> None:
                               "times_as_fast": round(statistics.median(ratios), 2)}), flush=True)  # fmt: skip
 
 
+EXACT = "float32, weights of bfloat16"
+
+
 def decoding(options: argparse.Namespace) -> None:
-    """Greedy ids for one prompt; the ids of ours in float32 are those of transformers."""
+    """Greedy ids for one prompt: those of ours are those of transformers in float32 with the same weights.
+
+    Random weights need all bits of float32; those of most published models are bfloat16 numbers, as the others here.
+    """
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -142,35 +148,43 @@ def decoding(options: argparse.Namespace) -> None:
     config = ModelConfig(vocab_size=49_152, context_length=256, tied_embeddings=True, **sizes)
     ours = TransformerLM(config).eval()
     half = copy.deepcopy(ours).bfloat16()
-    with tempfile.TemporaryDirectory() as folder:
-        export_hf(ours, Path(folder) / "llama")
-        theirs: Any = AutoModelForCausalLM.from_pretrained(Path(folder) / "llama", dtype=torch.float32).eval()
+    models = {"float32": ours, EXACT: copy.deepcopy(half).float(), "bfloat16": half}
+    theirs: dict[str, Any] = {}
+    for name, model in models.items():
+        with tempfile.TemporaryDirectory() as folder:
+            export_hf(model, Path(folder) / "llama")
+            path, dtype = Path(folder) / "llama", torch.bfloat16 if name == "bfloat16" else torch.float32
+            theirs[name] = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
     prompt = [1, 2, 3, 4, 5]
 
-    def by_transformers(count: int) -> list[int]:
-        ids = torch.tensor([prompt])
-        made = theirs.generate(ids, attention_mask=ids > 0, max_new_tokens=count, min_new_tokens=count, do_sample=False)
-        return made[0, len(prompt) :].tolist()
+    def by_transformers(name: str, count: int) -> list[int]:
+        ids, limits = torch.tensor([prompt]), {"max_new_tokens": count, "min_new_tokens": count}
+        return theirs[name].generate(ids, attention_mask=ids > 0, **limits, do_sample=False)[0, len(prompt) :].tolist()
 
-    programs: dict[str, Callable[[int], list[int]]] = {
-        "transformers, float32": by_transformers,
-        "basic, float32": lambda count: generate(ours, [prompt], count, temperature=0.0)[0],
-        "basic, bfloat16": lambda count: generate(half, [prompt], count, temperature=0.0)[0],
-    }
+    def by_us(name: str, count: int) -> list[int]:
+        return generate(models[name], [prompt], count, temperature=0.0)[0]
+
     clock = time.process_time if options.threads == 1 else time.perf_counter
-    rates: dict[str, list[float]] = {name: [] for name in programs}
-    made: dict[str, list[int]] = {}
+    rates = {(who, name): list[float]() for name in models for who in ("transformers", "basic")}
+    made: dict[tuple[str, str], list[int]] = {}
+    reading: list[float] = []
+    weights = torch.ones(ours.num_parameters)
     for number in range(1 + options.rounds):
-        for name, program in programs.items():
+        for who, name in rates:
             started = clock()
-            made[name] = program(options.tokens)
+            made[who, name] = (by_us if who == "basic" else by_transformers)(name, options.tokens)
             if number:
-                rates[name].append(options.tokens / (clock() - started))
-    expected = made["transformers, float32"]
-    for name, measured in rates.items():
-        ratios = [ours / theirs for ours, theirs in zip(measured, rates["transformers, float32"], strict=True)]
-        same = next((i for i, (a, b) in enumerate(zip(made[name], expected, strict=True)) if a != b), len(expected))
-        print(json.dumps({"model": name, "tokens_per_s": round(statistics.median(measured), 1),
+                rates[who, name].append(options.tokens / (clock() - started))
+        started = clock()
+        weights.sum()
+        reading.append(clock() - started)
+    # A sum reads as fast as memory allows: the limit for weights of 32 bits.
+    print(json.dumps({"program": "sum of the weights", "times_per_s": round(1 / statistics.median(reading), 1)}))
+    for (who, name), measured in rates.items():
+        ratios = [ours / theirs for ours, theirs in zip(measured, rates["transformers", name], strict=True)]
+        ids, expected = made[who, name], made["transformers", "float32" if name == "float32" else EXACT]
+        same = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=True)) if a != b), len(ids))
+        print(json.dumps({"program": who, "model": name, "tokens_per_s": round(statistics.median(measured), 1),
                           "times_as_fast": round(statistics.median(ratios), 2), "same_first_ids": same}))  # fmt: skip
 
 

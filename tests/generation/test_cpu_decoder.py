@@ -1,14 +1,20 @@
-"""The decoder for a CPU against the model itself in float64."""
+"""The decoder for a CPU against the model itself in float64, and its weights of 16 bits against those of 32."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from basic.generation.cpu_decoder import make_cpu_decoder
-from basic.model import KVCache, ModelConfig, TransformerLM
+from basic.generation import cpu_decoder
+from basic.generation.cpu_decoder import CpuDecoder, make_cpu_decoder
+from basic.generation.sampling import generate
+from basic.model import ModelConfig, TransformerLM
+from basic.transformer.cpu import decode_kernels
 from basic.transformer.kernels import dispatch
 
 SHAPE: dict[str, Any] = {"vocab_size": 50, "context_length": 40, "d_model": 32, "num_layers": 2, "num_heads": 4}
@@ -23,35 +29,122 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-@torch.inference_mode()
-def test_logits_of_each_token(variant: dict[str, Any], batch_size: int):
+def changed_model(variant: dict[str, Any]) -> TransformerLM:
     torch.manual_seed(0)
     model = TransformerLM(ModelConfig(**(SHAPE | variant)))
-    for parameter in model.parameters():  # biases and gates are 0 at the start
-        parameter += 0.1 * torch.randn_like(parameter)
-    exact = TransformerLM(model.config).double()
-    exact.load_state_dict(model.state_dict())
-    ids, cache = torch.randint(50, (batch_size, 40)), KVCache(model.config, batch_size)
-    decoder = make_cpu_decoder(model, cache)
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and gates are 0 at the start
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@torch.inference_mode()
+def decoded(model: TransformerLM, ids: Tensor, first: int) -> tuple[Tensor, CpuDecoder]:
+    """The logits after the first ids, read in one pass, and after each of the others."""
+    decoder = make_cpu_decoder(model, len(ids))
     assert decoder is not None
-    model(ids[:, :5], cache)
-    cache.advance(5)
-    expected = exact(ids)
-    for position in range(5, 40):
-        logits = decoder.logits(ids[:, position])
-        cache.advance(1)
-        torch.testing.assert_close(logits.double(), expected[:, position], rtol=1e-4, atol=1e-5)
+    logits = []
+    for start, stop in [(0, first), *((i, i + 1) for i in range(first, ids.shape[1]))]:
+        logits.append(decoder.logits(ids[:, start:stop]))
+        decoder.cache.advance(stop - start)
+    return torch.stack(logits, 1), decoder
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 20])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_logits_of_each_token(variant: dict[str, Any], batch_size: int):
+    model = changed_model(variant)
+    ids = torch.randint(50, (batch_size, 40))
+    with torch.inference_mode():
+        expected = copy.deepcopy(model).double()(ids)
+    logits, _ = decoded(model, ids, 5)
+    torch.testing.assert_close(logits.double(), expected[:, 4:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 20])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_a_model_that_computes_in_bfloat16_rounds_its_weights(variant: dict[str, Any], batch_size: int):
+    model, ids = changed_model(variant), torch.randint(50, (batch_size, 12))
+    rounded = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in rounded.named_parameters():
+            if "norm" not in name and "ln" not in name:  # a norm computes in float32
+                parameter.copy_(parameter.bfloat16())
+    model.activation_dtype = torch.bfloat16
+    torch.testing.assert_close(decoded(model, ids, 2)[0], decoded(rounded, ids, 2)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_weights_of_16_bits_change_nothing(variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    model = changed_model(variant).bfloat16().float()
+    ids = torch.randint(50, (2, 20))
+    _, short = decoded(model, ids[:, :4], 1)  # too few passes for a copy
+    assert not short._matrices
+    narrow, decoder = decoded(model, ids, 1)
+    assert len(decoder._matrices) == 9  # four for each block, and the output layer
+    monkeypatch.setattr(cpu_decoder, "_PASSES_BEFORE_COPY", 1000)
+    wide, _ = decoded(model, ids, 1)
+    assert torch.equal(narrow, wide)
+    assert torch.equal(narrow, decoded(model.bfloat16(), ids, 1)[0])  # its own weights are as many bits
+
+
+def test_a_matrix_that_needs_32_bits_keeps_them():
+    model = changed_model({}).bfloat16().float()
+    with torch.no_grad():
+        model.get_parameter("layers.1.ffn.w3.weight")[-1, -1] = 1 + 2**-12
+    ids = torch.randint(50, (1, 12))
+    logits, decoder = decoded(model, ids, 1)
+    assert len(decoder._matrices) == 8
+    with torch.inference_mode():
+        torch.testing.assert_close(logits, model(ids), rtol=1e-4, atol=1e-5)
+
+
+def test_a_second_call_uses_the_weights_of_then():
+    model = changed_model({"tied_embeddings": True}).bfloat16().float()
+    first = generate(model, [[1, 2, 3]], 20, temperature=0.0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.flip(0))
+    second = generate(model, [[1, 2, 3]], 20, temperature=0.0)
+    assert second == generate(model, [[1, 2, 3]], 20, temperature=0.0, use_cache=False) != first
+
+
+def test_a_bfloat16_model_continues_as_its_weights_in_float32():
+    model = changed_model({"num_kv_heads": 2}).bfloat16()
+    prompts = [[1, 2, 3], list(range(30))]
+    made = generate(model, prompts, 60, temperature=0.0)
+    assert made == generate(model.float(), prompts, 60, temperature=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 1, (5,)), (3, 31, (40, 3)), (6, 100, (17, 1, 64))])
+def test_multiply(rows: int, width: int, outputs: tuple[int, ...], dtype: torch.dtype):
+    torch.manual_seed(0)
+    weights = tuple(torch.randn(count, width).to(dtype) for count in outputs)
+    x, start = torch.randn(rows, width), torch.randn(rows, sum(outputs))
+    product = x.double() @ torch.cat(weights).double().T
+    for num_threads in (1, 2):
+        for add in (0, 1):
+            y = start.clone()
+            decode_kernels.multiply(np.zeros(1, np.int64), x, weights, 16, add, y, num_threads=num_threads)
+            torch.testing.assert_close(y.double(), product + add * start, rtol=1e-5, atol=1e-5)
 
 
 def test_other_models_have_no_decoder():
     def has_decoder(model: TransformerLM) -> bool:
-        return make_cpu_decoder(model, KVCache(model.config, 1, dtype=model.compute_dtype)) is not None
+        return make_cpu_decoder(model, 1) is not None
 
     model = TransformerLM(ModelConfig(**SHAPE))
-    assert not has_decoder(model.bfloat16())
+    assert not has_decoder(model.half())
+    assert not has_decoder(model.double())
+    assert has_decoder(model.bfloat16())
     assert has_decoder(model.float())
+    model.activation_dtype = torch.float16
+    assert not has_decoder(model)
+    model.activation_dtype = None
+    model.ln_final.bfloat16()
+    assert not has_decoder(model)
+    model.float()
     with dispatch.use_operators(None):
         assert not has_decoder(model)
     handle = model.ln_final.register_forward_hook(lambda module, inputs, output: None)

@@ -36,7 +36,8 @@ Signature = tuple[str, ...]
 _call_type = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)
 _compile_lock = threading.RLock()
 _INT64, _DOUBLE = Struct("<q"), Struct("<d")
-_TENSOR_TYPES = {"torch.float32": "f4", "torch.int64": "i8"}
+# bfloat16, which NumPy and Numba do not have, is the upper half of a float32.
+_TENSOR_TYPES = {"torch.float32": "f4", "torch.int64": "i8", "torch.bfloat16": "u2"}
 _tensor_signatures: dict[tuple[Any, int], str] = {}  # by dtype and number of dimensions
 
 
@@ -62,11 +63,9 @@ class Kernel:
             _append(argument, signature, words)
         entry = self.entries(tuple(signature))[object_files.ENTRY]
         address = ctypes.addressof(block := (ctypes.c_int64 * len(words))(*words))
-        if num_threads == 1 or (run_in_threads := _run_in_threads()) is None:
-            return _call_type(entry)(address)
-        run_in_threads(ctypes.c_void_p(entry), ctypes.c_void_p(address), num_threads, 0)
+        result = _run(entry, address, num_threads)
         del block  # the arguments, until here
-        return 0
+        return result
 
     def entries(self, signature: Signature) -> dict[str, int]:
         """The functions for arguments of these types (`object_files.ENTRIES`), from memory, a file or the compiler."""
@@ -92,6 +91,14 @@ class Kernel:
         from basic.common.native.compiler import function_type
 
         return function_type(self)
+
+
+def _run(entry: int, address: int, num_threads: int) -> int:
+    """Call a function of one address in several threads, or in this one."""
+    if num_threads == 1 or (run_in_threads := _run_in_threads()) is None:
+        return _call_type(entry)(address)
+    run_in_threads(ctypes.c_void_p(entry), ctypes.c_void_p(address), num_threads, 0)
+    return 0
 
 
 @cache
@@ -140,6 +147,10 @@ class PreparedCall:
 
     def __call__(self) -> int:
         return self._entry(self.address)
+
+    def in_threads(self, num_threads: int) -> None:
+        """Call the kernel in several threads, each of which takes items, as `Kernel.__call__` does."""
+        _run(ctypes.cast(self._entry, ctypes.c_void_p).value or 0, self.address, num_threads)
 
     def set(self, **arguments: Any) -> None:
         """Replace some arguments by others of the same types."""

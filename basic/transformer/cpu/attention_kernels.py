@@ -18,7 +18,7 @@ other number of them would end with up to 31 single steps."""
 
 
 @inlined
-def _rotate(from_, to, cos, sin, direction, factor):
+def rotate(from_, to, cos, sin, direction, factor):
     """Rotate a head by its angles, if there are any, and multiply it by a factor; `to` may be `from_`.
 
     Args:
@@ -46,7 +46,7 @@ def _load(qkv, b, head, num_keys, cos, sin, keys, values):
     """Copy a head of keys, rotated, and one of values."""
     for t in range(qkv.shape[1]):
         value = qkv[b, t, head + num_keys]
-        _rotate(qkv[b, t, head], keys[t], cos[t], sin[t], F32(1), F32(1))
+        rotate(qkv[b, t, head], keys[t], cos[t], sin[t], F32(1), F32(1))
         for i in range(len(value)):
             values[t, i] = value[i]
 
@@ -108,7 +108,7 @@ def attention_forward(counter, parts, qkv, cos, sin, scale, window, starts, memo
                 last = min(first + QUERIES, T)
                 start, stop = _bounds(first, last, window)
                 for t in range(first, last):
-                    _rotate(qkv[b, t, h], q[t - first], cos[t], sin[t], F32(1), F32(scale))
+                    rotate(qkv[b, t, h], q[t - first], cos[t], sin[t], F32(1), F32(scale))
                 _multiply(q, keys_by_feature[:, start:], weights[:, start:], last - first, D, stop - start, 0)
                 for t in range(first, last):
                     first_token = starts[b, t] if starts.shape[1] else 0
@@ -156,7 +156,7 @@ def attention_backward(counter, qkv, cos, sin, scale, window, starts, memory, o,
                 last = min(first + QUERIES, T)
                 start, stop = _bounds(first, last, window)
                 for t in range(first, last):
-                    _rotate(qkv[b, t, h], q[t - first], cos[t], sin[t], F32(1), F32(scale))
+                    rotate(qkv[b, t, h], q[t - first], cos[t], sin[t], F32(1), F32(scale))
                     for i in range(D):
                         dout[t - first, i] = do[b, t, h, i]
                 _multiply(q, by_feature[0, :, start:], weights[:, start:], last - first, D, stop - start, 0)
@@ -178,59 +178,8 @@ def attention_backward(counter, qkv, cos, sin, scale, window, starts, memory, o,
                 _multiply(slopes.T[start:], q, dkeys[start:], stop - start, count, D, 1)
                 _multiply(slopes[:, start:], keys[start:], dq, count, stop - start, D, 0)
                 for t in range(first, last):
-                    _rotate(dq[t - first], dqkv[b, t, h], cos[t], sin[t], F32(-1), F32(scale) * LN_2)
+                    rotate(dq[t - first], dqkv[b, t, h], cos[t], sin[t], F32(-1), F32(scale) * LN_2)
         for t in range(T):
-            _rotate(dkeys[t], dqkv[b, t, H + head], cos[t], sin[t], F32(-1), LN_2)
+            rotate(dkeys[t], dqkv[b, t, H + head], cos[t], sin[t], F32(-1), LN_2)
             for i in range(D):
                 dqkv[b, t, H + num_keys + head, i] = dvalues[t, i]
-
-
-@kernel
-def decode_attention(counter, position, qkv, cos, sin, scale, window, keys, values, scores, o):
-    """Attention of one token of each sequence, whose keys and values are added to the cache.
-
-    Args:
-        position: [that of the token].
-        qkv: (B, queries + keys + values, D), changed.
-        cos, sin: (context, D / 2); or (context, 0) for no rotation.
-        scale: of the queries, such that scores are logarithms to the base of 2.
-        window: number of tokens that it attends to; 0 for all.
-        keys, values: (B, heads of keys, context, D).
-        scores: (B, heads of keys, context), overwritten.
-        o: (B, queries, D).
-    """
-    B, heads, D = qkv.shape
-    num_keys = keys.shape[1]
-    num_queries = heads - 2 * num_keys
-    group, t = num_queries // num_keys, position[0]
-    start = max(0, t + 1 - window) if window else 0
-    while True:
-        item = take_items(counter, 1)
-        if item >= B * num_keys:
-            return
-        b, head = item // num_keys, item % num_keys
-        key, value = qkv[b, num_queries + head], qkv[b, num_queries + num_keys + head]
-        _rotate(key, key, cos[t], sin[t], F32(1), F32(1))
-        for i in range(D):
-            keys[b, head, t, i], values[b, head, t, i] = key[i], value[i]
-        row = scores[b, head, start : t + 1]
-        for index in range(head * group, (head + 1) * group):
-            query, out = qkv[b, index], o[b, index]
-            _rotate(query, query, cos[t], sin[t], F32(1), F32(scale))
-            maximum, total = F32(-np.inf), F32(0)
-            for j in range(len(row)):
-                other, score = keys[b, head, start + j], F32(0)
-                for i in range(D):
-                    score += query[i] * other[i]
-                row[j] = score
-                maximum = larger(maximum, score)
-            for j in range(len(row)):
-                power = exp2(row[j] - maximum)
-                row[j] = power
-                total += power
-            for i in range(D):
-                out[i] = F32(0)
-            for j in range(len(row)):
-                other, weight = values[b, head, start + j], row[j] / total
-                for i in range(D):
-                    out[i] += weight * other[i]
