@@ -203,26 +203,26 @@ def linear_cross_entropy(
     correction = mean_correction(targets, ignore_index, torch.float32)  # the CPU does not wait for it
     inverse_count = correction / rows if num_targets is None else 1 / num_targets
     dx = torch.empty_like(x) if with_gradient else x.new_empty(0)
-    dweight = weight.new_empty(0)
+    sum_dtype = torch.float32 if chunk_rows < rows else weight.dtype
+    dweight = torch.empty_like(weight, dtype=sum_dtype) if with_gradient else weight.new_empty(0)
+    memory = x.new_empty(min(chunk_rows, rows), weight.shape[0])  # of one chunk, for all of them
     for start in range(0, rows, chunk_rows):
         chunk = slice(start, min(start + chunk_rows, rows))
-        logits = x[chunk] @ weight.T
+        logits = torch.mm(x[chunk], weight.T, out=memory[: chunk.stop - start])
         cross_entropy.overwrite_with_gradient(logits, targets[chunk], losses[chunk], inverse_count, ignore_index)
         if with_gradient:
             torch.mm(logits, weight, out=dx[chunk])
-            if chunk_rows >= rows:
-                dweight = logits.T @ x
-            elif start == 0:
-                dweight = _matmul_float32(logits.T, x[chunk])
-            else:
-                dweight += _matmul_float32(logits.T, x[chunk])
+            _add_product(dweight, logits.T, x[chunk], is_first=start == 0)
     loss = losses.mean() * correction if num_targets is None else losses.sum() * inverse_count
     return loss, dx, dweight.to(weight.dtype)
 
 
-def _matmul_float32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with a float32 result, because chunks are added up."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
+    """Add a @ b to the total, which may be of a wider dtype, in one pass; or overwrite it."""
+    if total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=not is_first, out=total)
+    else:
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=not is_first, out=total)
 
 
 @linear_cross_entropy.register_fake
