@@ -18,7 +18,8 @@ from basic.chat import ChatFormat
 from basic.common import command_line
 from basic.common.errors import InvalidInputError
 from basic.generation.sampling import Sampling
-from basic.transformer.kernels.dispatch import MAX_DECODED_SEQUENCES
+
+_SAMPLES_AT_A_TIME = 64  # so many caches of keys and values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +95,8 @@ def main(options: Options) -> None:
                 command_line.print_text(text, end="")
             command_line.print_text("\n")
             continue
-        for first in range(0, options.num_samples, MAX_DECODED_SEQUENCES):
-            how["num_samples"] = min(options.num_samples - first, MAX_DECODED_SEQUENCES)
+        for first in range(0, options.num_samples, _SAMPLES_AT_A_TIME):
+            how["num_samples"] = min(options.num_samples - first, _SAMPLES_AT_A_TIME)
             how["seed"] = None if options.sampling.seed is None else options.sampling.seed + first
             for text in complete(run.model, tokenizer, [prompt], options.max_tokens, **how):
                 command_line.print_text(f"{shown}{text}\n")

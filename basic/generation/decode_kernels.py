@@ -1,4 +1,4 @@
-"""Decoding of one token for a batch of sequences, in five Triton kernel launches per layer.
+"""Decoding of one token for a batch of sequences, in five Triton kernel launches per layer, or seven.
 
 A step reads every weight once and computes almost nothing. Its time is that of reading the weights from memory, plus
 some microseconds for each kernel launch. The launches of a layer are
@@ -11,11 +11,12 @@ some microseconds for each kernel launch. The launches of a layer are
     activate    RMSNorm, then the matrix multiplications with W1 and, for SwiGLU, W3, and the activation
     project     the matrix multiplication with W2, added to the residual stream
 
-`embed` runs before the layers; `project` and `choose` after them. Every program that needs the norm computes it
-again: the vector is small and in the cache. On Hopper and newer GPUs, a kernel starts while the one before it still
-runs: it loads its weights, which do not change, and then waits for the other's results.
+`embed` runs before the layers; `project` and `choose` after them. With a few sequences, every program that needs the
+norm computes it again: the vectors are small and in the cache. With more, `normalize` computes it before, once. On
+Hopper and newer GPUs, a kernel starts while the one before it still runs: it loads its weights, which do not change,
+and then waits for the other's results.
 
-Legend: R sequences of the batch, padded to ROWS for the matrix units; K input features, N output features.
+Legend: R sequences of the batch, ROWS of them in a program (a power of two); K input features, N output features.
 
 Source: Dao et al. 2023, "Flash-Decoding for long-context inference" (keys divided among programs).
 """
@@ -45,7 +46,7 @@ def _load_weights(W, outputs, K, N, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _load_vector(X, gain, K, eps, BLOCK_K: tl.constexpr, NORM: tl.constexpr):
-    """The input of a batch of one sequence in float32; with NORM normalised, and rounded as if it had been stored."""
+    """A row of the input in float32; with NORM normalised, and rounded as if it had been stored."""
     columns = tl.arange(0, BLOCK_K)
     x = tl.load(X + columns, mask=columns < K, other=0.0).to(tl.float32)
     if NORM:
@@ -54,44 +55,47 @@ def _load_vector(X, gain, K, eps, BLOCK_K: tl.constexpr, NORM: tl.constexpr):
 
 
 @triton.jit
-def _multiply(X, W, W3, GAIN, rows, outputs, R, K, N, eps, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-              BLOCK_K: tl.constexpr, NORM: tl.constexpr, TWO: tl.constexpr):  # fmt: skip
-    """W x and, with TWO, W3 x, of shape (outputs, rows); with NORM, x is normalised.
+def _multiply_vectors(X, w, w3, gain, R, K, eps, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                      NORM: tl.constexpr, TWO: tl.constexpr):  # fmt: skip
+    """W x and, with TWO, W3 x, of shape (outputs, rows), for one row after the other.
 
-    The norm divides the products, not x, because it is known only when all of x has been read. x is made smaller
-    before, so that its product with the gain does not overflow in float16.
+    The tiles of the matrix units would be almost empty.
     """
-    SMALLER: tl.constexpr = 1 / 16
+    rows = tl.arange(0, ROWS)[None, :]
     sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    sums3, squares = sums, tl.zeros([ROWS], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        columns = start + tl.arange(0, BLOCK_K)
-        weights = outputs[:, None].to(tl.int64) * K + columns[None, :]
-        inside = (outputs[:, None] < N) & (columns[None, :] < K)
-        w = tl.load(W + weights, mask=inside, other=0.0)
-        mask = (rows[:, None] < R) & (columns[None, :] < K)
-        x = tl.load(X + rows[:, None] * K + columns[None, :], mask=mask, other=0.0)
-        if NORM:
-            gain = tl.load(GAIN + columns, mask=columns < K, other=0.0)
-            wide = x.to(tl.float32)
-            squares += tl.sum(wide * wide, 1)
-            x = (wide * (gain * SMALLER)[None, :]).to(w.dtype)
-        x = tl.trans(x)
-        sums = dot(w, x, sums)
+    sums3 = sums
+    for row in tl.static_range(ROWS):
+        x = _load_vector(X + tl.minimum(row, R - 1) * K, gain, K, eps, BLOCK_K, NORM)
+        sums = tl.where(rows == row, tl.sum(w.to(tl.float32) * x[None, :], 1)[:, None], sums)
         if TWO:
-            sums3 = dot(tl.load(W3 + weights, mask=inside, other=0.0), x, sums3)
-    if NORM:
-        factors = (1 / SMALLER) / tl.sqrt(squares / K + eps)
-        sums *= factors[None, :]
-        sums3 *= factors[None, :]
+            sums3 = tl.where(rows == row, tl.sum(w3.to(tl.float32) * x[None, :], 1)[:, None], sums3)
     return sums, sums3
 
 
 @triton.jit
-def normalize(X, GAIN, Y, K, eps, BLOCK_K: tl.constexpr):
-    """Y = RMSNorm(X), for the rows of a prompt."""
+def _multiply(X, W, W3, rows, outputs, R, K, N, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+              TWO: tl.constexpr):  # fmt: skip
+    """W x and, with TWO, W3 x, of shape (outputs, rows)."""
+    sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    sums3 = sums
+    for start in range(0, K, BLOCK_K):
+        columns = start + tl.arange(0, BLOCK_K)
+        weights = outputs[:, None].to(tl.int64) * K + columns[None, :]
+        inside = (outputs[:, None] < N) & (columns[None, :] < K)
+        mask = (rows[:, None] < R) & (columns[None, :] < K)
+        x = tl.trans(tl.load(X + rows[:, None] * K + columns[None, :], mask=mask, other=0.0))
+        sums = dot(tl.load(W + weights, mask=inside, other=0.0), x, sums)
+        if TWO:
+            sums3 = dot(tl.load(W3 + weights, mask=inside, other=0.0), x, sums3)
+    return sums, sums3
+
+
+@triton.jit
+def normalize(X, GAIN, Y, K, eps, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr):
+    """Y = RMSNorm(X), for the rows of a prompt or of many sequences."""
     row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_K)
     gain = tl.load(GAIN + columns, mask=columns < K, other=0.0)
+    _wait_for_previous_kernel(OVERLAP)
     x = _load_vector(X + row * K, gain, K, eps, BLOCK_K, True)
     tl.store(Y + row * K + columns, x.to(Y.dtype.element_ty), mask=columns < K)
 
@@ -114,25 +118,24 @@ def embed(EMBEDDING, TOKENS, POSITIONS, X, capacity, K, eps, BLOCK_K: tl.constex
 
 @triton.jit
 def project(X, W, GAIN, BIASES, Y, R, K, N, eps, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-            NORM: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """Y = norm(X) W^T (+ BIASES), or Y += X W^T; with a single row, BLOCK_K must be at least K."""
-    rows = tl.arange(0, ROWS)
+            FEW: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
+            OVERLAP: tl.constexpr):  # fmt: skip
+    """Y = X W^T (+ BIASES), or Y += X W^T. With FEW rows X is normalised by NORM, and BLOCK_K must be at least K."""
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     pointers = Y + rows[None, :] * N + outputs[:, None]
     mask = (rows[None, :] < R) & (outputs[:, None] < N)
     addend = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    if ROWS == 1:
-        # A single vector: the tiles of the matrix units would be almost empty.
+    if FEW:
         w = _load_weights(W, outputs, K, N, BLOCK_K)
         gain = tl.load(GAIN + tl.arange(0, BLOCK_K), mask=tl.arange(0, BLOCK_K) < K, other=0.0)
         _wait_for_previous_kernel(OVERLAP)
-        if ADD:  # loaded here, so that it arrives together with the vector
+        if ADD:  # loaded here, so that it arrives together with the vectors
             addend = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-        x = _load_vector(X, gain, K, eps, BLOCK_K, NORM)
-        sums = tl.sum(w.to(tl.float32) * x[None, :], 1)[:, None]
+        sums, _ = _multiply_vectors(X, w, w, gain, R, K, eps, ROWS, BLOCK_N, BLOCK_K, NORM, False)
     else:
         _wait_for_previous_kernel(OVERLAP)
-        sums, _ = _multiply(X, W, W, GAIN, rows, outputs, R, K, N, eps, ROWS, BLOCK_N, BLOCK_K, NORM, False)
+        sums, _ = _multiply(X, W, W, rows, outputs, R, K, N, ROWS, BLOCK_N, BLOCK_K, False)
         if ADD:
             addend = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     if ADD:
@@ -145,26 +148,23 @@ def project(X, W, GAIN, BIASES, Y, R, K, N, eps, ROWS: tl.constexpr, BLOCK_N: tl
 
 @triton.jit
 def activate(X, W, GAIN, Y, R, K, N, eps, FFN: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-             BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """The activations inside the feed-forward layer (`ModelConfig.ffn`) of norm(X), with W1 (N, K) and, for swiglu, W3
-    after it in the rows of W."""
-    rows = tl.arange(0, ROWS)
+             BLOCK_K: tl.constexpr, FEW: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """The activations inside the feed-forward layer (`ModelConfig.ffn`), with W1 (N, K) and, for swiglu, W3 after it in
+    the rows of W. FEW rows of X are normalised here."""
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     W3 = W + N.to(tl.int64) * K
-    if ROWS == 1:
+    if FEW:
         w1 = _load_weights(W, outputs, K, N, BLOCK_K)
+        w3 = w1
         if FFN == "swiglu":
             w3 = _load_weights(W3, outputs, K, N, BLOCK_K)
         gain = tl.load(GAIN + tl.arange(0, BLOCK_K), mask=tl.arange(0, BLOCK_K) < K, other=0.0)
         _wait_for_previous_kernel(OVERLAP)
-        x = _load_vector(X, gain, K, eps, BLOCK_K, True)
-        x1 = tl.sum(w1.to(tl.float32) * x[None, :], 1)[:, None]
-        x3 = x1
-        if FFN == "swiglu":
-            x3 = tl.sum(w3.to(tl.float32) * x[None, :], 1)[:, None]
+        x1, x3 = _multiply_vectors(X, w1, w3, gain, R, K, eps, ROWS, BLOCK_N, BLOCK_K, True, FFN == "swiglu")
     else:
         _wait_for_previous_kernel(OVERLAP)
-        x1, x3 = _multiply(X, W, W3, GAIN, rows, outputs, R, K, N, eps, ROWS, BLOCK_N, BLOCK_K, True, FFN == "swiglu")
+        x1, x3 = _multiply(X, W, W3, rows, outputs, R, K, N, ROWS, BLOCK_N, BLOCK_K, FFN == "swiglu")
     if FFN == "relu2":
         positive = tl.maximum(x1, 0.0)
         y = positive * positive

@@ -18,6 +18,8 @@ from basic.transformer.kernels import rope, swiglu
 from basic.transformer.kernels.attention import flash_attention
 from basic.transformer.kernels.interpreter import LOG2_E
 
+_FEW_SEQUENCES = 4  # up to so many, the matrices are multiplied with one vector after the other
+_MAX_ROWS = 64  # of more sequences, a program multiplies some
 _PROMPT_BLOCK = 128  # prompts are padded to a multiple of it, so that those of about the same length share a graph
 
 
@@ -50,7 +52,10 @@ class Decoder:
         config = model.config
         self.config, self.cache, self.prompt_lengths = config, cache, prompt_lengths.clone()
         self.batch_size, self.dtype, self.device = cache.keys.shape[1], cache.keys.dtype, cache.keys.device
-        self.padded_batch = 1 if self.batch_size == 1 else max(16, triton.next_power_of_2(self.batch_size))
+        self.is_small = self.batch_size <= _FEW_SEQUENCES
+        self.rows = triton.next_power_of_2(
+            self.batch_size if self.is_small else min(max(16, self.batch_size), _MAX_ROWS)
+        )
         self.tiles = tiles or choose_tiles
         self.splits = splits or choose_splits(self.batch_size * config.num_heads)
         self.num_choices = min(vocab_size or config.vocab_size, config.vocab_size)
@@ -63,7 +68,7 @@ class Decoder:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
         batch_size = self.batch_size
-        self.x = buffer(batch_size, config.d_model)
+        self.x, self.normalized = buffer(batch_size, config.d_model), buffer(batch_size, config.d_model)
         self.qkv = buffer(batch_size, self.weights.qkv.shape[1])
         self.partials = buffer(batch_size, config.num_heads, self.splits, config.d_head + 2, dtype=torch.float32)
         self.num_finished = buffer(batch_size, config.num_heads, dtype=torch.int32)
@@ -147,11 +152,11 @@ class Decoder:
             return swiglu.forward(x)
         return silu(x) if self.config.ffn == "silu" else x.clamp(min=0).square()
 
-    def _normalized(self, x: Tensor, gain: Tensor) -> Tensor:
-        y = torch.empty_like(x)
+    def _normalized(self, x: Tensor, gain: Tensor, out: Tensor | None = None) -> Tensor:
+        y = torch.empty_like(x) if out is None else out
+        block_k = triton.next_power_of_2(x.shape[1])
         decode_kernels.normalize[len(x),](
-            x, gain, y, x.shape[1], self.config.norm_eps, BLOCK_K=triton.next_power_of_2(x.shape[1]), num_warps=4
-        )
+            x, gain, y, x.shape[1], self.config.norm_eps, BLOCK_K=block_k, **self._options(4))  # fmt: skip
         return y
 
     def start(self, tokens: Tensor) -> None:
@@ -203,10 +208,12 @@ class Decoder:
                 NORM=config.qk_norm, HAVE_EMBEDDINGS=index >= 0, WINDOW=self.windows[layer],
                 EARLY=batch_size <= 2, **self._options(4))  # fmt: skip
             self._project(self.attended, weights.output[layer], ln1, self.x, add=True)
-            block_n, block_k, warps = self.tiles(d_ff, d_model, self.padded_batch)
-            decode_kernels.activate[triton.cdiv(d_ff, block_n),](
-                self.x, weights.w13[layer], ln2, self.gated, batch_size, d_model, d_ff, eps, FFN=config.ffn,
-                ROWS=self.padded_batch, BLOCK_N=block_n, BLOCK_K=block_k, **self._options(warps))  # fmt: skip
+            block_n, block_k, warps = self.tiles(d_ff, d_model, self.rows)
+            x = self.x if self.is_small else self._normalized(self.x, ln2, self.normalized)
+            decode_kernels.activate[triton.cdiv(d_ff, block_n), triton.cdiv(batch_size, self.rows)](
+                x, weights.w13[layer], ln2, self.gated, batch_size, d_model, d_ff, eps, FFN=config.ffn,
+                ROWS=self.rows, BLOCK_N=block_n, BLOCK_K=block_k, FEW=self.is_small,
+                **self._options(warps))  # fmt: skip
             self._project(self.gated, weights.w2[layer], ln2, self.x, add=True)
         self._project(self.x, weights.head, weights.final_gain, self.logits, norm=True)
         decode_kernels.choose[batch_size,](
@@ -219,11 +226,13 @@ class Decoder:
         biases: Tensor | None = None,
     ) -> None:  # fmt: skip
         n, k = weight.shape
-        block_n, block_k, warps = self.tiles(n, k, self.padded_batch)
-        decode_kernels.project[triton.cdiv(n, block_n),](
+        block_n, block_k, warps = self.tiles(n, k, self.rows)
+        if norm and not self.is_small:
+            x = self._normalized(x, gain, self.normalized)
+        decode_kernels.project[triton.cdiv(n, block_n), triton.cdiv(self.batch_size, self.rows)](
             x, weight, gain, gain if biases is None else biases, y, self.batch_size, k, n, self.config.norm_eps,
-            ROWS=self.padded_batch, BLOCK_N=block_n, BLOCK_K=block_k, NORM=norm, ADD=add, BIAS=biases is not None,
-            **self._options(warps))  # fmt: skip
+            ROWS=self.rows, BLOCK_N=block_n, BLOCK_K=block_k, FEW=self.is_small, NORM=norm, ADD=add,
+            BIAS=biases is not None, **self._options(warps))  # fmt: skip
 
     def _options(self, warps: int) -> dict[str, int | bool]:
         """Launch options. PDL (programmatic dependent launch) lets a kernel start while the one before still runs."""
@@ -247,11 +256,12 @@ def choose_splits(num_heads: int) -> int:
     return min(16, max(1, triton.next_power_of_2(512 // num_heads)))
 
 
-def choose_tiles(n: int, k: int, padded_batch: int) -> tuple[int, int, int]:
+def choose_tiles(n: int, k: int, rows: int) -> tuple[int, int, int]:
     """Outputs per program, inputs per iteration, and warps of a matrix multiplication; tuned on an H200.
 
-    With one sequence a program loads all inputs at once, since its time is that of reading the weights.
+    With few sequences a program loads all inputs at once, since its time is that of reading the weights.
     """
-    if padded_batch == 1:
-        return (2 if n <= 8192 else 8), triton.next_power_of_2(k), 4
-    return (16 if n <= 4096 else 32), 256, 4
+    if rows <= _FEW_SEQUENCES:
+        block_k = triton.next_power_of_2(k)
+        return (8 if n > 8192 else 4 if rows == 4 and block_k <= 2048 else 2), block_k, 4
+    return (16, 512, 4) if n <= 4096 else (32, 256, 4)

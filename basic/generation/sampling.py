@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 Ids: TypeAlias = "Sequence[int] | np.ndarray | Tensor"
 
-# Prompts up to this length are read faster by replayed single steps than by a forward pass of many kernel launches.
-_MAX_REPLAYED_PROMPT = 48
+# Prompts up to this length are read by replayed single steps: as fast as launching the kernels of a whole prompt, and a
+# few times slower than replaying those, which the second prompt of about a length does.
+_MAX_REPLAYED_PROMPT = 16
 
 NO_TOKEN = -1
 """Stands for a token that cannot be chosen, because the logits are not finite; see also `decode_kernels.choose`."""

@@ -106,7 +106,8 @@ def test_heads_that_share_keys_give_the_same_ids_with_and_without_a_cache():
     assert ids == generate(model, PROMPTS, NEW, temperature=0.0, use_cache=False)
 
 
-@pytest.mark.filterwarnings("ignore:.*decoding kernels")
-def test_more_sequences_than_the_kernels_support(model):
-    ids = generate(model, [[1, 2]] * (dispatch.MAX_DECODED_SEQUENCES + 1), 5, temperature=0.0)
-    assert len({tuple(row) for row in ids}) == 1
+def test_decoding_in_full_precision_warns_of_its_cost():
+    model = TransformerLM(ModelConfig(vocab_size=50, context_length=8, d_model=32, num_layers=1, num_heads=2)).cuda()
+    dispatch._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="bfloat16 and float16, got float32; set model.activation_dtype"):
+        generate(model, [[1]], 2)

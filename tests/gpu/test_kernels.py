@@ -145,7 +145,7 @@ def test_registrations():
 
 
 @HALVES
-@pytest.mark.parametrize("prompt_lengths", [[1], [30], [3, 1, 60], [5] * 64], ids=len)
+@pytest.mark.parametrize("prompt_lengths", [[1], [30], [3, 1, 60], [5] * 17, [5] * 64, [5] * 65], ids=len)
 @pytest.mark.parametrize(
     ("d_model", "num_heads", "num_kv_heads", "tied"),
     [

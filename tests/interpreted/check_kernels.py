@@ -185,19 +185,19 @@ def test_registrations():
     [
         ([1], FLOAT32, {}),
         ([1], FLOAT16, {}),
-        ([3, 1, 5], FLOAT32, {}),
+        ([3, 1, 5, 2, 2], FLOAT32, {}),
         ([1], FLOAT32, {"num_heads": 4, "num_kv_heads": 2, "tied_embeddings": True}),
         ([3, 4, 5], FLOAT32, {"num_heads": 4, "num_kv_heads": 1}),
         ([6], FLOAT32, {"head_dim": 10, "qkv_bias": True, "qk_norm": True, "sliding_window": 3}),
         ([3, 1, 5], FLOAT16, {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32, "qkv_bias": True, "qk_norm": True}),
         ([1], FLOAT32, MODERN | {"num_heads": 4, "num_kv_heads": 2, "num_layers": 2}),
-        ([3, 4], FLOAT32, MODERN | {"qkv_bias": True}),
+        ([3, 4, 3, 4, 3], FLOAT32, MODERN | {"qkv_bias": True}),
         ([6], FLOAT32, {"ffn": "silu", "sliding_window": 3, "window_pattern": "SL", "num_layers": 2}),
     ],
 )
 def test_decoder(prompt_lengths, dtype, changes):
     # Few programs with much work each, because the interpreter runs one after the other.
-    options = {"tiles": lambda n, k, batch: (32, 64 if batch == 1 else 32, 1), "splits": 2}
+    options = {"tiles": lambda n, k, rows: (32, 64 if rows <= 4 else 32, 1), "splits": 2}
     sizes: dict[str, Any] = {
         "vocab_size": 37,
         "context_length": 12,
@@ -208,6 +208,13 @@ def test_decoder(prompt_lengths, dtype, changes):
     }
     config = ModelConfig(**(sizes | changes))
     kernel_checks.check_decoder(config, prompt_lengths, 5, dtype, "cpu", **options)
+
+
+def test_decoder_of_more_sequences_than_a_program_multiplies(monkeypatch):
+    monkeypatch.setattr(decoder, "_MAX_ROWS", 16)
+    options = {"tiles": lambda n, k, rows: (64, 32, 1), "splits": 1}
+    config = ModelConfig(vocab_size=37, context_length=12, d_model=32, num_layers=1, num_heads=1, d_ff=48)
+    kernel_checks.check_decoder(config, [1] * 17, 2, FLOAT32, "cpu", **options)
 
 
 @pytest.mark.parametrize("window", [1, 65, 100])
@@ -228,7 +235,7 @@ def test_decoder_skips_the_keys_before_a_window(window):
 
 def test_a_restarted_decoder_has_the_new_weights():
     config = ModelConfig(vocab_size=37, context_length=12, d_model=32, num_layers=1, num_heads=2, d_ff=48, **MODERN)
-    options = {"tiles": lambda n, k, batch: (32, 64 if batch == 1 else 32, 1), "splits": 2}
+    options = {"tiles": lambda n, k, rows: (32, 64 if rows <= 4 else 32, 1), "splits": 2}
     kernel_checks.check_restarted_decoder(config, FLOAT32, "cpu", **options)
 
 
@@ -252,7 +259,7 @@ def test_a_second_call_of_generate_takes_the_decoder_of_the_first_with_the_new_w
 
 
 def test_decoder_finds_nan():
-    options = {"tiles": lambda n, k, batch: (32, 64 if batch == 1 else 32, 1), "splits": 2}
+    options = {"tiles": lambda n, k, rows: (32, 64 if rows <= 4 else 32, 1), "splits": 2}
     kernel_checks.check_decoder_finds_nan(FLOAT32, "cpu", **options)
 
 

@@ -24,8 +24,6 @@ from basic.transformer import functional
 from basic.transformer.attention import AttentionOptions
 from basic.transformer.cpu import operators as cpu_operators
 
-MAX_DECODED_SEQUENCES = 64
-"""Largest batch that the decoding kernels support."""
 _MAX_LOGITS = 700_000_000  # in memory at a time: 1.4 GB in half precision
 _HEAD_SIZES = range(2, 257, 2)
 
@@ -77,8 +75,7 @@ def takes_cpu_operators(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (tor
 
 def supports_decoding(keys: Float[Tensor, " batch head context d"]) -> bool:
     """Whether the decoding kernels support a cache with such keys."""
-    batch_size, d_head = keys.shape[0], keys.shape[-1]
-    return operators_for(keys) is not None and batch_size <= MAX_DECODED_SEQUENCES and d_head in _HEAD_SIZES
+    return operators_for(keys) is not None and keys.shape[-1] in _HEAD_SIZES
 
 
 def supports_adamw(parameter: Tensor, gradient: Tensor) -> bool:
@@ -166,12 +163,13 @@ def warn_about_plain_decoding(supported: bool, keys: Float[Tensor, " batch head 
         supported: whether the model has pre-norm and RoPE, which the kernels need.
         keys: of the cache.
     """
-    if keys.device.type != "cuda" or operators_for(keys) is None:
-        return  # no kernel runs there: full precision, the CPU, or no Triton, of which attention warns
-    if not supported:
+    if keys.device.type != "cuda" or not available_on(keys.device):
+        return  # no kernel runs there: the CPU, or no Triton, of which attention warns
+    if operators_for(keys) is None:
+        name = str(keys.dtype).removeprefix("torch.")
+        reason = f"are for bfloat16 and float16, got {name}; set model.activation_dtype = torch.bfloat16"
+    elif not supported:
         reason = "need a model with norm='pre', positions='rope' and no QK-norm over all heads"
-    elif len(keys) > MAX_DECODED_SEQUENCES:
-        reason = f"support up to {MAX_DECODED_SEQUENCES} sequences, got {len(keys)}; generate fewer at a time"
     else:
         reason = f"support even head sizes up to 256, got {keys.shape[-1]}"
     _warn_once(f"the decoding kernels {reason}: the plain operations are used, which take ten times as long or more")
