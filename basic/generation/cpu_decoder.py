@@ -30,9 +30,11 @@ _MODULES: tuple[type, ...] = (TransformerLM, TransformerBlock, MultiHeadSelfAtte
 _MODULES += ModuleList, Embedding, Linear, RMSNorm, Identity, *FEED_FORWARD.values()
 
 _DTYPES = torch.float32, torch.bfloat16
-MAX_ROWS = 16
-"""Tokens, of all sequences together, up to which a pass is limited by the bytes of the weights. More are read faster by
-the model itself, which computes with several at a time."""
+_MAX_ROWS = 16
+"""Tokens, of all sequences together, up to which the kernel is faster than the BLAS with weights of 32 bits."""
+_MAX_PROMPT = 64
+"""Tokens, of all sequences together, of a prompt that is read here. The model reads more of them faster, since its
+attention computes with several tokens at a time."""
 _PASSES_BEFORE_COPY = 4
 """Passes with weights of 32 bits before those that fit are copied to 16, which takes as long as these passes."""
 _MIN_NUMBERS = 1 << 17
@@ -74,12 +76,13 @@ class CpuDecoder:
         self._passes: dict[int, _Pass] = {}  # by the number of tokens of each sequence
         self._num_passes, self._memory = 0, None
 
-    def reads(self, num_tokens: int) -> bool:
-        """Whether to call `logits` for so many tokens of each sequence, or else the model with this cache."""
-        return num_tokens == 1 or num_tokens * self.cache.keys.shape[1] <= MAX_ROWS
-
     def logits(self, ids: Int[Tensor, " batch new"]) -> Float[Tensor, "batch vocab_size"]:
-        """Those of the token after these, the first of which are at the position `cache.length`."""
+        """Those of the token after these, the first of which are at the position `cache.length`.
+
+        They are valid until the next call.
+        """
+        if ids.shape[1] > 1 and ids.numel() > _MAX_PROMPT:
+            return self.model.lm_head(self.model.features(ids, self.cache)[:, -1]).float()
         if self._num_passes == (_PASSES_BEFORE_COPY if self.model.compute_dtype == torch.float32 else 0):
             self._copy_to_16_bits()
         self._num_passes += 1
@@ -89,12 +92,11 @@ class CpuDecoder:
 
     def _copy_to_16_bits(self) -> None:
         """Copy each matrix whose numbers are bfloat16 ones, or that the model itself rounds to bfloat16."""
-        self._passes.clear()
         groups = [_layers_of_one_input(block) for block in self.model.layers] + [[(self.model.lm_head,)]]
         layers = [group for groups_of_block in groups for group in groups_of_block]
         rounds, count = self.model.compute_dtype == torch.bfloat16, sum(x.weight.numel() for g in layers for x in g)
         is_wide = self.model.lm_head.weight.dtype == torch.float32
-        if not is_wide or (self.cache.keys.shape[1] > MAX_ROWS and not rounds) or not _is_free(2 * count):
+        if not is_wide or (self.cache.keys.shape[1] > _MAX_ROWS and not rounds) or not _is_free(2 * count):
             return
         # NumPy asks for large pages, with which a core reads 15 instead of 12 GB/s.
         memory = _idle_memory.pop(self.model, None)
@@ -106,6 +108,8 @@ class CpuDecoder:
             copies = [part.view(layer.weight.shape) for part, layer in zip(parts, group, strict=True)]
             if all(_copy(layer.weight.detach(), to, rounds) for layer, to in zip(group, copies, strict=True)):
                 self._matrices[group[0]], free = tuple(copies), rest
+        if self._matrices:
+            self._passes.clear()
 
     def finish(self) -> None:
         """Keep the memory of the copies for the next decoder of the model: new memory takes up to ten times as long."""
@@ -170,7 +174,7 @@ class _Pass:
         gates = 2 if config.ffn == "swiglu" else 1
         self.hidden, self.gated = torch.empty(N, gates * config.d_ff), torch.empty(N, config.d_ff)
         self.scores, self.output = torch.empty(cache.keys.shape[1:4]), torch.empty(B, config.vocab_size)
-        self.calls: list[Callable[[], object]] = [self._embed]
+        self.calls: list[Callable[[], object]] = [self._take_rows(model.token_embeddings.weight, self.x)]
         if config.embedding_norm:
             self._normalize(torch.ones(config.d_model), config.norm_eps, self.x, self.x)
         layers: Any = model.layers
@@ -186,17 +190,20 @@ class _Pass:
 
     def logits(self, ids: Tensor) -> Tensor:
         self.counters[:], self.position[0] = 0, self.cache.length
-        self.ids.copy_(ids.flatten())
+        self.ids.view(ids.shape).copy_(ids)
         for call in self.calls:
             call()
-        return self.output.clone()
+        return self.output
 
     def _rounded(self, weight: Tensor) -> Tensor:
         """A weight as the model itself uses it, in float32."""
         return weight.detach().to(self.model.compute_dtype).float()
 
-    def _embed(self) -> None:
-        self.x.copy_(self._rounded(self.model.token_embeddings.weight.index_select(0, self.ids)))
+    def _take_rows(self, table: Tensor, to: Tensor) -> Callable[[], object]:
+        """A call that copies the embeddings of the ids."""
+        if table.dtype == self.model.compute_dtype == torch.float32:
+            return partial(torch.index_select, table.detach(), 0, self.ids, out=to)
+        return lambda: to.copy_(self._rounded(table.index_select(0, self.ids)))
 
     def _multiply(self, x: Tensor, layers: tuple[Linear, ...], y: Tensor, add: bool = False) -> None:
         """Write, or add, to y the products of x and the matrices of some layers side by side."""
@@ -204,8 +211,9 @@ class _Pass:
         if biases:
             self.calls.append(partial(y.copy_, self._rounded(torch.cat(biases))))
         add, weights = add or bool(biases), tuple(layer.weight.detach() for layer in layers)
-        weights = self.matrices.get(layers[0], weights)
-        if len(x) > MAX_ROWS and weights[0].dtype == torch.float32:  # operations are the limit: the BLAS is faster
+        if len(x) <= _MAX_ROWS or self.model.compute_dtype == torch.bfloat16:
+            weights = self.matrices.get(layers[0], weights)
+        if len(x) > _MAX_ROWS and weights[0].dtype == torch.float32:  # operations are the limit: the BLAS is faster
             for weight, part in zip(weights, y.split([len(weight) for weight in weights], 1), strict=True):
                 self.calls.append(partial(part.addmm_, x, weight.T, beta=int(add)))
             return
@@ -214,7 +222,7 @@ class _Pass:
         # Long chunks: what is requested ahead of a chunk's end is read in vain.
         chunk = max(1, -(-outputs // (2 * num_threads * 16))) * 16
         arguments = next(self._unused_counters), x, weights, chunk, int(add), y
-        self.calls.append(partial(PreparedCall(decode_kernels.multiply, *arguments).in_threads, num_threads))
+        self.calls.append(partial(PreparedCall(decode_kernels.multiply, *arguments), num_threads))
 
     def _add_sublayer(self, ln: Module, add: Callable[[Tensor], Tensor], output: tuple[Linear, ...]) -> None:
         """Attention or feed-forward layer: `add` adds the calls for its input, and returns what `output` multiplies."""
@@ -258,20 +266,20 @@ class _Pass:
         call = PreparedCall(decode_kernels.decode_attention, counter, self.position, qkv, *how, self.scores, o)
         numbers_per_token, num_threads = 2 * keys[:, :, 0].numel(), torch.get_num_threads()
         least = _MIN_NUMBERS // numbers_per_token
-        self.calls.append(lambda: call.in_threads(num_threads if self.cache.length >= least else 1))
+        self.calls.append(lambda: call(num_threads if self.cache.length >= least else 1))
         return self.attended
 
     def _add_value_embeddings(self, attn: MultiHeadSelfAttention, x: Tensor, values: Tensor) -> None:
         """Add the gated embeddings of the ids to the values; see `MultiHeadSelfAttention.forward`."""
         assert attn.value_embeddings is not None
-        gate, table = self._rounded(attn.value_gate.weight), attn.value_embeddings.weight
-        by_head = values.unflatten(1, (len(gate), -1))
+        gate, rows = self._rounded(attn.value_gate.weight), torch.empty(values.shape)
+        by_head, rows_by_head = (tensor.unflatten(1, (len(gate), -1)) for tensor in (values, rows))
 
         def add() -> None:
             gates = (x[:, : gate.shape[1]] @ gate.T).sigmoid_().unsqueeze(-1)
-            by_head.addcmul_(self._rounded(table.index_select(0, self.ids)).view(by_head.shape), gates, value=2)
+            by_head.addcmul_(rows_by_head, gates, value=2)
 
-        self.calls.append(add)
+        self.calls += self._take_rows(attn.value_embeddings.weight, rows), add
 
     def _add_feed_forward(self, ffn: str, layers: tuple[Linear, ...], x: Tensor) -> Tensor:
         hidden, gated = self.hidden, self.gated

@@ -453,9 +453,6 @@ def _next_logits(
         return decoder.logits
     if decoder is not None and cache.length == 0:
         return decoder.read_prompt(new)
-    if cpu_decoder is not None and cpu_decoder.reads(new.shape[1]):
-        logits = cpu_decoder.logits(new)
-    else:
-        logits = model(new, cache)[:, -1]
+    logits = model(new, cache)[:, -1] if cpu_decoder is None else cpu_decoder.logits(new)
     cache.advance(new.shape[1])
     return logits

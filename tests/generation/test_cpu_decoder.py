@@ -45,20 +45,20 @@ def decoded(model: TransformerLM, ids: Tensor, first: int) -> tuple[Tensor, CpuD
     assert decoder is not None
     logits = []
     for start, stop in [(0, first), *((i, i + 1) for i in range(first, ids.shape[1]))]:
-        logits.append(decoder.logits(ids[:, start:stop]))
+        logits.append(decoder.logits(ids[:, start:stop]).clone())
         decoder.cache.advance(stop - start)
     return torch.stack(logits, 1), decoder
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 20])
+@pytest.mark.parametrize(("batch_size", "first"), [(1, 1), (3, 5), (1, 30), (20, 5)])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_logits_of_each_token(variant: dict[str, Any], batch_size: int):
+def test_logits_of_each_token(variant: dict[str, Any], batch_size: int, first: int):
     model = changed_model(variant)
     ids = torch.randint(50, (batch_size, 40))
     with torch.inference_mode():
         expected = copy.deepcopy(model).double()(ids)
-    logits, _ = decoded(model, ids, 5)
-    torch.testing.assert_close(logits.double(), expected[:, 4:], rtol=1e-4, atol=1e-5)
+    logits, _ = decoded(model, ids, first)
+    torch.testing.assert_close(logits.double(), expected[:, first - 1 :], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 20])
@@ -107,6 +107,18 @@ def test_a_second_call_uses_the_weights_of_then():
             parameter.copy_(parameter.flip(0))
     second = generate(model, [[1, 2, 3]], 20, temperature=0.0)
     assert second == generate(model, [[1, 2, 3]], 20, temperature=0.0, use_cache=False) != first
+
+
+def test_a_bfloat16_model_is_closer_to_its_weights_than_its_own_activations():
+    model = changed_model({"qkv_bias": True, "num_kv_heads": 2}).bfloat16()
+    ids = torch.randint(50, (3, 40))
+    with torch.inference_mode():
+        expected = copy.deepcopy(model).double()(ids)
+        own_error = (model(ids) - expected)[:, 29:].abs().max()
+    for first, factor in ((1, 0.01), (30, 1.5)):  # so many tokens of a prompt are read by the model itself
+        logits, decoder = decoded(model, ids, first)
+        assert logits.dtype == decoder.cache.keys.dtype == torch.float32
+        assert (logits - expected[:, first - 1 :])[:, -11:].abs().max() < factor * own_error
 
 
 def test_a_bfloat16_model_continues_as_its_weights_in_float32():

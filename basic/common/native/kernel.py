@@ -63,9 +63,11 @@ class Kernel:
             _append(argument, signature, words)
         entry = self.entries(tuple(signature))[object_files.ENTRY]
         address = ctypes.addressof(block := (ctypes.c_int64 * len(words))(*words))
-        result = _run(entry, address, num_threads)
+        if num_threads == 1 or (run_in_threads := _run_in_threads()) is None:
+            return _call_type(entry)(address)
+        run_in_threads(ctypes.c_void_p(entry), ctypes.c_void_p(address), num_threads, 0)
         del block  # the arguments, until here
-        return result
+        return 0
 
     def entries(self, signature: Signature) -> dict[str, int]:
         """The functions for arguments of these types (`object_files.ENTRIES`), from memory, a file or the compiler."""
@@ -91,14 +93,6 @@ class Kernel:
         from basic.common.native.compiler import function_type
 
         return function_type(self)
-
-
-def _run(entry: int, address: int, num_threads: int) -> int:
-    """Call a function of one address in several threads, or in this one."""
-    if num_threads == 1 or (run_in_threads := _run_in_threads()) is None:
-        return _call_type(entry)(address)
-    run_in_threads(ctypes.c_void_p(entry), ctypes.c_void_p(address), num_threads, 0)
-    return 0
 
 
 @cache
@@ -145,12 +139,12 @@ class PreparedCall:
         entries = kernel.entries(tuple(text for texts in self._signatures.values() for text in texts))
         self._entry, self._method = _call_type(entries[object_files.ENTRY]), entries[object_files.METHOD]
 
-    def __call__(self) -> int:
-        return self._entry(self.address)
-
-    def in_threads(self, num_threads: int) -> None:
-        """Call the kernel in several threads, each of which takes items, as `Kernel.__call__` does."""
-        _run(ctypes.cast(self._entry, ctypes.c_void_p).value or 0, self.address, num_threads)
+    def __call__(self, num_threads: int = 1) -> int:
+        """Call the kernel; see `Kernel.__call__`."""
+        if num_threads == 1 or (run_in_threads := _run_in_threads()) is None:
+            return self._entry(self.address)
+        run_in_threads(self._entry, ctypes.c_void_p(self.address), num_threads, 0)
+        return 0
 
     def set(self, **arguments: Any) -> None:
         """Replace some arguments by others of the same types."""
