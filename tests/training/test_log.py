@@ -31,6 +31,11 @@ def configuration(*trackers: Any) -> RunConfig:
     return RunConfig(model=model, train=TrainConfig(steps=100, batch_size=64, trackers=trackers))
 
 
+@pytest.fixture(autouse=True)
+def kernels_are_compiled(monkeypatch):
+    monkeypatch.setattr("basic.training.records.log.has_objects", lambda module: True)
+
+
 def make_log(run_dir: Path, config: RunConfig | None = None, *, first_step: int = 0, **options: Any) -> RunLog:
     options = {"flops_per_token": 1e6, "device_name": "cpu"} | options
     return RunLog(run_dir, config or configuration(), first_step=first_step, **options)
@@ -146,6 +151,14 @@ def test_lines_that_are_lost_at_the_end_are_counted(tmp_path, capsys, full_disk)
 
 
 # --- The terminal ---------------------------------------------------------------------------------------------
+
+
+def test_what_the_first_step_compiles_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("basic.training.records.log.has_objects", lambda module: False)
+    with make_log(tmp_path, progress=True):
+        pass
+    _, line = capsys.readouterr().err.splitlines()
+    assert line == "the first step compiles kernels, once on this machine, which no speed includes"
 
 
 def test_without_progress_only_messages_are_printed(tmp_path, capsys):

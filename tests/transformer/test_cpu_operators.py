@@ -51,6 +51,14 @@ def test_norm_and_feed_forward(shape: tuple[int, ...]):
     check(dispatch.swiglu, [x, w1, w2, w3], dy)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e20, -3e38])
+def test_norm_of_large_numbers_is_that_of_the_plain_function(value: float):
+    x, weight = torch.ones(2, 40), torch.rand(40)
+    x[0, 3] = value
+    expected = functional.rms_norm(x, weight, 1e-5)
+    torch.testing.assert_close(dispatch.rms_norm(x, weight, 1e-5), expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("num_targets", [None, 17.0])
 def test_loss(num_targets: float | None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cpu_operators, "_CHUNK_BYTES", 1)  # chunks of 128 rows

@@ -239,6 +239,12 @@ def write_object(name: str, data: bytes) -> None:
         write_checked(path, data)
 
 
+def has_objects(module: str) -> bool:
+    """Whether there are object files of the kernels of a module, by its last name: else its first calls compile."""
+    folder = cache_folder()
+    return folder is not None and any(folder.glob(f"{module}.*.o"))
+
+
 def _path_of(name: str) -> Path | None:
     folder = cache_folder()
     return None if folder is None or _sources() != _SOURCES_AT_IMPORT else folder / name

@@ -19,6 +19,7 @@ from tqdm.contrib import DummyTqdmFile
 from basic.common.command_line import escape
 from basic.common.config_files import to_table
 from basic.common.files import sync_folder
+from basic.common.native.object_files import has_objects
 from basic.training.parallel.devices import PEAK_BF16_FLOPS
 from basic.training.records.metrics import encode_record, read_all_records
 from basic.training.records.trackers import Tracker, open_trackers
@@ -111,6 +112,8 @@ class RunLog:
             self.print_message(f"training{where}: {steps}, on {times}{self._device_name}")
             if not settings.compile and self._device_name not in ("cpu", "mps"):  # a compiled model has its own line
                 self.print_message("the first steps compile and tune kernels, which no speed includes")
+            elif not settings.compile and self._device_name == "cpu" and not has_objects("kernels"):
+                self.print_message("the first step compiles kernels, once on this machine, which no speed includes")
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -64,7 +64,8 @@ def norm_forward(counter, x, weight, eps, y, scales):
             squares = F32(0)
             for i in range(width):
                 squares += x[row, i] * x[row, i]
-            scale = F32(1) / np.sqrt(squares / F32(width) + F32(eps))
+            # In float64: the estimate that is faster in float32 makes NaN of infinity, which overflowed squares are.
+            scale = F32(1 / np.sqrt(np.float64(squares / F32(width) + F32(eps))))
             scales[row] = scale
             for i in range(width):
                 y[row, i] = x[row, i] * scale * weight[i]
