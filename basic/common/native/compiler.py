@@ -78,17 +78,22 @@ def compile_kernel(kernel: Any, signature: Sequence[str]) -> bytes:
         (compiled,) = dispatcher.overloads.values()
         library = compiled.library
         library.finalize()  # links all that it calls
+    machine = _target_machine()
+    of_numba, library._codegen._tm = library._codegen._tm, machine
     library._optimize_final_module()
+    library._codegen._tm = of_numba
     module = llvm.parse_assembly(_entry_module(compiled.fndesc.llvm_func_name))
     module.link_in(library._final_module, preserve=True)
-    machine = llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(),
-        features=llvm.get_host_cpu_features().flatten(),
-        opt=3,
-        reloc="pic",
-        codemodel="small",
-    )
     return machine.emit_object(module)
+
+
+def _target_machine() -> llvm.TargetMachine:
+    """This processor. LLVM avoids vectors of 512 bits, with which the first processors that had them became slower."""
+    features = llvm.get_host_cpu_features()
+    wide = ",-prefer-256-bit" if features.get("avx512f") else ""
+    return llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=features.flatten() + wide, opt=3, reloc="pic", codemodel="small"
+    )
 
 
 @contextlib.contextmanager

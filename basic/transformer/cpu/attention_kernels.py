@@ -11,10 +11,7 @@ from basic.common.native.instructions import TILE_COLUMNS, TILE_ROWS, add_produc
 from basic.transformer.cpu.kernels import F32, LN_2, exp2, inlined, kernel
 
 QUERIES = 32
-"""Queries of a head that are computed together, with all keys up to the last one's; a multiple of TILE_ROWS."""
-ALIGNED = 32
-"""Kernels read the scores of a query from and up to multiples of this, which is one of TILE_COLUMNS: a loop over any
-other number of them would end with up to 31 single steps."""
+"""Queries of a head that are computed together, with all keys up to the last one's; a multiple of TILE_COLUMNS."""
 
 
 @inlined
@@ -52,32 +49,36 @@ def _load(qkv, b, head, num_keys, cos, sin, keys, values):
 
 
 @inlined
-def _transpose(from_, to, rows):
-    for t in range(rows):
-        for i in range(len(to)):
-            to[i, t] = from_[t, i]
+def _transpose(rows, count, columns):
+    for t in range(count):
+        for i in range(len(columns)):
+            columns[i, t] = rows[t, i]
 
 
 @inlined
-def _bounds(first, last, window):
-    """Those of the keys that some of the queries from first to last, of which the last is none, attend to."""
+def _scores(qkv, b, h, first, last, cos, sin, scale, window, starts, keys, q, by_feature, scores):
+    """Compute the scores (keys, queries) of some queries, which are rotated and scaled; -inf for keys not attended to.
+
+    Returns:
+        The bounds of the keys that some of the queries attend to, multiples of TILE_ROWS.
+    """
+    for t in range(first, last):
+        rotate(qkv[b, t, h], q[t - first], cos[t], sin[t], F32(1), F32(scale))
+    _transpose(q, last - first, by_feature)
     start = max(0, first - window + 1) if window else 0
-    return start - start % ALIGNED, last + -last % ALIGNED
-
-
-@inlined
-def _mask(row, query, start, stop, window, first_token):
-    """Write -inf and 0 over the scores from start to stop that a query may not use; returns bounds of the others."""
-    first, end = max(first_token, query - window + 1 if window else 0), query + 1
-    low, high = first - first % ALIGNED, end + -end % ALIGNED
-    row[start:low] = row[high:stop] = F32(0)
-    row[low:first] = row[end:high] = F32(-np.inf)
-    return low, high
+    start, stop = start - start % TILE_ROWS, last + -last % TILE_ROWS
+    _multiply(keys[start:], by_feature, scores[start:], stop - start, qkv.shape[3], QUERIES, 0)
+    for t in range(first, last):
+        low = max(start, starts[b, t] if starts.shape[1] else 0, t - window + 1 if window else 0)
+        scores[start:low, t - first] = scores[t + 1 : stop, t - first] = F32(-np.inf)
+    return start, stop
 
 
 @kernel
 def attention_forward(counter, parts, qkv, cos, sin, scale, window, starts, memory, o, log_sums):
     """Causal attention; a thread takes a head of keys with the heads of queries that share it, or a part of these.
+
+    Scores are stored by key: so vector code computes the softmax of many queries at once.
 
     Args:
         counter: [0, 0]; the second one counts the threads.
@@ -87,47 +88,46 @@ def attention_forward(counter, parts, qkv, cos, sin, scale, window, starts, memo
         scale: of the queries, such that scores are logarithms to the base of 2.
         window: number of tokens that one attends to; 0 for all before it.
         starts: (B, T), the first token of each token's document; or (B, 0).
-        memory: four arrays of zeros, with one matrix for each thread and what `attention_backward` needs of that kind.
+        memory: zeros for the matrices of a head, in each thread: `operators.attention_memory`.
         o: (B, T, H, D).
         log_sums: (B, H, T), of the scores, for the gradients.
     """
     B, T, H, D = o.shape
     num_keys = (qkv.shape[2] - H) // 2
     thread = take_items(counter[1:], 1)
-    heads, by_feature, scores, rows = memory[0][thread], memory[1][thread], memory[2][thread], memory[3][thread]
-    keys, values, keys_by_feature, weights, q, out = heads[0], heads[1], by_feature[0], scores[0], rows[0], rows[1]
+    heads, rows, by_feature, scores, sums = (
+        memory[0][thread], memory[1][thread], memory[2][thread], memory[3][thread], memory[4][thread]
+    )  # fmt: skip
+    keys, values, q, out, weights, maxima, totals = heads[0], heads[1], rows[0], rows[1], scores[0], sums[0], sums[1]
     while True:
         item = take_items(counter, 1)
         if item >= B * num_keys * parts:
             return
         part, head, b = item % parts, item // parts % num_keys, item // parts // num_keys
         _load(qkv, b, H + head, num_keys, cos, sin, keys, values)
-        _transpose(keys, keys_by_feature, T)
         for h in range(head * H // num_keys, (head + 1) * H // num_keys):
             for first in range(part * QUERIES, T, parts * QUERIES):
                 last = min(first + QUERIES, T)
-                start, stop = _bounds(first, last, window)
+                start, stop = _scores(
+                    qkv, b, h, first, last, cos, sin, scale, window, starts, keys, q, by_feature[0], weights
+                )
+                maxima[:] = F32(-np.inf)
+                for j in range(start, stop, 4):
+                    for i in range(QUERIES):
+                        pairs = larger(weights[j, i], weights[j + 1, i]), larger(weights[j + 2, i], weights[j + 3, i])
+                        maxima[i] = larger(maxima[i], larger(pairs[0], pairs[1]))
+                totals[:] = F32(0)
+                for j in range(start, stop):
+                    for i in range(QUERIES):
+                        power = exp2(weights[j, i] - maxima[i])
+                        weights[j, i] = power
+                        totals[i] += power
+                _multiply(weights[start:].T, values[start:], out, last - first, stop - start, D, 0)
                 for t in range(first, last):
-                    rotate(qkv[b, t, h], q[t - first], cos[t], sin[t], F32(1), F32(scale))
-                _multiply(q, keys_by_feature[:, start:], weights[:, start:], last - first, D, stop - start, 0)
-                for t in range(first, last):
-                    first_token = starts[b, t] if starts.shape[1] else 0
-                    low, high = _mask(weights[t - first], t, start, stop, window, first_token)
-                    row, maximum, total = weights[t - first, low:high], weights[t - first, low], F32(0)
-                    for j in range(len(row)):
-                        maximum = larger(maximum, row[j])
-                    for j in range(len(row)):
-                        power = exp2(row[j] - maximum)
-                        row[j] = power
-                        total += power
-                    factor = F32(1) / total
-                    for j in range(len(row)):
-                        row[j] *= factor
-                    log_sums[b, h, t] = maximum + np.log2(total)
-                _multiply(weights[:, start:], values[start:], out, last - first, stop - start, D, 0)
-                for t in range(first, last):
+                    factor = F32(1) / totals[t - first]
                     for i in range(D):
-                        o[b, t, h, i] = out[t - first, i]
+                        o[b, t, h, i] = out[t - first, i] * factor
+                    log_sums[b, h, t] = maxima[t - first] + np.log2(totals[t - first])
 
 
 @kernel
@@ -139,44 +139,41 @@ def attention_backward(counter, qkv, cos, sin, scale, window, starts, memory, o,
     B, T, H, D = o.shape
     num_keys = (qkv.shape[2] - H) // 2
     thread = take_items(counter[1:], 1)
-    heads, by_feature, scores, rows = memory[0][thread], memory[1][thread], memory[2][thread], memory[3][thread]
-    keys, values, dkeys, dvalues = heads[0], heads[1], heads[2], heads[3]
-    weights, slopes, q, dq, dout = scores[0], scores[1], rows[0], rows[1], rows[2]
+    heads, rows, by_feature, scores, sums = (
+        memory[0][thread], memory[1][thread], memory[2][thread], memory[3][thread], memory[4][thread]
+    )  # fmt: skip
+    keys, values, dkeys, dvalues, q, dq, dout = heads[0], heads[1], heads[2], heads[3], rows[0], rows[1], rows[2]
+    weights, slopes, logs, products = scores[0], scores[1], sums[0], sums[1]
     while True:
         item = take_items(counter, 1)
         if item >= B * num_keys:
             return
         b, head = item // num_keys, item % num_keys
         _load(qkv, b, H + head, num_keys, cos, sin, keys, values)
-        _transpose(keys, by_feature[0], T)
-        _transpose(values, by_feature[1], T)
         dkeys[:] = dvalues[:] = F32(0)
         for h in range(head * H // num_keys, (head + 1) * H // num_keys):
             for first in range(0, T, QUERIES):
                 last = min(first + QUERIES, T)
-                start, stop = _bounds(first, last, window)
+                count = last - first
+                start, stop = _scores(
+                    qkv, b, h, first, last, cos, sin, scale, window, starts, keys, q, by_feature[0], weights
+                )
                 for t in range(first, last):
-                    rotate(qkv[b, t, h], q[t - first], cos[t], sin[t], F32(1), F32(scale))
-                    for i in range(D):
-                        dout[t - first, i] = do[b, t, h, i]
-                _multiply(q, by_feature[0, :, start:], weights[:, start:], last - first, D, stop - start, 0)
-                _multiply(dout, by_feature[1, :, start:], slopes[:, start:], last - first, D, stop - start, 0)
-                for t in range(first, last):
-                    first_token = starts[b, t] if starts.shape[1] else 0
-                    low, high = _mask(weights[t - first], t, start, stop, window, first_token)
-                    slopes[t - first, start:low] = slopes[t - first, high:stop] = F32(0)
                     product = F32(0)
                     for i in range(D):
+                        dout[t - first, i] = do[b, t, h, i]
                         product += do[b, t, h, i] * o[b, t, h, i]
-                    row, slope, log_sum = weights[t - first, low:high], slopes[t - first, low:high], log_sums[b, h, t]
-                    for j in range(len(row)):
-                        weight = exp2(row[j] - log_sum)
-                        row[j] = weight
-                        slope[j] = weight * (slope[j] - product)
-                count = last - first
-                _multiply(weights.T[start:], dout, dvalues[start:], stop - start, count, D, 1)
-                _multiply(slopes.T[start:], q, dkeys[start:], stop - start, count, D, 1)
-                _multiply(slopes[:, start:], keys[start:], dq, count, stop - start, D, 0)
+                    logs[t - first], products[t - first] = log_sums[b, h, t], product
+                _transpose(dout, count, by_feature[1])
+                _multiply(values[start:], by_feature[1], slopes[start:], stop - start, D, QUERIES, 0)
+                for j in range(start, stop):
+                    for i in range(QUERIES):
+                        weight = exp2(weights[j, i] - logs[i])
+                        weights[j, i] = weight
+                        slopes[j, i] = weight * (slopes[j, i] - products[i])
+                _multiply(weights[start:], dout, dvalues[start:], stop - start, count, D, 1)
+                _multiply(slopes[start:], q, dkeys[start:], stop - start, count, D, 1)
+                _multiply(slopes[start:].T, keys[start:], dq, count, stop - start, D, 0)
                 for t in range(first, last):
                     rotate(dq[t - first], dqkv[b, t, h], cos[t], sin[t], F32(-1), F32(scale) * LN_2)
         for t in range(T):

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from basic.common.native.instructions import TILE_COLUMNS
+from basic.common.native.instructions import TILE_COLUMNS, TILE_ROWS
 from basic.common.native.kernel import Kernel
 from basic.transformer.attention import AttentionOptions
 from basic.transformer.cpu import attention_kernels, kernels
-from basic.transformer.cpu.attention_kernels import ALIGNED, QUERIES
+from basic.transformer.cpu.attention_kernels import QUERIES
 from basic.transformer.functional import linear, mean_correction, project_heads, rotate_pairs
 
 _CHUNK_BYTES = 1 << 20
@@ -189,10 +189,14 @@ class _Heads(NamedTuple):
     @staticmethod
     def memory(x: Tensor, T: int, D: int) -> tuple[Tensor, ...]:
         """For the matrices of a head, in each thread."""
-        rows, columns = -(-T // ALIGNED) * ALIGNED, -(-D // TILE_COLUMNS) * TILE_COLUMNS
-        # Else, for many lengths, the numbers of a column would share few slots of the first-level cache.
-        width = rows + TILE_COLUMNS
-        shapes = (4, rows, columns), (2, columns, width), (2, QUERIES, width), (3, QUERIES, columns)
+        tokens, features = -(-T // TILE_ROWS) * TILE_ROWS, -(-D // TILE_COLUMNS) * TILE_COLUMNS
+        shapes = (
+            (4, tokens, features),
+            (3, QUERIES, features),
+            (2, features, QUERIES),
+            (2, tokens, QUERIES),
+            (2, QUERIES),
+        )
         return tuple(x.new_zeros(torch.get_num_threads(), *shape) for shape in shapes)
 
 
