@@ -61,7 +61,7 @@ def test_norm_of_large_numbers_is_that_of_the_plain_function(value: float):
 
 @pytest.mark.parametrize("num_targets", [None, 17.0])
 def test_loss(num_targets: float | None, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cpu_operators, "_CHUNK_BYTES", 1)  # chunks of 128 rows
+    monkeypatch.setattr(cpu_operators, "_LOGITS_BYTES", 1)  # chunks of 128 rows
     torch.manual_seed(0)
     x, weight, targets = torch.randn(3, 100, 32), torch.randn(50, 32), torch.randint(50, (3, 100))
     targets[0, :7] = -100
@@ -155,7 +155,7 @@ VARIANTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_model(variant: dict[str, Any], batch_size: int, monkeypatch: pytest.MonkeyPatch):
     """Loss and gradients of a model, with several chunks and tiles and documents that begin anywhere."""
-    monkeypatch.setattr(cpu_operators, "_CHUNK_BYTES", 1 << 17)
+    monkeypatch.setattr(cpu_operators, "_LOGITS_BYTES", 1 << 17)
     torch.manual_seed(0)
     model = TransformerLM(ModelConfig(**(SHAPE | variant)))
     exact = TransformerLM(model.config).double()
@@ -203,7 +203,7 @@ def test_results_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.Monk
         gated = results(lambda gates: dispatch.swiglu(gates, *torch.eye(64).repeat(3, 1, 1)), [gates], gates)
         attended = results(lambda qkv: cpu_operators._Attention.apply(qkv, None, how), [qkv], qkv[:, :, :64])
         losses, logits = torch.empty(700), x @ weight.T
-        cpu_operators._run(kernels.cross_entropy, logits, targets, torch.ones(700), losses, True)
+        cpu_operators._run(kernels.cross_entropy, logits, targets, torch.ones(700), losses, 50, True)
         made.append([*normed, *gated, *attended, losses, logits])
     for alone, together in zip(*made, strict=True):
         assert torch.equal(alone, together)

@@ -24,8 +24,8 @@ from basic.transformer.cpu import attention_kernels, kernels
 from basic.transformer.cpu.attention_kernels import QUERIES
 from basic.transformer.functional import linear, mean_correction, project_heads, rotate_pairs
 
-_CHUNK_BYTES = 1 << 20
-"""Size of a chunk for each thread: half of the second-level cache of most CPUs."""
+_LOGITS_BYTES = 1 << 22
+"""Of a chunk of logits: what the caches of most CPUs hold."""
 _MIN_NUMBERS = 1 << 15
 """Numbers for which it pays to wake other threads."""
 
@@ -35,13 +35,6 @@ def _run(kernel: Kernel, *arguments: Any) -> None:
     tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
     num_threads = torch.get_num_threads() if tensor.numel() >= _MIN_NUMBERS else 1
     kernel(np.zeros(2, np.int64), *arguments, num_threads=num_threads)
-
-
-def _chunks(count: int, item_bytes: int, least: int = 1) -> list[slice]:
-    """Slices of equal size that fit into the caches of all threads, but of at least some items."""
-    size = max(least, _CHUNK_BYTES * torch.get_num_threads() // item_bytes)
-    size = -(-count // -(-count // size))
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _without_second_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,14 +69,20 @@ class _LinearCrossEntropy(Function):
         dx, dweight = (torch.empty_like(x), torch.empty_like(weight)) if with_gradient else (x, weight)
         losses = x.new_empty(rows)
         # With fewer rows than d_model, adding to the weight's gradient would take longer than to pass over the logits.
-        chunks = _chunks(rows, 4 * vocab_size, least=max(128, d_model))
-        buffer = x.new_empty(chunks[0].stop, vocab_size)
-        for chunk in chunks:
-            logits = torch.mm(x[chunk], weight.T, out=buffer[: chunk.stop - chunk.start])
-            _run(kernels.cross_entropy, logits, targets[chunk], factors[chunk], losses[chunk], with_gradient)
+        size = max(128, d_model, _LOGITS_BYTES // (4 * vocab_size))
+        size = -(-rows // -(-rows // size))
+        # Longer rows than the vocabulary: in a column of numbers 8 KB apart, all would share few slots of a cache.
+        buffer = x.new_empty(size, vocab_size + 16)
+        for start in range(0, rows, size):
+            chunk = slice(start, min(start + size, rows))
+            buffer = buffer[: chunk.stop - start]
+            logits = torch.mm(x[chunk], weight.T, out=buffer[:, :vocab_size])
+            _run(
+                kernels.cross_entropy, buffer, targets[chunk], factors[chunk], losses[chunk], vocab_size, with_gradient
+            )
             if with_gradient:
                 torch.mm(logits, weight, out=dx[chunk])
-                _add_product(dweight, logits, x[chunk], chunk)
+                torch.addmm(dweight, logits.T, x[chunk], beta=float(start > 0), out=dweight)
         if with_gradient:
             ctx.save_for_backward(dx, dweight)
         losses.masked_fill_(is_ignored, 0)
@@ -125,26 +124,17 @@ class _SwiGLU(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w13: Tensor, w2: Tensor):
-        hidden, y = x.new_empty(len(x), len(w13)), x.new_empty(len(x), len(w2))
-        for rows in _chunks(len(x), 8 * len(w13)):
-            torch.mm(x[rows], w13.T, out=hidden[rows])
-            torch.mm(_gated(hidden[rows]), w2.T, out=y[rows])
+        hidden = x @ w13.T
         ctx.save_for_backward(x, w13, w2, hidden)
-        return y
+        return _gated(hidden) @ w2.T
 
     @staticmethod
     @_without_second_derivative
     def backward(ctx: Any, dy: Tensor):
         x, w13, w2, hidden = ctx.saved_tensors
-        dx, dw13, dw2 = (torch.empty_like(tensor) for tensor in (x, w13, w2))
-        for rows in _chunks(len(x), 8 * len(w13)):
-            gated = torch.mm(dy[rows], w2)  # its gradient, which the kernel replaces
-            dhidden = torch.empty_like(hidden[rows])
-            _run(kernels.swiglu_backward, hidden[rows], gated, dhidden)
-            torch.mm(dhidden, w13, out=dx[rows])
-            _add_product(dw13, dhidden, x[rows], rows)
-            _add_product(dw2, dy[rows], gated, rows)
-        return dx, dw13, dw2
+        gated, dhidden = dy @ w2, torch.empty_like(hidden)  # the gradient of what the kernel replaces it by
+        _run(kernels.swiglu_backward, hidden, gated, dhidden)
+        return dhidden @ w13, dhidden.T @ x, dy.T @ gated
 
 
 def _gated(hidden: Tensor) -> Tensor:
@@ -154,13 +144,8 @@ def _gated(hidden: Tensor) -> Tensor:
     return y
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, chunk: slice) -> None:
-    """Add left^T right of a chunk to the sum over all chunks, which the first one overwrites."""
-    torch.addmm(total, left.T, right, beta=float(chunk.start > 0), out=total)
-
-
 class _Heads(NamedTuple):
-    """What attention computes with its projections, which are (B, T, queries + keys + values, d_head)."""
+    """What attention computes with its projections."""
 
     num_heads: int
     num_kv_heads: int
@@ -172,23 +157,11 @@ class _Heads(NamedTuple):
     starts: Tensor
     """(B, T) or, if a sequence is one document, (B, 0)."""
 
-    @property
-    def width(self) -> int:
-        """Heads of the projections."""
-        return self.num_heads + 2 * self.num_kv_heads
-
-    def chunks(self, qkv_shape: tuple[int, ...]) -> list[slice]:
-        """Of sequences, whose projections fit into the caches."""
-        return _chunks(qkv_shape[0], 4 * math.prod(qkv_shape[1:]))
-
-    def arguments(self, qkv: Tensor, chunk: slice, memory: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """Those that both kernels share; scores become logarithms to the base of 2."""
-        scale = math.log2(math.e) * qkv.shape[-1] ** -0.5
-        return qkv, self.cos, self.sin, scale, self.window, self.starts[chunk], memory
-
-    @staticmethod
-    def memory(x: Tensor, T: int, D: int) -> tuple[Tensor, ...]:
-        """For the matrices of a head, in each thread."""
+    def arguments(self, qkv: Tensor) -> tuple[Any, ...]:
+        """Those that both kernels share, for projections (B, T, features)."""
+        B, T, heads = len(qkv), qkv.shape[1], self.num_heads + 2 * self.num_kv_heads
+        qkv = qkv.view(B, T, heads, -1)
+        D = qkv.shape[-1]
         tokens, features = -(-T // TILE_ROWS) * TILE_ROWS, -(-D // TILE_COLUMNS) * TILE_COLUMNS
         shapes = (
             (4, tokens, features),
@@ -197,7 +170,9 @@ class _Heads(NamedTuple):
             (2, tokens, QUERIES),
             (2, QUERIES),
         )
-        return tuple(x.new_zeros(torch.get_num_threads(), *shape) for shape in shapes)
+        memory = tuple(qkv.new_zeros(torch.get_num_threads(), *shape) for shape in shapes)
+        # Scores become logarithms to the base of 2.
+        return qkv, self.cos, self.sin, math.log2(math.e) * D**-0.5, self.window, self.starts, memory
 
 
 class _Attention(Function):
@@ -205,17 +180,12 @@ class _Attention(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, how: _Heads):
-        (B, T, _), H, width = x.shape, how.num_heads, how.width
-        D = (x.shape[2] if weight is None else len(weight)) // width
-        qkv = x.view(B, T, width, D) if weight is None else x.new_empty(B, T, width, D)
-        o, log_sums, memory = x.new_empty(B, T, H, D), x.new_empty(B, H, T), how.memory(x, T, D)
-        for chunk in how.chunks(qkv.shape):
-            if weight is not None:
-                torch.mm(x[chunk].flatten(0, 1), weight.T, out=qkv[chunk].view(-1, len(weight)))
-            arguments = how.arguments(qkv[chunk], chunk, memory)
-            # The fewest parts of a head's queries that keep all threads busy.
-            parts = -(-torch.get_num_threads() // (len(arguments[0]) * how.num_kv_heads))
-            _run(attention_kernels.attention_forward, parts, *arguments, o[chunk], log_sums[chunk])
+        qkv, (B, T, _) = x if weight is None else x @ weight.T, x.shape
+        arguments = how.arguments(qkv)
+        o, log_sums = x.new_empty(B, T, how.num_heads, arguments[0].shape[-1]), x.new_empty(B, how.num_heads, T)
+        # The fewest parts of a head's queries that keep all threads busy.
+        parts = -(-torch.get_num_threads() // (B * how.num_kv_heads))
+        _run(attention_kernels.attention_forward, parts, *arguments, o, log_sums)
         ctx.save_for_backward(x, weight, qkv, o, log_sums)
         ctx.how = how
         return o.flatten(2)
@@ -224,18 +194,12 @@ class _Attention(Function):
     @_without_second_derivative
     def backward(ctx: Any, do: Tensor):
         x, weight, qkv, o, log_sums = ctx.saved_tensors
-        how, do, dx = ctx.how, do.contiguous().view(o.shape), torch.empty_like(x)
-        dweight = None if weight is None else torch.empty_like(weight)
-        memory = how.memory(x, o.shape[1], o.shape[3])
-        for chunk in how.chunks(qkv.shape):
-            dqkv = torch.empty_like(qkv[chunk]) if weight is not None else dx[chunk].view(qkv[chunk].shape)
-            arguments = how.arguments(qkv[chunk], chunk, memory)
-            _run(attention_kernels.attention_backward, *arguments, o[chunk], log_sums[chunk], do[chunk], dqkv)
-            if dweight is not None:
-                rows = dqkv.view(-1, len(weight))
-                torch.mm(rows, weight, out=dx[chunk].flatten(0, 1))
-                _add_product(dweight, rows, x[chunk].flatten(0, 1), chunk)
-        return dx, dweight, None
+        dqkv, arguments = torch.empty_like(qkv), ctx.how.arguments(qkv)
+        do, dheads = do.contiguous().view(o.shape), dqkv.view(arguments[0].shape)
+        _run(attention_kernels.attention_backward, *arguments, o, log_sums, do, dheads)
+        if weight is None:
+            return dqkv, None, None
+        return dqkv @ weight, dqkv.flatten(0, 1).T @ x.flatten(0, 1), None
 
 
 def linear_cross_entropy(
