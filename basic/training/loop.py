@@ -52,7 +52,8 @@ from basic.training.parallel.stop_signals import StopSignals
 from basic.training.parallel.world import SINGLE_PROCESS, World, is_sharded
 from basic.training.records.environment import append_environment, check_environment, describe_environment
 from basic.training.records.log import NullLog, RunLog
-from basic.training.records.meter import Meter, StepMetrics, TimeBudget
+from basic.training.records.meter import Meter, TimeBudget
+from basic.training.records.nonfinite import NonfiniteSteps, first_of
 from basic.training.records.trackers import check_trackers
 from basic.training.run_folder import Run, check_same_model, create_run_folder, load_run_config, save_run_config
 from basic.training.saving import CheckpointManager, RunProgress, find_checkpoint, format_sample, resume_run
@@ -249,7 +250,7 @@ class _TrainingLoop:
         tokens_per_step = settings.batch_size * self.config.model.context_length
         tokens_before = start.sequences * self.config.model.context_length
         meter = Meter(start.step, tokens_before, start.wall_s, tokens_per_step, self.device)
-        nonfinite = _NonfiniteSteps(settings, self.train_sampler, start.nonfinite_steps, self.log, take_step)
+        nonfinite = NonfiniteSteps(settings, self.train_sampler, start.nonfinite_steps, self.log, take_step)
         budget = None
         if settings.steps == 0:
             budget, settings = _time_budget(settings, meter), settings.before_planning
@@ -289,7 +290,7 @@ class _TrainingLoop:
                         del record["tokens_per_s"]
                     valid_loss = self._log_interval(record, take_step if is_evaluated else None)
                     if unusual := take_step.take_unusual():
-                        self.log.print_message(f"warning: in fp8, {_first_of(unusual)}")
+                        self.log.print_message(f"warning: in fp8, {first_of(unusual)}")
                 if self.tokenizer is not None and _is_due(step, settings.sample_interval, settings):
                     self._sample(self.tokenizer, step)
 
@@ -352,46 +353,6 @@ class _TrainingLoop:
                 file.write(format_sample(record).encode())
         except OSError as error:  # the disk is full; the log keeps lines that it cannot write
             self.log.print_message(f"warning: {path} cannot be written ({error})")
-
-
-class _NonfiniteSteps:
-    """Count and log the steps whose loss or gradient is not finite, and end the run if there are too many.
-
-    `TrainStep` has not applied these steps: weights and optimizer state are unchanged.
-    """
-
-    def __init__(
-        self, config: TrainConfig, sampler: BatchSampler, count: int, log: RunLog | NullLog, take_step: TrainStep
-    ):
-        self.max_count = config.max_nonfinite_steps if config.on_nonfinite == "skip" else 0
-        self.sampler, self.count, self.log, self.take_step = sampler, count, log, take_step
-
-    def handle(self, steps: list[StepMetrics]) -> None:
-        for step in steps:
-            self.count += 1
-            starts = self.sampler.row_starts(step.step - 1).tolist()  # the sampler counts steps from 0
-            numbers = {"loss": repr(step.loss), "gradient_norm": repr(step.gradient_norm)}
-            record = {"kind": "nonfinite", "step": step.step, "learning_rate": step.learning_rate, **numbers}
-            self.log.write({**record, "row_starts": starts})
-            positions = ", ".join(map(str, starts[:8])) + (", ..." if len(starts) > 8 else "")
-            message = (
-                f"step {step.step} gave the loss {step.loss} and the gradient norm {step.gradient_norm} at the "
-                f"learning rate {step.learning_rate:.3g}, on the sequences that start at tokens {positions} of the "
-                "training data"
-            )
-            if unusual := self.take_step.take_unusual():
-                message += f"; in fp8, {_first_of(unusual)}"
-            if self.count > self.max_count:
-                raise FloatingPointError(
-                    f"{message}; neither the weights nor the checkpoints contain this step; try a lower "
-                    "max_learning_rate or a longer warm-up, look at these sequences, or skip such steps: "
-                    f"on_nonfinite = skip, max_nonfinite_steps above {self.max_count}"
-                )
-            self.log.print_message(f"warning: {message}; skipped, number {self.count} of at most {self.max_count}")
-
-
-def _first_of(messages: list[str]) -> str:
-    return "; ".join(messages[:4]) + (f"; and {len(messages) - 4} more" if len(messages) > 4 else "")
 
 
 def _time_budget(settings: TrainConfig, meter: Meter) -> TimeBudget:
