@@ -37,7 +37,6 @@ from basic.transformer.kernels.fp8 import (
     quantized_gate,
     quantized_gate_backward,
 )
-from basic.transformer.kernels.operators import quantized_attention_backward, rotary_attention
 
 INPUT, WEIGHT, GRADIENT = range(3)
 """The tensors of a matrix multiplication that have records: x, W and the gradient of x W^T."""
@@ -74,10 +73,6 @@ class Fp8Matrix:
         """x W^T; the gradients of W are those of `weights`, the parameters that it has the values of."""
         return _Linear.apply(x, self.rows, self.columns, self.records, *weights)
 
-    def attention(self, x: Tensor, weights: tuple[Tensor, ...], *how: Any) -> Tensor:
-        """`rotary_attention` of the product, whose gradient the attention's kernels write in 8 bits."""
-        return _Attention.apply(x, self.rows, self.columns, self.records, *how, *weights)
-
 
 class Fp8SwiGLU:
     """The feed-forward layer W2 (SiLU(W1 x) * W3 x).
@@ -111,30 +106,6 @@ class _Linear(torch.autograd.Function):
         dx = multiply(dy_rows, columns, records[GRADIENT], records[WEIGHT], dy.dtype, False)
         dweight = multiply(dy_columns, x_columns, records[GRADIENT], records[INPUT], dy.dtype, False).to(ctx.dtype)
         return dx.view(*dy.shape[:-1], -1), None, None, None, *dweight.split(ctx.sizes)
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, rows: Tensor, columns: Tensor, records: Tensor, cos: Tensor, sin: Tensor, num_heads: int,
-        num_kv_heads: int, window: int, starts: Tensor | None, *weights: Tensor,
-    ) -> Tensor:  # fmt: skip
-        x_rows, x_columns = quantize(x.reshape(-1, x.shape[-1]), records[INPUT])
-        projected = multiply(x_rows, rows, records[INPUT], records[WEIGHT], x.dtype, True).view(*x.shape[:-1], -1)
-        how = cos, sin, num_heads, num_kv_heads, window, starts
-        o, log_sums, qkv = rotary_attention(projected, None, *how)
-        ctx.save_for_backward(x_columns, columns, records, qkv, cos, sin, o, log_sums, starts)
-        ctx.window, ctx.dtype, ctx.sizes = window, weights[0].dtype, [weight.shape[0] for weight in weights]
-        return o
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (do,) = gradients
-        x_columns, columns, records, *saved, starts = ctx.saved_tensors
-        d_rows, d_columns = quantized_attention_backward(*saved, do, records[GRADIENT], ctx.window, starts)
-        dx = multiply(d_rows, columns, records[GRADIENT], records[WEIGHT], do.dtype, False)
-        dweight = multiply(d_columns, x_columns, records[GRADIENT], records[INPUT], do.dtype, False).to(ctx.dtype)
-        return dx.view(*do.shape[:2], -1), *[None] * 9, *dweight.split(ctx.sizes)
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from basic.transformer import functional
 from basic.transformer.fp8 import GRADIENT, INPUT, WEIGHT, Fp8Matrices, Fp8Matrix, Fp8SwiGLU
-from basic.transformer.kernels import fp8, operators
+from basic.transformer.kernels import fp8
 from basic.transformer.kernels.fp8 import BACKWARD, FORWARD, LARGEST, LIMITS, SCALE
 from tests.helpers.kernel_checks import poisoned, relative_error
 
@@ -106,36 +105,6 @@ def check_swiglu(tokens: int, d_model: int, d_ff: int, device: str) -> None:
     for ours, plain in zip((y, x.grad, w1.grad, w2.grad, w3.grad), (expected, *(t.grad for t in wide)), strict=True):
         assert ours is not None
         assert (error := relative_error(ours, plain)) < 1e-2, error
-
-
-def check_attention(batch: int, seq: int, heads: tuple[int, int], head_size: int, device: str) -> None:
-    """Against the product and the attention one after the other, which round the gradient to bfloat16 between them."""
-    torch.manual_seed(0)
-    tokens, features = batch * seq, (heads[0] + 2 * heads[1]) * head_size
-    x = torch.randn(batch, seq, 32, device=device).bfloat16().requires_grad_()
-    weights = tuple((torch.randn(n * head_size, 32, device=device) / 6).requires_grad_() for n in (*heads, heads[1]))
-    cos, sin = functional.rope_tables(1e4, head_size, seq, dtype=torch.float32, device=device)
-    starts = (torch.arange(seq, device=device) // 10 * 10).int().expand(batch, seq).contiguous()
-    matrices = Fp8Matrices({"qkv": list(weights)}, tokens)
-    matrix, how = matrices.matrices["qkv"], (cos, sin, *heads, 7, starts)
-    do = torch.randn(batch, seq, heads[0], head_size, device=device).bfloat16() / tokens
-    results, largest = [], []
-    for is_joined in (True, False):
-        if is_joined:
-            with poisoned():
-                o = matrix.attention(x, weights, *how)
-        else:
-            o = operators.rotary_attention(matrix.linear(x, *weights), None, *how)[0]
-        o.backward(do)
-        results.append([o.detach(), *(tensor.grad for tensor in (x, *weights))])
-        largest.append(matrix.records[GRADIENT, LARGEST].item())
-        matrix.records[:, LARGEST] = 0
-        for tensor in (x, *weights):
-            tensor.grad = None
-    assert matrix.rows.shape[0] == features
-    assert largest[0] == pytest.approx(largest[1], rel=2e-2)
-    for joined, apart in zip(*results, strict=True):
-        assert (error := relative_error(joined, apart)) < 5e-2, error
 
 
 def check_unusual_tensors_are_named(device: str) -> None:

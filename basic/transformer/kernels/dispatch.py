@@ -211,10 +211,8 @@ def causal_self_attention(
     window = 0 if window >= x.shape[1] else window  # else the kernels would be compiled for it
     starts = None if starts is None else starts.expand(x.shape[:2]).to(torch.int32).contiguous()
     how = *rope, num_heads, len(w_k) // d_head, window, starts
-    if options.change_heads is not None:
+    if options.change_heads is not None or options.fp8 is not None:
         x, weight = functional.project_heads(x, w_q, w_k, w_v, options).flatten(-2), None
-    elif options.fp8 is not None:
-        return options.fp8.attention(x, (w_q, w_k, w_v), *how).flatten(-2)
     else:
         weight = torch.cat((w_q, w_k, w_v)).to(x.dtype)
     attended, _, qkv = operators.rotary_attention(x, weight, *how)

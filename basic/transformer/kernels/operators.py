@@ -6,13 +6,12 @@ Each operator has a fake version, which returns empty tensors of the right shape
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from basic.transformer.functional import IGNORE_INDEX, mean_correction
-from basic.transformer.kernels import cross_entropy, fp8, rope, swiglu
+from basic.transformer.kernels import cross_entropy, rope, swiglu
 from basic.transformer.kernels.attention import flash_attention
 
 before_attention_gradients: list[Callable[[], None]] = []
@@ -73,47 +72,15 @@ def rotary_attention_backward(
     do: Tensor, window: int = 0, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients of x and of the weight (empty without a weight)."""
-    dqkv = torch.empty_like(qkv)
-    _attention_backward(qkv, cos, sin, o, log_sums, do, window, starts, dqkv)
-    if x is None or weight is None:
-        return dqkv.flatten(2), qkv.new_empty(0)
-    return _linear_backward(x, weight, dqkv)
-
-
-def _attention_backward(
-    qkv: Tensor, cos: Tensor, sin: Tensor, o: Tensor, log_sums: Tensor, do: Tensor, window: int, starts: Tensor | None,
-    dqkv: Tensor, **quantized: Any
-) -> None:  # fmt: skip
     for callback in before_attention_gradients:
         callback()
     do = do if do.stride(-1) == 1 else do.contiguous()
+    dqkv = torch.empty_like(qkv)
     q_k_v, gradients = split_heads(qkv, o.shape[2]), split_heads(dqkv, o.shape[2])
-    flash_attention.backward(*q_k_v, o, log_sums, do, *gradients, cos, sin, window, starts, **quantized)
-
-
-@torch.library.custom_op("basic::quantized_attention_backward", mutates_args=())
-def quantized_attention_backward(
-    qkv: Tensor, cos: Tensor, sin: Tensor, o: Tensor, log_sums: Tensor, do: Tensor, record: Tensor, window: int = 0,
-    starts: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradient of the projection in 8 bits, (B T, features), and its transpose."""
-    B, T, heads, D = qkv.shape
-    dqkv = torch.empty(qkv.shape, dtype=fp8.BACKWARD, device=qkv.device)
-    columns = torch.empty((heads * D, B * T), dtype=fp8.BACKWARD, device=qkv.device)
-    num_kv_heads = (heads - o.shape[2]) // 2
-    transposes = columns.split((o.shape[2] * D, num_kv_heads * D, num_kv_heads * D))
-    _attention_backward(qkv, cos, sin, o, log_sums, do, window, starts, dqkv, transposes=transposes, record=record)
-    return dqkv.view(B * T, -1), columns
-
-
-@quantized_attention_backward.register_fake
-def _(
-    qkv: Tensor, cos: Tensor, sin: Tensor, o: Tensor, log_sums: Tensor, do: Tensor, record: Tensor, window: int = 0,
-    starts: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    B, T, heads, D = qkv.shape
-    shape = B * T, heads * D
-    return qkv.new_empty(shape, dtype=fp8.BACKWARD), qkv.new_empty(shape[::-1], dtype=fp8.BACKWARD)
+    flash_attention.backward(*q_k_v, o, log_sums, do, *gradients, cos, sin, window, starts)
+    if x is None or weight is None:
+        return dqkv.flatten(2), qkv.new_empty(0)
+    return _linear_backward(x, weight, dqkv)
 
 
 @rotary_attention_backward.register_fake

@@ -35,7 +35,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from basic.transformer.kernels.fp8 import store_both
 from basic.transformer.kernels.interpreter import INTERPRETED, LOG2_E, dot
 
 # By padded head size: queries per tile, keys per tile, warps, pipeline stages, and registers per thread (None for the
@@ -70,19 +69,6 @@ def _load_tile(pointer, rows, stride, columns, T, D: tl.constexpr, WIDTH: tl.con
 def _store_tile(pointer, value, rows, stride, columns, T, D: tl.constexpr):
     mask = (rows[:, None] < T) & (columns[None, :] < D)
     tl.store(pointer + rows[:, None] * stride + columns[None, :], value.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _store_gradient(pointer, COLUMNS, RECORD, value, rows, stride, columns, T, batch, batches, head, D: tl.constexpr,
-                    QUANTIZED: tl.constexpr):  # fmt: skip
-    """Store a tile of a gradient; QUANTIZED: in 8 bits, and also to its transpose, (features of all heads, tokens)."""
-    if QUANTIZED:
-        mask = (rows[:, None] < T) & (columns[None, :] < D)
-        COLUMNS += head * D * batches * T + batch * T
-        x = tl.where(mask, value, 0.0)
-        store_both(x, pointer, COLUMNS, rows[:, None], columns[None, :], stride, batches * T, mask, RECORD)
-    else:
-        _store_tile(pointer, value, rows, stride, columns, T, D)
 
 
 @triton.jit
@@ -183,12 +169,12 @@ def _rotate_back(x, rows, COS, SIN, T, D: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _key_gradients(Q, K, V, DO, DK, DV, DK_COLUMNS, DV_COLUMNS, RECORD, LOG_SUMS, DELTAS, COS, SIN,
+def _key_gradients(Q, K, V, DO, DK, DV, LOG_SUMS, DELTAS, COS, SIN,
                    q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
                    do_batch, do_stride, do_head, dk_batch, dk_stride, dk_head, dv_batch, dv_stride, dv_head,
                    H, T, scale, out_scale, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
                    M: tl.constexpr, N: tl.constexpr, CHECK: tl.constexpr, WINDOW: tl.constexpr, STARTS, ENDS,
-                   PACKED: tl.constexpr, QUANTIZED: tl.constexpr):  # fmt: skip
+                   PACKED: tl.constexpr):  # fmt: skip
     kv_heads = H // GROUP
     batch, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
     head = kv_head * GROUP  # the first of those that share this key
@@ -234,18 +220,17 @@ def _key_gradients(Q, K, V, DO, DK, DV, DK_COLUMNS, DV_COLUMNS, RECORD, LOG_SUMS
         LOG_SUMS += T
         DELTAS += T
     dk = _rotate_back(dk * out_scale, keys, COS, SIN, T, D, WIDTH)
-    batches = tl.num_programs(1) // kv_heads
-    _store_gradient(DK, DK_COLUMNS, RECORD, dk, keys, dk_stride, columns, T, batch, batches, kv_head, D, QUANTIZED)
-    _store_gradient(DV, DV_COLUMNS, RECORD, dv, keys, dv_stride, columns, T, batch, batches, kv_head, D, QUANTIZED)
+    _store_tile(DK, dk, keys, dk_stride, columns, T, D)
+    _store_tile(DV, dv, keys, dv_stride, columns, T, D)
 
 
 @triton.jit
-def _query_gradients(Q, K, V, OUT, DO, DQ, DQ_COLUMNS, RECORD, LOG_SUMS, DELTAS, COS, SIN,
+def _query_gradients(Q, K, V, OUT, DO, DQ, LOG_SUMS, DELTAS, COS, SIN,
                      q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
                      o_batch, o_stride, o_head, do_batch, do_stride, do_head, dq_batch, dq_stride, dq_head,
                      H, T, scale, out_scale, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
                      M: tl.constexpr, N: tl.constexpr, CHECK: tl.constexpr, WINDOW: tl.constexpr, STARTS,
-                     PACKED: tl.constexpr, QUANTIZED: tl.constexpr):  # fmt: skip
+                     PACKED: tl.constexpr):  # fmt: skip
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     Q += batch * q_batch + head * q_head
@@ -277,8 +262,7 @@ def _query_gradients(Q, K, V, OUT, DO, DQ, DQ_COLUMNS, RECORD, LOG_SUMS, DELTAS,
         dscores = weights * (dot(do, tl.trans(v)) - deltas[:, None])
         dq = dot(dscores.to(k.dtype), k, dq)
     dq = _rotate_back(dq * out_scale, rows, COS, SIN, T, D, WIDTH)
-    batches = tl.num_programs(1) // H
-    _store_gradient(DQ, DQ_COLUMNS, RECORD, dq, rows, dq_stride, columns, T, batch, batches, head, D, QUANTIZED)
+    _store_tile(DQ, dq, rows, dq_stride, columns, T, D)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, window: int = 0, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -310,8 +294,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, window: int = 0, starts: Tensor | N
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sums: Tensor, do: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-    cos: Tensor, sin: Tensor, window: int = 0, starts: Tensor | None = None, *,
-    transposes: tuple[Tensor, ...] | None = None, record: Tensor | None = None,
+    cos: Tensor, sin: Tensor, window: int = 0, starts: Tensor | None = None
 ) -> None:  # fmt: skip
     """Compute the gradients of queries and keys before their rotation, and of values.
 
@@ -321,30 +304,25 @@ def backward(
         dq, dk, dv: outputs, of the shapes of q, k, v, the last dimension contiguous.
         cos, sin: that queries and keys were rotated by, float32 (at least T, D / 2), contiguous.
         window, starts: as for `forward`.
-        transposes: outputs too, the gradients as (features of all heads, B * T), if they are in 8 bits; else None.
-        record: of these gradients, with their scale.
     """
     B, T, H, D = q.shape
-    is_quantized = record is not None
-    dq_columns, dk_columns, dv_columns = transposes or (dq, dk, dv)
-    record = log_sums if record is None else record
     scales = LOG2_E / math.sqrt(D), 1 / math.sqrt(D)
     deltas = torch.empty_like(log_sums)
-    if not is_quantized and (hopper := _hopper(q, k, v, do)) is not None:
+    if (hopper := _hopper(q, k, v, do)) is not None:
         hopper.query_gradients(q, k, v, o, log_sums, deltas, do, dq, cos, sin, window, starts)
     else:
         constants = _constants(q, k, _QUERY_GRADIENT_TILES, window, starts)
         _query_gradients[triton.cdiv(T, constants["M"]), B * H](
-            q, k, v, o, do, dq, dq_columns, record, log_sums, deltas, cos, sin, *_strides(q, k, v, o, do, dq), H, T,
-            *scales, **constants, QUANTIZED=is_quantized)  # fmt: skip
+            q, k, v, o, do, dq, log_sums, deltas, cos, sin, *_strides(q, k, v, o, do, dq), H, T, *scales, **constants
+        )
     constants = _constants(q, k, _KEY_GRADIENT_TILES, window, starts)
     constants["ENDS"] = q
     if starts is not None:  # index of the first token behind each token's document
         positions = torch.arange(T, dtype=torch.int32, device=q.device).expand(B, T).contiguous()
         constants["ENDS"] = torch.searchsorted(starts, positions, right=True, out_int32=True)
     _key_gradients[triton.cdiv(T, constants["N"]), B * k.shape[2]](
-        q, k, v, do, dk, dv, dk_columns, dv_columns, record, log_sums, deltas, cos, sin,
-        *_strides(q, k, v, do, dk, dv), H, T, *scales, **constants, QUANTIZED=is_quantized)  # fmt: skip
+        q, k, v, do, dk, dv, log_sums, deltas, cos, sin, *_strides(q, k, v, do, dk, dv), H, T, *scales, **constants
+    )
 
 
 @cache
