@@ -153,14 +153,19 @@ def store_tile(X, value, row, stride, T):
 
 
 @gluon.jit
-def _copy(descs, STARTS, kept, keys, values, sizes, C: gl.constexpr):
-    """The copying warp."""
-    q_desc, k_desc, v_desc = descs
-    q_tiles, q_ready, q_free = kept
-    k_tiles, k_ready, k_free = keys
-    v_tiles, v_ready, v_free = values
+def load(stream, slot, phase, corner, MORE_BYTES: gl.constexpr = 0):
+    """Load a stream's tiles at a corner, of tokens and head, into a slot as soon as it is free."""
+    descs, tiles, ready, free = stream
+    mbarrier.wait(free.index(slot), phase ^ 1)
+    mbarrier.expect(ready.index(slot), len(descs) * descs[0].block_type.shape[1] * HEAD_SIZE * 2 + MORE_BYTES)
+    for i in gl.static_range(len(descs)):
+        load_tile(descs[i], corner, ready.index(slot), tiles[i].index(slot))
+
+
+@gluon.jit
+def copy_keys(kept, ring, STARTS, sizes, C: gl.constexpr):
+    """The copying warp of a kernel that keeps queries; the streams of the ring are of keys and values."""
     H, T, tiles, batch_heads = sizes
-    BYTES: gl.constexpr = TILE * HEAD_SIZE * 2
     count = 0
     turn = 0
     for item in range(0, num_items(tiles, batch_heads)):
@@ -168,20 +173,13 @@ def _copy(descs, STARTS, kept, keys, values, sizes, C: gl.constexpr):
         if exists:
             batch, head = batch_head // H, batch_head % H
             for i in gl.static_range(2):
-                mbarrier.wait(q_free.index(i), (turn & 1) ^ 1)
-                mbarrier.expect(q_ready.index(i), 64 * HEAD_SIZE * 2)
-                load_tile(q_desc, [batch, tile * TILE + i * 64, head, 0], q_ready.index(i), q_tiles.index(i))
+                load(kept, i, turn & 1, (batch, tile * TILE + i * 64, head, 0))
             turn += 1
             number = num_key_tiles(tile, batch, T, STARTS, C)
             for i in range(0, number):
-                slot, phase = count % SLOTS, (count // SLOTS) & 1
-                corner = [batch, (tile - i) * TILE, head // C.group, 0]
-                mbarrier.wait(k_free.index(slot), phase ^ 1)
-                mbarrier.expect(k_ready.index(slot), BYTES)
-                load_tile(k_desc, corner, k_ready.index(slot), k_tiles.index(slot))
-                mbarrier.wait(v_free.index(slot), phase ^ 1)
-                mbarrier.expect(v_ready.index(slot), BYTES)
-                load_tile(v_desc, corner, v_ready.index(slot), v_tiles.index(slot))
+                for j in gl.static_range(len(ring)):
+                    corner = batch, (tile - i) * TILE, head // C.group, 0
+                    load(ring[j], count % SLOTS, (count // SLOTS) & 1, corner)
                 count += 1
 
 
@@ -194,7 +192,7 @@ def _softmax(scores, maximum, total, scale):
 
 
 @gluon.jit
-def _attend(GROUP: gl.constexpr, OUT, LOG_SUMS, STARTS, kept, keys, values, sizes, scale, C: gl.constexpr):
+def _attend(GROUP: gl.constexpr, OUT, LOG_SUMS, STARTS, kept, ring, sizes, scale, C: gl.constexpr):
     """A group of warps. It begins the product with the next keys before it waits for that with the last values."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_SIZE, 16])
@@ -202,11 +200,11 @@ def _attend(GROUP: gl.constexpr, OUT, LOG_SUMS, STARTS, kept, keys, values, size
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     dtype: gl.constexpr = OUT.dtype.element_ty
-    q_tiles, q_ready, q_free = kept
-    k_tiles, k_ready, k_free = keys
-    v_tiles, v_ready, v_free = values
+    _, q_tiles, q_ready, q_free = kept
+    _, k_tiles, k_ready, k_free = ring[0]
+    _, v_tiles, v_ready, v_free = ring[1]
     H, T, tiles, batch_heads = sizes
-    q = matrix(q_tiles.index(GROUP))
+    q = matrix(q_tiles[0].index(GROUP))
     zeros = gl.zeros([64, TILE], gl.float32, S_LAYOUT)
     count = 0
     turn = 0
@@ -225,7 +223,7 @@ def _attend(GROUP: gl.constexpr, OUT, LOG_SUMS, STARTS, kept, keys, values, size
             mbarrier.wait(q_ready.index(GROUP), turn & 1)
             slot, phase = count % SLOTS, (count // SLOTS) & 1
             mbarrier.wait(k_ready.index(slot), phase)
-            k = matrix(k_tiles.index(slot))
+            k = matrix(k_tiles[0].index(slot))
             scores = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, [scores])
             mbarrier.arrive(k_free.index(slot))
@@ -237,10 +235,10 @@ def _attend(GROUP: gl.constexpr, OUT, LOG_SUMS, STARTS, kept, keys, values, size
                 count += 1
                 slot, phase = count % SLOTS, (count // SLOTS) & 1
                 mbarrier.wait(k_ready.index(slot), phase)
-                k = matrix(k_tiles.index(slot))
+                k = matrix(k_tiles[0].index(slot))
                 scores = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
                 mbarrier.wait(v_ready.index(v_slot), v_phase)
-                output = warpgroup_mma(p, matrix(v_tiles.index(v_slot)), output, is_async=True)
+                output = warpgroup_mma(p, matrix(v_tiles[0].index(v_slot)), output, is_async=True)
                 scores = warpgroup_mma_wait(1, [scores])
                 mbarrier.arrive(k_free.index(slot))
                 scores = masked_inside(scores, -1e30, row, (tile - i) * TILE, starts, C)
@@ -251,7 +249,7 @@ def _attend(GROUP: gl.constexpr, OUT, LOG_SUMS, STARTS, kept, keys, values, size
                 p = gl.convert_layout(weights.to(dtype), P_LAYOUT)
             mbarrier.arrive(q_free.index(GROUP))
             mbarrier.wait(v_ready.index(slot), phase)
-            output = warpgroup_mma(p, matrix(v_tiles.index(slot)), output, is_async=True)
+            output = warpgroup_mma(p, matrix(v_tiles[0].index(slot)), output, is_async=True)
             output = warpgroup_mma_wait(0, [output])
             mbarrier.arrive(v_free.index(slot))
             count += 1
@@ -263,16 +261,17 @@ def _attend(GROUP: gl.constexpr, OUT, LOG_SUMS, STARTS, kept, keys, values, size
 
 @gluon.jit(do_not_specialize=INTEGERS)
 def _forward(q_desc, k_desc, v_desc, OUT, LOG_SUMS, STARTS, H, T, tiles, batch_heads, scale, C: gl.constexpr):
-    kept = tile_memory(q_desc, 2), barriers(2, 1), barriers(2, 1)
-    keys = tile_memory(k_desc, SLOTS), barriers(SLOTS, 1), barriers(SLOTS, 2)
-    values = tile_memory(v_desc, SLOTS), barriers(SLOTS, 1), barriers(SLOTS, 2)
+    kept = (q_desc,), (tile_memory(q_desc, 2),), barriers(2, 1), barriers(2, 1)
+    keys = (k_desc,), (tile_memory(k_desc, SLOTS),), barriers(SLOTS, 1), barriers(SLOTS, 2)
+    values = (v_desc,), (tile_memory(v_desc, SLOTS),), barriers(SLOTS, 1), barriers(SLOTS, 2)
+    ring = keys, values
     sizes = H, T, tiles, batch_heads
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
     gl.warp_specialize([
-        (_attend, (FIRST, OUT, LOG_SUMS, STARTS, kept, keys, values, sizes, scale, C)),
-        (_attend, (SECOND, OUT, LOG_SUMS, STARTS, kept, keys, values, sizes, scale, C)),
-        (_copy, ((q_desc, k_desc, v_desc), STARTS, kept, keys, values, sizes, C)),
+        (_attend, (FIRST, OUT, LOG_SUMS, STARTS, kept, ring, sizes, scale, C)),
+        (_attend, (SECOND, OUT, LOG_SUMS, STARTS, kept, ring, sizes, scale, C)),
+        (copy_keys, (kept, ring, STARTS, sizes, C)),
     ], [4, 1], REGISTERS)  # fmt: skip
 
 

@@ -16,11 +16,11 @@ from basic.transformer.kernels.attention.hopper import (
     SLOTS,
     TILE,
     barriers,
+    copy_keys,
     descriptor,
     forward,
     launch,
     load_starts,
-    load_tile,
     masked,
     matrix,
     num_items,
@@ -52,37 +52,6 @@ def _rotate_back(x, row, COS, SIN, T):
 
 
 @gluon.jit
-def _copy(descs, STARTS, kept, ring, sizes, C: gl.constexpr):
-    """The copying warp."""
-    q_desc, do_desc, k_desc, v_desc = descs
-    q_tiles, do_tiles, q_ready, q_free = kept
-    k_tiles, v_tiles, k_ready, k_free = ring
-    H, T, tiles, batch_heads = sizes
-    count = 0
-    turn = 0
-    for item in range(0, num_items(tiles, batch_heads)):
-        tile, batch_head, exists = place(item, tiles)
-        if exists:
-            batch, head = batch_head // H, batch_head % H
-            for i in gl.static_range(2):
-                mbarrier.wait(q_free.index(i), (turn & 1) ^ 1)
-                mbarrier.expect(q_ready.index(i), 2 * 64 * HEAD_SIZE * 2)
-                corner = [batch, tile * TILE + i * 64, head, 0]
-                load_tile(q_desc, corner, q_ready.index(i), q_tiles.index(i))
-                load_tile(do_desc, corner, q_ready.index(i), do_tiles.index(i))
-            turn += 1
-            number = num_key_tiles(tile, batch, T, STARTS, C)
-            for i in range(0, number):
-                slot = count % SLOTS
-                corner = [batch, (tile - i) * TILE, head // C.group, 0]
-                mbarrier.wait(k_free.index(slot), ((count // SLOTS) & 1) ^ 1)
-                mbarrier.expect(k_ready.index(slot), 2 * TILE * HEAD_SIZE * 2)
-                load_tile(k_desc, corner, k_ready.index(slot), k_tiles.index(slot))
-                load_tile(v_desc, corner, k_ready.index(slot), v_tiles.index(slot))
-                count += 1
-
-
-@gluon.jit
 def _for_queries(GROUP: gl.constexpr, gradient, OUT, LOG_SUMS, DELTAS, COS, SIN, STARTS, kept, ring,
                  sizes, scale, out_scale, C: gl.constexpr):  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
@@ -91,10 +60,10 @@ def _for_queries(GROUP: gl.constexpr, gradient, OUT, LOG_SUMS, DELTAS, COS, SIN,
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_SIZE, HEAD_SIZE // 8], [4, 1], [1, 0])
     DQ, dq_batch, dq_stride, dq_head = gradient
-    q_tiles, do_tiles, q_ready, q_free = kept
-    k_tiles, v_tiles, k_ready, k_free = ring
+    _, q_tiles, q_ready, q_free = kept
+    _, k_tiles, k_ready, k_free = ring[0]
     H, T, tiles, batch_heads = sizes
-    q, do = matrix(q_tiles.index(GROUP)), matrix(do_tiles.index(GROUP))
+    q, do = matrix(q_tiles[0].index(GROUP)), matrix(q_tiles[1].index(GROUP))
     zeros = gl.zeros([64, TILE], gl.float32, S_LAYOUT)
     count = 0
     turn = 0
@@ -122,7 +91,7 @@ def _for_queries(GROUP: gl.constexpr, gradient, OUT, LOG_SUMS, DELTAS, COS, SIN,
                 slot = count % SLOTS
                 start = (tile - i) * TILE
                 mbarrier.wait(k_ready.index(slot), (count // SLOTS) & 1)
-                k, v = matrix(k_tiles.index(slot)), matrix(v_tiles.index(slot))
+                k, v = matrix(k_tiles[0].index(slot)), matrix(k_tiles[1].index(slot))
                 scores = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
                 dweights = warpgroup_mma(do, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
                 scores = warpgroup_mma_wait(1, [scores])
@@ -148,8 +117,9 @@ def _for_queries(GROUP: gl.constexpr, gradient, OUT, LOG_SUMS, DELTAS, COS, SIN,
 def _query_gradients(q_desc, k_desc, v_desc, do_desc, DQ, dq_batch, dq_stride, dq_head, OUT, LOG_SUMS, DELTAS,
                      COS, SIN, STARTS, H, T, tiles, batch_heads, scale, out_scale,
                      C: gl.constexpr):  # fmt: skip
-    kept = tile_memory(q_desc, 2), tile_memory(do_desc, 2), barriers(2, 1), barriers(2, 1)
-    ring = tile_memory(k_desc, SLOTS), tile_memory(v_desc, SLOTS), barriers(SLOTS, 1), barriers(SLOTS, 2)
+    kept = (q_desc, do_desc), (tile_memory(q_desc, 2), tile_memory(do_desc, 2)), barriers(2, 1), barriers(2, 1)
+    keys_and_values = tile_memory(k_desc, SLOTS), tile_memory(v_desc, SLOTS)
+    ring = (((k_desc, v_desc), keys_and_values, barriers(SLOTS, 1), barriers(SLOTS, 2)),)
     gradient = DQ, dq_batch, dq_stride, dq_head
     sizes = H, T, tiles, batch_heads
     FIRST: gl.constexpr = 0
@@ -159,7 +129,7 @@ def _query_gradients(q_desc, k_desc, v_desc, do_desc, DQ, dq_batch, dq_stride, d
                         scale, out_scale, C)),
         (_for_queries, (SECOND, gradient, OUT, LOG_SUMS, DELTAS, COS, SIN, STARTS, kept, ring, sizes,
                         scale, out_scale, C)),
-        (_copy, ((q_desc, do_desc, k_desc, v_desc), STARTS, kept, ring, sizes, C)),
+        (copy_keys, (kept, ring, STARTS, sizes, C)),
     ], [4, 1], REGISTERS)  # fmt: skip
 
 
