@@ -308,21 +308,22 @@ def backward(
     B, T, H, D = q.shape
     scales = LOG2_E / math.sqrt(D), 1 / math.sqrt(D)
     deltas = torch.empty_like(log_sums)
-    if (hopper := _hopper(q, k, v, do)) is not None:
-        hopper.query_gradients(q, k, v, o, log_sums, deltas, do, dq, cos, sin, window, starts)
-    else:
-        constants = _constants(q, k, _QUERY_GRADIENT_TILES, window, starts)
-        _query_gradients[triton.cdiv(T, constants["M"]), B * H](
-            q, k, v, o, do, dq, log_sums, deltas, cos, sin, *_strides(q, k, v, o, do, dq), H, T, *scales, **constants
-        )
-    constants = _constants(q, k, _KEY_GRADIENT_TILES, window, starts)
-    constants["ENDS"] = q
+    ends = q
     if starts is not None:  # index of the first token behind each token's document
         positions = torch.arange(T, dtype=torch.int32, device=q.device).expand(B, T).contiguous()
-        constants["ENDS"] = torch.searchsorted(starts, positions, right=True, out_int32=True)
-    _key_gradients[triton.cdiv(T, constants["N"]), B * k.shape[2]](
-        q, k, v, do, dk, dv, log_sums, deltas, cos, sin, *_strides(q, k, v, do, dk, dv), H, T, *scales, **constants
+        ends = torch.searchsorted(starts, positions, right=True, out_int32=True)
+    if (hopper := _hopper(q, k, v, do)) is not None:
+        hopper.query_gradients(q, k, v, o, log_sums, deltas, do, dq, cos, sin, window, starts)
+        hopper.key_gradients(q, k, v, log_sums, deltas, do, dk, dv, cos, sin, window, starts, ends)
+        return
+    constants = _constants(q, k, _QUERY_GRADIENT_TILES, window, starts)
+    _query_gradients[triton.cdiv(T, constants["M"]), B * H](
+        q, k, v, o, do, dq, log_sums, deltas, cos, sin, *_strides(q, k, v, o, do, dq), H, T, *scales, **constants
     )
+    constants = _constants(q, k, _KEY_GRADIENT_TILES, window, starts)
+    _key_gradients[triton.cdiv(T, constants["N"]), B * k.shape[2]](
+        q, k, v, do, dk, dv, log_sums, deltas, cos, sin, *_strides(q, k, v, do, dk, dv), H, T, *scales, **constants,
+        ENDS=ends)  # fmt: skip
 
 
 @cache

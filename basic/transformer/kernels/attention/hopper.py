@@ -293,20 +293,22 @@ def descriptor(x: Tensor, tokens: int) -> TensorDescriptor:
 
 
 def launch(
-    kernel: Any, q: Tensor, k: Tensor, v: Tensor, arguments: tuple, scales: tuple[float, ...], window: int,
+    kernel: Any, arguments: tuple, q: Tensor, k: Tensor, kept_heads: int, scales: tuple[float, ...], window: int,
     starts: Tensor | None
 ) -> None:  # fmt: skip
-    """Launch a kernel that keeps tiles of queries, with its own arguments between those that all have."""
+    """Launch a kernel that keeps tiles of `kept_heads` heads, with its own arguments before those that all have."""
     B, T, H, _ = q.shape
-    tiles, tokens = triton.cdiv(T, TILE.value), TILE.value
+    tiles = triton.cdiv(T, TILE.value)
     multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    programs = min(triton.cdiv(tiles, 2) * B * H, multiprocessors)
+    programs = min(triton.cdiv(tiles, 2) * B * kept_heads, multiprocessors)
     constants = Constants(*map(gl.constexpr, (H // k.shape[2], window, starts is not None)))
-    descriptors = descriptor(q, tokens // 2), descriptor(k, tokens), descriptor(v, tokens)
     starts = q if starts is None else starts
-    kernel[(programs,)](*descriptors, *arguments, starts, H, T, tiles, B * H, *scales, constants, num_warps=4)
+    kernel[(programs,)](*arguments, starts, H, T, tiles, B * kept_heads, *scales, constants, num_warps=4)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sums: Tensor, window: int, starts: Tensor | None) -> None:
     """Like `flash_attention.forward`, with the outputs given."""
-    launch(_forward, q, k, v, (o, log_sums), (LOG2_E / math.sqrt(HEAD_SIZE.value),), window, starts)
+    tokens = TILE.value
+    descriptors = descriptor(q, tokens // 2), descriptor(k, tokens), descriptor(v, tokens)
+    scale = LOG2_E / math.sqrt(HEAD_SIZE.value)
+    launch(_forward, (*descriptors, o, log_sums), q, k, q.shape[2], (scale,), window, starts)
