@@ -144,12 +144,29 @@ def load_starts(STARTS, batch, rows, T, C: gl.constexpr):
     return rows
 
 
+_ROWS = [[1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]]
+BY_EIGHT = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [0, 32], [0, 64], [8, 0]], [[0, 8], [0, 16], *_ROWS[0]], _ROWS[1], [], [64, 128]
+    )
+)
+"""Of 64 x 128 numbers: a thread has eight neighbours, and a warp the rows that it has in a product."""
+BY_FOUR = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 16], [0, 32], [8, 0]], [[0, 4], [0, 8], *_ROWS[0]], _ROWS[1], [], [64, 64]
+    )
+)
+"""The same of 64 x 64 numbers of twice as many bits."""
+
+
 @gluon.jit
 def store_tile(X, value, row, stride, T):
+    # In the layout of a product, a warp would touch eight rows for four bytes a thread.
+    value = gl.convert_layout(value.to(X.dtype.element_ty), BY_EIGHT)
     LAYOUT: gl.constexpr = value.type.layout
     rows = row + gl.arange(0, value.shape[0], gl.SliceLayout(1, LAYOUT))[:, None]
     columns = gl.arange(0, value.shape[1], gl.SliceLayout(0, LAYOUT))[None, :]
-    gl.store(X + rows * stride + columns, value.to(X.dtype.element_ty), mask=rows < T)
+    gl.store(X + rows * stride + columns, value, mask=rows < T)
 
 
 @gluon.jit

@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from basic.transformer.kernels.attention.hopper import (
+    BY_FOUR,
     HEAD_SIZE,
     INTEGERS,
     REGISTERS,
@@ -50,19 +51,38 @@ QUERIES, KEY_SLOTS = gl.constexpr(64), gl.constexpr(3)
 
 
 @gluon.jit
-def _rotate_back(x, row, COS, SIN, T):
-    """The gradient of a tile before RoPE, from its gradient after RoPE."""
-    ROWS: gl.constexpr = x.shape[0]
-    PAIRS: gl.constexpr = x.shape[1] // 2
-    even, odd = gl.split(gl.reshape(x, [ROWS, PAIRS, 2]))
-    LAYOUT: gl.constexpr = even.type.layout
-    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))[:, None]
-    pairs = gl.arange(0, PAIRS, gl.SliceLayout(0, LAYOUT))[None, :]
+def _load_tables(COS, SIN, row, T):
+    """RoPE's cosines and sines of 64 tokens."""
+    PAIRS: gl.constexpr = HEAD_SIZE // 2
+    rows = row + gl.arange(0, 64, gl.SliceLayout(1, BY_FOUR))[:, None]
+    places = rows * PAIRS + gl.arange(0, PAIRS, gl.SliceLayout(0, BY_FOUR))[None, :]
     mask = rows < T
-    cos = gl.load(COS + rows * PAIRS + pairs, mask=mask, other=0.0)
-    sin = gl.load(SIN + rows * PAIRS + pairs, mask=mask, other=0.0)
-    rotated = gl.reshape(gl.join(even * cos + odd * sin, odd * cos - even * sin), [ROWS, 2 * PAIRS])
+    return gl.load(COS + places, mask=mask, other=0.0), gl.load(SIN + places, mask=mask, other=0.0)
+
+
+@gluon.jit
+def _rotate_back(x, tables):
+    """The gradient of a tile before RoPE, from its gradient after RoPE."""
+    even, odd = gl.split(gl.reshape(x, [64, HEAD_SIZE // 2, 2]))
+    cos, sin = tables
+    cos, sin = gl.convert_layout(cos, even.type.layout), gl.convert_layout(sin, even.type.layout)
+    rotated = gl.reshape(gl.join(even * cos + odd * sin, odd * cos - even * sin), [64, HEAD_SIZE])
     return gl.convert_layout(rotated, x.type.layout)
+
+
+@gluon.jit
+def _load_outputs(item, GROUP: gl.constexpr, OUT, LOG_SUMS, sizes, LAYOUT: gl.constexpr, S_ROWS: gl.constexpr):
+    """The output and the `log_sums` of an item's queries."""
+    H, T, tiles, batch_heads = sizes
+    tile, batch_head, _ = place(item, tiles)
+    end = gl.where(batch_head < batch_heads, T, 0)
+    batch, head, row = (batch_head // H).to(gl.int64), batch_head % H, tile * TILE + GROUP * 64
+    rows = row + gl.arange(0, 64, S_ROWS)
+    log_sums = gl.load(LOG_SUMS + batch_head.to(gl.int64) * T + rows, mask=rows < end, other=0.0)
+    rows = row + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))[:, None]
+    columns = gl.arange(0, HEAD_SIZE, gl.SliceLayout(0, LAYOUT))[None, :]
+    o = OUT + (batch * T * H + head) * HEAD_SIZE + rows * (H * HEAD_SIZE) + columns
+    return gl.load(o, mask=rows < end, other=0.0), log_sums
 
 
 @gluon.jit
@@ -79,6 +99,7 @@ def _for_queries(GROUP: gl.constexpr, gradient, OUT, LOG_SUMS, DELTAS, COS, SIN,
     H, T, tiles, batch_heads = sizes
     q, do = matrix(q_tiles[0].index(GROUP)), matrix(q_tiles[1].index(GROUP))
     zeros = gl.zeros([64, TILE], gl.float32, S_LAYOUT)
+    o, log_sums = _load_outputs(0, GROUP, OUT, LOG_SUMS, sizes, LOADED, S_ROWS)
     count = 0
     turn = 0
     for item in range(0, num_items(tiles, batch_heads)):
@@ -89,17 +110,11 @@ def _for_queries(GROUP: gl.constexpr, gradient, OUT, LOG_SUMS, DELTAS, COS, SIN,
             number = num_key_tiles(tile, batch, T, STARTS, C)
             rows = row + gl.arange(0, 64, S_ROWS)
             starts = load_starts(STARTS, batch, rows, T, C)
-            sums = batch_head.to(gl.int64) * T
-            log_sums = gl.load(LOG_SUMS + sums + rows, mask=rows < T, other=0.0)
-            o_rows = row + gl.arange(0, 64, gl.SliceLayout(1, LOADED))[:, None]
-            columns = gl.arange(0, HEAD_SIZE, gl.SliceLayout(0, LOADED))[None, :]
-            o = OUT + (batch.to(gl.int64) * T * H + head) * HEAD_SIZE + o_rows * (H * HEAD_SIZE) + columns
-            o = gl.load(o, mask=o_rows < T, other=0.0)
             mbarrier.wait(q_ready.index(GROUP), turn & 1)
             # The gradient of the softmax subtracts sum(o * do) of its query from every score; the keys' kernel too.
             deltas = gl.sum(o.to(gl.float32) * do.load(LOADED).to(gl.float32), 1)
             deltas = gl.convert_layout(deltas, S_ROWS)
-            gl.store(DELTAS + sums + rows, deltas, mask=rows < T)
+            gl.store(DELTAS + batch_head.to(gl.int64) * T + rows, deltas, mask=rows < T)
             dq = gl.zeros([64, HEAD_SIZE], gl.float32, O_LAYOUT)
             for i in range(0, number):
                 slot = count % SLOTS
@@ -123,8 +138,13 @@ def _for_queries(GROUP: gl.constexpr, gradient, OUT, LOG_SUMS, DELTAS, COS, SIN,
                 count += 1
             mbarrier.arrive(q_free.index(GROUP))
             turn += 1
-            dq = _rotate_back(dq * out_scale, row, COS, SIN, T)
+            # What the next item needs first is loaded while this one ends.
+            tables = _load_tables(COS, SIN, row, T)
+            o, log_sums = _load_outputs(item + 1, GROUP, OUT, LOG_SUMS, sizes, LOADED, S_ROWS)
+            dq = _rotate_back(dq * out_scale, tables)
             store_tile(DQ + batch.to(gl.int64) * dq_batch + head * dq_head, dq, row, dq_stride, T)
+        else:
+            o, log_sums = _load_outputs(item + 1, GROUP, OUT, LOG_SUMS, sizes, LOADED, S_ROWS)
 
 
 @gluon.jit(do_not_specialize=INTEGERS)
@@ -262,8 +282,9 @@ def _for_keys(GROUP: gl.constexpr, k_gradient, v_gradient, COS, SIN, STARTS, END
                     count += 1
             mbarrier.arrive(k_free.index(GROUP))
             turn += 1
+            tables = _load_tables(COS, SIN, key, T)
             store_tile(DV + batch.to(gl.int64) * dv_batch + head * dv_head, dv, key, dv_stride, T)
-            dk = _rotate_back(dk * out_scale, key, COS, SIN, T)
+            dk = _rotate_back(dk * out_scale, tables)
             store_tile(DK + batch.to(gl.int64) * dk_batch + head * dk_head, dk, key, dk_stride, T)
 
 
