@@ -288,7 +288,7 @@ def _for_keys(GROUP: gl.constexpr, k_gradient, v_gradient, COS, SIN, STARTS, END
             store_tile(DK + batch.to(gl.int64) * dk_batch + head * dk_head, dk, key, dk_stride, T)
 
 
-@gluon.jit(do_not_specialize=INTEGERS)
+@gluon.jit(do_not_specialize=[*INTEGERS, "sums_stride"])
 def _key_gradients(q_desc, do_desc, k_desc, v_desc, sums_desc, deltas_desc, sums_stride, DK, dk_batch, dk_stride,
                    dk_head, DV, dv_batch, dv_stride, dv_head, COS, SIN, ENDS, STARTS, H, T, tiles, batch_heads, scale,
                    out_scale, C: gl.constexpr):  # fmt: skip
