@@ -32,6 +32,7 @@ from basic.transformer.kernels.attention.hopper import (
     load_starts,
     load_tile,
     masked,
+    masked_inside,
     matrix,
     num_items,
     num_key_tiles,
@@ -86,19 +87,46 @@ def _load_outputs(item, GROUP: gl.constexpr, OUT, LOG_SUMS, sizes, LAYOUT: gl.co
 
 
 @gluon.jit
+def _add_keys(dq, q, do, k, v, log_sums, deltas, o, row, start, starts, scale, KEYS: gl.constexpr, FIRST: gl.constexpr,
+              C: gl.constexpr):  # fmt: skip
+    """dq and deltas after a tile of keys, or the first KEYS of it; FIRST: of the last tile, which comes first."""
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, dq.type.layout, 2)
+    if KEYS < TILE:
+        k, v = k.slice(0, KEYS), v.slice(0, KEYS)
+    zeros = gl.zeros([64, KEYS], gl.float32, S_LAYOUT)
+    scores = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    dweights = warpgroup_mma(do, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    if FIRST:
+        # The gradient of the softmax subtracts sum(o * do) of its query from every score; the keys' kernel too.
+        deltas = gl.sum(o.to(gl.float32) * do.load(o.type.layout).to(gl.float32), 1)
+        deltas = gl.convert_layout(deltas, log_sums.type.layout)
+    scores = warpgroup_mma_wait(1, [scores])
+    weights = gl.exp2(scores * scale - gl.convert_layout(log_sums, S_ROWS)[:, None])
+    if FIRST:
+        weights = masked(weights, 0.0, row, start, gl.convert_layout(starts, S_ROWS), C)
+    else:
+        weights = masked_inside(weights, 0.0, row, start, starts, C)
+    dweights = warpgroup_mma_wait(0, [dweights])
+    dscores = (weights * (dweights - gl.convert_layout(deltas, S_ROWS)[:, None])).to(k.dtype)
+    dq = warpgroup_mma(gl.convert_layout(dscores, P_LAYOUT), k, dq, is_async=True)
+    return warpgroup_mma_wait(0, [dq]), deltas
+
+
+@gluon.jit
 def _for_queries(GROUP: gl.constexpr, gradient, OUT, LOG_SUMS, DELTAS, COS, SIN, STARTS, kept, ring,
                  sizes, scale, out_scale, C: gl.constexpr):  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_SIZE, 16])
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    LAST_KEYS: gl.constexpr = (GROUP + 1) * 64  # of the last tile: the first group sees half of it
     LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_SIZE, HEAD_SIZE // 8], [4, 1], [1, 0])
     DQ, dq_batch, dq_stride, dq_head = gradient
     _, q_tiles, q_ready, q_free = kept
     _, k_tiles, k_ready, k_free = ring[0]
     H, T, tiles, batch_heads = sizes
     q, do = matrix(q_tiles[0].index(GROUP)), matrix(q_tiles[1].index(GROUP))
-    zeros = gl.zeros([64, TILE], gl.float32, S_LAYOUT)
     o, log_sums = _load_outputs(0, GROUP, OUT, LOG_SUMS, sizes, LOADED, S_ROWS)
     count = 0
     turn = 0
@@ -110,30 +138,22 @@ def _for_queries(GROUP: gl.constexpr, gradient, OUT, LOG_SUMS, DELTAS, COS, SIN,
             number = num_key_tiles(tile, batch, T, STARTS, C)
             rows = row + gl.arange(0, 64, S_ROWS)
             starts = load_starts(STARTS, batch, rows, T, C)
-            mbarrier.wait(q_ready.index(GROUP), turn & 1)
-            # The gradient of the softmax subtracts sum(o * do) of its query from every score; the keys' kernel too.
-            deltas = gl.sum(o.to(gl.float32) * do.load(LOADED).to(gl.float32), 1)
-            deltas = gl.convert_layout(deltas, S_ROWS)
-            gl.store(DELTAS + batch_head.to(gl.int64) * T + rows, deltas, mask=rows < T)
             dq = gl.zeros([64, HEAD_SIZE], gl.float32, O_LAYOUT)
-            for i in range(0, number):
+            mbarrier.wait(q_ready.index(GROUP), turn & 1)
+            slot = count % SLOTS
+            mbarrier.wait(k_ready.index(slot), (count // SLOTS) & 1)
+            k, v = matrix(k_tiles[0].index(slot)), matrix(k_tiles[1].index(slot))
+            dq, deltas = _add_keys(dq, q, do, k, v, log_sums, log_sums, o, row, tile * TILE, starts, scale, LAST_KEYS,
+                                   True, C)  # fmt: skip
+            mbarrier.arrive(k_free.index(slot))
+            count += 1
+            gl.store(DELTAS + batch_head.to(gl.int64) * T + rows, deltas, mask=rows < T)
+            for i in range(1, number):
                 slot = count % SLOTS
-                start = (tile - i) * TILE
                 mbarrier.wait(k_ready.index(slot), (count // SLOTS) & 1)
                 k, v = matrix(k_tiles[0].index(slot)), matrix(k_tiles[1].index(slot))
-                scores = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
-                dweights = warpgroup_mma(do, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
-                scores = warpgroup_mma_wait(1, [scores])
-                weights = gl.exp2(scores * scale - log_sums[:, None])
-                cuts = start + TILE > row
-                if C.window > 0:
-                    cuts = cuts | (start + C.window < row + 64)
-                if cuts or C.packed:
-                    weights = masked(weights, 0.0, row, start, starts, C)
-                dweights = warpgroup_mma_wait(0, [dweights])
-                dscores = gl.convert_layout((weights * (dweights - deltas[:, None])).to(k.dtype), P_LAYOUT)
-                dq = warpgroup_mma(dscores, k, dq, is_async=True)
-                dq = warpgroup_mma_wait(0, [dq])
+                dq, deltas = _add_keys(dq, q, do, k, v, log_sums, deltas, deltas, row, (tile - i) * TILE, starts, scale,
+                                       TILE, False, C)  # fmt: skip
                 mbarrier.arrive(k_free.index(slot))
                 count += 1
             mbarrier.arrive(q_free.index(GROUP))
