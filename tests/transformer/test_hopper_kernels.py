@@ -13,28 +13,33 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from basic.transformer.kernels.attention import hopper, hopper_gradients
 
-TYPES = {"OUT": "*bf16", "DQ": "*bf16", "STARTS": "*i32", "C": "constexpr", "scale": "fp32", "out_scale": "fp32"}
-TYPES |= dict.fromkeys(("LOG_SUMS", "DELTAS", "COS", "SIN"), "*fp32")
+TYPES = dict.fromkeys(("OUT", "DQ", "DK", "DV"), "*bf16") | dict.fromkeys(("STARTS", "ENDS"), "*i32")
+TYPES |= dict.fromkeys(("LOG_SUMS", "DELTAS", "COS", "SIN"), "*fp32") | dict.fromkeys(("scale", "out_scale"), "fp32")
+TYPES |= {"C": "constexpr"} | dict.fromkeys(
+    ("sums_desc", "deltas_desc"), f"tensordesc<fp32[64],{gl.NVMMASharedLayout(0, 32, 1)!r}>"
+)
+
+
+def tiles(rows: int) -> str:
+    return f"tensordesc<bf16[1, {rows}, 1, 128],{gl.NVMMASharedLayout(128, 16, 4)!r}>"
 
 
 @pytest.mark.parametrize(
-    ("kernel", "products"),
+    ("kernel", "keys", "products"),
     [
-        (hopper._forward, 2 + 2),  # those of the loop, and those before and behind it
-        (hopper_gradients._query_gradients, 3),
+        (hopper._forward, 128, 2 + 2),  # those of the loop, and those before and behind it
+        (hopper_gradients._query_gradients, 128, 3 + 3),
+        (hopper_gradients._key_gradients, 64, 4),
     ],
-    ids=["forward", "gradients of queries"],
+    ids=["forward", "gradients of queries", "gradients of keys and values"],
 )
-def test_they_compile_for_hopper(kernel, products):
-    signature = {name: TYPES.get(name, "i32") for name in kernel.arg_names}
-    tiles = [name for name in signature if name.endswith("_desc")]
-    for name in tiles:
-        rows = 128 if name in ("k_desc", "v_desc") else 64
-        signature[name] = f"tensordesc<bf16[1, {rows}, 1, 128],{gl.NVMMASharedLayout(128, 16, 4)!r}>"
+def test_they_compile_for_hopper(kernel, keys, products):
+    types = dict.fromkeys(("q_desc", "do_desc"), tiles(64)) | dict.fromkeys(("k_desc", "v_desc"), tiles(keys)) | TYPES
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
     constants = hopper.Constants(*map(gl.constexpr, (2, 100, True)))
     source = GluonASTSource(kernel, signature, {(kernel.arg_names.index("C"),): constants})
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     groups = 2
     code = compiled.asm["ptx"]
     assert code.count("wgmma.commit_group") == groups * products
-    assert code.count("cp.async.bulk.tensor") >= len(tiles)
+    assert code.count("cp.async.bulk.tensor") >= sum(name.endswith("_desc") for name in signature)
