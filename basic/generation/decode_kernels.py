@@ -207,8 +207,8 @@ def attend(QKV, stride, Q_GAIN, K_GAIN, EMBEDDINGS, TOKENS, KEYS, VALUES, COS, S
     work from the first keys on. PARTIALS has each split's sum of weighted values, maximum and sum of weights. FINISHED
     counts the programs of a head that have finished; it is zero before and after the launch.
 
-    The previous step has written the positions and the old keys, so with EARLY they are loaded before the wait for the
-    previous kernel. This is faster as long as the waiting programs leave room for the others: with small batches.
+    EARLY is for small batches. The previous step has written the positions and the old keys, so they are loaded before
+    the wait for the previous kernel, which is faster as long as the waiting programs leave room for the others.
     """
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_head, kv_heads = head // GROUP, H // GROUP
@@ -248,8 +248,14 @@ def attend(QKV, stride, Q_GAIN, K_GAIN, EMBEDDINGS, TOKENS, KEYS, VALUES, COS, S
     if (split == 0) & (head % GROUP == 0):
         tl.store(KEYS + position * D + features, k_new, mask=features < D)
         tl.store(VALUES + position * D + features, v_new, mask=features < D)
-    maximum, total = -1e30, 0.0
-    weighted = tl.zeros([WIDTH], tl.float32)
+    if EARLY:
+        maximum, total = -1e30, 0.0
+        weighted = tl.zeros([WIDTH], tl.float32)
+    else:
+        # A running softmax for each slot of a block, so that no thread waits for another inside the loop.
+        maximum = tl.full([BLOCK], -1e20, tl.float32)  # above all masked scores
+        total = tl.zeros([BLOCK], tl.float32)
+        weighted = tl.zeros([BLOCK, WIDTH], tl.float32)
     for start in range(first, position + 1, SPLITS * BLOCK):
         keys = start + tl.arange(0, BLOCK)
         # The new key may not be in memory yet: insert it here.
@@ -264,12 +270,20 @@ def attend(QKV, stride, Q_GAIN, K_GAIN, EMBEDDINGS, TOKENS, KEYS, VALUES, COS, S
         if WINDOW > 0:
             visible &= keys > position - WINDOW
         scores = tl.where(visible, tl.sum(k_wide * q[None, :], 1) * scale, -1e30)
-        new_maximum = tl.maximum(maximum, tl.max(scores, 0))
+        new_maximum = tl.maximum(maximum, tl.max(scores, 0) if EARLY else scores)
         weights = tl.exp2(scores - new_maximum)
         rescale = tl.exp2(maximum - new_maximum)
-        total = total * rescale + tl.sum(weights, 0)
-        weighted = weighted * rescale + tl.sum(weights[:, None] * v_wide, 0)
+        if EARLY:
+            total = total * rescale + tl.sum(weights, 0)
+            weighted = weighted * rescale + tl.sum(weights[:, None] * v_wide, 0)
+        else:
+            total = total * rescale + weights
+            weighted = weighted * rescale[:, None] + weights[:, None] * v_wide
         maximum = new_maximum
+    if not EARLY:
+        shares = tl.exp2(maximum - tl.max(maximum, 0))
+        maximum, total = tl.max(maximum, 0), tl.sum(total * shares, 0)
+        weighted = tl.sum(weighted * shares[:, None], 0)
     attended = ATTENDED + (row * H + head) * D + features
     if SPLITS == 1:
         tl.store(attended, (weighted / total).to(ATTENDED.dtype.element_ty), mask=features < D)
