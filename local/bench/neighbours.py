@@ -107,12 +107,15 @@ class Machine:
             _ = x @ x
             self.flops[dtype] = 2 * size**3 / median_s(lambda x=x: x @ x, 5)
 
-    def limit_s(self, model: TransformerLM, tokens: int, keys: int, weight_bytes: float, passes: int) -> float:
+    def limit_s(
+        self, model: TransformerLM, tokens: int, keys: int, weight_bytes: float, passes: int, without_logits: int = 0
+    ) -> float:
         """The shortest time of `passes` times the multiplications of a forward pass, over `keys` keys a token."""
-        dtype = model.compute_dtype
+        dtype, head = model.compute_dtype, model.lm_head.weight
         features = sum(sum(module.weight.shape) for module in model.modules() if isinstance(module, Linear))
-        moved = weight_bytes + passes * tokens * features * dtype.itemsize
-        return passes * tokens * model.matmul_flops_per_token(keys) / self.flops[dtype] + moved / self.bytes_per_s
+        moved = weight_bytes + passes * (tokens * features - without_logits * sum(head.shape)) * dtype.itemsize
+        flops = passes * (tokens * model.matmul_flops_per_token(keys) - without_logits * 2 * head.numel())
+        return flops / self.flops[dtype] + moved / self.bytes_per_s
 
 
 def measure(kind: str, changes: Changes, machine: Machine, *, small: bool) -> tuple[float, float]:
@@ -155,7 +158,9 @@ def measure(kind: str, changes: Changes, machine: Machine, *, small: bool) -> tu
 
     run(2)
     if kind == "prompt":
-        return median_s(lambda: run(1), 3), machine.limit_s(model, rows * length, length // 2, read, 1)
+        return median_s(lambda: run(1), 3), machine.limit_s(
+            model, rows * length, length // 2, read, 1, without_logits=rows * (length - 1)
+        )
     few, many = (4, 20) if small else (8, 72)
     run(many)
     seconds = (median_s(lambda: run(many), 3) - median_s(lambda: run(few), 3)) / (many - few)
