@@ -18,6 +18,8 @@ from torch import Tensor
 _BLOCK, _BLOCKS = 2048, 2
 # Per launch: addresses are arguments of the kernel, and every program searches them.
 _MAX_TENSORS = 16
+# Of the numbers of programs: Triton compiles a kernel again where an integer is 1, or not divisible by 16.
+_UNIT = tl.constexpr(16)
 
 
 @triton.jit
@@ -30,13 +32,13 @@ def select(choices, which):
 
 
 @triton.jit
-def _step(PARAMETERS, GRADIENTS, FIRSTS, SECONDS, COPIES, SCALARS, sizes, end_programs, beta1, beta2, eps,
+def _step(PARAMETERS, GRADIENTS, FIRSTS, SECONDS, COPIES, SCALARS, sizes, ends, beta1, beta2, eps,
           HAVE_COPIES: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
     program = tl.program_id(0)
-    which, first_program = 0, 0
+    which, previous_end = 0, 0
     for i in tl.static_range(len(sizes) - 1):
-        which += (program >= end_programs[i]).to(tl.int32)
-        first_program = tl.where(program >= end_programs[i], end_programs[i], first_program)
+        which += (program * _UNIT >= ends[i]).to(tl.int32)
+        previous_end = tl.where(program * _UNIT >= ends[i], ends[i], previous_end)
     SCALARS += 5 * which
     learning_rate, factor = tl.load(SCALARS), tl.load(SCALARS + 1)
     first_correction, second_correction = tl.load(SCALARS + 2), tl.load(SCALARS + 3)
@@ -45,7 +47,7 @@ def _step(PARAMETERS, GRADIENTS, FIRSTS, SECONDS, COPIES, SCALARS, sizes, end_pr
     FIRST, SECOND, COPY = select(FIRSTS, which), select(SECONDS, which), select(COPIES, which)
     # A NaN factor comes from a loss or gradient that is not finite: change nothing.
     size = tl.where(factor == factor, select(sizes, which), 0)
-    start = (program - first_program).to(tl.int64) * BLOCKS * BLOCK
+    start = (program - previous_end // _UNIT).to(tl.int64) * BLOCKS * BLOCK
     for block in range(BLOCKS):
         offsets = start + block * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < size
@@ -78,11 +80,15 @@ def step_parameters(
         scalars: float32 (parameters, 5): learning rate, factor of the gradient (NaN to change nothing), the bias
             corrections of the two moments, 1 - beta ** step, and learning rate times weight decay.
     """
+    columns = parameters, gradients, firsts, seconds, copies or parameters
     for start in range(0, len(parameters), _MAX_TENSORS):
         chunk = slice(start, start + _MAX_TENSORS)
         sizes = [parameter.numel() for parameter in parameters[chunk]]
-        end_programs = list(accumulate(triton.cdiv(size, _BLOCKS * _BLOCK) for size in sizes))
-        _step[(end_programs[-1],)](
-            tuple(parameters[chunk]), tuple(gradients[chunk]), tuple(firsts[chunk]), tuple(seconds[chunk]),
-            tuple((copies or parameters)[chunk]), scalars[chunk], tuple(sizes), tuple(end_programs), beta1, beta2, eps,
+        # Empty tensors at the end: the kernel is compiled for a number of tensors.
+        missing = _MAX_TENSORS - len(sizes)
+        sizes += [0] * missing
+        addresses = [(*tensors[chunk], *[tensors[-1]] * missing) for tensors in columns]
+        ends = list(accumulate(triton.cdiv(size, _BLOCKS * _BLOCK) * _UNIT.value for size in sizes))
+        _step[(ends[-1] // _UNIT.value,)](
+            *addresses, scalars[chunk], tuple(sizes), tuple(ends), beta1, beta2, eps,
             HAVE_COPIES=len(copies) > 0, BLOCK=_BLOCK, BLOCKS=_BLOCKS, num_warps=8)  # fmt: skip
