@@ -253,22 +253,20 @@ class TransformerBlock(Module):
         if self.recomputes and cache is None and torch.is_grad_enabled():
             draws = self.dropout > 0 and self.training
             compute = partial(checkpoint, self._compute, use_reentrant=False, preserve_rng_state=draws)
-            return compute(x, None, layer, token_ids, document_starts)
+            return compute(x, None, 0, token_ids, document_starts)
         return self._compute(x, cache, layer, token_ids, document_starts)
 
     def _compute(
         self, x: Tensor, cache: KVCache | None, layer: int, token_ids: Tensor | None, document_starts: Tensor | None
     ) -> Tensor:
-        def attend(x: Tensor) -> Tensor:
-            return self._drop(self.attn(x, None, cache, layer, token_ids, document_starts))
-
+        attend = partial(self.attn, cache=cache, layer=layer, token_ids=token_ids, document_starts=document_starts)
         if self.norm == "sublayer":
-            x = x + self.ln1(attend(x))
+            x = x + self.ln1(self._drop(attend(x)))
             return x + self.ln2(self._drop(self.ffn(x)))
         if self.norm == "post":
-            x = self.ln1(x + attend(x))
+            x = self.ln1(x + self._drop(attend(x)))
             return self.ln2(x + self._drop(self.ffn(x)))
-        x = x + attend(self.ln1(x))
+        x = x + self._drop(attend(self.ln1(x)))
         return x + self._drop(self.ffn(self.ln2(x)))
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -357,14 +355,24 @@ class TransformerLM(Module):
         document_starts: Int[Tensor, " batch seq"] | None = None,
     ) -> Float[Tensor, " batch seq d_model"]:
         """The input of the output layer: the features after the last block and norm."""
+        return self.ln_final(self._compute_blocks(token_ids, cache, document_starts))
+
+    # Training compiles `_embed`, the blocks and `_loss_after_blocks`, each by itself.
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
         x = self.token_embeddings(token_ids).to(self.compute_dtype)
         if self.config.embedding_norm:
             x = dispatch.rms_norm(x, x.new_ones(x.shape[-1]), self.config.norm_eps)
-        if self.dropout and self.training and torch.is_grad_enabled():
-            x = dropout(x, self.dropout)
+        return dropout(x, self.dropout) if self.dropout and self.training and torch.is_grad_enabled() else x
+
+    def _compute_blocks(self, token_ids: Tensor, cache: KVCache | None, document_starts: Tensor | None) -> Tensor:
+        x = self._embed(token_ids)
         for layer, block in enumerate(self.layers):
             x = block(x, cache, layer, token_ids, document_starts)
-        return self.ln_final(x)
+        return x
+
+    def _loss_after_blocks(self, x: Tensor, targets: Tensor, num_targets: Tensor | None) -> Tensor:
+        return dispatch.linear_cross_entropy(self.ln_final(x), self.lm_head.weight, targets, num_targets=num_targets)
 
     def loss(
         self,
@@ -390,8 +398,7 @@ class TransformerLM(Module):
             TypeError: an argument is not a tensor of integers.
             IndexError: an id or a target is outside the vocabulary (on the CPU).
         """
-        x = self.features(token_ids, document_starts=document_starts)
-        return dispatch.linear_cross_entropy(x, self.lm_head.weight, targets, num_targets=num_targets)
+        return self._loss_after_blocks(self._compute_blocks(token_ids, None, document_starts), targets, num_targets)
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import Module, ModuleList, Parameter
+from torch.nn import Module, Parameter
 
 from basic.model import TransformerLM
 from basic.training.batches import BatchSampler, to_device
@@ -24,9 +25,9 @@ from basic.transformer.optimizer import AdamW, clipping_factor
 
 # Steps before the CUDA graph is captured. They compile, tune kernels and create the optimizer's state.
 _WARMUP_STEPS = 3
-# Blocks that are compiled as one graph when several ranks train. A segment's gradients are ready together, so more
-# blocks leave more to send after the backward pass; fewer blocks read and write more activations between segments.
-_BLOCKS_PER_SEGMENT = 2
+# Of one code: blocks may differ in window and value embeddings, and all are compiled with and without gradients. Where
+# more are needed, compiling fails; torch.compile by itself would leave the ninth uncompiled.
+_MAX_VERSIONS = 64
 # The settings of Muon that are not scheduled.
 _MUON_SETTINGS = [field.name for field in fields(MuonConfig) if "momentum" not in field.name]
 
@@ -110,11 +111,9 @@ class TrainStep:
             self.fp8 = multiply_in_fp8(model, config.batch_size * model.config.context_length)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.compiles = compiles = config.compile and (device.type != "cuda" or with_kernels)
-        self.loss_fn = model.loss
-        if compiles and world.size == 1:
-            self.loss_fn = torch.compile(model.loss)
-        elif compiles:
+        if compiles:
             compile_segments(model)
+        self.loss_fn = model.loss
         self.backward = world.make_backward(model, model_segments(model), reduce_precision)
         # Without its kernel, AdamW reads numbers from the device, which a CUDA graph cannot capture. FSDP2 allocates
         # and frees the weights it gathers during the step, which cannot be captured either.
@@ -320,19 +319,6 @@ def multiply_in_fp8(model: TransformerLM, num_tokens: int) -> Any:
     return result
 
 
-class _Blocks(Module):
-    """Consecutive Transformer blocks of a model."""
-
-    def __init__(self, blocks: list[Module]):
-        super().__init__()
-        self.blocks = ModuleList(blocks)
-
-    def forward(self, x: Tensor, cache: None, layer: int, token_ids: Tensor, document_starts: Tensor | None) -> Tensor:
-        for block in self.blocks:
-            x = block(x, token_ids=token_ids, document_starts=document_starts)
-        return x
-
-
 def model_segments(model: TransformerLM) -> list[Module]:
     """List the modules whose gradients are sent to other ranks together, in the order of the forward pass.
 
@@ -342,13 +328,21 @@ def model_segments(model: TransformerLM) -> list[Module]:
 
 
 def compile_segments(model: TransformerLM) -> None:
-    """Compile a model in place, a few blocks at a time.
+    """Compile a model in place: what comes before the blocks, each block, and what comes after them.
 
-    The gradients of a segment are sent to other ranks while the backward pass computes the segments before it. If
-    the model were compiled as one graph, all gradients would be ready only at the end.
+    Equal blocks are compiled once, so a deep model takes as long as a shallow one. And the gradients of a block are
+    sent to other ranks while the backward pass computes the blocks before it.
     """
-    if not is_sharded(model):  # FSDP2 gathers each block by itself
-        starts = range(0, len(model.layers), _BLOCKS_PER_SEGMENT)
-        model.layers = ModuleList(_Blocks(list(model.layers[i : i + _BLOCKS_PER_SEGMENT])) for i in starts)
-    for module in (model.token_embeddings, *model.layers, model.ln_final):
-        module.forward = torch.compile(module.forward)
+    torch._dynamo.config.recompile_limit = max(_MAX_VERSIONS, torch._dynamo.config.recompile_limit)  # ty: ignore[invalid-assignment]
+    functions: dict[Any, FunctionType] = {}  # the same copy for all segments
+    parts: list[tuple[Module, str]] = [(model, "_embed"), *((layer, "forward") for layer in model.layers)]
+    for owner, name in (*parts, (model, "_loss_after_blocks")):
+        function = getattr(owner, name).__func__
+        own = functions.setdefault(function, _with_own_code(function))
+        setattr(owner, name, torch.compile(MethodType(own, owner), fullgraph=True))
+
+
+def _with_own_code(function: Any) -> FunctionType:
+    """A copy of a function. torch.compile counts the versions of a code, those of other models included."""
+    parts = function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    return FunctionType(function.__code__.replace(), *parts)

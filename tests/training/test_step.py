@@ -1,12 +1,17 @@
 """One optimizer step, compared with the plain one: forward, backward, clip, AdamW."""
 
 import copy
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
+import torch._dynamo.exc
 
 from basic.model import ModelConfig, TransformerLM, clip_gradients
+from basic.training import step as step_module
 from basic.training.loop import make_optimizer
 from basic.training.parallel.world import World
 from basic.training.settings import MuonConfig, TrainConfig
@@ -135,24 +140,23 @@ def test_gradients_of_micro_batches_are_summed_in_float32():
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1, 2])
 def test_compiling_leaves_the_original_model_unchanged(monkeypatch, precision, size):
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     model = TransformerLM(ModelConfig(**SIZES))
     model.activation_dtype = precision
     settings = TrainConfig(steps=1, batch_size=4, compile=True)
     names = set(model.state_dict())
     TrainStep(model, make_optimizer(model, settings), settings, torch.device("cpu"), SilentWorld(0, size))
     assert set(model.state_dict()) == names
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any({"forward", "_embed"} & set(vars(module)) for module in model.modules())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
     ("changes", "sizes"),
-    [({}, [1, 18, 9, 30]), ({"value_embeddings": True}, [1, 20, 11, 34])],
+    [({}, [1, 9, 9, 9, 30]), ({"value_embeddings": True}, [1, 11, 9, 11, 34])],
 )
 def test_segments_contain_all_parameters_and_compute_the_same(changes, sizes, monkeypatch):
-    """Also if the number of blocks per segment does not divide the number of blocks."""
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     torch.manual_seed(0)
     model = TransformerLM(ModelConfig(**SIZES, **changes))
     compiled = copy.deepcopy(model)
@@ -162,3 +166,52 @@ def test_segments_contain_all_parameters_and_compute_the_same(changes, sizes, mo
     assert [len(list(segment.parameters())) for segment in segments] == sizes
     assert segments[-1] is compiled
     assert compiled.loss(*batch) == model.loss(*batch)
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> Iterator[list[torch.fx.GraphModule]]:
+    """Lists the graphs that torch.compile makes, which run as they are."""
+    made: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _inputs: list) -> Any:
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=keep))
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # torch.compile cannot trace checks of shapes
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
+        yield made
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_equal_blocks_are_compiled_once(graphs, checkpointing):
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = SIZES | {"num_layers": 4, "window_pattern": "SSLS", "sliding_window": 4}
+    model = TransformerLM(ModelConfig(**sizes))
+    settings = TrainConfig(steps=1, batch_size=4, compile=True, activation_checkpointing=checkpointing)
+    model.configure_training(activation_checkpointing=checkpointing)
+    step = TrainStep(model, make_optimizer(model, settings), settings, torch.device("cpu"))
+    for batch in batches(2):
+        expected = model.loss(*batch)
+        torch.testing.assert_close(step(batch, 1e-2)[0], expected)
+        assert len(graphs) == 4  # embedding, two kinds of blocks, loss
+    with torch.no_grad():
+        torch.testing.assert_close(step.loss_fn(*batch), model.loss(*batch))
+    assert len(graphs) == 8
+
+
+def test_models_of_one_process_share_no_limit_of_versions(graphs, monkeypatch):
+    """Nor does a model that has too many versions of its own run uncompiled in silence."""
+    monkeypatch.setattr(step_module, "_MAX_VERSIONS", 1)
+    settings = TrainConfig(steps=1, batch_size=4, compile=True)
+
+    def loss_fn(**changes: Any) -> Any:
+        model = TransformerLM(ModelConfig(**{**SIZES, **changes}))
+        return TrainStep(model, make_optimizer(model, settings), settings, torch.device("cpu")).loss_fn
+
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for width in (8, 16):
+            loss_fn(d_model=width)(*batches(1)[0])
+        assert len(graphs) == 6
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            loss_fn(window_pattern="SSL", sliding_window=4)(*batches(1)[0])
