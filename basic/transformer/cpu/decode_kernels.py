@@ -100,11 +100,8 @@ def decode_attention(counter, position, qkv, cos, sin, scale, window, keys, valu
                 rotate(query, query, cos[t], sin[t], F32(1), F32(scale))
                 maximum, total = F32(-np.inf), F32(0)
                 for j in range(len(row)):
-                    other, score = keys[b, head, start + j], F32(0)
-                    for i in range(D):
-                        score += query[i] * other[i]
-                    row[j] = score
-                    maximum = larger(maximum, score)
+                    row[j] = dot_products((query,), keys[b, head, start + j])[0]
+                    maximum = larger(maximum, row[j])
                 for j in range(len(row)):
                     power = exp2(row[j] - maximum)
                     row[j] = power
