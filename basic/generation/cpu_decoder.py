@@ -8,6 +8,7 @@ loop over calls that are prepared for all tokens.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -59,8 +60,8 @@ class CpuDecoder:
     """Computes the logits after the next tokens of each sequence, and writes their keys and values to its cache.
 
     Everything but the weights is float32, and so are the logits. For a float32 model these are the model's own, within
-    rounding. For one that computes in bfloat16 they are those of its weights, rounded to bfloat16, in float32: closer
-    to the exact ones than the model's own, whose activations are rounded to 8 bits after each operation.
+    rounding. For one that computes in bfloat16 they are those of its weights in float32: closer to the exact ones than
+    the model's own, whose activations are rounded to 8 bits after each operation.
 
     Args:
         model: see `make_cpu_decoder`. Its weights must not change.
@@ -71,7 +72,9 @@ class CpuDecoder:
     """
 
     def __init__(self, model: TransformerLM, batch_size: int):
-        self.model, self.cache = model, KVCache(model.config, batch_size)
+        self._owner, self.cache = model, KVCache(model.config, batch_size)
+        self.model = copy.copy(model)  # of the same modules
+        self.model.activation_dtype = torch.float32
         self._matrices: dict[Linear, tuple[Tensor, ...]] = {}  # in 16 bits, by the first of their layers
         self._passes: dict[int, _Pass] = {}  # by the number of tokens of each sequence
         self._num_passes, self._memory = 0, None
@@ -82,8 +85,8 @@ class CpuDecoder:
         They are valid until the next call.
         """
         if ids.shape[1] > 1 and ids.numel() > _MAX_PROMPT:
-            return self.model.lm_head(self.model.features(ids, self.cache)[:, -1]).float()
-        if self._num_passes == (_PASSES_BEFORE_COPY if self.model.compute_dtype == torch.float32 else 0):
+            return self.model.lm_head(self.model.features(ids, self.cache)[:, -1])
+        if self._num_passes == _PASSES_BEFORE_COPY:
             self._copy_to_16_bits()
         self._num_passes += 1
         if (one_pass := self._passes.get(ids.shape[1])) is None:
@@ -91,22 +94,24 @@ class CpuDecoder:
         return one_pass.logits(ids)
 
     def _copy_to_16_bits(self) -> None:
-        """Copy each matrix whose numbers are bfloat16 ones, or that the model itself rounds to bfloat16."""
+        """Copy each float32 matrix whose numbers are bfloat16 ones."""
         groups = [_layers_of_one_input(block) for block in self.model.layers] + [[(self.model.lm_head,)]]
         layers = [group for groups_of_block in groups for group in groups_of_block]
-        rounds, count = self.model.compute_dtype == torch.bfloat16, sum(x.weight.numel() for g in layers for x in g)
-        is_wide = self.model.lm_head.weight.dtype == torch.float32
-        if not is_wide or (self.cache.keys.shape[1] > _MAX_ROWS and not rounds) or not _is_free(2 * count):
+        count, is_wide = (
+            sum(x.weight.numel() for g in layers for x in g),
+            self._owner.lm_head.weight.dtype == torch.float32,
+        )
+        if not is_wide or self.cache.keys.shape[1] > _MAX_ROWS or not _is_free(2 * count):
             return
         # NumPy asks for large pages, with which a core reads 15 instead of 12 GB/s.
-        memory = _idle_memory.pop(self.model, None)
+        memory = _idle_memory.pop(self._owner, None)
         self._memory = np.empty(count, np.uint16) if memory is None or len(memory) != count else memory
         free = torch.from_numpy(self._memory).view(torch.bfloat16)
         for group in layers:
             sizes = [layer.weight.numel() for layer in group]
             *parts, rest = free.split([*sizes, len(free) - sum(sizes)])
             copies = [part.view(layer.weight.shape) for part, layer in zip(parts, group, strict=True)]
-            if all(_copy(layer.weight.detach(), to, rounds) for layer, to in zip(group, copies, strict=True)):
+            if all(_copy(layer.weight.detach(), to) for layer, to in zip(group, copies, strict=True)):
                 self._matrices[group[0]], free = tuple(copies), rest
         if self._matrices:
             self._passes.clear()
@@ -114,7 +119,7 @@ class CpuDecoder:
     def finish(self) -> None:
         """Keep the memory of the copies for the next decoder of the model: new memory takes up to ten times as long."""
         if self._matrices and self._memory is not None:
-            _idle_memory[self.model], self._memory = self._memory, None
+            _idle_memory[self._owner], self._memory = self._memory, None
         self._passes.clear()
 
 
@@ -137,11 +142,8 @@ def _layers_of_one_input(block: Any) -> list[tuple[Linear, ...]]:
     return [(attn.q_proj, attn.k_proj, attn.v_proj), (attn.output_proj,), up, (ffn.w2,)]
 
 
-def _copy(weight: Tensor, to: Tensor, rounds: bool) -> bool:
-    """Copy float32 numbers to bfloat16; returns whether they are equal there, or are rounded."""
-    if rounds:
-        to.copy_(weight)
-        return True
+def _copy(weight: Tensor, to: Tensor) -> bool:
+    """Copy float32 numbers to bfloat16; returns whether they are equal there."""
     lost = np.zeros(1, np.int64)
     arguments = np.zeros(1, np.int64), weight.view(-1), to.view(-1), lost
     decode_kernels.copy_upper_halves(*arguments, num_threads=torch.get_num_threads())
@@ -195,23 +197,19 @@ class _Pass:
             call()
         return self.output
 
-    def _rounded(self, weight: Tensor) -> Tensor:
-        """A weight as the model itself uses it, in float32."""
-        return weight.detach().to(self.model.compute_dtype).float()
-
     def _take_rows(self, table: Tensor, to: Tensor) -> Callable[[], object]:
         """A call that copies the embeddings of the ids."""
-        if table.dtype == self.model.compute_dtype == torch.float32:
+        if table.dtype == torch.float32:
             return partial(torch.index_select, table.detach(), 0, self.ids, out=to)
-        return lambda: to.copy_(self._rounded(table.index_select(0, self.ids)))
+        return lambda: to.copy_(table.index_select(0, self.ids))
 
     def _multiply(self, x: Tensor, layers: tuple[Linear, ...], y: Tensor, add: bool = False) -> None:
         """Write, or add, to y the products of x and the matrices of some layers side by side."""
         biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
         if biases:
-            self.calls.append(partial(y.copy_, self._rounded(torch.cat(biases))))
+            self.calls.append(partial(y.copy_, torch.cat(biases).detach()))
         add, weights = add or bool(biases), tuple(layer.weight.detach() for layer in layers)
-        if len(x) <= _MAX_ROWS or self.model.compute_dtype == torch.bfloat16:
+        if len(x) <= _MAX_ROWS:
             weights = self.matrices.get(layers[0], weights)
         if len(x) > _MAX_ROWS and weights[0].dtype == torch.float32:  # operations are the limit: the BLAS is faster
             for weight, part in zip(weights, y.split([len(weight) for weight in weights], 1), strict=True):
@@ -272,7 +270,7 @@ class _Pass:
     def _add_value_embeddings(self, attn: MultiHeadSelfAttention, x: Tensor, values: Tensor) -> None:
         """Add the gated embeddings of the ids to the values; see `MultiHeadSelfAttention.forward`."""
         assert attn.value_embeddings is not None
-        gate, rows = self._rounded(attn.value_gate.weight), torch.empty(values.shape)
+        gate, rows = attn.value_gate.weight.detach().float(), torch.empty(values.shape)
         by_head, rows_by_head = (tensor.unflatten(1, (len(gate), -1)) for tensor in (values, rows))
 
         def add() -> None:

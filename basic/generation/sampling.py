@@ -211,8 +211,8 @@ def generate(
     On a GPU, single steps use the kernels of `basic.generation.decoder` if those support the model, which then keeps
     their buffers for the next call: a copy of the weights in half precision, and a cache of up to 1 GB.
 
-    On a CPU, single steps of a float32 or bfloat16 model compute in float32. If the numbers of a float32 model are
-    bfloat16 ones, they are copied to 16 bits for it, memory that the model keeps; the results are the same.
+    On a CPU, a bfloat16 model computes in float32 too. If the numbers of a float32 model are bfloat16 ones, they are
+    copied to 16 bits for single steps, memory that the model keeps; the results are the same.
 
     Args:
         prompts: at least one id each, as lists, arrays or tensors, or the rows of one array; of a prompt longer than
@@ -223,8 +223,8 @@ def generate(
         log_probabilities: also return the logarithm of each new id's probability.
         end_id: a sequence ends when this id is drawn.
         vocab_size: draw only ids below this, if the model's vocabulary is larger than the tokenizer's; at least 1.
-        use_cache: keep keys and values of earlier tokens; without, the ids are the same, only slower. A model in half
-            precision rounds otherwise then, so that they may differ where two tokens are almost equally likely.
+        use_cache: keep keys and values of earlier tokens; without, the ids are the same, only slower. (In half
+            precision, which rounds otherwise then, they may differ where two tokens are almost equally likely.)
         sampling: fields of `Sampling`: temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, seed.
 
     Returns:
