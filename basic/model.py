@@ -133,8 +133,7 @@ class MultiHeadSelfAttention(Module):
         self.q_proj = Linear(d_model, num_heads * head_dim, bias=bias)
         self.k_proj = Linear(d_model, num_kv_heads * head_dim, bias=bias)
         self.v_proj = Linear(d_model, num_kv_heads * head_dim, bias=bias)
-        self.joined: Tensor | None = None  # the matrices of the three above, where training keeps them joined
-        self.fp8: Any = None  # the same in 8 bits
+        self.fp8: Any = None  # the three above, joined in 8 bits by training
         self.output_proj = Linear(num_heads * head_dim, d_model)
         self.q_norm = self.k_norm = None
         if norm_eps is not None:
@@ -186,7 +185,6 @@ class MultiHeadSelfAttention(Module):
             change_heads=partial(self._change_heads, values) if changes_heads else None,
             extend_cache=None if cache is None else partial(cache.extend, layer),
             num_cached=num_cached,
-            joined=self.joined,
             fp8=self.fp8,
         )
         weights = self.q_proj.weight, self.k_proj.weight, self.v_proj.weight

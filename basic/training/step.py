@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import fields
-from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -278,8 +277,6 @@ def _with_weight_copies(
     parameter and step. The results are the same. The copy shares all other tensors with the model, and compiling it
     leaves the original model as it is.
 
-    Matrices that are multiplied together are copied to one memory, so that no step joins them.
-
     Returns:
         The copied model, and its low-precision matrices by the float32 parameter that each one follows.
     """
@@ -291,28 +288,7 @@ def _with_weight_copies(
             weight = module.weight
             if weight.requires_grad and weight.dtype != gradient_dtype == model.compute_dtype:
                 shared[id(weight)] = copies[weight] = Parameter(weight.detach().to(gradient_dtype))
-    copied = copy.deepcopy(model, shared)
-    _join_matrices(copied, set(copies.values()))
-    return copied, copies
-
-
-@torch.no_grad()
-def _join_matrices(model: TransformerLM, copies: set[Tensor]) -> None:
-    """Move those copies that are multiplied together to one memory; they become slices of it."""
-
-    def join(*linears: Linear) -> Tensor | None:
-        if not copies.issuperset(linear.weight for linear in linears):
-            return None
-        joined = torch.cat([linear.weight for linear in linears])
-        for linear, weight in zip(linears, joined.split([len(linear.weight) for linear in linears]), strict=True):
-            linear.weight.data = weight
-        return joined
-
-    blocks: list[Any] = list(model.layers)
-    for block in blocks:
-        block.attn.joined = join(block.attn.q_proj, block.attn.k_proj, block.attn.v_proj)
-        if isinstance(block.ffn, SwiGLU):
-            block.ffn.compute = partial(dispatch.swiglu, joined=join(block.ffn.w1, block.ffn.w3))
+    return copy.deepcopy(model, shared), copies
 
 
 def multiply_in_fp8(model: TransformerLM, num_tokens: int) -> Any:

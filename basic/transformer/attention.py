@@ -32,7 +32,5 @@ class AttentionOptions:
     nothing is cached."""
     num_cached: int = 0
     """Number of these earlier tokens."""
-    joined: Float[Tensor, "rows d_model"] | None = None
-    """The three matrices, if they are one below the other in memory."""
     fp8: Any = None
     """The `Fp8Matrix` of the three matrices, which multiplies in 8 bits; None for the dtype of x."""

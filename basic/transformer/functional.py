@@ -7,7 +7,6 @@ their input. Sums over many terms (softmax, norms, losses) are computed in at le
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,36 +22,17 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class _Join(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, joined: Tensor, *weights: Tensor) -> Tensor:
-        ctx.sizes = [weight.shape[0] for weight in weights]
-        return joined.view_as(joined)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return None, *gradients[0].split(ctx.sizes)
-
-
-def join(*weights: Float[Tensor, "_ d_in"], joined: Float[Tensor, "rows d_in"] | None = None) -> Tensor:
-    """Several matrices one below the other; without a copy if their memory is `joined` already."""
-    return torch.cat(weights) if joined is None else _Join.apply(joined, *weights)
-
-
-def linear(
-    x: Float[Tensor, " ... d_in"], *weights: Float[Tensor, "_ d_in"], joined: Float[Tensor, "rows d_in"] | None = None
-) -> Float[Tensor, " ... d_out"]:
+def linear(x: Float[Tensor, " ... d_in"], *weights: Float[Tensor, "_ d_in"]) -> Float[Tensor, " ... d_out"]:
     """x W^T, computed in the dtype of x.
 
     Args:
         x: input features.
         weights: one matrix, or several, whose results are then side by side in the last dimension.
-        joined: see `join`.
     """
     if len(weights) > 1 and math.prod(x.shape[:-1]) < x.shape[-1]:
         # Few tokens, as in decoding: to join the matrices would take longer than to multiply by them.
         return torch.cat([linear(x, weight) for weight in weights], -1)
-    weight = weights[0] if len(weights) == 1 else join(*weights, joined=joined)
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     # Not einsum: with a weight of shape (out, in) it would copy every weight gradient on a GPU.
     return x @ weight.to(x.dtype).T
 
@@ -392,7 +372,7 @@ def project_heads(
     options: AttentionOptions,
 ) -> Float[Tensor, " ... head d"]:
     """The heads of the queries, then of the keys, then of the values, before RoPE: one matrix multiplication."""
-    multiply = partial(linear, joined=options.joined) if options.fp8 is None else options.fp8.linear
+    multiply = linear if options.fp8 is None else options.fp8.linear
     heads = rearrange(multiply(x, w_q, w_k, w_v), "... (head d) -> ... head d", d=len(w_q) // options.num_heads)
     return heads if options.change_heads is None else options.change_heads(heads)
 

@@ -214,7 +214,7 @@ def causal_self_attention(
     if options.change_heads is not None or options.fp8 is not None:
         x, weight = functional.project_heads(x, w_q, w_k, w_v, options).flatten(-2), None
     else:
-        weight = functional.join(w_q, w_k, w_v, joined=options.joined).to(x.dtype)
+        weight = torch.cat((w_q, w_k, w_v)).to(x.dtype)
     attended, _, qkv = operators.rotary_attention(x, weight, *how)
     if extend_cache is not None:
         _, k, v = operators.split_heads(qkv, num_heads)
@@ -241,15 +241,13 @@ def swiglu(
     w1: Float[Tensor, " d_ff d_model"],
     w2: Float[Tensor, " d_model d_ff"],
     w3: Float[Tensor, " d_ff d_model"],
-    *,
-    joined: Float[Tensor, "rows d_model"] | None = None,
 ) -> Float[Tensor, " ... d_model"]:
-    """See `functional.swiglu`; `joined` is W1 and W3, if they are one below the other in memory."""
+    """See `functional.swiglu`."""
     if takes_cpu_operators(x, w1, w2, w3):
         return cpu_operators.swiglu(x, w1, w2, w3)
     if (operators := operators_for(x)) is None:
         return functional.swiglu(x, w1, w2, w3)
-    return operators.swiglu_linear(functional.linear(x, w1, w3, joined=joined), w2.to(x.dtype))
+    return operators.swiglu_linear(functional.linear(x, w1, w3), w2.to(x.dtype))
 
 
 def rms_norm(
