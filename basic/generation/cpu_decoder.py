@@ -95,19 +95,19 @@ class CpuDecoder:
 
     def _copy_to_16_bits(self) -> None:
         """Copy each float32 matrix whose numbers are bfloat16 ones."""
-        groups = [_layers_of_one_input(block) for block in self.model.layers] + [[(self.model.lm_head,)]]
-        layers = [group for groups_of_block in groups for group in groups_of_block]
-        count, is_wide = (
-            sum(x.weight.numel() for g in layers for x in g),
-            self._owner.lm_head.weight.dtype == torch.float32,
-        )
+        groups = [group for block in self.model.layers for group in _layers_of_one_input(block)]
+        groups.append((self.model.lm_head,))
+        count = sum(layer.weight.numel() for group in groups for layer in group)
+        is_wide = self.model.lm_head.weight.dtype == torch.float32
         if not is_wide or self.cache.keys.shape[1] > _MAX_ROWS or not _is_free(2 * count):
             return
-        # NumPy asks for large pages, with which a core reads 15 instead of 12 GB/s.
         memory = _idle_memory.pop(self._owner, None)
-        self._memory = np.empty(count, np.uint16) if memory is None or len(memory) != count else memory
+        try:  # NumPy asks for large pages, with which a core reads 15 instead of 12 GB/s
+            self._memory = np.empty(count, np.uint16) if memory is None or len(memory) != count else memory
+        except MemoryError:
+            return
         free = torch.from_numpy(self._memory).view(torch.bfloat16)
-        for group in layers:
+        for group in groups:
             sizes = [layer.weight.numel() for layer in group]
             *parts, rest = free.split([*sizes, len(free) - sum(sizes)])
             copies = [part.view(layer.weight.shape) for part, layer in zip(parts, group, strict=True)]
@@ -201,7 +201,8 @@ class _Pass:
         """A call that copies the embeddings of the ids."""
         if table.dtype == torch.float32:
             return partial(torch.index_select, table.detach(), 0, self.ids, out=to)
-        return lambda: to.copy_(table.index_select(0, self.ids))
+        ids = self.ids  # not self, which would keep all memory until Python looks for circles
+        return lambda: to.copy_(table.index_select(0, ids))
 
     def _multiply(self, x: Tensor, layers: tuple[Linear, ...], y: Tensor, add: bool = False) -> None:
         """Write, or add, to y the products of x and the matrices of some layers side by side."""
@@ -255,7 +256,8 @@ class _Pass:
                 for row in part:  # the heads of a token are side by side, those of several are not
                     heads = row.view(-1, norm.weight.numel())
                     self._normalize(norm.weight, norm.eps, heads, heads)
-        keys, values = self.cache.keys[index], self.cache.values[index]
+        cache = self.cache
+        keys, values = cache.keys[index], cache.values[index]
         qkv, o = (x.view(len(keys), self.num_tokens, -1, keys.shape[-1]) for x in (self.projected, self.attended))
         no_angles = torch.empty(keys.shape[-2], 0)
         angles = (no_angles, no_angles) if attn.rope is None else (attn.rope.cos, attn.rope.sin)
@@ -264,7 +266,7 @@ class _Pass:
         call = PreparedCall(decode_kernels.decode_attention, counter, self.position, qkv, *how, self.scores, o)
         numbers_per_token, num_threads = 2 * keys[:, :, 0].numel(), torch.get_num_threads()
         least = _MIN_NUMBERS // numbers_per_token
-        self.calls.append(lambda: call(num_threads if self.cache.length >= least else 1))
+        self.calls.append(lambda: call(num_threads if cache.length >= least else 1))
         return self.attended
 
     def _add_value_embeddings(self, attn: MultiHeadSelfAttention, x: Tensor, values: Tensor) -> None:
