@@ -209,6 +209,22 @@ def test_results_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.Monk
         assert torch.equal(alone, together)
 
 
+def test_what_memory_held_before_is_not_read():
+    """torch fills new memory with NaN if results must be reproducible."""
+    torch.manual_seed(0)
+    config = ModelConfig(**(SHAPE | {"num_kv_heads": 2, "sliding_window": 70}))
+    model, ids = TransformerLM(config), torch.randint(50, (2, 2, 150))
+    gradients = torch.autograd.grad(model.loss(*ids), list(model.parameters()))
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        again = torch.autograd.grad(model.loss(*ids), list(model.parameters()))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for first, second in zip(gradients, again, strict=True):
+        assert torch.equal(first, second)
+
+
 def test_attention_does_not_hold_all_scores():
     """What is saved for the backward pass is less than the scores would be."""
     torch.manual_seed(0)

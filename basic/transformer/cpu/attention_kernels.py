@@ -40,12 +40,13 @@ def _multiply(a, b, c, rows, inner, columns, keeps):
 
 @inlined
 def _load(qkv, b, head, num_keys, cos, sin, keys, values):
-    """Copy a head of keys, rotated, and one of values."""
+    """Copy a head of keys, rotated, and one of values, and fill up with zeros: 0 times what is there may be NaN."""
     for t in range(qkv.shape[1]):
         value = qkv[b, t, head + num_keys]
         rotate(qkv[b, t, head], keys[t], cos[t], sin[t], F32(1), F32(1))
         for i in range(len(value)):
             values[t, i] = value[i]
+    keys[qkv.shape[1] :] = values[qkv.shape[1] :] = F32(0)
 
 
 @inlined
@@ -88,7 +89,7 @@ def attention_forward(counter, parts, qkv, cos, sin, scale, window, starts, memo
         scale: of the queries, such that scores are logarithms to the base of 2.
         window: number of tokens that one attends to; 0 for all before it.
         starts: (B, T), the first token of each token's document; or (B, 0).
-        memory: zeros for the matrices of a head, in each thread: `operators.attention_memory`.
+        memory: for the matrices of a head, in each thread; see `operators._Heads.arguments`.
         o: (B, T, H, D).
         log_sums: (B, H, T), of the scores, for the gradients.
     """

@@ -170,7 +170,7 @@ class _Heads(NamedTuple):
             (2, tokens, QUERIES),
             (2, QUERIES),
         )
-        memory = tuple(qkv.new_zeros(torch.get_num_threads(), *shape) for shape in shapes)
+        memory = tuple(qkv.new_empty(torch.get_num_threads(), *shape) for shape in shapes)
         # Scores become logarithms to the base of 2.
         return qkv, self.cos, self.sin, math.log2(math.e) * D**-0.5, self.window, self.starts, memory
 
