@@ -212,8 +212,8 @@ def test_results_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.Monk
 def test_what_memory_held_before_is_not_read():
     """torch fills new memory with NaN if results must be reproducible."""
     torch.manual_seed(0)
-    config = ModelConfig(**(SHAPE | {"num_kv_heads": 2, "sliding_window": 70}))
-    model, ids = TransformerLM(config), torch.randint(50, (2, 2, 150))
+    sizes: dict[str, Any] = SHAPE | {"num_kv_heads": 2, "sliding_window": 70}
+    model, ids = TransformerLM(ModelConfig(**sizes)), torch.randint(50, (2, 2, 150))
     gradients = torch.autograd.grad(model.loss(*ids), list(model.parameters()))
     torch.use_deterministic_algorithms(True)
     try:
