@@ -244,9 +244,10 @@ def test_a_run_writes_configuration_tokenizer_samples_and_its_last_two_checkpoin
         *("checkpoints", "checksums.json", "config.toml", "environment.json"),
         *("metrics.jsonl", "samples.txt", "tokenizer"),
     ]
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
-        *("step_00000006.safetensors", "step_00000008.safetensors")
-    ]
+    # The one of step 6 is saved later, or never, if the disk is so slow that the one of step 3 is still being written.
+    before_last, last = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert before_last in [f"step_0000000{step}.safetensors" for step in (3, 6, 7)]
+    assert last == "step_00000008.safetensors"
     assert load_config(folder / "config.toml", RunConfig) == config
     assert (folder / "tokenizer" / "vocab_size.txt").read_text() == str(VOCAB)
     samples = re.findall(r"--- step (\d+) ---\n(.*)\n\n", (folder / "samples.txt").read_text())
