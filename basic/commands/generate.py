@@ -17,6 +17,7 @@ import tyro
 from basic.chat import ChatFormat
 from basic.common import command_line
 from basic.common.errors import InvalidInputError
+from basic.common.native.object_files import has_objects
 from basic.generation.sampling import Sampling
 
 _SAMPLES_AT_A_TIME = 64  # so many caches of keys and values
@@ -63,6 +64,8 @@ def main(options: Options) -> None:
     if options.log_probabilities and (options.chat or options.stop):
         raise InvalidInputError("--log-probabilities lists all tokens of a continuation; leave --chat and --stop out")
     run = load_run(options.run, checkpoint=options.checkpoint, device=options.device)
+    if run.model.token_embeddings.weight.device.type == "cpu" and not has_objects("decode_kernels"):
+        print("the first token compiles kernels, once on this machine", file=sys.stderr)
     tokenizer, end_of_text = run.tokenizer, run.config.train.end_of_text
     how: dict[str, Any] = {**asdict(options.sampling), "stop": options.stop, "end_of_text": end_of_text}
     if options.chat:

@@ -220,7 +220,8 @@ class _Pass:
         num_threads = num_threads if outputs * x.shape[1] >= _MIN_NUMBERS else 1
         # Long chunks: what is requested ahead of a chunk's end is read in vain.
         chunk = max(1, -(-outputs // (2 * num_threads * 16))) * 16
-        arguments = next(self._unused_counters), x, weights, chunk, int(add), y
+        three = *weights, *[weights[0][:0]] * (3 - len(weights))  # another number would be another kernel to compile
+        arguments = next(self._unused_counters), x, three, chunk, int(add), y
         self.calls.append(partial(PreparedCall(decode_kernels.multiply, *arguments), num_threads))
 
     def _add_sublayer(self, ln: Module, add: Callable[[Tensor], Tensor], output: tuple[Linear, ...]) -> None:
