@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.nn import Module, ModuleList
 
 from basic.common.native.kernel import PreparedCall
-from basic.model import KVCache, MultiHeadSelfAttention, TransformerBlock, TransformerLM
+from basic.model import KVCache, ModelConfig, MultiHeadSelfAttention, TransformerBlock, TransformerLM
 from basic.transformer.cpu import decode_kernels, kernels
+from basic.transformer.functional import linear
 from basic.transformer.kernels import dispatch
 from basic.transformer.layers import FEED_FORWARD, Embedding, Identity, Linear, RMSNorm, RotaryPositionalEmbedding
 
@@ -41,6 +42,9 @@ _PASSES_BEFORE_COPY = 4
 _MIN_NUMBERS = 1 << 17
 """Numbers of a matrix, or of keys and values, for which it pays to wake other threads."""
 
+_Matrices: TypeAlias = "dict[tuple[Linear, ...], tuple[Tensor, ...]]"
+"""Weights in 16 bits, by their layers (`_layers_of_one_input`)."""
+
 
 def make_cpu_decoder(model: TransformerLM, batch_size: int) -> CpuDecoder | None:
     """The decoder of a float32 or bfloat16 model, none of whose modules a user has changed; else None."""
@@ -49,11 +53,24 @@ def make_cpu_decoder(model: TransformerLM, batch_size: int) -> CpuDecoder | None
         return None
     if model.compute_dtype not in _DTYPES or len({parameter.dtype for parameter in model.parameters()}) > 1:
         return None
+    usual = {"multiply": linear, "compute": dispatch.swiglu, "norm": model.config.norm}
     for module in model.modules():
-        hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-        if hooks or type(module) not in _MODULES:
+        own = vars(module)
+        hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in own
+        if hooks or any(own.get(k, value) != value for k, value in usual.items()) or type(module) not in _MODULES:
             return None
-    return CpuDecoder(model, batch_size)
+    return CpuDecoder(model, batch_size) if _shapes(model) == _shapes_of(model.config) else None
+
+
+def _shapes(model: TransformerLM) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+@cache
+def _shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
+    """Those of a model that nobody has changed: other layers may be larger, or have a bias."""
+    with torch.device("meta"):
+        return _shapes(TransformerLM(config))
 
 
 class CpuDecoder:
@@ -75,7 +92,7 @@ class CpuDecoder:
         self._owner, self.cache = model, KVCache(model.config, batch_size)
         self.model = copy.copy(model)  # of the same modules
         self.model.activation_dtype = torch.float32
-        self._matrices: dict[Linear, tuple[Tensor, ...]] = {}  # in 16 bits, by the first of their layers
+        self._matrices: _Matrices = {}
         self._passes: dict[int, _Pass] = {}  # by the number of tokens of each sequence
         self._num_passes, self._memory = 0, None
 
@@ -112,7 +129,7 @@ class CpuDecoder:
             *parts, rest = free.split([*sizes, len(free) - sum(sizes)])
             copies = [part.view(layer.weight.shape) for part, layer in zip(parts, group, strict=True)]
             if all(_copy(layer.weight.detach(), to) for layer, to in zip(group, copies, strict=True)):
-                self._matrices[group[0]], free = tuple(copies), rest
+                self._matrices[group], free = tuple(copies), rest
         if self._matrices:
             self._passes.clear()
 
@@ -155,12 +172,10 @@ class _Pass:
 
     Args:
         num_tokens: of each sequence.
-        matrices: the weights in 16 bits that there are, by the first layer of `_layers_of_one_input`.
+        matrices: the weights in 16 bits that there are.
     """
 
-    def __init__(
-        self, model: TransformerLM, cache: KVCache, num_tokens: int, matrices: dict[Linear, tuple[Tensor, ...]]
-    ):
+    def __init__(self, model: TransformerLM, cache: KVCache, num_tokens: int, matrices: _Matrices):
         config, B, T = model.config, cache.keys.shape[1], num_tokens
         assert config.d_ff is not None  # set by __post_init__
         N = B * T
@@ -211,7 +226,7 @@ class _Pass:
             self.calls.append(partial(y.copy_, torch.cat(biases).detach()))
         add, weights = add or bool(biases), tuple(layer.weight.detach() for layer in layers)
         if len(x) <= _MAX_ROWS:
-            weights = self.matrices.get(layers[0], weights)
+            weights = self.matrices.get(layers, weights)
         if len(x) > _MAX_ROWS and weights[0].dtype == torch.float32:  # operations are the limit: the BLAS is faster
             for weight, part in zip(weights, y.split([len(weight) for weight in weights], 1), strict=True):
                 self.calls.append(partial(part.addmm_, x, weight.T, beta=int(add)))

@@ -16,6 +16,7 @@ from basic.generation.sampling import generate
 from basic.model import ModelConfig, TransformerLM
 from basic.transformer.cpu import decode_kernels
 from basic.transformer.kernels import dispatch
+from basic.transformer.layers import Linear, SwiGLU
 
 SHAPE: dict[str, Any] = {"vocab_size": 50, "context_length": 40, "d_model": 32, "num_layers": 2, "num_heads": 4}
 VARIANTS: list[dict[str, Any]] = [
@@ -96,6 +97,17 @@ def test_a_matrix_that_needs_32_bits_keeps_them():
         torch.testing.assert_close(logits, model(ids), rtol=1e-4, atol=1e-5)
 
 
+def test_a_layer_of_two_blocks_is_copied_with_the_other_layers_of_each():
+    model = changed_model({}).bfloat16().float()
+    blocks: Any = model.layers
+    blocks[1].attn.q_proj, blocks[1].ffn.w1 = blocks[0].attn.q_proj, blocks[0].ffn.w1
+    ids = torch.randint(50, (1, 12))
+    logits, decoder = decoded(model, ids, 1)
+    assert len(decoder._matrices) == 9
+    with torch.inference_mode():
+        torch.testing.assert_close(logits, model(ids), rtol=1e-4, atol=1e-5)
+
+
 def test_a_second_call_uses_the_weights_of_then():
     model = changed_model({"tied_embeddings": True}).bfloat16().float()
     first = generate(model, [[1, 2, 3]], 20, temperature=0.0)
@@ -161,3 +173,20 @@ def test_other_models_have_no_decoder():
     handle.remove()
     model.lm_head = torch.nn.Linear(32, 50, bias=False)  # ty: ignore[invalid-assignment]
     assert not has_decoder(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("ffn", SwiGLU(32, 200)),
+        ("ffn.w1", Linear(32, 64, bias=True)),
+        ("ffn.compute", lambda x, *weights: x),
+        ("attn.output_proj.multiply", lambda x, weight: x),
+        ("norm", "post"),
+    ],
+)
+def test_a_model_with_a_changed_block_has_no_decoder(name: str, changed: Any):
+    model = changed_model({})
+    owner, _, attribute = f"layers.1.{name}".rpartition(".")
+    setattr(model.get_submodule(owner), attribute, changed)
+    assert make_cpu_decoder(model, 1) is None
