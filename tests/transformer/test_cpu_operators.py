@@ -74,6 +74,9 @@ def test_loss(num_targets: float | None, monkeypatch: pytest.MonkeyPatch):
     assert dispatch.linear_cross_entropy(x, weight, torch.full((3, 100), -100)).isnan()
     large = dispatch.linear_cross_entropy(x * 1e4, weight, targets)  # would overflow without the maximum
     torch.testing.assert_close(large, functional.linear_cross_entropy(x * 1e4, weight, targets))
+    count = torch.tensor(17.0, dtype=torch.float64)
+    loss = dispatch.linear_cross_entropy(x, weight, targets, num_targets=count)
+    torch.testing.assert_close(loss, functional.linear_cross_entropy(x, weight, targets, num_targets=count))
     with pytest.raises(IndexError, match="target 50 at position"):
         dispatch.linear_cross_entropy(x, weight, torch.full((3, 100), 50))
     with pytest.raises(ValueError, match="one target for each row"):

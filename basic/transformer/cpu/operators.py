@@ -65,7 +65,7 @@ class _LinearCrossEntropy(Function):
         inverse_count = correction / rows if num_targets is None else 1 / num_targets
         is_ignored = targets == ignore_index
         targets = targets.masked_fill(is_ignored, 0)
-        factors = torch.where(is_ignored, 0, inverse_count)
+        factors = torch.where(is_ignored, 0, inverse_count).to(x.dtype)
         dx, dweight = (torch.empty_like(x), torch.empty_like(weight)) if with_gradient else (x, weight)
         losses = x.new_empty(rows)
         # With fewer rows than d_model, adding to the weight's gradient would take longer than to pass over the logits.
