@@ -27,7 +27,6 @@ from basic.tokens.packed_documents import PackedDocuments, chunks, find_document
 from basic.tokens.shuffled_order import ShuffledWindows
 from basic.transformer.functional import IGNORE_INDEX
 
-"""Tokens that are scanned at a time: a few MB, whatever the size of the file."""
 _BATCHES_AHEAD = 2
 _MAX_SCANNED_TOKENS = 1 << 30
 """Tokens without a sidecar are scanned before training if there are at most this many, which takes about a second."""

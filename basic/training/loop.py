@@ -95,8 +95,8 @@ def train(
             rate of a group is that of the schedule, times the group's `rate_factor` if it has one.
         schedule: the learning rate of a step, counted from 1, in place of the configuration's.
         on_step: called after each step with its number, its loss on the device, and the model. To resume a run, give
-        make_step: called like `TrainStep`, whose subclasses tests pass here.
             the same three functions again: a run folder has no code.
+        make_step: called like `TrainStep`, whose subclasses tests pass here.
 
     Raises:
         TypeError: an argument has another type.
