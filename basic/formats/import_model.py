@@ -343,4 +343,6 @@ def _load_tokenizer(directory: Path) -> Tokenizer:
     try:
         return Tokenizer.load(directory)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{directory} has no tokenizer.json; import the model without a tokenizer") from None
+        raise FileNotFoundError(
+            f"{directory} has no tokenizer.json; add it, or import the model without a tokenizer (--no-tokenizer)"
+        ) from None

@@ -50,7 +50,9 @@ def read_tokenizer(path: str | os.PathLike, *, pattern: str | Pattern | None = N
     elif path.exists():
         content = _read_file(path, pattern)
     else:
-        raise FileNotFoundError(f"there is no file or folder {os.fspath(path)!r}; give the path of a tokenizer")
+        raise FileNotFoundError(
+            f"there is no file or folder {os.fspath(path)!r}; give a tokenizer's path (`basic train-bpe` makes one)"
+        )
     if content is None:
         raise FileNotFoundError(
             f"{os.fspath(path)!r} is not the folder of a saved tokenizer: it has no {SPECIAL_TOKENS_FILE}; save a "

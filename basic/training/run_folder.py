@@ -70,7 +70,9 @@ class Run(NamedTuple):
             WrongTokenizerError: it is not the one with which the run was started.
         """
         if self.tokenizer_path is None:
-            raise InvalidInputError("the run has no tokenizer/ folder; its model continues ids, with basic.generation")
+            raise InvalidInputError(
+                "the run has no tokenizer/ folder; in Python, basic.generation.generate continues ids"
+            )
         files = ((file.name, file.stat().st_mtime_ns) for file in os.scandir(self.tokenizer_path))
         tokenizer = _load_tokenizer(self.tokenizer_path.absolute(), tuple(sorted(files)))
         check_run_tokenizer(self.tokenizer_path.parent, tokenizer.fingerprint)

@@ -167,7 +167,7 @@ def corpus(tmp_path) -> Path:
         (["report", "foreign"], "foreign is not a run: it has no config.toml"),
         (["plot"], "no run given; name at least one folder"),
         (["export", "foreign", "out"], "foreign is not a run: it has no config.toml"),
-        (["import", "missing", "--output", "run"], "there is no file or folder 'missing'"),
+        (["import", "missing", "--output", "run"], "no file or folder 'missing'; give a model's folder or"),
         (
             ["import", "foreign", "--output", "run"],
             "foreign is not a model folder of transformers: it has no config.json",

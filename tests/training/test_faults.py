@@ -86,18 +86,23 @@ def test_an_error_after_a_signal_is_the_interruption_that_was_asked_for(tmp_path
     train(configuration(steps=2), TRAIN, VALID, tmp_path / "run")
 
 
-def test_a_second_signal_ends_the_process_at_once():
-    program = """
+@pytest.mark.parametrize(("second", "same_request_s"), [("SIGTERM", 60), ("SIGINT", 0)])
+def test_a_second_signal_ends_the_process_at_once_unless_it_is_the_same_request(second, same_request_s):
+    program = f"""
 import signal
-from basic.training.parallel.stop_signals import StopSignals
-with StopSignals() as stop:
+from basic.training.parallel import stop_signals
+stop_signals._SAME_REQUEST_S = 60
+with stop_signals.StopSignals() as stop:
     signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)  # as uv sends it on
     assert stop.received is signal.SIGINT
-    signal.raise_signal(signal.SIGTERM)
-    print("still running")
+    print("still running", flush=True)
+    stop_signals._SAME_REQUEST_S = {same_request_s}
+    signal.raise_signal(signal.{second})
+    print("not ended")
 """
     finished = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
-    assert (finished.returncode, finished.stdout) == (128 + signal.SIGTERM, "")
+    assert (finished.returncode, finished.stdout) == (128 + getattr(signal, second), "still running\n")
     assert "SIGINT: finishing this step and saving; once more to exit at once" in finished.stderr
 
 

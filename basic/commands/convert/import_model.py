@@ -43,7 +43,8 @@ def main(options: Options) -> None:
     from basic.training.settings import RunConfig
 
     if not options.source.exists():
-        raise FileNotFoundError(f"there is no file or folder {str(options.source)!r}")
+        source = str(options.source)
+        raise FileNotFoundError(f"there is no file or folder {source!r}; give a model's folder or a GGUF file")
     make_folder(options.output.parent)
     if options.source.is_dir() or is_gguf(options.source):
         import_run(

@@ -104,7 +104,7 @@ class RunLog:
         if self._progress:
             tokens_per_step = settings.batch_size * self._config.model.context_length
             steps = f"steps {self._first_step + 1:,} to {self._total_steps:,}"
-            steps = steps if self._total_steps else f"as many steps as fit into {settings.minutes:g} minutes"
+            steps = steps if self._total_steps else f"as many steps as fit into {settings.minutes:g} min"
             steps += f", {tokens_per_step:,} tokens each"
             times = f"{self._num_processes} x " if self._num_processes > 1 else ""
             # A hidden folder is a temporary one, which its command will rename.
