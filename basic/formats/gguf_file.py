@@ -70,7 +70,7 @@ class GGUFFile:
         """Yield tensors as float32, one in memory at a time.
 
         Raises:
-            InvalidInputError: the `gguf` package cannot dequantise a tensor's type.
+            InvalidInputError: the `gguf` package cannot dequantize a tensor's type.
         """
         wanted = None if names is None else {*names}
         for tensor in self._reader.tensors:

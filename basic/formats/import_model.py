@@ -59,7 +59,7 @@ def open_model(
     """Load a model of another program with its tokenizer.
 
     Args:
-        source: a folder in Hugging Face format, or a GGUF file, whose weights are dequantised.
+        source: a folder in Hugging Face format, or a GGUF file, whose weights are dequantized.
         context_length: a shorter context length for the model; None: the one in the file.
         with_tokenizer: also load the tokenizer, which must be byte-level BPE.
         unpickle: of a folder, read pytorch_model.bin (or its shards) in place of model.safetensors (or its shards).

@@ -126,7 +126,7 @@ def test_llama_cpp_gives_the_same_ids_logits_and_text(name: str, tokenizer: Toke
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "BF16"])
-def test_a_file_of_the_gguf_package_is_dequantised_by_it(kind: str, tmp_path: Path) -> None:
+def test_a_file_of_the_gguf_package_is_dequantized_by_it(kind: str, tmp_path: Path) -> None:
     """Written with nothing of ours; the fields are those of a Llama 3.2, whose scaling is a tensor."""
     torch.manual_seed(0)
     quantization = gguf.GGMLQuantizationType[kind]
