@@ -152,6 +152,11 @@ def _is_free(num_bytes: int) -> bool:
         return True
 
 
+def _empty(*sizes: int) -> Tensor:
+    """Memory for the kernels, whatever torch's default dtype is."""
+    return torch.empty(sizes, dtype=torch.float32)
+
+
 def _layers_of_one_input(block: Any) -> list[tuple[Linear, ...]]:
     """The matrices of a block, those together that are multiplied by the same features."""
     attn, ffn = block.attn, block.ffn
@@ -185,15 +190,15 @@ class _Pass:
         self.counters = np.zeros(((2 * N + 8) * config.num_layers + 3, 1), np.int64)
         self._unused_counters = iter(self.counters)
         self.sizes = [heads * config.d_head for heads in (config.num_heads, config.kv_heads, config.kv_heads)]
-        self.x, self.normed = torch.empty(N, config.d_model), torch.empty(N, config.d_model)
-        self.scales = torch.empty(max(N, config.num_heads))
-        self.projected, self.attended = torch.empty(N, sum(self.sizes)), torch.empty(N, self.sizes[0])
+        self.x, self.normed = _empty(N, config.d_model), _empty(N, config.d_model)
+        self.scales = _empty(max(N, config.num_heads))
+        self.projected, self.attended = _empty(N, sum(self.sizes)), _empty(N, self.sizes[0])
         gates = 2 if config.ffn == "swiglu" else 1
-        self.hidden, self.gated = torch.empty(N, gates * config.d_ff), torch.empty(N, config.d_ff)
-        self.scores, self.output = torch.empty(cache.keys.shape[1:4]), torch.empty(B, config.vocab_size)
+        self.hidden, self.gated = _empty(N, gates * config.d_ff), _empty(N, config.d_ff)
+        self.scores, self.output = _empty(*cache.keys.shape[1:4]), _empty(B, config.vocab_size)
         self.calls: list[Callable[[], object]] = [self._take_rows(model.token_embeddings.weight, self.x)]
         if config.embedding_norm:
-            self._normalize(torch.ones(config.d_model), config.norm_eps, self.x, self.x)
+            self._normalize(torch.ones(config.d_model, dtype=torch.float32), config.norm_eps, self.x, self.x)
         layers: Any = model.layers
         for index, block in enumerate(layers):
             qkv, output, up, down = _layers_of_one_input(block)
@@ -201,7 +206,7 @@ class _Pass:
             self._add_sublayer(block.ln2, partial(self._add_feed_forward, config.ffn, up), down)
         last = self._norm(model.ln_final, self.x, self.normed)
         if T > 1:
-            every, last = last, torch.empty(B, config.d_model)
+            every, last = last, _empty(B, config.d_model)
             self.calls.append(partial(last.copy_, every[T - 1 :: T]))
         self._multiply(last, (model.lm_head,), self.output)
 
@@ -275,7 +280,7 @@ class _Pass:
         cache = self.cache
         keys, values = cache.keys[index], cache.values[index]
         qkv, o = (x.view(len(keys), self.num_tokens, -1, keys.shape[-1]) for x in (self.projected, self.attended))
-        no_angles = torch.empty(keys.shape[-2], 0)
+        no_angles = _empty(keys.shape[-2], 0)
         angles = (no_angles, no_angles) if attn.rope is None else (attn.rope.cos, attn.rope.sin)
         how = *angles, math.log2(math.e) * keys.shape[-1] ** -0.5, attn.sliding_window or 0, keys, values
         counter = next(self._unused_counters)
@@ -288,7 +293,7 @@ class _Pass:
     def _add_value_embeddings(self, attn: MultiHeadSelfAttention, x: Tensor, values: Tensor) -> None:
         """Add the gated embeddings of the ids to the values; see `MultiHeadSelfAttention.forward`."""
         assert attn.value_embeddings is not None
-        gate, rows = attn.value_gate.weight.detach().float(), torch.empty(values.shape)
+        gate, rows = attn.value_gate.weight.detach().float(), _empty(*values.shape)
         by_head, rows_by_head = (tensor.unflatten(1, (len(gate), -1)) for tensor in (values, rows))
 
         def add() -> None:

@@ -352,7 +352,8 @@ def continue_ids(
     tokens = torch.zeros(len(prompts), max(lengths) + max_new_tokens, dtype=torch.int64, device=device)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
-    logarithms = torch.zeros(tokens.shape if log_probabilities is not None else (0, 0), device=device)
+    shape = tokens.shape if log_probabilities is not None else (0, 0)
+    logarithms = torch.zeros(shape, dtype=torch.float32, device=device)
     needs_logits = sampling.temperature != 0 or sampling.has_penalties or log_probabilities is not None
     generator = torch.Generator(device)
     if sampling.seed is None:

@@ -137,6 +137,17 @@ def test_a_bfloat16_model_continues_as_its_weights_in_float32():
         assert made == generate(copy.deepcopy(model).float(), prompts, 60, temperature=0.0)
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_the_default_dtype_of_torch_changes_nothing(variant: dict[str, Any]):
+    model = changed_model(variant)
+    expected = generate(model, [[1, 2], [3]], 8, temperature=0.0, log_probabilities=True)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert generate(model, [[1, 2], [3]], 8, temperature=0.0, log_probabilities=True) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 1, (5,)), (3, 31, (40, 3)), (6, 100, (17, 1, 64))])
 def test_multiply(rows: int, width: int, outputs: tuple[int, ...], dtype: torch.dtype):
