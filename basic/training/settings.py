@@ -169,7 +169,7 @@ class TrainConfig:
     with gradient accumulation or sharded parameters."""
     compile: bool = False
     """Compile the model with torch.compile. On a GPU training is faster, but the first step takes up to a minute. On a
-    CPU it takes minutes for long contexts, and then steps are as fast as without it."""
+    CPU it takes a minute or more, and then steps are slower, because they do without the operators for a CPU."""
     dropout: float = 0.0
     """Probability with which each feature of the embedding, and of what attention and feed-forward layer add to it, is
     set to zero in training. It helps where the same text is seen many times, as in fine-tuning."""

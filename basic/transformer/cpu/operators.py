@@ -1,8 +1,8 @@
 """The operators for float32 on a CPU: the plain functions' results within rounding, in fewer passes through memory.
 
-torch multiplies the matrices, and kernels compute what is between two multiplications in one pass, in place where they
-can. All logits or all scores never exist at once: a tile of them stays in the cache of a core, and scores that the
-causal mask hides are skipped.
+torch multiplies the matrices, but for those of attention, which is a kernel of its own. Other kernels compute what is
+between two multiplications in one pass, in place where they can. All logits or all scores never exist at once: a tile
+of them stays in the cache of a core, and scores that the causal mask hides are skipped.
 """
 
 from __future__ import annotations
