@@ -32,8 +32,10 @@ _MODULES: tuple[type, ...] = (TransformerLM, TransformerBlock, MultiHeadSelfAtte
 _MODULES += ModuleList, Embedding, Linear, RMSNorm, Identity, *FEED_FORWARD.values()
 
 _DTYPES = torch.float32, torch.bfloat16
-_MAX_ROWS = 16
-"""Tokens, of all sequences together, up to which the kernel is faster than the BLAS with weights of 32 bits."""
+_MAX_ROWS, _MAX_NARROW_ROWS = 16, 28
+"""Tokens, of all sequences together, up to which the kernel is faster than the BLAS: with weights of 32 and 16 bits."""
+_WIDENED_ROWS = 256
+"""Rows of a matrix of 16 bits that are widened at a time for the BLAS."""
 _MAX_PROMPT = 64
 """Tokens, of all sequences together, of a prompt that is read here. The model reads more of them faster, since its
 attention computes with several tokens at a time."""
@@ -172,6 +174,12 @@ def _copy(weight: Tensor, to: Tensor) -> bool:
     return not lost[0]
 
 
+def _add_widened(y: Tensor, x: Tensor, weight: Tensor, *, beta: int) -> None:
+    """y = beta y + x W, with W (d_in, d_out) in bfloat16: widened in parts that stay in the cache."""
+    for columns, part in zip(weight.split(_WIDENED_ROWS, 1), y.split(_WIDENED_ROWS, 1), strict=True):
+        part.addmm_(x, columns.float(), beta=beta)
+
+
 class _Pass:
     """The calls for some tokens of each sequence.
 
@@ -232,9 +240,11 @@ class _Pass:
         add, weights = add or bool(biases), tuple(layer.weight.detach() for layer in layers)
         if len(x) <= _MAX_ROWS:
             weights = self.matrices.get(layers, weights)
-        if len(x) > _MAX_ROWS and weights[0].dtype == torch.float32:  # operations are the limit: the BLAS is faster
+        is_wide = weights[0].dtype == torch.float32
+        if len(x) > (_MAX_ROWS if is_wide else _MAX_NARROW_ROWS):  # operations are the limit: the BLAS is faster
             for weight, part in zip(weights, y.split([len(weight) for weight in weights], 1), strict=True):
-                self.calls.append(partial(part.addmm_, x, weight.T, beta=int(add)))
+                multiply = part.addmm_ if is_wide else partial(_add_widened, part)
+                self.calls.append(partial(multiply, x, weight.T, beta=int(add)))
             return
         outputs, num_threads = y.shape[1], torch.get_num_threads()
         num_threads = num_threads if outputs * x.shape[1] >= _MIN_NUMBERS else 1

@@ -148,6 +148,15 @@ def test_the_default_dtype_of_torch_changes_nothing(variant: dict[str, Any]):
         torch.set_default_dtype(torch.float32)
 
 
+def test_many_sequences_of_a_bfloat16_model_are_multiplied_by_the_blas():
+    """From weights that are widened in parts, here of 600 rows; the same weights in 32 bits give the same sums but for
+    their order."""
+    model = changed_model({"vocab_size": 600, "tied_embeddings": True}).bfloat16()
+    ids = torch.randint(50, (30, 12))
+    narrow, wide = (decoded(each, ids, 5)[0] for each in (model, copy.deepcopy(model).float()))
+    torch.testing.assert_close(narrow, wide, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 1, (5,)), (3, 31, (40, 3)), (6, 100, (17, 1, 64))])
 def test_multiply(rows: int, width: int, outputs: tuple[int, ...], dtype: torch.dtype):
