@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from basic.common.native.instructions import array_at, c_function, instruction, ir, types
+from basic.common.native.instructions import array_at, c_function, instruction, ir, prefetch_line, types
 
 U64 = np.uint64
 
@@ -98,13 +98,8 @@ def prefetch(typing_context, array, index):
     """Prefetch the cache line of an element, so that a later access does not wait for memory."""
 
     def generate(context, builder, signature, arguments):
-        byte_pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        function = builder.module.declare_intrinsic(
-            "llvm.prefetch", [byte_pointer], ir.FunctionType(ir.VoidType(), [byte_pointer, number, number, number])
-        )
-        address = builder.bitcast(_address(context, builder, signature.args[0], *arguments), byte_pointer)
-        read, keep, data = ir.Constant(number, 0), ir.Constant(number, 3), ir.Constant(number, 1)
-        builder.call(function, [address, read, keep, data])
+        address = _address(context, builder, signature.args[0], *arguments)
+        prefetch_line(builder, builder.bitcast(address, ir.IntType(8).as_pointer()), 3)
         return context.get_dummy_value()
 
     return types.void(array, types.uint64), generate
