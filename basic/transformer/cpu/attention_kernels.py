@@ -39,6 +39,13 @@ def _multiply(a, b, c, rows, inner, columns, keeps):
 
 
 @inlined
+def _own_memory(counter, memory):
+    """The memory of one more thread."""
+    thread = take_items(counter[1:], 1)
+    return memory[0][thread], memory[1][thread], memory[2][thread], memory[3][thread], memory[4][thread]
+
+
+@inlined
 def _load(qkv, b, head, num_keys, cos, sin, keys, values):
     """Copy a head of keys, rotated, and one of values, and fill up with zeros: 0 times what is there may be NaN."""
     for t in range(qkv.shape[1]):
@@ -95,10 +102,7 @@ def attention_forward(counter, parts, qkv, cos, sin, scale, window, starts, memo
     """
     B, T, H, D = o.shape
     num_keys = (qkv.shape[2] - H) // 2
-    thread = take_items(counter[1:], 1)
-    heads, rows, by_feature, scores, sums = (
-        memory[0][thread], memory[1][thread], memory[2][thread], memory[3][thread], memory[4][thread]
-    )  # fmt: skip
+    heads, rows, by_feature, scores, sums = _own_memory(counter, memory)
     keys, values, q, out, weights, maxima, totals = heads[0], heads[1], rows[0], rows[1], scores[0], sums[0], sums[1]
     while True:
         item = take_items(counter, 1)
@@ -139,10 +143,7 @@ def attention_backward(counter, qkv, cos, sin, scale, window, starts, memory, o,
     """
     B, T, H, D = o.shape
     num_keys = (qkv.shape[2] - H) // 2
-    thread = take_items(counter[1:], 1)
-    heads, rows, by_feature, scores, sums = (
-        memory[0][thread], memory[1][thread], memory[2][thread], memory[3][thread], memory[4][thread]
-    )  # fmt: skip
+    heads, rows, by_feature, scores, sums = _own_memory(counter, memory)
     keys, values, dkeys, dvalues, q, dq, dout = heads[0], heads[1], heads[2], heads[3], rows[0], rows[1], rows[2]
     weights, slopes, logs, products = scores[0], scores[1], sums[0], sums[1]
     while True:
