@@ -228,7 +228,7 @@ class Decoder:
         n, k = weight.shape
         block_n, block_k, warps = self.tiles(n, k, self.rows)
         if norm and not self.is_small:
-            x = self._normalized(x, gain, self.normalized)
+            x, norm = self._normalized(x, gain, self.normalized), False
         decode_kernels.project[triton.cdiv(n, block_n), triton.cdiv(self.batch_size, self.rows)](
             x, weight, gain, gain if biases is None else biases, y, self.batch_size, k, n, self.config.norm_eps,
             ROWS=self.rows, BLOCK_N=block_n, BLOCK_K=block_k, FEW=self.is_small, NORM=norm, ADD=add,
