@@ -22,7 +22,11 @@ _MAX_SMALL_ID = 1 << 12
 
 
 def check_header(path: Path) -> None:
-    """Check that a flat file without a sidecar has not the header of llm.c."""
+    """Check that a flat file without a sidecar has no header.
+
+    Raises:
+        InvalidInputError: it is a file of llm.c.
+    """
     with open_file(path) as file:
         head = file.read(8)
     magic, version = struct.unpack("<ii", head) if len(head) == 8 else (0, 0)
@@ -35,7 +39,11 @@ def check_header(path: Path) -> None:
 
 
 def check_ids(path: Path, ids: np.ndarray) -> None:
-    """Check that the ids of a flat file without a sidecar are not plainly those of another dtype."""
+    """Check that the ids of a flat file without a sidecar are not plainly those of another dtype.
+
+    Raises:
+        InvalidInputError: they are.
+    """
     right = _dtype_by_content(ids)
     if right is not None and right != ids.dtype:
         raise InvalidInputError(

@@ -312,7 +312,11 @@ def check_token_ids(tokens: Tokens, vocab_size: int) -> None:
 
 
 def check_learned(mask: np.ndarray) -> None:
-    """Check that training can learn a token: that one after the first, which is never a target, is learned."""
+    """Check that training can learn a token: that one after the first, which is never a target, is learned.
+
+    Raises:
+        InvalidInputError: none is learned.
+    """
     targets = mask[1:]
     if not any((targets[chunk] & IS_LEARNED).any() for chunk in chunks(len(targets))):
         raise InvalidInputError(

@@ -81,11 +81,13 @@ def train(
     """Train a model and save everything about the run in a folder (see `basic.training.run_folder`).
 
     Args:
+        config: saved with the run.
         train_tokens, valid_tokens: token ids, integers (tokens,), as arrays (may be memory maps), tensors or lists.
         run_dir: folder of the run; must not contain a run, unless it is resumed or overwritten.
         tokenizer: for samples and for rows = "documents"; a copy is saved with the run.
         resume: continue from the newest complete checkpoint in `run_dir`.
         overwrite: remove the run in `run_dir`, after all checks of the arguments.
+        progress: show progress on stderr.
         world: the ranks that train together. Each calls this function with the same arguments; rank 0 writes the
             folder.
         init_from: a model whose weights begin the run, with the configuration of this one (its context length aside).

@@ -80,6 +80,9 @@ class PretokenEncoder:
 
         Returns:
             An array of ids, which the next call overwrites if the text has at most `SMALL_BYTES`.
+
+        Raises:
+            InvalidByteError: a byte is not UTF-8 or has no token.
         """
         is_small = stop - start <= SMALL_BYTES
         id_bytes, call = self._dtype.itemsize, self._prepared_call(specials)

@@ -19,6 +19,9 @@ class StopSignals:
     """Context manager: the first signal is stored in `received`, a second request ends the process at once.
 
     It does nothing outside of the main thread, where Python cannot handle signals.
+
+    Attributes:
+        received: the first signal, or None.
     """
 
     def __init__(self) -> None:
