@@ -53,7 +53,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    from basic.generation.sampling import generate
+    from basic.generation.continuation import generate
     from basic.generation.text import complete, stream
     from basic.training.run_folder import load_run
 

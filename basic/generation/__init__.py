@@ -1,6 +1,6 @@
 """From a prompt to its continuation."""
 
-from basic.generation.sampling import generate
+from basic.generation.continuation import generate
 from basic.generation.text import complete, stream
 
 __all__ = ["complete", "generate", "stream"]

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import Module, ModuleList
 
 from basic.common.native.kernel import PreparedCall
+from basic.generation.decoder import Decoder
 from basic.model import KVCache, ModelConfig, MultiHeadSelfAttention, TransformerBlock, TransformerLM
 from basic.transformer.cpu import decode_kernels, kernels
 from basic.transformer.functional import linear
@@ -75,8 +76,8 @@ def _shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
         return _shapes(TransformerLM(config))
 
 
-class CpuDecoder:
-    """Computes the logits after the next tokens of each sequence, and writes their keys and values to its cache.
+class CpuDecoder(Decoder):
+    """The model's logits in few calls of kernels.
 
     Everything but the weights is float32, and so are the logits. For a float32 model these are the model's own, within
     rounding. For one that computes in bfloat16 they are those of its weights in float32: closer to the exact ones than
@@ -85,24 +86,25 @@ class CpuDecoder:
     Args:
         model: see `make_cpu_decoder`. Its weights must not change.
         batch_size: number of sequences.
-
-    Attributes:
-        cache: the keys and values, in float32; the caller advances it.
     """
 
+    cache: KVCache
+
     def __init__(self, model: TransformerLM, batch_size: int):
-        self._owner, self.cache = model, KVCache(model.config, batch_size)
-        self.model = copy.copy(model)  # of the same modules
-        self.model.activation_dtype = torch.float32
+        super().__init__(copy.copy(model), KVCache(model.config, batch_size))  # a copy of the same modules
+        self._owner, self.model.activation_dtype = model, torch.float32
         self._matrices: _Matrices = {}
         self._passes: dict[int, _Pass] = {}  # by the number of tokens of each sequence
         self._num_passes, self._memory = 0, None
 
-    def logits(self, ids: Int[Tensor, " batch new"]) -> Float[Tensor, "batch vocab_size"]:
-        """Those of the token after these, the first of which are at the position `cache.length`.
+    def read(self, ids: Int[Tensor, " batch length"]) -> Float[Tensor, "batch vocab_size"]:
+        new = ids[:, self.num_read :]
+        logits = self._logits(new)
+        self.cache.advance(new.shape[1])
+        return logits
 
-        They are valid until the next call.
-        """
+    def _logits(self, ids: Tensor) -> Tensor:
+        """Those of the token after these, the first of which are at the position `num_read`."""
         if ids.shape[1] > 1 and ids.numel() > _MAX_PROMPT:
             return self.model.lm_head(self.model.features(ids, self.cache)[:, -1])
         if self._num_passes == _PASSES_BEFORE_COPY:
@@ -135,10 +137,10 @@ class CpuDecoder:
         if self._matrices:
             self._passes.clear()
 
-    def finish(self) -> None:
+    def close(self, model: TransformerLM) -> None:
         """Keep the memory of the copies for the next decoder of the model: new memory takes up to ten times as long."""
         if self._matrices and self._memory is not None:
-            _idle_memory[self._owner], self._memory = self._memory, None
+            _idle_memory[model], self._memory = self._memory, None
         self._passes.clear()
 
 

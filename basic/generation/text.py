@@ -8,7 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from basic.common.arguments import check_size, check_text_list
 from basic.common.errors import InvalidInputError
-from basic.generation.sampling import Sampling, check_max_new_tokens, continue_ids
+from basic.generation.continuation import check_max_new_tokens, continue_ids
+from basic.generation.sampling import Sampling
 from basic.model import TransformerLM
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from basic.formats.export_model import export_hf
-from basic.generation.sampling import generate
+from basic.generation.continuation import generate
 from basic.model import ModelConfig, TransformerLM
 from basic.training.settings import TrainConfig
 from basic.training.step import TrainStep, make_optimizer

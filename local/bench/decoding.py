@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 from training import SIZES
 
-from basic.generation import sampling
-from basic.generation.decoder import Decoder
-from basic.generation.sampling import generate
+from basic.generation import gpu_decoder
+from basic.generation.continuation import generate
+from basic.generation.gpu_decoder import GpuDecoder
 from basic.model import KVCache, ModelConfig, TransformerLM
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 512
@@ -51,7 +51,7 @@ def ours(config: ModelConfig, batch_size: int) -> dict[str, float]:
     model.activation_dtype = torch.bfloat16
     prompts = torch.randint(config.vocab_size, (batch_size, PROMPT_TOKENS), device="cuda")
     cache = KVCache(config, batch_size, dtype=torch.bfloat16, device="cuda")
-    decoder = Decoder(model, cache, torch.full((batch_size,), PROMPT_TOKENS, device="cuda"))
+    decoder = GpuDecoder(model, cache, torch.full((batch_size,), PROMPT_TOKENS, device="cuda"))
 
     def steps() -> None:
         cache.length = PROMPT_TOKENS - 1
@@ -68,7 +68,7 @@ def ours(config: ModelConfig, batch_size: int) -> dict[str, float]:
     first_token_s = median_s(lambda: generate(model, long_prompt, 1, temperature=0.0), repeats=5)
 
     def first_call() -> None:
-        sampling._idle_decoders.clear()
+        gpu_decoder.idle_decoders.clear()
         generate(model, long_prompt, 1, temperature=0.0)
 
     first_call_s = median_s(first_call)

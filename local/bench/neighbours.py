@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 from training import DEVICE, synchronize
 
-from basic.generation.sampling import generate
+from basic.generation.continuation import generate
 from basic.model import Linear, ModelConfig, TransformerLM
 from basic.training.settings import TrainConfig
 from basic.training.step import TrainStep, make_optimizer

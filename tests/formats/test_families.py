@@ -14,7 +14,7 @@ from basic.common.errors import InvalidInputError
 from basic.formats.export_model import export_hf
 from basic.formats.hf_names import model_config
 from basic.formats.import_model import load_model
-from basic.generation.sampling import generate
+from basic.generation.continuation import generate
 from basic.model import ModelConfig, TransformerLM
 from tests.helpers.model_tools import transformers
 

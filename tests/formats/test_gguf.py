@@ -14,7 +14,7 @@ from basic.formats.export_model import export_gguf
 from basic.formats.gguf_file import GGUFFile
 from basic.formats.gguf_tokenizer import gguf_tokenizer_fields, read_gguf_tokenizer
 from basic.formats.import_model import import_run, load_model
-from basic.generation.sampling import generate
+from basic.generation.continuation import generate
 from basic.model import ModelConfig, TransformerLM
 from basic.Tokenizer import Tokenizer
 from basic.tokenizer_files.content import TokenizerSettings

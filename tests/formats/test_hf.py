@@ -18,7 +18,7 @@ from basic.common.errors import DamagedFileError, InvalidInputError, WrongTokeni
 from basic.formats.export_model import export_hf
 from basic.formats.hf_names import model_config
 from basic.formats.import_model import import_hf, import_pt, load_model
-from basic.generation.sampling import generate
+from basic.generation.continuation import generate
 from basic.generation.text import complete
 from basic.model import ModelConfig, TransformerLM
 from basic.Tokenizer import Tokenizer

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from basic.formats.import_model import open_model
-from basic.generation.sampling import generate
+from basic.generation.continuation import generate
 
 TEXT = "Once upon a time, in a small village by the sea, there lived an old man who could talk to the birds. It's"
 CHAT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"

@@ -9,9 +9,11 @@ import torch
 
 from basic.bpe.stream_decoder import StreamDecoder
 from basic.common.errors import InvalidInputError
-from basic.generation.sampling import Sampling, continue_ids, generate, next_token_probabilities
+from basic.generation.continuation import continue_ids, generate
+from basic.generation.decoder import Decoder
+from basic.generation.sampling import Sampling, next_token_probabilities
 from basic.generation.text import StopStrings, complete, stream
-from basic.model import TransformerLM
+from basic.model import KVCache, TransformerLM
 from tests.helpers.model_tools import tiny
 
 VOCAB = 11
@@ -94,24 +96,16 @@ def test_penalties_and_truncations_are_those_of_transformers():
 def test_greedy_decoding_with_kernels_does_not_forget_the_penalties(model):
     """A decoder that takes the likeliest ids itself is used only where nothing else is asked for."""
 
-    class Decoder:
-        def __init__(self, model, cache, prompt_lengths, vocab_size):
-            self.model, self.cache = model, cache
+    class Likeliest(Decoder):
+        chooses = True
 
-        def restart(self, *args):
-            return False
-
-        def start(self, tokens):
-            self.tokens = tokens
-
-        def step(self):
-            self.cache.advance(1)
-            self.logits = self.model(self.tokens[:, : self.cache.length])[:, -1]
+        def choose(self, ids, length, most):
+            raise AssertionError("it knows no penalties")
 
     sampling, logarithms = Sampling(temperature=0.0, frequency_penalty=0.5), [[]]
-    steps = continue_ids(
-        model, [[3, 1]], 8, sampling, end_id=None, vocab_size=None, make_decoder=Decoder, log_probabilities=logarithms
-    )
+    options: dict[str, Any] = {"make_decoder": lambda *_: Likeliest(model, KVCache(model.config, 1))}
+    options |= {"end_id": None, "vocab_size": None, "log_probabilities": logarithms}
+    steps = continue_ids(model, [[3, 1]], 8, sampling, **options)
     ids, expected = continue_by_hand(model, [3, 1], 8, 1.0, 0.5)
     assert [token for (new,) in steps for token in new] == ids
     assert logarithms[0] == pytest.approx(expected, rel=1e-4)

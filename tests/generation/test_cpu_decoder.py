@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from basic.generation import cpu_decoder
+from basic.generation.continuation import generate
 from basic.generation.cpu_decoder import CpuDecoder, make_cpu_decoder
-from basic.generation.sampling import generate
 from basic.model import ModelConfig, TransformerLM
 from basic.transformer.cpu import decode_kernels
 from basic.transformer.kernels import dispatch
@@ -45,9 +45,8 @@ def decoded(model: TransformerLM, ids: Tensor, first: int) -> tuple[Tensor, CpuD
     decoder = make_cpu_decoder(model, len(ids))
     assert decoder is not None
     logits = []
-    for start, stop in [(0, first), *((i, i + 1) for i in range(first, ids.shape[1]))]:
-        logits.append(decoder.logits(ids[:, start:stop]).clone())
-        decoder.cache.advance(stop - start)
+    for stop in range(first, ids.shape[1] + 1):
+        logits.append(decoder.read(ids[:, :stop]).clone())
     return torch.stack(logits, 1), decoder
 
 

@@ -11,7 +11,9 @@ import torch
 
 from basic.bpe.stream_decoder import StreamDecoder
 from basic.common.errors import InvalidInputError, WrongTokenizerError
-from basic.generation.sampling import Sampling, continue_ids, first_seen, generate, next_token_probabilities
+from basic.generation.continuation import continue_ids, first_seen, generate
+from basic.generation.decoder import Decoder
+from basic.generation.sampling import Sampling, next_token_probabilities
 from basic.generation.text import complete, stream
 from basic.model import KVCache, ModelConfig, TransformerLM
 
@@ -104,26 +106,27 @@ def test_a_sequence_ends_before_its_end_id_and_the_others_continue(model):
         assert generate(model, PROMPTS[1:2], 20, temperature=0.0, end_id=end_id) == expected[1:2]
 
 
-class PlainDecoder:
-    """The interface of `Decoder`, with full forward passes."""
+class ChoosingDecoder(Decoder):
+    """Continues sequences itself, with full forward passes."""
 
-    def __init__(self, model, cache, prompt_lengths, vocab_size):
-        self.model, self.cache, self.prompt_lengths, self.vocab_size = model, cache, prompt_lengths, vocab_size
-        self.tokens = torch.zeros(len(prompt_lengths), CONTEXT + 1, dtype=torch.int64)
+    cache: KVCache
+    chooses = True
 
-    def restart(self, *args):
-        return False
+    def __init__(self, model, prompt_lengths, vocab_size, use_cache):
+        super().__init__(model, KVCache(model.config, len(prompt_lengths)))
+        self.num_known, self.vocab_size = prompt_lengths, vocab_size
 
-    def start(self, tokens):
-        length = min(tokens.shape[1], CONTEXT + 1)
-        self.tokens[:, :length] = tokens[:, :length]
+    def forget(self, num_known):
+        super().forget(num_known)
+        self.num_known = torch.tensor(num_known)
 
-    def step(self):
-        self.cache.advance(1)
-        length = self.cache.length
-        self.logits = self.model(self.tokens[:, :length])[:, -1]
-        likeliest = self.logits[:, : self.vocab_size].argmax(-1)
-        self.tokens[:, length] = torch.where(length < self.prompt_lengths, self.tokens[:, length], likeliest)
+    def choose(self, ids, length, most):
+        end = min(length + most, ids.shape[1], CONTEXT + 1)
+        for position in range(length, end):
+            likeliest = self.model(ids[:, :position])[:, -1, : self.vocab_size].argmax(-1)
+            ids[:, position] = torch.where(self.num_known > position, ids[:, position], likeliest)
+            self.cache.advance(1)
+        return end
 
 
 @pytest.mark.parametrize("steps", [1, 3, 32])
@@ -134,7 +137,7 @@ def test_a_decoder_whose_ids_are_read_every_few_steps_gives_the_same_ids(model, 
     expected = [generate(model, prompts, 20, temperature=0.0, end_id=end_id, vocab_size=19) for end_id in ends]
 
     def decode(sampling, end_id=None, vocab_size=None):
-        options: dict[str, Any] = {"make_decoder": PlainDecoder, "steps_per_read": steps}
+        options: dict[str, Any] = {"make_decoder": ChoosingDecoder, "steps_per_read": steps}
         chunks = list(continue_ids(model, prompts, 20, sampling, end_id=end_id, vocab_size=vocab_size, **options))
         return [[i for ids in sequence for i in ids] for sequence in zip(*chunks, strict=True)]
 

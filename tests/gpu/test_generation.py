@@ -11,8 +11,8 @@ pytest.importorskip("triton", reason="needs Triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from basic.generation import decoder, sampling
-from basic.generation.sampling import first_seen, generate
+from basic.generation import gpu_decoder
+from basic.generation.continuation import first_seen, generate
 from basic.model import ModelConfig, TransformerLM
 from basic.transformer.kernels import dispatch
 
@@ -39,8 +39,8 @@ def model(request) -> TransformerLM:
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=len)
 def test_greedy_ids_are_those_without_a_cache_but_for_ties(model, prompts, monkeypatch):
     steps = []
-    real = decoder.Decoder.step
-    monkeypatch.setattr(decoder.Decoder, "step", lambda self: steps.append(1) or real(self))
+    real = gpu_decoder.GpuDecoder.step
+    monkeypatch.setattr(gpu_decoder.GpuDecoder, "step", lambda self: steps.append(1) or real(self))
     ids = generate(model, prompts, NEW, temperature=0.0)
     if model.activation_dtype == torch.float32:
         assert not steps
@@ -82,11 +82,11 @@ def test_a_second_call_takes_the_decoder_of_the_first_with_the_new_weights(model
         with torch.no_grad():
             model.lm_head.weight.copy_(model.lm_head.weight.roll(7, 0))
         ids = generate(model, [prompt], 3, temperature=0.0)
-        kept = sampling._idle_decoders.pop(model, None)
+        kept = gpu_decoder.idle_decoders.pop(model, None)
         assert (kept is not None) == (model.activation_dtype != torch.float32)
         assert ids == generate(model, [prompt], 3, temperature=0.0)  # with a new decoder
         if kept is not None:
-            sampling._idle_decoders[model] = kept
+            gpu_decoder.idle_decoders[model] = kept
 
 
 def test_sequences_end_at_their_end_id(model):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from basic.generation.decoder import Decoder
+from basic.generation.gpu_decoder import GpuDecoder
 from basic.generation.sampling import NO_TOKEN
 from basic.model import KVCache, ModelConfig, TransformerLM
 from basic.transformer import functional
@@ -343,7 +343,7 @@ def check_decoder_finds_nan(dtype: torch.dtype, device: str, **options: Any) -> 
     model.token_embeddings.weight.data[7] = math.nan
     tokens = torch.tensor([[1], [7]], device=device)
     cache = KVCache(config, 2, dtype=dtype, device=device)
-    decoder = Decoder(model, cache, torch.ones(2, dtype=torch.int64, device=device), 6, **options)
+    decoder = GpuDecoder(model, cache, torch.ones(2, dtype=torch.int64, device=device), 6, **options)
     decoder.start(tokens)
     for _ in range(3):
         decoder.step()
@@ -368,7 +368,7 @@ def check_decoder(
     cache.keys.fill_(math.nan)
     cache.values.fill_(math.nan)
     num_choices = config.vocab_size - 5
-    decoder = Decoder(model, cache, torch.tensor(prompt_lengths, device=device), num_choices, **options)
+    decoder = GpuDecoder(model, cache, torch.tensor(prompt_lengths, device=device), num_choices, **options)
     if shortest > 1:
         logits = decoder.read_prompt(tokens[:, : shortest - 1])
         error = relative_error(logits, model(tokens[:, : shortest - 1])[:, -1])
@@ -393,7 +393,7 @@ def check_restarted_decoder(config: ModelConfig, dtype: torch.dtype, device: str
     model = TransformerLM(config).to(device)
     model.activation_dtype = dtype
     cache = KVCache(config, 2, dtype=dtype, device=device)
-    decoder = Decoder(model, cache, torch.tensor([9, 9], device=device), **options)
+    decoder = GpuDecoder(model, cache, torch.tensor([9, 9], device=device), **options)
     tolerance = 2 * TOLERANCES[dtype]
     for length in (7, 5, 8, 6):
         for parameter in model.parameters():

@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from basic.generation import decoder, sampling
+from basic.generation import continuation, gpu_decoder
 from basic.model import Linear, ModelConfig, TransformerLM
 from basic.training.loop import make_optimizer
 from basic.training.settings import TrainConfig
@@ -206,7 +206,7 @@ def test_decoder(prompt_lengths, dtype, changes):
 
 
 def test_decoder_of_more_sequences_than_a_program_multiplies(monkeypatch):
-    monkeypatch.setattr(decoder, "_MAX_ROWS", 16)
+    monkeypatch.setattr(gpu_decoder, "_MAX_ROWS", 16)
     options = {"tiles": lambda n, k, rows: (64, 32, 1), "splits": 1}
     config = ModelConfig(vocab_size=37, context_length=12, d_model=32, num_layers=1, num_heads=1, d_ff=48)
     kernel_checks.check_decoder(config, [1] * 17, 2, FLOAT32, "cpu", **options)
@@ -235,8 +235,8 @@ def test_a_restarted_decoder_has_the_new_weights():
 
 
 def test_a_second_call_of_generate_takes_the_decoder_of_the_first_with_the_new_weights(monkeypatch):
-    monkeypatch.setattr(decoder, "choose_tiles", lambda n, k, batch: (32, 64, 1))
-    monkeypatch.setattr(decoder, "choose_splits", lambda heads: 2)
+    monkeypatch.setattr(gpu_decoder, "choose_tiles", lambda n, k, batch: (32, 64, 1))
+    monkeypatch.setattr(gpu_decoder, "choose_splits", lambda heads: 2)
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=37, context_length=12, d_model=32, num_layers=1, num_heads=2, d_ff=48)
     model = TransformerLM(config)
@@ -246,9 +246,9 @@ def test_a_second_call_of_generate_takes_the_decoder_of_the_first_with_the_new_w
     with dispatch.use_operators(operators):
         for prompts in ([[3]], [[4]], [[5], [6]]):
             model.lm_head.weight.detach().copy_(model.lm_head.weight.roll(7, 0))
-            ids = sampling.generate(model, prompts, 1, temperature=0.0)
-            assert ids == sampling.generate(model, prompts, 1, temperature=0.0, use_cache=False)
-            kept.append(sampling._idle_decoders[model])
+            ids = continuation.generate(model, prompts, 1, temperature=0.0)
+            assert ids == continuation.generate(model, prompts, 1, temperature=0.0, use_cache=False)
+            kept.append(gpu_decoder.idle_decoders[model])
     assert kept[0] is kept[1]
     assert kept[1] is not kept[2]  # two sequences
 

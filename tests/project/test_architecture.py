@@ -83,7 +83,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "safetensors": ("basic.training.checkpoints.file", "basic.formats.export_model", "basic.formats.import_model"),
     "numba": ("basic.common.native.compiler",),
     "llvmlite": ("basic.common.native.compiler", "basic.common.native.object_files"),
-    "triton": ("basic.transformer.kernels", "basic.generation.decode_kernels", "basic.generation.decoder"),
+    "triton": ("basic.transformer.kernels", "basic.generation.decode_kernels", "basic.generation.gpu_decoder"),
     "matplotlib": ("basic.analysis.plotting", "basic.analysis.sweep_plot"),
     "starlette": ("basic.analysis.playground",),
     "anyio": ("basic.analysis.playground",),

@@ -16,7 +16,7 @@ from basic.analysis.evaluation import evaluate_tokens
 from basic.analysis.sweep import SweepData
 from basic.chat import ChatFormat
 from basic.encoding import encode_file
-from basic.generation.sampling import generate
+from basic.generation.continuation import generate
 from basic.generation.text import complete
 from basic.model import ModelConfig
 from basic.Tokenizer import Tokenizer

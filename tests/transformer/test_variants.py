@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from basic.common.errors import InvalidConfigError
-from basic.generation.sampling import generate
+from basic.generation.continuation import generate
 from basic.model import KVCache, ModelConfig, MultiHeadSelfAttention, RotaryPositionalEmbedding, TransformerLM
 from basic.transformer import functional
 from basic.transformer.attention import AttentionOptions
