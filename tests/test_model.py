@@ -207,6 +207,14 @@ def test_the_language_model_names_a_wrong_argument(monkeypatch: pytest.MonkeyPat
         model.loss(ids, ids.float())
 
 
+@pytest.mark.parametrize(("batch_size", "length"), [(2, 0), (0, 3)])
+def test_no_tokens_give_no_logits(batch_size: int, length: int) -> None:
+    config = ModelConfig(vocab_size=20, context_length=8, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1)
+    ids = torch.zeros(batch_size, length, dtype=torch.int64)
+    assert TransformerLM(config)(ids).shape == (batch_size, length, 20)
+    assert TransformerLM(config)(ids, KVCache(config, batch_size)).shape == (batch_size, length, 20)
+
+
 def test_the_loss_of_the_language_model_ignores_minus_100() -> None:
     model = TransformerLM(tiny())
     ids, targets = torch.randint(10, (2, 6)), torch.randint(10, (2, 6))

@@ -32,7 +32,11 @@ def _seed() -> None:
 
 @every_dtype
 @scales
-@pytest.mark.parametrize(("shape", "dim"), [((5,), 0), ((3, 5), 0), ((2, 3, 5), 1), ((2, 3, 5), -1), ((), 0)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [((5,), 0), ((3, 5), 0), ((2, 3, 5), 1), ((2, 3, 5), -1), ((), 0), ((3, 0), 1), ((0, 5), 1)],
+    ids=str,
+)
 def test_softmax_is_torchs(dtype: torch.dtype, scale: float, shape: tuple[int, ...], dim: int) -> None:
     x = (scale * torch.randn(shape)).to(dtype)
     actual = run_softmax(x, dim)

@@ -48,6 +48,8 @@ def softmax(x: Float[Tensor, " ..."], dim: int) -> Float[Tensor, " ..."]:
 
     Source: assignment, "Scaled Dot-Product Attention", eq. for softmax.
     """
+    if x.ndim and x.shape[dim] == 0:  # of no scores, which have no maximum either
+        return x
     wide = at_least_float32(x)
     # Detached: the maximum cancels in the gradient too.
     exponentials = (wide - wide.detach().amax(dim, keepdim=True)).exp()

@@ -6,6 +6,8 @@ from threading import Event, current_thread
 import pytest
 
 from basic.bpe import loading
+from basic.common.errors import DependencyError
+from basic.common.native.kernel import kernel
 
 
 def test_of_two_that_start_together_one_compiles_and_the_other_waits(tmp_path, monkeypatch, capsys):
@@ -49,3 +51,13 @@ def test_a_file_system_without_locks_does_not_hinder(tmp_path, monkeypatch):
     loading.compile_kernels("training", tmp_path)
     loading.compile_kernels("training", None)
     assert compiled == [1, 1]
+
+
+def test_a_numba_that_must_not_compile_is_one_clear_error(monkeypatch):
+    import numba
+
+    from basic.common.native.compiler import compile_kernel
+
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    with pytest.raises(DependencyError, match=r"NUMBA_DISABLE_JIT is set.*unset it"):
+        compile_kernel(kernel(lambda number: number), ("i",))

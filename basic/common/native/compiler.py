@@ -23,6 +23,7 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 from numba.np import arrayobj
 
+from basic.common.errors import DependencyError
 from basic.common.native.object_files import ENTRY, METHOD
 
 _I64 = ir.IntType(64)
@@ -65,7 +66,13 @@ def c_function_type(name: str, num_arguments: int) -> Any:
 
 
 def compile_kernel(kernel: Any, signature: Sequence[str]) -> bytes:
-    """Compile a kernel for arguments of some types; returns the object file."""
+    """Compile a kernel for arguments of some types; returns the object file.
+
+    Raises:
+        DependencyError: Numba is told not to compile anything.
+    """
+    if numba.config.DISABLE_JIT:  # ty: ignore[missing-attribute]
+        raise DependencyError("NUMBA_DISABLE_JIT is set, so Numba compiles no kernel; unset it")
     argument_types = _numba_types(list(signature))
     read_arguments = _reader(argument_types)
 

@@ -63,11 +63,9 @@ class Kernel:
             _append(argument, signature, words)
         entry = self.entries(tuple(signature))[object_files.ENTRY]
         address = ctypes.addressof(block := (ctypes.c_int64 * len(words))(*words))
-        if num_threads == 1 or (run_in_threads := _run_in_threads()) is None:
-            return _call_type(entry)(address)
-        run_in_threads(ctypes.c_void_p(entry), ctypes.c_void_p(address), num_threads, 0)
+        result = _call_type(entry)(address) if num_threads == 1 else _call_in_threads(entry, address, num_threads)
         del block  # the arguments, until here
-        return 0
+        return result
 
     def entries(self, signature: Signature) -> dict[str, int]:
         """The functions for arguments of these types (`object_files.ENTRIES`), from memory, a file or the compiler."""
@@ -99,6 +97,14 @@ class Kernel:
 def _run_in_threads() -> Any:
     """GNU's OpenMP, which runs a function of one address in several threads; None on other systems."""
     return getattr(ctypes.CDLL(None), "GOMP_parallel", None) if sys.platform == "linux" else None
+
+
+def _call_in_threads(entry: int, address: int, num_threads: int) -> int:
+    """Call the function at an address with the address of its arguments in each of several threads; returns 0."""
+    if (run_in_threads := _run_in_threads()) is None:
+        return _call_type(entry)(address)  # which takes all items itself
+    run_in_threads(ctypes.c_void_p(entry), ctypes.c_void_p(address), num_threads, 0)
+    return 0
 
 
 def kernel(function: Any) -> Kernel:
@@ -137,14 +143,14 @@ class PreparedCall:
         self.words = (ctypes.c_int64 * len(words))(*words)
         self.address = ctypes.addressof(self.words)
         entries = kernel.entries(tuple(text for texts in self._signatures.values() for text in texts))
-        self._entry, self._method = _call_type(entries[object_files.ENTRY]), entries[object_files.METHOD]
+        self._address_of_entry, self._method = entries[object_files.ENTRY], entries[object_files.METHOD]
+        self._entry = _call_type(self._address_of_entry)
 
     def __call__(self, num_threads: int = 1) -> int:
         """Call the kernel; see `Kernel.__call__`."""
-        if num_threads == 1 or (run_in_threads := _run_in_threads()) is None:
+        if num_threads == 1:
             return self._entry(self.address)
-        run_in_threads(self._entry, ctypes.c_void_p(self.address), num_threads, 0)
-        return 0
+        return _call_in_threads(self._address_of_entry, self.address, num_threads)
 
     def set(self, **arguments: Any) -> None:
         """Replace some arguments by others of the same types."""

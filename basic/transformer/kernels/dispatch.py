@@ -57,8 +57,9 @@ def available_on(device: torch.device) -> bool:
 
 
 def operators_for(x: Tensor) -> Any:
-    """The module of Triton operators if they support the device and dtype of x, else None."""
-    return _operators if available_on(x.device) and x.dtype in (torch.bfloat16, torch.float16) else None
+    """The module of Triton operators if they support the device and dtype of x, which has numbers, else None."""
+    supported = available_on(x.device) and x.dtype in (torch.bfloat16, torch.float16) and x.numel() > 0
+    return _operators if supported else None
 
 
 def takes_cpu_operators(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
