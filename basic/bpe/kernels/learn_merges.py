@@ -25,6 +25,7 @@ a token does not depend on the text around it, so equal bytes result from equal 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,7 @@ from basic.bpe.arrays import PretokenCounts
 from basic.bpe.kernels.hash_table import DONE, FULL, I64
 from basic.bpe.kernels.instructions import U64, prefetch
 from basic.bpe.plain import NumberedMerges
-from basic.common.native.kernel import kernel
+from basic.common.native.kernel import Kernel, kernel
 
 NO_TOKEN, INSIDE = -1, -2  # symbols: between pre-tokens, and inside a token
 
@@ -42,6 +43,19 @@ NUM_MERGES, NUM_PAIRS, HEAP_SIZE, NUM_OCCURRENCES, NUM_TOKENS, NUM_APPLIED, LARG
 
 _EMPTY = U64(0xFFFFFFFFFFFFFFFF)
 _MULTIPLIER = U64(0x9E3779B97F4A7C15)
+# The kernels take as `arrays`:
+#   symbols                         see above
+#   counts                          of each pre-token
+#   tokens                          the bytes of all tokens; where each starts, and the end of the last one
+#   pairs                           left and right token, count, first occurrence and number of occurrences of each
+#   index                           hash table: the two tokens of a pair as one number, and the number of the pair
+#   heap                            counts, as they were when an entry was made, and pairs
+#   occurrences                     position and pre-token of each
+#   before, after                   by the token before (after) the new one: the count of the new pair, its number of
+#                                   occurrences, and the count that the old pair loses; and a list of these tokens
+#   records                         of each occurrence of a new pair the neighbour (-1 - neighbour for one after), the
+#                                   position and the pre-token
+#   state                           the numbers above
 _PREFETCH_DISTANCE = 12  # occurrences between the prefetch of a symbol and its use
 
 
@@ -156,18 +170,13 @@ def _add_first_pairs(sums, firsts, pairs, index, heap, tokens, state):
 
 
 @kernel
-def _merge_positions(left, right, new, first, size, symbols, counts, occurrences, tokens, before, after, records):
+def _merge_positions(left, right, new, first, size, arrays):
     """Merge a pair at its positions, and sum the changes of the pairs around them.
-
-    Args:
-        before, after: indexed by the token before (after) the new token: the count of the new pair, its number of
-            occurrences, and the count that the old pair loses; and a list of these tokens.
-        records: output, the neighbour (-1 - neighbour for one after), position and pre-token of each occurrence of a
-            new pair.
 
     Returns:
         The number of tokens before, the number of tokens after, and the number of records.
     """
+    symbols, counts, tokens, _, _, _, occurrences, before, after, records, _ = arrays
     positions, pretokens = occurrences
     before_sums, before_sizes, before_losses, before_tokens = before
     after_sums, after_sizes, after_losses, after_tokens = after
@@ -217,24 +226,9 @@ def _merge_positions(left, right, new, first, size, symbols, counts, occurrences
 
 
 @kernel
-def _add_new_pairs(
-    left,
-    right,
-    new,
-    num_before,
-    num_after,
-    num_records,
-    occurrences,
-    tokens,
-    before,
-    after,
-    records,
-    pairs,
-    index,
-    heap,
-    state,
-):
+def _add_new_pairs(left, right, new, num_before, num_after, num_records, arrays):
     """Subtract the losses from the old pairs, add the new pairs, and write their occurrences."""
+    _, _, tokens, pairs, index, heap, occurrences, before, after, records, state = arrays
     before_sums, before_sizes, before_losses, before_tokens = before
     after_sums, after_sizes, after_losses, after_tokens = after
     neighbours, new_positions, new_pretokens = records
@@ -270,8 +264,9 @@ def _add_new_pairs(
 
 
 @kernel
-def _has_room(pair, pairs, occurrences, records, state):
+def _has_room(pair, arrays):
     """Whether the arrays have enough capacity to merge a pair; otherwise the state has the pair for `grow`."""
+    _, _, _, pairs, _, _, occurrences, _, _, records, state = arrays
     size = pairs[4][pair]
     num_pairs = state[NUM_PAIRS] + 2 * min(size, state[NUM_TOKENS] + 1)
     has_room = (
@@ -285,39 +280,36 @@ def _has_room(pair, pairs, occurrences, records, state):
 
 
 @kernel
-def _merge(pair, new, symbols, counts, tokens, pairs, index, heap, occurrences, before, after, records, state):
+def _merge(pair, new, arrays):
     """Merge a pair to the token `new` wherever it is, and update the pairs around it."""
+    pairs = arrays[3]
     left, right, first, size = I64(pairs[0][pair]), I64(pairs[1][pair]), pairs[3][pair], pairs[4][pair]
-    num_before, num_after, num_records = _merge_positions(
-        left, right, new, first, size, symbols, counts, occurrences, tokens, before, after, records
-    )
-    _add_new_pairs(
-        left, right, new, num_before, num_after, num_records,
-        occurrences, tokens, before, after, records, pairs, index, heap, state,
-    )  # fmt: skip
+    num_before, num_after, num_records = _merge_positions(left, right, new, first, size, arrays)
+    _add_new_pairs(left, right, new, num_before, num_after, num_records, arrays)
     pairs[2][pair] = 0  # also what "aaa" subtracted from the pair itself
 
 
 @kernel
-def _apply(given, symbols, counts, tokens, pairs, index, heap, occurrences, before, after, records, state):
+def _apply(given, arrays):
     """Apply the merges that are given, in order: DONE, or FULL if an array is too small."""
     lefts, rights, results = given
+    pairs, index, state = arrays[3], arrays[4], arrays[10]
     while state[NUM_APPLIED] < len(lefts):
         i = state[NUM_APPLIED]
         slot = _find_slot(index[0], lefts[i], rights[i])
         if index[0][slot] != _EMPTY and pairs[2][index[1][slot]] > 0:
             pair = I64(index[1][slot])
-            if not _has_room(pair, pairs, occurrences, records, state):
+            if not _has_room(pair, arrays):
                 return FULL
-            new = I64(results[i])
-            _merge(pair, new, symbols, counts, tokens, pairs, index, heap, occurrences, before, after, records, state)
+            _merge(pair, I64(results[i]), arrays)
         state[NUM_APPLIED] += 1
     return DONE
 
 
 @kernel
-def _learn(limit, symbols, counts, merges, tokens, pairs, index, heap, occurrences, before, after, records, state):
+def _learn(limit, merges, arrays):
     """Learn merges until there are `limit` or no pair is left (both DONE), or an array is too small (FULL)."""
+    _, _, tokens, pairs, _, heap, _, _, _, _, state = arrays
     lefts, rights, pair_counts = pairs[0], pairs[1], pairs[2]
     while state[NUM_MERGES] < limit and state[HEAP_SIZE] > 0:
         count, pair = heap[0][0], I64(heap[1][0])
@@ -330,7 +322,7 @@ def _learn(limit, symbols, counts, merges, tokens, pairs, index, heap, occurrenc
         left_start, right_start = tokens[1][left], tokens[1][right]
         left_size, right_size = tokens[1][left + 1] - left_start, tokens[1][right + 1] - right_start
         if not stale:
-            if not _has_room(pair, pairs, occurrences, records, state):
+            if not _has_room(pair, arrays):
                 return FULL
             if start + left_size + right_size > len(tokens[0]):
                 state[LARGE_PAIR] = pair
@@ -348,7 +340,7 @@ def _learn(limit, symbols, counts, merges, tokens, pairs, index, heap, occurrenc
         merges[0][state[NUM_MERGES]], merges[1][state[NUM_MERGES]] = left, right
         state[NUM_MERGES] += 1
         state[NUM_TOKENS] += 1
-        _merge(pair, new, symbols, counts, tokens, pairs, index, heap, occurrences, before, after, records, state)
+        _merge(pair, new, arrays)
     return DONE
 
 
@@ -409,18 +401,17 @@ class MergeLearner:
         self._state[NUM_TOKENS] = num_first
         self._state[MAX_TOKEN_BYTES] = np.iinfo(np.int64).max if max_token_bytes is None else max_token_bytes
         self._find_first_pairs()
-        self._apply(first_merges)
+        self._run(_apply, tuple(np.array(first_merges.triples, np.int32).reshape(-1, 3).T.copy()))
 
-    def _apply(self, merges: NumberedMerges) -> None:
-        given = tuple(np.array(merges.triples, np.int32).reshape(-1, 3).T.copy())
-        while (
-            _apply(
-                given, self._symbols, self._counts, self._tokens, self._pairs, self._index, self._heap,
-                self._occurrences, self._before, self._after, self._records, self._state,
-            )
-            == FULL
-        ):  # fmt: skip
+    def _run(self, step: Kernel, *arguments: Any) -> None:
+        """Call a kernel until it is done, with larger arrays where they are too small."""
+        while step(*arguments, self._arrays()) == FULL:
             self.grow(0)
+
+    def _arrays(self) -> tuple[Any, ...]:
+        """What the kernels take as `arrays`."""
+        pairs = self._pairs, self._index, self._heap, self._occurrences
+        return self._symbols, self._counts, self._tokens, *pairs, self._before, self._after, self._records, self._state
 
     def _find_first_pairs(self) -> None:
         sums, sizes, nothing = np.zeros(65536, np.int64), np.zeros(65537, np.int64), np.zeros(0, np.int32)
@@ -441,14 +432,7 @@ class MergeLearner:
 
     def learn(self, limit: int) -> int:
         """Learn until there are `limit` merges or no pair is left; returns the number of merges so far."""
-        while (
-            _learn(
-                min(limit, self.num_merges), self._symbols, self._counts, self._merges, self._tokens, self._pairs,
-                self._index, self._heap, self._occurrences, self._before, self._after, self._records, self._state,
-            )
-            == FULL
-        ):  # fmt: skip
-            self.grow(0)
+        self._run(_learn, min(limit, self.num_merges), self._merges)
         return int(self._state[NUM_MERGES])
 
     def grow(self, num_pairs: int) -> None:
