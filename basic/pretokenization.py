@@ -194,10 +194,7 @@ def chunks_of_array(
 
 
 def chunks_of_stream(
-    texts: Iterable[str],
-    special_tokens: SpecialTokens,
-    chunk_bytes: int,
-    pattern: Pattern,
+    texts: Iterable[str], special_tokens: SpecialTokens, chunk_bytes: int, pattern: Pattern
 ) -> Iterator[Chunk]:
     """Divide a stream of strings into chunks of UTF-8 bytes; marks between documents become bytes that are not UTF-8.
 

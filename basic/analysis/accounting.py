@@ -94,11 +94,7 @@ def gpt2_config(size: str, context_length: int = 1024) -> ModelConfig:
     """Configure one of the `GPT2_SIZES` in the assignment's architecture, with ModelConfig's default d_ff."""
     num_layers, d_model, num_heads = GPT2_SIZES[size]
     return ModelConfig(
-        vocab_size=50_257,
-        context_length=context_length,
-        num_layers=num_layers,
-        d_model=d_model,
-        num_heads=num_heads,
+        vocab_size=50_257, context_length=context_length, num_layers=num_layers, d_model=d_model, num_heads=num_heads
     )
 
 

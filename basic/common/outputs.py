@@ -40,10 +40,7 @@ class Output:
 
 
 def check_outputs(
-    outputs: Iterable[Output],
-    *,
-    inputs: Iterable[str | os.PathLike] = (),
-    overwrite: bool = False,
+    outputs: Iterable[Output], *, inputs: Iterable[str | os.PathLike] = (), overwrite: bool = False
 ) -> None:
     """Check everything that a command will write; at most, locks are removed that killed processes left.
 
@@ -103,10 +100,7 @@ def _is_ours(output: Output) -> bool:
 
 @contextmanager
 def reserved_outputs(
-    outputs: Iterable[Output],
-    *,
-    inputs: Iterable[str | os.PathLike] = (),
-    overwrite: bool = False,
+    outputs: Iterable[Output], *, inputs: Iterable[str | os.PathLike] = (), overwrite: bool = False
 ) -> Generator[None]:
     """Check what the block will write, and keep it for this process until the block ends.
 

@@ -335,11 +335,7 @@ def merge_table_files(kernels: bool, tables: list[tuple[str, str]], path: str) -
 
 
 def _count_with_kernels(
-    counting: ShardCounting,
-    shard: Shard,
-    special_tokens: SpecialTokens,
-    advance: Advance,
-    skipped: SkippedLines,
+    counting: ShardCounting, shard: Shard, special_tokens: SpecialTokens, advance: Advance, skipped: SkippedLines
 ) -> Iterator[PretokenCounts]:
     chunks = ShardChunks(
         shard,
@@ -386,11 +382,7 @@ def _valid_chunk(chunk: Chunk) -> Chunk:
 
 
 def _count_plain(
-    counting: ShardCounting,
-    shard: Shard,
-    special_tokens: SpecialTokens,
-    advance: Advance,
-    skipped: SkippedLines,
+    counting: ShardCounting, shard: Shard, special_tokens: SpecialTokens, advance: Advance, skipped: SkippedLines
 ) -> Iterator[PretokenCounts]:
     """The plain version of the kernels."""
     pattern, counts = counting.pattern, Counter[str]()

@@ -27,13 +27,7 @@ from basic.bytes_utils import decode_blocks, invalid_byte_error
 from basic.common.errors import InvalidInputError
 from basic.corpus.files import map_bytes, release_pages, standard_input_exceeds
 from basic.corpus.sources import TextIterator, TextSource, read_text_with_marks, size_of_bom, with_known_content
-from basic.pretokenization import (
-    Pattern,
-    SpecialTokens,
-    chunks_of_array,
-    chunks_of_stream,
-    find_safe_position,
-)
+from basic.pretokenization import Pattern, SpecialTokens, chunks_of_array, chunks_of_stream, find_safe_position
 
 T = TypeVar("T")
 

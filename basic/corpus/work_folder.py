@@ -18,14 +18,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import (
-    BrokenExecutor,
-    CancelledError,
-    Executor,
-    Future,
-    ProcessPoolExecutor,
-    ThreadPoolExecutor,
-)
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -34,14 +27,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from basic.common.errors import InvalidInputError, how_to_install
-from basic.common.files import (
-    difference_from_object,
-    make_folder,
-    open_file,
-    read_file,
-    sha256_of_file,
-    write_json,
-)
+from basic.common.files import difference_from_object, make_folder, open_file, read_file, sha256_of_file, write_json
 from basic.common.folder_lock import FolderLock
 
 MANIFEST_NAME = "manifest.jsonl"

@@ -50,11 +50,7 @@ class OpenedModel(NamedTuple):
 
 
 def open_model(
-    source: str | os.PathLike,
-    *,
-    context_length: int | None = None,
-    with_tokenizer: bool = True,
-    unpickle: bool = False,
+    source: str | os.PathLike, *, context_length: int | None = None, with_tokenizer: bool = True, unpickle: bool = False
 ) -> OpenedModel:
     """Load a model of another program with its tokenizer.
 

@@ -54,10 +54,7 @@ def save_tiktoken(tokenizer: Tokenizer, path: str | os.PathLike, *, overwrite: b
 
 
 def load_tiktoken(
-    path: str | os.PathLike,
-    *,
-    pattern: str | Pattern,
-    special_tokens: Mapping[str, int] | Iterable[str] = (),
+    path: str | os.PathLike, *, pattern: str | Pattern, special_tokens: Mapping[str, int] | Iterable[str] = ()
 ) -> Tokenizer:
     """Read a rank file of tiktoken with special tokens of one's own; `Tokenizer.load` adds the published ones.
 

@@ -26,9 +26,7 @@ from basic.tokenizer_files.content import TokenizerContent
 from basic.tokenizer_files.equivalent_merges import UsedMerges, check_all_bytes, used_merges
 
 _LETTER = rb"[A-Za-z0-9+/]"
-_LINES = re.compile(
-    rb"(?:(?! )(?:%(x)b{4})*+(?:%(x)b{2}==|%(x)b{3}=)? [0-9]++\r?\n)*+\Z" % {b"x": _LETTER},
-)
+_LINES = re.compile(rb"(?:(?! )(?:%(x)b{4})*+(?:%(x)b{2}==|%(x)b{3}=)? [0-9]++\r?\n)*+\Z" % {b"x": _LETTER})
 
 # What is read from a file of this size is kept for later processes.
 _MIN_KEPT_BYTES = 1 << 18

@@ -80,10 +80,7 @@ class TokenFileWriter:
         return self._context.__enter__()
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
         return self._context.__exit__(kind, error, traceback)
 

@@ -20,11 +20,7 @@ _MIN_TEXT_BYTES = 32  # of a file that should hold ids, to be taken for a text
 
 
 def open_tokens(
-    path: str | os.PathLike,
-    *,
-    dtype: npt.DTypeLike | None = None,
-    verify: bool = False,
-    made_by: str | None = None,
+    path: str | os.PathLike, *, dtype: npt.DTypeLike | None = None, verify: bool = False, made_by: str | None = None
 ) -> np.ndarray:
     """Map token ids into memory without reading them.
 

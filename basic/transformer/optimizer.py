@@ -239,11 +239,7 @@ def _check_numbers(*values: float) -> None:
 
 
 def cosine_schedule(
-    iteration: int,
-    max_learning_rate: float,
-    min_learning_rate: float,
-    warmup_iters: int,
-    cosine_cycle_iters: int,
+    iteration: int, max_learning_rate: float, min_learning_rate: float, warmup_iters: int, cosine_cycle_iters: int
 ) -> float:
     """The learning rate of an iteration: linear warm-up from 0, then cosine decay to the minimum, then the minimum.
 

@@ -10,13 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from basic.analysis.report.html import (
-    abbreviate,
-    format_count,
-    format_setting,
-    lines,
-    table,
-)
+from basic.analysis.report.html import abbreviate, format_count, format_setting, lines, table
 from basic.analysis.report.logged_run import LoggedRun, token_file_info
 from basic.common.config_files import flatten_settings
 from basic.common.errors import DamagedFileError

@@ -40,14 +40,7 @@ from basic.bpe.kernels.hash_table import (
     rehash,
 )
 from basic.bpe.kernels.instructions import U64, readonly, store8
-from basic.bpe.kernels.scan import (
-    BLOCK,
-    SCRATCH_LENGTH,
-    PatternTables,
-    end_of_long_pretoken,
-    new_scratch,
-    scan_block,
-)
+from basic.bpe.kernels.scan import BLOCK, SCRATCH_LENGTH, PatternTables, end_of_long_pretoken, new_scratch, scan_block
 from basic.bpe.kernels.special_tokens import SpecialTokenTables, find_special
 from basic.common.native.kernel import kernel
 

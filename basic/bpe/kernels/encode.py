@@ -51,14 +51,7 @@ from basic.bpe.kernels.instructions import (
     string_as_utf8,
     string_length,
 )
-from basic.bpe.kernels.scan import (
-    BLOCK,
-    SCRATCH_LENGTH,
-    Scratch,
-    end_of_long_pretoken,
-    new_scratch,
-    scan_block,
-)
+from basic.bpe.kernels.scan import BLOCK, SCRATCH_LENGTH, Scratch, end_of_long_pretoken, new_scratch, scan_block
 from basic.bpe.kernels.special_tokens import find_special
 from basic.common.native.kernel import kernel
 

@@ -69,12 +69,7 @@ _PARSE_ERRORS = (ValueError, LookupError, TypeError, AttributeError, OverflowErr
 
 
 def save_checkpoint(
-    model: Module,
-    optimizer: Optimizer | None,
-    iteration: int,
-    out: PathOrFile,
-    *,
-    extra: dict | None = None,
+    model: Module, optimizer: Optimizer | None, iteration: int, out: PathOrFile, *, extra: dict | None = None
 ) -> None:
     """Save everything that training needs to resume.
 
