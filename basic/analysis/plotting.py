@@ -29,7 +29,13 @@ MAX_SETTINGS_IN_LABEL = 3
 """Runs that differ in more settings are labelled by their names."""
 
 
-def plot_losses(runs: Mapping[str, Records], path: str | os.PathLike, *, floor_nats: float | None = None) -> None:
+def plot_losses(
+    runs: Mapping[str, Records],
+    path: str | os.PathLike,
+    *,
+    floor_nats: float | None = None,
+    end_nats: float | None = None,
+) -> None:
     """Plot losses against steps, tokens and wall time, and learning rate, gradient norm and throughput against steps.
 
     Args:
@@ -37,6 +43,7 @@ def plot_losses(runs: Mapping[str, Records], path: str | os.PathLike, *, floor_n
         path: output file; its suffix selects the format (png, svg, pdf).
         floor_nats: lowest possible loss over whole documents, in nats per token, drawn as a dashed line. Losses during
             training are of sampled sequences, which need not be whole documents.
+        end_nats: the loss of one run at its end over whole documents, in nats per token, drawn as a star.
 
     Raises:
         InvalidInputError: a run has no records, or the format is unknown.
@@ -51,9 +58,10 @@ def plot_losses(runs: Mapping[str, Records], path: str | os.PathLike, *, floor_n
     figure = Figure(figsize=(15, 8.5), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
     panels = figure.subplots(2, 3, height_ratios=(5, 3))
     losses, (rate, norm, speed) = panels[0], panels[1]
+    units = "step", "tokens", "wall_s"
     for number, (label, records) in enumerate(runs.items()):
         color = f"C{number % 10}"
-        for axes, unit in zip(losses, ("step", "tokens", "wall_s"), strict=True):
+        for axes, unit in zip(losses, units, strict=True):
             _plot_line(axes, records, unit, "train_loss", color=color, alpha=0.5, linewidth=1)
             _plot_line(
                 axes, records, unit, "valid_loss", color=color, marker=".", label=_final_loss_label(label, records)
@@ -61,17 +69,21 @@ def plot_losses(runs: Mapping[str, Records], path: str | os.PathLike, *, floor_n
         _plot_line(rate, records, "step", "learning_rate", color=color)
         _plot_line(norm, records, "step", "gradient_norm", color=color, linewidth=1)
         _plot_line(speed, records, "step", "tokens_per_s", color=color, linewidth=1)
-    for axes in losses:
+    for axes, unit in zip(losses, units, strict=True):
         if floor_nats is not None:
             text = f"entropy of the source, per token of whole documents: {floor_nats:.3f}"
             axes.axhline(floor_nats, color="black", linestyle="--", linewidth=1, label=text)
+        if end_nats is not None:
+            (last,) = (records[-1] for records in runs.values())
+            text = f"the model at the end, per token of whole documents: {end_nats:.3f}"
+            axes.plot(last[unit], end_nats, color="black", marker="*", linestyle="", label=text)
         # On a logarithmic axis small differences late in training remain visible.
         _set_log_scale(axes)
         axes.sharey(losses[0])
     losses[0].plot([], [], color="gray", alpha=0.5, linewidth=1, label="thin lines: training loss")
     losses[0].plot([], [], color="none", label=VALIDATION_NOTE)
     # Outside the panels the legend covers no curve.
-    figure.legend(*losses[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False)
+    figure.legend(*losses[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False)
     _set_log_scale(norm)
     losses[0].set(xlabel="step", ylabel="loss (nats per token)")
     losses[1].set(xlabel="tokens")

@@ -80,13 +80,21 @@ def make(options: Options, folder: Path) -> None:
     records, info = read_metrics(folder / "metrics.jsonl"), read_info(folder / "valid.bin")
     loss, exact = records[-1]["valid_loss"], [story.nats for story in stories]
     bits_per_byte = loss / math.log(2) * info.count / info.source_bytes
-    print(f"\nvalidation loss {loss:.3f} nats per token, {bits_per_byte:.3f} bits per byte, of sampled sequences")
+    print(f"\nvalidation loss {loss:.3f} nats per token, {bits_per_byte:.3f} bits per byte, of sampled sequences, each")
+    print("a story and the beginning of the next one; beginnings have more information than ends")
     documents = [tokenizer.encode(story.text) for story in stories]
-    print(compare_with_entropy(model, documents, exact, tokens[0], tokenizer.special_token_ids[END]))
-    floor_nats = sum(exact) / info.count
+    comparison = compare_with_entropy(model, documents, exact, tokens[0], tokenizer.special_token_ids[END])
+    print(comparison)
+    floor_nats, end_nats = sum(exact) / info.count, None
+    if comparison.num_fitting:
+        end_nats = floor_nats * comparison.model / comparison.exact
+        print(
+            f"per token of these documents, the exact information is {floor_nats:.3f} nats, this model {end_nats:.3f}"
+        )
+    nats = {"entropy_nats": floor_nats, "loss_nats": end_nats}
     with open(folder / "metrics.jsonl", "ab") as log:  # reports and plots of the run draw it
-        log.write(encode_record({"kind": "source", "step": records[-1]["step"], "entropy_nats": floor_nats}))
-    plot_losses({options.output.name: records}, folder / "loss.png", floor_nats=floor_nats)
+        log.write(encode_record({"kind": "source", "step": records[-1]["step"], **nats}))
+    plot_losses({options.output.name: records}, folder / "loss.png", floor_nats=floor_nats, end_nats=end_nats)
     samples = complete(model, tokenizer, [END] * 8, 256, temperature=0.7, top_p=0.95, seed=options.seed)
     (folder / "samples.txt").write_text("\n\n".join(map(str.strip, samples)) + "\n", encoding="utf-8")
     for number, sample in enumerate(samples[:2], 1):

@@ -274,13 +274,17 @@ def test_run_without_metrics_yet(tmp_path):
 
 
 def test_memory_has_a_chart_and_the_entropy_of_the_log_a_line(run_dir):
-    write_log(run_dir, [record(1, cpu_memory_bytes=2_000_000_000), {"kind": "source", "step": 1, "entropy_nats": 0.6}])
+    source = {"kind": "source", "step": 1, "entropy_nats": 0.6, "loss_nats": 0.65}
+    write_log(run_dir, [record(1, cpu_memory_bytes=2_000_000_000), source])
     page = page_of(run_dir)
     charts = [attributes["data-series"] for tag, attributes in page.elements if attributes.get("class") == "chart"]
     assert charts[-1] == "gpu_memory_bytes cpu_memory_bytes"
     assert page.curves["runs"][0]["columns"]["cpu_memory_bytes"] == [2_000_000_000]
     assert page.curves["floor"] == 0.6
-    assert "the entropy of the source, 0.600 nats per token of whole documents" in " ".join(page.texts["p"])
+    assert (
+        "the entropy of the source, 0.600 nats per token of whole documents; the model has 0.650 at the end"
+        in " ".join(page.texts["p"])
+    )
     assert page_of(run_dir, floor_nats=0.5).curves["floor"] == 0.5
 
 

@@ -267,10 +267,11 @@ def test_the_table_says_which_loss_it_has_and_the_picture_too(tmp_path):
     assert result_table(results).startswith("| run | loss on all validation tokens (nats per token) | perplexity |")
     runs = read_sweep(tmp_path / "sweep.toml")
     records = read_metrics(tmp_path / "runs" / runs[0].name / "metrics.jsonl")
-    plot_losses({"only": records}, tmp_path / "loss.svg", floor_nats=1.0)
+    plot_losses({"only": records}, tmp_path / "loss.svg", floor_nats=1.0, end_nats=1.25)
     texts = (tmp_path / "loss.svg").read_text()
     assert "validation loss: of sampled sequences (`basic evaluate` and sweeps score every token)" in texts
     assert "entropy of the source, per token of whole documents: 1.000" in texts
+    assert "the model at the end, per token of whole documents: 1.250" in texts
 
 
 def test_out_of_memory_is_a_result(tmp_path):

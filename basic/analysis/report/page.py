@@ -41,7 +41,7 @@ from basic.common.config_files import differing_settings, to_table
 from basic.common.errors import InvalidInputError
 from basic.common.files import open_file
 from basic.common.outputs import Output
-from basic.training.records.metrics import entropy_to_draw
+from basic.training.records.metrics import entropy_to_draw, known_entropy
 
 Record = Mapping[str, Any]
 
@@ -209,7 +209,11 @@ def _curves_section(runs: Sequence[LoggedRun], floor_nats: float | None) -> str:
         "<code>basic evaluate</code> and sweeps score every token. Drag across a chart to zoom in."
     ]
     if floor_nats is not None:
-        notes.append(f"Dashed line: the entropy of the source, {floor_nats:.3f} nats per token of whole documents.")
+        end_nats = known_entropy(runs[0].records, "loss_nats") if len(runs) == 1 else None
+        reached = "" if end_nats is None else f"; the model has {end_nats:.3f} at the end"
+        notes.append(
+            f"Dashed line: the entropy of the source, {floor_nats:.3f} nats per token of whole documents{reached}."
+        )
     for run in runs:
         if run.skipped:
             name = "" if len(runs) == 1 else f" of {escape(run.name)}"

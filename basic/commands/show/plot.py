@@ -30,7 +30,7 @@ def main(options: Options) -> None:
     from basic.analysis.plotting import picture_output, plot_losses, run_labels
     from basic.common.config_files import to_table
     from basic.common.outputs import reserved_outputs
-    from basic.training.records.metrics import entropy_to_draw, read_all_records
+    from basic.training.records.metrics import entropy_to_draw, known_entropy, read_all_records
     from basic.training.run_folder import load_run_config
 
     if not options.runs:
@@ -42,7 +42,8 @@ def main(options: Options) -> None:
         logs = [read_all_records(run / "metrics.jsonl") for run in runs]
         floor_nats = entropy_to_draw(options.entropy, logs)
         training = [[record for record in log if "kind" not in record] for log in logs]
-        plot_losses(dict(zip(labels, training, strict=True)), output, floor_nats=floor_nats)
+        end_nats = known_entropy(logs[0], "loss_nats") if len(logs) == 1 else None
+        plot_losses(dict(zip(labels, training, strict=True)), output, floor_nats=floor_nats, end_nats=end_nats)
     print(f"wrote {output}")
 
 

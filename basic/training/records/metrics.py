@@ -72,9 +72,13 @@ def read_all_records(path: str | os.PathLike) -> list[dict[str, Any]]:
     return records
 
 
-def known_entropy(records: Iterable[Mapping[str, Any]]) -> float | None:
-    """The entropy in nats per token of the source that a run was trained on, if the log has it: kind "source"."""
-    found = [record.get("entropy_nats") for record in records if record.get("kind") == "source"]
+def known_entropy(records: Iterable[Mapping[str, Any]], name: str = "entropy_nats") -> float | None:
+    """The entropy in nats per token of the source that a run was trained on, if the log has it: kind "source".
+
+    Args:
+        name: "loss_nats" is the loss of the model at the end, also per token of whole documents.
+    """
+    found = [record.get(name) for record in records if record.get("kind") == "source"]
     return float(found[-1]) if found and isinstance(found[-1], int | float) and math.isfinite(found[-1]) else None
 
 
