@@ -29,9 +29,9 @@ import numpy as np
 from basic.common.errors import InvalidInputError, how_to_install
 from basic.common.outputs import reserved_outputs
 from basic.common.progress import progress_bar
-from basic.corpus.documents import BadLines, read_lines
+from basic.corpus.documents import BadLines, SkippedLines, read_lines, warn_of_skipped
 from basic.corpus.shards import Shard
-from basic.corpus.sources import Inputs, SkippedLines, TextSource, expand_inputs, warn_of_skipped
+from basic.corpus.sources import Inputs, TextSource, expand_inputs
 from basic.corpus.work_folder import Record
 from basic.encoding import SavedTokenizer, ShardEncoding, encode_files, shard_record, token_file_outputs
 from basic.Tokenizer import Tokenizer

@@ -21,12 +21,12 @@ from typing import Any
 
 from basic.bpe.arrays import InvalidByteError
 from basic.bpe.compiled import KernelEncoder
-from basic.bpe.loading import MIN_BYTES_FOR_KERNELS
 from basic.common.arguments import check_errors_option, check_size
 from basic.common.errors import DamagedFileError, InvalidInputError, WrongTokenizerError
 from basic.common.files import is_unfinished
 from basic.common.outputs import Output, check_outputs, reserved_outputs
 from basic.common.progress import default_num_workers, progress_bar, resolve_num_threads
+from basic.corpus.documents import SkippedLines, warn_of_skipped
 from basic.corpus.shards import (
     KERNEL_CHUNK_BYTES,
     SHARD_BYTES,
@@ -34,21 +34,19 @@ from basic.corpus.shards import (
     ShardChunks,
     boundaries_fingerprint,
     entire_source,
-    exceeds,
     group_by_special_tokens,
     inputs_fingerprint,
+    kernels_for,
     read_segment,
     split_into_shards,
     total_text_bytes,
 )
 from basic.corpus.sources import (
     Inputs,
-    SkippedLines,
     TextSource,
     check_can_be_divided,
     check_separator,
     expand_inputs,
-    warn_of_skipped,
 )
 from basic.corpus.work_folder import MANIFEST_NAME, Record, WorkFolder, is_work_folder, local_executor
 from basic.Tokenizer import Tokenizer
@@ -318,11 +316,7 @@ def _entire_sources(sources: list[TextSource], tokenizer: Tokenizer) -> Shard:
 
 
 def _kernel_encoder(tokenizer: Tokenizer, segments: Shard) -> KernelEncoder | None:
-    num_mapped_bytes = sum(segment.num_bytes for segment in segments if segment.is_mapped)
-    encoder = tokenizer.kernel_encoder(sum(segment.num_bytes for segment in segments), num_mapped_bytes)
-    if encoder is None and tokenizer.kernels is None and exceeds(segments, MIN_BYTES_FOR_KERNELS):
-        return tokenizer.kernel_encoder(MIN_BYTES_FOR_KERNELS, num_mapped_bytes)
-    return encoder
+    return None if tokenizer.kernels is False else kernels_for(segments, tokenizer.kernel_encoder)
 
 
 def encode_shard(tokenizer: SavedTokenizer, encoding: ShardEncoding, shard: Shard, path: str) -> Record:

@@ -27,6 +27,7 @@ from basic.transformer.kernels import dispatch
 from basic.transformer.layers import (
     FEED_FORWARD,
     Embedding,
+    KVCache,
     Linear,
     RMSNorm,
     RotaryPositionalEmbedding,
@@ -44,43 +45,6 @@ __all__ += ["clip_gradients", "cosine_schedule", "cross_entropy", "softmax"]
 
 _GATE_FEATURES = 32
 """Features of a token, the first ones, that set the gates of its value embeddings."""
-
-
-class KVCache:
-    """Keys and values of earlier tokens, for every layer, in buffers of fixed size.
-
-    A forward pass writes the keys and values of its tokens behind the first `length` positions. The caller then calls
-    `advance`, once a pass, because no layer knows that it is the last.
-
-    Args:
-        config: of the model.
-        batch_size: number of sequences.
-        dtype, device: of the activations.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch_size: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ):
-        shape = (config.num_layers, batch_size, config.kv_heads, config.context_length, config.d_head)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0
-
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new keys and values of a layer, (batch, heads, new, d_head); return those of all tokens so far."""
-        end = self.length + keys.shape[-2]
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-    def advance(self, num_tokens: int) -> None:
-        """Keep the keys and values that the last forward pass has written."""
-        self.length += num_tokens
 
 
 class MultiHeadSelfAttention(Module):

@@ -14,7 +14,9 @@ import os
 import secrets
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from basic.bpe.arrays import PretokenCounts
 from basic.bpe.compiled import sort_pretokens
 from basic.common.errors import DamagedFileError
 from basic.common.files import open_file, sha256_of_file
+from basic.corpus.work_folder import Record, WorkFolder
 
 BLOCK_PRETOKENS = 1 << 16
 FAN_IN = 16  # tables that are merged at a time: each needs a block of one or two megabytes in memory
@@ -148,3 +151,73 @@ def _slice(block: PretokenCounts, start: int, stop: int) -> PretokenCounts:
     """The pre-tokens with these indices, as views."""
     first, last = block.starts[start], block.starts[stop]
     return PretokenCounts(block.data[first:last], block.starts[start : stop + 1] - first, block.counts[start:stop])
+
+
+class MergeTree:
+    """The tables of a work folder: one of each shard, and on each further level a merged one of every `fan_in` tables.
+
+    Attributes:
+        levels: the file names of each level; the last level has one table, the result.
+    """
+
+    def __init__(self, folder: WorkFolder, num_shards: int, fan_in: int) -> None:
+        self._folder, self._fan_in = folder, fan_in
+        self.levels = [[f"counts-0-{index:06}.words" for index in range(num_shards)]]
+        while (num_tables := len(self.levels[-1])) > 1:
+            names = [f"counts-{len(self.levels)}-{index:06}.words" for index in range(-(-num_tables // fan_in))]
+            self.levels.append(names)
+
+    def run(
+        self,
+        count_shard: Callable[..., Record],
+        shards: Sequence[Any],
+        executor: Executor | Callable[[], Executor],
+        on_counted: Callable[[Record], object] | None,
+        *,
+        kernels: bool,
+    ) -> Record:
+        """Make the tables that are not finished; return the record of the result.
+
+        Args:
+            count_shard: called with a shard and the path of its table; returns the record of the task.
+            on_counted: called with the record of each shard.
+        """
+        missing = self._missing()
+        tasks = [(self.levels[0][i], (shards[i],)) for i in missing[0]]
+        self._folder.run(count_shard, tasks, executor, on_counted)
+        for level in range(1, len(self.levels)):
+            tasks = [(self.levels[level][i], (self._inputs(level, i),)) for i in missing[level]]
+            self._folder.run(partial(merge_table_files, kernels), tasks, executor)
+            for name in self.levels[level - 1]:
+                (self._folder.path / name).unlink(missing_ok=True)
+        record = self._folder.finished_record(self.levels[-1][0])
+        assert record is not None
+        return record
+
+    def _missing(self) -> list[list[int]]:
+        """The tables to make on each level. From the result down: a finished table needs none of its inputs."""
+        missing: list[list[int]] = [[] for _ in self.levels]
+        needed = [0]
+        for level in reversed(range(len(self.levels))):
+            missing[level] = [i for i in needed if self._folder.finished_record(self.levels[level][i]) is None]
+            needed = [child for i in missing[level] for child in self._children(level, i)]
+        return missing
+
+    def _children(self, level: int, index: int) -> range:
+        """The indices of the tables, one level down, that are merged into this one."""
+        if level == 0:
+            return range(0)
+        return range(index * self._fan_in, min((index + 1) * self._fan_in, len(self.levels[level - 1])))
+
+    def _inputs(self, level: int, index: int) -> list[tuple[str, str]]:
+        """The path and the SHA-256 of each table that is merged into this one."""
+        names = [self.levels[level - 1][child] for child in self._children(level, index)]
+        records = [record for record in map(self._folder.finished_record, names) if record]
+        return [(str(self._folder.path / record["file"]), record["sha256"]) for record in records]
+
+
+def merge_table_files(kernels: bool, tables: list[tuple[str, str]], path: str) -> Record:
+    """Merge tables, each given by its path and SHA-256, and write the result."""
+    return write_table(
+        path, merge_tables([read_table(table, sha256=sha256) for table, sha256 in tables], kernels=kernels)
+    )

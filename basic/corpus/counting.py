@@ -30,6 +30,7 @@ from basic.common.config_files import check_fields
 from basic.common.progress import default_num_workers, progress_bar
 from basic.corpus.count_tables import (
     FAN_IN,
+    MergeTree,
     concatenate,
     drop_rare,
     merge_tables,
@@ -37,6 +38,7 @@ from basic.corpus.count_tables import (
     sorted_table,
     write_table,
 )
+from basic.corpus.documents import SkippedLines, warn_of_skipped
 from basic.corpus.shards import (
     KERNEL_CHUNK_BYTES,
     SHARD_BYTES,
@@ -45,20 +47,18 @@ from basic.corpus.shards import (
     ShardChunks,
     boundaries_fingerprint,
     entire_source,
-    exceeds,
     group_by_special_tokens,
     inputs_fingerprint,
+    kernels_for,
     read_segment,
     split_into_shards,
     total_text_bytes,
 )
 from basic.corpus.sources import (
     Inputs,
-    SkippedLines,
     check_can_be_divided,
     check_separator,
     expand_inputs,
-    warn_of_skipped,
 )
 from basic.corpus.work_folder import Record, WorkFolder, local_executor
 from basic.pretokenization import GPT2_PATTERN, Pattern, SpecialTokens, pretokenize_stream, resolve_pattern
@@ -208,11 +208,12 @@ def build_count_table(
             chunk_bytes=options.chunk_bytes,
             advance=folder.cancellable(advance) if in_threads else None,
         )
-        tree = _MergeTree(folder, len(shards), options.fan_in)
+        tree = MergeTree(folder, len(shards), options.fan_in)
         advance(folder.bytes_done(tree.levels[0]))
         threads = kernels or any(source.reads_once for source in sources)
         executor = options.executor or local_executor(num_workers, len(shards), threads=threads)
-        record = tree.run(counting, shards, executor, None if in_threads else advance)
+        on_counted = None if in_threads else lambda record: advance(record["bytes"])
+        record = tree.run(partial(count_shard, counting), shards, executor, on_counted, kernels=kernels)
         folder.remove_temporary_files()
         warn_of_skipped(folder.records(tree.levels[0]))
         table = concatenate(list(read_table(folder.path / record["file"], sha256=record["sha256"])))
@@ -222,13 +223,7 @@ def build_count_table(
 def _use_kernels(segments: Sequence[Segment], pattern: Pattern, kernels: bool | None) -> bool:
     if kernels is False or automaton_of(pattern.splits) is None:
         return False
-    num_bytes = sum(segment.num_bytes for segment in segments)
-    mapped_bytes = sum(segment.num_bytes for segment in segments if segment.is_mapped)
-    if kernels or loading.kernels_pay_off("training", num_bytes, num_mapped_bytes=mapped_bytes):
-        return True
-    if not exceeds(segments, loading.MIN_BYTES_FOR_KERNELS):
-        return False
-    return loading.kernels_pay_off("training", loading.MIN_BYTES_FOR_KERNELS, num_mapped_bytes=mapped_bytes)
+    return kernels or kernels_for(segments, partial(loading.kernels_pay_off, "training"))
 
 
 def _default_shard_bytes(segments: Sequence[Segment], num_workers: int, kernels: bool, options: CountingOptions) -> int:
@@ -242,63 +237,6 @@ def _default_shard_bytes(segments: Sequence[Segment], num_workers: int, kernels:
         return SHARD_BYTES
     rounds = -(-num_bytes // (num_workers * SHARD_BYTES))
     return -(-num_bytes // (rounds * num_workers))
-
-
-class _MergeTree:
-    """The tables of a work folder: one of each shard, and on each further level a merged one of every `fan_in` tables.
-
-    Attributes:
-        levels: the file names of each level; the last level has one table, the result.
-    """
-
-    def __init__(self, folder: WorkFolder, num_shards: int, fan_in: int) -> None:
-        self._folder, self._fan_in = folder, fan_in
-        self.levels = [[f"counts-0-{index:06}.words" for index in range(num_shards)]]
-        while (num_tables := len(self.levels[-1])) > 1:
-            names = [f"counts-{len(self.levels)}-{index:06}.words" for index in range(-(-num_tables // fan_in))]
-            self.levels.append(names)
-
-    def run(
-        self,
-        counting: ShardCounting,
-        shards: Sequence[Shard],
-        executor: Executor | Callable[[], Executor],
-        advance: Advance | None,
-    ) -> Record:
-        """Count the shards and merge the tables, except for what is finished; return the record of the result."""
-        missing = self._missing()
-        tasks = [(self.levels[0][i], (shards[i],)) for i in missing[0]]
-        on_finished = None if advance is None else lambda record: advance(record["bytes"])
-        self._folder.run(partial(count_shard, counting), tasks, executor, on_finished)
-        for level in range(1, len(self.levels)):
-            tasks = [(self.levels[level][i], (self._inputs(level, i),)) for i in missing[level]]
-            self._folder.run(partial(merge_table_files, counting.kernels), tasks, executor)
-            for name in self.levels[level - 1]:
-                (self._folder.path / name).unlink(missing_ok=True)
-        record = self._folder.finished_record(self.levels[-1][0])
-        assert record is not None
-        return record
-
-    def _missing(self) -> list[list[int]]:
-        """The tables to make on each level. From the result down: a finished table needs none of its inputs."""
-        missing: list[list[int]] = [[] for _ in self.levels]
-        needed = [0]
-        for level in reversed(range(len(self.levels))):
-            missing[level] = [i for i in needed if self._folder.finished_record(self.levels[level][i]) is None]
-            needed = [child for i in missing[level] for child in self._children(level, i)]
-        return missing
-
-    def _children(self, level: int, index: int) -> range:
-        """The indices of the tables, one level down, that are merged into this one."""
-        if level == 0:
-            return range(0)
-        return range(index * self._fan_in, min((index + 1) * self._fan_in, len(self.levels[level - 1])))
-
-    def _inputs(self, level: int, index: int) -> list[tuple[str, str]]:
-        """The path and the SHA-256 of each table that is merged into this one."""
-        names = [self.levels[level - 1][child] for child in self._children(level, index)]
-        records = [record for record in map(self._folder.finished_record, names) if record]
-        return [(str(self._folder.path / record["file"]), record["sha256"]) for record in records]
 
 
 def count_shard(counting: ShardCounting, shard: Shard, path: str) -> Record:
@@ -325,13 +263,6 @@ def count_shard(counting: ShardCounting, shard: Shard, path: str) -> Record:
             tables.append(read_table(Path(folder) / str(index)))
         record = write_table(path, merge_tables(tables, kernels=counting.kernels))
         return {"bytes": num_bytes, **skipped.as_record(), **record}
-
-
-def merge_table_files(kernels: bool, tables: list[tuple[str, str]], path: str) -> Record:
-    """Merge tables, each given by its path and SHA-256, and write the result."""
-    return write_table(
-        path, merge_tables([read_table(table, sha256=sha256) for table, sha256 in tables], kernels=kernels)
-    )
 
 
 def _count_with_kernels(

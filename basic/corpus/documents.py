@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from basic.bytes_utils import utf8_error
@@ -45,6 +46,30 @@ class BadLines:
         if self._num_skipped == MAX_BAD_LINES_AT_START and not self.has_documents:
             raise InvalidInputError(f"none of the first {self._num_skipped:,} lines or rows has a text: {error}")
         self._on_skip(error)
+
+
+class SkippedLines:
+    """The lines and rows that were left out because `on_bad_line` is "skip"; a call adds one."""
+
+    def __init__(self) -> None:
+        self._record: dict[str, Any] = {"skipped": 0}
+
+    def __call__(self, error: InvalidInputError) -> None:
+        self._record.setdefault("first_skipped", str(error))
+        self._record["skipped"] += 1
+
+    def as_record(self) -> dict[str, Any]:
+        """Their number and the message of the first one, as JSON values."""
+        return dict(self._record)
+
+
+def warn_of_skipped(records: Iterable[Mapping[str, Any]]) -> None:
+    """Report all lines and rows that were left out, from the records of `SkippedLines`."""
+    records = [record for record in records if record.get("skipped")]
+    if records:
+        num_skipped = sum(record["skipped"] for record in records)
+        first = records[0].get("first_skipped", "not recorded")  # a damaged record spoils only this report
+        warnings.warn(f"lines or rows skipped: {num_skipped:,}; the first: {first}", stacklevel=3)
 
 
 def read_json_lines(file: ContentReader, field: str, suffix: str, *, errors: str, bad_lines: BadLines) -> Iterator[str]:

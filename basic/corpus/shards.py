@@ -22,6 +22,7 @@ from itertools import compress, groupby, pairwise
 from typing import Any, TypeVar
 
 from basic.bpe.arrays import Chunk, InvalidByteError
+from basic.bpe.loading import MIN_BYTES_FOR_KERNELS
 from basic.bpe.patterns.cuts import safe_cuts_of
 from basic.bytes_utils import decode_blocks, invalid_byte_error
 from basic.common.errors import InvalidInputError
@@ -92,6 +93,20 @@ def entire_source(source: TextSource) -> Segment:
         return Segment(source, size, version)
     text_start = min(size, size_of_bom(source))
     return Segment(source, size, version, text_start, size, text_start)
+
+
+def kernels_for(segments: Sequence[Segment], choose: Callable[[int, int], T]) -> T:
+    """Choose between kernels and the plain path for the text of segments.
+
+    Args:
+        choose: called with the size of the text in bytes and how many of them are mapped; what it returns is false for
+            the plain path. If sizes are not known, it is asked again for a text that is just large enough, if it is.
+    """
+    mapped_bytes = sum(segment.num_bytes for segment in segments if segment.is_mapped)
+    chosen = choose(sum(segment.num_bytes for segment in segments), mapped_bytes)
+    return chosen or (
+        choose(MIN_BYTES_FOR_KERNELS, mapped_bytes) if exceeds(segments, MIN_BYTES_FOR_KERNELS) else chosen
+    )
 
 
 def exceeds(segments: Sequence[Segment], num_bytes: int) -> bool:

@@ -17,9 +17,8 @@ import codecs
 import glob
 import os
 import re
-import warnings
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -30,7 +29,7 @@ from urllib.parse import urlsplit
 from basic.bytes_utils import decode_blocks
 from basic.common.arguments import check_type, describe
 from basic.common.errors import InvalidInputError
-from basic.common.files import open_file, temporary_folder
+from basic.common.files import open_file
 from basic.corpus.documents import BadLines, read_json_lines, read_parquet
 from basic.corpus.files import (
     BLOCK_BYTES,
@@ -303,30 +302,6 @@ def check_can_be_divided(inputs: Inputs) -> None:
             )
 
 
-class SkippedLines:
-    """The lines and rows that were left out because `on_bad_line` is "skip"; a call adds one."""
-
-    def __init__(self) -> None:
-        self._record: dict[str, Any] = {"skipped": 0}
-
-    def __call__(self, error: InvalidInputError) -> None:
-        self._record.setdefault("first_skipped", str(error))
-        self._record["skipped"] += 1
-
-    def as_record(self) -> dict[str, Any]:
-        """Their number and the message of the first one, as JSON values."""
-        return dict(self._record)
-
-
-def warn_of_skipped(records: Iterable[Mapping[str, Any]]) -> None:
-    """Report all lines and rows that were left out, from the records of `SkippedLines`."""
-    records = [record for record in records if record.get("skipped")]
-    if records:
-        num_skipped = sum(record["skipped"] for record in records)
-        first = records[0].get("first_skipped", "not recorded")  # a damaged record spoils only this report
-        warnings.warn(f"lines or rows skipped: {num_skipped:,}; the first: {first}", stacklevel=3)
-
-
 def check_separator(source: TextSource, special_tokens: Collection[str]) -> None:
     """Check that the separator of documents is one of the special tokens.
 
@@ -406,40 +381,6 @@ def read_text(path: str | os.PathLike, *, errors: str = "strict") -> Iterator[st
     mark = SpecialTokens.document_mark(source.end_of_text).tokens[0]
     for text in read_text_with_marks(source, errors=errors):
         yield text.replace(mark, source.end_of_text)
-
-
-@contextmanager
-def as_plain_file(path: str | os.PathLike, folder: str | os.PathLike) -> Generator[Path]:
-    """Yield the path of a local file with the plain text of a source: its own, or a temporary one in this folder.
-
-    Raises:
-        InvalidInputError: a document of JSON lines has the separator in its text, or see `read_text_with_marks`.
-    """
-    source = with_known_content(as_source(path))
-    if source.is_plain and not source.is_remote:
-        check_name(source, source.content_suffix)
-        file_size_bytes(source)  # raises for a file that cannot be read
-        size_of_bom(source)
-        yield Path(source)
-        return
-    with temporary_folder(Path(folder) / "text.txt") as temporary:
-        plain = temporary / "text.txt"
-        with open(plain, "xb") as file:
-            file.writelines(_separated_in_text(source))
-        yield plain
-
-
-def _separated_in_text(source: TextSource) -> Iterator[bytes]:
-    """The bytes of a text, where a separator can only be a separator."""
-    mark = SpecialTokens.document_mark(source.end_of_text).tokens[0]
-    for text in read_text_with_marks(source):
-        if source.has_marks and source.end_of_text in text:
-            raise InvalidInputError(
-                f"a document of {os.fspath(source)!r} contains {source.end_of_text!r}, which also separates the "
-                f"documents in plain text: {text.removeprefix(mark)!r:.60}; choose another separator, or use the "
-                "file as it is, where the two are not mixed up"
-            )
-        yield text.replace(mark, source.end_of_text).encode()
 
 
 def size_of_bom(source: TextSource) -> int:

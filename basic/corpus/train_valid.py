@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from basic.common.errors import InvalidInputError
-from basic.common.files import atomic_paths, open_file
-from basic.corpus.sources import as_plain_file
+from basic.common.files import atomic_paths, open_file, temporary_folder
+from basic.corpus.files import file_size_bytes
+from basic.corpus.sources import TextSource, as_source, read_text_with_marks, size_of_bom, with_known_content
 from basic.corpus.stories.grammar import Story, stories
+from basic.corpus.text_formats import check_name
+from basic.pretokenization import SpecialTokens
 
 _SEPARATOR = "<|endoftext|>"
 
@@ -95,6 +98,40 @@ def _new_or_equal(path: Path) -> Generator[BinaryIO]:
             yield file
         if path.exists() and not filecmp.cmp(temporary, path, shallow=False):
             raise FileExistsError(f"{path} exists and holds another text, which would be replaced; move it away")
+
+
+@contextmanager
+def as_plain_file(path: str | os.PathLike, folder: str | os.PathLike) -> Generator[Path]:
+    """Yield the path of a local file with the plain text of a source: its own, or a temporary one in this folder.
+
+    Raises:
+        InvalidInputError: a document of JSON lines has the separator in its text, or see `read_text_with_marks`.
+    """
+    source = with_known_content(as_source(path))
+    if source.is_plain and not source.is_remote:
+        check_name(source, source.content_suffix)
+        file_size_bytes(source)  # raises for a file that cannot be read
+        size_of_bom(source)
+        yield Path(source)
+        return
+    with temporary_folder(Path(folder) / "text.txt") as temporary:
+        plain = temporary / "text.txt"
+        with open(plain, "xb") as file:
+            file.writelines(_separated_in_text(source))
+        yield plain
+
+
+def _separated_in_text(source: TextSource) -> Iterator[bytes]:
+    """The bytes of a text, where a separator can only be a separator."""
+    mark = SpecialTokens.document_mark(source.end_of_text).tokens[0]
+    for text in read_text_with_marks(source):
+        if source.has_marks and source.end_of_text in text:
+            raise InvalidInputError(
+                f"a document of {os.fspath(source)!r} contains {source.end_of_text!r}, which also separates the "
+                f"documents in plain text: {text.removeprefix(mark)!r:.60}; choose another separator, or use the "
+                "file as it is, where the two are not mixed up"
+            )
+        yield text.replace(mark, source.end_of_text).encode()
 
 
 def _split_offset(text: mmap.mmap, start: int, stop: int) -> int:

@@ -1,4 +1,4 @@
-"""What the blocks of the Transformer are built of: matrices, embeddings, norms, RoPE and feed-forward layers."""
+"""What the blocks of the Transformer are built of: matrices, embeddings, norms, RoPE, feed-forward layers, a cache."""
 
 from __future__ import annotations
 
@@ -217,6 +217,43 @@ class SquaredReLUFeedForward(SiLUFeedForward):
 
 
 FEED_FORWARD = {"swiglu": SwiGLU, "silu": SiLUFeedForward, "relu2": SquaredReLUFeedForward}
+
+
+class KVCache:
+    """Keys and values of earlier tokens, for every layer, in buffers of fixed size.
+
+    A forward pass writes the keys and values of its tokens behind the first `length` positions. The caller then calls
+    `advance`, once a pass, because no layer knows that it is the last.
+
+    Args:
+        config: of the model.
+        batch_size: number of sequences.
+        dtype, device: of the activations.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ):
+        shape = (config.num_layers, batch_size, config.kv_heads, config.context_length, config.d_head)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values of a layer, (batch, heads, new, d_head); return those of all tokens so far."""
+        end = self.length + keys.shape[-2]
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, num_tokens: int) -> None:
+        """Keep the keys and values that the last forward pass has written."""
+        self.length += num_tokens
 
 
 def make_norm(config: ModelConfig) -> Module:

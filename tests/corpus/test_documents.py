@@ -19,10 +19,10 @@ import pytest
 from basic.bpe import loading
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.corpus.counting import count_pretokens
-from basic.corpus.documents import BadLines, read_parquet
+from basic.corpus.documents import BadLines, read_parquet, warn_of_skipped
 from basic.corpus.files import BLOCK_BYTES
 from basic.corpus.shards import entire_source, exceeds
-from basic.corpus.sources import TextSource, expand_inputs, read_text, warn_of_skipped
+from basic.corpus.sources import TextSource, expand_inputs, read_text
 from basic.corpus.train_valid import split_text
 from basic.encoding import encode_file, encode_files
 from basic.pretokenization import SpecialTokens

@@ -136,7 +136,7 @@ def test_another_text_is_not_replaced(name, tmp_path):
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one two three four five"}\n' * 5)
     program = (
-        "import os, sys; from basic.corpus.sources import as_plain_file\n"
+        "import os, sys; from basic.corpus.train_valid import as_plain_file\n"
         "with as_plain_file(sys.argv[1], sys.argv[2]): os.kill(os.getpid(), 9)\n"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "a.jsonl"), str(tmp_path)], check=False)
