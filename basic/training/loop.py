@@ -246,6 +246,7 @@ class _TrainingLoop:
         """Take all steps after `start`; return the configuration, which has their number, also if it was planned."""
         config, settings = self.config, self.config.train
         take_step = self.make_step(self.model, self.optimizer, settings, self.device, self.world)
+        take_step.fp8_scales = start.fp8_scales
         if take_step.compiles:
             time = "up to a minute" if self.device.type == "cuda" else "a minute or, with a long context, several"
             self.log.print_message(f"compiling the model: the first step takes {time}")
@@ -307,7 +308,7 @@ class _TrainingLoop:
                 if is_due or is_last:
                     nonfinite.handle(meter.synchronize())  # before saving, so that a failed run leaves good checkpoints
                     sequences = start.sequences + (step - start.step) * settings.batch_size
-                    progress = RunProgress(step, meter.wall_s(), nonfinite.count, sequences)
+                    progress = RunProgress(step, meter.wall_s(), nonfinite.count, sequences, take_step.fp8_scales)
                     self.checkpoints.save(self.model, self.optimizer, progress, valid_loss=valid_loss, is_last=is_last)
                 if signal_number:
                     resume = f"resume with: `basic train --resume {self.checkpoints.run_dir}`"

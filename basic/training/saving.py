@@ -52,6 +52,8 @@ class RunProgress(NamedTuple):
     """Steps that were skipped because their loss or gradient was not finite."""
     sequences: int = 0
     """Sequences that the model has seen."""
+    fp8_scales: dict[str, list[float]] | None = None
+    """In fp8, those of the next step; see `TrainStep`."""
 
 
 class CheckpointManager:
@@ -296,7 +298,8 @@ def resume_run(
                 group |= {"base_weight_decay": settings["weight_decay"]} | settings
         if (sequences := extra.get("sequences")) is None:  # version 0.1.0; else rank 0 may be writing the file already
             sequences = step * load_run_config(run_dir).train.batch_size
-        progress = RunProgress(step, extra["wall_s"], extra["nonfinite_steps"], sequences)
+        scales = extra.get("fp8_scales")
+        progress = RunProgress(step, extra["wall_s"], extra["nonfinite_steps"], sequences, scales)
         _set_random_state(extra["random_state"])
     world.on_rank_0(lambda: _rewind_folder(run_dir, config, progress.step))
     return progress

@@ -108,7 +108,8 @@ class TrainStep:
             model, self.weight_copies = _with_weight_copies(model, gradient_dtype)
         self.fp8: Any = None
         if config.precision == "fp8":
-            self.fp8 = multiply_in_fp8(model, config.batch_size * model.config.context_length)
+            num_tokens = config.batch_size * model.config.context_length
+            self.fp8 = multiply_in_fp8(model, num_tokens, world.all_reduce_largest)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.compiles = compiles = config.compile and (device.type != "cuda" or with_kernels)
         if compiles:
@@ -177,13 +178,23 @@ class TrainStep:
         """In fp8, what was too large or not finite since the last call; see `Fp8Matrices.take_unusual`."""
         return [] if self.fp8 is None else self.fp8.take_unusual()
 
+    @property
+    def fp8_scales(self) -> dict[str, list[float]] | None:
+        """In fp8, the scales for the next step, which a resumed run begins with; else None."""
+        return None if self.fp8 is None else self.fp8.scales
+
+    @fp8_scales.setter
+    def fp8_scales(self, scales: dict[str, list[float]] | None) -> None:
+        if self.fp8 is not None and scales is not None and scales.keys() == self.fp8.matrices.keys():
+            self.fp8.scales, self.is_calibrated = scales, True
+
     def _step(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         total_loss, gradients = self._compute_gradients(batch)
         with torch.no_grad():
             all_reduce = self.world.all_reduce_sum if self.sharded else None
             norm, factor = clipping_factor(gradients, self.config.max_gradient_norm, all_reduce)
             if self.fp8 is not None:
-                total_loss += self.fp8.nan_if_not_finite()
+                total_loss += self.fp8.end_measuring()
             total_loss = self.world.all_reduce_mean(total_loss)  # after the gradients, which are sent first
             # A non-finite number on any rank makes the norm non-finite. Then no rank changes a weight.
             factor = torch.where(torch.isfinite(total_loss + norm), factor, torch.nan)
@@ -199,6 +210,8 @@ class TrainStep:
     def _compute_gradients(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, Iterable[list[Tensor]]]:
         """The loss of a batch, and the gradients, in the buckets of `World.make_backward`."""
         self._clear_gradients()
+        if self.fp8 is not None:
+            self.fp8.begin_measuring()
         num_micro_batches = self.config.gradient_accumulation
         total_loss, gradients = torch.zeros((), device=self.device), []
         # The number of targets, the only scalar, is that of all micro-batches together.
@@ -291,11 +304,11 @@ def _with_weight_copies(
     return copy.deepcopy(model, shared), copies
 
 
-def multiply_in_fp8(model: TransformerLM, num_tokens: int) -> Any:
+def multiply_in_fp8(model: TransformerLM, num_tokens: int, all_reduce_largest: Callable[[Tensor], Tensor]) -> Any:
     """Let the blocks of a model multiply their matrices in 8 bits; returns these as `Fp8Matrices`.
 
     Args:
-        num_tokens: of the mean loss.
+        num_tokens, all_reduce_largest: as for `Fp8Matrices`.
     """
     from basic.transformer.fp8 import Fp8Matrices, Fp8SwiGLU  # imported late: it needs Triton
 
@@ -308,7 +321,7 @@ def multiply_in_fp8(model: TransformerLM, num_tokens: int) -> Any:
         joined[f"layers.{i}.ffn.in"] = [ffn.w1, ffn.w3] if isinstance(ffn, SwiGLU) else [ffn.w1]
         joined[f"layers.{i}.ffn.w2"] = [ffn.w2]
     weights: dict[str, list[Tensor]] = {name: [linear.weight for linear in linears] for name, linears in joined.items()}
-    result = Fp8Matrices(weights, num_tokens)
+    result = Fp8Matrices(weights, num_tokens, all_reduce_largest)
     for i, block in enumerate(blocks):
         qkv, output, first, second = (result.matrices[name] for name in list(joined)[4 * i : 4 * i + 4])
         block.attn.fp8, block.attn.output_proj.multiply = qkv, output.linear

@@ -140,34 +140,60 @@ class Fp8Matrices:
     Args:
         groups: the parameters of each matrix, by a name for messages.
         num_tokens: of the mean loss, for the first scales.
+        all_reduce_largest: takes the largest of each number over the ranks that train together, in place. So all of
+            them have the same scales, those of one process with all sequences.
     """
 
-    def __init__(self, groups: Mapping[str, list[Tensor]], num_tokens: int):
+    def __init__(
+        self,
+        groups: Mapping[str, list[Tensor]],
+        num_tokens: int,
+        all_reduce_largest: Callable[[Tensor], Tensor] = lambda largest: largest,
+    ):
         device = next(iter(groups.values()))[0].device
+        self.all_reduce_largest = all_reduce_largest
         self.table = torch.zeros((len(groups), len(KINDS), RECORD_SIZE), device=device)
-        # The first scales need not fit well, because steps are measured before the first one is taken: features are
-        # near 1, and so are gradients, times the number of tokens in the mean.
-        first = torch.tensor([8.0, 64.0, 2.0 ** round(math.log2(num_tokens))], device=device)
-        self.table[..., SCALE], self.table[..., INVERSE] = first, 1 / first
         self.limits = torch.tensor([LIMITS[FORWARD], LIMITS[FORWARD], LIMITS[BACKWARD]], device=device)
         self.headroom = torch.tensor(_HEADROOM, device=device)
         self.matrices = {
             name: Fp8Matrix(groups[name], records) for name, records in zip(groups, self.table, strict=True)
         }
-        for matrix in self.matrices.values():
-            matrix.quantize()
+        # The first scales need not fit well, because steps are measured before the first one is taken: features are
+        # near 1, and so are gradients, times the number of tokens in the mean.
+        self._set_scales(torch.tensor([8.0, 64.0, 2.0 ** round(math.log2(num_tokens))], device=device))
         self.update()
+
+    @property
+    def scales(self) -> dict[str, list[float]]:
+        """The scales of each matrix, in the order of `KINDS`: what a resumed run needs to go on as it would have."""
+        return dict(zip(self.matrices, self.table[..., SCALE].tolist(), strict=True))
+
+    @scales.setter
+    def scales(self, scales: Mapping[str, list[float]]) -> None:
+        self._set_scales(torch.tensor([scales[name] for name in self.matrices], device=self.table.device))
 
     def calibrate(self, compute_gradients: Callable[[], object]) -> None:
         """Measure the first step: each pass with the scales of the one before is nearer to the numbers' true sizes."""
         for _ in range(_CALIBRATION_PASSES):
             compute_gradients()
+            self.end_measuring()
             self.update()
         self.table[..., SATURATED:] = 0
 
-    def nan_if_not_finite(self) -> Tensor:
-        """0; NaN if a number of this step was not finite, which the largest number in 8 bits may hide."""
-        return (self.table[..., LARGEST] * 0).sum()
+    def begin_measuring(self) -> None:
+        """Before a step: forget the inputs of an evaluation since the last one."""
+        for kind in (INPUT, GRADIENT):
+            self.table[:, kind, LARGEST] = 0
+
+    def end_measuring(self) -> Tensor:
+        """After the backward pass: take the largest numbers of all ranks.
+
+        Returns:
+            0; NaN if a number of this step was not finite, which the largest number in 8 bits may hide.
+        """
+        largest = self.all_reduce_largest(self.table[..., LARGEST].contiguous())
+        self.table[..., LARGEST] = largest
+        return (largest * 0).sum()
 
     def update(self) -> None:
         """After a step: the next scales, from the largest numbers of this one; and the new weights, in 8 bits."""
@@ -176,7 +202,10 @@ class Fp8Matrices:
         self.table[..., NONFINITE] += ~is_finite
         self.table[..., SATURATED] += is_finite & (largest * self.table[..., SCALE] > self.limits)
         scales = (self.limits / (self.headroom * largest)).log2().floor().clamp(-100, 100).exp2()
-        scales = torch.where(is_finite & (largest > 0), scales, self.table[..., SCALE])
+        self._set_scales(torch.where(is_finite & (largest > 0), scales, self.table[..., SCALE]))
+
+    def _set_scales(self, scales: Tensor) -> None:
+        """Set the scales (matrices, kinds), and take the values of the parameters with theirs."""
         self.table[..., SCALE], self.table[..., INVERSE] = scales, 1 / scales
         self.table[..., LARGEST] = 0
         for matrix in self.matrices.values():

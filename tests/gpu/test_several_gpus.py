@@ -16,11 +16,11 @@ if not torch.cuda.is_available() or torch.cuda.device_count() < 2:
 
 from basic.training.parallel.world import SINGLE_PROCESS
 from basic.training.run_folder import checkpoint_paths
-from tests.helpers.ranks_tools import losses, run_job, signal_rank_1, start_processes
+from tests.helpers.ranks_tools import checksums, fp8_scales, losses, run_job, signal_rank_1, start_processes
 
 
-def run_on_two_gpus(folder: Path, jobs: dict[str, dict[str, Any]]) -> None:
-    """Run the jobs one after the other, each in the folder of its name."""
+def run_on_two_gpus(folder: Path, jobs: dict[str, dict[str, Any]]) -> str:
+    """Run the jobs one after the other, each in the folder of its name; return what rank 0 prints."""
     processes = start_processes(2, [{"run": str(folder / name), **job} for name, job in jobs.items()])
     try:
         outputs = [process.communicate(timeout=400) for process in processes]
@@ -28,6 +28,7 @@ def run_on_two_gpus(folder: Path, jobs: dict[str, dict[str, Any]]) -> None:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
+    return outputs[0][1]
 
 
 def test_two_gpus_train_as_one_does(tmp_path):
@@ -65,6 +66,27 @@ def test_two_gpus_share_the_work_of_muon(tmp_path):
         difference = np.abs(np.subtract(losses(tmp_path / name), losses(tmp_path / "one"))).max()
         print(f"{name}: losses differ by at most {difference:.1e}")
         assert difference < 3e-2, name
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability() < (8, 9), reason="needs GPUs that multiply in 8 bits")
+def test_two_gpus_train_in_fp8_as_one_does(tmp_path):
+    """Compiled in CUDA graphs, resumed with the same weights bit for bit, and with a NaN on one rank only."""
+    graphs: dict[str, Any] = {"device": "auto", "precision": "fp8", "compile": True, "sample_interval": 0}
+    eager = {**graphs, "compile": False, "cuda_graph": False, "gradient_accumulation": 2}
+    bad = {**eager, "gradient_accumulation": 1, "steps": 6, "poisoned": [3], "on_nonfinite": "skip"}
+    jobs = {"graphs": graphs, "resumed": {**graphs, "from": str(tmp_path / "graphs")}, "eager": eager, "bad": bad}
+    printed = run_on_two_gpus(tmp_path, jobs)
+    run_job({"run": tmp_path / "one", **graphs, "compile": False}, SINGLE_PROCESS)
+    for name in jobs:
+        assert len(checksums(tmp_path / name, 2)) == 1, name
+    for name in ("graphs", "resumed", "eager"):
+        difference = np.abs(np.subtract(losses(tmp_path / name), losses(tmp_path / "one"))).max()
+        print(f"{name}: losses differ by at most {difference:.1e}")
+        assert difference < 3e-2, name
+    print(fp8_scales(tmp_path / "graphs"), fp8_scales(tmp_path / "one"))
+    assert fp8_scales(tmp_path / "graphs") == fp8_scales(tmp_path / "resumed")
+    assert checksums(tmp_path / "graphs", 2) == checksums(tmp_path / "resumed", 2)
+    assert re.search(r"step 3 gave the loss nan.* in fp8, .*\(gradient\) was not finite in 1 steps", printed), printed
 
 
 @pytest.mark.parametrize("lost_by", [signal.SIGKILL, signal.SIGSTOP])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ def run_in_fork(function: Callable[..., object], *arguments: Any) -> int:
         try:
             function(*arguments)
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     return pid

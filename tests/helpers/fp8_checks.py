@@ -112,13 +112,13 @@ def check_unusual_tensors_are_named(device: str) -> None:
     matrices = Fp8Matrices({"a": weights, "b": [weights[0].clone()]}, 16)
     x = torch.randn(16, 16, device=device).bfloat16()
     matrices.matrices["a"].linear(x, *weights)
-    assert matrices.nan_if_not_finite() == 0
+    assert matrices.end_measuring() == 0
     matrices.update()
     assert matrices.take_unusual() == []
     matrices.matrices["a"].linear(x * 100, *weights)
     matrices.matrices["b"].weights[0][3, 4] = math.inf
     matrices.update()
-    assert matrices.nan_if_not_finite().isnan()
+    assert matrices.end_measuring().isnan()
     matrices.update()
     assert matrices.take_unusual() == [
         "a (input) was too large for its scale in 1 steps",

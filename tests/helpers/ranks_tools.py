@@ -3,11 +3,13 @@
 `python -m tests.helpers.ranks_tools JOBS` is one of the processes. It runs one job after the other, together with the
 other ranks. A job is a dictionary: "run" is the run folder; "from" is a folder whose checkpoint of step 10 is resumed
 (default: none); "poisoned" are the steps in which the last rank's loss is NaN; with "other_weights", all ranks but the
-first draw other weights; everything else are settings of `TrainConfig`.
+first draw other weights; everything else are settings of `TrainConfig`. Each rank leaves the checksum of its weights in
+the run folder.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -26,33 +28,36 @@ from basic.training.loop import train
 from basic.training.parallel.world import World, join_world
 from basic.training.records.metrics import read_records
 from basic.training.run_folder import checkpoint_paths, open_checkpoint
+from basic.transformer.optimizer import local_shard
 from tests.helpers.fault_tools import TRAIN, VALID, VOCAB, configuration, poisoned_step
 from tests.helpers.number_tokenizer import NumberTokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def start_processes(count: int, jobs: list[dict[str, Any]]) -> list[subprocess.Popen]:
+def environments(count: int) -> list[dict[str, str]]:
+    """The variables of torchrun, for each rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
     if sys.platform == "linux":
         shared["GLOO_SOCKET_IFNAME"] = "lo"  # works even if the machine's own name cannot be resolved
-    processes = []
-    for rank in range(count):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.helpers.ranks_tools", json.dumps(jobs)],
-                cwd=REPOSITORY,
-                env={**os.environ, **shared, **own},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def start_processes(count: int, jobs: list[dict[str, Any]]) -> list[subprocess.Popen]:
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.helpers.ranks_tools", json.dumps(jobs)],
+            cwd=REPOSITORY,
+            env={**os.environ, **environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-    return processes
+        for environment in environments(count)
+    ]
 
 
 def signal_rank_1(
@@ -102,7 +107,16 @@ def run_job(job: dict[str, Any], world: World) -> None:
         return poisoned_step(poisoned if is_last_rank else [], math.nan)(model, *arguments)
 
     options: dict[str, Any] = {"tokenizer": NumberTokenizer(VOCAB), "resume": bool(source), "world": world}
-    train(config, TRAIN, VALID, run_dir, make_step=make_step, **options)
+    run = train(config, TRAIN, VALID, run_dir, make_step=make_step, **options)
+    checksum = hashlib.sha256()
+    for parameter in run.model.parameters():
+        checksum.update(local_shard(parameter.detach()).cpu().numpy().tobytes())
+    (run_dir / f"weights_{world.rank}").write_text(checksum.hexdigest())
+
+
+def checksums(run_dir: Path, count: int) -> set[str]:
+    """The different checksums of the weights of so many ranks."""
+    return {(run_dir / f"weights_{rank}").read_text() for rank in range(count)}
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -117,6 +131,11 @@ def newest_state(run_dir: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
     checkpoint = open_checkpoint(checkpoint_paths(run_dir)[-1])
     document = {**checkpoint.document, "extra": {**checkpoint.document["extra"], "wall_s": None}}
     return document, dict(checkpoint.tensors)
+
+
+def fp8_scales(run_dir: Path) -> dict[str, list[float]]:
+    """Those of a run's newest checkpoint."""
+    return open_checkpoint(checkpoint_paths(run_dir)[-1]).entry("extra")["fp8_scales"]
 
 
 def main() -> None:

@@ -106,6 +106,12 @@ class World:
         """The mean of a tensor over all ranks, in place."""
         return self.all_reduce_sum(tensor).div_(self.size) if self.size > 1 else tensor
 
+    def all_reduce_largest(self, tensor: Tensor) -> Tensor:
+        """The largest of each number over all ranks, in place; of float32 numbers >= 0, and NaN is the largest."""
+        if self.size > 1:  # as integers these have the same order, and what is the larger of NaN and 1 is known
+            dist.all_reduce(tensor.view(torch.int32), dist.ReduceOp.MAX)
+        return tensor
+
     def all_gather_tensors(self, tensor: Tensor) -> Tensor:
         """The tensors of all ranks, of equal shapes, joined along their first dimension by rank."""
         tensors = [torch.empty_like(tensor) for _ in range(self.size)]
