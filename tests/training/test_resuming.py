@@ -82,6 +82,27 @@ def test_a_run_resumed_in_a_new_process_equals_an_uninterrupted_one_to_the_last_
         assert uninterrupted.document == resumed.document
 
 
+def test_scales_of_fp8_are_saved_and_a_resumed_run_gets_them(tmp_path):
+    """A stub of a step in fp8, which a CPU has not; tests/interpreted/check_kernels.py has the steps."""
+    given: list[Any] = []
+
+    class Fp8Step(TrainStep):
+        @property
+        def fp8_scales(self):
+            return {"layers.0.ffn.w2": [2.0**-100, 64.0, 2.0**100]}
+
+        @fp8_scales.setter
+        def fp8_scales(self, scales):
+            given.append(scales)
+
+    train(configuration(steps=2), TRAIN, VALID, tmp_path / "run", make_step=Fp8Step)
+    train(configuration(steps=4), TRAIN, VALID, tmp_path / "run", make_step=Fp8Step, resume=True)
+    assert given == [None, {"layers.0.ffn.w2": [2.0**-100, 64.0, 2.0**100]}]
+    train(configuration(steps=6), TRAIN, VALID, tmp_path / "run", resume=True)  # in another precision
+    train(configuration(steps=8), TRAIN, VALID, tmp_path / "run", make_step=Fp8Step, resume=True)
+    assert given[2:] == [None]
+
+
 def test_other_data_is_refused_and_another_number_of_threads_is_reported(tmp_path, capsys):
     train(configuration(steps=2), TRAIN, VALID, tmp_path / "run")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
