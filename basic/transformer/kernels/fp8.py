@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from basic.transformer.kernels.interpreter import to_float8
+from basic.transformer.kernels.interpreter import round_to_bfloat16, to_float8
 from basic.transformer.kernels.swiglu import gate_gradients, load_both
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
@@ -33,19 +33,23 @@ or fewer warps, they do not fit into registers."""
 
 
 @triton.jit
-def _rounded(x, dtype: tl.constexpr, RECORD):
-    """A tile of float32 in 8 bits; the largest absolute value is recorded."""
-    # As integers, absolute values have the same order, and NaN is the largest.
-    largest = tl.max(tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1), 0)
-    RECORDED = (RECORD + 2).to(tl.pointer_type(tl.int32), bitcast=True)
-    tl.atomic_max(RECORDED, largest, mask=largest > tl.load(RECORDED), sem="relaxed")
-    return to_float8(x * tl.load(RECORD + 1), dtype)
+def _size(x):
+    """Absolute values as integers, which have the same order; NaN is the largest."""
+    return tl.abs(x).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def store_both(x, ROWS, COLUMNS, rows, columns, rows_stride, columns_stride, mask, RECORD):
-    """Quantize a tile of float32 and write it to a tensor and to its transpose; masked numbers must be 0."""
-    y = _rounded(x, ROWS.dtype.element_ty, RECORD)
+def _record(sizes, RECORD):
+    """Record the largest of a tile of sizes; those of masked numbers must be 0."""
+    largest = tl.max(sizes)
+    RECORDED = (RECORD + 2).to(tl.pointer_type(tl.int32), bitcast=True)
+    tl.atomic_max(RECORDED, largest, mask=largest > tl.load(RECORDED), sem="relaxed")
+
+
+@triton.jit
+def _store_both(x, ROWS, COLUMNS, rows, columns, rows_stride, columns_stride, mask, RECORD):
+    """Quantize a tile of float32 and write it to a tensor and to its transpose."""
+    y = to_float8(x * tl.load(RECORD + 1), ROWS.dtype.element_ty)
     tl.store(ROWS + rows * rows_stride + columns, y, mask=mask)
     tl.store(COLUMNS + columns.to(tl.int64) * columns_stride + rows, y, mask=mask)
 
@@ -57,7 +61,8 @@ def _quantize(X, ROWS, COLUMNS, RECORD, num_rows, num_columns, x_stride, rows_st
     columns = (tl.program_id(1) * N + tl.arange(0, N))[None, :]
     mask = (rows < num_rows) & (columns < num_columns)
     x = tl.load(X + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    store_both(x, ROWS, COLUMNS, rows, columns, rows_stride, columns_stride, mask, RECORD)
+    _record(_size(x), RECORD)
+    _store_both(x, ROWS, COLUMNS, rows, columns, rows_stride, columns_stride, mask, RECORD)
 
 
 def _launch(kernel: str, rows: int, columns: int) -> tuple[tuple[int, int], dict[str, int]]:
@@ -87,8 +92,9 @@ def _gate(X, ROWS, RECORD, num_rows, width, x_stride, M: tl.constexpr, N: tl.con
     columns = (tl.program_id(1) * N + tl.arange(0, N))[None, :]
     mask = (rows < num_rows) & (columns < width)
     x1, x3 = load_both(X, rows, columns, width, x_stride, mask)
-    y = _rounded(x1 * tl.sigmoid(x1) * x3, ROWS.dtype.element_ty, RECORD)
-    tl.store(ROWS + rows * width + columns, y, mask=mask)
+    y = round_to_bfloat16(x1 * tl.sigmoid(x1) * x3)  # as for the backward pass
+    _record(_size(y), RECORD)
+    tl.store(ROWS + rows * width + columns, to_float8(y * tl.load(RECORD + 1), ROWS.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -100,10 +106,14 @@ def _gate_gradients(X, DY, DX_ROWS, DX_COLUMNS, DX_RECORD, COLUMNS, RECORD, num_
     x1, x3 = load_both(X, rows, columns, width, x_stride, mask)
     dy = tl.load(DY + rows * width + columns, mask=mask, other=0.0).to(tl.float32)
     dx1, dx3, y = gate_gradients(x1, x3, dy)
-    y = _rounded(y, COLUMNS.dtype.element_ty, RECORD)
+    # The GPU has an instruction that transposes numbers of 16 bits; those of 8 would be stored one by one.
+    dx1, dx3, y = round_to_bfloat16(dx1), round_to_bfloat16(dx3), round_to_bfloat16(y)
+    _record(_size(y), RECORD)
+    _record(tl.maximum(_size(dx1), _size(dx3)), DX_RECORD)
+    y = to_float8(y * tl.load(RECORD + 1), COLUMNS.dtype.element_ty)
     tl.store(COLUMNS + columns.to(tl.int64) * num_rows + rows, y, mask=mask)
-    store_both(dx1, DX_ROWS, DX_COLUMNS, rows, columns, 2 * width, num_rows, mask, DX_RECORD)
-    store_both(dx3, DX_ROWS, DX_COLUMNS, rows, columns + width, 2 * width, num_rows, mask, DX_RECORD)
+    _store_both(dx1, DX_ROWS, DX_COLUMNS, rows, columns, 2 * width, num_rows, mask, DX_RECORD)
+    _store_both(dx3, DX_ROWS, DX_COLUMNS, rows, columns + width, 2 * width, num_rows, mask, DX_RECORD)
 
 
 # These operators update a record without saying so: nothing else in a step's graph reads what they change.

@@ -25,6 +25,16 @@ def dot(a, b, accumulator=None):
 
 
 @triton.jit
+def round_to_bfloat16(x):
+    """float32 with as many bits as bfloat16."""
+    if _UPCAST:  # the interpreter only cuts off
+        bits = x.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        return tl.where(x == x, (bits >> 16 << 16).to(tl.float32, bitcast=True), x)
+    return x.to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
 def to_float8(x, dtype: tl.constexpr):
     """float32 rounded to 8 bits; what is larger than the dtype's largest number becomes that number."""
     if _UPCAST:  # the interpreter only cuts off, in its own way: round here
