@@ -27,9 +27,8 @@ if there is one); and counts of the steps with numbers that were too large, or n
 RECORD_SIZE = 8
 """Numbers of a record, float32: cuBLAS reads the first one, whose address must be divisible by 16."""
 
-_TILES = {"quantize": (64, 64, 4), "gate": (64, 128, 8), "gate_gradients": (64, 64, 8)}
-"""Rows and columns of a program's tile, and warps. The last kernel keeps the most numbers a thread: with larger tiles,
-or fewer warps, they do not fit into registers."""
+_TILES = {"quantize": (32, 128, 4, 128), "gate": (64, 128, 8, 64), "gate_gradients": (64, 64, 8, 80)}
+"""Rows and columns of a program's tile, warps, and the registers of a thread, of which fewer let more programs run."""
 
 
 @triton.jit
@@ -67,9 +66,8 @@ def _quantize(X, ROWS, COLUMNS, RECORD, num_rows, num_columns, x_stride, rows_st
 
 def _launch(kernel: str, rows: int, columns: int) -> tuple[tuple[int, int], dict[str, int]]:
     """The grid and the tile of a kernel."""
-    M, N, warps = _TILES[kernel]
-    # With more registers a thread, half as many programs of the largest kernel would run at a time.
-    return (triton.cdiv(rows, M), triton.cdiv(columns, N)), {"M": M, "N": N, "num_warps": warps, "maxnreg": 128}
+    M, N, warps, registers = _TILES[kernel]
+    return (triton.cdiv(rows, M), triton.cdiv(columns, N)), {"M": M, "N": N, "num_warps": warps, "maxnreg": registers}
 
 
 def quantize_into(x: Tensor, rows: Tensor, columns: Tensor, record: Tensor) -> None:
