@@ -17,7 +17,7 @@ from basic.corpus.stories.grammar import (
     story_grammar,
     story_nats,
 )
-from basic.corpus.stories.words import BOYS, GIRLS, RULES, WORDS
+from basic.corpus.stories.words import RULES, WORDS
 
 # Small enough to be counted by hand: 3/4 * (2 cats or 1 dog) + 1/4, where the variable's word selects a rule.
 TOY = Grammar(
@@ -208,7 +208,7 @@ def test_the_proof_finds_an_ambiguity(rules):
 
 
 def test_pronouns_agree_with_the_hero():
-    girls, boys = ({word[""] for word in names} for names in (GIRLS, BOYS))
+    girls, boys = ({word[""] for word in names} for names in (WORDS["girl"], WORDS["boy"]))
     pronouns = {"she": girls, "her": girls, "he": boys, "him": boys, "his": boys}
     used = set()
     for story in stories(4, 2000):

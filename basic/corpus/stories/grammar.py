@@ -1,6 +1,6 @@
 """The embedded corpus: short stories sampled from a probabilistic grammar, each with its exact information in nats.
 
-`words.py` holds the rules and the words. `Grammar` compiles them once and uses them in three ways:
+`stories.toml` has the rules and the words. `Grammar` compiles them once and uses them in three ways:
 
     sample   every choice has a known probability; a story's information is the sum of -log p over its choices
     parse    finds all derivations of a text, and so computes the same number from the text alone
@@ -76,7 +76,7 @@ def story_nats(text: str) -> float:
 
 @cache
 def story_grammar() -> Grammar:
-    """Return the grammar of `words.py`, compiled at the first call."""
+    """Return the grammar of `stories.toml`, compiled at the first call."""
     return Grammar(RULES, WORDS, DRAWN_FROM)
 
 
@@ -123,7 +123,7 @@ class Grammar:
     """A probabilistic context-free grammar without recursion, extended by variables that are bound to words.
 
     Args:
-        rules: the alternatives of each rule, in the notation of `words.py`; the start rule is "story".
+        rules: the alternatives of each rule, in the notation of `stories.toml`; the start rule is "story".
         words: the word lists that variables are bound from.
         drawn_from: the name of a variable's word list, if it is not the variable's own name; it may contain a form of
             another variable, as in "{hero.opposite}".
