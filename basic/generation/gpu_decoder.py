@@ -16,8 +16,8 @@ from basic.generation.decoder import Decoder
 from basic.generation.packed_weights import PackedWeights
 from basic.model import KVCache, TransformerLM
 from basic.transformer.functional import rms_norm, silu
-from basic.transformer.kernels import rope, swiglu
-from basic.transformer.kernels.attention import flash_attention
+from basic.transformer.kernels import swiglu
+from basic.transformer.kernels.attention import flash_attention, rope
 from basic.transformer.kernels.interpreter import LOG2_E
 
 _FEW_SEQUENCES = 4  # up to so many, the matrices are multiplied with one vector after the other

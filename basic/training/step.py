@@ -106,6 +106,8 @@ class TrainStep:
             )
             gradient_dtype = torch.float32 if in_float32 else model.compute_dtype
             model, self.weight_copies = _with_weight_copies(model, gradient_dtype)
+            if is_ours and with_kernels:
+                optimizer.compile_ahead(self.weight_copies)
         self.fp8: Any = None
         if config.precision == "fp8":
             num_tokens = config.batch_size * model.config.context_length

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from basic.transformer.kernels import ahead
 from basic.transformer.kernels.interpreter import round_to_bfloat16, to_float8
 from basic.transformer.kernels.swiglu import gate_gradients, load_both
 
@@ -53,6 +54,7 @@ def _store_both(x, ROWS, COLUMNS, rows, columns, rows_stride, columns_stride, ma
     tl.store(COLUMNS + columns.to(tl.int64) * columns_stride + rows, y, mask=mask)
 
 
+@ahead.Kernel
 @triton.jit
 def _quantize(X, ROWS, COLUMNS, RECORD, num_rows, num_columns, x_stride, rows_stride, columns_stride,
               M: tl.constexpr, N: tl.constexpr):  # fmt: skip
@@ -84,6 +86,7 @@ def quantize_into(x: Tensor, rows: Tensor, columns: Tensor, record: Tensor) -> N
     _quantize[grid](x, rows, columns, record, *x.shape, *strides, **tile)
 
 
+@ahead.Kernel
 @triton.jit
 def _gate(X, ROWS, RECORD, num_rows, width, x_stride, M: tl.constexpr, N: tl.constexpr):
     rows = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)[:, None]
@@ -95,6 +98,7 @@ def _gate(X, ROWS, RECORD, num_rows, width, x_stride, M: tl.constexpr, N: tl.con
     tl.store(ROWS + rows * width + columns, to_float8(y * tl.load(RECORD + 1), ROWS.dtype.element_ty), mask=mask)
 
 
+@ahead.Kernel
 @triton.jit
 def _gate_gradients(X, DY, DX_ROWS, DX_COLUMNS, DX_RECORD, COLUMNS, RECORD, num_rows, width, x_stride,
                     M: tl.constexpr, N: tl.constexpr):  # fmt: skip
@@ -121,7 +125,7 @@ def _empty(x: Tensor, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tens
     return x.new_empty((rows, columns), dtype=dtype), x.new_empty((columns, rows), dtype=dtype)
 
 
-@torch.library.custom_op("basic::quantize", mutates_args=())
+@ahead.operator("basic::quantize")
 def quantize(x: Tensor, record: Tensor, is_gradient: bool = False) -> tuple[Tensor, Tensor]:
     """x (m, n) in 8 bits, and its transpose (n, m); see `quantize_into`."""
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -135,7 +139,7 @@ def _(x: Tensor, record: Tensor, is_gradient: bool = False) -> tuple[Tensor, Ten
     return _empty(x, *x.shape, BACKWARD if is_gradient else FORWARD)
 
 
-@torch.library.custom_op("basic::quantized_gate", mutates_args=())
+@ahead.operator("basic::quantized_gate")
 def quantized_gate(x: Tensor, record: Tensor) -> Tensor:
     """silu(x1) * x3 of x (m, 2 n), which has x1 and x3 side by side, in 8 bits, (m, n)."""
     m, n = x.shape[0], x.shape[1] // 2
@@ -150,7 +154,7 @@ def _(x: Tensor, record: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[1] // 2), dtype=FORWARD)
 
 
-@torch.library.custom_op("basic::quantized_gate_backward", mutates_args=())
+@ahead.operator("basic::quantized_gate_backward")
 def quantized_gate_backward(x: Tensor, dy: Tensor, dx_record: Tensor, record: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of x in 8 bits, (m, 2 n) and (2 n, m), from that of the output; and the output again, (n, m)."""
     m, n = dy.shape

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from basic.transformer.functional import IGNORE_INDEX, mean_correction
-from basic.transformer.kernels import cross_entropy, rope, swiglu
-from basic.transformer.kernels.attention import flash_attention
+from basic.transformer.kernels import ahead, cross_entropy, swiglu
+from basic.transformer.kernels.attention import flash_attention, rope
 
 before_attention_gradients: list[Callable[[], None]] = []
 """Called when the backward pass of an attention begins, also in compiled code and while a CUDA graph is recorded. A
 replay of the graph repeats only what they did on the device."""
 
 
-@torch.library.custom_op("basic::rotary_attention", mutates_args=())
+@ahead.operator("basic::rotary_attention")
 def rotary_attention(
     x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int, window: int = 0,
     starts: Tensor | None = None,
@@ -66,14 +66,15 @@ def _(
     )
 
 
-@torch.library.custom_op("basic::rotary_attention_backward", mutates_args=())
+@ahead.operator("basic::rotary_attention_backward")
 def rotary_attention_backward(
     x: Tensor | None, weight: Tensor | None, qkv: Tensor, cos: Tensor, sin: Tensor, o: Tensor, log_sums: Tensor,
     do: Tensor, window: int = 0, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients of x and of the weight (empty without a weight)."""
-    for callback in before_attention_gradients:
-        callback()
+    if not qkv.is_meta:  # else the kernels are compiled ahead, in another thread
+        for callback in before_attention_gradients:
+            callback()
     do = do if do.stride(-1) == 1 else do.contiguous()
     dqkv = torch.empty_like(qkv)
     q_k_v, gradients = split_heads(qkv, o.shape[2]), split_heads(dqkv, o.shape[2])
@@ -114,7 +115,7 @@ def _linear_backward(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Ten
     return (dy @ weight).view(x.shape), dy.T @ x.reshape(-1, x.shape[-1])
 
 
-@torch.library.custom_op("basic::swiglu_linear", mutates_args=())
+@ahead.operator("basic::swiglu_linear")
 def swiglu_linear(x: Tensor, weight: Tensor) -> Tensor:
     """(silu(x1) * x3) W^T, with x1 and x3 side by side in x (..., 2 width), and W (d_out, width)."""
     gated = swiglu.forward(x.reshape(-1, x.shape[-1]))
@@ -126,7 +127,7 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.custom_op("basic::swiglu_linear_backward", mutates_args=())
+@ahead.operator("basic::swiglu_linear_backward")
 def swiglu_linear_backward(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of `swiglu_linear` for x and W."""
     dy = dy.reshape(-1, dy.shape[-1])
@@ -146,7 +147,7 @@ swiglu_linear.register_autograd(
 )
 
 
-@torch.library.custom_op("basic::linear_cross_entropy", mutates_args=())
+@ahead.operator("basic::linear_cross_entropy")
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, with_gradient: bool, ignore_index: int = IGNORE_INDEX,
     num_targets: Tensor | None = None,

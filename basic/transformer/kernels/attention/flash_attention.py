@@ -35,6 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from basic.transformer.kernels.ahead import Kernel
 from basic.transformer.kernels.interpreter import INTERPRETED, LOG2_E, dot
 
 # By padded head size: queries per tile, keys per tile, warps, pipeline stages, and registers per thread (None for the
@@ -119,6 +120,7 @@ def _visible(rows, keys, starts, WINDOW: tl.constexpr, PACKED: tl.constexpr):
     return visible
 
 
+@Kernel
 @triton.jit
 def _forward(Q, K, V, OUT, LOG_SUMS,
              q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head, o_batch, o_stride, o_head,
@@ -168,6 +170,7 @@ def _rotate_back(x, rows, COS, SIN, T, D: tl.constexpr, WIDTH: tl.constexpr):
     return tl.reshape(tl.join(even * cos + odd * sin, odd * cos - even * sin), (x.shape[0], WIDTH))
 
 
+@Kernel
 @triton.jit
 def _key_gradients(Q, K, V, DO, DK, DV, LOG_SUMS, DELTAS, COS, SIN,
                    q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
@@ -224,6 +227,7 @@ def _key_gradients(Q, K, V, DO, DK, DV, LOG_SUMS, DELTAS, COS, SIN,
     _store_tile(DV, dv, keys, dv_stride, columns, T, D)
 
 
+@Kernel
 @triton.jit
 def _query_gradients(Q, K, V, OUT, DO, DQ, LOG_SUMS, DELTAS, COS, SIN,
                      q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
@@ -327,7 +331,7 @@ def backward(
 
 
 @cache
-def _hopper_kernels(device: torch.device) -> Any:
+def _hopper_kernels(device: torch.device | None) -> Any:
     """The kernels for Hopper GPUs if this is one and Triton is of the version that they were tested with, else None."""
     if INTERPRETED or not triton.__version__.startswith("3.6.") or torch.cuda.get_device_capability(device) != (9, 0):
         return None
@@ -338,7 +342,8 @@ def _hopper_kernels(device: torch.device) -> Any:
 
 def _hopper(*tensors: Tensor) -> Any:
     """The kernels for Hopper GPUs if they support these (B, T, heads, D), else None."""
-    hopper = _hopper_kernels(tensors[0].device)
+    # Tensors without memory are those of kernels that are compiled ahead, for the current device.
+    hopper = _hopper_kernels(tensors[0].device if tensors[0].is_cuda else None)
     return hopper if hopper is not None and hopper.supports(*tensors) else None
 
 

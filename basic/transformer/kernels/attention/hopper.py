@@ -33,6 +33,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from basic.transformer.kernels.ahead import Kernel
 from basic.transformer.kernels.interpreter import LOG2_E
 
 REGISTERS = gl.constexpr((240, 24))
@@ -276,6 +277,7 @@ def _attend(GROUP: gl.constexpr, OUT, LOG_SUMS, STARTS, kept, ring, sizes, scale
             store_tile(OUT + (batch.to(gl.int64) * T * H + head) * HEAD_SIZE, output, row, H * HEAD_SIZE, T)
 
 
+@Kernel
 @gluon.jit(do_not_specialize=INTEGERS)
 def _forward(q_desc, k_desc, v_desc, OUT, LOG_SUMS, STARTS, H, T, tiles, batch_heads, scale, C: gl.constexpr):
     kept = (q_desc,), (tile_memory(q_desc, 2),), barriers(2, 1), barriers(2, 1)
@@ -316,7 +318,7 @@ def launch(
     """Launch a kernel that keeps tiles of `kept_heads` heads, with its own arguments before those that all have."""
     B, T, H, _ = q.shape
     tiles = triton.cdiv(T, TILE.value)
-    multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    multiprocessors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
     programs = min(triton.cdiv(tiles, 2) * B * kept_heads, multiprocessors)
     constants = Constants(*map(gl.constexpr, (H // k.shape[2], window, starts is not None)))
     starts = q if starts is None else starts
