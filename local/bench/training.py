@@ -3,7 +3,8 @@
 The step is that of `basic.training.loop`, with batches from its background thread. `--peers` adds a line for Hugging
 Face's Llama of the same size, compiled, with PyTorch's fused AdamW. MFU is tokens/s * (6 N + 6 L T d) / 989e12, where N
 is the number of weights in matrix multiplications, including the output layer, L the number of layers, T the context
-length and d the width.
+length and d the width. Energy is what the GPU's own counter (NVML, package nvidia-ml-py) says of the same steps; null
+without it.
 """
 
 from __future__ import annotations
@@ -77,6 +78,20 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def synchronize() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
+
+
+def joules_used() -> float | None:
+    """The energy that the GPU has used since its driver was loaded, or None if that is not known."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        # By its UUID: NVML numbers the GPUs of the machine, and torch those that it may use.
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(DEVICE).uuid}")
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+    except Exception as error:  # no package, no driver, or no such counter
+        print(f"energy is not known: {error}", file=sys.stderr)
+        return None
 
 
 def our_step(config: ModelConfig, batch_size: int, precision: Any = "auto") -> Callable:
@@ -153,13 +168,14 @@ def measure(
             step(next(batches))
         batch = next(batches)
         synchronize()
-        started, count = time.perf_counter(), 0
+        joules_before, started, count = joules_used(), time.perf_counter(), 0
         while time.perf_counter() - started < seconds:
             for _ in range(10):
                 loss = step(batch if fixed else next(batches))
                 count += 1
             synchronize()
         step_s = (time.perf_counter() - started) / count
+        joules = None if joules_before is None else ((joules_used() or 0) - joules_before) / count
         if profile:
             print_kernels(lambda: step(batch))
     attention = 2 * config.d_model * (config.num_heads + config.kv_heads) * config.d_head
@@ -171,6 +187,8 @@ def measure(
         "tokens_per_s": round(tokens_per_s),
         "step_ms": round(step_s * 1e3, 3),
         "mfu": round(tokens_per_s * flops_per_token / PEAK_FLOPS, 4),
+        "joules_per_step": None if joules is None else round(joules, 1),
+        "tokens_per_joule": None if joules is None else round(batch_size * config.context_length / joules),
         "first_step_s": round(first_step_s, 1),
         "first_loss": round(first_loss, 3),
         "loss": round(loss.item(), 3),

@@ -16,6 +16,8 @@ pytest.importorskip("triton", reason="needs Triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
+import triton
+
 from basic.model import AdamW, ModelConfig, TransformerLM, cross_entropy
 from basic.training.batches import BatchSampler, read_ahead
 from basic.training.settings import TrainConfig
@@ -173,3 +175,19 @@ def test_without_a_kernel_plain_operations_are_used_with_one_warning(reason):
             losses = [step(random_batch(), 1e-3)[0].item() for _ in range(5)]
     assert np.isfinite(losses).all()
     assert len([warning for warning in caught if "plain operations" in str(warning.message)]) == 1
+
+
+def test_no_kernel_is_compiled_when_it_is_launched(monkeypatch):
+    compiled: list[tuple[str, str]] = []
+
+    def note(*, fn: Any, **_: Any) -> None:
+        if fn.module.startswith("basic."):
+            compiled.append((fn.name, threading.current_thread().name))
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
+    model = make_model(d_model=240, num_heads=6, d_ff=336)  # no other test has this head size
+    model.activation_dtype = torch.bfloat16
+    make_step(model)(random_batch(), 1e-3)
+    print(compiled)
+    assert {"_forward", "_query_gradients", "_key_gradients"} <= {name for name, _ in compiled}
+    assert {thread for _, thread in compiled} == {"compiles kernels"}

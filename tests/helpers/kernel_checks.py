@@ -20,9 +20,8 @@ from basic.model import KVCache, ModelConfig, TransformerLM
 from basic.transformer import functional
 from basic.transformer import muon as plain_muon
 from basic.transformer.kernels import dispatch, muon, operators
-from basic.transformer.kernels.attention import rope
 from basic.transformer.kernels.adamw import step_parameters
-from basic.transformer.kernels.attention import flash_attention
+from basic.transformer.kernels.attention import flash_attention, rope
 from basic.transformer.kernels.interpreter import INTERPRETED
 
 # The interpreter truncates to bfloat16 where a GPU rounds: twice the error.

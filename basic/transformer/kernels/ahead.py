@@ -24,6 +24,7 @@ from torch import Tensor
 
 from basic.transformer.kernels.interpreter import INTERPRETED
 
+_DEVICE_TYPE = "cuda"
 _slots = threading.Semaphore(4)  # threads that compile at a time; most of their work is done without Python's lock
 _threads: dict[Callable, list[threading.Thread]] = {}
 """By function; a list is emptied when the function has waited for its threads."""
@@ -126,7 +127,7 @@ def start(function: Callable, *args: Any, device: torch.device) -> None:
         args: as for the real call; of tensors, only the shape counts.
         device: of the real call.
     """
-    if INTERPRETED or device.type != "cuda":
+    if INTERPRETED or device.type != _DEVICE_TYPE:
         return
     try:
         shapes = _Shape.of(args)
@@ -137,8 +138,8 @@ def start(function: Callable, *args: Any, device: torch.device) -> None:
     _started.add((function, shapes))
     triton.runtime.driver.active.get_current_device()  # creates the driver, which threads would do several times
     thread = threading.Thread(target=_compile, args=(function, shapes, device), name="compiles kernels")
-    _threads.setdefault(function, []).append(thread)
     thread.start()
+    _threads.setdefault(function, []).append(thread)
 
 
 def _compile(function: Any, shapes: tuple, device: torch.device) -> None:
