@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx import Graph
 from torch.nn import Module, Parameter
+from torch.utils.checkpoint import CheckpointPolicy
 
 from basic.model import TransformerLM
 from basic.training.batches import BatchSampler, to_device
@@ -342,19 +344,49 @@ def model_segments(model: TransformerLM) -> list[Module]:
     return [model.token_embeddings, *model.layers, model]
 
 
+class KeepSums:
+    """A pass of torch.compile: the sums of the residual stream are kept for the backward pass.
+
+    torch.compile would keep an addend instead, as large, and read it and the other one wherever the sum is needed.
+    """
+
+    def __call__(self, graph: Graph) -> None:
+        for node in graph.nodes:
+            value = node.meta.get("val")
+            if node.target is torch.ops.aten.add.Tensor and value.ndim == 3 and value.dtype.itemsize == 2:
+                node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
+
+    def uuid(self) -> str:
+        """What a cached graph was changed by."""
+        return "basic: residual sums are kept"
+
+
+_GPU_OPTIONS: dict[str, Any] = {
+    "joint_custom_post_pass": KeepSums(),
+    # For a short first step: one version of each pointwise kernel instead of two to six, and no processes that compile,
+    # which are ready only when all is compiled.
+    "triton.autotune_pointwise": False,
+    "compile_threads": 1,
+}
+
+
 def compile_segments(model: TransformerLM) -> None:
     """Compile a model in place: what comes before the blocks, each block, and what comes after them.
 
     Equal blocks are compiled once, so a deep model takes as long as a shallow one. And the gradients of a block are
     sent to other ranks while the backward pass computes the blocks before it.
     """
+    from torch._inductor.custom_graph_pass import CustomGraphPass  # imported late: it takes a second
+
+    CustomGraphPass.register(KeepSums)
+    options = _GPU_OPTIONS if next(model.parameters()).is_cuda else None
     torch._dynamo.config.recompile_limit = max(_MAX_VERSIONS, torch._dynamo.config.recompile_limit)  # ty: ignore[invalid-assignment]
     functions: dict[Any, FunctionType] = {}  # the same copy for all segments
     parts: list[tuple[Module, str]] = [(model, "_embed"), *((layer, "forward") for layer in model.layers)]
     for owner, name in (*parts, (model, "_loss_after_blocks")):
         function = getattr(owner, name).__func__
         own = functions.setdefault(function, _with_own_code(function))
-        setattr(owner, name, torch.compile(MethodType(own, owner), fullgraph=True))
+        setattr(owner, name, torch.compile(MethodType(own, owner), fullgraph=True, options=options))
 
 
 def _with_own_code(function: Any) -> FunctionType:

@@ -9,13 +9,17 @@ import jaxtyping
 import pytest
 import torch
 import torch._dynamo.exc
+from torch._decomp import core_aten_decompositions
+from torch._functorch.aot_autograd import aot_module
+from torch._functorch.compilers import nop
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from basic.model import ModelConfig, TransformerLM, clip_gradients
 from basic.training import step as step_module
 from basic.training.loop import make_optimizer
 from basic.training.parallel.world import World
 from basic.training.settings import MuonConfig, TrainConfig
-from basic.training.step import TrainStep, compile_segments, model_segments
+from basic.training.step import KeepSums, TrainStep, compile_segments, model_segments
 
 SIZES: dict[str, Any] = {"vocab_size": 30, "context_length": 12, "d_model": 16, "num_layers": 3, "num_heads": 4}
 
@@ -181,6 +185,25 @@ def graphs(monkeypatch) -> Iterator[list[torch.fx.GraphModule]]:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # torch.compile cannot trace checks of shapes
     with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
         yield made
+
+
+def test_the_sum_in_the_middle_of_a_block_is_kept_for_the_backward_pass(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # torch.compile cannot trace checks of shapes
+    counts = {}
+    for keeps in (False, True):
+
+        def partition(graph: torch.fx.GraphModule, inputs: Any, keeps: bool = keeps, **options: Any) -> Any:
+            if keeps:
+                KeepSums()(graph.graph)
+            forward, backward = min_cut_rematerialization_partition(graph, inputs, **options)
+            counts[keeps] = [node.target for node in backward.graph.nodes].count(torch.ops.aten.add.Tensor)
+            return forward, backward
+
+        block = TransformerLM(ModelConfig(**SIZES)).layers[0].bfloat16()
+        x = torch.randn(2, 8, 16, dtype=torch.bfloat16, requires_grad=True)
+        compiled = aot_module(block, nop, partition_fn=partition, decompositions=core_aten_decompositions())
+        compiled(x).sum().backward()
+    assert counts[True] == counts[False] - 1
 
 
 def test_equal_blocks_are_compiled_once(graphs):
