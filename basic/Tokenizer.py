@@ -205,30 +205,18 @@ class Tokenizer(TokenizerDefinition):
 
     @overload
     def encode_batch(
-        self,
-        texts: Iterable[str],
-        *,
-        num_threads: int | None = None,
-        specials_as_text: bool = False,
-        offsets: Literal[False] = False,
-        template: bool = False,
-        errors: str = "strict",
-    ) -> list[list[int]]: ...
+        self, texts: Iterable[str], *, num_threads: int | None = None, offsets: Literal[True], **options: Any
+    ) -> list[Encoding]: ...
 
     @overload
     def encode_batch(
-        self,
-        texts: Iterable[str],
-        *,
-        num_threads: int | None = None,
-        specials_as_text: bool = False,
-        offsets: Literal[True],
-    ) -> list[Encoding]: ...
+        self, texts: Iterable[str], *, num_threads: int | None = None, offsets: Literal[False] = False, **options: Any
+    ) -> list[list[int]]: ...
 
     def encode_batch(
         self, texts: Iterable[str], *, num_threads: int | None = None, **options: Any
     ) -> list[list[int]] | list[Encoding]:
-        """Encode each of several texts as `encode` does; with kernels, in threads.
+        """Encode each of several texts as `encode` does, whose options it has; with kernels, in threads.
 
         Raises:
             TypeError: `texts` is a single text, or one of them is not a string.

@@ -113,15 +113,8 @@ def evaluate_formula(formula: str, config: ModelConfig, batch_size: int = 1) -> 
     Raises:
         InvalidInputError: the formulas do not hold for the configuration's architecture.
     """
-    supported = {
-        "norm": "pre",
-        "ffn": "swiglu",
-        "tied_embeddings": False,
-        "kv_heads": config.num_heads,
-        "head_dim": None,
-    }
-    supported = {**supported, "qkv_bias": False, "qk_norm": False, "sliding_window": None}
-    supported["value_embeddings"] = False
+    supported = {"norm": "pre", "ffn": "swiglu", "kv_heads": config.num_heads, "head_dim": None, "sliding_window": None}
+    supported |= dict.fromkeys(("tied_embeddings", "qkv_bias", "qk_norm", "value_embeddings"), False)
     for name, required in supported.items():
         if getattr(config, name) != required:
             raise InvalidInputError(
@@ -129,16 +122,8 @@ def evaluate_formula(formula: str, config: ModelConfig, batch_size: int = 1) -> 
                 "use TransformerLM.num_parameters and matmul_flops_per_token instead"
             )
     assert config.d_ff is not None  # ModelConfig sets it
-    sizes = {
-        "B": batch_size,
-        "T": config.context_length,
-        "L": config.num_layers,
-        "d": config.d_model,
-        "h": config.num_heads,
-        "k": config.d_head,
-        "F": config.d_ff,
-        "V": config.vocab_size,
-    }
+    sizes = {"B": batch_size, "T": config.context_length, "L": config.num_layers, "V": config.vocab_size}
+    sizes |= {"d": config.d_model, "F": config.d_ff, "h": config.num_heads, "k": config.d_head}
     return prod(sizes[factor] if factor in sizes else int(factor) for factor in formula.split())
 
 

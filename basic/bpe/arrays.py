@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -54,9 +54,7 @@ class PretokenCounts(NamedTuple):
     @classmethod
     def from_counts(cls, counts: Mapping[bytes, int]) -> PretokenCounts:
         """Convert a mapping from pre-tokens to counts."""
-        starts = np.zeros(len(counts) + 1, np.int64)
-        np.cumsum([len(pretoken) for pretoken in counts], out=starts[1:])
-        return cls(np.frombuffer(b"".join(counts), np.uint8), starts, np.array(list(counts.values()), np.int64))
+        return cls(*joined_bytes(counts), np.array(list(counts.values()), np.int64))
 
     def to_counter(self) -> Counter[bytes]:
         """Convert distinct pre-tokens to a counter."""
@@ -68,3 +66,10 @@ class PretokenCounts(NamedTuple):
 def bytes_array(data: bytes) -> np.ndarray:
     """The bytes as a read-only uint8 array."""
     return np.frombuffer(data, np.uint8)
+
+
+def joined_bytes(strings: Collection[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """The bytes of all strings in one array (uint8), and where each starts, with the end of the last one (int64)."""
+    starts = np.zeros(len(strings) + 1, np.int64)
+    np.cumsum(np.fromiter(map(len, strings), np.int64, len(strings)), out=starts[1:])
+    return bytes_array(b"".join(strings)), starts

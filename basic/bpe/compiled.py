@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from basic.bpe.arrays import Chunk, InvalidByteError, PretokenCounts, bytes_array
+from basic.bpe.arrays import Chunk, InvalidByteError, PretokenCounts, bytes_array, joined_bytes
 from basic.bpe.loading import load_kernels
 from basic.bpe.plain import MergeRules, NumberedMerges
 
@@ -194,9 +194,7 @@ class KernelEncoder:
         """
         from basic.bpe.kernels.apply_merges import last_merges
 
-        starts = np.zeros(len(tokens) + 1, np.int64)
-        np.cumsum([len(token) for token in tokens], out=starts[1:])
-        lefts, rights = last_merges(self._merges, bytes_array(b"".join(tokens)), starts)
+        lefts, rights = last_merges(self._merges, *joined_bytes(tokens))
         if (lefts == -2).any():
             raise OverflowError(f"a token has {max(map(len, tokens))} bytes")
         pairs = zip(lefts.tolist(), rights.tolist(), strict=True)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from basic.bpe.arrays import bytes_array
+from basic.bpe.arrays import joined_bytes
 from basic.bpe.kernels.hash_table import I64, find_whole_bytes, new_table, whole_token_table
 from basic.bpe.kernels.instructions import U64, low_bits_where, smallest16
 from basic.bpe.plain import JoinedRanks, MergeRules
@@ -161,9 +161,7 @@ def _token_arrays(tokens: Mapping[bytes, int]) -> tuple[np.ndarray, np.ndarray, 
     """The bytes of tokens, the offset of each and the end, and their ids. No pre-token is an empty token."""
     if b"" in tokens:
         tokens = {token: token_id for token, token_id in tokens.items() if token}
-    starts = np.zeros(len(tokens) + 1, np.int64)
-    np.cumsum(np.fromiter(map(len, tokens), np.int64, len(tokens)), out=starts[1:])
-    return bytes_array(b"".join(tokens)), starts, np.fromiter(tokens.values(), np.int64, len(tokens))
+    return *joined_bytes(tokens), np.fromiter(tokens.values(), np.int64, len(tokens))
 
 
 def merges_as_arrays(rules: MergeRules) -> MergeArrays:

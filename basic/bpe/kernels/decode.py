@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from basic.bpe.arrays import joined_bytes
 from basic.bpe.kernels.instructions import (
     TYPE_OFFSET,
     U64,
@@ -99,8 +100,8 @@ class TokenBytes:
         self._lengths = np.full(ids.max(initial=-1) + 1, -1, np.int64)
         self._lengths[ids] = [len(token) for token in tokens.values()]
         self._starts = np.zeros(len(self._lengths), np.int64)
-        self._starts[ids] = np.cumsum([0, *map(len, tokens.values())])[:-1]
-        self._data = np.frombuffer(b"".join([*tokens.values(), bytes(8)]), np.uint8)
+        self._data, starts = joined_bytes([*tokens.values(), bytes(8)])
+        self._starts[ids] = starts[:-2]
         self._list_call = PreparedCall(_decode_list, 0, id(int), self._data, self._starts, self._lengths)
         self._decode_list = self._list_call.as_function() if functions_are_safe() else None
 

@@ -45,6 +45,19 @@ _MAX_SLOTS, _MAX_POOL = 1 << 19, 1 << 21  # 16 MB each
 _FEWEST_FOR_STRINGS, _MOST_FOR_STRINGS = 1 << 13, 1 << 17
 
 
+def _prepared(
+    pattern: PatternTables,
+    specials: SpecialTokenTables,
+    arrays: tuple,
+    out: np.ndarray,
+    dtype: np.dtype,
+    state: np.ndarray,
+) -> PreparedCall:
+    """A call of `encode` without a text yet; `arrays` are those from `table` to `heap`."""
+    strings, nothing = for_string(out), readonly(out[:0])
+    return PreparedCall(encode, 0, *strings, nothing, 0, pattern, specials, *arrays, out, dtype.itemsize, state, 0)
+
+
 class PretokenEncoder:
     """Encodes for one thread at a time, and caches pre-tokens.
 
@@ -128,11 +141,8 @@ class PretokenEncoder:
 
     def _prepared_call(self, specials: SpecialTokenTables) -> PreparedCall:
         if self._call is None or self._specials is not specials:
-            self._call = PreparedCall(
-                encode, 0, *for_string(self._small), self._nothing, 0, self._pattern, specials, self._table,
-                self._pool, *self._merges, *self._work, *self._buffers, self._small, self._dtype.itemsize,
-                self._state, 0,
-            )  # fmt: skip
+            arrays = self._table, self._pool, *self._merges, *self._work, *self._buffers
+            self._call = _prepared(self._pattern, specials, arrays, self._small, self._dtype, self._state)
             self._specials = specials
         return self._call
 
@@ -181,11 +191,9 @@ class StringEncoder:
     ) -> None:
         self._parameters, self._num_slots = (pattern, merges, dtype, specials), num_slots
         out = np.empty(SMALL_BYTES + MARGIN_IDS, dtype).view(np.uint8)
-        self._call = PreparedCall(
-            encode, 0, *for_string(out), readonly(out[:0]), 0, pattern, specials, new_table(num_slots),
-            np.zeros(1 << 14, np.uint64), *merges, *new_work(), *new_buffers(BUFFER_LENGTH), out, dtype.itemsize,
-            np.zeros(STATE_LENGTH, np.int64), 0,
-        )  # fmt: skip
+        table, pool, state = new_table(num_slots), np.zeros(1 << 14, np.uint64), np.zeros(STATE_LENGTH, np.int64)
+        arrays = table, pool, *merges, *new_work(), *new_buffers(BUFFER_LENGTH)
+        self._call = _prepared(pattern, specials, arrays, out, dtype, state)
         # Threads without the interpreter's lock would share the table.
         self.encode = self._call.as_function() if functions_are_safe() else lambda text: LONG_TEXT
 

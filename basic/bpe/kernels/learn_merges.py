@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from basic.bpe.arrays import PretokenCounts
+from basic.bpe.arrays import PretokenCounts, joined_bytes
 from basic.bpe.kernels.hash_table import DONE, FULL, I64
 from basic.bpe.kernels.instructions import U64, prefetch
 from basic.bpe.plain import NumberedMerges
@@ -388,10 +388,8 @@ class MergeLearner:
         self._merges = (np.zeros(num_merges, np.int32), np.zeros(num_merges, np.int32))
         first_tokens = first_merges.tokens
         self._num_first_tokens = num_first = len(first_tokens)
-        token_starts = np.zeros(num_first + num_merges + 1, np.int64)
-        np.cumsum(list(map(len, first_tokens)), out=token_starts[1 : num_first + 1])
-        first_data = np.frombuffer(b"".join(first_tokens), np.uint8)
-        self._tokens = (_extended(first_data, len(first_data) + (1 << 14)), token_starts)
+        data, starts = joined_bytes(first_tokens)
+        self._tokens = (_extended(data, len(data) + (1 << 14)), np.pad(starts, (0, num_merges)))
         self._before, self._after = (
             tuple(np.zeros(num_first + num_merges, dtype) for dtype in (np.int64, np.int64, np.int64, np.int32))
             for _ in range(2)
