@@ -27,8 +27,8 @@ from basic.common.command_line import print_text
 from basic.common.errors import BasicError, InvalidConfigError, InvalidInputError
 from basic.common.files import make_folder
 from basic.common.folder_lock import FolderLock
-from basic.generation.text import SavableTokenizer, TextTokenizer, complete, tokenizer_for_samples
-from basic.model import RotaryPositionalEmbedding, TransformerLM
+from basic.generation.text import SavableTokenizer, tokenizer_for_samples
+from basic.model import TransformerLM
 from basic.tokens.opening import open_mask
 from basic.training.batches import (
     BatchSampler,
@@ -49,14 +49,15 @@ from basic.training.parallel.devices import (
     training_flops_per_token,
 )
 from basic.training.parallel.stop_signals import StopSignals
-from basic.training.parallel.world import SINGLE_PROCESS, World, is_sharded
+from basic.training.parallel.world import SINGLE_PROCESS, World
 from basic.training.records.environment import append_environment, check_environment, describe_environment
 from basic.training.records.log import NullLog, RunLog
 from basic.training.records.meter import Meter, TimeBudget
 from basic.training.records.nonfinite import NonfiniteSteps, first_of
+from basic.training.records.samples import write_sample
 from basic.training.records.trackers import check_trackers
 from basic.training.run_folder import Run, check_same_model, create_run_folder, load_run_config, save_run_config
-from basic.training.saving import CheckpointManager, RunProgress, find_checkpoint, format_sample, resume_run
+from basic.training.saving import CheckpointManager, RunProgress, find_checkpoint, resume_run
 from basic.training.settings import RunConfig, TrainConfig
 from basic.training.step import TrainStep, dropout_seed, make_optimizer, mean_loss
 
@@ -295,7 +296,8 @@ class _TrainingLoop:
                     if unusual := take_step.take_unusual():
                         self.log.print_message(f"warning: in fp8, {first_of(unusual)}")
                 if self.tokenizer is not None and _is_due(step, settings.sample_interval, settings):
-                    self._sample(self.tokenizer, step)
+                    where = self.checkpoints.run_dir, self.log, self.world
+                    write_sample(self.model, self.tokenizer, self.config, step, *where)
 
                 planned_steps = budget.plan() if budget is not None and self.world.is_rank_0 else 0
                 signal_number, is_due, planned_steps = self.world.all_reduce_max(
@@ -339,23 +341,6 @@ class _TrainingLoop:
             self.log.write({"kind": "evaluation", **{key: record[key] for key in ("step", "wall_s", "valid_loss")}})
         self.log.write(record)
         return valid_loss
-
-    def _sample(self, tokenizer: TextTokenizer, step: int) -> None:
-        """Generate a text and append it to samples.txt, on rank 0."""
-        model = _full_model(self.model, self.world)
-        self.world.on_rank_0(lambda: self._write_sample(model, tokenizer, step))
-
-    def _write_sample(self, model: TransformerLM, tokenizer: TextTokenizer, step: int) -> None:
-        settings, path = self.config.train, self.checkpoints.run_dir / "samples.txt"
-        end, seed = settings.end_of_text, settings.seed
-        (text,) = complete(model, tokenizer, [end], settings.sample_tokens, top_p=0.95, seed=seed, end_of_text=end)
-        record = {"kind": "sample", "step": step, "text": text.strip()}
-        self.log.write(record)
-        try:
-            with open(path, "ab") as file:
-                file.write(format_sample(record).encode())
-        except OSError as error:  # the disk is full; the log keeps lines that it cannot write
-            self.log.print_message(f"warning: {path} cannot be written ({error})")
 
 
 def _time_budget(settings: TrainConfig, meter: Meter) -> TimeBudget:
@@ -420,19 +405,3 @@ def _separator_id(tokenizer: SavableTokenizer | None, settings: TrainConfig) -> 
             f"got {'none' if tokenizer is None else f'one with {list(ids)}'}"
         )
     return ids[settings.end_of_text]
-
-
-def _full_model(model: TransformerLM, world: World) -> TransformerLM:
-    """Return the model; of a sharded model, a copy with all weights gathered on rank 0."""
-    if not is_sharded(model):
-        return model
-    weights = world.full_state_dict(model, model.compute_dtype)
-    with torch.device("meta"):  # allocates no memory and draws no random numbers
-        full = TransformerLM(model.config)
-    for module in full.modules():
-        if isinstance(module, RotaryPositionalEmbedding):
-            module.to_empty(device=model.token_embeddings.weight.device)
-    if world.is_rank_0:
-        full.load_state_dict(weights, assign=True)
-    full.activation_dtype = model.compute_dtype
-    return full

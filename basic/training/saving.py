@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -22,6 +22,7 @@ from basic.training.checkpoints.sharded import load_sharded_state, remove_checkp
 from basic.training.parallel.world import SINGLE_PROCESS, World, is_sharded
 from basic.training.records.log import NullLog, RunLog
 from basic.training.records.metrics import describe_lost_records, encode_record, read_all_records
+from basic.training.records.samples import format_sample
 from basic.training.run_folder import (
     check_model_config,
     check_same_model,
@@ -340,11 +341,6 @@ def _rewind_folder(run_dir: Path, config: RunConfig, step: int) -> None:
     for path in (run_dir / "checkpoints").glob(".step_*.tmp"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     save_run_config(run_dir, config)
-
-
-def format_sample(record: dict[str, Any]) -> str:
-    """The entry in samples.txt of a sample's record in the log."""
-    return f"--- step {record['step']} ---\n{record.get('text', '')}\n\n"
 
 
 def _get_random_state() -> dict[str, str]:
