@@ -16,9 +16,11 @@ from basic.transformer.configuration import ModelConfig
 RecipeName = Literal["handout", "modern"]
 
 MAX_DEPTH = 64
-_HEAD_SIZE = 64
-"""Features of a head, and of the model for each block of the modern recipe."""
+_WIDTH_PER_BLOCK = 64
+"""Features of the modern recipe's model for each block; also of a head, but in deep models."""
 _MAX_CONTEXT = 1024
+_DEEP = 8
+"""Blocks from which on the modern recipe has heads of twice the size, and windows."""
 _TOKENS_PER_PARAMETER = 2.0
 """Of the modern recipe: tokens to train on for each parameter of the blocks and the output matrix."""
 _UTILISATION = 0.4
@@ -123,10 +125,14 @@ def _modern(vocab_size: int, depth: int) -> dict[str, dict[str, Any]]:
     model: dict[str, Any] = {
         "vocab_size": vocab_size,
         "context_length": context,
-        "d_model": _HEAD_SIZE * depth,
+        "d_model": _WIDTH_PER_BLOCK * depth,
         "num_layers": depth,
     }
     model |= {"num_heads": depth, "ffn": "relu2", "embedding_norm": True, "zero_outputs": True}
+    if depth >= _DEEP:
+        model |= {"sliding_window": context // 4, "window_pattern": "SSSL"}
+        if depth % 2 == 0:
+            model["num_heads"] = depth // 2
     batch_size = max(1, 512 * depth**2 // context)
     tokens = _TOKENS_PER_PARAMETER * num_matrix_parameters(ModelConfig(**model))
     # Factors of Muon's rate, which suits every width: 0.3 for the embedding and 0.004 for the output matrix at depth 8.

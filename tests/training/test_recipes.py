@@ -36,6 +36,16 @@ def test_handout_at_depth_4_is_the_assignments_run(name, has_gpu):
         assert getattr(config.train, name) == getattr(assignment.train, name), name
 
 
+@pytest.mark.parametrize(
+    ("depth", "head_size", "windows"), [(7, 64, {None}), (8, 128, {256, None}), (9, 64, {256, None})]
+)
+def test_deep_models_have_windows_and_larger_heads(depth, head_size, windows):
+    config = ModelConfig(**recipe_settings("modern", vocab_size=500, depth=depth)["model"])
+    assert config.d_head == head_size
+    assert {config.window(layer) for layer in range(depth)} == windows
+    assert config.window(3) is None
+
+
 def test_minutes_set_the_depth_and_leave_the_steps_open():
     speed = 1e12
     config = from_table(RunConfig, recipe_settings("modern", vocab_size=500, minutes=2, matmul_flops_per_s=speed))
