@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property, partial
+from functools import cached_property
 from heapq import merge
 from time import monotonic
 
@@ -27,7 +27,7 @@ import numpy as np
 
 from basic.bpe import arrays
 from basic.bpe.arrays import Chunk
-from basic.bpe.patterns.cuts import SafeCuts, last_settled_position, safe_cuts_of
+from basic.bpe.patterns.cuts import last_settled_position, safe_cuts_of
 from basic.bpe.patterns.longest_of import longest_of
 from basic.bpe.patterns.pattern import GPT2_PATTERN, PATTERNS, Pattern, resolve_pattern
 from basic.common.arguments import check_text
@@ -187,7 +187,10 @@ def chunks_of_array(
     stop: int | None = None,
 ) -> Iterator[Chunk]:
     """Divide the UTF-8 bytes data[start:stop] into chunks; `start` and `stop` must be safe positions."""
-    read = partial(_read_array, data)
+
+    def read(first: int, length: int) -> bytes:
+        return data[first : first + length].tobytes()
+
     for end in chunk_ends(read, len(data), special_tokens, chunk_bytes, pattern, start=start, stop=stop):
         yield data, start, end
         start = end
@@ -286,10 +289,6 @@ def _last_known_end(text: str, special_tokens: SpecialTokens, pattern: Pattern) 
     )
 
 
-def _read_array(data: np.ndarray, start: int, length: int) -> bytes:
-    return data[start : start + length].tobytes()
-
-
 def chunk_ends(
     read: Callable[[int, int], bytes],
     size: int,
@@ -347,7 +346,8 @@ def find_safe_position(
         at_end = begin + length >= size
         known = len(text) if at_end else len(text) - special_tokens.max_length - 4
         offset, previous = begin, 0
-        for index in _candidates(text, cuts, special_tokens):
+        between_characters = [] if cuts is None else cuts.positions(text).tolist()
+        for index in merge(between_characters, special_tokens.starts(text)):  # some come twice
             if index > known:
                 break
             offset += len(text[previous:index].encode(errors="surrogateescape"))
@@ -357,12 +357,6 @@ def find_safe_position(
         if at_end:
             return size
         length *= 2
-
-
-def _candidates(text: str, cuts: SafeCuts | None, special_tokens: SpecialTokens) -> Iterator[int]:
-    """The positions that can be safe, ascending; some come twice."""
-    between_characters = [] if cuts is None else cuts.positions(text).tolist()
-    return merge(between_characters, special_tokens.starts(text))
 
 
 def _is_inside_special_token(text: str, index: int, special_tokens: SpecialTokens) -> bool:

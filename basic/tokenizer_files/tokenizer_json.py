@@ -219,7 +219,11 @@ def write_tokenizer_json(content: TokenizerContent, used: UsedMerges, path: str 
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_added_token(token, i, settings) for token, i in special_token_ids.items()],
+        "added_tokens": [
+            {"id": token_id, "content": token, "single_word": False}
+            | {flag: settings.flag(token, flag) for flag in DEFAULT_FLAGS}
+            for token, token_id in special_token_ids.items()
+        ],
         "normalizer": settings.normalizer and {"type": settings.normalizer},
         "pre_tokenizer": pre_tokenizer_json(resolve_pattern(content.pattern)),
         "post_processor": settings.post_processor,
@@ -242,11 +246,6 @@ def write_tokenizer_json(content: TokenizerContent, used: UsedMerges, path: str 
     }
     with write_output(Output(path, "a tokenizer.json", lambda path: bool(load_object(path, {"model": dict})))) as file:
         file.write(json.dumps(fields, ensure_ascii=False, indent=2).encode() + b"\n")
-
-
-def _added_token(token: str, token_id: int, settings: TokenizerSettings) -> dict[str, Any]:
-    flags = {flag: settings.flag(token, flag) for flag in DEFAULT_FLAGS}
-    return {"id": token_id, "content": token, "single_word": False, **flags}
 
 
 def _vocab_entries(content: TokenizerContent, special_token_ids: dict[str, int]) -> dict[str, int]:

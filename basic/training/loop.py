@@ -257,7 +257,10 @@ class _TrainingLoop:
         nonfinite = NonfiniteSteps(settings, self.train_sampler, start.nonfinite_steps, self.log, take_step)
         budget = None
         if settings.steps == 0:
-            budget, settings = _time_budget(settings, meter), settings.before_planning
+            # An evaluation has no backward pass, which takes two thirds of a step.
+            overhead = settings.eval_batches / settings.eval_interval / 3 if settings.eval_interval else 0.0
+            budget = TimeBudget((settings.minutes or 0.0) * 60, meter, overhead)
+            settings = settings.before_planning
         steps = range(start.step, settings.steps)
         with StopSignals() as stop, read_ahead(self.train_sampler, steps, self.device) as batches:
             for step, batch in enumerate(batches, start.step + 1):
@@ -341,12 +344,6 @@ class _TrainingLoop:
             self.log.write({"kind": "evaluation", **{key: record[key] for key in ("step", "wall_s", "valid_loss")}})
         self.log.write(record)
         return valid_loss
-
-
-def _time_budget(settings: TrainConfig, meter: Meter) -> TimeBudget:
-    # An evaluation has no backward pass, which takes two thirds of a step.
-    overhead = settings.eval_batches / settings.eval_interval / 3 if settings.eval_interval else 0.0
-    return TimeBudget((settings.minutes or 0.0) * 60, meter, overhead)
 
 
 def _is_due(step: int, interval: int, config: TrainConfig) -> bool:

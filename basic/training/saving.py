@@ -229,7 +229,11 @@ def find_checkpoint(
     """
     saved = load_run_config(run_dir)
     check_same_model(saved.model, config.model, f"{run_dir} was started", "is to be resumed with")
-    _check_same_optimizer(saved, config, run_dir)
+    if saved.train.optimizer != config.train.optimizer:
+        raise InvalidConfigError(
+            f"{run_dir} was started with optimizer = {saved.train.optimizer}, whose state {config.train.optimizer} "
+            "cannot continue; resume it with its own, or train in another folder"
+        )
     newest: list[Checkpoint] = []
 
     def find_newest() -> str | None:
@@ -256,7 +260,8 @@ def find_checkpoint(
             f"{run_dir} has done {step:,} steps, so it cannot be resumed with steps = {steps:,}; give more than it has "
             "done, or train in another folder"
         )
-    changed = _changed_settings(saved, config)
+    differing, (before, after) = differing_settings(map(to_table, (saved, config)))
+    changed = [f"{key} = {after.get(key)!r} instead of {before.get(key)!r}" for key in differing]
     if changed:
         report(f"{run_dir} is resumed with other settings than before: {', '.join(changed)}")
     return checkpoint
@@ -304,20 +309,6 @@ def resume_run(
         _set_random_state(extra["random_state"])
     world.on_rank_0(lambda: _rewind_folder(run_dir, config, progress.step))
     return progress
-
-
-def _check_same_optimizer(saved: RunConfig, config: RunConfig, run_dir: Path) -> None:
-    if saved.train.optimizer != config.train.optimizer:
-        raise InvalidConfigError(
-            f"{run_dir} was started with optimizer = {saved.train.optimizer}, whose state {config.train.optimizer} "
-            "cannot continue; resume it with its own, or train in another folder"
-        )
-
-
-def _changed_settings(saved: RunConfig, config: RunConfig) -> list[str]:
-    """Describe the settings of a resumed run that differ from those before."""
-    differing, (before, after) = differing_settings(map(to_table, (saved, config)))
-    return [f"{key} = {after.get(key)!r} instead of {before.get(key)!r}" for key in differing]
 
 
 def _rewind_folder(run_dir: Path, config: RunConfig, step: int) -> None:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from statistics import median_high
 from string import Template
 from typing import Any
 
@@ -158,11 +159,6 @@ def _bits_per_byte(run: LoggedRun, loss: float | None) -> float | None:
     return loss / math.log(2) * info.count / info.source_bytes
 
 
-def _median_speed(run: LoggedRun) -> float | None:
-    speeds = sorted(record["tokens_per_s"] for record in run.training if record.get("tokens_per_s"))
-    return speeds[len(speeds) // 2] if speeds else None
-
-
 def _key_figures(run: LoggedRun) -> str:
     """Loss, perplexity, bits per byte and throughput."""
     figures: list[tuple[str, str, str]] = []
@@ -175,8 +171,8 @@ def _key_figures(run: LoggedRun) -> str:
             figures.append(("Bits per byte", f"{bits:.3f}", "of validation text"))
     elif run.training and run.training[-1].get("train_loss") is not None:
         figures.append(("Training loss", f"{run.training[-1]['train_loss']:.3f}", "nats per token"))
-    if (speed := _median_speed(run)) is not None:
-        figures.append(("Tokens per second", f"{round(speed):,}", "median"))
+    if speeds := [record["tokens_per_s"] for record in run.training if record.get("tokens_per_s")]:
+        figures.append(("Tokens per second", f"{round(median_high(speeds)):,}", "median"))
     items = (f"<div><dt>{name}</dt><dd>{value}<small>{unit}</small></dd></div>" for name, value, unit in figures)
     return f'<dl class="figures">\n{lines(items)}\n</dl>'
 

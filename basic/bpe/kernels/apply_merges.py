@@ -47,6 +47,9 @@ BYTE_RANKS = 258
 RESULTS = BYTE_RANKS + 256 * 256
 
 
+WholeTokens = tuple[np.ndarray, np.ndarray]  # of `whole_token_table`
+
+
 class MergeArrays(NamedTuple):
     """The merges of a tokenizer as arrays.
 
@@ -60,7 +63,7 @@ class MergeArrays(NamedTuple):
 
     slots: np.ndarray
     numbers: np.ndarray
-    whole_tokens: np.ndarray
+    whole_tokens: WholeTokens
 
 
 @kernel
@@ -185,7 +188,7 @@ def merges_as_arrays(rules: MergeRules) -> MergeArrays:
     return _merge_arrays(rules, pairs[:, 0].copy(), pairs[:, 1].copy(), numbers, whole_tokens)
 
 
-def _kept_last_joins(data: np.ndarray, starts: np.ndarray, ids: np.ndarray, tokens: np.ndarray | None) -> np.ndarray:
+def _kept_last_joins(data: np.ndarray, starts: np.ndarray, ids: np.ndarray, tokens: WholeTokens | None) -> np.ndarray:
     """`last_joins`, of a large vocabulary from a file: it is half of what a tokenizer's tables cost."""
 
     def make() -> dict[str, np.ndarray]:
@@ -197,7 +200,7 @@ def _kept_last_joins(data: np.ndarray, starts: np.ndarray, ids: np.ndarray, toke
     return kept_arrays(folder and folder / f"joins.{digest[:32]}", make)["lasts"].astype(np.int64)
 
 
-def last_joins(data: np.ndarray, starts: np.ndarray, ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+def last_joins(data: np.ndarray, starts: np.ndarray, ids: np.ndarray, tokens: WholeTokens) -> np.ndarray:
     """The left and the right id that tiktoken's rule joins last in each token, or -1; the ids are the ranks."""
     byte_ranks = np.full(256 * 256, NO_RANK, np.int64)
     pairs = np.diff(starts) == 2
@@ -226,7 +229,7 @@ def last_merges(merges: MergeArrays, data: np.ndarray, starts: np.ndarray) -> np
 
 
 def _merge_arrays(
-    rules: MergeRules, lefts: np.ndarray, rights: np.ndarray, ranks: np.ndarray, whole_tokens: np.ndarray
+    rules: MergeRules, lefts: np.ndarray, rights: np.ndarray, ranks: np.ndarray, whole_tokens: WholeTokens
 ) -> MergeArrays:
     slots = new_table(1 << max(2, (len(ranks) // 2).bit_length()))
     slots[:] = _EMPTY

@@ -28,9 +28,9 @@ from basic.bpe.kernels.hash_table import (
     SLOT_LENGTH,
     STATE_LENGTH,
     block_keys,
+    find_slot,
     first_slot,
     hash_of_long,
-    in_pool,
     is_long,
     key1_in_table,
     key1_of_long,
@@ -51,23 +51,14 @@ _POOL_BLOCK = BLOCK // 8 + BLOCK // SHORT_BYTES
 @kernel
 def _find_or_add(data, start, length, key0, key1, slot, table, pool, state):
     """The index in the table of a pre-token's slot; a new pre-token gets a free slot with the count 0."""
-    mask = U64(len(table) // SLOT_LENGTH - 1)
-    while True:
-        base = slot * U64(SLOT_LENGTH)
-        if table[base + U64(1)] == U64(0):
-            table[base], table[base + U64(1)] = key0, key1
-            if is_long(key1):
-                table[base + U64(3)] = U64(state[POOL_USED])
-                state[POOL_USED] = put_in_pool(data, start, length, pool, state[POOL_USED])
-            state[ENTRIES] += 1
-            return base
-        if (
-            table[base] == key0
-            and table[base + U64(1)] == key1
-            and (not is_long(key1) or in_pool(data, start, length, pool, I64(table[base + U64(3)])))
-        ):
-            return base
-        slot = (slot + U64(1)) & mask
+    base = find_slot(data, start, length, key0, key1, slot, table, pool, U64(0))
+    if table[base + U64(1)] == U64(0):
+        table[base], table[base + U64(1)] = key0, key1
+        if is_long(key1):
+            table[base + U64(3)] = U64(state[POOL_USED])
+            state[POOL_USED] = put_in_pool(data, start, length, pool, state[POOL_USED])
+        state[ENTRIES] += 1
+    return base
 
 
 @kernel

@@ -30,9 +30,9 @@ from basic.bpe.kernels.hash_table import (
     SLOT_LENGTH,
     WRITTEN,
     block_keys,
+    find_slot,
     find_whole,
     find_whole_bytes,
-    in_pool,
     is_long,
     key1_in_table,
     new_keys,
@@ -64,26 +64,12 @@ LONG_TEXT, INTERRUPTED = -6, -7  # the string is too long; another call came bet
 # pre-token, if they are there.
 _SIZE_BITS, _OFFSET_BITS = 16, 24
 _SIZE, _OFFSET = U64((1 << _SIZE_BITS) - 1), U64((1 << _OFFSET_BITS) - 1)
+_POOL_SHIFT = U64(_SIZE_BITS + _OFFSET_BITS)
 
 MARGIN_IDS = BLOCK + 16  # the most ids of a block, and those that a store writes after the last one
 # Holds all pre-tokens of a block, each filled up to a step, and one that is not kept.
 BUFFER_LENGTH = STEP * BLOCK + BLOCK
 SMALL_BYTES = 1 << 13
-
-
-@kernel
-def _find(data, start, length, key0, key1, slot, table, pool):
-    """The index in the table of a pre-token's slot, or of the empty slot where it belongs."""
-    while True:
-        base = slot * U64(SLOT_LENGTH)
-        if table[base + U64(1)] == U64(0):
-            return base
-        if table[base] == key0 and table[base + U64(1)] == key1:
-            if not is_long(key1):
-                return base
-            if in_pool(data, start, length, pool, I64(table[base + U64(3)] >> U64(_SIZE_BITS + _OFFSET_BITS))):
-                return base
-        slot = (slot + U64(1)) & U64(len(table) // SLOT_LENGTH - 1)
 
 
 @kernel
@@ -133,7 +119,7 @@ def _add_pretokens(data, position, j, num_pretokens, starts, keys, table, pool, 
         k = U64(waiting[unknown])
         key1 = key1_in_table(key1s[k])
         start, length = position + starts[k], starts[k + U64(1)] - starts[k]
-        base = _find(data, start, length, key0s[k], key1, slots[k], table, pool)
+        base = find_slot(data, start, length, key0s[k], key1, slots[k], table, pool, _POOL_SHIFT)
         if table[base + U64(1)] != U64(0):
             continue
         whole = find_whole(data, start, length, key0s[k], key1, merges[2])
@@ -145,7 +131,7 @@ def _add_pretokens(data, position, j, num_pretokens, starts, keys, table, pool, 
         if length > MAX_SCANNED_BYTES:
             continue
         table[base], table[base + U64(1)] = key0s[k], key1
-        table[base + U64(3)] = U64(state[POOL_USED]) << U64(_SIZE_BITS + _OFFSET_BITS)
+        table[base + U64(3)] = U64(state[POOL_USED]) << _POOL_SHIFT
         if is_long(key1):
             state[POOL_USED] = put_in_pool(data, start, length, pool, state[POOL_USED])
         state[ENTRIES] += 1
@@ -256,7 +242,7 @@ def _encode(
                 if ((table[base] ^ key0s[j]) | (table[base + U64(1)] ^ key1s[j])) != U64(0):
                     key1 = key1_in_table(key1s[j])
                     start, length = position + starts[j], starts[j + U64(1)] - starts[j]
-                    base = _find(data, start, length, key0s[j], key1, slots[j], table, pool)
+                    base = find_slot(data, start, length, key0s[j], key1, slots[j], table, pool, _POOL_SHIFT)
                     if table[base + U64(1)] == U64(0):
                         if length > MAX_SCANNED_BYTES:
                             state[WRITTEN] = I64(written)

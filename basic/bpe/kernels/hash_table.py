@@ -149,9 +149,25 @@ def put_in_pool(data, start, length, pool, offset):
     return offset + (length + 7) // 8
 
 
-# The tokens that a pre-token may become at once are in a hash table of their own, in one array: the number of slots,
-# the slots, and the bytes of long tokens. A slot has key 0, key 1, and the id with the offset of those bytes above.
-_WHOLE_SLOT, _WHOLE_ID_BITS = 3, 32
+@kernel
+def find_slot(data, start, length, key0, key1, slot, table, pool, shift):
+    """The index in the table of a pre-token's slot, or of the empty slot where it belongs.
+
+    Args:
+        slot: the first one.
+        shift: value 1 has the offset in the pool of a long pre-token above so many bits.
+    """
+    while True:
+        base = slot * U64(SLOT_LENGTH)
+        if table[base + U64(1)] == U64(0):
+            return base
+        is_equal = table[base] == key0 and table[base + U64(1)] == key1
+        if is_equal and (not is_long(key1) or in_pool(data, start, length, pool, I64(table[base + U64(3)] >> shift))):
+            return base
+        slot = (slot + U64(1)) & U64(len(table) // SLOT_LENGTH - 1)
+
+
+# The tokens that a pre-token may become at once are such a table too, with their ids as value 0.
 
 
 @inlined_kernel
@@ -168,43 +184,20 @@ def _keys_of(data, start, length):
 
 
 @inlined_kernel
-def _first_whole_slot(key0, key1, tokens):
-    bits = trailing_zeros(tokens[0])
-    return ((key0 ^ (key1 * _MULTIPLIER_1)) * _MULTIPLIER_0) >> (U64(64) - bits)
-
-
-@inlined_kernel
 def prefetch_whole(key0, key1, tokens):
     """Fetch from memory what `find_whole` will read."""
-    if tokens[0] != U64(0):
-        prefetch(tokens, U64(2) + _first_whole_slot(key0, key1, tokens) * U64(_WHOLE_SLOT))
-
-
-@kernel
-def _whole_slot(data, start, length, key0, key1, tokens):
-    """The index of a token's slot, or of the empty slot where it belongs."""
-    slot = _first_whole_slot(key0, key1, tokens)
-    while True:
-        base = U64(1) + slot * U64(_WHOLE_SLOT)
-        if tokens[base + U64(1)] == U64(0):
-            return base
-        if tokens[base] == key0 and tokens[base + U64(1)] == key1:
-            if not is_long(key1):
-                return base
-            if in_pool(data, start, length, tokens, I64(tokens[base + U64(2)] >> U64(_WHOLE_ID_BITS))):
-                return base
-        slot = (slot + U64(1)) & (tokens[0] - U64(1))
+    if len(tokens[0]) > 0:
+        prefetch(tokens[0], first_slot(key0, key1, tokens[0]) * U64(SLOT_LENGTH))
 
 
 @kernel
 def find_whole(data, start, length, key0, key1, tokens):
     """The id of the token that has the bytes of a pre-token, or -1."""
-    if tokens[0] == U64(0):
+    table, pool = tokens
+    if len(table) == 0:
         return I64(-1)
-    base = _whole_slot(data, start, length, key0, key1, tokens)
-    if tokens[base + U64(1)] == U64(0):
-        return I64(-1)
-    return I64(tokens[base + U64(2)] & U64((1 << _WHOLE_ID_BITS) - 1))
+    base = find_slot(data, start, length, key0, key1, first_slot(key0, key1, table), table, pool, U64(0))
+    return I64(table[base + U64(2)]) if table[base + U64(1)] != U64(0) else I64(-1)
 
 
 @kernel
@@ -215,34 +208,32 @@ def find_whole_bytes(data, start, length, tokens):
 
 
 @kernel
-def _add_whole_tokens(data, starts, ids, tokens):
-    used = I64(1) + I64(tokens[0]) * _WHOLE_SLOT
+def _add_whole_tokens(data, starts, ids, table, pool):
+    used = 0
     for i in range(len(ids)):
         start, length = starts[i], starts[i + 1] - starts[i]
         key0, key1 = _keys_of(data, start, length)
-        base = _whole_slot(data, start, length, key0, key1, tokens)
-        tokens[base], tokens[base + U64(1)] = key0, key1
-        tokens[base + U64(2)] = U64(ids[i]) | (U64(used) << U64(_WHOLE_ID_BITS))
+        base = find_slot(data, start, length, key0, key1, first_slot(key0, key1, table), table, pool, U64(0))
+        table[base], table[base + U64(1)] = key0, key1
+        table[base + U64(2)], table[base + U64(3)] = U64(ids[i]), U64(used)
         if is_long(key1):
-            used = put_in_pool(data, start, length, tokens, used)
+            used = put_in_pool(data, start, length, pool, used)
 
 
-def whole_token_table(data: np.ndarray, starts: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """The hash table of tokens for `find_whole`; without tokens, nothing is found.
+def whole_token_table(data: np.ndarray, starts: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The hash table of tokens for `find_whole`, and its pool; without tokens, nothing is found.
 
     Args:
         data: the bytes of all tokens, read-only; none is empty.
         starts: the offset of each token, and the end of the last one (int64).
     """
     if len(ids) == 0:
-        return np.zeros(1, np.uint64)
-    num_slots = 1 << (len(ids) * 5 // 4 + 1).bit_length()
+        return aligned_zeros(0), aligned_zeros(0)
     lengths = np.diff(starts)
-    num_long_words = int(((lengths[lengths > SHORT_BYTES] + 7) // 8).sum())
-    tokens = aligned_zeros(1 + num_slots * _WHOLE_SLOT + num_long_words)
-    tokens[0] = num_slots
-    _add_whole_tokens(data, starts, ids, tokens)
-    return tokens
+    pool = aligned_zeros(int(((lengths[lengths > SHORT_BYTES] + 7) // 8).sum()))
+    table = new_table(1 << (len(ids) * 5 // 4 + 1).bit_length())
+    _add_whole_tokens(data, starts, ids, table, pool)
+    return table, pool
 
 
 @kernel
