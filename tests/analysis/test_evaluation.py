@@ -16,9 +16,10 @@ from basic.analysis.evaluation import (
     evaluate_tokens,
 )
 from basic.common.errors import InvalidInputError, WrongTokenizerError
-from basic.model import ModelConfig, TransformerLM
+from basic.model import TransformerLM
 from basic.training.batches import BatchSampler
 from basic.training.step import mean_loss
+from tests.helpers.model_tools import decided_model
 
 VOCAB, CONTEXT, END = 19, 16, 7
 CPU = torch.device("cpu")
@@ -26,12 +27,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def model() -> TransformerLM:
-    torch.manual_seed(2)
-    model = TransformerLM(
-        ModelConfig(vocab_size=VOCAB, context_length=CONTEXT, d_model=16, num_layers=2, num_heads=2)
-    ).eval()
-    torch.nn.init.normal_(model.lm_head.weight, std=1.0)
-    return model
+    return decided_model(2, vocab_size=VOCAB, context_length=CONTEXT)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from basic.Tokenizer import Tokenizer
 from basic.tokenizer_files.content import TokenizerSettings
 from basic.train_bpe import train_bpe
 from basic.training.run_folder import load_run
+from tests.helpers.model_tools import with_random_weights
 
 gguf = pytest.importorskip("gguf", reason="the formats extra is not installed")
 
@@ -36,11 +37,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def random_model(changes: dict[str, Any], vocab_size: int = 320) -> TransformerLM:
-    torch.manual_seed(0)
-    model = TransformerLM(ModelConfig(vocab_size=vocab_size, **SIZES, **changes)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=0.5 if parameter.ndim == 1 else 0.0, std=0.3)
-    return model
+    return with_random_weights(TransformerLM(ModelConfig(vocab_size=vocab_size, **SIZES, **changes)).eval())
 
 
 def rounded(model: TransformerLM, kind: str) -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ from basic.training.checkpoints.file import read_checkpoint, save_checkpoint
 from basic.training.run_folder import load_run
 from basic.training.settings import DataConfig, RunConfig, TrainConfig
 from tests.conftest import SHARED_DATA, shared_data
-from tests.helpers.model_tools import transformers
+from tests.helpers.model_tools import transformers, with_random_weights
 
 END, OTHER = "<|endoftext|>", "<|endoftext|><|end|>"
 CONTEXT = 16
@@ -39,12 +39,7 @@ all_kinds = pytest.mark.parametrize(
 
 
 def random_model(changes: dict[str, Any], vocab_size: int = 50) -> TransformerLM:
-    """A model with weights large enough for every layer to affect the output."""
-    torch.manual_seed(0)
-    model = TransformerLM(ModelConfig(vocab_size=vocab_size, **SIZES, **changes)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=0.5 if parameter.ndim == 1 else 0.0, std=0.3)
-    return model
+    return with_random_weights(TransformerLM(ModelConfig(vocab_size=vocab_size, **SIZES, **changes)).eval())
 
 
 def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:

@@ -14,7 +14,7 @@ from basic.generation.decoder import Decoder
 from basic.generation.sampling import Sampling, next_token_probabilities
 from basic.generation.text import StopStrings, complete, stream
 from basic.model import KVCache, TransformerLM
-from tests.helpers.model_tools import tiny
+from tests.helpers.model_tools import decided_model
 
 VOCAB = 11
 PROMPTS = [[3], [1, 4, 1, 5], [2, 6]]
@@ -22,10 +22,7 @@ PROMPTS = [[3], [1, 4, 1, 5], [2, 6]]
 
 @pytest.fixture(scope="module")
 def model() -> TransformerLM:
-    torch.manual_seed(5)
-    model = TransformerLM(tiny(vocab_size=VOCAB, context_length=16)).eval()
-    torch.nn.init.normal_(model.lm_head.weight, std=1.0)
-    return model
+    return decided_model(5, vocab_size=VOCAB, context_length=16)
 
 
 def penalized_by_hand(logits: list[float], prompt: list[int], new: list[int], repetition: float, frequency: float):

@@ -15,7 +15,8 @@ from basic.generation.continuation import continue_ids, first_seen, generate
 from basic.generation.decoder import Decoder
 from basic.generation.sampling import Sampling, next_token_probabilities
 from basic.generation.text import complete, stream
-from basic.model import KVCache, ModelConfig, TransformerLM
+from basic.model import KVCache, TransformerLM
+from tests.helpers.model_tools import decided_model
 
 VOCAB, CONTEXT = 23, 12
 PROMPTS = [[3], [1, 4, 1, 5, 9], [2, 6, 5], list(range(17))]  # the last one is longer than the context
@@ -23,14 +24,7 @@ PROMPTS = [[3], [1, 4, 1, 5, 9], [2, 6, 5], list(range(17))]  # the last one is 
 
 @pytest.fixture(scope="module", params=["rope", "none"])
 def model(request) -> TransformerLM:
-    torch.manual_seed(5)
-    config = ModelConfig(
-        vocab_size=VOCAB, context_length=CONTEXT, d_model=16, num_layers=2, num_heads=2, positions=request.param
-    )
-    model = TransformerLM(config).eval()
-    # A larger output layer than at the start of training, so that the likeliest ids change from step to step.
-    torch.nn.init.normal_(model.lm_head.weight, std=1.0)
-    return model
+    return decided_model(5, vocab_size=VOCAB, context_length=CONTEXT, d_ff=None, positions=request.param)
 
 
 def probabilities_by_hand(logits, temperature=1.0, top_k=None, top_p=None) -> np.ndarray:
@@ -81,10 +75,7 @@ def test_ragged_prompts_side_by_side_give_what_each_gives_alone(model):
 
 
 def test_shared_keys_and_values_are_cached_as_they_are():
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"vocab_size": VOCAB, "context_length": CONTEXT, "d_model": 16, "num_layers": 2}
-    model = TransformerLM(ModelConfig(**sizes, num_heads=4, num_kv_heads=2)).eval()
-    torch.nn.init.normal_(model.lm_head.weight, std=1.0)
+    model = decided_model(0, vocab_size=VOCAB, context_length=CONTEXT, num_heads=4, num_kv_heads=2)
     assert KVCache(model.config, 3).keys.shape == (2, 3, 2, CONTEXT, 4)
     expected = [continue_by_hand(model, prompt, CONTEXT, lambda logits: int(logits.argmax())) for prompt in PROMPTS]
     assert len({token for ids in expected for token in ids}) > 4  # else the test would prove nothing

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from basic.model import ModelConfig
+from basic.model import ModelConfig, TransformerLM
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 # Every result is compared with the same computation in float64 on the same inputs.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 3e-2}
@@ -35,6 +37,22 @@ def tiny(**changes: Any) -> ModelConfig:
     """A small model; keyword arguments change its configuration."""
     sizes: dict[str, Any] = dict(vocab_size=11, context_length=10, d_model=16, num_layers=2, num_heads=2, d_ff=24)
     return ModelConfig(**{**sizes, **changes})
+
+
+def with_random_weights(module: Module) -> Module:
+    """Draw every parameter anew, large enough for every layer to affect the output; vectors around 0.5."""
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, mean=0.5 if parameter.ndim == 1 else 0.0, std=0.3)
+    return module
+
+
+def decided_model(seed: int, **changes: Any) -> TransformerLM:
+    """A tiny model whose output layer is larger than at the start of training, so that the likeliest id changes."""
+    torch.manual_seed(seed)
+    model = TransformerLM(tiny(**changes)).eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=1.0)
+    return model
 
 
 def rotated(x: Tensor, positions: Tensor, theta: float) -> Tensor:
