@@ -288,12 +288,18 @@ def test_memory_has_a_chart_and_the_entropy_of_the_log_a_line(run_dir):
     assert page_of(run_dir, floor_nats=0.5).curves["floor"] == 0.5
 
 
-def test_several_runs_have_their_curves_together_and_a_table(run_dir):
+def with_another_rate(run_dir: Path, records: list[dict[str, object]]) -> Path:
+    """A copy of the run beside it, with another learning rate and these records in its log."""
     other = run_dir.parent / "other"
     shutil.copytree(run_dir, other)
     text = (other / "config.toml").read_text()
     (other / "config.toml").write_text(text.replace("max_learning_rate = 0.003", "max_learning_rate = 0.05"))
-    write_log(other, [record(1, valid_loss=2.5), record(2, valid_loss=2.75)])
+    write_log(other, records)
+    return other
+
+
+def test_several_runs_have_their_curves_together_and_a_table(run_dir):
+    other = with_another_rate(run_dir, [record(1, valid_loss=2.5), record(2, valid_loss=2.75)])
     page = Page(report_page([run_dir, other, run_dir]))
     assert [run["label"] for run in page.curves["runs"]] == ["max_learning_rate=0.003", "max_learning_rate=0.05"]
     assert [len(run["columns"]["step"]) for run in page.curves["runs"]] == [20, 2]
@@ -369,11 +375,7 @@ def test_a_followed_page_loads_itself_and_keeps_what_is_shown(driver, run_dir, t
 
 
 def test_plotting_script_labels_runs_and_skips_duplicates(run_dir, tmp_path, monkeypatch):
-    other = run_dir.parent / "other"
-    shutil.copytree(run_dir, other)
-    text = (other / "config.toml").read_text()
-    (other / "config.toml").write_text(text.replace("max_learning_rate = 0.003", "max_learning_rate = 0.05"))
-    write_log(other, [record(1, valid_loss=2.5)])
+    other = with_another_rate(run_dir, [record(1, valid_loss=2.5)])
     run_script(monkeypatch, "plot", run_dir, other, run_dir, "--output", tmp_path / "loss.svg")
     labels = [text for text in svg_texts(tmp_path / "loss.svg") if "max_learning_rate" in text]
     assert labels == ["max_learning_rate=0.003: validation loss 0.450", "max_learning_rate=0.05: validation loss 2.500"]

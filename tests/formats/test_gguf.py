@@ -18,9 +18,8 @@ from basic.generation.continuation import generate
 from basic.model import ModelConfig, TransformerLM
 from basic.Tokenizer import Tokenizer
 from basic.tokenizer_files.content import TokenizerSettings
-from basic.train_bpe import train_bpe
 from basic.training.run_folder import load_run
-from tests.helpers.model_tools import with_random_weights
+from tests.helpers.model_tools import small_tokenizer, with_random_weights
 
 gguf = pytest.importorskip("gguf", reason="the formats extra is not installed")
 
@@ -54,10 +53,7 @@ def rounded(model: TransformerLM, kind: str) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
-    path = tmp_path_factory.mktemp("bpe") / "text.txt"
-    path.write_text("the cat sees the dog. the dog sees a café, 12 cats and nobody's hat.\n\n" * 5)
-    vocab, merges = train_bpe(path, 300, [END, "<|other|>"])
-    return Tokenizer(vocab, merges, [END, "<|other|>"])
+    return small_tokenizer(tmp_path_factory.mktemp("bpe"), [END, "<|other|>"])
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])

@@ -22,12 +22,11 @@ from basic.generation.continuation import generate
 from basic.generation.text import complete
 from basic.model import ModelConfig, TransformerLM
 from basic.Tokenizer import Tokenizer
-from basic.train_bpe import train_bpe
 from basic.training.checkpoints.file import read_checkpoint, save_checkpoint
 from basic.training.run_folder import load_run
 from basic.training.settings import DataConfig, RunConfig, TrainConfig
 from tests.conftest import SHARED_DATA, shared_data
-from tests.helpers.model_tools import transformers, with_random_weights
+from tests.helpers.model_tools import small_tokenizer, transformers, with_random_weights
 
 END, OTHER = "<|endoftext|>", "<|endoftext|><|end|>"
 CONTEXT = 16
@@ -63,10 +62,7 @@ def assert_same_behaviour(ours: TransformerLM, theirs: Any) -> None:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
     """One special token is a prefix of the other, and has the id 0."""
-    path = tmp_path_factory.mktemp("bpe") / "text.txt"
-    path.write_text("the cat sees the dog. the dog sees a café, 12 cats and nobody's hat.\n\n" * 5)
-    vocab, merges = train_bpe(path, 300, [END, OTHER])
-    return Tokenizer(vocab, merges, [END, OTHER])
+    return small_tokenizer(tmp_path_factory.mktemp("bpe"), [END, OTHER])
 
 
 def export_with_changes(folder: Path, model: TransformerLM, changes: dict[str, Any] | None = None) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from basic.model import ModelConfig, TransformerLM
+from basic.Tokenizer import Tokenizer
+from basic.train_bpe import train_bpe
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
@@ -53,6 +56,13 @@ def decided_model(seed: int, **changes: Any) -> TransformerLM:
     model = TransformerLM(tiny(**changes)).eval()
     torch.nn.init.normal_(model.lm_head.weight, std=1.0)
     return model
+
+
+def small_tokenizer(folder: Path, special_tokens: list[str]) -> Tokenizer:
+    """A tokenizer of at most 300 tokens, trained on a file in this folder."""
+    path = folder / "text.txt"
+    path.write_text("the cat sees the dog. the dog sees a café, 12 cats and nobody's hat.\n\n" * 5)
+    return Tokenizer(*train_bpe(path, 300, special_tokens), special_tokens)
 
 
 def rotated(x: Tensor, positions: Tensor, theta: float) -> Tensor:

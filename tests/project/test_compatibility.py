@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import runpy
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,8 @@ from basic.Tokenizer import Tokenizer
 from basic.tokens.opening import open_tokens
 from basic.train_bpe import train_bpe
 from basic.training import load_run, read_metrics
+from tests.project.test_scripts import REPOSITORY, run_script
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 WRITTEN = REPOSITORY / "tests" / "fixtures" / "written_by_0_1_0"
 EXPECTED = json.loads((WRITTEN / "expected.json").read_text(encoding="utf-8"))
 SPECIAL_TOKENS = ["<|endoftext|>", "<|pad|>"]
@@ -32,13 +30,6 @@ def folder(tmp_path, monkeypatch) -> Path:
     shutil.copytree(WRITTEN, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def run_script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
-    """What `python local/NAME.py ARGUMENTS` does, in this process."""
-    path = str(REPOSITORY / "local" / f"{name}.py")
-    monkeypatch.setattr(sys, "argv", [path, *arguments])
-    runpy.run_path(path, run_name="__main__")
 
 
 def ids_sha256(ids: Any) -> str:

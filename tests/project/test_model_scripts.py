@@ -187,10 +187,6 @@ def test_in_a_terminal_the_script_asks_for_prompts_until_ctrl_d(folder, capsys, 
 
 
 def test_control_characters_of_a_model_do_not_reach_a_terminal(folder, capsys, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     arguments = ("--prompt", "a\x1b]52;", "--max-tokens", "300", "--seed", "0", "--top-p", "1")
     sent = generate_output(capsys, monkeypatch, folder, *arguments)
     assert re.findall("[\x00-\x08\x0b-\x1f]", sent.removeprefix("a\x1b]52;")), "the model generates control characters"

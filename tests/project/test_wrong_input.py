@@ -14,8 +14,8 @@ import pytest
 
 from basic.Tokenizer import Tokenizer
 from basic.tokens.flat_file import TokenFileWriter
+from tests.project.test_scripts import REPOSITORY, run_script
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 GOOD = """
 [model]
 vocab_size = 40
@@ -46,12 +46,6 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("train.bin", "valid.bin"):
         write_tokens(name, np.arange(400) % 40)
-
-
-def run_script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
-    path = str(REPOSITORY / "local" / f"{name}.py")
-    monkeypatch.setattr(sys, "argv", [path, *arguments])
-    runpy.run_path(path, run_name="__main__")
 
 
 def error_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
