@@ -18,7 +18,6 @@ runs/SWEEP/NAME/               a run folder (`basic.training.run_folder`), and o
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import warnings
@@ -40,7 +39,7 @@ from basic.common.config_files import (
     toml_path,
 )
 from basic.common.errors import DamagedFileError, InvalidConfigError
-from basic.common.files import atomic_write, load_json, make_folder, open_file
+from basic.common.files import atomic_write, load_json_object, make_folder, open_file, write_json
 from basic.common.folder_lock import FolderLock
 from basic.common.outputs import Output, check_outputs
 from basic.generation.text import SavableTokenizer
@@ -237,8 +236,7 @@ def _train_and_evaluate(
     tokens, wall_s = last.get("tokens", 0), last.get("wall_s") or 0.0
     result = RunResult(name=run.name, loss=loss, tokens=tokens, wall_s=wall_s, remark=remark)
     run_dir.mkdir(parents=True, exist_ok=True)  # missing if memory ran out before training started
-    with atomic_write(run_dir / "outcome.json") as file:
-        file.write(json.dumps(asdict(result), indent=2).encode() + b"\n")
+    write_json(run_dir / "outcome.json", asdict(result), indent=2)
     return result
 
 
@@ -257,15 +255,12 @@ def _read_result(run_dir: Path) -> RunResult | None:
     path = run_dir / "outcome.json"
     if not path.is_file():
         return None
-    content = load_json(path)
     try:
-        result = RunResult(**content)
-        texts, numbers = (result.name, result.remark), (result.tokens, result.wall_s, result.loss or 0.0)
-        if all(isinstance(text, str) for text in texts) and all(type(number) in (int, float) for number in numbers):
-            return result
-    except TypeError:  # not a table, or other keys
-        pass
-    raise DamagedFileError(f"{path} is not the result of a run; remove it, and the run is evaluated again")
+        return from_table(RunResult, load_json_object(path))
+    except ValueError as error:
+        raise DamagedFileError(
+            f"{path} is not the result of a run ({error}); remove it, and the run is evaluated again"
+        ) from None
 
 
 def _is_table(path: Path) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import subprocess
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from basic.common.errors import DamagedFileError, InvalidInputError, WrongTokenizerError
-from basic.common.files import atomic_write, load_object, with_checksum
+from basic.common.files import load_object, with_checksum, write_json
 from basic.tokens.index import Tokens
 from basic.tokens.opening import mapped_file, open_mask
 
@@ -86,8 +85,7 @@ def _is_environment(start: Any) -> bool:
 def append_environment(run_dir: Path, environment: dict[str, Any], step: int) -> None:
     """Save the environment of a start, with the number of steps done before it."""
     content = {"starts": [*read_environments(run_dir), {"step": step, **environment}]}
-    with atomic_write(run_dir / _FILE_NAME) as file:
-        file.write((json.dumps(with_checksum(content), indent=2) + "\n").encode())
+    write_json(run_dir / _FILE_NAME, with_checksum(content), indent=2)
 
 
 def check_environment(run_dir: Path, environment: dict[str, Any], warn: Callable[[str], None]) -> None:
