@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
@@ -476,7 +476,10 @@ def questions(corpora: Corpora = EMBEDDED) -> dict[str, Callable[[], Answer]]:
     }
 
 
-def main(name: tyro.conf.Positional[str] = "all", corpora: tyro.conf.OmitArgPrefixes[Corpora] = EMBEDDED) -> None:
+def main(
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="QUESTION", help="Its name, or all.")] = "all",
+    corpora: tyro.conf.OmitArgPrefixes[Corpora] = EMBEDDED,
+) -> None:
     """Print the answers to the assignment's written questions."""
     answers = questions(corpora)
     if name not in {"all", *answers}:

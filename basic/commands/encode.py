@@ -20,7 +20,11 @@ from basic.corpus.text_formats import DocumentOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT [INPUT ...] OUTPUT")]
+    paths: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="INPUT [INPUT ...] OUTPUT", help_behavior_hint="(required)"),
+    ]
     """Inputs: UTF-8 text under any name, JSON lines (.jsonl, .ndjson, .json), either also as .gz, .zst, .xz or .bz2, or
     Parquet tables; files, globs in quotation marks, URLs (s3://bucket/*.jsonl.zst), or - for standard input, encoded in
     this order. Output, at the end: a token file NAME.bin, which gets a sidecar NAME.json, or a folder."""

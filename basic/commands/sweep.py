@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -16,7 +17,11 @@ from basic.common.errors import InvalidInputError
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    sweeps: tyro.conf.Positional[tuple[Path, ...]]
+    sweeps: Annotated[
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="SWEEP [SWEEP ...]", help_behavior_hint="(required)"),
+    ]
     """TOML files of sweeps, whose format stands in basic/analysis/sweep.py, or names of those that are included:
     learning_rate, batch_size, ablations, architecture, optimizer, isoflop."""
     small: bool = False

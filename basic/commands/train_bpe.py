@@ -16,7 +16,11 @@ from basic.corpus.text_formats import DocumentOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT [INPUT ...]")]
+    inputs: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="INPUT [INPUT ...]", help_behavior_hint="(required)"),
+    ]
     """UTF-8 text under any name, JSON lines (.jsonl, .ndjson, .json), either also as .gz, .zst, .xz or .bz2, or Parquet
     tables; files, globs in quotation marks, URLs (s3://bucket/*.jsonl.zst), or - for standard input."""
     vocab_size: int = 10_000

@@ -29,8 +29,8 @@ _HOUR_S = 3600.0
 # All control characters but newline and tab. A terminal obeys them: they can move the cursor or set the clipboard.
 _CONTROL_CHARACTER = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")
 
-# What Python writes before a message of the system: "[Errno 2] No such file or directory".
 _COMMAND = re.compile(r"`basic ([a-z]+(?:-[a-z]+)*)")
+# What Python writes before a message of the system: "[Errno 2] No such file or directory".
 _ERROR_NUMBER = re.compile(r"^\[(Errno|WinError) -?\d+\] ")
 
 

@@ -16,7 +16,7 @@ import warnings
 import webbrowser
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -31,7 +31,7 @@ FIRST_PORT, NUM_PORTS = 8000, 20
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    run: tyro.conf.Positional[tuple[Path, ...]] = ()
+    run: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RUN [RUN ...]]")] = ()
     """Run folders of models, such as runs/quickstart, which come first in the page's list; the first two are shown side
     by side. None: those in --runs, the newest first."""
     runs: Path = Path("runs")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -15,7 +16,9 @@ from basic.common.errors import InvalidInputError
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")
+    ]
     """Run folders, such as runs/quickstart."""
     output: Path | None = None
     """Image file to write (.png, .svg or .pdf); None: loss.png in the run folder, or for several runs a file beside the

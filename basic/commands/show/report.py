@@ -14,6 +14,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -25,7 +26,9 @@ FOLLOW_S = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")
+    ]
     """Run folders, such as runs/quickstart."""
     output: Path | None = None
     """HTML file to write; None: report.html in the run folder, which every run leaves there and which is replaced; for
