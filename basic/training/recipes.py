@@ -17,7 +17,7 @@ RecipeName = Literal["handout", "modern"]
 
 MAX_DEPTH = 64
 _WIDTH_PER_BLOCK = 64
-"""Features of the modern recipe's model for each block; also of a head, but in deep models."""
+"""Features of the modern recipe's model for each block; also of a head, except in deep models."""
 _MAX_CONTEXT = 1024
 _DEEP = 8
 """Blocks from which on the modern recipe has heads of twice the size, and windows."""
