@@ -53,14 +53,14 @@ class Tokenizer(TokenizerDefinition):
         vocab: id to bytes; any ids >= 0, with or without gaps; not modified. If several ids have the same bytes, the
             smallest is used to encode.
         merges: pairs of tokens, the lowest rank first; of two equal merges the first one counts. None: the ids are
-            ranks, as for tiktoken: the two neighbours whose joined bytes have the lowest id are merged, and a pre-token
+            ranks, as for tiktoken: the two neighbors whose joined bytes have the lowest id are merged, and a pre-token
             that is a token is not split.
         special_tokens: strings that become one token each and are never split; if several start at the same position,
             the longest is used. One whose bytes are in the vocabulary has that id; the others get the ids after the
             largest, in the order given, or those of a dictionary.
         pattern: finds the pre-tokens: the name of a published pattern ("cl100k", "llama3", ...), a regular expression,
             or a `Pattern` (see `basic.pretokenization.resolve_pattern`). The default is GPT-2's.
-        settings: what tokenizers of other programs do beside this: normalisation, a template, ...
+        settings: what tokenizers of other programs do beside this: normalization, a template, ...
         kernels: True uses the kernels for every text, False never. By default all but the shortest texts use them if
             they are compiled; if not, only a large text waits for the compiler. The ids are the same.
 

@@ -54,12 +54,12 @@ class MultiHeadSelfAttention(Module):
         d_model: features of a token.
         num_heads: number of heads.
         rope: rotates queries and keys; None for no positions.
-        num_kv_heads: number of heads of keys and values, each shared by a group of neighbouring query heads; None for
+        num_kv_heads: number of heads of keys and values, each shared by a group of neighboring query heads; None for
             num_heads.
         head_dim: features of a head; None for d_model / num_heads.
         bias: whether queries, keys and values have one.
-        norm_eps: normalise queries and keys with this number added to their mean square; None for no norm.
-        norm_all_heads: normalise all heads of a token together instead of each.
+        norm_eps: normalize queries and keys with this number added to their mean square; None for no norm.
+        norm_all_heads: normalize all heads of a token together instead of each.
         sliding_window: number of tokens that a token attends to, itself included; None for all before it.
         num_value_embeddings: number of token ids whose embeddings are added to the values; 0 for none.
 
@@ -106,7 +106,7 @@ class MultiHeadSelfAttention(Module):
             )
         self.value_embeddings: Embedding | None = None
         if num_value_embeddings:
-            # As large as the values, whose matrix keeps the size of normalised features.
+            # As large as the values, whose matrix keeps the size of normalized features.
             self.value_embeddings = Embedding(num_value_embeddings, num_kv_heads * head_dim)
             self.value_gate = Linear(min(_GATE_FEATURES, d_model), num_kv_heads)
             self.value_gate.weight.detach().zero_()
@@ -158,7 +158,7 @@ class MultiHeadSelfAttention(Module):
     def _change_heads(
         self, values: Float[Tensor, " ... kv_heads head_dim"] | None, qkv: Float[Tensor, " ... heads head_dim"]
     ) -> Float[Tensor, " ... heads head_dim"]:
-        """Add biases, and embeddings to the values, and normalise the heads of queries and keys."""
+        """Add biases, and embeddings to the values, and normalize the heads of queries and keys."""
         biases = self.q_proj.bias, self.k_proj.bias, self.v_proj.bias
         if biases[0] is not None:
             qkv = qkv + torch.cat(biases).view(qkv.shape[-2:]).to(qkv.dtype)  # ty: ignore[invalid-argument-type]

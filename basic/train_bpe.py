@@ -135,7 +135,7 @@ def merges_from_counts(
 ) -> list[Merge]:
     """Learn merges from pre-tokens and their counts.
 
-    Each step merges the most frequent pair of neighbouring tokens at all its positions, from left to right. Of several
+    Each step merges the most frequent pair of neighboring tokens at all its positions, from left to right. Of several
     equally frequent pairs it takes the one with the greatest (left bytes, right bytes).
 
     Args:
@@ -243,7 +243,7 @@ class _MergeState:
 
     The tokens of all pre-tokens are in one list, with a boundary before and after each pre-token. A merge writes the
     new token at the position of the left one, and removes the position of the right one from the linked list of
-    neighbours. So its cost is the number of occurrences of the pair, however long the pre-tokens are:
+    neighbors. So its cost is the number of occurrences of the pair, however long the pre-tokens are:
 
         position    0   1   2   3   4        merge s, t       0   1   2   3   4
         token       |   e   s   t   |           --->          |   e   st  -   |
@@ -326,16 +326,16 @@ class _MergeState:
             token_at[position], token_at[right_position] = new, _MERGED
             right_of[position], left_of[after] = after, position
             pair_counts[pair] -= count
-            if (neighbour := token_at[before]) != _BOUNDARY:
-                pair_counts[neighbour, left] -= count
-                pair_counts[neighbour, new] += count
-                positions[neighbour, new].append(before)
-                new_pairs.add((neighbour, new))
-            if (neighbour := token_at[after]) != _BOUNDARY:
-                pair_counts[right, neighbour] -= count
-                pair_counts[new, neighbour] += count
-                positions[new, neighbour].append(position)
-                new_pairs.add((new, neighbour))
+            if (neighbor := token_at[before]) != _BOUNDARY:
+                pair_counts[neighbor, left] -= count
+                pair_counts[neighbor, new] += count
+                positions[neighbor, new].append(before)
+                new_pairs.add((neighbor, new))
+            if (neighbor := token_at[after]) != _BOUNDARY:
+                pair_counts[right, neighbor] -= count
+                pair_counts[new, neighbor] += count
+                positions[new, neighbor].append(position)
+                new_pairs.add((new, neighbor))
         for new_pair in new_pairs:
             # In "abab" the first "ab" makes ("ab", "a"), which the second one removes.
             if pair_counts[new_pair] > 0 and self._may_be_merged(new_pair):

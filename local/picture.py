@@ -13,7 +13,7 @@ from basic.common import command_line
 
 SENTENCE = "Once upon a time, there was a brave puppy who wanted to dance."
 END = "<|endoftext|>"
-COLOURS = ("#cfe3f6", "#fbe3c0", "#d6edd3", "#f4d2d8", "#e3daf1")
+COLORS = ("#cfe3f6", "#fbe3c0", "#d6edd3", "#f4d2d8", "#e3daf1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def draw(run_dir: Path, output: Path) -> None:
     figure.text(left, 0.95, "it reads", **heading)
     for number, token_id in enumerate(tokenizer.encode(SENTENCE)):
         token = tokenizer.decode([token_id]).replace(" ", "·")
-        box = {"boxstyle": "square,pad=0.3", "facecolor": COLOURS[number % len(COLOURS)], "edgecolor": "none"}
+        box = {"boxstyle": "square,pad=0.3", "facecolor": COLORS[number % len(COLORS)], "edgecolor": "none"}
         drawn = figure.text(x + 0.006, 0.87, token, family="monospace", fontsize=13, va="center", bbox=box)
         figure.text(x + 0.004, 0.81, str(token_id), family="monospace", fontsize=8, va="center", color="gray")
         x = drawn.get_window_extent().x1 / figure.bbox.width + 0.006

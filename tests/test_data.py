@@ -46,7 +46,7 @@ def test_every_start_is_equally_likely():
     assert (abs(counts[:83] - 1000) < 5 * 32).all()
 
 
-def test_low_starts_are_not_favoured():
+def test_low_starts_are_not_favored():
     """The remainder of a 32-bit number would give the lower half of these starts 51.5 % of the sequences.
 
     0.5 % is ten standard deviations of the fraction of one half among 1,000,000 sequences. The tokens are an array of

@@ -26,7 +26,7 @@ _MAX_PICTURE_BYTES = 1 << 26
 VALIDATION_NOTE = "validation loss: of sampled sequences (`basic evaluate` and sweeps score every token)"
 
 MAX_SETTINGS_IN_LABEL = 3
-"""Runs that differ in more settings are labelled by their names."""
+"""Runs that differ in more settings are labeled by their names."""
 
 
 def plot_losses(
@@ -103,7 +103,7 @@ def plot_losses(
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
-    """Write a picture atomically, in the format of its suffix, with a title by which `picture_output` recognises it.
+    """Write a picture atomically, in the format of its suffix, with a title by which `picture_output` recognizes it.
 
     Raises:
         InvalidInputError: the format is unknown.

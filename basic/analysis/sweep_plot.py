@@ -72,17 +72,15 @@ def _draw_lines(axes: Axes, key: str, series: dict[str, list[tuple[float, RunRes
     top = max(losses, default=1.0)
     height = top - min(losses, default=0.0) or 1.0
     for number, (label, points) in enumerate(series.items()):
-        colour, points = f"C{number % 10}", sorted(points, key=lambda point: point[0])
+        color, points = f"C{number % 10}", sorted(points, key=lambda point: point[0])
         finite = [(value, loss) for value, result in points if (loss := _useful_loss(result)) is not None]
         failed = [value for value, result in points if _useful_loss(result) is None]
-        axes.plot(*zip(*finite, strict=True) if finite else ([], []), "o-", color=colour, label=label or None)
+        axes.plot(*zip(*finite, strict=True) if finite else ([], []), "o-", color=color, label=label or None)
         if finite:
             best = min(finite, key=lambda point: point[1])
-            axes.annotate(
-                f"{best[1]:.3f}", best, xytext=(0, -16), textcoords="offset points", ha="center", color=colour
-            )
+            axes.annotate(f"{best[1]:.3f}", best, xytext=(0, -16), textcoords="offset points", ha="center", color=color)
         crosses = [top + height * (0.15 + 0.05 * number)] * len(failed)  # lines do not hide each other's
-        axes.plot(failed, crosses, "x", color=colour, markersize=10, markeredgewidth=2)
+        axes.plot(failed, crosses, "x", color=color, markersize=10, markeredgewidth=2)
     if len(losses) < sum(map(len, series.values())):
         axes.plot([], [], "x", color="gray", markersize=10, markeredgewidth=2, label="diverged")
     if values[0] > 0 and values[-1] >= _LOG_FROM_RATIO * values[0]:

@@ -20,7 +20,7 @@ class Encoding(NamedTuple):
         char_spans: `text[start:stop]` has the characters of which the token has at least one byte. So several tokens
             have the same span if they share a character.
         byte_spans: in the UTF-8 bytes of the text, where each surrogate without its other half is U+FFFD. Each span
-            begins where the one before it ends, unless normalisation has joined or reordered characters: then each of
+            begins where the one before it ends, unless normalization has joined or reordered characters: then each of
             their tokens has the span of all of them.
     """
 

@@ -1,6 +1,6 @@
 """Check arguments that come from outside: integers, texts, and token ids in lists, arrays and tensors.
 
-Tensors are recognised by their attributes, because text to tokens never imports torch.
+Tensors are recognized by their attributes, because text to tokens never imports torch.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def atomic_paths(*paths: str | os.PathLike) -> Generator[tuple[Path, ...]]:
     If there are several paths, the later files describe the first one, as a sidecar describes its data. Several
     renames are not one atomic step, so each description is first replaced by a note that the files are unfinished. A
     process that dies between the renames leaves this note, which readers do not take for a description and
-    `is_unfinished` recognises, and never data with the description of other data.
+    `is_unfinished` recognizes, and never data with the description of other data.
 
     Symbolic links are written through: their targets are replaced, also those that do not exist yet.
 

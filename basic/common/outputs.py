@@ -1,7 +1,7 @@
 """What a command will write is checked before any work starts.
 
 Each output is new, or was written by this library and is to be replaced on request, or the command is refused. Whether
-this library wrote it is recognised by its content, not by its name. While a command works, its outputs are reserved:
+this library wrote it is recognized by its content, not by its name. While a command works, its outputs are reserved:
 another process that is to write one of them is refused before it starts.
 """
 

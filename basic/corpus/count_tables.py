@@ -56,7 +56,7 @@ def write_table(
         file_bytes = file.tell()
     record = {"words": num_pretokens, "count": total_count, "file_bytes": file_bytes}
     record["sha256"] = sha256_of_file(temporary)
-    # No fsync: on a small shard it would take longer than the counting. A file that a power cut damages is recognised
+    # No fsync: on a small shard it would take longer than the counting. A file that a power cut damages is recognized
     # by its size or its checksum, and is made again.
     os.replace(temporary, path)
     return record

@@ -1,7 +1,7 @@
 """The formats of files with text: how their names end, and how their content begins.
 
 Text is plain, or JSON lines, and either of them can be compressed; or it is in a Parquet table. The end of the name
-decides how a file is read; if it does not say it, JSON lines are recognised by their beginning. A file whose name or
+decides how a file is read; if it does not say it, JSON lines are recognized by their beginning. A file whose name or
 first bytes say that it holds something else is refused, with what to do; otherwise its bytes would become tokens.
 """
 
@@ -23,7 +23,7 @@ from basic.common.arguments import check_type
 from basic.common.errors import InvalidInputError
 
 HEAD_BYTES = 1 << 12
-"""The number of bytes at the beginning of a file by which its format is recognised."""
+"""The number of bytes at the beginning of a file by which its format is recognized."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ _PRE_TOKENIZERS = {
     "deepseek": ("deepseek-v3",),
 }
 _IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "falcon3")
-_NFC = ("qwen2", "deepseek-r1-qwen")  # their tokenizers normalise; llama.cpp leaves this out
+_NFC = ("qwen2", "deepseek-r1-qwen")  # their tokenizers normalize; llama.cpp leaves this out
 
 # Values of tokenizer.ggml.token_type.
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5

@@ -269,7 +269,7 @@ class _Pass:
                 self._norm(ln, x, x)
 
     def _norm(self, norm: Module, x: Tensor, y: Tensor) -> Tensor:
-        """Where the normalised x is: in y, if it is normalised at all."""
+        """Where the normalized x is: in y, if it is normalized at all."""
         if not isinstance(norm, RMSNorm):
             return x
         self._normalize(norm.weight, norm.eps, x, y)

@@ -46,7 +46,7 @@ def _load_weights(W, outputs, K, N, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _load_vector(X, gain, K, eps, BLOCK_K: tl.constexpr, NORM: tl.constexpr):
-    """A row of the input in float32; with NORM normalised, and rounded as if it had been stored."""
+    """A row of the input in float32; with NORM normalized, and rounded as if it had been stored."""
     columns = tl.arange(0, BLOCK_K)
     x = tl.load(X + columns, mask=columns < K, other=0.0).to(tl.float32)
     if NORM:
@@ -103,7 +103,7 @@ def normalize(X, GAIN, Y, K, eps, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr):
 @triton.jit
 def embed(EMBEDDING, TOKENS, POSITIONS, X, capacity, K, eps, BLOCK_K: tl.constexpr, NORM: tl.constexpr,
           OVERLAP: tl.constexpr):  # fmt: skip
-    """X = the embeddings of the tokens at the sequences' positions, with NORM normalised."""
+    """X = the embeddings of the tokens at the sequences' positions, with NORM normalized."""
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK_K)
     _wait_for_previous_kernel(OVERLAP)
@@ -120,7 +120,7 @@ def embed(EMBEDDING, TOKENS, POSITIONS, X, capacity, K, eps, BLOCK_K: tl.constex
 def project(X, W, GAIN, BIASES, Y, R, K, N, eps, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
             FEW: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
             OVERLAP: tl.constexpr):  # fmt: skip
-    """Y = X W^T (+ BIASES), or Y += X W^T. With FEW rows X is normalised by NORM, and BLOCK_K must be at least K."""
+    """Y = X W^T (+ BIASES), or Y += X W^T. With FEW rows X is normalized by NORM, and BLOCK_K must be at least K."""
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     pointers = Y + rows[None, :] * N + outputs[:, None]
@@ -150,7 +150,7 @@ def project(X, W, GAIN, BIASES, Y, R, K, N, eps, ROWS: tl.constexpr, BLOCK_N: tl
 def activate(X, W, GAIN, Y, R, K, N, eps, FFN: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
              BLOCK_K: tl.constexpr, FEW: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """The activations inside the feed-forward layer (`ModelConfig.ffn`), with W1 (N, K) and, for swiglu, W3 after it in
-    the rows of W. FEW rows of X are normalised here."""
+    the rows of W. FEW rows of X are normalized here."""
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     W3 = W + N.to(tl.int64) * K
@@ -200,7 +200,7 @@ def attend(QKV, stride, Q_GAIN, K_GAIN, EMBEDDINGS, TOKENS, KEYS, VALUES, COS, S
            WINDOW: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Attention of one head of one sequence to a split of its keys; the last program to finish combines the splits.
 
-    The cache is (R, H / GROUP, capacity, D): GROUP neighbouring query heads share a head of keys and values, and each
+    The cache is (R, H / GROUP, capacity, D): GROUP neighboring query heads share a head of keys and values, and each
     reads them from the GPU's cache. With WINDOW > 0, only blocks with some of the last WINDOW keys are read. Features
     are padded to WIDTH, a power of two. With HAVE_EMBEDDINGS, rows of QKV end with the gates with which the token's row
     of EMBEDDINGS is added to the values. Blocks of keys are dealt out to the splits in turn, so that all splits have

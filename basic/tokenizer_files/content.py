@@ -82,7 +82,7 @@ class TokenizerSettings:
             for tokens that no merges produce.
         one_merge_at_a_time: see `basic.bpe.plain.MergeRules`.
         flags: special token to its options that are not those of `DEFAULT_FLAGS`. "special": it is left out where
-            special tokens are skipped. "normalized": it is searched for in the normalised text. "lstrip", "rstrip": it
+            special tokens are skipped. "normalized": it is searched for in the normalized text. "lstrip", "rstrip": it
             takes the white space before or after it, which then gives no ids.
         post_processor: that of tokenizer.json, as JSON; it has the tokens that `encode(text, template=True)` adds.
         missing_bytes: only for vocabularies that lack bytes: the options of tokenizer.json for such bytes ("unk_token"

@@ -274,7 +274,7 @@ class TokenizerDefinition(Vocabulary):
         - A folder that `save` wrote.
         - A `tokenizer.json` with byte-level BPE, or a folder with it; also one with only `vocab.json` and `merges.txt`.
         - A rank file of tiktoken (`*.tiktoken`, Llama 3's `tokenizer.model`). As for tiktoken, there is no
-          normalisation; Qwen's tokenizers bring a text to NFC first, which their tokenizer.json says.
+          normalization; Qwen's tokenizers bring a text to NFC first, which their tokenizer.json says.
 
         Args:
             pattern: for a rank file, which does not say how a text is split: "cl100k", "o200k", "llama3", "qwen2" or

@@ -3,7 +3,7 @@
 In any text, a token is produced by the same merge: the last one that is applied to the token's own bytes. Nothing is
 merged across the ends of a token, so the text around it does not matter. So it is enough to apply the merges to single
 tokens. The result is the same for lists with other merges that are never applied, and for the ranks of tiktoken, which
-has no list: it joins the two neighbours whose joined bytes have the lowest rank.
+has no list: it joins the two neighbors whose joined bytes have the lowest rank.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from basic.pretokenization import SpecialTokens
 from basic.tokenizer_files.content import TokenizerSettings
 
 UNICODE_VERSION = unicodedata.unidata_version
-"""The version of Unicode by which texts are normalised."""
+"""The version of Unicode by which texts are normalized."""
 
 # White_Space of Unicode, which str.isspace has, with four more.
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
@@ -30,7 +30,7 @@ class TextChanges:
     """The changes that a tokenizer needs before it splits a text.
 
     Args:
-        settings: the normaliser, and which special tokens take white space.
+        settings: the normalizer, and which special tokens take white space.
         missing_bytes: characters with one of these bytes are replaced by U+FFFD.
 
     Raises:
@@ -40,7 +40,7 @@ class TextChanges:
     def __init__(self, special_tokens: SpecialTokens, settings: TokenizerSettings, missing_bytes: bytes = b"") -> None:
         self._nfc = settings.normalizer == "NFC"
         tokens = special_tokens.tokens
-        # Where the text is not yet normalised, a normalised token can be missing, or be joined with what is beside it.
+        # Where the text is not yet normalized, a normalized token can be missing, or be joined with what is beside it.
         unnormalized = [token for token in tokens if not settings.flag(token, "normalized")]
         self._after: TextChanges | None = None
         if self._nfc and len(unnormalized) < len(tokens):
@@ -183,9 +183,9 @@ def _canonical_decomposition(character: str) -> str:
 
 
 def _check_normal(token: str, normalized: bool) -> None:
-    """Check that NFC makes no special token of other characters, or one that is searched for in normalised text."""
+    """Check that NFC makes no special token of other characters, or one that is searched for in normalized text."""
     if normalized and not unicodedata.is_normalized("NFC", token):
-        raise InvalidInputError(f"the special token {token!r} is to be normalised, but is not in NFC; write it in NFC")
+        raise InvalidInputError(f"the special token {token!r} is to be normalized, but is not in NFC; write it in NFC")
     if not normalized:
         for character in token:
             # U+212A, U+037E and U+1FEF become these three.
@@ -193,7 +193,7 @@ def _check_normal(token: str, normalized: bool) -> None:
             if not is_safe:
                 raise InvalidInputError(
                     f"the special token {token!r} has {character!r}, which NFC also makes of other characters, so the "
-                    "normalised text could have it where the text does not; this is not supported: set its 'normalized'"
+                    "normalized text could have it where the text does not; this is not supported: set its 'normalized'"
                 )
 
 

@@ -19,7 +19,7 @@ from basic.tokenizer_files.our_folder import SPECIAL_TOKENS_FILE, parse_chat_tem
 from basic.tokenizer_files.rank_file import read_rank_file
 from basic.tokenizer_files.tokenizer_json import read_tokenizer_json
 
-# The pattern and the normaliser of tokenizer classes of transformers whose folders may have vocab.json and merges.txt.
+# The pattern and the normalizer of tokenizer classes of transformers whose folders may have vocab.json and merges.txt.
 _CONFIG_FILE = "tokenizer_config.json"
 _CLASSES = {"GPT2Tokenizer": ("gpt2", None), "Qwen2Tokenizer": ("qwen2", "NFC")}
 

@@ -1,4 +1,4 @@
-"""The normaliser and the pre-tokenizers of tokenizer.json, to and from a normal form and a `Pattern`."""
+"""The normalizer and the pre-tokenizers of tokenizer.json, to and from a normal form and a `Pattern`."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def _flat(value: Mapping[str, Any] | None, children: str) -> Iterator[Mapping[st
 
 
 def parse_normalizer(value: Mapping[str, Any] | None) -> str | None:
-    """The normal form of a normaliser: "NFC" or None; a Sequence of nothing is nothing.
+    """The normal form of a normalizer: "NFC" or None; a Sequence of nothing is nothing.
 
     Raises:
-        InvalidInputError: another kind of normaliser.
+        InvalidInputError: another kind of normalizer.
     """
     kinds = [step["type"] for step in _flat(value, "normalizers")]
     for kind in kinds:

@@ -1,4 +1,4 @@
-"""Token files of other programs: those with a header, or with another dtype than the given one, are recognised."""
+"""Token files of other programs: those with a header, or with another dtype than the given one, are recognized."""
 
 from __future__ import annotations
 

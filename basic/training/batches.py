@@ -54,7 +54,7 @@ def get_batch(
     """
     dataset = id_array("dataset", dataset)
     num_starts = _count_starts(dataset, batch_size, context_length)
-    # The remainder of a random number favours low starts: by up to 6 % with the bits that randint(num_starts) uses, by
+    # The remainder of a random number favors low starts: by up to 6 % with the bits that randint(num_starts) uses, by
     # an immeasurable amount with 63 bits.
     starts = torch.randint(2**63 - 1, (batch_size,)) % num_starts
     x, y = _shifted(dataset[starts.numpy()[:, None] + np.arange(context_length + 1)])

@@ -23,7 +23,7 @@ _DEEP = 8
 """Blocks from which on the modern recipe has heads of twice the size, and windows."""
 _TOKENS_PER_PARAMETER = 2.0
 """Of the modern recipe: tokens to train on for each parameter of the blocks and the output matrix."""
-_UTILISATION = 0.4
+_UTILIZATION = 0.4
 """Share of the speed of a large matrix multiplication that training reaches."""
 
 
@@ -63,7 +63,7 @@ def recipe_settings(
             raise InvalidConfigError(f"minutes must be above 0, got {minutes}")
         if matmul_flops_per_s is None:
             raise TypeError("without a depth, matmul_flops_per_s is needed")
-        depth = depth_for(name, vocab_size, 60 * minutes * matmul_flops_per_s * _UTILISATION, has_gpu)
+        depth = depth_for(name, vocab_size, 60 * minutes * matmul_flops_per_s * _UTILIZATION, has_gpu)
     if not 1 <= depth <= MAX_DEPTH:
         raise InvalidConfigError(f"depth must be from 1 to {MAX_DEPTH} blocks, got {depth}")
     tables = _handout(vocab_size, depth, has_gpu) if name == "handout" else _modern(vocab_size, depth)

@@ -50,7 +50,7 @@ class ModelConfig:
     qkv_bias: bool = False
     """Whether the projections to queries, keys and values have a bias."""
     qk_norm: bool | Literal["all_heads"] = False
-    """Whether each head of queries and keys is normalised (RMSNorm, with gains that the heads share) before RoPE;
+    """Whether each head of queries and keys is normalized (RMSNorm, with gains that the heads share) before RoPE;
     "all_heads": all heads of a token together, with a gain for each feature."""
     norm: Literal["pre", "post", "sublayer", "none"] = "pre"
     """Position of RMSNorm: before each sublayer, after each residual sum, after each sublayer and before its sum, or no
@@ -64,7 +64,7 @@ class ModelConfig:
     tied_embeddings: bool = False
     """Whether the output layer uses the embedding's matrix."""
     embedding_norm: bool = False
-    """Whether the embeddings are normalised (RMSNorm without gains) before the first block."""
+    """Whether the embeddings are normalized (RMSNorm without gains) before the first block."""
     value_embeddings: bool = False
     """Whether every second block, the last one included, has embeddings of its own, which are added to the values of
     its attention, with a gate for each head."""

@@ -190,7 +190,7 @@ def cross_entropy(
     """The mean of -log softmax(logits)[target] over all leading dimensions, in nats.
 
     Args:
-        logits: unnormalised scores of any scale.
+        logits: unnormalized scores of any scale.
         targets: ids in 0 .. vocab_size - 1, or `ignore_index`.
         ignore_index: a position with this target takes no part; the mean is over the others.
 
@@ -315,7 +315,7 @@ def rope_tables(
 def rotate_pairs(
     x: Float[Tensor, " ... d_k"], cos: Float[Tensor, "... half"], sin: Float[Tensor, "... half"]
 ) -> Float[Tensor, " ... d_k"]:
-    """Rotate each pair of neighbouring features (x[2i], x[2i+1]) by its angle.
+    """Rotate each pair of neighboring features (x[2i], x[2i+1]) by its angle.
 
     Args:
         x: queries or keys.
@@ -391,7 +391,7 @@ def causal_self_attention(
     Args:
         x: input features.
         w_q, w_k, w_v: projections of all heads, stacked along their rows. Keys and values may have fewer heads than
-            queries; neighbouring query heads then share one (grouped-query attention).
+            queries; neighboring query heads then share one (grouped-query attention).
         options: heads, positions and what a query may attend to.
 
     Source: Vaswani et al. 2017, section 3.2.2; Ainslie et al. 2023, "GQA".

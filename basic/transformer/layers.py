@@ -62,7 +62,7 @@ class Embedding(Module):
 
 
 class RMSNorm(Module):
-    """Root-mean-square normalisation with a gain for each feature.
+    """Root-mean-square normalization with a gain for each feature.
 
     Args:
         d_model: features of a token.
@@ -79,7 +79,7 @@ class RMSNorm(Module):
 
 
 def norm_heads(norm: RMSNorm, x: Float[Tensor, " ... heads d"]) -> Float[Tensor, " ... heads d"]:
-    """Normalise each head, or all heads together if there is a gain for each of their features."""
+    """Normalize each head, or all heads together if there is a gain for each of their features."""
     return norm(x) if norm.weight.numel() == x.shape[-1] else norm(x.flatten(-2)).view(x.shape)
 
 

@@ -29,11 +29,11 @@ def records(scale: float, num_records: int = 8) -> list[dict[str, float]]:
 
 
 def pixels(path, color: str) -> int:
-    """Count the pixels of exactly this colour."""
+    """Count the pixels of exactly this color."""
     return int((np.abs(imread(path)[..., :3] - to_rgb(color)).max(-1) < 1 / 255).sum())
 
 
-def test_each_run_has_its_own_colour_in_a_png(tmp_path):
+def test_each_run_has_its_own_color_in_a_png(tmp_path):
     one, two = tmp_path / "one.png", tmp_path / "two.png"
     plot_losses({"first": records(3.0)}, one)
     plot_losses({"first": records(3.0), "second": records(2.0)}, two)

@@ -99,7 +99,7 @@ def test_spans_by_definition(ours, kernels):
             assert char_spans == [(owners[start][0], owners[stop - 1][1]) for start, stop in byte_spans]
 
 
-def test_spans_through_normalisation(ours, theirs):
+def test_spans_through_normalization(ours, theirs):
     """The package gives a composed character the span of the first of its characters only."""
     tokenizer = Tokenizer(ours.vocab, ours.merges, [END, BREAK], settings=TokenizerSettings(normalizer="NFC"))
     theirs = tokenizers.Tokenizer.from_str(theirs.to_str())

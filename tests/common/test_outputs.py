@@ -47,7 +47,7 @@ def test_what_is_not_ours_is_never_replaced(tmp_path):
             check_outputs([output], overwrite=True)
 
 
-def test_without_a_way_to_recognise_it_nothing_is_replaced(tmp_path):
+def test_without_a_way_to_recognize_it_nothing_is_replaced(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     for name, is_folder in (("folder", True), ("file", False)):

@@ -48,7 +48,7 @@ def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 
 @torch.no_grad()
-def assert_same_behaviour(ours: TransformerLM, theirs: Any) -> None:
+def assert_same_behavior(ours: TransformerLM, theirs: Any) -> None:
     ids = torch.randint(ours.config.vocab_size, (3, CONTEXT))
     logits = theirs(ids).logits
     assert logits.std() > 0.5  # otherwise all logits would be close
@@ -106,7 +106,7 @@ def test_llama_of_transformers_loads(changes, max_shard_size, tmp_path):
     ours = load_model(tmp_path)
     assert ours.config == config
     assert ours.num_parameters == theirs.num_parameters()
-    assert_same_behaviour(ours, theirs)
+    assert_same_behavior(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -154,7 +154,7 @@ def test_exported_model_opens_in_transformers_and_round_trips_bit_for_bit(change
     assert isinstance(theirs, transformers().LlamaForCausalLM)
     assert theirs.get_input_embeddings().padding_idx is None  # that embedding would not be trained
     assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == tokenizer.special_token_ids[END] == 0
-    assert_same_behaviour(ours, theirs)
+    assert_same_behavior(ours, theirs)
 
     loaded_back = load_model(tmp_path / "hf")
     assert loaded_back.config == ours.config

@@ -63,7 +63,7 @@ METHODS = {attribute for attribute in dir(torch.Tensor) if is_ready_made(attribu
 class FromScratch(ast.NodeVisitor):
     """Finds uses of ready-made functions in a source text.
 
-    Every attribute path that starts at an imported name is checked. Methods of tensors are recognised by name, on any
+    Every attribute path that starts at an imported name is checked. Methods of tensors are recognized by name, on any
     object except our own modules and `self`.
 
     Attributes:

@@ -71,7 +71,7 @@ def test_a_changed_text_has_the_ids_of_the_other_program(pair, text):
 
 
 @pytest.mark.parametrize("kernels", [False, True])
-def test_normalised_tokens_are_found_in_the_normalised_text_only(tmp_path, kernels):
+def test_normalized_tokens_are_found_in_the_normalized_text_only(tmp_path, kernels):
     flags = {"e": {"normalized": True}, "\u1161": {"normalized": True}, ";": {"normalized": True, "lstrip": True}}
     ours = tokenizer(TokenizerSettings(normalizer="NFC", flags=flags), ["<s>", *flags], kernels)
     save_tokenizer_json(ours, tmp_path / "tokenizer.json")
@@ -89,7 +89,7 @@ def test_normalised_tokens_are_found_in_the_normalised_text_only(tmp_path, kerne
 
 
 def test_nfc_may_be_cut_before_every_character_that_begins_alone():
-    """Of all characters, those that some character before them changes when they are normalised together."""
+    """Of all characters, those that some character before them changes when they are normalized together."""
     befores = [
         "e",
         "\u1100",
@@ -176,8 +176,8 @@ def test_special_tokens_that_nfc_could_make_are_refused(token):
     assert list(tokenizer(normalized, [token]).special_token_ids) == [token]
 
 
-def test_a_special_token_to_be_normalised_must_be_normal():
-    with pytest.raises(InvalidInputError, match="is to be normalised, but is not in NFC"):
+def test_a_special_token_to_be_normalized_must_be_normal():
+    with pytest.raises(InvalidInputError, match="is to be normalized, but is not in NFC"):
         tokenizer(TokenizerSettings(normalizer="NFC", flags={"e\u0301": {"normalized": True}}), ["e\u0301"])
     assert tokenizer(NFC, ["<｜begin▁of▁sentence｜>"]).encode("<｜begin▁of▁sentence｜>") == [259]
 

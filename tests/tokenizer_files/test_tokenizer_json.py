@@ -227,7 +227,7 @@ DEEPSEEK = PATTERNS["deepseek"].splits
 def test_every_sequence_of_pre_tokenizers_splits_the_same(tmp_path, steps):
     """All texts of up to four of some characters, each of which may end a pre-token."""
     content = changed("pre_tokenizer", sequence(*steps))
-    # So that ids show the pre-tokens: neighbours that are not divided become one token.
+    # So that ids show the pre-tokens: neighbors that are not divided become one token.
     pieces = ["a", "S", "'", " ", "\n", "1", "the", "é", "中"]
     pairs = [(x.encode(), y.encode()) for x in "aS' \n1" for y in "aS' \n1"]
     content["model"] = tokenizer_json({**BYTES, **{256 + i: x + y for i, (x, y) in enumerate(pairs)}}, pairs)["model"]

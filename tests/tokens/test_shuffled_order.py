@@ -36,7 +36,7 @@ def test_images_are_as_uniform_as_random_ones() -> None:
     """
     keys = np.random.default_rng(0).integers(2**63, size=6, dtype=np.uint64)
     images = permute(np.arange(10_000), 10_000, keys)
-    for numbers in (np.arange(10_000), np.roll(images, 1)):  # also of neighbours
+    for numbers in (np.arange(10_000), np.roll(images, 1)):  # also of neighbors
         table = np.histogram2d(numbers, images, bins=10)[0]
         assert ((table - 100) ** 2 / 100).sum() < 81 + 5 * 12.7
 

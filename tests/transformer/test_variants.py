@@ -1,4 +1,4 @@
-"""What Llama's relatives add: head size, biases, normalised queries and keys, sliding window, scaled RoPE."""
+"""What Llama's relatives add: head size, biases, normalized queries and keys, sliding window, scaled RoPE."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_pattern_gives_the_window_to_some_blocks() -> None:
 
 
 def test_the_changed_heads_go_to_the_kernels() -> None:
-    """A stand-in for the operators receives biased, normalised heads, and the window where it cuts something."""
+    """A stand-in for the operators receives biased, normalized heads, and the window where it cuts something."""
     attention = random_attention(torch.float16, bias=True, norm_eps=0.1, sliding_window=3)
     expected = attention(x := torch.randn(2, 7, 16).half())
     windows = []

@@ -37,7 +37,7 @@ for (const [id, shown] of [["temperature", (x) => number(x, 2)], ["top-p", (x) =
   show();
 }
 
-// ---- texts of two models side by side, coloured by loss
+// ---- texts of two models side by side, colored by loss
 
 const level = (nats) => nats === null ? "-" : HEAT_NATS.filter((bound) => nats >= bound).length;
 
@@ -55,7 +55,7 @@ class ModelPane {
         element("div", { className: "row" }, this.choice.name, this.choice.step), part("p", "facts muted"), part("dl", "stats"),
         part("div", "after", { hidden: true })),
       part("p", "note", { hidden: true }), part("p", "error", { hidden: true, role: "alert" }), part("div", "stream", { hidden: true }),
-      part("div", "tokens scored", { role: "listbox", "aria-label": `Tokens of model ${number}, coloured by loss`, "data-empty": "Type some text to see the loss of each token." }));
+      part("div", "tokens scored", { role: "listbox", "aria-label": `Tokens of model ${number}, colored by loss`, "data-empty": "Type some text to see the loss of each token." }));
     this.facts = this["facts muted"];
     this.listing = this["tokens scored"];
     this.after.append(element("span", { className: "muted", textContent: "Generated text is underlined. " }),
@@ -227,7 +227,7 @@ function inspect(pane, index) {
   if (!isNext && !likeliest.some(([id]) => id === actual)) list.append(row(actual, data.token_bytes[index], p, "gap"));
   panel.append(list);
 }
-$("legend").setAttribute("aria-label", "Colour scale: the loss of a token, from 0 to more than 8 nats");
+$("legend").setAttribute("aria-label", "Color scale: the loss of a token, from 0 to more than 8 nats");
 $("legend").append("low loss", ...Array.from({ length: 9 }, (_, i) => element("i", { className: "h" + i, title: i === 8 ? "more than 8 nats" : `${i ? HEAT_NATS[i - 1] : 0} to ${HEAT_NATS[i]} nats` })), "high loss");
 
 // ---- attention maps

@@ -194,7 +194,7 @@ class TokenList {
       if (index && mode === "text" && /^(20|09|3\d|[89a-f])/.test(hex)) nodes.push(element("wbr"));
       items.push(item);
       nodes.push(item);
-      if (mode === "text" && hex.endsWith("0a")) nodes.push("\n");  // outside the token, so that its colour does not extend to the next line
+      if (mode === "text" && hex.endsWith("0a")) nodes.push("\n");  // outside the token, so that its color does not extend to the next line
       this.starts.push(this.starts[index] + hex.length / 2);
     });
     if (next) {
@@ -227,13 +227,13 @@ class TokenList {
     const index = this.indexOf(event.target);
     if (index < 0 || event.ctrlKey || event.metaKey || event.altKey) return;
     const last = this.items.length - 1;
-    const target = { ArrowRight: Math.min(index + 1, last), ArrowLeft: Math.max(index - 1, 0), Home: 0, End: last, ArrowDown: this.neighbour(index, 1), ArrowUp: this.neighbour(index, -1) }[event.key];
+    const target = { ArrowRight: Math.min(index + 1, last), ArrowLeft: Math.max(index - 1, 0), Home: 0, End: last, ArrowDown: this.neighbor(index, 1), ArrowUp: this.neighbor(index, -1) }[event.key];
     if (target !== undefined) { event.preventDefault(); this.move(target); }
     else if (event.key === "Enter" || event.key === " ") { event.preventDefault(); this.choose(index); }
   }
 
   // The index of the nearest token on the next line (step 1) or the previous line (step -1).
-  neighbour(index, step) {
+  neighbor(index, step) {
     const here = this.items[index].getClientRects()[0], x = here.left;
     let best = index, distance = Infinity, top = null;
     for (let i = index + step; i >= 0 && i < this.items.length; i += step) {

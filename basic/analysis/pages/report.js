@@ -9,7 +9,7 @@
 const curves = JSON.parse(document.getElementById("curves").textContent);
 const runs = curves.runs.filter((run) => run.columns.step.length);
 const longest = runs.reduce((a, b) => (b.columns.step.length > a.columns.step.length ? b : a), runs[0]);
-const colours = ["first", "c1", "c2", "c3", "c4", "c5"];
+const colors = ["first", "c1", "c2", "c3", "c4", "c5"];
 const margin = { left: 46, right: 10, top: 8, bottom: 24 };
 const charts = [...document.querySelectorAll(".chart")].map((figure) => {
   const names = figure.dataset.names.split("|");
@@ -18,8 +18,8 @@ const charts = [...document.querySelectorAll(".chart")].map((figure) => {
       key,
       run,
       name: runs.length === 1 ? names[index] : figure.dataset.series.includes("loss") ? run.label : "",
-      // Of several runs, the colour is that of the run, and the second curve of a chart is thin.
-      style: runs.length > 1 ? colours[number % colours.length] : isThin(key) ? "second" : "first",
+      // Of several runs, the color is that of the run, and the second curve of a chart is thin.
+      style: runs.length > 1 ? colors[number % colors.length] : isThin(key) ? "second" : "first",
       values: run.columns[key],
     })).filter(({ values }) => values)
   );
@@ -51,7 +51,7 @@ function short(value, count = 3) {
   return digits(value, count);
 }
 
-function labelsOf(ticks) { // with as many digits as tell neighbours apart
+function labelsOf(ticks) { // with as many digits as tell neighbors apart
   for (let count = 3; ; count++) {
     const labels = ticks.map((tick) => short(tick, count));
     if (count === 10 || new Set(labels).size === labels.length) return labels;

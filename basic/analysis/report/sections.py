@@ -117,7 +117,7 @@ def _visible_text(token: bytes) -> str:
 
 
 def configuration_section(config: RunConfig) -> str:
-    """Return a table for each section of the configuration, with default values in grey."""
+    """Return a table for each section of the configuration, with default values in gray."""
     tables = []
     for section in dataclasses.fields(config):
         rows = []
@@ -125,7 +125,7 @@ def configuration_section(config: RunConfig) -> str:
             style = ' class="default"' if value == default else ""
             rows.append(f"<tr{style}><th>{name}</th><td>{escape(format_setting(value))}</td></tr>")
         tables.append(f"<h3>{section.name.capitalize()}</h3>\n<table>\n{lines(rows)}\n</table>")
-    return f'<p class="soft">Grey values are the defaults.</p>\n<div class="settings">\n{lines(tables)}\n</div>'
+    return f'<p class="soft">Gray values are the defaults.</p>\n<div class="settings">\n{lines(tables)}\n</div>'
 
 
 def _settings_of(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

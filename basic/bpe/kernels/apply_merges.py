@@ -102,7 +102,7 @@ def _fill_slots(slots, lefts, rights, ranks):
 def _last_joins(data, starts, tokens, byte_ranks, parts, ranks, lasts):
     """Write the two ids that tiktoken's rule joins last in each token; -1 if it does not join all its bytes.
 
-    The rule, as it is defined: of all neighbours whose joined bytes are a token, join those with the lowest id.
+    The rule, as it is defined: of all neighbors whose joined bytes are a token, join those with the lowest id.
 
     Args:
         tokens: of `whole_token_table`, with all tokens.
@@ -256,7 +256,7 @@ def new_buffers(length: int) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         The first array has four rows, with one element a byte: the symbols (ids; -1 after a merge with the symbol
         before), the pairs (rank and position of each symbol's pair with the next one, as one number), and the left and
-        the right neighbours. The second array is the heap for a long pre-token, followed by the positions of one rank.
+        the right neighbors. The second array is the heap for a long pre-token, followed by the positions of one rank.
     """
     return np.empty((4, length), np.int32), np.empty(4 * length, np.int64)
 

@@ -1,7 +1,7 @@
 """Learn merges from counted pre-tokens, fast.
 
 The symbols of all pre-tokens are in one array, with one element a byte and NO_TOKEN between pre-tokens. A token of
-several bytes has its number at its first and at its last byte, so both neighbours are found without links:
+several bytes has its number at its first and at its last byte, so both neighbors are found without links:
 
     position   0   1   2   3   4   5   6      merge s, t      0   1   2   3   4   5   6
     symbol     |   n   e   s   t   |   ...      --->          |   n   e   st  st  |   ...
@@ -53,7 +53,7 @@ _MULTIPLIER = U64(0x9E3779B97F4A7C15)
 #   occurrences                     position and pre-token of each
 #   before, after                   by the token before (after) the new one: the count of the new pair, its number of
 #                                   occurrences, and the count that the old pair loses; and a list of these tokens
-#   records                         of each occurrence of a new pair the neighbour (-1 - neighbour for one after), the
+#   records                         of each occurrence of a new pair the neighbor (-1 - neighbor for one after), the
 #                                   position and the pre-token
 #   state                           the numbers above
 _PREFETCH_DISTANCE = 12  # occurrences between the prefetch of a symbol and its use
@@ -180,7 +180,7 @@ def _merge_positions(left, right, new, first, size, arrays):
     positions, pretokens = occurrences
     before_sums, before_sizes, before_losses, before_tokens = before
     after_sums, after_sizes, after_losses, after_tokens = after
-    neighbours, new_positions, new_pretokens = records
+    neighbors, new_positions, new_pretokens = records
     starts = tokens[1]
     left_size, right_size = starts[left + 1] - starts[left], starts[right + 1] - starts[right]
     num_before, num_after, num_records = 0, 0, 0
@@ -207,7 +207,7 @@ def _merge_positions(left, right, new, first, size, arrays):
                 after_sums[left] -= count
             else:
                 before_losses[x] += count
-            neighbours[num_records], new_positions[num_records], new_pretokens[num_records] = (
+            neighbors[num_records], new_positions[num_records], new_pretokens[num_records] = (
                 x,
                 position - (starts[x + 1] - starts[x]),
                 pretoken,
@@ -220,7 +220,7 @@ def _merge_positions(left, right, new, first, size, arrays):
             after_sums[y] += count
             after_sizes[y] += 1
             after_losses[y] += count
-            neighbours[num_records], new_positions[num_records], new_pretokens[num_records] = -1 - y, position, pretoken
+            neighbors[num_records], new_positions[num_records], new_pretokens[num_records] = -1 - y, position, pretoken
             num_records += 1
     return num_before, num_after, num_records
 
@@ -231,7 +231,7 @@ def _add_new_pairs(left, right, new, num_before, num_after, num_records, arrays)
     _, _, tokens, pairs, index, heap, occurrences, before, after, records, state = arrays
     before_sums, before_sizes, before_losses, before_tokens = before
     after_sums, after_sizes, after_losses, after_tokens = after
-    neighbours, new_positions, new_pretokens = records
+    neighbors, new_positions, new_pretokens = records
     counts = pairs[2]
     num_occurrences = state[NUM_OCCURRENCES]
     for i in range(num_before):
@@ -251,8 +251,8 @@ def _add_new_pairs(left, right, new, num_before, num_after, num_records, arrays)
     state[NUM_OCCURRENCES] = num_occurrences
     positions, pretokens = occurrences
     for i in range(num_records):
-        neighbour = neighbours[i]
-        sums, token = (before_sums, neighbour) if neighbour >= 0 else (after_sums, -1 - neighbour)
+        neighbor = neighbors[i]
+        sums, token = (before_sums, neighbor) if neighbor >= 0 else (after_sums, -1 - neighbor)
         positions[sums[token]], pretokens[sums[token]] = new_positions[i], new_pretokens[i]
         sums[token] += 1
     for i in range(num_before):

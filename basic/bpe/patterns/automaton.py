@@ -1,10 +1,10 @@
 """Compile a pattern to the table of a deterministic automaton, which a kernel runs (`basic.bpe.kernels.scan`).
 
-    splits --Parser--> trees and sets --ThreadList--> threads --SplitSequence--> states --minimised--> table
+    splits --Parser--> trees and sets --ThreadList--> threads --SplitSequence--> states --minimized--> table
 
 The symbols are classes of characters: the characters of a class are in the same sets of the pattern.
 
-Source of the minimisation: Moore 1956, "Gedanken-experiments on sequential machines".
+Source of the minimization: Moore 1956, "Gedanken-experiments on sequential machines".
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def compile_splits(splits: Sequence[str]) -> Automaton:
     for parser in parsers:
         of_this, members = members[: len(parser.sets)], members[len(parser.sets) :]
         machines.append(Split(ThreadList(parser.tree, of_this, num_classes)))
-    next_states, marks = _minimised(*_explore(SplitSequence(machines, num_classes), num_classes))
+    next_states, marks = _minimized(*_explore(SplitSequence(machines, num_classes), num_classes))
     ascii_classes = class_of_range[np.searchsorted(first_codes, np.arange(FIRST_CLASS), side="right") - 1]
     table, bounds, start = _as_table(next_states, marks, ascii_classes)
     return Automaton(
@@ -135,7 +135,7 @@ def _number(state: tuple, numbers: dict[tuple, int], pending: list[tuple]) -> in
     return numbers[state]
 
 
-def _minimised(next_states: np.ndarray, marks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _minimized(next_states: np.ndarray, marks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Make one state of all that cannot be distinguished: first by their marks, then by where the symbols lead."""
     groups, num_groups = _number_rows(marks[:, None]), 0
     while groups.max() >= num_groups:

@@ -1,6 +1,6 @@
 """Plot the losses of one or more runs: `basic plot runs/my`.
 
-Several runs are labelled by the settings in which they differ, or by the names of their folders.
+Several runs are labeled by the settings in which they differ, or by the names of their folders.
 """
 
 from __future__ import annotations

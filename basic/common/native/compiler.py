@@ -105,9 +105,9 @@ def _target_machine() -> llvm.TargetMachine:
 
 @contextlib.contextmanager
 def _only_to_object_code() -> Generator[None]:
-    """While Numba compiles: leave kernels that others call as they are, neither optimised nor executable.
+    """While Numba compiles: leave kernels that others call as they are, neither optimized nor executable.
 
-    Numba would optimise each kernel, and again as a part of each that calls it: 40 % of the time.
+    Numba would optimize each kernel, and again as a part of each that calls it: 40 % of the time.
     """
     with global_compiler_lock:
         before = CPUContext.get_executable, Library._optimize_final_module, Library._finalize_final_module

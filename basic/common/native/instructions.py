@@ -113,7 +113,7 @@ def add_product(typing_context, a, b, c, inner, keeps):
     """Write A B for the first TILE_ROWS rows of a and TILE_COLUMNS columns of b, or add it to c if `keeps` is not 0.
 
     The sums stay in registers: a step adds the product of a column of a and a row of b. The numbers of a row of b and
-    of c are neighbours in memory; a may be transposed. A matrix multiplication calls this for each tile of its result.
+    of c are neighbors in memory; a may be transposed. A matrix multiplication calls this for each tile of its result.
 
     Args:
         a, b, c: float32 arrays of two dimensions, of which the tiles are read and written whole.

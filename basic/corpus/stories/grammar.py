@@ -158,7 +158,7 @@ class Grammar:
         return self._conditional_rule(name, self._word_list) if "{" in name else self._word_list(name)
 
     def _word_list(self, name: str) -> Rule | ConditionalRule:
-        """A word list as a rule. For each form there is one more under a capitalised name, with a capital letter."""
+        """A word list as a rule. For each form there is one more under a capitalized name, with a capital letter."""
 
         def with_capitals(word: Word) -> Word:
             return word | {form.capitalize(): text[:1].upper() + text[1:] for form, text in word.items() if form}

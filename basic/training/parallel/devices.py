@@ -1,6 +1,6 @@
 """Devices, their data types, their peak speeds and their failures.
 
-GPU utilisation is given as MFU, model FLOPs utilisation: the operations per second that training needs
+GPU utilization is given as MFU, model FLOPs utilization: the operations per second that training needs
 (`training_flops_per_token` x tokens per second), divided by the GPU's peak in bfloat16 (`PEAK_BF16_FLOPS`).
 """
 

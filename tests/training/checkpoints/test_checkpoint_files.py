@@ -155,7 +155,7 @@ def test_loading_does_not_change_the_random_states(trained, tmp_path):
 # --- Values that cannot be saved ------------------------------------------------------------------------------
 
 
-class Colour(IntEnum):
+class Color(IntEnum):
     RED = 1
 
 
@@ -180,7 +180,7 @@ UNSAVABLE = {
     "numpy.float64": lambda: np.float64(1.5),
     "numpy.ndarray": lambda: np.zeros(2),
     "collections.defaultdict": lambda: defaultdict(list),
-    "Colour": lambda: Colour.RED,
+    "Color": lambda: Color.RED,
     "Point": lambda: Point(1, 2),
     "torch.dtype": lambda: torch.float32,
     "meta": lambda: torch.zeros(2, device="meta"),
@@ -208,7 +208,7 @@ def test_values_that_cannot_be_saved_are_named(trained, tmp_path, name, make_val
     assert file.getvalue() == b""
 
 
-@pytest.mark.parametrize("key", [torch.zeros(1), Colour.RED, (1, frozenset())])
+@pytest.mark.parametrize("key", [torch.zeros(1), Color.RED, (1, frozenset())])
 def test_keys_that_cannot_be_saved_are_named(trained, key):
     model, optimizer = trained
     optimizer.param_groups[0]["table"] = {key: 1}
