@@ -93,8 +93,9 @@ def flops_per_token(config: ModelConfig) -> float:
 
     It is what `basic.training.parallel.devices.training_flops_per_token` counts in a model.
     """
-    attention = config.num_layers * config.context_length * config.num_heads * config.d_head
-    return 6 * (num_matrix_parameters(config) + attention)
+    half = config.context_length // 2  # what a token attends to on average
+    num_keys = sum(min(half, config.window(layer) or half) for layer in range(config.num_layers))
+    return 6 * (num_matrix_parameters(config) + 2 * num_keys * config.num_heads * config.d_head)
 
 
 def num_matrix_parameters(config: ModelConfig) -> int:

@@ -64,15 +64,17 @@ def test_depth_grows_with_the_compute():
     assert depths[-1] == 64
 
 
-def test_operations_are_those_of_the_model():
-    tables = recipe_settings("modern", vocab_size=300, depth=2)
+@pytest.mark.parametrize("depth", [2, 8])  # without windows and with them
+def test_operations_are_those_of_the_model(depth):
+    tables = recipe_settings("modern", vocab_size=300, depth=depth)
     config = ModelConfig(**tables["model"])
-    model = TransformerLM(config)
+    with torch.device("meta"):
+        model = TransformerLM(config)
     ends = model.token_embeddings.weight.numel()
     gains = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 1)
     assert num_matrix_parameters(config) == model.num_parameters - ends - gains
     tokens = tables["train"]["steps"] * tables["train"]["batch_size"] * config.context_length
-    assert math.isclose(training_flops("modern", 300, 2), tokens * training_flops_per_token(model))
+    assert math.isclose(training_flops("modern", 300, depth), tokens * training_flops_per_token(model))
 
 
 def test_speed_of_the_device_is_positive():
