@@ -1,4 +1,4 @@
-"""Generation against plain loops and distributions in float64."""
+"""Generation against plain loops: ids, random numbers, errors, and text."""
 
 import copy
 import math
@@ -16,6 +16,7 @@ from basic.generation.decoder import Decoder
 from basic.generation.sampling import Sampling, next_token_probabilities
 from basic.generation.text import complete, stream
 from basic.model import KVCache, TransformerLM
+from tests.generation.test_sampling import probabilities_by_hand
 from tests.helpers.model_tools import decided_model
 
 VOCAB, CONTEXT = 23, 12
@@ -25,25 +26,6 @@ PROMPTS = [[3], [1, 4, 1, 5, 9], [2, 6, 5], list(range(17))]  # the last one is 
 @pytest.fixture(scope="module", params=["rope", "none"])
 def model(request) -> TransformerLM:
     return decided_model(5, vocab_size=VOCAB, context_length=CONTEXT, d_ff=None, positions=request.param)
-
-
-def probabilities_by_hand(logits, temperature=1.0, top_k=None, top_p=None) -> np.ndarray:
-    """The distribution for one vector of logits, id by id, in float64."""
-    order = sorted(range(len(logits)), key=lambda i: -logits[i])
-    if top_k is not None:
-        order = order[:top_k]
-    weights = {i: math.exp((logits[i] - logits[order[0]]) / temperature) for i in order}
-    total = sum(weights.values())
-    kept, mass = [], 0.0
-    for i in order:
-        kept.append(i)
-        mass += weights[i] / total
-        if top_p is not None and mass >= top_p:
-            break
-    result = np.zeros(len(logits))
-    for i in kept:
-        result[i] = weights[i] / sum(weights[j] for j in kept)
-    return result
 
 
 @torch.no_grad()
@@ -210,75 +192,6 @@ def test_drawn_ids_are_as_frequent_as_probable(model):
     # off with less than one in a million.
     t = math.sqrt(math.log(2 * VOCAB / 1e-6) / (2 * rows))
     np.testing.assert_allclose(counts / rows, p, atol=t)
-
-
-# --- The distribution -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
-@pytest.mark.parametrize("top_k", [None, 1, 5, 23, 100])
-@pytest.mark.parametrize("top_p", [None, 0.01, 0.5, 0.9, 0.999])
-def test_distribution_against_the_one_by_hand(temperature, top_k, top_p):
-    logits = 3 * torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(1))
-    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    expected = np.stack([probabilities_by_hand(row.tolist(), **settings) for row in logits])
-    actual = next_token_probabilities(logits, **settings).numpy()
-    np.testing.assert_array_equal(actual > 0, expected > 0)
-    np.testing.assert_allclose(actual, expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("top_p", "size"), [(1e-50, 1), (0.1, 1), (0.25, 1), (0.2501, 2), (0.5, 2), (0.75, 3), (0.76, 4)]
-)
-def test_top_p_takes_the_smallest_set_that_reaches_it_and_of_equals_the_first(top_p, size):
-    logits = torch.tensor([-90.0, 1.0, 1.0, 1.0, 1.0])  # a quarter each, exact in binary
-    expected = [0.0] + [1 / size] * size + [0.0] * (4 - size)
-    assert next_token_probabilities(logits, top_p=top_p).tolist() == pytest.approx(expected)
-
-
-def test_top_p_takes_the_first_of_many_equals():
-    kept = next_token_probabilities(torch.zeros(4096), top_p=0.25) > 0
-    assert kept.nonzero().flatten().tolist() == list(range(1024))
-
-
-def test_top_k_keeps_k_ids_also_among_equal_ones():
-    logits = torch.tensor([[0.0, 2.0, 2.0, 2.0, 1.0], [1.0, 1.0, 1.0, 1.0, 1.0]])
-    probabilities = next_token_probabilities(logits, top_k=2)
-    assert (probabilities > 0).sum(-1).tolist() == [2, 2]
-    assert probabilities[probabilities > 0].tolist() == [0.5] * 4
-    assert probabilities[0, [0, 4]].tolist() == [0.0, 0.0]
-
-
-def test_top_k_comes_before_top_p():
-    logits = torch.tensor([4.0, 3.0, 2.0, 1.0]).log()  # 0.4, 0.3, 0.2, 0.1; of the first two alone 4/7, 3/7
-    assert next_token_probabilities(logits, top_k=2, top_p=0.5).tolist() == [1.0, 0.0, 0.0, 0.0]
-
-
-def test_top_p_of_one_keeps_all():
-    logits = 4 * torch.randn(4, 50_000, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(next_token_probabilities(logits, top_p=1.0), next_token_probabilities(logits))
-
-
-@pytest.mark.parametrize("temperature", [1e-6, 1e-39, 1e-50, 1e-300])
-def test_a_temperature_near_zero_is_certain_and_divides_among_equals(temperature):
-    logits = torch.tensor([[1.0, 500.0, -1000.0, 499.0], [3.0, 3.0, 0.0, -3.0]])
-    assert next_token_probabilities(logits, temperature=temperature).tolist() == [[0, 1, 0, 0], [0.5, 0.5, 0, 0]]
-
-
-def test_temperature_zero_takes_the_first_of_the_likeliest_and_a_large_one_any_id():
-    logits = torch.tensor([1.0, 3.0, 3.0, -20.0])
-    assert next_token_probabilities(logits, temperature=0).tolist() == [0, 1, 0, 0]
-    assert next_token_probabilities(logits, temperature=1e9).tolist() == pytest.approx([0.25] * 4)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "wide"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)]
-)
-def test_probabilities_are_computed_in_at_least_float32(dtype, wide):
-    logits = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype)
-    probabilities = next_token_probabilities(logits, top_p=0.9)
-    assert probabilities.dtype == wide
-    assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
 
 
 # --- Errors ---------------------------------------------------------------------------------------------------
