@@ -238,8 +238,8 @@ class Tokenizer(TokenizerDefinition):
     ) -> Iterator[int]:
         """Encode a stream of strings (the lines of an open file, for example) lazily.
 
-        The ids are those of the joined text. Memory is bounded by the longest string, the
-        longest pre-token and a cache of fixed size.
+        The ids are those of the joined text. Memory is bounded by the longest string, the longest pre-token and a cache
+        of fixed size.
 
         Raises:
             TypeError: an item is not a string.

@@ -50,7 +50,7 @@ from basic.training.settings import DataConfig, RunConfig
 
 _KEYS = ("config", "settings", "grid", "variants")
 _TABLE_HEADER = "| run | loss on all validation tokens (nats per token) |"
-_TABLE_START = "| run | "  # version 0.1.0 had another name for the loss
+_TABLE_START = "| run | "  # earlier versions had another name for the loss
 
 
 class SweepRun(NamedTuple):

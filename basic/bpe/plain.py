@@ -45,6 +45,7 @@ class MergeRules(NamedTuple):
     Attributes:
         byte_ids: byte to id; bytes without a token are missing.
         ranks: pair of ids to the rank of its merge.
+        results: rank to the id that the merge makes.
         one_at_a_time: whether the lowest rank is looked for again after each single merge, as other programs do.
             Otherwise a merge is applied at all its positions first, as GPT-2 does. Only a merge that comes before those
             that produce its two tokens makes a difference.

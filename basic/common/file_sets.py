@@ -1,7 +1,7 @@
 """Sets of files in one folder that belong together: all are replaced at once, and their checksums are kept with them.
 
 The set's `checksums.json` holds the SHA-256 of each file. It is checked whenever the set is read. To accept files that
-were edited by hand, delete it. (Sets that version 0.1.0 wrote have none, and are accepted.)
+were edited by hand, delete it. (Sets of earlier versions have none, and are accepted.)
 
 A new set is written apart, `vocab.json` as `.vocab.json.next`. It becomes the valid one in a single step: when
 `.checksums.json.next` appears, complete. After that the files are renamed. A reader that finds `.checksums.json.next`

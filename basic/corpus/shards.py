@@ -152,7 +152,7 @@ def boundaries_fingerprint(pattern: Pattern) -> dict[str, str]:
 def inputs_fingerprint(segments: Sequence[Segment]) -> dict[str, Any]:
     """Return what identifies entire inputs in a work folder: names, sizes, versions, and how documents are read.
 
-    Version 0.1.0 found special tokens inside JSON documents too, so its unfinished work on JSON lines is other work.
+    Earlier versions found special tokens inside JSON documents too: their unfinished work on JSON lines is other work.
     """
     digest = hashlib.sha256()
     for segment in segments:

@@ -384,7 +384,7 @@ def read_checkpoint_document(path: Path) -> dict[str, Any]:
 def valid_losses(run_dir: Path) -> dict[int, float]:
     """Return the validation loss of each checkpoint for which it was measured, by step.
 
-    A checkpoint contains its own loss. Those of version 0.1.0 do not, so the log is asked for them.
+    A checkpoint contains its own loss. Those of earlier versions do not, so the log is asked for them.
     """
     metrics = run_dir / "metrics.jsonl"
     records = read_metrics(metrics) if metrics.exists() else []

@@ -9,8 +9,8 @@ computed with 64 zeros in place of the digest. The document is
     {"version": 2, "iteration": ..., "model": ..., "model_metadata": ..., "optimizer": ..., "optimizer_class": ...,
      "extra": ...}
 
-where the optimizer's class is a name (version 0.1.0 did not save it), and the others after the iteration are trees of
-tensors and plain values, encoded by `basic.training.checkpoints.tensor_tree`.
+where the optimizer's class is a name (earlier versions did not save it), and the others after the iteration are trees
+of tensors and plain values, encoded by `basic.training.checkpoints.tensor_tree`.
 """
 
 from __future__ import annotations

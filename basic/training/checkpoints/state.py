@@ -133,7 +133,7 @@ def check_optimizer_state(optimizer: Optimizer, saved: dict[str, Any] | None, sa
     """Check that a saved optimizer state is of an optimizer's class, and has its parameter groups.
 
     Args:
-        saved_class: `optimizer_class` of the checkpoint; None if it does not say it, as those of version 0.1.0. Then
+        saved_class: `optimizer_class` of the checkpoint; None if it does not say it, as those of earlier versions. Then
             the groups must have the numbers that the optimizer needs.
 
     Raises:

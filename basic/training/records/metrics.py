@@ -3,7 +3,7 @@
     {"step": 50, "tokens": 819200, ..., "crc32": "5f3a0c71"}
 
 The checksum is the CRC-32 of the line without that key, in hexadecimal. A file in which no line has one, such as one
-of version 0.1.0, is accepted.
+of an earlier version, is accepted.
 """
 
 from __future__ import annotations
@@ -100,9 +100,9 @@ def describe_lost_records(path: Path, state: Any) -> str | None:
     """Say what a log lacks, if it ends before the last record that it had when a checkpoint was saved.
 
     Args:
-        state: the extra data of the checkpoint; version 0.1.0 did not save the step.
+        state: the extra data of the checkpoint; earlier versions did not save the step.
     """
-    logged = state.get("logged_step") if isinstance(state, dict) else None  # version 0.1.0 did not save it
+    logged = state.get("logged_step") if isinstance(state, dict) else None
     last = max((record["step"] for record in read_all_records(path)), default=0) if path.exists() else 0
     if not isinstance(logged, int) or last >= logged:
         return None
