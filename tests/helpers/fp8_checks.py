@@ -20,13 +20,6 @@ def round_to_8_bits(x: Tensor, dtype: torch.dtype, scale: Tensor) -> Tensor:
     return (scaled.to(dtype).float() / scale).to(x.dtype)
 
 
-def rounded_to_bfloat16(x: Tensor) -> Tensor:
-    """x in bfloat16, and its gradient too."""
-    y = x + (x.bfloat16() - x).detach()
-    y.register_hook(lambda dy: dy.bfloat16().double())
-    return y
-
-
 def plain_linear(x: Tensor, weight: Tensor, matrix: Fp8Matrix) -> Tensor:
     """x W^T of the rounded numbers; the gradient of the result is rounded too before it goes on."""
     scales = matrix.records[:, SCALE]
@@ -104,9 +97,9 @@ def check_swiglu(tokens: int, d_model: int, d_ff: int, device: str) -> None:
     wide: list[Any] = [tensor.detach().double().requires_grad_() for tensor in (x, w1, w2, w3)]
     # What is kept in bfloat16 is rounded to it here too: else some numbers would become other ones of 8 bits.
     both = plain_linear(wide[0], torch.cat((wide[1], wide[3])), layer.first)
-    both = rounded_to_bfloat16(both)
-    gate, value = both.chunk(2, -1)
-    gated = rounded_to_bfloat16(functional.silu(gate) * value)
+    gate, value = (both + (both.bfloat16() - both).detach()).chunk(2, -1)
+    gated = functional.silu(gate) * value
+    gated.register_hook(lambda gradient: gradient.bfloat16().double())
     expected = plain_linear(gated, wide[2], layer.second)
     expected.backward(dy.double())
     for ours, plain in zip((y, x.grad, w1.grad, w2.grad, w3.grad), (expected, *(t.grad for t in wide)), strict=True):

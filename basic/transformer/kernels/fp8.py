@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from basic.transformer.kernels import ahead
-from basic.transformer.kernels.interpreter import round_to_bfloat16, to_float8
+from basic.transformer.kernels.interpreter import sigmoid, to_be_transposed, to_float8
 from basic.transformer.kernels.swiglu import gate_gradients, load_both
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
@@ -28,7 +28,7 @@ if there is one); and counts of the steps with numbers that were too large, or n
 RECORD_SIZE = 8
 """Numbers of a record, float32: cuBLAS reads the first one, whose address must be divisible by 16."""
 
-_TILES = {"quantize": (32, 128, 4, 128), "gate": (64, 128, 8, 64), "gate_gradients": (64, 64, 8, 80)}
+_TILES = {"quantize": (32, 128, 4, 128), "gate": (32, 128, 8, 48), "gate_gradients": (32, 64, 8, 64)}
 """Rows and columns of a program's tile, warps, and the registers of a thread, of which fewer let more programs run."""
 
 
@@ -51,6 +51,7 @@ def _store_both(x, ROWS, COLUMNS, rows, columns, rows_stride, columns_stride, ma
     """Quantize a tile of float32 and write it to a tensor and to its transpose."""
     y = to_float8(x * tl.load(RECORD + 1), ROWS.dtype.element_ty)
     tl.store(ROWS + rows * rows_stride + columns, y, mask=mask)
+    y = to_be_transposed(y, ROWS.dtype.element_ty)
     tl.store(COLUMNS + columns.to(tl.int64) * columns_stride + rows, y, mask=mask)
 
 
@@ -93,7 +94,7 @@ def _gate(X, ROWS, RECORD, num_rows, width, x_stride, M: tl.constexpr, N: tl.con
     columns = (tl.program_id(1) * N + tl.arange(0, N))[None, :]
     mask = (rows < num_rows) & (columns < width)
     x1, x3 = load_both(X, rows, columns, width, x_stride, mask)
-    y = round_to_bfloat16(x1 * tl.sigmoid(x1) * x3)  # as for the backward pass
+    y = x1 * sigmoid(x1) * x3
     _record(_size(y), RECORD)
     tl.store(ROWS + rows * width + columns, to_float8(y * tl.load(RECORD + 1), ROWS.dtype.element_ty), mask=mask)
 
@@ -108,11 +109,10 @@ def _gate_gradients(X, DY, DX_ROWS, DX_COLUMNS, DX_RECORD, COLUMNS, RECORD, num_
     x1, x3 = load_both(X, rows, columns, width, x_stride, mask)
     dy = tl.load(DY + rows * width + columns, mask=mask, other=0.0).to(tl.float32)
     dx1, dx3, y = gate_gradients(x1, x3, dy)
-    # The GPU has an instruction that transposes numbers of 16 bits; those of 8 would be stored one by one.
-    dx1, dx3, y = round_to_bfloat16(dx1), round_to_bfloat16(dx3), round_to_bfloat16(y)
     _record(_size(y), RECORD)
     _record(tl.maximum(_size(dx1), _size(dx3)), DX_RECORD)
     y = to_float8(y * tl.load(RECORD + 1), COLUMNS.dtype.element_ty)
+    y = to_be_transposed(y, COLUMNS.dtype.element_ty)
     tl.store(COLUMNS + columns.to(tl.int64) * num_rows + rows, y, mask=mask)
     _store_both(dx1, DX_ROWS, DX_COLUMNS, rows, columns, 2 * width, num_rows, mask, DX_RECORD)
     _store_both(dx3, DX_ROWS, DX_COLUMNS, rows, columns + width, 2 * width, num_rows, mask, DX_RECORD)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from basic.transformer.kernels.ahead import Kernel
+from basic.transformer.kernels.interpreter import sigmoid
 
 
 @triton.jit
@@ -25,7 +26,7 @@ def load_both(X, rows, columns, width, x_stride, mask):
 @triton.jit
 def gate_gradients(x1, x3, dy):
     """The gradients of x1 and x3, and the output."""
-    gate = tl.sigmoid(x1)
+    gate = sigmoid(x1)
     return dy * x3 * gate * (1 + x1 * (1 - gate)), dy * x1 * gate, x1 * gate * x3
 
 
@@ -36,7 +37,7 @@ def _forward(X, Y, num_rows, width, x_stride, ROWS: tl.constexpr, COLUMNS: tl.co
     columns = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     mask = (rows < num_rows) & (columns < width)
     x1, x3 = load_both(X, rows, columns, width, x_stride, mask)
-    tl.store(Y + rows * width + columns, (x1 * tl.sigmoid(x1) * x3).to(Y.dtype.element_ty), mask=mask)
+    tl.store(Y + rows * width + columns, (x1 * sigmoid(x1) * x3).to(Y.dtype.element_ty), mask=mask)
 
 
 @Kernel
