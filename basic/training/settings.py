@@ -163,7 +163,8 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16", "fp8"] = "auto"
     """Data type of activations and matrix multiplications. Weights, norms, softmax and loss are always float32. auto is
     bfloat16 on GPUs that support it, else float32. fp8 = bfloat16, with the matrices of the blocks multiplied in 8
-    bits, for large models on a GPU that can (NVIDIA's since the L4 and the H100)."""
+    bits, for large models on a GPU that can (NVIDIA's since the L4 and the H100). d_model, d_ff, the features of all
+    heads and the tokens that a GPU computes at a time must be divisible by 16, and the parameters not sharded."""
     cuda_graph: bool = True
     """Capture the whole step in a CUDA graph and replay it, so that the GPU does not wait for Python. It has no effect
     with gradient accumulation or sharded parameters."""
