@@ -28,7 +28,7 @@ if there is one); and counts of the steps with numbers that were too large, or n
 RECORD_SIZE = 8
 """Numbers of a record, float32: cuBLAS reads the first one, whose address must be divisible by 16."""
 
-_TILES = {"quantize": (32, 128, 4, 128), "gate": (32, 128, 8, 48), "gate_gradients": (32, 64, 8, 64)}
+_TILES = {"quantize": (32, 128, 4, 128), "gate": (4, 512, 4, 64), "gate_gradients": (32, 128, 8, 80)}
 """Rows and columns of a program's tile, warps, and the registers of a thread, of which fewer let more programs run."""
 
 
@@ -109,13 +109,13 @@ def _gate_gradients(X, DY, DX_ROWS, DX_COLUMNS, DX_RECORD, COLUMNS, RECORD, num_
     x1, x3 = load_both(X, rows, columns, width, x_stride, mask)
     dy = tl.load(DY + rows * width + columns, mask=mask, other=0.0).to(tl.float32)
     dx1, dx3, y = gate_gradients(x1, x3, dy)
+    y8 = to_float8(y * tl.load(RECORD + 1), COLUMNS.dtype.element_ty)
+    y8 = to_be_transposed(y8, COLUMNS.dtype.element_ty)
+    tl.store(COLUMNS + columns.to(tl.int64) * num_rows + rows, y8, mask=mask)
     _record(_size(y), RECORD)
-    _record(tl.maximum(_size(dx1), _size(dx3)), DX_RECORD)
-    y = to_float8(y * tl.load(RECORD + 1), COLUMNS.dtype.element_ty)
-    y = to_be_transposed(y, COLUMNS.dtype.element_ty)
-    tl.store(COLUMNS + columns.to(tl.int64) * num_rows + rows, y, mask=mask)
     _store_both(dx1, DX_ROWS, DX_COLUMNS, rows, columns, 2 * width, num_rows, mask, DX_RECORD)
     _store_both(dx3, DX_ROWS, DX_COLUMNS, rows, columns + width, 2 * width, num_rows, mask, DX_RECORD)
+    _record(tl.maximum(_size(dx1), _size(dx3)), DX_RECORD)
 
 
 # These operators update a record without saying so: nothing else in a step's graph reads what they change.

@@ -27,7 +27,8 @@ def load_both(X, rows, columns, width, x_stride, mask):
 def gate_gradients(x1, x3, dy):
     """The gradients of x1 and x3, and the output."""
     gate = sigmoid(x1)
-    return dy * x3 * gate * (1 + x1 * (1 - gate)), dy * x1 * gate, x1 * gate * x3
+    silu = x1 * gate
+    return dy * x3 * (gate + silu * (1 - gate)), dy * silu, silu * x3
 
 
 @Kernel
