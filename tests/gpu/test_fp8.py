@@ -67,7 +67,6 @@ def losses(precision: Any, steps: int = 30, changes: dict[str, Any] | None = Non
         ({"activation_checkpointing": True}, {"tied_embeddings": True, "value_embeddings": True}),
         ({"rows": "packed"}, {"sliding_window": 64, "qkv_bias": True, "qk_norm": "all_heads"}),
         ({}, {"norm": "sublayer", "positions": "none", "head_dim": 32, "embedding_norm": True}),
-        # Other numbers are drawn than in bfloat16, where nothing is measured before the first step.
         ({"dropout": 0.1}, {"zero_outputs": True}),
     ],
 )
@@ -75,5 +74,5 @@ def test_losses_are_near_those_of_bfloat16(settings, changes):
     low, usual = losses("fp8", changes=changes, **settings), losses("bfloat16", changes=changes, **settings)
     print(low[-1], usual[-1])
     assert low != usual
-    assert low == pytest.approx(usual, rel=0.1 if "dropout" in settings else 2e-2)
+    assert low == pytest.approx(usual, rel=2e-2)
     assert all(map(math.isfinite, low))
