@@ -28,7 +28,7 @@ if there is one); and counts of the steps with numbers that were too large, or n
 RECORD_SIZE = 8
 """Numbers of a record, float32: cuBLAS reads the first one, whose address must be divisible by 16."""
 
-_TILES = {"quantize": (32, 128, 4, 128), "gate": (4, 512, 4, 64), "gate_gradients": (32, 128, 8, 80)}
+_TILES = {"quantize": (64, 128, 8, 80), "gate": (4, 512, 4, 64), "gate_gradients": (32, 128, 8, 80)}
 """Rows and columns of a program's tile, warps, and the registers of a thread, of which fewer let more programs run."""
 
 
@@ -108,7 +108,8 @@ def _gate_gradients(X, DY, DX_ROWS, DX_COLUMNS, DX_RECORD, COLUMNS, RECORD, num_
     mask = (rows < num_rows) & (columns < width)
     x1, x3 = load_both(X, rows, columns, width, x_stride, mask)
     dy = tl.load(DY + rows * width + columns, mask=mask, other=0.0).to(tl.float32)
-    dx1, dx3, y = gate_gradients(x1, x3, dy)
+    dx1, dx3, y = gate_gradients(x1, x3, dy, sigmoid(x1))
+    # In an order that needs few registers.
     y8 = to_float8(y * tl.load(RECORD + 1), COLUMNS.dtype.element_ty)
     y8 = to_be_transposed(y8, COLUMNS.dtype.element_ty)
     tl.store(COLUMNS + columns.to(tl.int64) * num_rows + rows, y8, mask=mask)

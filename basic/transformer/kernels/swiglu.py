@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from basic.transformer.kernels.ahead import Kernel
-from basic.transformer.kernels.interpreter import sigmoid
 
 
 @triton.jit
@@ -24,9 +23,8 @@ def load_both(X, rows, columns, width, x_stride, mask):
 
 
 @triton.jit
-def gate_gradients(x1, x3, dy):
-    """The gradients of x1 and x3, and the output."""
-    gate = sigmoid(x1)
+def gate_gradients(x1, x3, dy, gate):
+    """The gradients of x1 and x3, and the output; the gate is sigmoid(x1)."""
     silu = x1 * gate
     return dy * x3 * (gate + silu * (1 - gate)), dy * silu, silu * x3
 
@@ -38,7 +36,7 @@ def _forward(X, Y, num_rows, width, x_stride, ROWS: tl.constexpr, COLUMNS: tl.co
     columns = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     mask = (rows < num_rows) & (columns < width)
     x1, x3 = load_both(X, rows, columns, width, x_stride, mask)
-    tl.store(Y + rows * width + columns, (x1 * sigmoid(x1) * x3).to(Y.dtype.element_ty), mask=mask)
+    tl.store(Y + rows * width + columns, (x1 * tl.sigmoid(x1) * x3).to(Y.dtype.element_ty), mask=mask)
 
 
 @Kernel
@@ -49,7 +47,7 @@ def _backward(X, DY, DX, num_rows, width, x_stride, dy_stride, ROWS: tl.constexp
     mask = (rows < num_rows) & (columns < width)
     x1, x3 = load_both(X, rows, columns, width, x_stride, mask)
     dy = tl.load(DY + rows * dy_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    dx1, dx3, y = gate_gradients(x1, x3, dy)
+    dx1, dx3, y = gate_gradients(x1, x3, dy, tl.sigmoid(x1))
     tl.store(DY + rows * dy_stride + columns, y.to(DY.dtype.element_ty), mask=mask)
     out = DX + rows * 2 * width + columns
     tl.store(out, dx1.to(DX.dtype.element_ty), mask=mask)
