@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -95,10 +95,11 @@ class TrainStep:
         if isinstance(optimizer, Muon) and world.size > 1:
             optimizer.share_work(world.rank, world.size, world.all_gather_tensors)
         dispatch.warn_about_plain_attention(model.config.d_head, device, model.compute_dtype)
-        with_kernels = dispatch.available_on(device)
+        with_kernels, is_ours = dispatch.available_on(device), isinstance(optimizer, AdamW)
+        # Until the kernels of its first step are compiled.
+        self.new_model = model if is_ours and with_kernels and not self.sharded else None
         self.weight_copies: dict[Tensor, Tensor] = {}
         reduce_precision = reduce_dtype(config)
-        is_ours = isinstance(optimizer, AdamW)
         if not self.sharded:
             world.broadcast_weights(model)
             in_float32 = (
@@ -108,8 +109,6 @@ class TrainStep:
             )
             gradient_dtype = torch.float32 if in_float32 else model.compute_dtype
             model, self.weight_copies = _with_weight_copies(model, gradient_dtype)
-            if is_ours and with_kernels:
-                optimizer.compile_ahead(self.weight_copies)
         self.fp8: Any = None
         if config.precision == "fp8":
             num_tokens = config.batch_size * model.config.context_length
@@ -151,6 +150,9 @@ class TrainStep:
             The mean loss in nats per token, and the L2 norm of the gradients before clipping. Both are over all ranks
             and on the device. The next call may overwrite them.
         """
+        if self.new_model is not None:
+            _compile_kernels_ahead(self.new_model, self.config, batch, self.device)
+            self.new_model = None
         if self.fp8 is not None and not self.is_calibrated:
             self.is_calibrated = True
             self.fp8.calibrate(lambda: list(self._compute_gradients(batch)[1]))
@@ -306,6 +308,22 @@ def _with_weight_copies(
             if weight.requires_grad and weight.dtype != gradient_dtype == model.compute_dtype:
                 shared[id(weight)] = copies[weight] = Parameter(weight.detach().to(gradient_dtype))
     return copy.deepcopy(model, shared), copies
+
+
+def _compile_kernels_ahead(
+    model: TransformerLM, config: TrainConfig, batch: tuple[Tensor, ...], device: torch.device
+) -> None:
+    """Begin to compile the kernels of a step in threads: one like it is taken on the meta device."""
+    from basic.transformer.kernels.ahead import compile_ahead  # imported late: it needs Triton
+
+    def take_step() -> None:
+        parameters = {id(p): Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+        twin = copy.deepcopy(model, parameters | {id(buffer): buffer.to("meta") for buffer in model.buffers()})
+        settings = replace(config, compile=False, cuda_graph=False)
+        step = TrainStep(twin, make_optimizer(twin, settings), settings, torch.device("meta"))
+        step(tuple(tensor.to("meta") for tensor in batch), 0.0)
+
+    compile_ahead(take_step, device)
 
 
 def multiply_in_fp8(model: TransformerLM, num_tokens: int, all_reduce_largest: Callable[[Tensor], Tensor]) -> Any:

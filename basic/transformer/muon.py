@@ -162,7 +162,7 @@ class Muon(AdamW):
             from basic.transformer.kernels import muon as kernels  # imported late: it needs Triton
 
         momenta = [local_shard(state["momentum"]) for state in states]
-        low = torch.bfloat16 if weights[0].is_cuda else dtype
+        low = torch.bfloat16 if weights[0].is_cuda or weights[0].is_meta else dtype
         directions = kernels.step_momenta(gradients, momenta, weight, keep, low)
         if is_sharded:
             directions = self._join_rows(directions, rows)
@@ -299,7 +299,7 @@ def orthogonalize(
 
     Source: Jordan et al. 2024 (Newton-Schulz); Amsel et al. 2025, "The Polar Express", algorithm 1.
     """
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = matrices.bfloat16() if matrices.is_cuda or matrices.is_meta else matrices
     x = x.reshape(-1, *x.shape[-2:])
     is_tall = x.shape[-2] > x.shape[-1]
     products = factors = spare = None  # memory that each iteration uses again

@@ -108,25 +108,6 @@ class AdamW(torch.optim.Optimizer):
             self._update_group(updates, group, gradient_factor)
         return loss
 
-    def compile_ahead(self, copies: Mapping[Tensor, Tensor]) -> None:
-        """Begin to compile the kernel of `step`, in threads (see `basic.transformer.kernels.ahead`); for a GPU.
-
-        Args:
-            copies: as for `step`.
-        """
-        from basic.transformer.kernels import adamw, ahead  # imported late: they need Triton
-
-        for group in self.param_groups:
-            for has_copy in (True, False):
-                parameters = [p for p in group["params"] if p.requires_grad and (p in copies) == has_copy]
-                if parameters and group.get("rule") != "muon":
-                    copied = [copies[p] for p in parameters] if has_copy else []
-                    # The moments, and gradients of parameters without copies, have the shapes of the parameters.
-                    columns = parameters, copied or parameters, parameters, parameters, copied
-                    scalars = parameters[0].new_empty((len(parameters), 5))
-                    arguments = *columns, scalars, *group["betas"], group["eps"]
-                    ahead.start(adamw.step_parameters, *arguments, device=parameters[0].device)
-
     def _update_group(self, updates: list[Update], group: dict[str, Any], gradient_factor: Tensor | None) -> None:
         for update in updates:
             self._initialize(update)

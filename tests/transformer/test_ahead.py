@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import threading
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -15,11 +13,13 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton exists for Linux only")
 
 import triton
+from triton.runtime.jit import JITFunction
 
 from basic.model import ModelConfig, TransformerLM
 from basic.training.settings import TrainConfig
 from basic.training.step import TrainStep, make_optimizer
 from basic.transformer.kernels import ahead, dispatch, operators
+from basic.transformer.kernels.attention import flash_attention
 
 CPU = torch.device("cpu")
 
@@ -33,24 +33,38 @@ def specialization(value: Any) -> Any:
     return (value == 1, value % 16 == 0) if type(value) is int else type(value)
 
 
-class Recorder:
-    """Takes the place of all kernels, and notes what they would be compiled for."""
+class Compiled:
+    src, metadata = "source", None
 
-    def __init__(self, patch: pytest.MonkeyPatch):
-        self.compiled: set[tuple] = set()
-        self.launched: set[tuple] = set()
-        patch.setattr(ahead.Kernel, "__getitem__", lambda kernel, grid: partial(self.note, kernel.function))
-        patch.setattr(ahead, "_DEVICE_TYPE", "cpu")
-        patch.setattr(ahead, "_started", set())
-        patch.setattr(torch.cuda, "set_device", lambda device: None)
-        patch.setattr(triton.runtime, "driver", SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0)))
 
-    def note(self, function: Any, *args: Any, **constants: Any) -> None:
+@pytest.fixture
+def on_a_cpu(monkeypatch) -> None:
+    """Dry runs as for a GPU."""
+    monkeypatch.setattr(ahead, "_DEVICE_TYPE", "cpu")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(flash_attention, "_hopper_kernels", lambda device: None)
+    driver = SimpleNamespace(get_current_device=lambda: 0, launcher_cls=lambda src, metadata: None)
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=driver))
+
+
+@pytest.fixture
+def runs(monkeypatch) -> dict[bool, set[tuple]]:
+    """What kernels are compiled (True) and launched (False) for; nothing is compiled or launched."""
+    noted: dict[bool, set[tuple]] = {True: set(), False: set()}
+
+    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **constants: Any) -> Compiled:
+        for hook in kernel.pre_run_hooks:
+            hook()
         tensors = {name: specialization(value) for name, value in constants.items() if isinstance(value, Tensor)}
-        key = function.__module__, function.__name__, specialization(args), tuple((constants | tensors).items())
-        (self.compiled if ahead._state.only_compiles else self.launched).add(key)
+        key = kernel.__module__, kernel.__name__, specialization(args), tuple((constants | tensors).items())
+        noted[warmup].add(key)
+        return Compiled()
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    return noted
 
 
+@pytest.mark.usefixtures("on_a_cpu")
 @pytest.mark.parametrize(
     ("changes", "settings", "packed"),
     [
@@ -58,19 +72,16 @@ class Recorder:
         ({"num_kv_heads": 1, "window_pattern": "SL", "sliding_window": 8, "qk_norm": True}, {}, True),
         ({"tied_embeddings": True, "positions": "none", "ffn": "relu2"}, {"gradient_accumulation": 2}, False),
         ({}, {"precision": "fp8"}, False),
+        ({}, {"optimizer": "muon"}, False),
     ],
     ids=str,
 )
 @pytest.mark.filterwarnings("error::UserWarning:basic.transformer.kernels.ahead")
-def test_what_is_compiled_ahead_is_what_a_step_launches(monkeypatch, changes, settings, packed):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # torch.compile cannot trace checks of shapes
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    torch.compiler.reset()
-    recorder = Recorder(monkeypatch)
+def test_what_is_compiled_ahead_is_what_a_step_launches(runs, changes, settings, packed):
     config = {"vocab_size": 304, "context_length": 32, "d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 48}
     model = TransformerLM(ModelConfig(**(config | changes)))
     model.activation_dtype = torch.bfloat16
-    train = TrainConfig(steps=1, batch_size=4, cuda_graph=False, compile=True, **settings)
+    train = TrainConfig(steps=1, batch_size=4, cuda_graph=False, **settings)
     ids = torch.randint(304, (4, 33))
     batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     if packed:
@@ -78,37 +89,60 @@ def test_what_is_compiled_ahead_is_what_a_step_launches(monkeypatch, changes, se
     with dispatch.use_operators(operators):
         step = TrainStep(model, make_optimizer(model, train), train, CPU)
         step(batch, 1e-3)
-    names = {key[1] for key in recorder.launched}
+    names = {key[1] for key in runs[False]}
     assert {"_rotate", "_forward", "_query_gradients", "_key_gradients", "_overwrite", "_step"} <= names
-    later = recorder.launched - recorder.compiled
-    # The matrices themselves are quantized by no operator of the graph.
-    assert {key[1] for key in later} <= ({"_quantize"} if step.fp8 is not None else set())
-    assert recorder.compiled <= recorder.launched
+    if train.optimizer == "muon":  # whose dtypes on a CPU are others
+        assert {"_symmetric_product", "_step_momenta", "_step_weights"} <= {key[1] for key in runs[True]}
+    else:
+        assert runs[True] == runs[False]
 
 
-def test_an_error_while_kernels_are_compiled_ahead_is_a_warning(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    waiting = ahead.waits(lambda x: 1 / x)
+@pytest.mark.usefixtures("on_a_cpu")
+@pytest.mark.parametrize("in_kernel", [False, True])
+def test_an_error_while_kernels_are_compiled_ahead_is_a_warning(in_kernel, monkeypatch):
+    @triton.jit
+    def kernel(x):
+        pass
+
+    def run(kernel: JITFunction, *args: Any, warmup: bool, **options: Any) -> Any:
+        for hook in kernel.pre_run_hooks:
+            hook()
+        return 1 / 0 if warmup else "launched"
+
+    def launch_after_dry_run() -> Any:
+        ahead.compile_ahead(lambda: kernel[(1,)](2) if in_kernel else 1 / 0, CPU)
+        return kernel[(1,)](2)
+
+    monkeypatch.setattr(JITFunction, "run", run)
     with pytest.warns(UserWarning, match=r"could not be compiled ahead.*ZeroDivisionError"):
-        ahead._compile(waiting, (0,), CPU)
-    monkeypatch.setattr(ahead._state, "only_compiles", False)
-    with pytest.raises(ZeroDivisionError):
-        waiting(0)
+        assert launch_after_dry_run() == "launched"
+    assert JITFunction.run is run
 
 
-def test_a_call_waits_for_its_threads():
+@pytest.mark.usefixtures("on_a_cpu")
+def test_a_launch_waits_for_the_threads_of_its_kernel(monkeypatch):
+    @triton.jit
+    def kernel(x):
+        pass
+
     may_end, results = threading.Event(), []
-    function = ahead.waits(lambda: results.append("called"))
-    thread = threading.Thread(target=lambda: (may_end.wait(), results.append("compiled")))
-    ahead._threads[function] = [thread]
-    thread.start()
+
+    def run(kernel: JITFunction, *args: Any, warmup: bool, **options: Any) -> Any:
+        for hook in kernel.pre_run_hooks:
+            hook()
+        if warmup:
+            may_end.wait()
+        results.append((warmup, args, options))
+        return Compiled()
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(triton.runtime.driver.active, "launcher_cls", lambda *_: results.append("launcher"))
+    ahead.compile_ahead(lambda: kernel[(1,)](2, BLOCK=3), CPU)
     threading.Timer(0.05, may_end.set).start()
-    function()
-    function()
-    assert results == ["compiled", "called", "called"]
-    assert not ahead._threads[function]
+    kernel[(1,)](2, BLOCK=3)
+    call = (2,), {"grid": (1,), "BLOCK": 3}
+    assert results == [(True, *call), "launcher", (False, *call)]
 
 
-def test_nothing_is_compiled_ahead_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(threading.Thread, "start", lambda thread: pytest.fail("a thread was started"))
-    ahead.start(ahead.waits(print), torch.zeros(2), device=CPU)
+def test_nothing_is_compiled_ahead_without_a_gpu():
+    ahead.compile_ahead(lambda: pytest.fail("was called"), CPU)

@@ -35,7 +35,6 @@ def tiles(rows: int) -> str:
 )
 def test_they_compile_for_hopper(kernel, keys, products):
     types = dict.fromkeys(("q_desc", "do_desc"), tiles(64)) | dict.fromkeys(("k_desc", "v_desc"), tiles(keys)) | TYPES
-    kernel = kernel.function
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
     constants = hopper.Constants(*map(gl.constexpr, (2, 100, True)))
     source = GluonASTSource(kernel, signature, {(kernel.arg_names.index("C"),): constants})

@@ -14,8 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from basic.transformer.kernels.ahead import Kernel, waits
-
 # Numbers per block, and blocks per program: finding its tensor costs a program as much as some blocks do.
 _BLOCK, _BLOCKS = 2048, 2
 # Per launch: addresses are arguments of the kernel, and every program searches them.
@@ -33,7 +31,6 @@ def select(choices, which):
     return selected
 
 
-@Kernel
 @triton.jit
 def _step(PARAMETERS, GRADIENTS, FIRSTS, SECONDS, COPIES, SCALARS, sizes, ends, beta1, beta2, eps,
           HAVE_COPIES: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
@@ -70,7 +67,6 @@ def _step(PARAMETERS, GRADIENTS, FIRSTS, SECONDS, COPIES, SCALARS, sizes, ends, 
             tl.store(COPY + offsets, parameter.to(COPY.dtype.element_ty), mask=mask)
 
 
-@waits
 def step_parameters(
     parameters: Sequence[Tensor], gradients: Sequence[Tensor], firsts: Sequence[Tensor], seconds: Sequence[Tensor],
     copies: Sequence[Tensor], scalars: Tensor, beta1: float, beta2: float, eps: float,

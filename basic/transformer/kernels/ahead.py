@@ -1,13 +1,12 @@
-"""Kernels that are compiled before their first launch, in threads, while torch.compile works in the main thread.
+"""Kernels are compiled before their first launch, in threads, while torch.compile works in the main thread.
 
-Triton compiles a kernel when it is launched first, and a C compiler then builds a launcher: with both, half a second or
-more each, one after the other, in the middle of the first step. But the shapes are known some seconds earlier: of an
-operator when torch.compile calls its fake version, of the optimizer's kernels from the start. So the function that
-launches the kernels is called then, in a thread and with tensors on the meta device, which have no memory: the same
-lines, so that the same versions are compiled. The function's first real call waits for these threads.
+Triton compiles a kernel when it is launched first, and a C compiler builds its launcher: half a second or more for
+each, one after the other, in the middle of the first step. So a step is taken before on the meta device, whose tensors
+have no memory (a dry run). The same lines launch, so the same versions are compiled. A kernel's real launch waits for
+its threads.
 
-An exception in such a thread becomes a warning, since the real call will raise it again. In Triton's interpreter, and
-without a GPU, nothing is compiled ahead.
+An exception in a dry run or a thread becomes a warning, since the real call will raise it too. In Triton's interpreter,
+and without a GPU, nothing is compiled ahead.
 """
 
 from __future__ import annotations
@@ -15,142 +14,113 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
-from functools import partial, wraps
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
-from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from basic.transformer.kernels.interpreter import INTERPRETED
 
 _DEVICE_TYPE = "cuda"
-_slots = threading.Semaphore(4)  # threads that compile at a time; most of their work is done without Python's lock
-_threads: dict[Callable, list[threading.Thread]] = {}
-"""By function; a list is emptied when the function has waited for its threads."""
-_started: set[tuple] = set()
-"""Functions with the shapes of their arguments."""
 
 
-class _State(threading.local):
-    only_compiles = False
+class _ThreadState(threading.local):
+    launches: dict[int, tuple[JITFunction, list]] | None = None
+    """In a dry run: by the id of a kernel, itself and the arguments of its launches."""
+    compiles = False
 
 
-_state = _State()
+_state = _ThreadState()
+_with_launcher: set[Any] = set()
 
 
-class Kernel:
-    """A kernel of Triton or Gluon; in a thread that compiles ahead, a launch compiles it and does nothing else."""
+def compile_ahead(function: Callable[[], object], device: torch.device) -> None:
+    """Begin to compile the kernels that a function launches.
 
-    def __init__(self, function: Any):
-        self.function = function
-        self.with_launcher: set[Any] = set()
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return partial(self.compile, grid) if _state.only_compiles else self.function[grid]
-
-    def compile(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        compiled = self.function.warmup(*args, grid=grid, **constants)
-        if compiled not in self.with_launcher:
-            self.with_launcher.add(compiled)
-            # Builds the launcher, which Triton then finds in its cache on the disk.
-            triton.runtime.driver.active.launcher_cls(compiled.src, compiled.metadata)
+    Args:
+        function: works on the meta device. It is called in another thread, without the modes of this one.
+        device: of the real launches, which use the current one of its type.
+    """
+    if not INTERPRETED and device.type == _DEVICE_TYPE:
+        index = triton.runtime.driver.active.get_current_device()  # creates the driver too, before several threads do
+        dry_run = threading.Thread(target=_run_dry, args=(function, index))
+        dry_run.start()
+        dry_run.join()
 
 
-class _DynamicShapeError(Exception):
-    """torch.compile traces a function for many sizes."""
+def in_dry_run() -> bool:
+    """Whether this thread takes a step on the meta device."""
+    return _state.launches is not None
 
 
-class _Shape(NamedTuple):
-    """What a version of a kernel depends on of a tensor. Addresses are taken to be multiples of 16."""
-
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-
-    @staticmethod
-    def of(value: Any) -> Any:
-        """The shape of a tensor, those of a list of tensors, any other value as it is."""
-        if isinstance(value, Tensor):
-            return _Shape(_Shape.of(value.shape), _Shape.of(value.stride()), value.dtype)
-        if isinstance(value, torch.SymInt):
-            raise _DynamicShapeError
-        return tuple(map(_Shape.of, value)) if isinstance(value, list | tuple) else value
-
-    @staticmethod
-    def on_meta(value: Any) -> Any:
-        """The inverse, with tensors on the meta device."""
-        if isinstance(value, _Shape):
-            return torch.empty_strided(value.sizes, value.strides, dtype=value.dtype, device="meta")
-        return tuple(map(_Shape.on_meta, value)) if isinstance(value, tuple) else value
+def _run_dry(function: Callable[[], object], device: int) -> None:
+    torch.cuda.set_device(device)
+    _state.launches = {}
+    launch = JITFunction.run
+    JITFunction.run = lambda kernel, *args, **options: (_note if in_dry_run() else launch)(kernel, *args, **options)
+    try:
+        function()
+    except Exception as error:
+        _warn("all kernels", error)
+    finally:
+        JITFunction.run = launch
+    first = None  # for its first kernel, Triton reads all of its own files: only one thread does so
+    for kernel, launches in _state.launches.values():
+        thread = threading.Thread(target=_compile, args=(kernel, launches, device, first), name="compiles kernels")
+        thread.start()
+        kernel.add_pre_run_hook(_waits_for([thread]))
+        first = first or thread
 
 
-def waits(function: Callable) -> Callable:
-    """Let a function wait for the threads that compile its kernels."""
+def _note(kernel: JITFunction, *args: Any, warmup: bool, **options: Any) -> None:
+    assert _state.launches is not None
+    _state.launches.setdefault(id(kernel), (kernel, []))[1].append((args, options))
 
-    @wraps(function)
-    def waiting(*args: Any, **kwargs: Any) -> Any:
-        while threads := _threads.get(waiting):
+
+def _waits_for(threads: list[threading.Thread]) -> Callable[..., None]:
+    def wait(*args: Any, **options: Any) -> None:
+        while threads and not _state.compiles:
             threads.pop().join()
-        return function(*args, **kwargs)
 
-    return waiting
+    return wait
+
+
+def _compile(kernel: JITFunction, launches: list, device: int, first: threading.Thread | None) -> None:
+    """Compile all versions that are launched, after the first thread has ended."""
+    torch.cuda.set_device(device)
+    _state.compiles = True
+    if first is not None:
+        first.join()
+    for args, options in launches:
+        if not threading.main_thread().is_alive():
+            return  # the process ends
+        try:
+            compiled = kernel.warmup(*args, **options)
+            if compiled not in _with_launcher:
+                _with_launcher.add(compiled)
+                # Builds the launcher, which Triton then finds in its cache on the disk.
+                triton.runtime.driver.active.launcher_cls(compiled.src, compiled.metadata)
+        except Exception as error:
+            _warn(kernel.__name__, error)
+
+
+def _warn(what: str, error: Exception) -> None:
+    warnings.warn(f"{what} could not be compiled ahead, which costs only time: {error!r:.300}", stacklevel=2)
 
 
 def operator(name: str) -> Callable[[Callable], Any]:
-    """Like `torch.library.custom_op`, of a function whose kernels are compiled when its fake version is called."""
+    """Like `torch.library.custom_op`, of a function that launches kernels. A dry run calls it; it needs no fake."""
 
     def define(function: Callable) -> Any:
-        function = waits(function)
         defined: Any = torch.library.custom_op(name, function, mutates_args=())
         register_fake = defined.register_fake
 
-        def register_starting(fake: Callable) -> Callable:
-            @register_fake
-            def starting(*args: Any) -> Any:
-                start(function, *args, device=next(value.device for value in args if isinstance(value, Tensor)))
-                return fake(*args)
-
+        def register(fake: Callable) -> Callable:
+            register_fake(lambda *args: (function if in_dry_run() else fake)(*args))
             return fake
 
-        defined.register_fake = register_starting
+        defined.register_fake = register
         return defined
 
     return define
-
-
-def start(function: Callable, *args: Any, device: torch.device) -> None:
-    """Compile the kernels that a function launches, in a thread.
-
-    Args:
-        function: decorated with `waits`.
-        args: as for the real call; of tensors, only the shape counts.
-        device: of the real call.
-    """
-    if INTERPRETED or device.type != _DEVICE_TYPE:
-        return
-    try:
-        shapes = _Shape.of(args)
-    except _DynamicShapeError:
-        return
-    if (function, shapes) in _started:
-        return
-    _started.add((function, shapes))
-    triton.runtime.driver.active.get_current_device()  # creates the driver, which threads would do several times
-    thread = threading.Thread(target=_compile, args=(function, shapes, device), name="compiles kernels")
-    thread.start()
-    _threads.setdefault(function, []).append(thread)
-
-
-def _compile(function: Any, shapes: tuple, device: torch.device) -> None:
-    with _slots:
-        if not threading.main_thread().is_alive():
-            return  # the process ends
-        _state.only_compiles = True
-        try:
-            torch.cuda.set_device(device)
-            with torch.no_grad():
-                function.__wrapped__(*_Shape.on_meta(shapes))
-        except Exception as error:
-            name = getattr(function, "__name__", function)
-            warnings.warn(f"{name} could not be compiled ahead, which costs only time: {error!r:.300}", stacklevel=1)

@@ -11,13 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from basic.transformer.kernels.ahead import Kernel
 from basic.transformer.kernels.interpreter import LOG2_E
 
 _LOG2_E = tl.constexpr(LOG2_E)
 
 
-@Kernel
 @triton.jit
 def _overwrite(LOGITS, TARGETS, LOSSES, INVERSE_COUNT, stride, vocab_size, ignore_index, DEPTH: tl.constexpr,
                COLUMNS: tl.constexpr):  # fmt: skip

@@ -52,8 +52,8 @@ def use_operators(operators: Any) -> Generator[None]:
 
 
 def available_on(device: torch.device) -> bool:
-    """Whether kernels can run on this device."""
-    return _operators is not None and device.type in _device_types
+    """Whether kernels can run on this device, or on the meta device, where they are compiled ahead."""
+    return _operators is not None and device.type in (*_device_types, "meta")
 
 
 def operators_for(x: Tensor) -> Any:

@@ -55,7 +55,6 @@ def _store_both(x, ROWS, COLUMNS, rows, columns, rows_stride, columns_stride, ma
     tl.store(COLUMNS + columns.to(tl.int64) * columns_stride + rows, y, mask=mask)
 
 
-@ahead.Kernel
 @triton.jit
 def _quantize(X, ROWS, COLUMNS, RECORD, num_rows, num_columns, x_stride, rows_stride, columns_stride,
               M: tl.constexpr, N: tl.constexpr):  # fmt: skip
@@ -87,7 +86,6 @@ def quantize_into(x: Tensor, rows: Tensor, columns: Tensor, record: Tensor) -> N
     _quantize[grid](x, rows, columns, record, *x.shape, *strides, **tile)
 
 
-@ahead.Kernel
 @triton.jit
 def _gate(X, ROWS, RECORD, num_rows, width, x_stride, M: tl.constexpr, N: tl.constexpr):
     rows = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)[:, None]
@@ -99,7 +97,6 @@ def _gate(X, ROWS, RECORD, num_rows, width, x_stride, M: tl.constexpr, N: tl.con
     tl.store(ROWS + rows * width + columns, to_float8(y * tl.load(RECORD + 1), ROWS.dtype.element_ty), mask=mask)
 
 
-@ahead.Kernel
 @triton.jit
 def _gate_gradients(X, DY, DX_ROWS, DX_COLUMNS, DX_RECORD, COLUMNS, RECORD, num_rows, width, x_stride,
                     M: tl.constexpr, N: tl.constexpr):  # fmt: skip

@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from basic.transformer.kernels.ahead import Kernel
-
 
 @triton.jit
 def load_both(X, rows, columns, width, x_stride, mask):
@@ -29,7 +27,6 @@ def gate_gradients(x1, x3, dy, gate):
     return dy * x3 * (gate + silu * (1 - gate)), dy * silu, silu * x3
 
 
-@Kernel
 @triton.jit
 def _forward(X, Y, num_rows, width, x_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
@@ -39,7 +36,6 @@ def _forward(X, Y, num_rows, width, x_stride, ROWS: tl.constexpr, COLUMNS: tl.co
     tl.store(Y + rows * width + columns, (x1 * tl.sigmoid(x1) * x3).to(Y.dtype.element_ty), mask=mask)
 
 
-@Kernel
 @triton.jit
 def _backward(X, DY, DX, num_rows, width, x_stride, dy_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]

@@ -35,7 +35,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from basic.transformer.kernels.ahead import Kernel
 from basic.transformer.kernels.interpreter import INTERPRETED, LOG2_E, dot
 
 # By padded head size: queries per tile, keys per tile, warps, pipeline stages, and registers per thread (None for the
@@ -120,7 +119,6 @@ def _visible(rows, keys, starts, WINDOW: tl.constexpr, PACKED: tl.constexpr):
     return visible
 
 
-@Kernel
 @triton.jit
 def _forward(Q, K, V, OUT, LOG_SUMS,
              q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head, o_batch, o_stride, o_head,
@@ -170,7 +168,6 @@ def _rotate_back(x, rows, COS, SIN, T, D: tl.constexpr, WIDTH: tl.constexpr):
     return tl.reshape(tl.join(even * cos + odd * sin, odd * cos - even * sin), (x.shape[0], WIDTH))
 
 
-@Kernel
 @triton.jit
 def _key_gradients(Q, K, V, DO, DK, DV, LOG_SUMS, DELTAS, COS, SIN,
                    q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
@@ -227,7 +224,6 @@ def _key_gradients(Q, K, V, DO, DK, DV, LOG_SUMS, DELTAS, COS, SIN,
     _store_tile(DV, dv, keys, dv_stride, columns, T, D)
 
 
-@Kernel
 @triton.jit
 def _query_gradients(Q, K, V, OUT, DO, DQ, LOG_SUMS, DELTAS, COS, SIN,
                      q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,

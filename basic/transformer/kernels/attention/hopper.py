@@ -33,7 +33,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from basic.transformer.kernels.ahead import Kernel
 from basic.transformer.kernels.interpreter import LOG2_E
 
 REGISTERS = gl.constexpr((240, 24))
@@ -277,7 +276,6 @@ def _attend(GROUP: gl.constexpr, OUT, LOG_SUMS, STARTS, kept, ring, sizes, scale
             store_tile(OUT + (batch.to(gl.int64) * T * H + head) * HEAD_SIZE, output, row, H * HEAD_SIZE, T)
 
 
-@Kernel
 @gluon.jit(do_not_specialize=INTEGERS)
 def _forward(q_desc, k_desc, v_desc, OUT, LOG_SUMS, STARTS, H, T, tiles, batch_heads, scale, C: gl.constexpr):
     kept = (q_desc,), (tile_memory(q_desc, 2),), barriers(2, 1), barriers(2, 1)

@@ -16,7 +16,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from basic.transformer.kernels.ahead import Kernel
 from basic.transformer.kernels.attention.hopper import (
     BY_FOUR,
     HEAD_SIZE,
@@ -168,7 +167,6 @@ def _for_queries(GROUP: gl.constexpr, gradient, OUT, LOG_SUMS, DELTAS, COS, SIN,
             o, log_sums = _load_outputs(item + 1, GROUP, OUT, LOG_SUMS, sizes, LOADED, S_ROWS)
 
 
-@Kernel
 @gluon.jit(do_not_specialize=INTEGERS)
 def _query_gradients(q_desc, do_desc, k_desc, v_desc, DQ, dq_batch, dq_stride, dq_head, OUT, LOG_SUMS, DELTAS,
                      COS, SIN, STARTS, H, T, tiles, batch_heads, scale, out_scale,
@@ -310,7 +308,6 @@ def _for_keys(GROUP: gl.constexpr, k_gradient, v_gradient, COS, SIN, STARTS, END
             store_tile(DK + batch.to(gl.int64) * dk_batch + head * dk_head, dk, key, dk_stride, T)
 
 
-@Kernel
 @gluon.jit(do_not_specialize=[*INTEGERS, "sums_stride"])
 def _key_gradients(q_desc, do_desc, k_desc, v_desc, sums_desc, deltas_desc, sums_stride, DK, dk_batch, dk_stride,
                    dk_head, DV, dv_batch, dv_stride, dv_head, COS, SIN, ENDS, STARTS, H, T, tiles, batch_heads, scale,

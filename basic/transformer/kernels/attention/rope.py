@@ -10,10 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from basic.transformer.kernels.ahead import Kernel
 
-
-@Kernel
 @triton.jit
 def _rotate(X, OUT, COS, SIN, stride, out_stride, num_rows, num_pairs, num_rotated, T, half, ROWS: tl.constexpr,
             PAIRS: tl.constexpr):  # fmt: skip
