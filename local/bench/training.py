@@ -175,7 +175,8 @@ def measure(
                 count += 1
             synchronize()
         step_s = (time.perf_counter() - started) / count
-        joules = None if joules_before is None else ((joules_used() or 0) - joules_before) / count
+        joules_after = joules_used()
+        joules = None if joules_before is None or joules_after is None else (joules_after - joules_before) / count
         if profile:
             print_kernels(lambda: step(batch))
     attention = 2 * config.d_model * (config.num_heads + config.kv_heads) * config.d_head
