@@ -319,9 +319,13 @@ def _compile_kernels_ahead(
     def take_step() -> None:
         parameters = {id(p): Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
         twin = copy.deepcopy(model, parameters | {id(buffer): buffer.to("meta") for buffer in model.buffers()})
-        settings = replace(config, compile=False, cuda_graph=False)
+        count = config.gradient_accumulation
+        few = min(2, count)  # micro-batches, which are like many
+        size = config.batch_size // count * few
+        settings = replace(config, compile=False, cuda_graph=False, gradient_accumulation=few, batch_size=size)
         step = TrainStep(twin, make_optimizer(twin, settings), settings, torch.device("meta"))
-        step(tuple(tensor.to("meta") for tensor in batch), 0.0)
+        micro_batches = (ids[: len(ids) * few // count] if ids.ndim else ids for ids in batch)
+        step(tuple(ids.to("meta") for ids in micro_batches), 0.0)
 
     compile_ahead(take_step, device)
 

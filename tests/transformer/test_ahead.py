@@ -70,7 +70,11 @@ def runs(monkeypatch) -> dict[bool, set[tuple]]:
     [
         ({}, {}, False),
         ({"num_kv_heads": 1, "window_pattern": "SL", "sliding_window": 8, "qk_norm": True}, {}, True),
-        ({"tied_embeddings": True, "positions": "none", "ffn": "relu2"}, {"gradient_accumulation": 2}, False),
+        (
+            {"tied_embeddings": True, "positions": "none", "ffn": "relu2"},
+            {"gradient_accumulation": 3, "batch_size": 3},
+            False,
+        ),
         ({}, {"precision": "fp8"}, False),
         ({}, {"optimizer": "muon"}, False),
     ],
@@ -81,8 +85,8 @@ def test_what_is_compiled_ahead_is_what_a_step_launches(runs, changes, settings,
     config = {"vocab_size": 304, "context_length": 32, "d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 48}
     model = TransformerLM(ModelConfig(**(config | changes)))
     model.activation_dtype = torch.bfloat16
-    train = TrainConfig(steps=1, batch_size=4, cuda_graph=False, **settings)
-    ids = torch.randint(304, (4, 33))
+    train = TrainConfig(**({"steps": 1, "batch_size": 4} | settings), cuda_graph=False)
+    ids = torch.randint(304, (train.batch_size, 33))
     batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     if packed:
         batch = *batch, torch.tensor(128.0), torch.zeros_like(batch[0])
