@@ -77,6 +77,7 @@ def runs(monkeypatch) -> dict[bool, set[tuple]]:
         ),
         ({}, {"precision": "fp8"}, False),
         ({}, {"optimizer": "muon"}, False),
+        ({}, {"activation_checkpointing": True}, False),
     ],
     ids=str,
 )
@@ -86,6 +87,7 @@ def test_what_is_compiled_ahead_is_what_a_step_launches(runs, changes, settings,
     model = TransformerLM(ModelConfig(**(config | changes)))
     model.activation_dtype = torch.bfloat16
     train = TrainConfig(**({"steps": 1, "batch_size": 4} | settings), cuda_graph=False)
+    model.configure_training(activation_checkpointing=train.activation_checkpointing)
     ids = torch.randint(304, (train.batch_size, 33))
     batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     if packed:
