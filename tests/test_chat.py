@@ -19,6 +19,7 @@ from basic.tokenizer_files.content import ChatTemplate
 from basic.tokens.info import BEGINS_DOCUMENT, IS_LEARNED, mask_path
 from basic.tokens.opening import open_mask, open_tokens
 from tests.helpers.model_tools import tiny
+from tests.helpers.tokenizer_tools import BYTES
 from tests.project.test_scripts import run_script
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>"]
@@ -58,7 +59,7 @@ def messages_of(conversation: list[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 def tokenizer_with(template: str | None) -> Tokenizer:
-    vocab = {i: bytes([i]) for i in range(256)} | {256: b"he", 257: b"\n\n", 258: b"!<"}
+    vocab = BYTES | {256: b"he", 257: b"\n\n", 258: b"!<"}
     merges = [(b"h", b"e"), (b"\n", b"\n"), (b"!", b"<")]
     chat = None if template is None else ChatTemplate(source=template, tokens=TOKENS)
     return Tokenizer(vocab, merges, SPECIAL, chat_template=chat)
@@ -143,7 +144,7 @@ def test_tags_in_a_comment_are_none():
 def test_wrong_templates_and_tokenizers_are_refused():
     with pytest.raises(InvalidInputError, match="the chat template is not valid"):
         ChatFormat(tokenizer_with("{% for %}"))
-    plain = Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|x|>"])
+    plain = Tokenizer(BYTES, [], ["<|x|>"])
     with pytest.raises(InvalidInputError, match=r"needs the special token '<\|endoftext\|>'; give another one of its"):
         ChatFormat(plain)
     assert ChatFormat(plain, end_of_text="<|x|>").end_of_answer == "<|x|>"
@@ -191,7 +192,7 @@ def test_exports_end_at_the_end_of_an_answer_and_of_a_text(template, tmp_path):
     source = template.replace("<|im_end|>", "<answer>").replace("<|im_start|>", "<ask>")
     chat = ChatTemplate(source=source, tokens={"bos_token": "<ask>", "eos_token": "<answer>"})
     special = {"<text>": 257, "<ask>": 258, "<answer>": 259}
-    vocab = {i: bytes([i]) for i in range(256)} | {256: b"he"}
+    vocab = BYTES | {256: b"he"}
     tokenizer = Tokenizer(vocab, [(b"h", b"e")], special, chat_template=chat)
     model = TransformerLM(tiny(vocab_size=tokenizer.vocab_size))
     export_hf(model, tmp_path / "hf", tokenizer, end_of_text="<text>")

@@ -22,7 +22,7 @@ from basic.encoding import encode_file
 from basic.pretokenization import PATTERNS
 from basic.Tokenizer import Tokenizer
 from basic.tokens.opening import open_tokens, read_info
-from tests.helpers.tokenizer_tools import TEXT_FILES
+from tests.helpers.tokenizer_tools import BYTES, TEXT_FILES
 
 from .adapters import get_tokenizer, run_train_bpe
 from .conftest import shared_data
@@ -32,7 +32,6 @@ pytestmark = pytest.mark.usefixtures("plain_path")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 END = "<|endoftext|>"
-BYTES = {byte: bytes([byte]) for byte in range(256)}
 
 
 def tiktoken_of(tokenizer: Tokenizer) -> tiktoken.Encoding:

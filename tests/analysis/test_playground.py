@@ -26,6 +26,7 @@ from basic.Tokenizer import Tokenizer
 from basic.training.run_folder import Run, load_run
 from basic.transformer.functional import token_losses
 from tests.helpers.playground_tools import CONTEXT, END, SETTINGS, make_playground, the_run, train_two_checkpoints
+from tests.helpers.tokenizer_tools import BYTES
 
 # --- Answers --------------------------------------------------------------------------------------------------
 
@@ -176,9 +177,7 @@ def test_long_text_sends_the_first_tokens_and_counts_all(playground):
 def test_replaced_tokenizer_is_loaded_again(tmp_path):
     playground = make_playground(tmp_path)
     assert playground.tokenize("bytes", " the")["tokens"] == 4
-    Tokenizer({i: bytes([i]) for i in range(256)} | {256: b"th"}, [(b"t", b"h")], kernels=False).save(
-        tmp_path / "bytes"
-    )
+    Tokenizer(BYTES | {256: b"th"}, [(b"t", b"h")], kernels=False).save(tmp_path / "bytes")
     assert playground.tokenize("bytes", " the")["tokens"] == 3
 
 

@@ -25,6 +25,7 @@ from basic.formats.tokenizers import save_tiktoken
 from basic.generation.text import complete
 from basic.Tokenizer import Tokenizer
 from tests.helpers.playground_tools import CONTEXT, END, SETTINGS, make_playground, the_run
+from tests.helpers.tokenizer_tools import BYTES
 
 # --- The server -----------------------------------------------------------------------------------------------
 
@@ -187,7 +188,7 @@ def test_too_long_text_is_rejected(playground):
 
 def test_a_text_that_a_pattern_splits_too_slowly_is_an_error(tmp_path, monkeypatch):
     make_playground(tmp_path)
-    slow = Tokenizer({i: bytes([i]) for i in range(256)}, [], pattern="(?:a|aa)+b|.")
+    slow = Tokenizer(BYTES, [], pattern="(?:a|aa)+b|.")
     slow.save(tmp_path / "slow")
     client = TestClient(create_app(Playground(tmp_path)), base_url="http://localhost:1")
     text = "the b aab"
@@ -398,7 +399,7 @@ def test_without_a_port_the_next_free_one_is_used_and_a_person_gets_a_browser(pl
 def test_published_vocabularies_are_compared(playground, folder, tmp_path, monkeypatch, capsys):
     served = []
     monkeypatch.setattr("uvicorn.Server.run", lambda server, sockets: served.append(server.config.app))
-    vocab = {byte: bytes([byte]) for byte in range(256)} | {256: b"12"}
+    vocab = BYTES | {256: b"12"}
     save_tiktoken(Tokenizer(vocab, [(b"1", b"2")], pattern="cl100k"), tmp_path / "cl100k_base.tiktoken")
     compare = ("--compare", tmp_path / "cl100k_base.tiktoken")
     run_script(monkeypatch, "--runs", folder, "--port", 0, *compare)

@@ -20,7 +20,7 @@ from basic.tokens.opening import open_tokens, read_info
 from tests.conftest import SHARED_DATA, shared_data
 from tests.fixtures.make_tokenizer_fixtures import SAMPLE
 from tests.helpers.difficult_text import END, OVERLAPPING, difficult_text, write
-from tests.helpers.tokenizer_tools import TEXT_FILES
+from tests.helpers.tokenizer_tools import BYTES, TEXT_FILES
 from tests.test_tokenizer import tiktoken_of
 
 # ---- encoding
@@ -113,7 +113,7 @@ def test_merges_in_any_order():
     """A merge may come before those that produce its two tokens."""
     rng = random.Random(0)
     for _ in range(150):
-        vocab, merges = {i: bytes([i]) for i in range(256)}, []
+        vocab, merges = dict(BYTES), []
         for _ in range(rng.randint(1, 12)):
             left, right = (
                 rng.choice([b"a", b"b", *(token for token in vocab.values() if len(token) > 1)]) for _ in "12"
@@ -168,7 +168,7 @@ def test_a_text_that_is_a_pretoken_has_its_ids():
     # The plain path takes the ids of a short text from the cache, if it is one of the pre-tokens there.
     rng = random.Random(6)
     merges = [(b" ", b" "), (b"'", b"s"), (b"\n", b"\n"), (b" ", b"a"), (b"a", b"a")]
-    vocab = {i: bytes([i]) for i in range(256)} | {256 + i: left + right for i, (left, right) in enumerate(merges)}
+    vocab = BYTES | {256 + i: left + right for i, (left, right) in enumerate(merges)}
     warm = Tokenizer(vocab, merges, ["<|a|>"], kernels=False)
     for _ in range(3000):
         text = "".join(rng.choices("aas' \n\t1!<|>\u00a0", k=rng.randint(0, 12)))

@@ -16,9 +16,9 @@ from basic.common.errors import InvalidInputError
 from basic.common.native import object_files
 from basic.common.native.kernel import Kernel
 from basic.Tokenizer import Tokenizer
+from tests.helpers.tokenizer_tools import BYTES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-BYTES = {i: bytes([i]) for i in range(256)}
 
 
 def weighted_sum(table, numbers, factor):

@@ -30,6 +30,7 @@ from basic.pretokenization import (
     pretokenize_stream,
 )
 from basic.Tokenizer import Tokenizer
+from tests.helpers.tokenizer_tools import BYTES
 
 # The characters of contractions with those that are equal to them without regard to case (U+017F, U+212A), digits of
 # several scripts, all kinds of white space, marks, CJK, control characters, characters of each length in UTF-8.
@@ -260,7 +261,7 @@ def test_a_split_that_looks_ahead_must_be_the_last():
 def test_a_pattern_without_automaton_uses_the_regex_package(tmp_path):
     pattern = r"(?<=a)b|\w|\W"
     tables.automaton_of.cache_clear()
-    tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|a|>"], pattern=pattern, kernels=True)
+    tokenizer = Tokenizer(BYTES, [], ["<|a|>"], pattern=pattern, kernels=True)
     with pytest.warns(UserWarning, match=r"'\(\?<=a\)b\|\\\\w\|\\\\W' has no kernels, the regex package finds"):
         assert tokenizer.encode("abc, <|a|>") == [*b"abc, ", 256]
     with warnings.catch_warnings():

@@ -32,6 +32,7 @@ from basic.Tokenizer import Tokenizer
 from basic.train_bpe import train_bpe
 from tests.conftest import shared_data
 from tests.fixtures.make_tokenizer_fixtures import PATTERN, SAMPLE, SPECIAL_TOKENS, naive_pretoken_counts
+from tests.helpers.tokenizer_tools import BYTES
 
 pytestmark = pytest.mark.usefixtures("plain_path")
 
@@ -311,7 +312,7 @@ def test_a_pattern_divides_each_pretoken_of_the_split_before(pattern, text):
 
 @pytest.mark.parametrize("pattern", [Pattern("a|b", r"\d"), Pattern("x"), "smollm", "deepseek", r"\w+|\W", "llama3"])
 def test_a_pattern_survives_saving(tmp_path, pattern):
-    tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, [], pattern=pattern)
+    tokenizer = Tokenizer(BYTES, [], pattern=pattern)
     tokenizer.save(tmp_path)
     loaded = Tokenizer.load(tmp_path)
     assert loaded.pattern == tokenizer.pattern

@@ -21,6 +21,7 @@ from basic.pretokenization import GPT2_PATTERN
 from basic.Tokenizer import Tokenizer
 from basic.tokenizer_files.content import TokenizerSettings
 from basic.train_bpe import train_bpe
+from tests.helpers.tokenizer_tools import BYTES
 
 from ..fixtures.make_tokenizer_fixtures import SAMPLE
 
@@ -143,7 +144,7 @@ ids_of_bytes = st.binary(max_size=30).map(list)
 @example(data=[0xF0, 0x9F, 0x41, 0xE2, 0x82], sizes=[])
 @example(data=[0xED, 0xA0, 0x80, 0xF4, 0x90], sizes=[1, 1, 1, 1, 1])
 def test_a_stream_of_any_bytes_is_what_decode_returns(data, sizes):
-    tokenizer = Tokenizer({byte: bytes([byte]) for byte in range(256)}, [])
+    tokenizer = Tokenizer(BYTES, [])
     decoder, texts, rest = tokenizer.stream_decoder(), [], data
     for size in sizes:
         texts.append(decoder.decode(rest[:size]))
@@ -155,7 +156,7 @@ def test_a_stream_of_any_bytes_is_what_decode_returns(data, sizes):
 
 
 def test_a_stream_has_no_unfinished_characters():
-    tokenizer = Tokenizer({byte: bytes([byte]) for byte in range(256)}, [], [END])
+    tokenizer = Tokenizer(BYTES, [], [END])
     decoder = tokenizer.stream_decoder(skip_special_tokens=True)
     assert [decoder.decode(token_id) for token_id in tokenizer.encode(f"né{END}😀!")] == [
         *("n", "", "é", "", "", "", "", "😀", "!"),

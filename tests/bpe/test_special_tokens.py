@@ -10,6 +10,7 @@ import pytest
 from basic.bpe.patterns.longest_of import longest_of
 from basic.pretokenization import SpecialTokens, find_safe_position
 from basic.Tokenizer import Tokenizer
+from tests.helpers.tokenizer_tools import BYTES
 
 ALPHABETS = ["ab", "abc]-^\\[", "a\n \u3000é😀", "".join(map(chr, range(33, 120)))]
 
@@ -47,7 +48,7 @@ def test_the_kernel_finds_the_longest():
     rng = random.Random(1)
     for _ in range(150):
         tokens, text = random_tokens(rng)
-        tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, [], tokens, kernels=True)
+        tokenizer = Tokenizer(BYTES, [], tokens, kernels=True)
         ids, position = [], 0
         for start, stop in spans_by_definition(tokens, text):
             ids += [*text[position:start].encode(), tokenizer.special_token_ids[text[start:stop]]]
@@ -60,7 +61,7 @@ def test_ten_thousand_special_tokens(kernels):
     rng = random.Random(2)
     tokens = [f"<|{i}|>" for i in range(5000)] + [f"{rng.getrandbits(24):x}~" for _ in range(5000)]
     tokens = list(dict.fromkeys(tokens))
-    tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, [], tokens, kernels=kernels)
+    tokenizer = Tokenizer(BYTES, [], tokens, kernels=kernels)
     chosen = rng.choices(tokens, k=300)
     text = "".join(f"{token} a b" for token in chosen)
     expected = [i for token in chosen for i in (tokenizer.special_token_ids[token], *b" a b")]

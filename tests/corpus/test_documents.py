@@ -29,13 +29,13 @@ from basic.pretokenization import SpecialTokens
 from basic.Tokenizer import Tokenizer
 from basic.tokens.opening import open_tokens
 from basic.train_bpe import train_bpe
+from tests.helpers.tokenizer_tools import BYTES
 
 from ..project.test_scripts import run_script
 
 pytestmark = pytest.mark.usefixtures("plain_path")
 
 END = "<|endoftext|>"
-BYTES = {byte: bytes([byte]) for byte in range(256)}
 DOCUMENTS = ["One document.", "", f"it's {END} in a text", "日本 é\u0301 the same the same"]
 BOTH = pytest.mark.parametrize("kernels", [False, True])
 

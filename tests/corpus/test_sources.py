@@ -41,6 +41,7 @@ from basic.tokens.opening import open_tokens
 from basic.train_bpe import train_bpe
 from tests.bpe.test_pretokenization import divide, special_token_lists, split_by_definition, split_stream, texts
 from tests.fixtures.make_tokenizer_fixtures import SAMPLE
+from tests.helpers.tokenizer_tools import BYTES
 from tests.project.test_scripts import run_script
 
 if sys.version_info >= (3, 14):
@@ -51,7 +52,6 @@ else:
 END = "<|endoftext|>"
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstd.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
 FORMATS = [kind + packed for kind in (".txt", ".jsonl") for packed in PACK][1:]
-BYTES = {byte: bytes([byte]) for byte in range(256)}
 DOCUMENTS = ["One document.", "", "Two\r\nlines, 日本 é\u0301", "the same the same", " 'll \x85 \x00 "]
 TEXT = END.join(DOCUMENTS)
 
@@ -62,8 +62,12 @@ def content_of(documents: list[str], suffix: str) -> bytes:
     if suffix.startswith((".jsonl", ".ndjson", ".json")):
         lines = [json.dumps({"id": 7, "text": text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(documents)]
         content = "\n".join(lines)
-    packed = Path(suffix).suffix
-    return PACK[packed if packed in PACK else ""](content.encode())
+    return packed(content.encode(), suffix)
+
+
+def packed(content: bytes, name: str | Path) -> bytes:
+    """Compressed as the end of the name says."""
+    return PACK.get(Path(name).suffix, bytes)(content)
 
 
 def write(folder: Path, documents: list[str], suffix: str) -> Path:
@@ -159,7 +163,7 @@ def test_special_tokens_in_documents_are_text(tmp_path_factory, kernels, pattern
     folder = tmp_path_factory.getbasetemp()
     path, special = folder / f"corpus{suffix}", SpecialTokens([END, PAD])
     content = "\n".join(json.dumps({"text": document}) for document in documents)
-    path.write_bytes(PACK[Path(suffix).suffix if Path(suffix).suffix in PACK else ""](content.encode()))
+    path.write_bytes(packed(content.encode(), suffix))
     merges = [(b"<", b"|"), (b"t", b"h"), (b"th", b"e"), (b" ", b"the")]
     vocab = {**BYTES, **{256 + i: left + right for i, (left, right) in enumerate(merges)}}
     tokenizer = Tokenizer(vocab, merges, special.tokens, pattern=pattern, kernels=kernels)
@@ -337,16 +341,15 @@ def test_json_lines_by_any_of_their_names(tmp_path, suffix):
 def test_a_byte_order_mark_is_no_text(tmp_path, suffix, kernels):
     path = tmp_path / f"corpus{suffix}"
     for documents in (["one ", " two"], [""]):
-        packed = Path(suffix).suffix if Path(suffix).suffix in PACK else ""
-        content = content_of(documents, suffix.removesuffix(packed))
-        path.write_bytes(PACK[packed](codecs.BOM_UTF8 + content))
+        content = content_of(documents, Path(suffix).stem)
+        path.write_bytes(packed(codecs.BOM_UTF8 + content, suffix))
         tokenizer = Tokenizer(BYTES, [], [END], kernels=kernels)
         info = encode_file(tokenizer, path, tmp_path / "ids.bin", chunk_bytes=2)
         assert tokenizer.decode(open_tokens(tmp_path / "ids.bin")) == END.join(documents)
         assert info.source_bytes == len(END.join(documents))
         encode_files(tokenizer, path, tmp_path / "ids", start_over=True, shard_bytes=2)
         assert tokenizer.decode(open_tokens(tmp_path / "ids")) == END.join(documents)
-    path.write_bytes(PACK[packed](codecs.BOM_UTF8 + content[:5] + b"\xff"))
+    path.write_bytes(packed(codecs.BOM_UTF8 + content[:5] + b"\xff", suffix))
     with pytest.raises(InvalidInputError, match=f"byte offset {3 + len(content[:5])} "):
         encode_file(tokenizer, path, tmp_path / "ids.bin")
 
@@ -400,7 +403,7 @@ PLAIN = {".txt": '{"text": 5}\n', ".md": "[link](a)", "": "{a: 1}", ".py": "{1: 
 @pytest.mark.parametrize(("suffix", "text"), PLAIN.items())
 def test_any_other_text_is_plain_text(tmp_path, suffix, text):
     path = tmp_path / f"corpus{suffix}"
-    path.write_bytes(PACK[suffix if suffix in PACK else ""](text.encode()))
+    path.write_bytes(packed(text.encode(), path))
     assert "".join(read_text(path)) == text
 
 
@@ -423,7 +426,7 @@ def test_another_field_and_separator(tmp_path):
     source = TextSource(path, field="content", end_of_text="<s>")
     assert "".join(read_text(source)) == "a<s>b😀\ufffd"
     assert count_pretokens(source, SpecialTokens(["<s>"])).total() == 3
-    tokenizer = Tokenizer({byte: bytes([byte]) for byte in range(256)}, [], ["<s>"])
+    tokenizer = Tokenizer(BYTES, [], ["<s>"])
     encode_file(tokenizer, source, tmp_path / "ids.bin")
     assert tokenizer.decode(open_tokens(tmp_path / "ids.bin")) == "a<s>b😀\ufffd"
     other = dataclasses.replace(source, end_of_text=END)
@@ -476,7 +479,7 @@ def test_invalid_content_is_reported_and_leaves_no_files(tmp_path, suffix, conte
 def assert_refused(path: Path, message: str) -> None:
     folder = path.parent
     before = sorted(folder.iterdir())
-    tokenizer = Tokenizer({byte: bytes([byte]) for byte in range(256)}, [], [END], kernels=False)
+    tokenizer = Tokenizer(BYTES, [], [END], kernels=False)
     for read in (
         lambda: train_bpe(path, 300, [END], kernels=False),
         lambda: encode_file(tokenizer, path, folder / "ids.bin"),
@@ -531,7 +534,7 @@ def test_invalid_bytes_can_be_replaced(tmp_path, suffix):
     path = tmp_path / f"corpus{suffix}"
     content = b'{"text": "a\xffb"}' if suffix == ".jsonl" else gzip.compress(b"a\xffb")
     path.write_bytes(content)
-    tokenizer = Tokenizer({byte: bytes([byte]) for byte in range(256)}, [], [END])
+    tokenizer = Tokenizer(BYTES, [], [END])
     encode_file(tokenizer, path, tmp_path / "ids.bin", errors="replace")
     assert tokenizer.decode(open_tokens(tmp_path / "ids.bin")) == "a\ufffdb"
 

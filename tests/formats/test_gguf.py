@@ -20,6 +20,7 @@ from basic.Tokenizer import Tokenizer
 from basic.tokenizer_files.content import TokenizerSettings
 from basic.training.run_folder import load_run
 from tests.helpers.model_tools import small_tokenizer, with_random_weights
+from tests.helpers.tokenizer_tools import BYTES
 
 gguf = pytest.importorskip("gguf", reason="the formats extra is not installed")
 
@@ -288,4 +289,4 @@ def test_a_damaged_file(tmp_path: Path) -> None:
 
 def test_a_tokenizer_without_merges_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="needs merges, but this tokenizer has none; export"):
-        gguf_tokenizer_fields(Tokenizer({i: bytes([i]) for i in range(256)}, [], [END]), 257, END)
+        gguf_tokenizer_fields(Tokenizer(BYTES, [], [END]), 257, END)

@@ -12,6 +12,7 @@ from basic.tokenizer_files.content import ChatTemplate
 from basic.training.loop import train
 from basic.training.run_folder import Run
 from basic.training.settings import RunConfig, TrainConfig
+from tests.helpers.tokenizer_tools import BYTES
 
 END = "<|endoftext|>"
 MERGES = [(b"t", b"h"), (b"th", b"e"), (b" ", b"the")]
@@ -43,10 +44,9 @@ def the_run(playground: Playground) -> Run:
 
 def train_two_checkpoints(folder: Path) -> Path:
     """A folder with a trained run of a tokenizer that has a chat template."""
-    vocab = {byte: bytes([byte]) for byte in range(256)}
     source = "{% for m in messages %}{{ m.role }}:{{ m.content }}<|endoftext|>{% endfor %}"
     source += "{% if add_generation_prompt %}assistant:{% endif %}"
-    tokenizer = Tokenizer(vocab, [], [END], kernels=False, chat_template=ChatTemplate(source=source, tokens={}))
+    tokenizer = Tokenizer(BYTES, [], [END], kernels=False, chat_template=ChatTemplate(source=source, tokens={}))
     model = ModelConfig(vocab_size=257, context_length=40, d_model=16, num_layers=2, num_heads=2)
     settings = TrainConfig(steps=4, batch_size=2, eval_interval=4, eval_batches=1, checkpoint_interval=2, device="cpu")
     ids = np.arange(600) % 257

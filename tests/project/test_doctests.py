@@ -12,6 +12,7 @@ import tiktoken.load
 
 from basic.Tokenizer import Tokenizer
 from basic.tokens.opening import open_tokens
+from tests.helpers.tokenizer_tools import BYTES
 from tests.project.test_architecture import TREE
 
 MODULES = [module for module, path in TREE.modules.items() if ">>> " in path.read_text(encoding="utf-8")]
@@ -22,7 +23,7 @@ def test_examples_of_docstrings(name: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     Path("runs/my").mkdir(parents=True)
     end = "<|endoftext|>"
-    vocab = {256: end.encode(), **{byte: bytes([byte]) for byte in range(256)}}
+    vocab = {256: end.encode(), **BYTES}
     # What examples use beside the names of their module.
     names = {"tokenizer": Tokenizer(vocab, [], [end]), "tiktoken": tiktoken, "open_tokens": open_tokens}
     names["write_into"] = lambda folder: None

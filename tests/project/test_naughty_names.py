@@ -18,6 +18,7 @@ from basic.training.records.metrics import read_metrics
 from basic.training.run_folder import load_run
 from tests.conftest import shared_data
 from tests.helpers.fault_tools import TRAIN, VALID, configuration
+from tests.helpers.tokenizer_tools import BYTES
 
 # Files are written under longer names first, and a file system has a limit (255 bytes).
 MAX_BYTES = 200
@@ -33,7 +34,7 @@ def names() -> list[str]:
 def test_a_name_is_used_as_it_is_or_refused(names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train(configuration(steps=2, eval_interval=1), TRAIN, VALID, "run")
-    tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, [])
+    tokenizer = Tokenizer(BYTES, [])
 
     def use_as_text(name: str) -> None:
         (Path("texts") / name).write_text("hello")

@@ -163,7 +163,7 @@ def test_ranks_without_merges_are_those_of_tiktoken(tmp_path):
 
 
 def test_a_rank_file_is_replaced_unless_it_may_not_be(tmp_path):
-    tokenizer = Tokenizer({i: bytes([i]) for i in range(256)} | {256: b"ab"}, [(b"a", b"b")])
+    tokenizer = Tokenizer(BYTES | {256: b"ab"}, [(b"a", b"b")])
     for _ in range(2):
         save_tiktoken(tokenizer, tmp_path / "ranks")
     with pytest.raises(FileExistsError, match="ranks' already exists"):

@@ -11,11 +11,11 @@ from basic.Tokenizer import Tokenizer
 from tests.adapters import get_tokenizer
 from tests.conftest import shared_data
 from tests.fixtures.make_tokenizer_fixtures import SAMPLE
+from tests.helpers.tokenizer_tools import BYTES
 
 pytestmark = pytest.mark.usefixtures("plain_path")
 
 END = "<|endoftext|>"
-BYTES = {byte: bytes([byte]) for byte in range(256)}
 
 
 def test_from_files_reads_the_files_of_gpt2():

@@ -4,8 +4,9 @@ import pytest
 
 from basic.formats.tokenizers import save_tiktoken, save_tokenizer_json
 from basic.Tokenizer import Tokenizer
+from tests.helpers.tokenizer_tools import BYTES
 
-TOKENIZER = Tokenizer({byte: bytes([byte]) for byte in range(256)}, [], ["<|endoftext|>"])
+TOKENIZER = Tokenizer(BYTES, [], ["<|endoftext|>"])
 
 
 @pytest.mark.parametrize(

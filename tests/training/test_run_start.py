@@ -10,8 +10,9 @@ from basic.training.loop import train
 from basic.training.records.trackers import open_trackers
 from basic.training.run_folder import create_run_folder, load_run
 from tests.helpers.fault_tools import TRAIN, VALID, configuration
+from tests.helpers.tokenizer_tools import BYTES
 
-A, B = (Tokenizer({i: bytes([i]) for i in range(256)}, [], [text]) for text in ("<|a|>", "<|b|>"))
+A, B = (Tokenizer(BYTES, [], [text]) for text in ("<|a|>", "<|b|>"))
 CONFIG = configuration(steps=2)
 
 
