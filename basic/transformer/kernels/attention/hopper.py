@@ -1,6 +1,6 @@
 """Causal attention for Hopper GPUs (H100, H200) in Gluon, with the copy engine and specialised warps.
 
-`flash_attention` describes the algorithms, which are the same here, and calls these kernels for a head size of 128,
+`flash_attention` describes the algorithms, which are the same here, and calls these kernels for head sizes of 64 and 128,
 where they are faster. What they do differently is the order of the work:
 
 - A program keeps a tile of 128 queries. Two groups of four warps compute, each with half of it, and one warp only
@@ -39,7 +39,7 @@ REGISTERS = gl.constexpr((240, 24))
 """Of a thread of the second group, and of the copying warp; the first group takes the rest."""
 INTEGERS = ["H", "T", "tiles", "batch_heads"]
 """Arguments whose values do not change a kernel's code."""
-TILE, SLOTS, HEAD_SIZE = gl.constexpr(128), gl.constexpr(2), gl.constexpr(128)
+TILE, SLOTS = gl.constexpr(128), gl.constexpr(2)
 """Tokens per tile, and slots of the ring. Others are slower or do not fit into shared memory."""
 
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # since Triton 3.7, and before
@@ -52,6 +52,7 @@ class Constants:
     group: gl.constexpr  # number of query heads that share keys
     window: gl.constexpr
     packed: gl.constexpr
+    D: gl.constexpr
 
 
 @gluon.jit
@@ -144,25 +145,20 @@ def load_starts(STARTS, batch, rows, T, C: gl.constexpr):
     return rows
 
 
-_ROWS = [[1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]]
-BY_EIGHT = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [0, 32], [0, 64], [8, 0]], [[0, 8], [0, 16], *_ROWS[0]], _ROWS[1], [], [64, 128]
-    )
-)
-"""Of 64 x 128 numbers: a thread has eight neighbours, and a warp the rows that it has in a product."""
-BY_FOUR = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 16], [0, 32], [8, 0]], [[0, 4], [0, 8], *_ROWS[0]], _ROWS[1], [], [64, 64]
-    )
-)
-"""The same of 64 x 64 numbers of twice as many bits."""
+@gluon.constexpr_function
+def coalesced(D, neighbours):
+    """The layout of 64 rows of D numbers, of which a thread has neighbours, and a warp the rows it has in a product."""
+    width = neighbours.bit_length() - 1
+    columns = [[0, 1 << i] for i in range(D.bit_length() - 1)]
+    lanes, registers = columns[width : width + 2], columns[:width] + columns[width + 2 :]
+    rows = [[1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout([*registers, [8, 0]], [*lanes, *rows], [[16, 0], [32, 0]], [], [64, D])
 
 
 @gluon.jit
 def store_tile(X, value, row, stride, T):
     # In the layout of a product, a warp would touch eight rows for four bytes a thread.
-    value = gl.convert_layout(value.to(X.dtype.element_ty), BY_EIGHT)
+    value = gl.convert_layout(value.to(X.dtype.element_ty), coalesced(value.shape[1], 8))
     LAYOUT: gl.constexpr = value.type.layout
     rows = row + gl.arange(0, value.shape[0], gl.SliceLayout(1, LAYOUT))[:, None]
     columns = gl.arange(0, value.shape[1], gl.SliceLayout(0, LAYOUT))[None, :]
@@ -174,7 +170,7 @@ def load(stream, slot, phase, corner, MORE_BYTES: gl.constexpr = 0):
     """Load a stream's tiles at a corner, of tokens and head, into a slot as soon as it is free."""
     descs, tiles, ready, free = stream
     mbarrier.wait(free.index(slot), phase ^ 1)
-    mbarrier.expect(ready.index(slot), len(descs) * descs[0].block_type.shape[1] * HEAD_SIZE * 2 + MORE_BYTES)
+    mbarrier.expect(ready.index(slot), len(descs) * descs[0].block_type.shape[1] * descs[0].block_type.shape[3] * 2 + MORE_BYTES)
     for i in gl.static_range(len(descs)):
         load_tile(descs[i], corner, ready.index(slot), tiles[i].index(slot))
 
@@ -212,7 +208,7 @@ def _softmax(scores, maximum, total, scale):
 def _attend(GROUP: gl.constexpr, OUT, LOG_SUMS, STARTS, kept, ring, sizes, scale, C: gl.constexpr):
     """A group of warps. It begins the product with the next keys before it waits for that with the last values."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_SIZE, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
@@ -235,7 +231,7 @@ def _attend(GROUP: gl.constexpr, OUT, LOG_SUMS, STARTS, kept, ring, sizes, scale
             starts = load_starts(STARTS, batch, rows, T, C)
             maximum = gl.full([64], -1e20, gl.float32, S_ROWS)  # see flash_attention
             total = gl.zeros([64], gl.float32, S_ROWS)
-            output = gl.zeros([64, HEAD_SIZE], gl.float32, O_LAYOUT)
+            output = gl.zeros([64, C.D], gl.float32, O_LAYOUT)
             # The last tile of keys comes first: in general, only this one has a mask.
             mbarrier.wait(q_ready.index(GROUP), turn & 1)
             slot, phase = count % SLOTS, (count // SLOTS) & 1
@@ -273,7 +269,7 @@ def _attend(GROUP: gl.constexpr, OUT, LOG_SUMS, STARTS, kept, ring, sizes, scale
             turn += 1
             gl.store(LOG_SUMS + batch_head.to(gl.int64) * T + rows, maximum + gl.log2(total), mask=rows < T)
             output = output * gl.convert_layout(1 / total, O_ROWS)[:, None]
-            store_tile(OUT + (batch.to(gl.int64) * T * H + head) * HEAD_SIZE, output, row, H * HEAD_SIZE, T)
+            store_tile(OUT + (batch.to(gl.int64) * T * H + head) * C.D, output, row, H * C.D, T)
 
 
 @gluon.jit(do_not_specialize=INTEGERS)
@@ -295,7 +291,7 @@ def _forward(q_desc, k_desc, v_desc, OUT, LOG_SUMS, STARTS, H, T, tiles, batch_h
 def supports(*tensors: Tensor) -> bool:
     """Whether the kernels support these (B, T, heads, D): the copy engine wants addresses divisible by 16 bytes."""
     return all(
-        x.shape[3] == HEAD_SIZE.value
+        x.shape[3] in (64, 128)
         and x.element_size() == 2
         and x.data_ptr() % 16 == 0
         and all(stride > 0 and stride % 8 == 0 for stride in x.stride()[:3])
@@ -306,7 +302,7 @@ def supports(*tensors: Tensor) -> bool:
 def descriptor(x: Tensor, tokens: int) -> TensorDescriptor:
     """Of tiles of one head."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, tokens, 1, HEAD_SIZE.value], layout)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, tokens, 1, x.shape[3]], layout)
 
 
 def launch(
@@ -314,11 +310,11 @@ def launch(
     starts: Tensor | None
 ) -> None:  # fmt: skip
     """Launch a kernel that keeps tiles of `kept_heads` heads, with its own arguments before those that all have."""
-    B, T, H, _ = q.shape
+    B, T, H, D = q.shape
     tiles = triton.cdiv(T, TILE.value)
     multiprocessors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
     programs = min(triton.cdiv(tiles, 2) * B * kept_heads, multiprocessors)
-    constants = Constants(*map(gl.constexpr, (H // k.shape[2], window, starts is not None)))
+    constants = Constants(*map(gl.constexpr, (H // k.shape[2], window, starts is not None, D)))
     starts = q if starts is None else starts
     kernel[(programs,)](*arguments, starts, H, T, tiles, B * kept_heads, *scales, constants, num_warps=4)
 
@@ -327,5 +323,5 @@ def forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sums: Tensor, window
     """Like `flash_attention.forward`, with the outputs given."""
     tokens = TILE.value
     descriptors = descriptor(q, tokens // 2), descriptor(k, tokens), descriptor(v, tokens)
-    scale = LOG2_E / math.sqrt(HEAD_SIZE.value)
+    scale = LOG2_E / math.sqrt(q.shape[3])
     launch(_forward, (*descriptors, o, log_sums), q, k, q.shape[2], (scale,), window, starts)

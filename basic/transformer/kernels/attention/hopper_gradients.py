@@ -17,13 +17,12 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from basic.transformer.kernels.attention.hopper import (
-    BY_FOUR,
-    HEAD_SIZE,
     INTEGERS,
     REGISTERS,
     SLOTS,
     TILE,
     barriers,
+    coalesced,
     copy_keys,
     descriptor,
     forward,
@@ -52,11 +51,12 @@ QUERIES, KEY_SLOTS = gl.constexpr(64), gl.constexpr(3)
 
 
 @gluon.jit
-def _load_tables(COS, SIN, row, T):
+def _load_tables(COS, SIN, row, T, D: gl.constexpr):
     """RoPE's cosines and sines of 64 tokens."""
-    PAIRS: gl.constexpr = HEAD_SIZE // 2
-    rows = row + gl.arange(0, 64, gl.SliceLayout(1, BY_FOUR))[:, None]
-    places = rows * PAIRS + gl.arange(0, PAIRS, gl.SliceLayout(0, BY_FOUR))[None, :]
+    PAIRS: gl.constexpr = D // 2
+    LAYOUT: gl.constexpr = coalesced(PAIRS, 4)
+    rows = row + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))[:, None]
+    places = rows * PAIRS + gl.arange(0, PAIRS, gl.SliceLayout(0, LAYOUT))[None, :]
     mask = rows < T
     return gl.load(COS + places, mask=mask, other=0.0), gl.load(SIN + places, mask=mask, other=0.0)
 
@@ -64,15 +64,16 @@ def _load_tables(COS, SIN, row, T):
 @gluon.jit
 def _rotate_back(x, tables):
     """The gradient of a tile before RoPE, from its gradient after RoPE."""
-    even, odd = gl.split(gl.reshape(x, [64, HEAD_SIZE // 2, 2]))
+    even, odd = gl.split(gl.reshape(x, [64, x.shape[1] // 2, 2]))
     cos, sin = tables
     cos, sin = gl.convert_layout(cos, even.type.layout), gl.convert_layout(sin, even.type.layout)
-    rotated = gl.reshape(gl.join(even * cos + odd * sin, odd * cos - even * sin), [64, HEAD_SIZE])
+    rotated = gl.reshape(gl.join(even * cos + odd * sin, odd * cos - even * sin), x.shape)
     return gl.convert_layout(rotated, x.type.layout)
 
 
 @gluon.jit
-def _load_outputs(item, GROUP: gl.constexpr, OUT, LOG_SUMS, sizes, LAYOUT: gl.constexpr, S_ROWS: gl.constexpr):
+def _load_outputs(item, GROUP: gl.constexpr, OUT, LOG_SUMS, sizes, LAYOUT: gl.constexpr, S_ROWS: gl.constexpr,
+                  D: gl.constexpr):
     """The output and the `log_sums` of an item's queries."""
     H, T, tiles, batch_heads = sizes
     tile, batch_head, _ = place(item, tiles)
@@ -81,8 +82,8 @@ def _load_outputs(item, GROUP: gl.constexpr, OUT, LOG_SUMS, sizes, LAYOUT: gl.co
     rows = row + gl.arange(0, 64, S_ROWS)
     log_sums = gl.load(LOG_SUMS + batch_head.to(gl.int64) * T + rows, mask=rows < end, other=0.0)
     rows = row + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))[:, None]
-    columns = gl.arange(0, HEAD_SIZE, gl.SliceLayout(0, LAYOUT))[None, :]
-    o = OUT + (batch * T * H + head) * HEAD_SIZE + rows * (H * HEAD_SIZE) + columns
+    columns = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
+    o = OUT + (batch * T * H + head) * D + rows * (H * D) + columns
     return gl.load(o, mask=rows < end, other=0.0), log_sums
 
 
@@ -118,16 +119,16 @@ def _add_keys(dq, q, do, k, v, log_sums, deltas, o, row, start, starts, scale, K
 def _for_queries(GROUP: gl.constexpr, gradient, OUT, LOG_SUMS, DELTAS, COS, SIN, STARTS, kept, ring,
                  sizes, scale, out_scale, C: gl.constexpr):  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_SIZE, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.D, 16])
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     LAST_KEYS: gl.constexpr = (GROUP + 1) * 64  # of the last tile: the first group sees half of it
-    LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_SIZE, HEAD_SIZE // 8], [4, 1], [1, 0])
+    LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // C.D, C.D // 8], [4, 1], [1, 0])
     DQ, dq_batch, dq_stride, dq_head = gradient
     _, q_tiles, q_ready, q_free = kept
     _, k_tiles, k_ready, k_free = ring[0]
     H, T, tiles, batch_heads = sizes
     q, do = matrix(q_tiles[0].index(GROUP)), matrix(q_tiles[1].index(GROUP))
-    o, log_sums = _load_outputs(0, GROUP, OUT, LOG_SUMS, sizes, LOADED, S_ROWS)
+    o, log_sums = _load_outputs(0, GROUP, OUT, LOG_SUMS, sizes, LOADED, S_ROWS, C.D)
     count = 0
     turn = 0
     for item in range(0, num_items(tiles, batch_heads)):
@@ -138,7 +139,7 @@ def _for_queries(GROUP: gl.constexpr, gradient, OUT, LOG_SUMS, DELTAS, COS, SIN,
             number = num_key_tiles(tile, batch, T, STARTS, C)
             rows = row + gl.arange(0, 64, S_ROWS)
             starts = load_starts(STARTS, batch, rows, T, C)
-            dq = gl.zeros([64, HEAD_SIZE], gl.float32, O_LAYOUT)
+            dq = gl.zeros([64, C.D], gl.float32, O_LAYOUT)
             mbarrier.wait(q_ready.index(GROUP), turn & 1)
             slot = count % SLOTS
             mbarrier.wait(k_ready.index(slot), (count // SLOTS) & 1)
@@ -159,12 +160,12 @@ def _for_queries(GROUP: gl.constexpr, gradient, OUT, LOG_SUMS, DELTAS, COS, SIN,
             mbarrier.arrive(q_free.index(GROUP))
             turn += 1
             # What the next item needs first is loaded while this one ends.
-            tables = _load_tables(COS, SIN, row, T)
-            o, log_sums = _load_outputs(item + 1, GROUP, OUT, LOG_SUMS, sizes, LOADED, S_ROWS)
+            tables = _load_tables(COS, SIN, row, T, C.D)
+            o, log_sums = _load_outputs(item + 1, GROUP, OUT, LOG_SUMS, sizes, LOADED, S_ROWS, C.D)
             dq = _rotate_back(dq * out_scale, tables)
             store_tile(DQ + batch.to(gl.int64) * dq_batch + head * dq_head, dq, row, dq_stride, T)
         else:
-            o, log_sums = _load_outputs(item + 1, GROUP, OUT, LOG_SUMS, sizes, LOADED, S_ROWS)
+            o, log_sums = _load_outputs(item + 1, GROUP, OUT, LOG_SUMS, sizes, LOADED, S_ROWS, C.D)
 
 
 @gluon.jit(do_not_specialize=INTEGERS)
@@ -192,7 +193,7 @@ def query_gradients(
     sin: Tensor, window: int, starts: Tensor | None
 ) -> None:  # fmt: skip
     """Compute `dq`, and `deltas` (B, H, T), which the gradients of keys need; see `flash_attention.backward`."""
-    tokens, scale = TILE.value, 1 / math.sqrt(HEAD_SIZE.value)
+    tokens, scale = TILE.value, 1 / math.sqrt(q.shape[3])
     descriptors = *(descriptor(x, tokens // 2) for x in (q, do)), *(descriptor(x, tokens) for x in (k, v))
     arguments = *descriptors, dq, *dq.stride()[:3], o, log_sums, deltas, cos, sin
     launch(_query_gradients, arguments, q, k, q.shape[2], (LOG2_E * scale, scale), window, starts)
@@ -240,7 +241,7 @@ def _copy_queries(kept, ring, vectors, sums_stride, ENDS, sizes, C: gl.constexpr
 def _for_keys(GROUP: gl.constexpr, k_gradient, v_gradient, COS, SIN, STARTS, ENDS, kept, ring, vectors, sizes, scale,
               out_scale, C: gl.constexpr):  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16])
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_SIZE, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     DK, dk_batch, dk_stride, dk_head = k_gradient
@@ -263,8 +264,8 @@ def _for_keys(GROUP: gl.constexpr, k_gradient, v_gradient, COS, SIN, STARTS, END
             key = tile * TILE + GROUP * 64
             first, number = _query_tiles(tile, batch, T, ENDS, C)
             mbarrier.wait(k_ready.index(GROUP), turn & 1)
-            dk = gl.zeros([64, HEAD_SIZE], gl.float32, O_LAYOUT)
-            dv = gl.zeros([64, HEAD_SIZE], gl.float32, O_LAYOUT)
+            dk = gl.zeros([64, C.D], gl.float32, O_LAYOUT)
+            dv = gl.zeros([64, C.D], gl.float32, O_LAYOUT)
             for shared in range(0, C.group):  # noqa: B007
                 for skipped in gl.static_range(SKIPPED):  # noqa: B007
                     mbarrier.wait(q_ready.index(count % KEY_SLOTS), (count // KEY_SLOTS) & 1)
@@ -302,7 +303,7 @@ def _for_keys(GROUP: gl.constexpr, k_gradient, v_gradient, COS, SIN, STARTS, END
                     count += 1
             mbarrier.arrive(k_free.index(GROUP))
             turn += 1
-            tables = _load_tables(COS, SIN, key, T)
+            tables = _load_tables(COS, SIN, key, T, C.D)
             store_tile(DV + batch.to(gl.int64) * dv_batch + head * dv_head, dv, key, dv_stride, T)
             dk = _rotate_back(dk * out_scale, tables)
             store_tile(DK + batch.to(gl.int64) * dk_batch + head * dk_head, dk, key, dk_stride, T)
@@ -334,7 +335,7 @@ def key_gradients(
     sin: Tensor, window: int, starts: Tensor | None, ends: Tensor
 ) -> None:  # fmt: skip
     """Compute `dk` and `dv`; see `flash_attention.backward`."""
-    (B, T, H, _), kept, scale = q.shape, TILE.value // 2, 1 / math.sqrt(HEAD_SIZE.value)
+    (B, T, H, _), kept, scale = q.shape, TILE.value // 2, 1 / math.sqrt(q.shape[3])
     if padding := -T % 4:  # the copy engine reads from addresses that are divisible by 16
         log_sums, deltas = (torch.cat((x, x.new_zeros(B, H, padding)), 2) for x in (log_sums, deltas))
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
