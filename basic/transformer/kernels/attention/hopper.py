@@ -1,19 +1,20 @@
 """Causal attention for Hopper GPUs (H100, H200) in Gluon, with the copy engine and specialised warps.
 
-`flash_attention` describes the algorithms, which are the same here, and calls these kernels for head sizes of 64 and 128,
-where they are faster. What they do differently is the order of the work:
+`flash_attention` describes the algorithms, which are the same here, and calls these kernels for head sizes of 64 and
+128, where they are faster. What they do differently is the order of the work:
 
-- A program keeps a tile of 128 queries. Two groups of four warps compute, each with half of it, and one warp only
+- A program keeps a tile of queries, whose parts of 64 are each computed by a group of four warps; one more warp only
   starts the copy engine. The tiles of keys and values come in a ring of slots in shared memory. Two barriers a slot say
-  when it is `ready` (loaded) and when it is `free` (read by both groups), so that the groups need not wait for each
-  other: while one computes exponentials, the other keeps the matrix units busy.
+  when it is `ready` (loaded) and when it is `free` (read by all groups), so that the groups need not wait for each
+  other: while one computes exponentials, another keeps the matrix units busy.
 - There are as many programs as multiprocessors. Each takes pairs of tiles, one with much to do and one with little, so
-  that all take the same time, and the copy engine loads the next tiles while the last ones end.
+  that all take the same time, and the copy engine loads the next tiles while the last ones end. In the second of a pair
+  the groups change places, since the last part of a tile has the most keys.
 
-The copy engine reads zeros for tokens behind the end.
+The copy engine reads zeros for tokens before the start and behind the end.
 
 Legend: as in `flash_attention`; `row` is the first query of a group, `start` the first key of a tile, C are the
-`Constants`. `count` is the number of tiles that went through the ring, and `turn` that of tiles kept. A barrier's
+`Constants`. `count` is the number of tiles that went through the ring, and `item` that of tiles kept. A barrier's
 phases are 0 and 1 in turn; who waits for phase 1 of a new barrier goes on at once.
 
 Source: Shah et al. 2024, "FlashAttention-3", algorithms 1 and 2.
@@ -35,12 +36,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from basic.transformer.kernels.interpreter import LOG2_E
 
-REGISTERS = gl.constexpr((240, 24))
-"""Of a thread of the second group, and of the copying warp; the first group takes the rest."""
 INTEGERS = ["H", "T", "tiles", "batch_heads"]
 """Arguments whose values do not change a kernel's code."""
-TILE, SLOTS = gl.constexpr(128), gl.constexpr(2)
-"""Tokens per tile, and slots of the ring. Others are slower or do not fit into shared memory."""
+
+# By head size: parts of a kept tile, tokens per tile of the ring, slots of the ring, and slots for each kept part.
+# Tuned on an H200. At 64, exponentials take as long as products, so that it takes four groups to hide them.
+_FORWARD_SHAPES = {64: (4, 64, 8, 2), 128: (2, 128, 2, 1)}
 
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # since Triton 3.7, and before
 
@@ -53,6 +54,10 @@ class Constants:
     window: gl.constexpr
     packed: gl.constexpr
     D: gl.constexpr
+    parts: gl.constexpr
+    tokens: gl.constexpr
+    slots: gl.constexpr
+    kept_slots: gl.constexpr
 
 
 @gluon.jit
@@ -75,29 +80,70 @@ def matrix(tile):
 
 
 @gluon.jit
-def num_items(tiles, batch_heads):
-    return gl.cdiv(gl.cdiv(tiles, 2) * batch_heads - gl.program_id(0), gl.num_programs(0)) * 2
+def num_items(sizes):
+    """How many tiles this program takes: pairs, but for the one in the middle of all."""
+    _, _, tiles, batch_heads = sizes
+    pairs = gl.cdiv(gl.cdiv(tiles * batch_heads, 2) - gl.program_id(0), gl.num_programs(0))
+    last = gl.program_id(0) + (pairs - 1) * gl.num_programs(0)
+    return 2 * pairs - gl.where(2 * last + 1 == tiles * batch_heads, 1, 0)
 
 
 @gluon.jit
-def place(item, tiles):
-    """The tile of this program's item, its batch and head, and False for the second of a pair of one tile."""
+def place(item, sizes):
+    """The tile of this program's item, and its batch and head as one number."""
+    _, _, tiles, batch_heads = sizes
     pair = gl.program_id(0) + item // 2 * gl.num_programs(0)
-    pairs = gl.cdiv(tiles, 2)
-    first = pair % pairs
-    tile = gl.where(item % 2 == 0, tiles - 1 - first, first)
-    return tile, pair // pairs, (item % 2 == 0) | (tiles - 1 - first != first)
+    index = gl.where(item % 2 == 0, pair, tiles * batch_heads - 1 - pair)
+    return tiles - 1 - index % tiles, index // tiles
 
 
 @gluon.jit
-def num_key_tiles(tile, batch, T, STARTS, C: gl.constexpr):
-    """The number of the tiles of keys that a tile of queries attends to."""
+def part(GROUP: gl.constexpr, item, C: gl.constexpr):
+    """The part of an item that a group computes."""
+    return gl.where(item % 2 == 0, GROUP, C.parts - 1 - GROUP)
+
+
+@gluon.jit
+def first_row(tile, sizes, C: gl.constexpr):
+    """The first query of a tile. The last tile is full; the first one, with few keys, may begin before the sequence."""
+    _, T, tiles, _ = sizes
+    return (gl.cdiv(T, 64) - (tiles - tile) * C.parts) * 64
+
+
+@gluon.jit
+def key_tiles(row, batch, T, STARTS, C: gl.constexpr):
+    """The last tile of keys that a tile of queries attends to, and the number of them."""
     first = 0
     if C.window > 0:
-        first = gl.maximum(tile * TILE - C.window + 1, 0)
+        first = gl.maximum(row - C.window + 1, 0)
     if C.packed:
-        first = gl.maximum(first, gl.load(STARTS + batch * T + tile * TILE))
-    return tile - first // TILE + 1
+        first = gl.maximum(first, gl.load(STARTS + batch * T + gl.maximum(row, 0)))
+    last = (row + C.parts * 64 - 1) // C.tokens
+    return last, last - first // C.tokens + 1
+
+
+@gluon.jit
+def kept_slot(GROUP: gl.constexpr, item, C: gl.constexpr):
+    """The slot of what a group keeps, and its phase."""
+    return GROUP * C.kept_slots + item % C.kept_slots, (item // C.kept_slots) & 1
+
+
+@gluon.jit
+def take(ring, count, C: gl.constexpr):
+    """The slot of the next tile, which is ready."""
+    _, _, ready, _ = ring
+    mbarrier.wait(ready.index(count % C.slots), (count // C.slots) & 1)
+    return count % C.slots
+
+
+@gluon.jit
+def skip(ring, count, number, C: gl.constexpr):
+    """Pass over a number of tiles."""
+    _, _, _, free = ring
+    for _ in range(0, number):
+        mbarrier.arrive(free.index(take(ring, count, C)))
+        count += 1
+    return count
 
 
 @gluon.jit
@@ -138,10 +184,15 @@ def masked_inside(x, other, row, start, starts, C: gl.constexpr):
 
 
 @gluon.jit
+def exist(rows, T):
+    return (rows >= 0) & (rows < T)
+
+
+@gluon.jit
 def load_starts(STARTS, batch, rows, T, C: gl.constexpr):
     """The index of the first token of each query's document."""
     if C.packed:
-        return gl.load(STARTS + batch * T + rows, mask=rows < T, other=T)
+        return gl.load(STARTS + batch * T + rows, mask=exist(rows, T), other=T)
     return rows
 
 
@@ -162,38 +213,82 @@ def store_tile(X, value, row, stride, T):
     LAYOUT: gl.constexpr = value.type.layout
     rows = row + gl.arange(0, value.shape[0], gl.SliceLayout(1, LAYOUT))[:, None]
     columns = gl.arange(0, value.shape[1], gl.SliceLayout(0, LAYOUT))[None, :]
-    gl.store(X + rows * stride + columns, value, mask=rows < T)
+    gl.store(X + rows * stride + columns, value, mask=exist(rows, T))
 
 
 @gluon.jit
-def load(stream, slot, phase, corner, MORE_BYTES: gl.constexpr = 0):
-    """Load a stream's tiles at a corner, of tokens and head, into a slot as soon as it is free."""
+def load(stream, slot, phase, corner, LAG: gl.constexpr = 0, MORE_BYTES: gl.constexpr = 0):
+    """Load a stream's tiles into a slot as soon as it is free, each LAG tokens behind the one before it."""
     descs, tiles, ready, free = stream
+    batch, token, head = corner
+    BYTES: gl.constexpr = descs[0].block_type.shape[1] * descs[0].block_type.shape[3] * 2
     mbarrier.wait(free.index(slot), phase ^ 1)
-    mbarrier.expect(ready.index(slot), len(descs) * descs[0].block_type.shape[1] * descs[0].block_type.shape[3] * 2 + MORE_BYTES)
+    mbarrier.expect(ready.index(slot), len(descs) * BYTES + MORE_BYTES)
     for i in gl.static_range(len(descs)):
-        load_tile(descs[i], corner, ready.index(slot), tiles[i].index(slot))
+        load_tile(descs[i], (batch, token + i * LAG, head, 0), ready.index(slot), tiles[i].index(slot))
 
 
 @gluon.jit
-def copy_keys(kept, ring, STARTS, sizes, C: gl.constexpr):
-    """The copying warp of a kernel that keeps queries; the streams of the ring are of keys and values."""
-    H, T, tiles, batch_heads = sizes
+def copy_keys(LAG: gl.constexpr, arguments, C: gl.constexpr):
+    """The copying warp of a kernel that keeps queries. With LAG, values come one tile after their keys."""
+    kept, ring, sizes, STARTS, _ = arguments
+    H, T, _, _ = sizes
     count = 0
-    turn = 0
-    for item in range(0, num_items(tiles, batch_heads)):
-        tile, batch_head, exists = place(item, tiles)
-        if exists:
-            batch, head = batch_head // H, batch_head % H
-            for i in gl.static_range(2):
-                load(kept, i, turn & 1, (batch, tile * TILE + i * 64, head, 0))
-            turn += 1
-            number = num_key_tiles(tile, batch, T, STARTS, C)
-            for i in range(0, number):
-                for j in gl.static_range(len(ring)):
-                    corner = batch, (tile - i) * TILE, head // C.group, 0
-                    load(ring[j], count % SLOTS, (count // SLOTS) & 1, corner)
-                count += 1
+    for item in range(0, num_items(sizes)):
+        tile, batch_head = place(item, sizes)
+        batch, head = batch_head // H, batch_head % H
+        row = first_row(tile, sizes, C)
+        for i in gl.static_range(C.parts):
+            slot, phase = kept_slot(i, item, C)
+            load(kept, slot, phase, (batch, row + part(i, item, C) * 64, head))
+        last, number = key_tiles(row, batch, T, STARTS, C)
+        for i in range(0, number + LAG):
+            corner = batch, (last - i) * C.tokens, head // C.group
+            load(ring, count % C.slots, (count // C.slots) & 1, corner, LAG * C.tokens)
+            count += 1
+
+
+@gluon.jit
+def _run(function: gl.constexpr, NUMBER: gl.constexpr, arguments, C: gl.constexpr):
+    function(NUMBER, arguments, C)
+
+
+@gluon.jit
+def specialize(compute: gl.constexpr, copy: gl.constexpr, LAG: gl.constexpr, arguments, constants: gl.constexpr):
+    """Let groups of warps compute and one warp copy. The first group has the registers that the others leave."""
+    A: gl.constexpr = 0
+    B: gl.constexpr = 1
+    C: gl.constexpr = 2
+    D: gl.constexpr = 3
+    if constants.parts == 2:
+        gl.warp_specialize([
+            (_run, (compute, A, arguments, constants)), (_run, (compute, B, arguments, constants)),
+            (_run, (copy, LAG, arguments, constants)),
+        ], [4, 1], [240, 24])  # fmt: skip
+    if constants.parts == 3:
+        gl.warp_specialize([
+            (_run, (compute, A, arguments, constants)), (_run, (compute, B, arguments, constants)),
+            (_run, (compute, C, arguments, constants)), (_run, (copy, LAG, arguments, constants)),
+        ], [4, 4, 1], [160, 160, 24])  # fmt: skip
+    if constants.parts == 4:
+        gl.warp_specialize([
+            (_run, (compute, A, arguments, constants)), (_run, (compute, B, arguments, constants)),
+            (_run, (compute, C, arguments, constants)), (_run, (compute, D, arguments, constants)),
+            (_run, (copy, LAG, arguments, constants)),
+        ], [4, 4, 4, 1], [112, 112, 112, 24])  # fmt: skip
+
+
+@gluon.jit
+def stream(descs, SLOTS: gl.constexpr, READERS: gl.constexpr):
+    """Slots for the tiles of two descriptors that are loaded together, and their barriers."""
+    tiles = tile_memory(descs[0], SLOTS), tile_memory(descs[1], SLOTS)
+    return descs, tiles, barriers(SLOTS, 1), barriers(SLOTS, READERS)
+
+
+@gluon.jit
+def _thread_sums(x):
+    """The sums of what each thread has of a row, (64, 4)."""
+    return gl.sum(gl.sum(x.reshape([64, x.shape[1] // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit
@@ -201,91 +296,86 @@ def _softmax(scores, maximum, total, scale):
     new_maximum = gl.maximum(maximum, gl.max(scores, 1) * scale)
     weights = gl.exp2(scores * scale - new_maximum[:, None])
     rescale = gl.exp2(maximum - new_maximum)
-    return weights, new_maximum, total * rescale + gl.sum(weights, 1), rescale
+    total *= gl.convert_layout(rescale, gl.SliceLayout(1, total.type.layout))[:, None]
+    return weights, new_maximum, total + _thread_sums(weights), rescale
 
 
 @gluon.jit
-def _attend(GROUP: gl.constexpr, OUT, LOG_SUMS, STARTS, kept, ring, sizes, scale, C: gl.constexpr):
+def _attend(GROUP: gl.constexpr, arguments, C: gl.constexpr):
     """A group of warps. It begins the product with the next keys before it waits for that with the last values."""
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    kept, ring, sizes, STARTS, own = arguments
+    OUT, LOG_SUMS, scale = own
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.tokens, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     dtype: gl.constexpr = OUT.dtype.element_ty
     _, q_tiles, q_ready, q_free = kept
-    _, k_tiles, k_ready, k_free = ring[0]
-    _, v_tiles, v_ready, v_free = ring[1]
-    H, T, tiles, batch_heads = sizes
-    q = matrix(q_tiles[0].index(GROUP))
-    zeros = gl.zeros([64, TILE], gl.float32, S_LAYOUT)
+    _, tiles, _, free = ring
+    H, T, _, _ = sizes
+    zeros = gl.zeros([64, C.tokens], gl.float32, S_LAYOUT)
     count = 0
-    turn = 0
-    for item in range(0, num_items(tiles, batch_heads)):
-        tile, batch_head, exists = place(item, tiles)
-        if exists:
-            batch, head = batch_head // H, batch_head % H
-            row = tile * TILE + GROUP * 64
-            number = num_key_tiles(tile, batch, T, STARTS, C)
-            rows = row + gl.arange(0, 64, S_ROWS)
-            starts = load_starts(STARTS, batch, rows, T, C)
-            maximum = gl.full([64], -1e20, gl.float32, S_ROWS)  # see flash_attention
-            total = gl.zeros([64], gl.float32, S_ROWS)
-            output = gl.zeros([64, C.D], gl.float32, O_LAYOUT)
-            # The last tile of keys comes first: in general, only this one has a mask.
-            mbarrier.wait(q_ready.index(GROUP), turn & 1)
-            slot, phase = count % SLOTS, (count // SLOTS) & 1
-            mbarrier.wait(k_ready.index(slot), phase)
-            k = matrix(k_tiles[0].index(slot))
-            scores = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(0, [scores])
-            mbarrier.arrive(k_free.index(slot))
-            scores = masked(scores, -1e30, row, tile * TILE, starts, C)
-            weights, maximum, total, rescale = _softmax(scores, maximum, total, scale)
-            p = gl.convert_layout(weights.to(dtype), P_LAYOUT)
-            for i in range(1, number):
-                v_slot, v_phase = slot, phase
-                count += 1
-                slot, phase = count % SLOTS, (count // SLOTS) & 1
-                mbarrier.wait(k_ready.index(slot), phase)
-                k = matrix(k_tiles[0].index(slot))
-                scores = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
-                mbarrier.wait(v_ready.index(v_slot), v_phase)
-                output = warpgroup_mma(p, matrix(v_tiles[0].index(v_slot)), output, is_async=True)
-                scores = warpgroup_mma_wait(1, [scores])
-                mbarrier.arrive(k_free.index(slot))
-                scores = masked_inside(scores, -1e30, row, (tile - i) * TILE, starts, C)
-                weights, maximum, total, rescale = _softmax(scores, maximum, total, scale)
-                output = warpgroup_mma_wait(0, [output])
-                mbarrier.arrive(v_free.index(v_slot))
-                output = output * gl.convert_layout(rescale, O_ROWS)[:, None]
-                p = gl.convert_layout(weights.to(dtype), P_LAYOUT)
-            mbarrier.arrive(q_free.index(GROUP))
-            mbarrier.wait(v_ready.index(slot), phase)
-            output = warpgroup_mma(p, matrix(v_tiles[0].index(slot)), output, is_async=True)
-            output = warpgroup_mma_wait(0, [output])
-            mbarrier.arrive(v_free.index(slot))
+    for item in range(0, num_items(sizes)):
+        tile, batch_head = place(item, sizes)
+        batch, head = batch_head // H, batch_head % H
+        row = first_row(tile, sizes, C)
+        last, number = key_tiles(row, batch, T, STARTS, C)
+        row += part(GROUP, item, C) * 64
+        rows = row + gl.arange(0, 64, S_ROWS)
+        starts = load_starts(STARTS, batch, rows, T, C)
+        maximum = gl.full([64], -1e20, gl.float32, S_ROWS)  # see flash_attention
+        total = _thread_sums(zeros)
+        output = gl.zeros([64, C.D], gl.float32, O_LAYOUT)
+        q_slot, q_phase = kept_slot(GROUP, item, C)
+        q = matrix(q_tiles[0].index(q_slot))
+        mbarrier.wait(q_ready.index(q_slot), q_phase)
+        # The last tile of keys comes first: in general, only this one has a mask.
+        first = gl.minimum(last - row // C.tokens, number - 1)
+        count = skip(ring, count, first, C)
+        slot = take(ring, count, C)
+        k = matrix(tiles[0].index(slot))
+        scores = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, [scores])
+        mbarrier.arrive(free.index(slot))
+        scores = masked(scores, -1e30, row, (last - first) * C.tokens, starts, C)
+        weights, maximum, total, rescale = _softmax(scores, maximum, total, scale)
+        p = gl.convert_layout(weights.to(dtype), P_LAYOUT)
+        for i in range(first + 1, number):
             count += 1
-            turn += 1
-            gl.store(LOG_SUMS + batch_head.to(gl.int64) * T + rows, maximum + gl.log2(total), mask=rows < T)
-            output = output * gl.convert_layout(1 / total, O_ROWS)[:, None]
-            store_tile(OUT + (batch.to(gl.int64) * T * H + head) * C.D, output, row, H * C.D, T)
+            slot = take(ring, count, C)
+            k, v = matrix(tiles[0].index(slot)), matrix(tiles[1].index(slot))
+            scores = warpgroup_mma(q, k.permute((1, 0)), scores, use_acc=False, is_async=True)
+            output = warpgroup_mma(p, v, output, is_async=True)
+            scores = warpgroup_mma_wait(1, [scores])
+            scores = masked_inside(scores, -1e30, row, (last - i) * C.tokens, starts, C)
+            weights, maximum, total, rescale = _softmax(scores, maximum, total, scale)
+            output = warpgroup_mma_wait(0, [output])
+            mbarrier.arrive(free.index(slot))
+            output = output * gl.convert_layout(rescale, O_ROWS)[:, None]
+            p = gl.convert_layout(weights.to(dtype), P_LAYOUT)
+        mbarrier.arrive(q_free.index(q_slot))
+        slot = take(ring, count + 1, C)
+        output = warpgroup_mma(p, matrix(tiles[1].index(slot)), output, is_async=True)
+        total = gl.convert_layout(gl.sum(total, 1), S_ROWS)
+        gl.store(LOG_SUMS + batch_head.to(gl.int64) * T + rows, maximum + gl.log2(total), mask=exist(rows, T))
+        output = warpgroup_mma_wait(0, [output])
+        mbarrier.arrive(free.index(slot))
+        count += 2
+        output = output * gl.convert_layout(1 / total, O_ROWS)[:, None]
+        store_tile(OUT + (batch.to(gl.int64) * T * H + head) * C.D, output, row, H * C.D, T)
 
 
 @gluon.jit(do_not_specialize=INTEGERS)
 def _forward(q_desc, k_desc, v_desc, OUT, LOG_SUMS, STARTS, H, T, tiles, batch_heads, scale, C: gl.constexpr):
-    kept = (q_desc,), (tile_memory(q_desc, 2),), barriers(2, 1), barriers(2, 1)
-    keys = (k_desc,), (tile_memory(k_desc, SLOTS),), barriers(SLOTS, 1), barriers(SLOTS, 2)
-    values = (v_desc,), (tile_memory(v_desc, SLOTS),), barriers(SLOTS, 1), barriers(SLOTS, 2)
-    ring = keys, values
-    sizes = H, T, tiles, batch_heads
-    FIRST: gl.constexpr = 0
-    SECOND: gl.constexpr = 1
-    gl.warp_specialize([
-        (_attend, (FIRST, OUT, LOG_SUMS, STARTS, kept, ring, sizes, scale, C)),
-        (_attend, (SECOND, OUT, LOG_SUMS, STARTS, kept, ring, sizes, scale, C)),
-        (copy_keys, (kept, ring, STARTS, sizes, C)),
-    ], [4, 1], REGISTERS)  # fmt: skip
+    KEPT: gl.constexpr = C.parts * C.kept_slots
+    kept = (q_desc,), (tile_memory(q_desc, KEPT),), barriers(KEPT, 1), barriers(KEPT, 1)
+    ring = stream((k_desc, v_desc), C.slots, C.parts)
+    arguments = kept, ring, (H, T, tiles, batch_heads), STARTS, (OUT, LOG_SUMS, scale)
+    ATTEND: gl.constexpr = _attend
+    COPY: gl.constexpr = copy_keys
+    LAG: gl.constexpr = 1
+    specialize(ATTEND, COPY, LAG, arguments, C)
 
 
 def supports(*tensors: Tensor) -> bool:
@@ -307,21 +397,21 @@ def descriptor(x: Tensor, tokens: int) -> TensorDescriptor:
 
 def launch(
     kernel: Any, arguments: tuple, q: Tensor, k: Tensor, kept_heads: int, scales: tuple[float, ...], window: int,
-    starts: Tensor | None
+    starts: Tensor | None, shape: tuple[int, ...]
 ) -> None:  # fmt: skip
     """Launch a kernel that keeps tiles of `kept_heads` heads, with its own arguments before those that all have."""
     B, T, H, D = q.shape
-    tiles = triton.cdiv(T, TILE.value)
+    tiles = triton.cdiv(T, 64 * shape[0])
     multiprocessors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-    programs = min(triton.cdiv(tiles, 2) * B * kept_heads, multiprocessors)
-    constants = Constants(*map(gl.constexpr, (H // k.shape[2], window, starts is not None, D)))
+    programs = min(triton.cdiv(tiles * B * kept_heads, 2), multiprocessors)
+    constants = Constants(*map(gl.constexpr, (H // k.shape[2], window, starts is not None, D, *shape)))
     starts = q if starts is None else starts
     kernel[(programs,)](*arguments, starts, H, T, tiles, B * kept_heads, *scales, constants, num_warps=4)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sums: Tensor, window: int, starts: Tensor | None) -> None:
     """Like `flash_attention.forward`, with the outputs given."""
-    tokens = TILE.value
-    descriptors = descriptor(q, tokens // 2), descriptor(k, tokens), descriptor(v, tokens)
+    shape = _FORWARD_SHAPES[q.shape[3]]
+    descriptors = descriptor(q, 64), descriptor(k, shape[1]), descriptor(v, shape[1])
     scale = LOG2_E / math.sqrt(q.shape[3])
-    launch(_forward, (*descriptors, o, log_sums), q, k, q.shape[2], (scale,), window, starts)
+    launch(_forward, (*descriptors, o, log_sums), q, k, q.shape[2], (scale,), window, starts, shape)
