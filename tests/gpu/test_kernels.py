@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -28,7 +29,9 @@ def test_attention(head_size, dtype):
 
 
 @HALVES
-@pytest.mark.parametrize(("seq", "head_size", "window"), [(2048, 128, 0), (2050, 128, 1000)])
+@pytest.mark.parametrize(
+    ("seq", "head_size", "window"), [(2048, 64, 0), (2050, 64, 1000), (2048, 128, 0), (2050, 128, 1000)]
+)
 def test_attention_in_long_rows(seq, head_size, window, dtype):
     """More tiles than multiprocessors, so that programs for Hopper GPUs take several."""
     kernel_checks.check_attention(seq, head_size, dtype, "cuda", batch=3, heads=10, group=5, window=window)
@@ -38,10 +41,16 @@ def test_hopper_gpus_have_their_own_kernels():
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")
     x = torch.zeros(1, 10, 2, 132, device="cuda", dtype=BFLOAT16)
-    assert flash_attention._hopper(x[..., :128]) is None  # the copy engine cannot read these
-    assert flash_attention._hopper(x[..., :64].contiguous()) is None
+    rows = {size: x[..., :size].contiguous() for size in (64, 96, 128)}
+    hopper = partial(flash_attention._hopper, window=0, starts=None)
+    assert hopper(x[..., :128]) is None  # the copy engine cannot read these
+    assert hopper(rows[96]) is None
+    assert hopper(rows[128], starts=x) is None
+    assert hopper(rows[64], window=2) is None
     if flash_attention.triton.__version__.startswith("3.6."):
-        assert flash_attention._hopper(x[..., :128].contiguous()) is not None
+        assert hopper(rows[64]) is not None
+        assert hopper(rows[128]) is not None
+        assert hopper(rows[128], window=2) is not None
 
 
 @HALVES

@@ -281,8 +281,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, window: int = 0, starts: Tensor | N
     B, T, H, D = q.shape
     o = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     log_sums = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
-    if (hopper := _hopper(q, k, v)) is not None:
-        hopper.forward(q, k, v, o, log_sums, window, starts)
+    if (hopper := _hopper(q, k, v, window=window, starts=starts)) is not None:
+        hopper.forward(q, k, v, o, log_sums, window)
         return o, log_sums
     constants = _constants(q, k, _FORWARD_TILES, window, starts)
     scale = LOG2_E / math.sqrt(D)  # the kernels use exp2
@@ -308,14 +308,14 @@ def backward(
     B, T, H, D = q.shape
     scales = LOG2_E / math.sqrt(D), 1 / math.sqrt(D)
     deltas = torch.empty_like(log_sums)
+    if (hopper := _hopper(q, k, v, do, window=window, starts=starts)) is not None:
+        hopper.query_gradients(q, k, v, o, log_sums, deltas, do, dq, cos, sin, window)
+        hopper.key_gradients(q, k, v, log_sums, deltas, do, dk, dv, cos, sin, window)
+        return
     ends = q
     if starts is not None:  # index of the first token behind each token's document
         positions = torch.arange(T, dtype=torch.int32, device=q.device).expand(B, T).contiguous()
         ends = torch.searchsorted(starts, positions, right=True, out_int32=True)
-    if (hopper := _hopper(q, k, v, do)) is not None:
-        hopper.query_gradients(q, k, v, o, log_sums, deltas, do, dq, cos, sin, window, starts)
-        hopper.key_gradients(q, k, v, log_sums, deltas, do, dk, dv, cos, sin, window, starts, ends)
-        return
     constants = _constants(q, k, _QUERY_GRADIENT_TILES, window, starts)
     _query_gradients[triton.cdiv(T, constants["M"]), B * H](
         q, k, v, o, do, dq, log_sums, deltas, cos, sin, *_strides(q, k, v, o, do, dq), H, T, *scales, **constants
@@ -336,11 +336,13 @@ def _hopper_kernels(device: torch.device | None) -> Any:
     return hopper_gradients
 
 
-def _hopper(*tensors: Tensor) -> Any:
+def _hopper(*tensors: Tensor, window: int, starts: Tensor | None) -> Any:
     """The kernels for Hopper GPUs if they support these (B, T, heads, D), else None."""
+    if starts is not None:  # documents cut most tiles, and smaller tiles leave out more of what is cut
+        return None
     # Tensors without memory are those of kernels that are compiled ahead, for the current device.
     hopper = _hopper_kernels(tensors[0].device if tensors[0].is_cuda else None)
-    return hopper if hopper is not None and hopper.supports(*tensors) else None
+    return hopper if hopper is not None and hopper.supports(*tensors, window=window) else None
 
 
 def _constants(q: Tensor, k: Tensor, tiles: dict[int, tuple], window: int, starts: Tensor | None) -> dict[str, Any]:

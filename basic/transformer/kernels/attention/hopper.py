@@ -40,8 +40,8 @@ INTEGERS = ["H", "T", "tiles", "batch_heads"]
 """Arguments whose values do not change a kernel's code."""
 
 # By head size: parts of a kept tile, tokens per tile of the ring, slots of the ring, and slots for each kept part.
-# Tuned on an H200. At 64, exponentials take as long as products, so that it takes four groups to hide them.
-_FORWARD_SHAPES = {64: (4, 64, 8, 2), 128: (2, 128, 2, 1)}
+# Tuned on an H200. At 64, exponentials take as long as products, so that it takes three groups to hide them.
+_FORWARD_SHAPES = {64: (3, 64, 8, 2), 128: (2, 128, 2, 1)}
 
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # since Triton 3.7, and before
 
@@ -52,7 +52,6 @@ class Constants:
 
     group: gl.constexpr  # number of query heads that share keys
     window: gl.constexpr
-    packed: gl.constexpr
     D: gl.constexpr
     parts: gl.constexpr
     tokens: gl.constexpr
@@ -111,13 +110,11 @@ def first_row(tile, sizes, C: gl.constexpr):
 
 
 @gluon.jit
-def key_tiles(row, batch, T, STARTS, C: gl.constexpr):
+def key_tiles(row, C: gl.constexpr):
     """The last tile of keys that a tile of queries attends to, and the number of them."""
     first = 0
     if C.window > 0:
         first = gl.maximum(row - C.window + 1, 0)
-    if C.packed:
-        first = gl.maximum(first, gl.load(STARTS + batch * T + gl.maximum(row, 0)))
     last = (row + C.parts * 64 - 1) // C.tokens
     return last, last - first // C.tokens + 1
 
@@ -153,47 +150,36 @@ def opaque(x):
 
 
 @gluon.jit
-def visible(rows, keys, starts, C: gl.constexpr):
+def visible(rows, keys, C: gl.constexpr):
     """Whether a query may attend to a key."""
     result = rows >= keys
     if C.window > 0:
         result &= rows - keys < C.window
-    if C.packed:
-        result &= keys >= starts
     return result
 
 
 @gluon.jit
-def masked(x, other, row, start, starts, C: gl.constexpr):
+def masked(x, other, row, start, C: gl.constexpr):
     """x of queries from `row` and keys from `start`, with `other` where a query may not attend to a key."""
     LAYOUT: gl.constexpr = x.type.layout
     # Opaque: else the compiler computes the mask while it waits for x, and packs it into bits.
     rows = opaque(row - start + gl.arange(0, x.shape[0], gl.SliceLayout(1, LAYOUT)))[:, None]
     keys = gl.arange(0, x.shape[1], gl.SliceLayout(0, LAYOUT))[None, :]
-    return gl.where(visible(rows, keys, (starts - start)[:, None], C), x, other)
+    return gl.where(visible(rows, keys, C), x, other)
 
 
 @gluon.jit
-def masked_inside(x, other, row, start, starts, C: gl.constexpr):
-    """The same of tiles before the last one, which only a window and documents cut."""
-    if C.window > 0 or C.packed:
-        REACH: gl.constexpr = 0 if C.packed else C.window  # documents may cut any tile
-        if start + REACH < row + 64:
-            x = masked(x, other, row, start, starts, C)
+def masked_inside(x, other, row, start, C: gl.constexpr):
+    """The same of tiles before the last one, which only a window cuts."""
+    if C.window > 0:  # noqa: SIM102 - the other condition is not known to the compiler
+        if start + C.window < row + 64:
+            x = masked(x, other, row, start, C)
     return x
 
 
 @gluon.jit
 def exist(rows, T):
     return (rows >= 0) & (rows < T)
-
-
-@gluon.jit
-def load_starts(STARTS, batch, rows, T, C: gl.constexpr):
-    """The index of the first token of each query's document."""
-    if C.packed:
-        return gl.load(STARTS + batch * T + rows, mask=exist(rows, T), other=T)
-    return rows
 
 
 @gluon.constexpr_function
@@ -231,8 +217,8 @@ def load(stream, slot, phase, corner, LAG: gl.constexpr = 0, MORE_BYTES: gl.cons
 @gluon.jit
 def copy_keys(LAG: gl.constexpr, arguments, C: gl.constexpr):
     """The copying warp of a kernel that keeps queries. With LAG, values come one tile after their keys."""
-    kept, ring, sizes, STARTS, _ = arguments
-    H, T, _, _ = sizes
+    kept, ring, sizes, _ = arguments
+    H, _, _, _ = sizes
     count = 0
     for item in range(0, num_items(sizes)):
         tile, batch_head = place(item, sizes)
@@ -241,7 +227,7 @@ def copy_keys(LAG: gl.constexpr, arguments, C: gl.constexpr):
         for i in gl.static_range(C.parts):
             slot, phase = kept_slot(i, item, C)
             load(kept, slot, phase, (batch, row + part(i, item, C) * 64, head))
-        last, number = key_tiles(row, batch, T, STARTS, C)
+        last, number = key_tiles(row, C)
         for i in range(0, number + LAG):
             corner = batch, (last - i) * C.tokens, head // C.group
             load(ring, count % C.slots, (count // C.slots) & 1, corner, LAG * C.tokens)
@@ -259,7 +245,6 @@ def specialize(compute: gl.constexpr, copy: gl.constexpr, LAG: gl.constexpr, arg
     A: gl.constexpr = 0
     B: gl.constexpr = 1
     C: gl.constexpr = 2
-    D: gl.constexpr = 3
     if constants.parts == 2:
         gl.warp_specialize([
             (_run, (compute, A, arguments, constants)), (_run, (compute, B, arguments, constants)),
@@ -270,12 +255,6 @@ def specialize(compute: gl.constexpr, copy: gl.constexpr, LAG: gl.constexpr, arg
             (_run, (compute, A, arguments, constants)), (_run, (compute, B, arguments, constants)),
             (_run, (compute, C, arguments, constants)), (_run, (copy, LAG, arguments, constants)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
-    if constants.parts == 4:
-        gl.warp_specialize([
-            (_run, (compute, A, arguments, constants)), (_run, (compute, B, arguments, constants)),
-            (_run, (compute, C, arguments, constants)), (_run, (compute, D, arguments, constants)),
-            (_run, (copy, LAG, arguments, constants)),
-        ], [4, 4, 4, 1], [112, 112, 112, 24])  # fmt: skip
 
 
 @gluon.jit
@@ -303,7 +282,7 @@ def _softmax(scores, maximum, total, scale):
 @gluon.jit
 def _attend(GROUP: gl.constexpr, arguments, C: gl.constexpr):
     """A group of warps. It begins the product with the next keys before it waits for that with the last values."""
-    kept, ring, sizes, STARTS, own = arguments
+    kept, ring, sizes, own = arguments
     OUT, LOG_SUMS, scale = own
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.tokens, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.D, 16])
@@ -320,10 +299,9 @@ def _attend(GROUP: gl.constexpr, arguments, C: gl.constexpr):
         tile, batch_head = place(item, sizes)
         batch, head = batch_head // H, batch_head % H
         row = first_row(tile, sizes, C)
-        last, number = key_tiles(row, batch, T, STARTS, C)
+        last, number = key_tiles(row, C)
         row += part(GROUP, item, C) * 64
         rows = row + gl.arange(0, 64, S_ROWS)
-        starts = load_starts(STARTS, batch, rows, T, C)
         maximum = gl.full([64], -1e20, gl.float32, S_ROWS)  # see flash_attention
         total = _thread_sums(zeros)
         output = gl.zeros([64, C.D], gl.float32, O_LAYOUT)
@@ -338,7 +316,7 @@ def _attend(GROUP: gl.constexpr, arguments, C: gl.constexpr):
         scores = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, [scores])
         mbarrier.arrive(free.index(slot))
-        scores = masked(scores, -1e30, row, (last - first) * C.tokens, starts, C)
+        scores = masked(scores, -1e30, row, (last - first) * C.tokens, C)
         weights, maximum, total, rescale = _softmax(scores, maximum, total, scale)
         p = gl.convert_layout(weights.to(dtype), P_LAYOUT)
         for i in range(first + 1, number):
@@ -348,7 +326,7 @@ def _attend(GROUP: gl.constexpr, arguments, C: gl.constexpr):
             scores = warpgroup_mma(q, k.permute((1, 0)), scores, use_acc=False, is_async=True)
             output = warpgroup_mma(p, v, output, is_async=True)
             scores = warpgroup_mma_wait(1, [scores])
-            scores = masked_inside(scores, -1e30, row, (last - i) * C.tokens, starts, C)
+            scores = masked_inside(scores, -1e30, row, (last - i) * C.tokens, C)
             weights, maximum, total, rescale = _softmax(scores, maximum, total, scale)
             output = warpgroup_mma_wait(0, [output])
             mbarrier.arrive(free.index(slot))
@@ -367,21 +345,21 @@ def _attend(GROUP: gl.constexpr, arguments, C: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=INTEGERS)
-def _forward(q_desc, k_desc, v_desc, OUT, LOG_SUMS, STARTS, H, T, tiles, batch_heads, scale, C: gl.constexpr):
+def _forward(q_desc, k_desc, v_desc, OUT, LOG_SUMS, H, T, tiles, batch_heads, scale, C: gl.constexpr):
     KEPT: gl.constexpr = C.parts * C.kept_slots
     kept = (q_desc,), (tile_memory(q_desc, KEPT),), barriers(KEPT, 1), barriers(KEPT, 1)
     ring = stream((k_desc, v_desc), C.slots, C.parts)
-    arguments = kept, ring, (H, T, tiles, batch_heads), STARTS, (OUT, LOG_SUMS, scale)
+    arguments = kept, ring, (H, T, tiles, batch_heads), (OUT, LOG_SUMS, scale)
     ATTEND: gl.constexpr = _attend
     COPY: gl.constexpr = copy_keys
     LAG: gl.constexpr = 1
     specialize(ATTEND, COPY, LAG, arguments, C)
 
 
-def supports(*tensors: Tensor) -> bool:
+def supports(*tensors: Tensor, window: int) -> bool:
     """Whether the kernels support these (B, T, heads, D): the copy engine wants addresses divisible by 16 bytes."""
     return all(
-        x.shape[3] in (64, 128)
+        (x.shape[3] == 128 or (x.shape[3] == 64 and window == 0))  # 64 with a window was not measured
         and x.element_size() == 2
         and x.data_ptr() % 16 == 0
         and all(stride > 0 and stride % 8 == 0 for stride in x.stride()[:3])
@@ -397,21 +375,20 @@ def descriptor(x: Tensor, tokens: int) -> TensorDescriptor:
 
 def launch(
     kernel: Any, arguments: tuple, q: Tensor, k: Tensor, kept_heads: int, scales: tuple[float, ...], window: int,
-    starts: Tensor | None, shape: tuple[int, ...]
+    shape: tuple[int, ...]
 ) -> None:  # fmt: skip
     """Launch a kernel that keeps tiles of `kept_heads` heads, with its own arguments before those that all have."""
     B, T, H, D = q.shape
     tiles = triton.cdiv(T, 64 * shape[0])
     multiprocessors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
     programs = min(triton.cdiv(tiles * B * kept_heads, 2), multiprocessors)
-    constants = Constants(*map(gl.constexpr, (H // k.shape[2], window, starts is not None, D, *shape)))
-    starts = q if starts is None else starts
-    kernel[(programs,)](*arguments, starts, H, T, tiles, B * kept_heads, *scales, constants, num_warps=4)
+    constants = Constants(*map(gl.constexpr, (H // k.shape[2], window, D, *shape)))
+    kernel[(programs,)](*arguments, H, T, tiles, B * kept_heads, *scales, constants, num_warps=4)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sums: Tensor, window: int, starts: Tensor | None) -> None:
+def forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sums: Tensor, window: int) -> None:
     """Like `flash_attention.forward`, with the outputs given."""
     shape = _FORWARD_SHAPES[q.shape[3]]
     descriptors = descriptor(q, 64), descriptor(k, shape[1]), descriptor(v, shape[1])
     scale = LOG2_E / math.sqrt(q.shape[3])
-    launch(_forward, (*descriptors, o, log_sums), q, k, q.shape[2], (scale,), window, starts, shape)
+    launch(_forward, (*descriptors, o, log_sums), q, k, q.shape[2], (scale,), window, shape)

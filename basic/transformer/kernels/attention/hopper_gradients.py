@@ -28,7 +28,6 @@ from basic.transformer.kernels.attention.hopper import (
     key_tiles,
     launch,
     load,
-    load_starts,
     load_tile,
     masked,
     masked_inside,
@@ -94,7 +93,7 @@ def _load_outputs(item, GROUP: gl.constexpr, OUT, LOG_SUMS, sizes, S_ROWS: gl.co
 
 
 @gluon.jit
-def _add_keys(dq, q, do, slot, tiles, log_sums, deltas, o, row, start, starts, scale, FIRST: gl.constexpr,
+def _add_keys(dq, q, do, slot, tiles, log_sums, deltas, o, row, start, scale, FIRST: gl.constexpr,
               C: gl.constexpr):  # fmt: skip
     """dq and deltas after a tile of keys; FIRST: the last one that a query attends to, which comes first."""
     k, v = matrix(tiles[0].index(slot)), matrix(tiles[1].index(slot))
@@ -107,10 +106,7 @@ def _add_keys(dq, q, do, slot, tiles, log_sums, deltas, o, row, start, starts, s
         deltas = gl.convert_layout(deltas, log_sums.type.layout)
     scores = warpgroup_mma_wait(1, [scores])
     weights = gl.exp2(scores * scale - log_sums[:, None])
-    if FIRST:
-        weights = masked(weights, 0.0, row, start, starts, C)
-    else:
-        weights = masked_inside(weights, 0.0, row, start, starts, C)
+    weights = masked(weights, 0.0, row, start, C) if FIRST else masked_inside(weights, 0.0, row, start, C)
     dweights = warpgroup_mma_wait(0, [dweights])
     dscores = (weights * (dweights - deltas[:, None])).to(k.dtype)
     dq = warpgroup_mma(gl.convert_layout(dscores, gl.DotOperandLayout(0, dq.type.layout, 2)), k, dq, is_async=True)
@@ -122,7 +118,7 @@ def _for_queries(GROUP: gl.constexpr, arguments, C: gl.constexpr):
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.tokens, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.D, 16])
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    kept, ring, sizes, STARTS, own = arguments
+    kept, ring, sizes, own = arguments
     gradient, OUT, LOG_SUMS, DELTAS, COS, SIN, scale, out_scale = own
     DQ, dq_batch, dq_stride, dq_head = gradient
     _, q_tiles, q_ready, q_free = kept
@@ -134,10 +130,9 @@ def _for_queries(GROUP: gl.constexpr, arguments, C: gl.constexpr):
         tile, batch_head = place(item, sizes)
         batch, head = batch_head // H, batch_head % H
         row = first_row(tile, sizes, C)
-        last, number = key_tiles(row, batch, T, STARTS, C)
+        last, number = key_tiles(row, C)
         row += part(GROUP, item, C) * 64
         rows = row + gl.arange(0, 64, S_ROWS)
-        starts = load_starts(STARTS, batch, rows, T, C)
         dq = gl.zeros([64, C.D], gl.float32, O_LAYOUT)
         q_slot, q_phase = kept_slot(GROUP, item, C)
         q, do = matrix(q_tiles[0].index(q_slot)), matrix(q_tiles[1].index(q_slot))
@@ -146,15 +141,14 @@ def _for_queries(GROUP: gl.constexpr, arguments, C: gl.constexpr):
         count = skip(ring, count, first, C)
         slot = take(ring, count, C)
         start = (last - first) * C.tokens
-        dq, deltas = _add_keys(dq, q, do, slot, k_tiles, log_sums, log_sums, o, row, start, starts, scale, True, C)
+        dq, deltas = _add_keys(dq, q, do, slot, k_tiles, log_sums, log_sums, o, row, start, scale, True, C)
         mbarrier.arrive(k_free.index(slot))
         count += 1
         gl.store(DELTAS + batch_head.to(gl.int64) * T + rows, deltas, mask=exist(rows, T))
         for i in range(first + 1, number):
             slot = take(ring, count, C)
             start = (last - i) * C.tokens
-            dq, deltas = _add_keys(dq, q, do, slot, k_tiles, log_sums, deltas, deltas, row, start, starts, scale,
-                                   False, C)  # fmt: skip
+            dq, deltas = _add_keys(dq, q, do, slot, k_tiles, log_sums, deltas, deltas, row, start, scale, False, C)
             mbarrier.arrive(k_free.index(slot))
             count += 1
         mbarrier.arrive(q_free.index(q_slot))
@@ -167,7 +161,7 @@ def _for_queries(GROUP: gl.constexpr, arguments, C: gl.constexpr):
 
 @gluon.jit(do_not_specialize=INTEGERS)
 def _query_gradients(q_desc, do_desc, k_desc, v_desc, DQ, dq_batch, dq_stride, dq_head, OUT, LOG_SUMS, DELTAS,
-                     COS, SIN, STARTS, H, T, tiles, batch_heads, scale, out_scale,
+                     COS, SIN, H, T, tiles, batch_heads, scale, out_scale,
                      C: gl.constexpr):  # fmt: skip
     ONE: gl.constexpr = 1
     KEPT: gl.constexpr = C.parts * C.kept_slots
@@ -176,29 +170,27 @@ def _query_gradients(q_desc, do_desc, k_desc, v_desc, DQ, dq_batch, dq_stride, d
     COMPUTE: gl.constexpr = _for_queries
     COPY: gl.constexpr = copy_keys
     NO_LAG: gl.constexpr = 0
-    specialize(COMPUTE, COPY, NO_LAG, (kept, ring, (H, T, tiles, batch_heads), STARTS, own), C)
+    specialize(COMPUTE, COPY, NO_LAG, (kept, ring, (H, T, tiles, batch_heads), own), C)
 
 
 def query_gradients(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, log_sums: Tensor, deltas: Tensor, do: Tensor, dq: Tensor, cos: Tensor,
-    sin: Tensor, window: int, starts: Tensor | None
+    sin: Tensor, window: int
 ) -> None:  # fmt: skip
     """Compute `dq`, and `deltas` (B, H, T), which the gradients of keys need; see `flash_attention.backward`."""
     shape, scale = _QUERY_GRADIENT_SHAPES[q.shape[3]], 1 / math.sqrt(q.shape[3])
     descriptors = *(descriptor(x, 64) for x in (q, do)), *(descriptor(x, shape[1]) for x in (k, v))
     arguments = *descriptors, dq, *dq.stride()[:3], o, log_sums, deltas, cos, sin
-    launch(_query_gradients, arguments, q, k, q.shape[2], (LOG2_E * scale, scale), window, starts, shape)
+    launch(_query_gradients, arguments, q, k, q.shape[2], (LOG2_E * scale, scale), window, shape)
 
 
 @gluon.jit
-def _query_tiles(tile, batch, T, ENDS, C: gl.constexpr):
+def _query_tiles(tile, T, C: gl.constexpr):
     """The first and the number of the tiles of queries that attend to a tile of keys."""
     KEYS: gl.constexpr = C.parts * 64
     end = T
     if C.window > 0:
         end = gl.minimum(end, tile * KEYS + KEYS + C.window - 1)
-    if C.packed:  # no query behind the document of the last key
-        end = gl.minimum(end, gl.load(ENDS + batch * T + gl.minimum(tile * KEYS + KEYS, T) - 1))
     first = tile * C.parts
     return first, gl.cdiv(end, 64) - first
 
@@ -206,8 +198,7 @@ def _query_tiles(tile, batch, T, ENDS, C: gl.constexpr):
 @gluon.jit
 def _copy_queries(NO_LAG: gl.constexpr, arguments, C: gl.constexpr):
     """The copying warp of the kernel that keeps keys and values."""
-    kept, ring, sizes, _, own = arguments
-    ENDS = own[1]
+    kept, ring, sizes, own = arguments
     descs, vector_tiles, sums_stride = own[0]
     _, _, q_ready, _ = ring
     H, T, _, _ = sizes
@@ -218,7 +209,7 @@ def _copy_queries(NO_LAG: gl.constexpr, arguments, C: gl.constexpr):
         for i in gl.static_range(C.parts):
             slot, phase = kept_slot(i, item, C)
             load(kept, slot, phase, (batch, (tile * C.parts + part(i, item, C)) * 64, head))
-        first, number = _query_tiles(tile, batch, T, ENDS, C)
+        first, number = _query_tiles(tile, T, C)
         for q_head in range(head * C.group, (head + 1) * C.group):
             for j in range(0, number):
                 slot, start = count % C.slots, (first + j) * 64
@@ -235,8 +226,8 @@ def _for_keys(GROUP: gl.constexpr, arguments, C: gl.constexpr):
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
-    kept, ring, sizes, STARTS, own = arguments
-    vectors, ENDS, k_gradient, v_gradient, COS, SIN, scale, out_scale = own
+    kept, ring, sizes, own = arguments
+    vectors, k_gradient, v_gradient, COS, SIN, scale, out_scale = own
     DK, dk_batch, dk_stride, dk_head = k_gradient
     DV, dv_batch, dv_stride, dv_head = v_gradient
     dtype: gl.constexpr = DK.dtype.element_ty
@@ -252,7 +243,7 @@ def _for_keys(GROUP: gl.constexpr, arguments, C: gl.constexpr):
         batch, head = batch_head // (H // C.group), batch_head % (H // C.group)
         own_part = part(GROUP, item, C)
         key = (tile * C.parts + own_part) * 64
-        first, number = _query_tiles(tile, batch, T, ENDS, C)
+        first, number = _query_tiles(tile, T, C)
         skipped = gl.where(key < T, gl.minimum(own_part, number), number)  # queries before all of these keys
         k_slot, k_phase = kept_slot(GROUP, item, C)
         k, v = matrix(k_tiles[0].index(k_slot)), matrix(k_tiles[1].index(k_slot))
@@ -277,11 +268,10 @@ def _for_keys(GROUP: gl.constexpr, arguments, C: gl.constexpr):
                 cuts = (start < key + 64) | (start + 64 > T)
                 if C.window > 0:
                     cuts = cuts | (key + C.window < start + 64)
-                if cuts or C.packed:
+                if cuts:
                     keys = opaque(key - start + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT)))[:, None]
                     rows = gl.arange(0, 64, COLUMNS)
-                    starts = load_starts(STARTS, batch, start + rows, T, C) - start
-                    seen = visible(rows[None, :], keys, starts[None, :], C) & (rows[None, :] < T - start)
+                    seen = visible(rows[None, :], keys, C) & (rows[None, :] < T - start)
                     weights = gl.where(seen, weights, 0.0)
                 dv = warpgroup_mma(gl.convert_layout(weights.to(dtype), P_LAYOUT), do, dv, is_async=True)
                 dweights = warpgroup_mma_wait(1, [dweights])
@@ -299,7 +289,7 @@ def _for_keys(GROUP: gl.constexpr, arguments, C: gl.constexpr):
 
 @gluon.jit(do_not_specialize=[*INTEGERS, "sums_stride"])
 def _key_gradients(q_desc, do_desc, k_desc, v_desc, sums_desc, deltas_desc, sums_stride, DK, dk_batch, dk_stride,
-                   dk_head, DV, dv_batch, dv_stride, dv_head, COS, SIN, ENDS, STARTS, H, T, tiles, batch_heads, scale,
+                   dk_head, DV, dv_batch, dv_stride, dv_head, COS, SIN, H, T, tiles, batch_heads, scale,
                    out_scale, C: gl.constexpr):  # fmt: skip
     ONE: gl.constexpr = 1
     KEPT: gl.constexpr = C.parts * C.kept_slots
@@ -307,16 +297,16 @@ def _key_gradients(q_desc, do_desc, k_desc, v_desc, sums_desc, deltas_desc, sums
     vector_tiles = tile_memory(sums_desc, C.slots), tile_memory(deltas_desc, C.slots)
     vectors = (sums_desc, deltas_desc), vector_tiles, sums_stride
     k_gradient, v_gradient = (DK, dk_batch, dk_stride, dk_head), (DV, dv_batch, dv_stride, dv_head)
-    own = vectors, ENDS, k_gradient, v_gradient, COS, SIN, scale, out_scale
+    own = vectors, k_gradient, v_gradient, COS, SIN, scale, out_scale
     COMPUTE: gl.constexpr = _for_keys
     COPY: gl.constexpr = _copy_queries
     NO_LAG: gl.constexpr = 0
-    specialize(COMPUTE, COPY, NO_LAG, (kept, ring, (H, T, tiles, batch_heads), STARTS, own), C)
+    specialize(COMPUTE, COPY, NO_LAG, (kept, ring, (H, T, tiles, batch_heads), own), C)
 
 
 def key_gradients(
     q: Tensor, k: Tensor, v: Tensor, log_sums: Tensor, deltas: Tensor, do: Tensor, dk: Tensor, dv: Tensor, cos: Tensor,
-    sin: Tensor, window: int, starts: Tensor | None, ends: Tensor
+    sin: Tensor, window: int
 ) -> None:  # fmt: skip
     """Compute `dk` and `dv`; see `flash_attention.backward`."""
     B, T, H, D = q.shape
@@ -326,6 +316,6 @@ def key_gradients(
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     vectors = (TensorDescriptor(x, [x.numel()], [1], [64], layout) for x in (log_sums, deltas))
     descriptors = *(descriptor(x, 64) for x in (q, do, k, v)), *vectors
-    arguments = *descriptors, T + padding, dk, *dk.stride()[:3], dv, *dv.stride()[:3], cos, sin, ends
+    arguments = *descriptors, T + padding, dk, *dk.stride()[:3], dv, *dv.stride()[:3], cos, sin
     scales, shape = (LOG2_E * scale, scale), _KEY_GRADIENT_SHAPES[D]
-    launch(_key_gradients, arguments, q, k, k.shape[2], scales, window, starts, shape)
+    launch(_key_gradients, arguments, q, k, k.shape[2], scales, window, shape)
