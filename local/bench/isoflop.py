@@ -76,7 +76,7 @@ def draw(groups: dict[str, list[Point]], optima: list[Optimum], path: Path) -> N
         pyplot.semilogx([p.parameters for p in points], [p.loss for p in points], "o-", label=f"{name} FLOPs")
     for optimum in optima:
         if optimum.parameters is not None:
-            pyplot.axvline(optimum.parameters, color="grey", linewidth=0.8, linestyle=":")
+            pyplot.axvline(optimum.parameters, color="gray", linewidth=0.8, linestyle=":")
     pyplot.xlabel("parameters that are multiplied with every token")
     pyplot.ylabel("loss (nats per token)")
     pyplot.legend()

@@ -89,7 +89,7 @@ def make_step(options: argparse.Namespace, device: Any, world: Any) -> tuple[Any
 
     config = ModelConfig(**{**SIZES, "3B": LARGE}[options.size])
     torch.manual_seed(0)
-    with torch.device(device):  # initialise on the GPU: a CPU takes minutes for billions of weights
+    with torch.device(device):  # initialize on the GPU: a CPU takes minutes for billions of weights
         model = TransformerLM(config)
     model.activation_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     settings = TrainConfig(

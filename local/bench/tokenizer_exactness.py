@@ -3,7 +3,7 @@
     uv run --group bench local/bench/tokenizer_exactness.py --real FOLDER --strings 1000000
 
 FOLDER has rank files (*.tiktoken, *.model: compared with tiktoken) and folders with a tokenizer.json (compared with the
-package `tokenizers`). Each tokenizer gets as many strings of each kind, and every code point between neighbours of each
+package `tokenizers`). Each tokenizer gets as many strings of each kind, and every code point between neighbors of each
 class. The strings are also joined, and encoded by threads and as a stream. Every text of --data is encoded as well.
 
 Characters that the other program's Unicode classifies otherwise are left out, and counted. The status is 1 if any ids
@@ -67,7 +67,7 @@ ENDINGS = [
     "k",
 ]
 SCRIPTS = (0x3041, 0x30FF), (0x4E00, 0x9FA5), (0xE01, 0xE3A), (0x905, 0x94D), (0xAC00, 0xD7A3), (0x621, 0x64A)
-NEIGHBOURS = ("a", "A", "1", " ", "\n", "'", "!", "\u4e2d", "\u0301", "\u01c5", "'s", " \r\n")
+NEIGHBORS = ("a", "A", "1", " ", "\n", "'", "!", "\u4e2d", "\u0301", "\u01c5", "'s", " \r\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class Options:
     only: tuple[str, ...] = ()
     """Compare only tokenizers whose name contains one of these."""
     sweep_step: int = 1
-    """Compare every so many-th code point between its neighbours."""
+    """Compare every so many-th code point between its neighbors."""
     processes: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -109,7 +109,7 @@ class Compared:
         self.known = [character for character in ALL if character not in self.unknown]
 
     def _characters_of_another_class(self, by_tokenizers: bool) -> set[str]:
-        """Characters in other classes there than here, or without a class; those that are not normalised the same."""
+        """Characters in other classes there than here, or without a class; those that are not normalized the same."""
         text, different = "".join(ALL), set()
         byte_ranks = {bytes([byte]): byte for byte in range(256)}
         for pattern in CLASSES:
@@ -215,7 +215,7 @@ def run(path: Path, kind: str, number: int, options: Options) -> tuple[Counter[s
     compared = compared_of(path)
     if kind == "code points":
         block = compared.known[number * STRINGS_AT_A_TIME : (number + 1) * STRINGS_AT_A_TIME : options.sweep_step]
-        strings = ["".join(f"{neighbour}{c}{neighbour}" for neighbour in NEIGHBOURS) + c for c in block]
+        strings = ["".join(f"{neighbor}{c}{neighbor}" for neighbor in NEIGHBORS) + c for c in block]
     elif kind == "texts":
         results = Counter()
         paths = sorted(options.data.glob("*.txt"))

@@ -62,7 +62,7 @@ def test_single_record_without_validation_is_visible(tmp_path):
     assert pixels(tmp_path / "loss.png", "C0") > 20
 
 
-def test_all_panels_are_labelled_and_null_values_are_skipped(tmp_path):
+def test_all_panels_are_labeled_and_null_values_are_skipped(tmp_path):
     with_nulls: list[dict] = [dict(record) for record in records(3.0)]
     with_nulls[2] |= {"train_loss": None, "gradient_norm": None}
     with_nulls[7] |= {"valid_loss": None}

@@ -30,7 +30,7 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2 if 
 
 @contextmanager
 def poisoned() -> Generator[None]:
-    """Fill all uninitialised tensors with NaN."""
+    """Fill all uninitialized tensors with NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield

@@ -13,7 +13,7 @@ With a sliding window (WINDOW > 0), a query attends to the last WINDOW keys, its
 are skipped, and those that it cuts are masked. With documents packed into a row (PACKED), it attends to no key before
 the first token of its own document, whose index is in STARTS.
 
-Neighbouring query heads may share a head of keys and values (grouped-query attention, GROUP query heads each). Their
+Neighboring query heads may share a head of keys and values (grouped-query attention, GROUP query heads each). Their
 gradients of a key are added up in one program, which loops over the group.
 
 Legend: B batch, T sequence, H query heads, D head size; M queries per tile, N keys per tile. The layout is
@@ -270,7 +270,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, window: int = 0, starts: Tensor | N
 
     Args:
         q: (B, T, H, D), the last dimension contiguous, D even and at most 256.
-        k, v: the same, or with fewer heads, each shared by a group of neighbouring query heads.
+        k, v: the same, or with fewer heads, each shared by a group of neighboring query heads.
         window: number of keys that a query attends to, its own included; 0 for all.
         starts: int32 (B, T), contiguous: index of the first token of each token's document; None for one document.
 

@@ -1,4 +1,4 @@
-"""Causal attention for Hopper GPUs (H100, H200) in Gluon, with the copy engine and specialised warps.
+"""Causal attention for Hopper GPUs (H100, H200) in Gluon, with the copy engine and specialized warps.
 
 `flash_attention` describes the algorithms, which are the same here, and calls these kernels for head sizes of 64 and
 128, where they are faster. What they do differently is the order of the work:
@@ -183,9 +183,9 @@ def exist(rows, T):
 
 
 @gluon.constexpr_function
-def coalesced(D, neighbours):
-    """The layout of 64 rows of D numbers, of which a thread has neighbours, and a warp the rows it has in a product."""
-    width = neighbours.bit_length() - 1
+def coalesced(D, neighbors):
+    """The layout of 64 rows of D numbers, of which a thread has neighbors, and a warp the rows it has in a product."""
+    width = neighbors.bit_length() - 1
     columns = [[0, 1 << i] for i in range(D.bit_length() - 1)]
     lanes, registers = columns[width : width + 2], columns[:width] + columns[width + 2 :]
     rows = [[1, 0], [2, 0], [4, 0]]

@@ -1,7 +1,7 @@
 """RoPE in Triton on packed queries, keys and values, in one pass over memory, also in place.
 
 Plain tensor operations read the even and odd features separately and stack them again, in several passes. A program
-here loads neighbouring pairs together, splits them in registers, and writes them back.
+here loads neighboring pairs together, splits them in registers, and writes them back.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Cliffs: which configurations are far slower than their neighbours? `python3 local/bench/neighbours.py`
+"""Cliffs: which configurations are far slower than their neighbors? `python3 local/bench/neighbors.py`
 
 Training steps, prompts and decoding of many configurations that the library accepts. Each line is one that differs from
 a usual one in one setting, with its time, and its share of its own limit: the operations of its matrix multiplications
@@ -51,7 +51,7 @@ ABLATIONS: list[Changes] = [
 
 
 def lines(kind: str, *, small: bool) -> dict[str, list[Changes]]:
-    """The configurations of a kind of work, by the setting that changes; neighbours stand beside each other."""
+    """The configurations of a kind of work, by the setting that changes; neighbors stand beside each other."""
     width, heads = (128, 4) if small else (768, 12)
     sizes = (8, 16, 32, 64, 128) if small else (8, 16, 32, 64, 66, 80, 96, 128, 192, 256)
     found: dict[str, list[Changes]] = {
@@ -187,7 +187,7 @@ def print_lines(kind: str, setting: str, choices: list[Changes], machine: Machin
         beside = shares[max(i - 1, 0) : i] + shares[i + 1 : i + 2] if is_ordered else shares[:1]
         is_low = share < sum(beside) / len(beside) / 2
         marked += is_low
-        print(line + ("  <-- below half of its neighbours" if is_low else ""), flush=True)
+        print(line + ("  <-- below half of its neighbors" if is_low else ""), flush=True)
     return marked
 
 
