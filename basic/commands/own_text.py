@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from basic.analysis.accounting import count_parameters
-from basic.commands.prepare_text import END, PreparedText, prepare_text
+from basic.commands.prepare_text import END, PreparedText, local_sources, prepare_text
 from basic.commands.show.report import leave_report
 from basic.common import command_line
 from basic.common.config_files import from_table
@@ -131,6 +131,7 @@ def train_text(
     recipe_settings(recipe, vocab_size=1, depth=1 if depth is None else depth)
     choose_device(device)
     run_dir, say = Path(default_output(texts) if output is None else output), print if progress else lambda line: None
+    local_sources(texts)
     if (run_dir / "config.toml").exists() and not overwrite:
         raise FileExistsError(
             f"{run_dir} already contains a run; add --overwrite to replace it, give another folder with --output, or "

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from basic.common.errors import InvalidInputError
-from basic.common.files import atomic_folder, make_folder, sha256_of_file
+from basic.common.files import atomic_folder, check_regular_file, make_folder, sha256_of_file
 from basic.corpus.sources import STANDARD_INPUT, TextSource, expand_inputs, read_text
 from basic.corpus.train_valid import split_text
 from basic.encoding import encode_file
@@ -62,13 +62,7 @@ def prepare_text(
     """
     if not 0 < valid_fraction <= 0.5:
         raise InvalidInputError(f"valid_fraction must be above 0 and at most 0.5, got {valid_fraction}")
-    for given in inputs:
-        if given == STANDARD_INPUT or TextSource(given).is_remote:
-            raise InvalidInputError(
-                f"{given!r} is no local file; `basic train-bpe` and `basic encode` also take URLs and standard input, "
-                "and `basic train --config` their token files"
-            )
-    sources = expand_inputs(list(_files(inputs)))
+    sources = local_sources(inputs)
     contents = [(sha256_of_file(Path(source)), source.content, source.compression) for source in sources]
     identity = json.dumps([2, contents, valid_fraction, vocab_size])
     first = Path(inputs[0])
@@ -89,6 +83,20 @@ def prepare_text(
     made_by = tokenizer.fingerprint
     tokens = (open_tokens(folder / f"{split}.bin", made_by=made_by) for split in ("train", "valid"))
     return PreparedText(folder, tokenizer, *tokens, was_there)
+
+
+def local_sources(inputs: Sequence[str]) -> list[TextSource]:
+    """The texts of files, globs and folders; raises what `prepare_text` does where one is no local file."""
+    for given in inputs:
+        if given == STANDARD_INPUT or TextSource(given).is_remote:
+            raise InvalidInputError(
+                f"{given!r} is no local file; `basic train-bpe` and `basic encode` also take URLs and standard input, "
+                "and `basic train --config` their token files"
+            )
+    sources = expand_inputs(list(_files(inputs)))
+    for source in sources:
+        check_regular_file(source)
+    return sources
 
 
 def _files(inputs: Sequence[str]) -> Iterator[str]:

@@ -229,6 +229,14 @@ def test_options_that_a_text_does_not_take(arguments, message, monkeypatch, caps
     assert re.search(message, str(caught.value.code) + capsys.readouterr().err)
 
 
+def test_a_wrong_name_of_a_text_is_said_before_a_run_that_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "text").mkdir(parents=True)
+    (tmp_path / "runs" / "text" / "config.toml").touch()
+    with pytest.raises(FileNotFoundError, match=r"there is no file 'missing\.txt'"):
+        own_text.train_text("missing.txt")
+
+
 def test_no_text_is_an_error_in_one_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["basic", "train", "--text"])
     with pytest.raises(SystemExit, match="error: there is no text; give a file"):
