@@ -63,7 +63,7 @@ def open_tokens(
         info = find_info(path)
         if info is not None and info.tokenizer_fingerprint not in (None, made_by):
             raise WrongTokenizerError(
-                f"{path} was made by another tokenizer than the one that is used with it; encode the text again with it"
+                f"{path} was made by another tokenizer than that of the model (or --tokenizer); encode it with that"
             )
     if index is not None:
         tokens = ShardedTokens(index, verify=verify)

@@ -263,7 +263,7 @@ def test_tokens_and_text_give_the_same_numbers(folder, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("other.bin", "was made by another tokenizer than the one that is used with it"),
+        ("other.bin", "was made by another tokenizer than that of the model"),
         ("missing.txt", "there is no file"),
         ("invalid.txt", "at byte offset 2"),
         ("empty.txt", "there is nothing to score in 0 tokens"),
