@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from basic.common.errors import InvalidConfigError, InvalidInputError
 from basic.model import KVCache, Linear, ModelConfig, MultiHeadSelfAttention, RotaryPositionalEmbedding, TransformerLM
+from basic.training.settings import MuonConfig, RunConfig, TrainConfig
 from tests._snapshots.make_model_snapshots import SHAPE, SNAPSHOT, llama, llama_name, llama_rows, random_weights
 from tests.adapters import run_transformer_block, run_transformer_lm
 from tests.helpers.model_tools import TOLERANCE, every_dtype, float64, rotated, self_attention, tiny
@@ -357,11 +358,13 @@ def test_the_summary_accounts_for_every_parameter_and_operation(config: ModelCon
     assert any(re.search(rf"k_proj.weight +{rows} x {columns} +{config.num_layers} ", line) for line in lines)
 
 
-def test_the_repr_of_a_model_is_one_line() -> None:
+def test_the_repr_of_a_model_and_of_a_configuration_has_what_is_not_the_default() -> None:
     config = tiny(num_kv_heads=1)
     sizes = "vocab_size=11, context_length=10, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, d_ff=24"
     assert repr(config) == f"ModelConfig({sizes})"
     assert eval(repr(tiny(norm="post", tied_embeddings=True))) == tiny(norm="post", tied_embeddings=True)
+    run = RunConfig(model=config, train=TrainConfig(steps=3, muon=MuonConfig(iterations=4)))
+    assert repr(run) == f"RunConfig(model={config}, train=TrainConfig(steps=3, muon=MuonConfig(iterations=4)))"
     model = TransformerLM(config).bfloat16()
     assert repr(model) == f"TransformerLM({config}: {model.num_parameters:,} parameters, bfloat16 on cpu)"
 

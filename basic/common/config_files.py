@@ -91,6 +91,16 @@ def to_table(config: Any) -> dict[str, Any]:
     }
 
 
+def short_repr(config: Any) -> str:
+    """The call that makes a dataclass, without the settings that have their defaults; for its `__repr__`."""
+    changed = []
+    for field in dataclasses.fields(config):
+        value, make_default = getattr(config, field.name), field.default_factory
+        if value != (field.default if make_default is dataclasses.MISSING else make_default()):
+            changed.append(f"{field.name}={value!r}")
+    return f"{type(config).__name__}({', '.join(changed)})"
+
+
 def flatten_settings(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested tables into one, with dotted keys: {"train": {"lr": 1}} becomes {"train.lr": 1}.
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from basic.common.config_files import check_fields
+from basic.common.config_files import check_fields, short_repr
 from basic.common.errors import InvalidConfigError
 from basic.transformer.configuration import ModelConfig
 from basic.transformer.optimizer import cosine_schedule, trapezoid_schedule
@@ -45,6 +45,8 @@ class MuonConfig:
     update_scale: Literal["shape", "rms"] = "shape"
     """Muon: factor of the update: shape = sqrt(max(1, rows / columns)); rms = 0.2 sqrt(max(rows, columns)), for
     learning rates like those of AdamW."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -250,6 +252,8 @@ class TrainConfig:
                 "one of them"
             )
 
+    __repr__ = short_repr
+
     def __post_init__(self) -> None:
         check_fields(self, may_be_infinite=("max_gradient_norm",))
         if self.minutes is not None and not 0 < self.minutes < math.inf:
@@ -309,6 +313,8 @@ class DataConfig:
     dtype: str = ""
     """Integer type of token files without a sidecar, such as uint16 for those of nanoGPT."""
 
+    __repr__ = short_repr
+
     def __post_init__(self) -> None:
         check_fields(self)
 
@@ -323,6 +329,8 @@ class RunConfig:
     """How the model is trained."""
     data: DataConfig = field(default_factory=DataConfig)
     """What the model is trained on."""
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         check_fields(self)

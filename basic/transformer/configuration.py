@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from basic.common.config_files import check_fields
+from basic.common.config_files import check_fields, short_repr
 from basic.common.errors import InvalidConfigError
 
 
@@ -72,6 +72,8 @@ class ModelConfig:
     """Whether the last matrix of each attention and feed-forward layer starts at zero, so that the blocks start as the
     identity."""
 
+    __repr__ = short_repr
+
     def __post_init__(self) -> None:
         check_fields(self)
         sizes = ["vocab_size", "context_length", "d_model", "num_layers", "num_heads", "d_ff"]
@@ -101,10 +103,6 @@ class ModelConfig:
         check_rope_scaling(self.rope_scaling)
         if not self.norm_eps >= 0:
             raise InvalidConfigError(f"norm_eps must be a number >= 0, got {self.norm_eps}")
-
-    def __repr__(self) -> str:
-        changed = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
-        return f"ModelConfig({', '.join(f'{name}={getattr(self, name)!r}' for name in changed)})"
 
     @property
     def d_head(self) -> int:
