@@ -286,6 +286,10 @@ def test_memory_has_a_chart_and_the_entropy_of_the_log_a_line(run_dir):
         in " ".join(page.texts["p"])
     )
     assert page_of(run_dir, floor_nats=0.5).curves["floor"] == 0.5
+    write_log(run_dir, [record(1), source, record(2)])  # resumed: the loss is no longer that of the end
+    resumed = page_of(run_dir)
+    assert resumed.curves["floor"] == 0.6
+    assert "at the end" not in " ".join(resumed.texts["p"])
 
 
 def with_another_rate(run_dir: Path, records: list[dict[str, object]]) -> Path:

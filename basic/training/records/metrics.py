@@ -76,9 +76,15 @@ def known_entropy(records: Iterable[Mapping[str, Any]], name: str = "entropy_nat
     """The entropy in nats per token of the source that a run was trained on, if the log has it: kind "source".
 
     Args:
-        name: "loss_nats" is the loss of the model at the end, also per token of whole documents.
+        name: "loss_nats" is the loss of the model at the end, also per token of whole documents; None if the run was
+            resumed after it was computed.
     """
-    found = [record.get(name) for record in records if record.get("kind") == "source"]
+    records = list(records)
+    found = [
+        record.get(name)
+        for record in records
+        if record.get("kind") == "source" and (name != "loss_nats" or record.get("step") == records[-1].get("step"))
+    ]
     return float(found[-1]) if found and isinstance(found[-1], int | float) and math.isfinite(found[-1]) else None
 
 
