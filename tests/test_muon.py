@@ -108,6 +108,17 @@ def test_updates_are_nearly_orthogonal(shape: tuple[int, int]) -> None:
     assert orthogonalize(torch.zeros(3, 5), polynomials("polar_express", 5)).abs().max() == 0
 
 
+@pytest.mark.parametrize("shape", [(24, 96), (96, 24), (30, 45)])
+def test_small_singular_values_follow_the_polynomials(shape: tuple[int, int]) -> None:
+    u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    values = torch.logspace(-2.9, 0, min(shape), dtype=torch.float64)
+    expected = values / values.norm() / 1.01
+    for a, b, c in polynomials("polar_express", 5):
+        expected = a * expected + b * expected**3 + c * expected**5
+    result = orthogonalize(((u * values) @ v).float(), polynomials("polar_express", 5)).double()
+    assert_close(u.mT @ result @ v.mT, torch.diag(expected), rtol=0, atol=1e-3)
+
+
 def test_polynomials_are_the_best_ones() -> None:
     """Four alternating errors of the same size at the ends and extrema; the published Newton-Schulz for comparison."""
     (a, b, c) = polynomials("polar_express", 1)[0]
@@ -132,7 +143,8 @@ def test_other_groups_follow_adamw() -> None:
         for peer, our in zip(peers, ours, strict=True):
             peer.copy_(our)
     own = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.0}
-    optimizer = Muon([{"params": ours[:2], "rule": "muon"}, {"params": ours[2:], **own}], **SETTINGS)
+    groups = [{"params": []}, {"params": ours[:2], "rule": "muon"}, {"params": ours[2:], **own}]
+    optimizer = Muon(groups, **SETTINGS)
     adamw, muon = AdamW(peers[2:], **own), Muon([{"params": peers[:2], "rule": "muon"}], **SETTINGS)
     for _ in range(4):
         set_gradients(ours, peers)
