@@ -57,4 +57,5 @@ def default_output(runs: list[Path], own_name: str, start: str) -> Path:
     names = [run.resolve().name for run in runs]
     if len(names) > 4:
         names[3:] = [f"and_{len(names) - 3}_more"]
-    return runs[0].resolve().parent / f"{start}_{'_'.join(names)}{Path(own_name).suffix}"
+    first = runs[0] if runs[0].name not in ("", "..") else runs[0].resolve()
+    return first.parent / f"{start}_{'_'.join(names)}{Path(own_name).suffix}"
