@@ -1,4 +1,4 @@
-"""Cliffs: which configurations are far slower than their neighbors? `python3 local/bench/neighbors.py`
+"""Cliffs: which configurations are far slower than their neighbors? `python3 local/bench/neighbours.py`
 
 Training steps, prompts and decoding of many configurations that the library accepts. Each line is one that differs from
 a usual one in one setting, with its time, and its share of its own limit: the operations of its matrix multiplications
