@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from basic.common.errors import DamagedFileError, InvalidInputError
+from basic.common.errors import DamagedFileError, InvalidInputError, how_to_install
 from basic.common.files import check_regular_file, open_file
 
 MAGIC = b"GGUF"
@@ -25,9 +25,7 @@ def load_gguf_package() -> ModuleType:
     try:
         import gguf  # imported late: it is an extra
     except ImportError as error:
-        raise InvalidInputError(
-            "GGUF files need the package gguf: pip install 'basic[formats]', or uv run --extra formats"
-        ) from error
+        raise InvalidInputError(f"GGUF files need the package gguf; {how_to_install('formats', 'gguf')}") from error
     return gguf
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.formats.export_model import export_gguf
-from basic.formats.gguf_file import GGUFFile
+from basic.formats.gguf_file import GGUFFile, load_gguf_package
 from basic.formats.gguf_tokenizer import gguf_tokenizer_fields, read_gguf_tokenizer
 from basic.formats.import_model import import_run, load_model
 from basic.generation.continuation import generate
@@ -55,6 +56,12 @@ def rounded(model: TransformerLM, kind: str) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
     return small_tokenizer(tmp_path_factory.mktemp("bpe"), [END, "<|other|>"])
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(InvalidInputError, match=r"need the package gguf; use `pip install gguf`, or in a clone"):
+        load_gguf_package()
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
