@@ -66,8 +66,12 @@ def make(options: Options, folder: Path) -> None:
     from basic.generation.text import complete
     from basic.tokens.opening import open_tokens, read_info
     from basic.training.loop import train
+    from basic.training.parallel.devices import choose_device
     from basic.training.records.metrics import encode_record, read_metrics
 
+    # What is wrong with the options is said before the stories are drawn.
+    choose_device(options.device)
+    configure(options, options.vocab_size)
     stories = write_stories(folder, TRAIN_STORIES, VALID_STORIES, seed=options.seed, separator=END, progress=True)
     # Without kernels: compiling them would take longer than these few megabytes.
     tokenizer, _ = tokenize(folder, options.vocab_size, kernels=False, progress=True)

@@ -261,6 +261,18 @@ QUICKSTART_FILES = {
 }
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"steps": 0}, "steps must be at least 1"), ({"device": "abacus"}, "'abacus' cannot be used")],
+)
+def test_quickstart_says_what_is_wrong_before_it_draws_stories(quickstart, monkeypatch, tmp_path, wrong, message):
+    drawn = []
+    monkeypatch.setattr("basic.corpus.train_valid.write_stories", lambda *args, **options: drawn.append(args))
+    with pytest.raises(ValueError, match=message):
+        quickstart.main(quickstart.Options(output=tmp_path / "quickstart", **wrong))
+    assert not drawn
+
+
 def test_quickstart_writes_all_files_and_sets_an_earlier_result_aside(quickstart, tmp_path, capsys):
     output = tmp_path / "runs" / "quick"
     options = quickstart.Options(output=output, vocab_size=300, steps=4, device="cpu")
