@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 import tyro
 
 from basic.common.errors import InvalidInputError
 
+_RUNS = tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")
+Runs: TypeAlias = Annotated[tuple[Path, ...], tyro.conf.Positional, _RUNS]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    runs: Annotated[
-        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")
-    ]
+    runs: Runs
     """Run folders, such as runs/quickstart."""
     output: Path | None = None
     """Image file to write (.png, .svg or .pdf); None: loss.png in the run folder, or for several runs a file beside the
@@ -36,9 +37,7 @@ def main(options: Options) -> None:
     from basic.training.records.metrics import entropy_to_draw, known_entropy, read_all_records
     from basic.training.run_folder import load_run_config
 
-    if not options.runs:
-        raise InvalidInputError("no run given; name at least one folder, such as runs/quickstart")
-    runs = list(dict.fromkeys(options.runs))  # without duplicates
+    runs = given_runs(options.runs)
     output = options.output or default_output(runs, "loss.png", "losses_of")
     with reserved_outputs([picture_output(output)], overwrite=options.overwrite):
         labels = run_labels({str(run): to_table(load_run_config(run)) for run in runs})
@@ -48,6 +47,13 @@ def main(options: Options) -> None:
         end_nats = known_entropy(logs[0], "loss_nats") if len(logs) == 1 else None
         plot_losses(dict(zip(labels, training, strict=True)), output, floor_nats=floor_nats, end_nats=end_nats)
     print(f"wrote {output}")
+
+
+def given_runs(runs: tuple[Path, ...]) -> list[Path]:
+    """The runs of a command without duplicates; an InvalidInputError if there is none."""
+    if not runs:
+        raise InvalidInputError("no run given; name at least one folder, such as runs/quickstart")
+    return list(dict.fromkeys(runs))
 
 
 def default_output(runs: list[Path], own_name: str, start: str) -> Path:

@@ -14,21 +14,16 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from basic.commands.show.plot import default_output
-from basic.common.errors import BasicError, InvalidInputError
+from basic.commands.show.plot import Runs, default_output, given_runs
+from basic.common.errors import BasicError
 
 FOLLOW_S = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    runs: Annotated[
-        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")
-    ]
+    runs: Runs
     """Run folders, such as runs/quickstart."""
     output: Path | None = None
     """HTML file to write; None: report.html in the run folder, which every run leaves there and which is replaced; for
@@ -46,9 +41,7 @@ def main(options: Options) -> None:
     from basic.common.files import atomic_write
     from basic.common.outputs import reserved_outputs
 
-    if not options.runs:
-        raise InvalidInputError("no run given; name at least one folder, such as runs/quickstart")
-    runs = list(dict.fromkeys(options.runs))  # without duplicates
+    runs = given_runs(options.runs)
     output = options.output or default_output(runs, "report.html", "report_of")
 
     def write(refresh_s: int | None) -> bytes:
