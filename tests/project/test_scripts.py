@@ -165,6 +165,7 @@ def corpus(tmp_path) -> Path:
         (["generate", "foreign"], "foreign is not a run: it has no config.toml"),
         (["plot", "foreign"], "foreign is not a run: it has no config.toml"),
         (["report", "foreign"], "foreign is not a run: it has no config.toml"),
+        (["plot", "corpus.txt"], "corpus.txt is not a run: it has no config.toml"),
         (["plot"], "no run given; name at least one folder"),
         (["export", "foreign", "out"], "foreign is not a run: it has no config.toml"),
         (["import", "missing", "--output", "run"], "no file or folder 'missing'; give a model's folder or"),

@@ -50,9 +50,18 @@ def main(options: Options) -> None:
 
 
 def given_runs(runs: tuple[Path, ...]) -> list[Path]:
-    """The runs of a command without duplicates; an InvalidInputError if there is none."""
+    """The runs of a command without duplicates, each of which has a configuration.
+
+    Raises:
+        InvalidInputError: there is none.
+        NotARunError: a folder is not a run.
+    """
+    from basic.training.run_folder import load_run_config
+
     if not runs:
         raise InvalidInputError("no run given; name at least one folder, such as runs/quickstart")
+    for run in runs:
+        load_run_config(run)
     return list(dict.fromkeys(runs))
 
 
