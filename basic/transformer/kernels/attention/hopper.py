@@ -120,6 +120,18 @@ def key_tiles(row, C: gl.constexpr):
 
 
 @gluon.jit
+def own_queries(GROUP: gl.constexpr, item, sizes, C: gl.constexpr):
+    """Of a group's queries: batch and head as one number and as two, the first row, and `key_tiles` of its tile."""
+    H, _, _, _ = sizes
+    tile, batch_head = place(item, sizes)
+    batch, head = batch_head // H, batch_head % H
+    row = first_row(tile, sizes, C)
+    last, number = key_tiles(row, C)
+    row += part(GROUP, item, C) * 64
+    return batch_head, batch, head, row, last, number
+
+
+@gluon.jit
 def kept_slot(GROUP: gl.constexpr, item, C: gl.constexpr):
     """The slot of what a group keeps, and its phase."""
     return GROUP * C.kept_slots + item % C.kept_slots, (item // C.kept_slots) & 1
@@ -296,11 +308,7 @@ def _attend(GROUP: gl.constexpr, arguments, C: gl.constexpr):
     zeros = gl.zeros([64, C.tokens], gl.float32, S_LAYOUT)
     count = 0
     for item in range(0, num_items(sizes)):
-        tile, batch_head = place(item, sizes)
-        batch, head = batch_head // H, batch_head % H
-        row = first_row(tile, sizes, C)
-        last, number = key_tiles(row, C)
-        row += part(GROUP, item, C) * 64
+        batch_head, batch, head, row, last, number = own_queries(GROUP, item, sizes, C)
         rows = row + gl.arange(0, 64, S_ROWS)
         maximum = gl.full([64], -1e20, gl.float32, S_ROWS)  # see flash_attention
         total = _thread_sums(zeros)

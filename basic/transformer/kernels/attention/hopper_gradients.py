@@ -25,7 +25,6 @@ from basic.transformer.kernels.attention.hopper import (
     first_row,
     forward,
     kept_slot,
-    key_tiles,
     launch,
     load,
     load_tile,
@@ -34,6 +33,7 @@ from basic.transformer.kernels.attention.hopper import (
     matrix,
     num_items,
     opaque,
+    own_queries,
     part,
     place,
     skip,
@@ -123,15 +123,11 @@ def _for_queries(GROUP: gl.constexpr, arguments, C: gl.constexpr):
     DQ, dq_batch, dq_stride, dq_head = gradient
     _, q_tiles, q_ready, q_free = kept
     _, k_tiles, _, k_free = ring
-    H, T, _, _ = sizes
+    _, T, _, _ = sizes
     o, log_sums = _load_outputs(0, GROUP, OUT, LOG_SUMS, sizes, S_ROWS, C)
     count = 0
     for item in range(0, num_items(sizes)):
-        tile, batch_head = place(item, sizes)
-        batch, head = batch_head // H, batch_head % H
-        row = first_row(tile, sizes, C)
-        last, number = key_tiles(row, C)
-        row += part(GROUP, item, C) * 64
+        batch_head, batch, head, row, last, number = own_queries(GROUP, item, sizes, C)
         rows = row + gl.arange(0, 64, S_ROWS)
         dq = gl.zeros([64, C.D], gl.float32, O_LAYOUT)
         q_slot, q_phase = kept_slot(GROUP, item, C)
