@@ -302,7 +302,8 @@ def resume_run(
             for group, settings in zip(optimizer.param_groups, own, strict=True):
                 # Those of the checkpoint would undo what the user has changed; its weight decay is a scheduled one.
                 group |= {"base_weight_decay": settings["weight_decay"]} | settings
-        if (sequences := extra.get("sequences")) is None:  # saved by an earlier version
+        # Only for an earlier version's checkpoint: rank 0 may be writing the configuration already.
+        if (sequences := extra.get("sequences")) is None:
             sequences = step * load_run_config(run_dir).train.batch_size
         scales = extra.get("fp8_scales")
         progress = RunProgress(step, extra["wall_s"], extra["nonfinite_steps"], sequences, scales)

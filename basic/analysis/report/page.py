@@ -42,7 +42,7 @@ from basic.common.config_files import differing_settings, to_table
 from basic.common.errors import InvalidInputError
 from basic.common.files import open_file
 from basic.common.outputs import Output
-from basic.training.records.metrics import entropy_to_draw, known_entropy
+from basic.training.records.metrics import entropy_to_draw, final_loss
 
 Record = Mapping[str, Any]
 
@@ -205,7 +205,7 @@ def _curves_section(runs: Sequence[LoggedRun], floor_nats: float | None) -> str:
         "<code>basic evaluate</code> and sweeps score every token. Drag across a chart to zoom in."
     ]
     if floor_nats is not None:
-        end_nats = known_entropy(runs[0].records, "loss_nats") if len(runs) == 1 else None
+        end_nats = final_loss([run.records for run in runs])
         reached = "" if end_nats is None else f"; the model has {end_nats:.3f} at the end"
         notes.append(
             f"Dashed line: the entropy of the source, {floor_nats:.3f} nats per token of whole documents{reached}."

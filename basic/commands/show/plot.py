@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import tyro
 
 from basic.common.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from basic.training.settings import RunConfig
 
 _RUNS = tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")
 Runs: TypeAlias = Annotated[tuple[Path, ...], tyro.conf.Positional, _RUNS]
@@ -34,23 +37,23 @@ def main(options: Options) -> None:
     from basic.analysis.plotting import picture_output, plot_losses, run_labels
     from basic.common.config_files import to_table
     from basic.common.outputs import reserved_outputs
-    from basic.training.records.metrics import entropy_to_draw, known_entropy, read_all_records
-    from basic.training.run_folder import load_run_config
+    from basic.training.records.metrics import entropy_to_draw, final_loss, read_all_records
 
-    runs = given_runs(options.runs)
+    configs = given_runs(options.runs)
+    runs = list(configs)
     output = options.output or default_output(runs, "loss.png", "losses_of")
     with reserved_outputs([picture_output(output)], overwrite=options.overwrite):
-        labels = run_labels({str(run): to_table(load_run_config(run)) for run in runs})
+        labels = run_labels({str(run): to_table(config) for run, config in configs.items()})
         logs = [read_all_records(run / "metrics.jsonl") for run in runs]
         floor_nats = entropy_to_draw(options.entropy, logs)
         training = [[record for record in log if "kind" not in record] for log in logs]
-        end_nats = known_entropy(logs[0], "loss_nats") if len(logs) == 1 else None
-        plot_losses(dict(zip(labels, training, strict=True)), output, floor_nats=floor_nats, end_nats=end_nats)
+        losses = dict(zip(labels, training, strict=True))
+        plot_losses(losses, output, floor_nats=floor_nats, end_nats=final_loss(logs))
     print(f"wrote {output}")
 
 
-def given_runs(runs: tuple[Path, ...]) -> list[Path]:
-    """The runs of a command without duplicates, each of which has a configuration.
+def given_runs(runs: tuple[Path, ...]) -> dict[Path, RunConfig]:
+    """The runs of a command without duplicates, with their configurations.
 
     Raises:
         InvalidInputError: there is none.
@@ -60,9 +63,7 @@ def given_runs(runs: tuple[Path, ...]) -> list[Path]:
 
     if not runs:
         raise InvalidInputError("no run given; name at least one folder, such as runs/quickstart")
-    for run in runs:
-        load_run_config(run)
-    return list(dict.fromkeys(runs))
+    return {run: load_run_config(run) for run in runs}
 
 
 def default_output(runs: list[Path], own_name: str, start: str) -> Path:

@@ -41,7 +41,7 @@ def main(options: Options) -> None:
     from basic.common.files import atomic_write
     from basic.common.outputs import reserved_outputs
 
-    runs = given_runs(options.runs)
+    runs = list(given_runs(options.runs))
     output = options.output or default_output(runs, "report.html", "report_of")
 
     def write(refresh_s: int | None) -> bytes:

@@ -14,7 +14,7 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,19 +72,23 @@ def read_all_records(path: str | os.PathLike) -> list[dict[str, Any]]:
     return records
 
 
-def known_entropy(records: Iterable[Mapping[str, Any]], name: str = "entropy_nats") -> float | None:
-    """The entropy in nats per token of the source that a run was trained on, if the log has it: kind "source".
+def known_entropy(records: Iterable[Mapping[str, Any]]) -> float | None:
+    """The entropy in nats per token of the source that a run was trained on, if the log has it: kind "source"."""
+    return _number_of_source(records, "entropy_nats")
 
-    Args:
-        name: "loss_nats" is the loss of the model at the end, also per token of whole documents; None if the run was
-            resumed after it was computed.
+
+def final_loss(logs: Sequence[Sequence[Mapping[str, Any]]]) -> float | None:
+    """The loss of a model at its end in nats per token of whole documents, like the entropy of its source.
+
+    None for several runs, without such a record, and if the run was resumed after it.
     """
-    records = list(records)
-    found = [
-        record.get(name)
-        for record in records
-        if record.get("kind") == "source" and (name != "loss_nats" or record.get("step") == records[-1].get("step"))
-    ]
+    records = logs[0] if len(logs) == 1 else []
+    at_end = [record for record in records if record.get("step") == records[-1].get("step")]
+    return _number_of_source(at_end, "loss_nats")
+
+
+def _number_of_source(records: Iterable[Mapping[str, Any]], name: str) -> float | None:
+    found = [record.get(name) for record in records if record.get("kind") == "source"]
     return float(found[-1]) if found and isinstance(found[-1], int | float) and math.isfinite(found[-1]) else None
 
 
