@@ -75,9 +75,9 @@ def generate(
         at temperature 1 and without penalties, among the ids below `vocab_size`.
 
     Raises:
-        TypeError: the prompts are not sequences of integers.
+        TypeError: the prompts are not sequences of integers, or a number is something else.
         InvalidInputError: a prompt is empty, or a setting is out of its range.
-        WrongTokenizerError: a prompt has an id that the model does not have.
+        WrongTokenizerError: a prompt has an id that the model does not have, or `end_id` is one.
         FloatingPointError: the model's logits are NaN, or none of them is finite.
 
     Source: assignment, "Generating text".
@@ -88,6 +88,11 @@ def generate(
         raise InvalidInputError(
             f"vocab_size must be at most {model.config.vocab_size}, the number of ids that the model has, got "
             f"{vocab_size}; leave it out to draw all of them"
+        )
+    if end_id is not None and check_integer("end_id", end_id) not in range(model.config.vocab_size):
+        raise WrongTokenizerError(
+            f"end_id must be one of the model's ids, 0 to {model.config.vocab_size - 1}, got {end_id}; leave it out if "
+            "no id ends a sequence"
         )
     prompt_lists = _prompt_lists(prompts, model.config.vocab_size)
     id_lists = [ids for ids in prompt_lists for _ in range(check_size("num_samples", num_samples))]

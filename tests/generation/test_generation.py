@@ -319,6 +319,19 @@ def test_wrong_prompts_are_named(monkeypatch, model, prompts, error, message):
         generate(model, prompts, 2)
 
 
+@pytest.mark.parametrize(
+    ("end_id", "error", "message"),
+    [
+        ("x", TypeError, "end_id must be an integer, got str: 'x'"),
+        (VOCAB, WrongTokenizerError, f"end_id must be one of the model's ids, 0 to {VOCAB - 1}, got {VOCAB}"),
+    ],
+)
+def test_a_wrong_end_id_is_named(monkeypatch, model, end_id, error, message):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # type checks would fail first
+    with pytest.raises(error, match=message):
+        generate(model, [[1]], 2, end_id=end_id)
+
+
 @pytest.mark.parametrize("sampling", [{"temperature": "1"}, {"top_p": "1"}, {"top_k": 1.5}, {"seed": "a"}])
 def test_a_setting_of_the_wrong_type_is_named(monkeypatch, sampling):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # type checks would fail first
