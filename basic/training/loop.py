@@ -138,7 +138,7 @@ def train(
     check_precision(config, device, world.size)
     check_trackers(settings.trackers)
     train_sampler, valid_sampler = _make_samplers(config, train_tokens, valid_tokens, tokenizer, world)
-    environment = describe_environment(train_tokens, valid_tokens, tokenizer, device, world.size)
+    environment = describe_environment(run_dir, train_tokens, valid_tokens, tokenizer, device, world.size)
     with ExitStack() as stack:
         checkpoint = None
         if resume:

@@ -26,6 +26,7 @@ from basic.corpus.stories.grammar import stories
 from basic.model import ModelConfig
 from basic.Tokenizer import Tokenizer
 from basic.tokens.opening import open_tokens, read_info
+from basic.training.records.environment import read_environments
 from basic.training.records.metrics import read_metrics
 from basic.training.run_folder import load_run
 from basic.training.settings import DataConfig, RunConfig, TrainConfig
@@ -289,6 +290,7 @@ def test_quickstart_writes_all_files_and_sets_an_earlier_result_aside(quickstart
     run = load_run(output)
     assert (run.step, run.tokenizer_path) == (4, output / "tokenizer")
     assert Path(run.config.data.train_tokens) == output / "train.bin"
+    assert read_environments(output)[0]["train_tokens"]["path"] == "train.bin"
     loss, info = read_metrics(output / "metrics.jsonl")[-1]["valid_loss"], read_info(output / "valid.bin")
     bits_per_byte = loss / np.log(2) * info.count / info.source_bytes
     assert f"validation loss {loss:.3f} nats per token, {bits_per_byte:.3f} bits per byte" in printed

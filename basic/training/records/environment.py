@@ -29,11 +29,17 @@ _NUM_CHUNKS, _CHUNK_TOKENS = 64, 4096
 
 
 def describe_environment(
-    train_tokens: np.ndarray, valid_tokens: np.ndarray, tokenizer: Any, device: torch.device, processes: int = 1
+    run_dir: Path,
+    train_tokens: np.ndarray,
+    valid_tokens: np.ndarray,
+    tokenizer: Any,
+    device: torch.device,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Collect everything outside the configuration that can change a run's results, as JSON values.
 
     Args:
+        run_dir: token files in it are named relative to it, so that it may be moved.
         tokenizer: None, or any object; its `fingerprint` is saved if it has one.
     """
     return {
@@ -53,8 +59,8 @@ def describe_environment(
         "threads": torch.get_num_threads(),
         "processes": processes,
         "tokenizer_fingerprint": getattr(tokenizer, "fingerprint", None),
-        "train_tokens": _describe_tokens(train_tokens),
-        "valid_tokens": _describe_tokens(valid_tokens),
+        "train_tokens": _describe_tokens(train_tokens, run_dir),
+        "valid_tokens": _describe_tokens(valid_tokens, run_dir),
     }
 
 
@@ -138,7 +144,7 @@ def check_run_tokenizer(run_dir: Path, fingerprint: str | None) -> None:
             )
 
 
-def _describe_tokens(tokens: Tokens) -> dict[str, Any]:
+def _describe_tokens(tokens: Tokens, run_dir: Path) -> dict[str, Any]:
     """Return where tokens come from, and a fingerprint of a sample of them."""
     path, info = mapped_file(tokens)
     mask = open_mask(tokens) if info is None else None  # of a part of a file
@@ -151,6 +157,8 @@ def _describe_tokens(tokens: Tokens) -> dict[str, Any]:
             break
     if info is not None and info.mask_sha256 is not None:
         digest.update(info.mask_sha256.encode())
+    if path is not None and path.is_relative_to(folder := os.path.realpath(run_dir)):
+        path = path.relative_to(folder)
     return {
         "path": None if path is None else str(path),
         "count": len(tokens),
