@@ -28,6 +28,7 @@ from basic.transformer.layers import (
     FEED_FORWARD,
     Embedding,
     KVCache,
+    LayerCache,
     Linear,
     RMSNorm,
     RotaryPositionalEmbedding,
@@ -115,8 +116,7 @@ class MultiHeadSelfAttention(Module):
         self,
         x: Float[Tensor, " ... seq d_model"],
         token_positions: Int[Tensor, "... seq"] | None = None,
-        cache: KVCache | None = None,
-        layer: int = 0,
+        cache: LayerCache | None = None,
         token_ids: Int[Tensor, " ... seq"] | None = None,
         document_starts: Int[Tensor, "... seq"] | None = None,
     ) -> Float[Tensor, " ... seq d_model"]:
@@ -127,7 +127,6 @@ class MultiHeadSelfAttention(Module):
             token_positions: for RoPE only, by default counted from 0, or from the end of the cache; they broadcast
                 against the leading dimensions of x.
             cache: keys and values of earlier tokens; those of x are added.
-            layer: index of this layer in the cache.
             token_ids: of x, for value embeddings.
             document_starts: index of the first token of each token's document, before which it does not attend.
         """
@@ -147,7 +146,7 @@ class MultiHeadSelfAttention(Module):
             window=self.sliding_window,
             document_starts=document_starts,
             change_heads=partial(self._change_heads, values) if changes_heads else None,
-            extend_cache=None if cache is None else partial(cache.extend, layer),
+            extend_cache=None if cache is None else cache.extend,
             num_cached=num_cached,
             fp8=self.fp8,
         )
@@ -209,33 +208,33 @@ class TransformerBlock(Module):
     def forward(
         self,
         x: Float[Tensor, " ... seq d_model"],
-        cache: KVCache | None = None,
-        layer: int = 0,
+        cache: LayerCache | None = None,
         token_ids: Int[Tensor, " ... seq"] | None = None,
         document_starts: Int[Tensor, "... seq"] | None = None,
     ) -> Float[Tensor, " ... seq d_model"]:
         if self.recomputes and cache is None and torch.is_grad_enabled():
             draws = self.dropout > 0 and self.training
             compute = partial(checkpoint, self._compute, use_reentrant=False, preserve_rng_state=draws)
-            return compute(x, None, 0, token_ids, document_starts)
-        return self._compute(x, cache, layer, token_ids, document_starts)
+            return compute(x, None, token_ids, document_starts)
+        return self._compute(x, cache, token_ids, document_starts)
 
     def _compute(
-        self, x: Tensor, cache: KVCache | None, layer: int, token_ids: Tensor | None, document_starts: Tensor | None
+        self, x: Tensor, cache: LayerCache | None, token_ids: Tensor | None, document_starts: Tensor | None
     ) -> Tensor:
-        attend = partial(self.attn, cache=cache, layer=layer, token_ids=token_ids, document_starts=document_starts)
+        attend = partial(self.attn, cache=cache, token_ids=token_ids, document_starts=document_starts)
         if self.norm == "sublayer":
-            x = x + self.ln1(self._drop(attend(x)))
-            return x + self.ln2(self._drop(self.ffn(x)))
+            x = x + self.ln1(_drop(self, attend(x)))
+            return x + self.ln2(_drop(self, self.ffn(x)))
         if self.norm == "post":
-            x = self.ln1(x + self._drop(attend(x)))
-            return self.ln2(x + self._drop(self.ffn(x)))
-        x = x + self._drop(attend(self.ln1(x)))
-        return x + self._drop(self.ffn(self.ln2(x)))
+            x = self.ln1(x + _drop(self, attend(x)))
+            return self.ln2(x + _drop(self, self.ffn(x)))
+        x = x + _drop(self, attend(self.ln1(x)))
+        return x + _drop(self, self.ffn(self.ln2(x)))
 
-    def _drop(self, x: Tensor) -> Tensor:
-        # Without gradients there is no dropout either: a run evaluates and samples between two steps.
-        return dropout(x, self.dropout) if self.dropout and self.training and torch.is_grad_enabled() else x
+
+def _drop(module: TransformerBlock | TransformerLM, x: Tensor) -> Tensor:
+    # Without gradients there is no dropout either: a run evaluates and samples between two steps.
+    return dropout(x, module.dropout) if module.dropout and module.training and torch.is_grad_enabled() else x
 
 
 class TransformerLM(Module):
@@ -327,12 +326,12 @@ class TransformerLM(Module):
         x = self.token_embeddings(token_ids).to(self.compute_dtype)
         if self.config.embedding_norm:
             x = dispatch.rms_norm(x, x.new_ones(x.shape[-1]), self.config.norm_eps)
-        return dropout(x, self.dropout) if self.dropout and self.training and torch.is_grad_enabled() else x
+        return _drop(self, x)
 
     def _compute_blocks(self, token_ids: Tensor, cache: KVCache | None, document_starts: Tensor | None) -> Tensor:
         x = self._embed(token_ids)
         for layer, block in enumerate(self.layers):
-            x = block(x, cache, layer, token_ids, document_starts)
+            x = block(x, None if cache is None else cache.of_layer(layer), token_ids, document_starts)
         return x
 
     def _loss_after_blocks(self, x: Tensor, targets: Tensor, num_targets: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -219,6 +220,20 @@ class SquaredReLUFeedForward(SiLUFeedForward):
 FEED_FORWARD = {"swiglu": SwiGLU, "silu": SiLUFeedForward, "relu2": SquaredReLUFeedForward}
 
 
+class LayerCache(NamedTuple):
+    """What a `KVCache` has of one layer."""
+
+    keys: Float[Tensor, " batch kv_heads context d_head"]
+    values: Float[Tensor, " batch kv_heads context d_head"]
+    length: int
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new keys and values, (batch, kv_heads, new, d_head); return those of all tokens so far."""
+        end = self.length + keys.shape[-2]
+        self.keys[:, :, self.length : end], self.values[:, :, self.length : end] = keys, values
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
 class KVCache:
     """Keys and values of earlier tokens, for every layer, in buffers of fixed size.
 
@@ -244,12 +259,9 @@ class KVCache:
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new keys and values of a layer, (batch, heads, new, d_head); return those of all tokens so far."""
-        end = self.length + keys.shape[-2]
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def of_layer(self, layer: int) -> LayerCache:
+        """Views of the keys and values of a layer."""
+        return LayerCache(self.keys[layer], self.values[layer], self.length)
 
     def advance(self, num_tokens: int) -> None:
         """Keep the keys and values that the last forward pass has written."""

@@ -216,6 +216,6 @@ def test_attention_of_several_tokens_to_a_cache_is_that_of_all(window: int | Non
     cache = KVCache(tiny(**sizes), 2, dtype=torch.float64)
     parts = []
     for part in x.split((4, 4, 1), 1):
-        parts.append(attention(part, None, cache))
+        parts.append(attention(part, None, cache.of_layer(0)))
         cache.advance(part.shape[1])
     assert_close(torch.cat(parts, 1), attention(x))
