@@ -43,9 +43,10 @@ from basic.common.files import atomic_write, load_json_object, make_folder, open
 from basic.common.folder_lock import FolderLock
 from basic.common.outputs import Output, check_outputs
 from basic.generation.text import SavableTokenizer
+from basic.training.checkpoints.of_run import checkpoint_paths, newest_checkpoint
 from basic.training.loop import train
 from basic.training.records.metrics import read_metrics
-from basic.training.run_folder import Run, checkpoint_paths, load_run, load_run_config, newest_checkpoint
+from basic.training.run_folder import Run, load_run, load_run_config
 from basic.training.settings import DataConfig, RunConfig
 
 _KEYS = ("config", "settings", "grid", "variants")

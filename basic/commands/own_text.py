@@ -27,10 +27,11 @@ from basic.common import command_line
 from basic.common.config_files import from_table
 from basic.common.errors import InvalidInputError
 from basic.model import TransformerLM
+from basic.training.checkpoints.of_run import valid_losses
 from basic.training.loop import train
 from basic.training.parallel.devices import activation_dtype, choose_device, matmul_flops_per_s
 from basic.training.recipes import RecipeName, depth_for, num_matrix_parameters, recipe_settings, training_flops
-from basic.training.run_folder import Run, valid_losses
+from basic.training.run_folder import Run
 from basic.training.settings import DataConfig, RunConfig
 from basic.training.step import TrainStep, make_optimizer
 

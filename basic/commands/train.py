@@ -27,10 +27,11 @@ from basic.common import command_line
 from basic.common.config_files import convert, from_table, load_config
 from basic.common.errors import InvalidConfigError, InvalidInputError
 from basic.formats.initial_model import InitialModel, open_initial_model
+from basic.training.checkpoints.of_run import checkpoint_paths
 from basic.training.parallel.devices import choose_device, matmul_flops_per_s
 from basic.training.parallel.world import World, join_world
 from basic.training.recipes import RecipeName, recipe_settings
-from basic.training.run_folder import checkpoint_paths, load_run_config
+from basic.training.run_folder import load_run_config
 from basic.training.settings import DataConfig, RunConfig, TrainConfig
 from basic.transformer.configuration import ModelConfig
 

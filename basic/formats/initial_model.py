@@ -13,7 +13,8 @@ from basic.formats.gguf_file import is_gguf
 from basic.formats.import_model import open_model
 from basic.model import TransformerLM
 from basic.Tokenizer import Tokenizer
-from basic.training.run_folder import checkpoint_step, find_checkpoint_path, load_run
+from basic.training.checkpoints.of_run import checkpoint_step, find_checkpoint_path
+from basic.training.run_folder import load_run
 from basic.training.settings import DataConfig, RunConfig, TrainConfig
 
 # What a run has that is started from weights, unless it is told otherwise: rates that change trained weights little.

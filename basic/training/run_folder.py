@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import fields, replace
 from functools import lru_cache
 from importlib import import_module
@@ -26,20 +25,15 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from basic.common.arguments import check_integer
 from basic.common.config_files import from_table, load_config, save_config
 from basic.common.errors import DamagedFileError, InvalidConfigError, InvalidInputError, NotARunError
 from basic.common.file_sets import CHECKSUMS_NAME, check_checksums, remove_set, write_checksums
 from basic.common.files import read_file, temporary_folder
 from basic.generation.text import SavableTokenizer, complete
 from basic.model import ModelConfig, TransformerLM
-from basic.training.checkpoints.file import Checkpoint, load_state, read_checkpoint, read_document
-from basic.training.checkpoints.sharded import (
-    read_sharded_checkpoint,
-    read_sharded_document,
-    remove_checkpoint,
-    without_values,
-)
+from basic.training.checkpoints.file import Checkpoint, load_state
+from basic.training.checkpoints.of_run import checkpoint_paths, find_checkpoint_path, newest_checkpoint, open_checkpoint
+from basic.training.checkpoints.sharded import remove_checkpoint, without_values
 from basic.training.checkpoints.state import check_shapes, rename_wrapped_keys, without_wrappers
 from basic.training.parallel.devices import activation_dtype, choose_device
 from basic.training.records.environment import check_run_tokenizer
@@ -48,7 +42,6 @@ from basic.training.settings import RunConfig
 
 _RECORDS = ("environment.json", "metrics.jsonl", "samples.txt", "outcome.json")
 """Files to which another run must not append; outcome.json is that of a sweep."""
-_CHECKPOINT_NAME = re.compile(r"step_\d+(\.safetensors)?")
 
 
 class Run(NamedTuple):
@@ -326,100 +319,3 @@ def check_same_model(
             raise InvalidConfigError(
                 f"{before} with model.{name} = {getattr(saved, name)}, but {now} {getattr(given, name)}; {remedy}"
             )
-
-
-def checkpoint_paths(run_dir: Path) -> list[Path]:
-    """List the checkpoints of a run, files and folders, oldest first."""
-    paths = (run_dir / "checkpoints").glob("step_*")
-    return sorted((path for path in paths if _CHECKPOINT_NAME.fullmatch(path.name)), key=lambda path: path.name)
-
-
-def checkpoint_step(path: Path) -> int:
-    """Return the number of steps done when a checkpoint was saved."""
-    return int(path.stem.removeprefix("step_"))
-
-
-def find_checkpoint_path(run_dir: Path, checkpoint: int | str) -> Path:
-    """Return the path of a checkpoint of a run.
-
-    Args:
-        checkpoint: its step, or "best" for the one with the lowest validation loss.
-
-    Raises:
-        FileNotFoundError: the run does not have it.
-        InvalidInputError: `checkpoint` is something else.
-    """
-    paths = {checkpoint_step(path): path for path in checkpoint_paths(run_dir)}
-    remedy = f"give one of {', '.join(map(str, paths)) or 'none: it has no checkpoint'}, or leave it out for the newest"
-    if isinstance(checkpoint, str):
-        if checkpoint != "best":
-            raise InvalidInputError(f"checkpoint must be a step, 'best' or 'last', got {checkpoint!r}; {remedy}")
-        losses = valid_losses(run_dir)
-        if not losses:
-            raise FileNotFoundError(f"{run_dir} has no checkpoint whose validation loss was measured; {remedy}")
-        return paths[min(losses, key=lambda step: losses[step])]
-    if check_integer("checkpoint", checkpoint) not in paths:
-        raise FileNotFoundError(f"{run_dir} has no checkpoint of step {checkpoint}; {remedy}")
-    return paths[checkpoint]
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint, which is a file or the folder of a sharded model.
-
-    Raises:
-        DamagedFileError: the checkpoint is not complete.
-    """
-    return read_sharded_checkpoint(path) if path.is_dir() else read_checkpoint(path)
-
-
-def read_checkpoint_document(path: Path) -> dict[str, Any]:
-    """Read the JSON document of a checkpoint, which is a file or a folder, without verifying it.
-
-    Raises:
-        DamagedFileError: it has no document.
-    """
-    return read_sharded_document(path) if path.is_dir() else read_document(path)
-
-
-def valid_losses(run_dir: Path) -> dict[int, float]:
-    """Return the validation loss of each checkpoint for which it was measured, by step.
-
-    A checkpoint contains its own loss. Those of earlier versions do not, so the log is asked for them.
-    """
-    metrics = run_dir / "metrics.jsonl"
-    records = read_metrics(metrics) if metrics.exists() else []
-    logged = {record["step"]: record.get("valid_loss") for record in records}
-    losses = {}
-    for path in checkpoint_paths(run_dir):
-        try:
-            extra = read_checkpoint_document(path).get("extra")
-        except DamagedFileError:
-            continue
-        loss = (extra if isinstance(extra, dict) else {}).get("valid_loss", logged.get(checkpoint_step(path)))
-        if isinstance(loss, float):  # none was measured, or it is not finite and so no number in JSON
-            losses[checkpoint_step(path)] = loss
-    return losses
-
-
-def newest_checkpoint(run_dir: Path, report: Callable[[str], None]) -> Checkpoint:
-    """Open the newest complete checkpoint of a run.
-
-    Args:
-        report: called with a warning for each newer checkpoint that is damaged.
-
-    Raises:
-        NotARunError: there is no checkpoint.
-        DamagedFileError: no checkpoint is complete.
-    """
-    folder, paths = run_dir / "checkpoints", checkpoint_paths(run_dir)
-    if not paths:
-        raise NotARunError(f"{folder} has no checkpoint (step_*) yet")
-    for path in reversed(paths):
-        try:
-            return open_checkpoint(path)
-        except DamagedFileError as error:
-            report(f"warning: {error}")
-    raise DamagedFileError(
-        f"none of the {len(paths)} checkpoints in {folder} is complete, the newest is {paths[-1].name}; restore one "
-        "from a copy, or train again with --overwrite"
-    )

@@ -18,23 +18,19 @@ from basic.common.files import atomic_write, difference_from_object, read_file
 from basic.model import TransformerLM
 from basic.training.checkpoints.background import BackgroundSaver
 from basic.training.checkpoints.file import Checkpoint, load_state
+from basic.training.checkpoints.of_run import (
+    checkpoint_paths,
+    checkpoint_step,
+    newest_checkpoint,
+    open_checkpoint,
+    valid_losses,
+)
 from basic.training.checkpoints.sharded import load_sharded_state, remove_checkpoint
 from basic.training.parallel.world import SINGLE_PROCESS, World, is_sharded
 from basic.training.records.log import NullLog, RunLog
 from basic.training.records.metrics import describe_lost_records, encode_record, read_all_records
 from basic.training.records.samples import format_sample
-from basic.training.run_folder import (
-    check_model_config,
-    check_same_model,
-    checkpoint_paths,
-    checkpoint_step,
-    load_run_config,
-    newest_checkpoint,
-    open_checkpoint,
-    save_run_config,
-    set_aside,
-    valid_losses,
-)
+from basic.training.run_folder import check_model_config, check_same_model, load_run_config, save_run_config, set_aside
 from basic.training.settings import RunConfig, TrainConfig
 from basic.transformer.optimizer import AdamW
 

@@ -41,8 +41,9 @@ from basic.common.native.cache_files import kept_arrays
 from basic.common.native.kernel import Kernel
 from basic.pretokenization import GPT2_PATTERN
 from basic.Tokenizer import Tokenizer
+from basic.training.checkpoints.of_run import checkpoint_paths, open_checkpoint
 from basic.training.records.metrics import read_all_records
-from basic.training.run_folder import checkpoint_paths, load_run, open_checkpoint
+from basic.training.run_folder import load_run
 
 REPOSITORY = Path(basic.__file__).resolve().parents[1]
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"

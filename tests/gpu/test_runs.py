@@ -18,9 +18,9 @@ from basic.analysis.evaluation import evaluate_tokens
 from basic.model import ModelConfig, TransformerLM
 from basic.training.checkpoints.background import BackgroundSaver
 from basic.training.checkpoints.file import read_checkpoint
+from basic.training.checkpoints.of_run import checkpoint_paths
 from basic.training.loop import make_optimizer, train
 from basic.training.records.metrics import read_metrics, read_records
-from basic.training.run_folder import checkpoint_paths
 from basic.training.settings import RunConfig, TrainConfig
 from basic.training.step import TrainStep
 

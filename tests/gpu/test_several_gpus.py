@@ -14,8 +14,8 @@ import torch
 if not torch.cuda.is_available() or torch.cuda.device_count() < 2:
     pytest.skip("needs two GPUs", allow_module_level=True)
 
+from basic.training.checkpoints.of_run import checkpoint_paths
 from basic.training.parallel.world import SINGLE_PROCESS
-from basic.training.run_folder import checkpoint_paths
 from tests.helpers.ranks_tools import checksums, fp8_scales, losses, run_job, signal_rank_1, start_processes
 
 

@@ -18,8 +18,8 @@ import torch._dynamo  # an optimizer imports it, which takes seconds: here once 
 from basic.common.errors import DamagedFileError
 from basic.model import ModelConfig
 from basic.training.checkpoints.file import read_checkpoint
+from basic.training.checkpoints.of_run import checkpoint_paths
 from basic.training.loop import train
-from basic.training.run_folder import checkpoint_paths
 from basic.training.settings import RunConfig, TrainConfig
 from basic.training.step import TrainStep
 from tests.helpers.forks import exit_status, run_in_fork

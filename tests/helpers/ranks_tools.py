@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from basic.common import command_line
+from basic.training.checkpoints.of_run import checkpoint_paths, open_checkpoint
 from basic.training.loop import train
 from basic.training.parallel.world import World, join_world
 from basic.training.records.metrics import read_records
-from basic.training.run_folder import checkpoint_paths, open_checkpoint
 from basic.transformer.optimizer import local_shard
 from tests.helpers.fault_tools import TRAIN, VALID, VOCAB, configuration, poisoned_step
 from tests.helpers.number_tokenizer import NumberTokenizer

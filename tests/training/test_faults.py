@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from basic.training.checkpoints.file import read_checkpoint
+from basic.training.checkpoints.of_run import checkpoint_paths
 from basic.training.loop import train
 from basic.training.records.metrics import read_metrics, read_records
-from basic.training.run_folder import checkpoint_paths
 from basic.training.step import TrainStep
 from tests.helpers.fault_tools import TRAIN, VALID, checkpoint_names, configuration, poisoned_step
 

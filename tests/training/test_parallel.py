@@ -13,10 +13,11 @@ import torch
 
 from basic.common.errors import DamagedFileError, InvalidConfigError
 from basic.model import TransformerLM
+from basic.training.checkpoints.of_run import checkpoint_paths, open_checkpoint
 from basic.training.parallel.replica import GradientReducer
 from basic.training.parallel.world import SINGLE_PROCESS, World
 from basic.training.records.metrics import read_records
-from basic.training.run_folder import checkpoint_paths, load_run, open_checkpoint
+from basic.training.run_folder import load_run
 from basic.training.step import model_segments
 from basic.transformer.kernels import dispatch
 from tests.helpers.fault_tools import VOCAB, configuration

@@ -17,9 +17,10 @@ import torch
 from basic.common.config_files import save_config
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.training.checkpoints.file import read_checkpoint, save_checkpoint, write_checkpoint
+from basic.training.checkpoints.of_run import checkpoint_paths, open_checkpoint
 from basic.training.loop import train
 from basic.training.records.metrics import read_metrics
-from basic.training.run_folder import checkpoint_paths, load_run, open_checkpoint
+from basic.training.run_folder import load_run
 from basic.training.step import TrainStep
 from tests.helpers.fault_tools import TRAIN, VALID, VOCAB, checkpoint_names, configuration, poisoned_step
 from tests.helpers.forks import exit_status, run_in_fork

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from basic.chat import ChatFormat
 from basic.common.errors import InvalidInputError
 from basic.Tokenizer import Tokenizer
+from basic.training.checkpoints.of_run import checkpoint_paths, checkpoint_step
 from basic.training.records.environment import check_run_tokenizer
-from basic.training.run_folder import Run, checkpoint_paths, checkpoint_step, load_run
+from basic.training.run_folder import Run, load_run
 
 MAX_LOADED = 4
 """Models that stay in memory."""

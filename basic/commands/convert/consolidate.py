@@ -27,8 +27,8 @@ def main(options: Options) -> None:
     from basic.common.folder_lock import FolderLock
     from basic.common.outputs import Output, reserved_outputs
     from basic.training.checkpoints.file import write_checkpoint
+    from basic.training.checkpoints.of_run import checkpoint_paths
     from basic.training.checkpoints.sharded import read_sharded_checkpoint
-    from basic.training.run_folder import checkpoint_paths
 
     is_run = (options.source / "config.toml").is_file()
     folders = [path for path in checkpoint_paths(options.source) if path.is_dir()] if is_run else [options.source]

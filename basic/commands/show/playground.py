@@ -57,7 +57,8 @@ def main(options: Options) -> None:
     from basic.analysis.playground.answers import Playground
     from basic.analysis.playground.server import create_app, serve
     from basic.bpe.loading import load_kernels
-    from basic.training.run_folder import load_run_config, newest_checkpoint
+    from basic.training.checkpoints.of_run import newest_checkpoint
+    from basic.training.run_folder import load_run_config
 
     if options.port is not None and not 0 <= options.port < 2**16:
         raise InvalidInputError(f"--port must be from 0 to 65535, got {options.port}")

@@ -16,9 +16,10 @@ from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.tokens.flat_file import TokenFileWriter
 from basic.tokens.opening import open_tokens
 from basic.training.checkpoints.file import load_checkpoint, read_checkpoint, save_checkpoint, write_checkpoint
+from basic.training.checkpoints.of_run import checkpoint_paths
 from basic.training.loop import train
 from basic.training.records.metrics import read_all_records
-from basic.training.run_folder import checkpoint_paths, load_run, load_run_config
+from basic.training.run_folder import load_run, load_run_config
 from tests.helpers.fault_tools import TRAIN, VALID, configuration
 
 

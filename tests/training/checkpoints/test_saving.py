@@ -16,10 +16,11 @@ import torch
 from basic.common.files import sha256_of_file
 from basic.model import TransformerLM
 from basic.training.checkpoints.file import read_checkpoint, save_checkpoint
+from basic.training.checkpoints.of_run import checkpoint_paths
 from basic.training.loop import make_optimizer, train
 from basic.training.records.log import NullLog
 from basic.training.records.metrics import read_records
-from basic.training.run_folder import checkpoint_paths, load_run
+from basic.training.run_folder import load_run
 from basic.training.saving import RETRY_S, CheckpointManager, RunProgress
 from basic.training.step import TrainStep
 from tests.helpers.fault_tools import TRAIN, VALID, checkpoint_names, configuration, poisoned_step
