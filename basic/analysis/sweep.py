@@ -45,7 +45,7 @@ from basic.common.outputs import Output, check_outputs
 from basic.generation.text import SavableTokenizer
 from basic.training.checkpoints.of_run import checkpoint_paths, newest_checkpoint
 from basic.training.loop import train
-from basic.training.records.metrics import read_metrics
+from basic.training.records.metrics import logged_metrics
 from basic.training.run_folder import Run, load_run, load_run_config
 from basic.training.settings import DataConfig, RunConfig
 
@@ -184,8 +184,7 @@ def plot_sweep(runs: Sequence[SweepRun], folder: str | os.PathLike) -> Path | No
     """Plot the losses of all runs that have records to loss.png, and return its path; None without any records."""
     from basic.analysis.plotting import plot_losses
 
-    records = {run.name: _read_records(Path(folder) / run.name) for run in runs}
-    records = {name: run_records for name, run_records in records.items() if run_records}
+    records = {run.name: logged for run in runs if (logged := logged_metrics(Path(folder) / run.name))}
     if not records:
         return None
     picture = Path(folder) / "loss.png"
@@ -233,7 +232,7 @@ def _train_and_evaluate(
     except (FloatingPointError, MemoryError) as error:
         kind = "out of memory" if isinstance(error, MemoryError) else "diverged"
         loss, remark = None, f"{kind}: {str(error).splitlines()[0].split(';')[0]}"
-    last = (_read_records(run_dir) or [{"tokens": 0, "wall_s": 0.0}])[-1]
+    last = (logged_metrics(run_dir) or [{"tokens": 0, "wall_s": 0.0}])[-1]
     tokens, wall_s = last.get("tokens", 0), last.get("wall_s") or 0.0
     result = RunResult(name=run.name, loss=loss, tokens=tokens, wall_s=wall_s, remark=remark)
     run_dir.mkdir(parents=True, exist_ok=True)  # missing if memory ran out before training started
@@ -267,11 +266,6 @@ def _read_result(run_dir: Path) -> RunResult | None:
 def _is_table(path: Path) -> bool:
     with open_file(path) as file:
         return file.read(len(_TABLE_START)) == _TABLE_START.encode()
-
-
-def _read_records(run_dir: Path) -> list[dict[str, Any]]:
-    log = run_dir / "metrics.jsonl"
-    return read_metrics(log) if log.is_file() else []
 
 
 def _check_same_config(run_dir: Path, config: RunConfig) -> None:

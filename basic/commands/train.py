@@ -179,7 +179,7 @@ def start(options: Options, initial: InitialModel | None, world: World) -> None:
     from basic.Tokenizer import Tokenizer
     from basic.tokens.opening import open_tokens
     from basic.training.loop import train
-    from basic.training.records.metrics import read_metrics
+    from basic.training.records.metrics import logged_metrics
 
     output, data = options.output or Path("runs/unnamed"), options.run.data
     if options.resume is not None and output != options.resume:
@@ -212,8 +212,7 @@ def start(options: Options, initial: InitialModel | None, world: World) -> None:
     is_new = options.overwrite or not (output / "config.toml").exists()
     if world.size == 1 and options.run.train.minutes is None and (is_new or options.resume is not None):
         options.run.train.check_schedule()
-        log = output / "metrics.jsonl"  # not there if the run was killed before its first line
-        records = read_metrics(log) if log.exists() and not is_new else []
+        records = [] if is_new else logged_metrics(output)
         steps_left = options.run.train.steps - (records[-1]["step"] if records else 0)
         if all(len(each) > options.run.model.context_length for each in tokens):  # else the run says what is wrong
             own_text.announce(options.run, steps_left, choose_device(options.run.train.device))

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
-import safetensors.torch
 import torch
 
 from basic.chat import ChatFormat
@@ -24,7 +23,7 @@ from basic.formats.tokenizers import save_tokenizer_json
 from basic.model import TransformerLM
 from basic.Tokenizer import Tokenizer
 from basic.training.batches import check_tokenizer_size
-from basic.training.checkpoints.file import disk_errors
+from basic.training.checkpoints.file import disk_errors, save_safetensors
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOO_MANY_IDS = "export the model with the tokenizer it was trained with"
@@ -82,11 +81,7 @@ def export_hf(
         # config.json, because there it would exclude this id's embedding from training.
         eos = {"eos_token_id": ends if len(ends) > 1 else next(iter(ends), None)}
         write_json(folder / "generation_config.json", {**ids, **eos, "pad_token_id": end_id}, indent=2)
-        (folder / "model.safetensors").touch()
-        mode = (folder / "model.safetensors").stat().st_mode  # safetensors creates files that only the owner can read
-        with disk_errors():
-            safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
-        (folder / "model.safetensors").chmod(mode)
+        save_safetensors(weights, folder / "model.safetensors", {"format": "pt"})
         if tokenizer is not None:
             save_tokenizer_json(tokenizer, folder / "tokenizer.json")
             settings = _tokenizer_config(model, None if end_id is None else end_of_text)

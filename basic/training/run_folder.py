@@ -37,7 +37,7 @@ from basic.training.checkpoints.sharded import remove_checkpoint, without_values
 from basic.training.checkpoints.state import check_shapes, rename_wrapped_keys, without_wrappers
 from basic.training.parallel.devices import activation_dtype, choose_device
 from basic.training.records.environment import check_run_tokenizer
-from basic.training.records.metrics import read_metrics
+from basic.training.records.metrics import logged_metrics
 from basic.training.settings import RunConfig
 
 _RECORDS = ("environment.json", "metrics.jsonl", "samples.txt", "outcome.json")
@@ -247,8 +247,7 @@ def _was_started(run_dir: Path) -> bool:
 
 def _has_steps(run_dir: Path) -> bool:
     """Whether a run has saved or logged a step."""
-    metrics = run_dir / "metrics.jsonl"
-    return bool(checkpoint_paths(run_dir)) or (metrics.is_file() and bool(read_metrics(metrics)))
+    return bool(checkpoint_paths(run_dir) or logged_metrics(run_dir))
 
 
 def set_aside(path: Path) -> Path:

@@ -23,6 +23,7 @@ from basic.common.errors import InvalidInputError
 from basic.generation.text import stream
 from basic.model import TransformerLM
 from basic.Tokenizer import Tokenizer
+from basic.training.run_folder import Run
 from basic.transformer.functional import at_least_float32, softmax, token_losses
 
 MAX_SHOWN_TOKENS = 3000
@@ -91,8 +92,7 @@ class Playground(Choices):
         run, tokenizer = self._model(model, checkpoint)
         ids = tokenizer.encode_array(text)
         max_inputs = min(run.config.model.context_length, MAX_SCORED_TOKENS)
-        end_id = tokenizer.special_token_ids.get(run.config.train.end_of_text)
-        prefix = [] if end_id is None else [end_id]
+        prefix = _document_start(run, tokenizer)
         max_tokens = max_inputs + 1 - len(prefix)  # the last token is a target, but not an input
         if keep_end and len(ids) > max_tokens:
             first, prefix = len(ids) - max_inputs - 1, []
@@ -132,8 +132,7 @@ class Playground(Choices):
             InvalidInputError: there is no model, or the text cannot be encoded.
         """
         run, tokenizer = self._model(model, checkpoint)
-        end_id = tokenizer.special_token_ids.get(run.config.train.end_of_text)
-        ids = [*([] if end_id is None else [end_id]), *tokenizer.encode_array(text).tolist()]
+        ids = [*_document_start(run, tokenizer), *tokenizer.encode_array(text).tolist()]
         ids = ids[: min(run.config.model.context_length, MAX_MAPPED_TOKENS)]
         maps = attention_maps(run.model, ids) if ids else torch.zeros(0, 0, 0, 0)
         weights = (255 * maps).round().to(torch.uint8).numpy().tobytes()
@@ -205,6 +204,12 @@ class Playground(Choices):
     def _model(self, name: str | None, checkpoint: int | None) -> LoadedModel:
         run, tokenizer = self.model(name, checkpoint)
         return LoadedModel(run, _with_deadline(tokenizer))
+
+
+def _document_start(run: Run, tokenizer: Tokenizer) -> list[int]:
+    """The id of the end-of-text token, which precedes every document in training; none if the tokenizer has none."""
+    end_id = tokenizer.special_token_ids.get(run.config.train.end_of_text)
+    return [] if end_id is None else [end_id]
 
 
 class _PatternWithDeadline:

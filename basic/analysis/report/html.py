@@ -32,9 +32,10 @@ def lines(texts: Iterable[str]) -> str:
     return "\n".join(texts)
 
 
-def abbreviate(items: Iterable[str], limit: int = 10) -> str:
+def abbreviate(items: Iterable[str]) -> str:
+    """The first ten of them, and how many more there are."""
     items = list(items)
-    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
+    return ", ".join(items[:10]) + (f" and {len(items) - 10} more" if len(items) > 10 else "")
 
 
 def format_setting(value: Any) -> str:

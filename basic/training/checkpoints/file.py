@@ -23,6 +23,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
 
 import safetensors.torch
@@ -130,12 +131,8 @@ def write_staged_checkpoint(staged: StagedCheckpoint, out: PathOrFile) -> None:
         if isinstance(out, (str, os.PathLike)):
             with atomic_paths(out) as (temporary,), temporary_folder(out) as folder:
                 written = folder / "checkpoint"
-                written.touch()
-                mode = written.stat().st_mode  # safetensors would create a file that only its owner can read
                 # First safetensors writes a file with a random name, which a killed process leaves.
-                with disk_errors():
-                    safetensors.torch.save_file(staged.tensors, written, metadata)
-                written.chmod(mode)
+                save_safetensors(staged.tensors, written, metadata)
                 os.rename(written, temporary)
                 digest = sha256_of_file(temporary)
                 with open(temporary, "r+b") as file:
@@ -150,6 +147,20 @@ def write_staged_checkpoint(staged: StagedCheckpoint, out: PathOrFile) -> None:
                 written += out.write(memoryview(content)[written:])
     except SafetensorError as error:
         raise InvalidInputError(f"the checkpoint does not fit into a safetensors file: {error}") from error
+
+
+def save_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a new safetensors file that others may read as they may read any new file.
+
+    Raises:
+        SafetensorError: the metadata are too large.
+        OSError: the disk is full, or fails otherwise.
+    """
+    path.touch()
+    mode = path.stat().st_mode  # safetensors creates files that only their owner can read
+    with disk_errors():
+        safetensors.torch.save_file(tensors, path, metadata)
+    path.chmod(mode)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from basic.common.arguments import check_integer
 from basic.common.errors import DamagedFileError, InvalidInputError, NotARunError
 from basic.training.checkpoints.file import Checkpoint, read_checkpoint, read_document
 from basic.training.checkpoints.sharded import read_sharded_checkpoint, read_sharded_document
-from basic.training.records.metrics import read_metrics
+from basic.training.records.metrics import logged_metrics
 
 _NAME = re.compile(r"step_\d+(\.safetensors)?")
 
@@ -64,9 +64,7 @@ def valid_losses(run_dir: Path) -> dict[int, float]:
 
     A checkpoint contains its own loss. Those of earlier versions do not, so the log is asked for them.
     """
-    metrics = run_dir / "metrics.jsonl"
-    records = read_metrics(metrics) if metrics.exists() else []
-    logged = {record["step"]: record.get("valid_loss") for record in records}
+    logged = {record["step"]: record.get("valid_loss") for record in logged_metrics(run_dir)}
     losses = {}
     for path in checkpoint_paths(run_dir):
         try:

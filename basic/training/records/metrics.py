@@ -41,6 +41,12 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     return read_records(path, None)
 
 
+def logged_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Read the training records of a run, oldest first; none if it has not begun its log."""
+    path = run_dir / "metrics.jsonl"
+    return read_metrics(path) if path.is_file() else []
+
+
 def read_records(path: str | os.PathLike, kind: str | None) -> list[dict[str, Any]]:
     """Read the records of one kind, oldest first.
 
