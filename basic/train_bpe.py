@@ -2,7 +2,7 @@
 
 The text is first counted: `build_count_table` splits text of any size into pre-tokens and returns the distinct ones
 with their counts, as `Counter(GPT2_PATTERN.find(text))` would. The rest of the training needs only these counts. The
-plain algorithm is `_MergeState`; `basic.bpe.kernels.learn_merges` is its compiled version.
+plain algorithm is `_MergeState`; `basic.bpe.kernels.merges.learn_merges` is its compiled version.
 """
 
 from __future__ import annotations

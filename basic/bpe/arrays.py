@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# A larger vocabulary does not fit the hash table of merges (ID_BITS and RANK_BITS in kernels/apply_merges.py).
+# A larger vocabulary does not fit the hash table of merges (ID_BITS and RANK_BITS in kernels/merges/apply_merges.py).
 MAX_VOCAB_SIZE = (1 << 21) - 1
 # Merging a pre-token takes up to fifty bytes of memory a byte. Text has none as long as this.
 MAX_PRETOKEN_BYTES = 1 << 24

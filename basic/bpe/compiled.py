@@ -7,8 +7,7 @@ the same results. `basic.bpe.loading` decides which texts use the kernels:
     kernels/hash_table     the hash table of pre-tokens
     kernels/special_tokens find special tokens
     kernels/count          scan, look up, add one; sort pre-tokens, sum the counts of equal ones
-    kernels/learn_merges   learn merges from counts
-    kernels/apply_merges   apply merges to a new pre-token
+    kernels/merges/        learn merges from counts; apply merges to a new pre-token
     kernels/encode         scan, look up, copy ids
     kernels/encoders       call it, for arrays and for short strings
     kernels/decode         ids to bytes
@@ -135,7 +134,7 @@ def learn_merges(
         advance: gets the number of new merges, now and then.
     """
     load_kernels("training")
-    from basic.bpe.kernels.learn_merges import MergeLearner
+    from basic.bpe.kernels.merges.learn_merges import MergeLearner
 
     learner = MergeLearner(pretokens, num_merges, first_merges, max_token_bytes)
     num_learned = 0
@@ -158,8 +157,8 @@ class KernelEncoder:
         self, rules: MergeRules, pattern: Automaton, special_tokens: Sequence[tuple[bytes, int]], dtype: np.dtype
     ) -> None:
         load_kernels("encoding")
-        from basic.bpe.kernels.apply_merges import merges_as_arrays
         from basic.bpe.kernels.encoders import StringEncoder
+        from basic.bpe.kernels.merges.merge_arrays import merges_as_arrays
         from basic.bpe.kernels.scan import pattern_tables
         from basic.bpe.kernels.special_tokens import special_token_tables
 
@@ -192,7 +191,7 @@ class KernelEncoder:
         Raises:
             OverflowError: a token is longer than the kernel can merge.
         """
-        from basic.bpe.kernels.apply_merges import last_merges
+        from basic.bpe.kernels.merges.merge_arrays import last_merges
 
         lefts, rights = last_merges(self._merges, *joined_bytes(tokens))
         if (lefts == -2).any():

@@ -140,7 +140,7 @@ def _some_pattern() -> PatternTables:
 def _call_training_kernels() -> None:
     from basic.bpe.kernels.count import PretokenCounter, sort_and_sum
     from basic.bpe.kernels.hash_table import new_table, rehash
-    from basic.bpe.kernels.learn_merges import MergeLearner
+    from basic.bpe.kernels.merges.learn_merges import MergeLearner
     from basic.bpe.kernels.special_tokens import special_token_tables
 
     data = bytes_array(b"the cat and the dog, \xc3\xa9t\xc3\xa9 " + b"long" * 300)
@@ -153,10 +153,10 @@ def _call_training_kernels() -> None:
 
 
 def _call_encoding_kernels() -> None:
-    from basic.bpe.kernels.apply_merges import merges_as_arrays
     from basic.bpe.kernels.decode import TokenBytes
     from basic.bpe.kernels.encoders import PretokenEncoder
     from basic.bpe.kernels.hash_table import new_table, rehash
+    from basic.bpe.kernels.merges.merge_arrays import merges_as_arrays
     from basic.bpe.kernels.special_tokens import special_token_tables
 
     data = bytes_array(b"the cat and the dog, \xc3\xa9t\xc3\xa9 " + b"long" * 300)

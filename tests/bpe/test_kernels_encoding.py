@@ -71,8 +71,8 @@ def test_the_ids_do_not_depend_on_the_chunks(tmp_path, monkeypatch, pair, seed):
 
 
 def test_a_full_cache_is_emptied(pair):
-    from basic.bpe.kernels.apply_merges import merges_as_arrays
     from basic.bpe.kernels.encoders import PretokenEncoder
+    from basic.bpe.kernels.merges.merge_arrays import merges_as_arrays
     from basic.bpe.kernels.scan import pattern_tables
     from basic.bpe.kernels.special_tokens import special_token_tables
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from basic.bpe.kernels import apply_merges
+from basic.bpe.kernels.merges import merge_arrays
 from basic.common.errors import InvalidInputError
 from basic.Tokenizer import Tokenizer
 from basic.tokenizer_files import rank_file
@@ -80,10 +80,10 @@ def test_what_is_kept_of_a_rank_file(tmp_path, monkeypatch):
     lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in vocab.items()]
     (tmp_path / "x.tiktoken").write_bytes(b"".join(lines))
     (tmp_path / "kept").mkdir()
-    for module in (rank_file, apply_merges):
+    for module in (rank_file, merge_arrays):
         monkeypatch.setattr(module, "cache_folder", lambda: tmp_path / "kept")
     monkeypatch.setattr(rank_file, "_MIN_KEPT_BYTES", 0)
-    monkeypatch.setattr(apply_merges, "_MIN_KEPT_TOKENS", 0)
+    monkeypatch.setattr(merge_arrays, "_MIN_KEPT_TOKENS", 0)
 
     def ids() -> list[int]:
         tokenizer = Tokenizer.load(tmp_path / "x.tiktoken", pattern="gpt2")
@@ -96,7 +96,7 @@ def test_what_is_kept_of_a_rank_file(tmp_path, monkeypatch):
     assert {path.name.split(".")[0] for path in paths} == {"ranks", "joins"}
     with monkeypatch.context() as patch:
         patch.setattr(rank_file, "_parse", lambda *_: pytest.fail("it is parsed again"))
-        patch.setattr(apply_merges, "last_joins", lambda *_: pytest.fail("they are found again"))
+        patch.setattr(merge_arrays, "last_joins", lambda *_: pytest.fail("they are found again"))
         assert ids() == expected
     for path in paths:
         data = path.read_bytes()

@@ -28,6 +28,7 @@ from basic.bpe.kernels.hash_table import (
     SLOT_LENGTH,
     STATE_LENGTH,
     block_keys,
+    compare_bytes,
     find_slot,
     first_slot,
     hash_of_long,
@@ -201,26 +202,14 @@ def _first_eight_bytes(data, starts, keys):
 
 
 @kernel
-def _compare(data, starts, x, y):
-    """Negative, 0 or positive if pre-token x is smaller than, equal to or greater than pre-token y."""
-    start_x, start_y = starts[x], starts[y]
-    size_x, size_y = starts[x + 1] - start_x, starts[y + 1] - start_y
-    for i in range(min(size_x, size_y)):
-        difference = I64(data[start_x + i]) - I64(data[start_y + i])
-        if difference != 0:
-            return difference
-    return size_x - size_y
-
-
-@kernel
 def _sift_down(data, starts, order, first, i, size):
     """Restore the max-heap order[first : first + size] after its entry i has changed."""
     pretoken = order[first + i]
     while True:
         child = 2 * i + 1
-        if child + 1 < size and _compare(data, starts, order[first + child], order[first + child + 1]) < 0:
+        if child + 1 < size and compare_bytes(data, starts, order[first + child], order[first + child + 1]) < 0:
             child += 1
-        if child >= size or _compare(data, starts, pretoken, order[first + child]) >= 0:
+        if child >= size or compare_bytes(data, starts, pretoken, order[first + child]) >= 0:
             break
         order[first + i] = order[first + child]
         i = child
@@ -250,7 +239,7 @@ def _sum_equal(data, starts, counts, order, data_out, starts_out, counts_out):
     n, offset_out = 0, 0
     for position in range(len(order)):
         pretoken = order[position]
-        if position > 0 and _compare(data, starts, order[position - 1], pretoken) == 0:
+        if position > 0 and compare_bytes(data, starts, order[position - 1], pretoken) == 0:
             counts_out[n - 1] += counts[pretoken]
             continue
         for i in range(starts[pretoken], starts[pretoken + 1]):

@@ -2,7 +2,7 @@
 
 A slot of the hash table holds up to eight bytes of ids, four ids of two bytes. So a known pre-token costs one access to
 memory and one store. More ids are in the pool. The new pre-tokens of a block are merged together
-(`kernels/apply_merges.py`) before any of their ids is written.
+(`kernels/merges/apply_merges.py`) before any of their ids is written.
 
 `kernels/encoders.py` calls it.
 """
@@ -11,15 +11,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from basic.bpe.kernels.apply_merges import (
-    MAX_SCANNED_BYTES,
-    STEP,
-    bytes_to_ids,
-    compact_ids,
-    merge_all,
-    merge_once,
-    start_pretoken,
-)
 from basic.bpe.kernels.hash_table import (
     CALLS,
     ENTRIES,
@@ -50,6 +41,15 @@ from basic.bpe.kernels.instructions import (
     store8,
     string_as_utf8,
     string_length,
+)
+from basic.bpe.kernels.merges.apply_merges import (
+    MAX_SCANNED_BYTES,
+    STEP,
+    bytes_to_ids,
+    compact_ids,
+    merge_all,
+    merge_once,
+    start_pretoken,
 )
 from basic.bpe.kernels.scan import BLOCK, SCRATCH_LENGTH, Scratch, end_of_long_pretoken, new_scratch, scan_block
 from basic.bpe.kernels.special_tokens import find_special

@@ -9,7 +9,6 @@ import numpy as np
 
 from basic.bpe import arrays
 from basic.bpe.arrays import InvalidByteError
-from basic.bpe.kernels.apply_merges import MergeArrays, new_buffers
 from basic.bpe.kernels.encode import (
     BUFFER_LENGTH,
     BUFFERS_FULL,
@@ -35,6 +34,7 @@ from basic.bpe.kernels.hash_table import (
     rehash,
 )
 from basic.bpe.kernels.instructions import readonly
+from basic.bpe.kernels.merges.apply_merges import MergeArrays, new_buffers
 from basic.bpe.kernels.scan import BLOCK, PatternTables
 from basic.bpe.kernels.special_tokens import SpecialTokenTables
 from basic.common.native.kernel import PreparedCall, functions_are_safe

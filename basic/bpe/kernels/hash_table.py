@@ -247,3 +247,15 @@ def rehash(table, larger):
             slot = (slot + U64(1)) & U64(len(larger) // SLOT_LENGTH - 1)
         for k in range(U64(SLOT_LENGTH)):
             larger[slot * U64(SLOT_LENGTH) + k] = table[old + k]
+
+
+@kernel
+def compare_bytes(data, starts, x, y):
+    """Negative, 0 or positive if the bytes of the x-th item are smaller than, equal to or greater than the y-th's."""
+    start_x, start_y = starts[x], starts[y]
+    size_x, size_y = starts[x + 1] - start_x, starts[y + 1] - start_y
+    for i in range(min(size_x, size_y)):
+        difference = I64(data[start_x + i]) - I64(data[start_y + i])
+        if difference != 0:
+            return difference
+    return size_x - size_y

@@ -184,7 +184,7 @@ def processor() -> str:
 def _sources() -> dict[Path, int]:
     """The files that the machine code depends on, and when each was changed."""
     folder = Path(__file__).parents[2]
-    patterns = "common/native/*.py", "bpe/kernels/*.py", "bpe/patterns/automaton.py", "transformer/cpu/*kernels.py"
+    patterns = "common/native/*.py", "bpe/kernels/**/*.py", "bpe/patterns/automaton.py", "transformer/cpu/*kernels.py"
     paths = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     return {path: path.stat().st_mtime_ns for path in paths}
 

@@ -32,17 +32,26 @@ import numpy as np
 from basic.bpe.arrays import PretokenCounts, joined_bytes
 from basic.bpe.kernels.hash_table import DONE, FULL, I64
 from basic.bpe.kernels.instructions import U64, prefetch
+from basic.bpe.kernels.merges.pairs import (
+    EMPTY,
+    HEAP_SIZE,
+    LARGE_PAIR,
+    MAX_TOKEN_BYTES,
+    NUM_APPLIED,
+    NUM_MERGES,
+    NUM_OCCURRENCES,
+    NUM_PAIRS,
+    NUM_TOKENS,
+    add_pair,
+    fill_index,
+    find_pair,
+    sift_down,
+)
 from basic.bpe.plain import NumberedMerges
 from basic.common.native.kernel import Kernel, kernel
 
 NO_TOKEN, INSIDE = -1, -2  # symbols: between pre-tokens, and inside a token
 
-# Indices in the state: merges learned so far, pairs so far, entries of the heap, used elements of the occurrences,
-# tokens so far, given merges applied so far, the pair for which an array is too small, the limit for a token.
-NUM_MERGES, NUM_PAIRS, HEAP_SIZE, NUM_OCCURRENCES, NUM_TOKENS, NUM_APPLIED, LARGE_PAIR, MAX_TOKEN_BYTES = range(8)
-
-_EMPTY = U64(0xFFFFFFFFFFFFFFFF)
-_MULTIPLIER = U64(0x9E3779B97F4A7C15)
 # The kernels take as `arrays`:
 #   symbols                         see above
 #   counts                          of each pre-token
@@ -55,90 +64,8 @@ _MULTIPLIER = U64(0x9E3779B97F4A7C15)
 #                                   occurrences, and the count that the old pair loses; and a list of these tokens
 #   records                         of each occurrence of a new pair the neighbor (-1 - neighbor for one after), the
 #                                   position and the pre-token
-#   state                           the numbers above
+#   state                           numbers, whose indices `pairs` has
 _PREFETCH_DISTANCE = 12  # occurrences between the prefetch of a symbol and its use
-
-
-@kernel
-def _compare(tokens, x, y):
-    """Negative, 0 or positive if the bytes of token x are smaller than, equal to or greater than those of token y."""
-    data, starts = tokens
-    size_x, size_y = starts[x + 1] - starts[x], starts[y + 1] - starts[y]
-    for i in range(min(size_x, size_y)):
-        difference = I64(data[starts[x] + i]) - I64(data[starts[y] + i])
-        if difference != 0:
-            return difference
-    return size_x - size_y
-
-
-@kernel
-def _is_merged_before(count, pair, other_count, other, pairs, tokens):
-    """Whether a pair is merged before another: the more frequent one, then the one with the greater bytes."""
-    if count != other_count:
-        return count > other_count
-    difference = _compare(tokens, pairs[0][pair], pairs[0][other])
-    if difference == 0:
-        difference = _compare(tokens, pairs[1][pair], pairs[1][other])
-    return difference > 0
-
-
-@kernel
-def _sift_down(heap, size, count, pair, pairs, tokens):
-    """Put an entry at the top of the heap, and move it down to its position."""
-    counts, numbers = heap
-    i = 0
-    while True:
-        child = 2 * i + 1
-        if child + 1 < size and _is_merged_before(
-            counts[child + 1], numbers[child + 1], counts[child], numbers[child], pairs, tokens
-        ):
-            child += 1
-        if child >= size or not _is_merged_before(counts[child], numbers[child], count, pair, pairs, tokens):
-            break
-        counts[i], numbers[i] = counts[child], numbers[child]
-        i = child
-    counts[i], numbers[i] = count, pair
-
-
-@kernel
-def _push(heap, size, count, pair, pairs, tokens):
-    counts, numbers = heap
-    i = size
-    while i > 0:
-        parent = (i - 1) // 2
-        if not _is_merged_before(count, pair, counts[parent], numbers[parent], pairs, tokens):
-            break
-        counts[i], numbers[i] = counts[parent], numbers[parent]
-        i = parent
-    counts[i], numbers[i] = count, pair
-
-
-@kernel
-def _find_slot(keys, left, right):
-    """The slot of a pair in the index of pairs, or the empty slot where it belongs."""
-    key = (U64(left) << U64(32)) | U64(right)
-    mask = U64(len(keys) - 1)
-    slot = ((key * _MULTIPLIER) >> U64(32)) & mask
-    while keys[slot] != key and keys[slot] != _EMPTY:
-        slot = (slot + U64(1)) & mask
-    return slot
-
-
-@kernel
-def _add_pair(left, right, count, first, num_positions, pairs, index, heap, tokens, state):
-    """Add a pair to all tables, which must have enough capacity; to the heap only if it may be merged."""
-    lefts, rights, counts, firsts, sizes = pairs
-    pair = state[NUM_PAIRS]
-    state[NUM_PAIRS] = pair + 1
-    lefts[pair], rights[pair], counts[pair], firsts[pair], sizes[pair] = left, right, count, first, num_positions
-    slot = _find_slot(index[0], left, right)
-    index[0][slot] = (U64(left) << U64(32)) | U64(right)
-    index[1][slot] = pair
-    starts = tokens[1]
-    num_bytes = starts[left + 1] - starts[left] + starts[right + 1] - starts[right]
-    if count > 0 and num_bytes <= state[MAX_TOKEN_BYTES]:
-        _push(heap, state[HEAP_SIZE], count, pair, pairs, tokens)
-        state[HEAP_SIZE] += 1
 
 
 @kernel
@@ -166,7 +93,7 @@ def _add_first_pairs(sums, firsts, pairs, index, heap, tokens, state):
     for key in range(65536):
         if firsts[key + 1] > firsts[key]:
             size = firsts[key + 1] - firsts[key]
-            _add_pair(key >> 8, key & 255, sums[key], firsts[key], size, pairs, index, heap, tokens, state)
+            add_pair(key >> 8, key & 255, sums[key], firsts[key], size, pairs, index, heap, tokens, state)
 
 
 @kernel
@@ -237,15 +164,15 @@ def _add_new_pairs(left, right, new, num_before, num_after, num_records, arrays)
     for i in range(num_before):
         x = before_tokens[i]
         if before_losses[x] != 0:
-            counts[index[1][_find_slot(index[0], x, left)]] -= before_losses[x]
-        _add_pair(x, new, before_sums[x], num_occurrences, before_sizes[x], pairs, index, heap, tokens, state)
+            counts[index[1][find_pair(index[0], x, left)]] -= before_losses[x]
+        add_pair(x, new, before_sums[x], num_occurrences, before_sizes[x], pairs, index, heap, tokens, state)
         # From here on, the sum is the index of the next occurrence to write.
         before_sums[x] = num_occurrences
         num_occurrences += before_sizes[x]
     for i in range(num_after):
         y = after_tokens[i]
-        counts[index[1][_find_slot(index[0], right, y)]] -= after_losses[y]
-        _add_pair(new, y, after_sums[y], num_occurrences, after_sizes[y], pairs, index, heap, tokens, state)
+        counts[index[1][find_pair(index[0], right, y)]] -= after_losses[y]
+        add_pair(new, y, after_sums[y], num_occurrences, after_sizes[y], pairs, index, heap, tokens, state)
         after_sums[y] = num_occurrences
         num_occurrences += after_sizes[y]
     state[NUM_OCCURRENCES] = num_occurrences
@@ -296,8 +223,8 @@ def _apply(given, arrays):
     pairs, index, state = arrays[3], arrays[4], arrays[10]
     while state[NUM_APPLIED] < len(lefts):
         i = state[NUM_APPLIED]
-        slot = _find_slot(index[0], lefts[i], rights[i])
-        if index[0][slot] != _EMPTY and pairs[2][index[1][slot]] > 0:
+        slot = find_pair(index[0], lefts[i], rights[i])
+        if index[0][slot] != EMPTY and pairs[2][index[1][slot]] > 0:
             pair = I64(index[1][slot])
             if not _has_room(pair, arrays):
                 return FULL
@@ -315,7 +242,7 @@ def _learn(limit, merges, arrays):
         count, pair = heap[0][0], I64(heap[1][0])
         stale = pair_counts[pair] != count
         if stale and pair_counts[pair] > 0:
-            _sift_down(heap, state[HEAP_SIZE], pair_counts[pair], pair, pairs, tokens)
+            sift_down(heap, state[HEAP_SIZE], pair_counts[pair], pair, pairs, tokens)
             continue
         left, right, new = I64(lefts[pair]), I64(rights[pair]), state[NUM_TOKENS]
         start = tokens[1][new]
@@ -329,7 +256,7 @@ def _learn(limit, merges, arrays):
                 return FULL
         state[HEAP_SIZE] -= 1
         last = state[HEAP_SIZE]
-        _sift_down(heap, last, heap[0][last], heap[1][last], pairs, tokens)
+        sift_down(heap, last, heap[0][last], heap[1][last], pairs, tokens)
         if stale:
             continue
         for i in range(left_size):
@@ -342,14 +269,6 @@ def _learn(limit, merges, arrays):
         state[NUM_TOKENS] += 1
         _merge(pair, new, arrays)
     return DONE
-
-
-@kernel
-def _fill_index(pairs, num_pairs, keys, numbers):
-    for pair in range(num_pairs):
-        slot = _find_slot(keys, pairs[0][pair], pairs[1][pair])
-        keys[slot] = (U64(pairs[0][pair]) << U64(32)) | U64(pairs[1][pair])
-        numbers[slot] = pair
 
 
 def _extended(array: np.ndarray, length: int) -> np.ndarray:
@@ -426,7 +345,7 @@ class MergeLearner:
         dtypes = (np.int32, np.int32, np.int64, np.int64, np.int64)
         self._pairs = tuple(np.zeros(capacity, dtype) for dtype in dtypes)
         self._heap = (np.zeros(capacity, np.int64), np.zeros(capacity, np.int32))
-        self._index = (np.full(2 * capacity, _EMPTY), np.zeros(2 * capacity, np.int32))
+        self._index = (np.full(2 * capacity, EMPTY), np.zeros(2 * capacity, np.int32))
 
     def learn(self, limit: int) -> int:
         """Learn until there are `limit` merges or no pair is left; returns the number of merges so far."""
@@ -449,8 +368,8 @@ class MergeLearner:
             capacity = 1 << (2 * needed - 1).bit_length()
             self._pairs = tuple(_extended(array, capacity) for array in self._pairs)
             self._heap = tuple(_extended(array, capacity) for array in self._heap)
-            self._index = (np.full(2 * capacity, _EMPTY), np.zeros(2 * capacity, np.int32))
-            _fill_index(self._pairs, int(self._state[NUM_PAIRS]), *self._index)
+            self._index = (np.full(2 * capacity, EMPTY), np.zeros(2 * capacity, np.int32))
+            fill_index(self._pairs, int(self._state[NUM_PAIRS]), *self._index)
 
     def merges(self) -> list[tuple[bytes, bytes]]:
         """The merges learned so far, in order, as bytes."""

@@ -1,0 +1,1 @@
+"""Kernels that learn merges, and that apply those of a tokenizer."""
