@@ -19,8 +19,8 @@ from basic.tokenizer_files.content import ChatTemplate
 from basic.tokens.info import BEGINS_DOCUMENT, IS_LEARNED, mask_path
 from basic.tokens.opening import open_mask, open_tokens
 from tests.helpers.model_tools import tiny
+from tests.helpers.scripts import run_script
 from tests.helpers.tokenizer_tools import BYTES
-from tests.project.test_scripts import run_script
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>"]
 CHATML = (

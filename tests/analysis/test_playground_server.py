@@ -5,13 +5,11 @@ import hashlib
 import json
 import math
 import re
-import runpy
 import socket
 import sys
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
 
 import anyio
 import httpx2 as httpx
@@ -25,6 +23,7 @@ from basic.formats.tokenizers import save_tiktoken
 from basic.generation.text import complete
 from basic.Tokenizer import Tokenizer
 from tests.helpers.playground_tools import CONTEXT, END, SETTINGS, make_playground, the_run
+from tests.helpers.scripts import run_script
 from tests.helpers.tokenizer_tools import BYTES
 
 # --- The server -----------------------------------------------------------------------------------------------
@@ -340,16 +339,10 @@ def test_page_is_self_contained_and_has_a_strict_policy(client):
 # --- The script -----------------------------------------------------------------------------------------------
 
 
-def run_script(monkeypatch, *arguments: object) -> None:
-    path = Path(__file__).resolve().parents[2] / "local" / "playground.py"
-    monkeypatch.setattr("sys.argv", [str(path), *map(str, arguments)])
-    runpy.run_path(str(path), run_name="__main__")
-
-
 def test_script_listens_on_localhost_by_default(playground, folder, monkeypatch, capsys):
     served = []
     monkeypatch.setattr("uvicorn.Server.run", lambda server, sockets: served.append((server.config.app, sockets[0])))
-    run_script(monkeypatch, "--runs", folder, "--port", 0)
+    run_script(monkeypatch, "playground", "--runs", folder, "--port", 0)
     ((app, listener),) = served
     host, port = listener.getsockname()
     listener.close()
@@ -368,7 +361,7 @@ def test_script_says_how_to_install_what_is_missing(folder, monkeypatch, name):
     for module in [module for module in sys.modules if module.partition(".")[0] == name]:
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SystemExit) as caught:
-        run_script(monkeypatch, "--runs", folder, "--port", 0)
+        run_script(monkeypatch, "playground", "--runs", folder, "--port", 0)
     assert re.fullmatch(
         rf"error: {name}[\w.]* is not installed; use `pip install starlette anyio uvicorn`, or in a clone with uv's "
         r"environment `uv run --extra playground \.\.\.`",
@@ -383,7 +376,7 @@ def test_without_a_port_the_next_free_one_is_used_and_a_person_gets_a_browser(pl
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         monkeypatch.setattr("basic.commands.show.playground.FIRST_PORT", port)
-        run_script(monkeypatch, "--runs", folder)
+        run_script(monkeypatch, "playground", "--runs", folder)
         used = served[0].getsockname()[1]
         served[0].close()
     output = capsys.readouterr().out
@@ -391,7 +384,7 @@ def test_without_a_port_the_next_free_one_is_used_and_a_person_gets_a_browser(pl
     assert f"port        {port} is taken, so {used} is used; --port chooses another" in output
     assert opened == []  # the output goes to no terminal
     monkeypatch.setattr("basic.commands.show.playground.has_person", lambda: True)
-    run_script(monkeypatch, "--runs", folder, "--port", 0)
+    run_script(monkeypatch, "playground", "--runs", folder, "--port", 0)
     assert opened == [f"http://127.0.0.1:{served[1].getsockname()[1]}/"]
     served[1].close()
 
@@ -402,20 +395,20 @@ def test_published_vocabularies_are_compared(playground, folder, tmp_path, monke
     vocab = BYTES | {256: b"12"}
     save_tiktoken(Tokenizer(vocab, [(b"1", b"2")], pattern="cl100k"), tmp_path / "cl100k_base.tiktoken")
     compare = ("--compare", tmp_path / "cl100k_base.tiktoken")
-    run_script(monkeypatch, "--runs", folder, "--port", 0, *compare)
+    run_script(monkeypatch, "playground", "--runs", folder, "--port", 0, *compare)
     assert "tokenizers  bytes, tiny, cl100k_base" in capsys.readouterr().out
     client = TestClient(served[0], base_url="http://127.0.0.1:8000")
     answer = client.post("/api/tokenize", json={"tokenizer": "cl100k_base", "text": "1212"}).json()
     assert answer["tokens"] == 3  # a pre-token of cl100k has at most three digits
     with pytest.raises(SystemExit, match=r"error: .*none\.tiktoken"):
-        run_script(monkeypatch, "--runs", folder, "--port", 0, "--compare", "none.tiktoken")
+        run_script(monkeypatch, "playground", "--runs", folder, "--port", 0, "--compare", "none.tiktoken")
 
 
 def test_script_says_which_port_is_taken(playground, folder, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(SystemExit) as caught:
-            run_script(monkeypatch, "--runs", folder, "--port", port)
+            run_script(monkeypatch, "playground", "--runs", folder, "--port", port)
     message = f"error: cannot listen on 127.0.0.1, port {port} \\(.*\\); choose another --host or --port \\(0: any free"
     assert re.match(message, str(caught.value.code))
 
@@ -433,6 +426,6 @@ def test_script_errors_are_one_line(tmp_path, folder, monkeypatch, arguments, me
     (tmp_path / "empty").mkdir()
     (tmp_path / "runs").symlink_to(folder)
     with pytest.raises(SystemExit) as caught:
-        run_script(monkeypatch, *arguments, "--port", 0)
+        run_script(monkeypatch, "playground", *arguments, "--port", 0)
     assert str(caught.value.code).startswith(message)
     assert "\n" not in str(caught.value.code)

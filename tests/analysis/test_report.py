@@ -3,9 +3,7 @@
 import json
 import math
 import re
-import runpy
 import shutil
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from basic.tokens.flat_file import TokenFileWriter
 from basic.training.records.metrics import read_metrics
 from basic.training.settings import DataConfig, RunConfig, TrainConfig
 from tests.analysis.test_plotting import svg_texts
+from tests.helpers.scripts import run_script
 
 HOSTILE = "</script><script>alert('1')</script><img src=x onerror=\"alert(2)\"><!-- & &amp; </blockquote> $title"
 VOID = {"meta", "input", "br"}
@@ -315,12 +314,6 @@ def test_several_runs_have_their_curves_together_and_a_table(run_dir):
         "max_learning_rate=0.052.75002.5000 at 11.32221,2801 min 21 s4,496",
     ]
     assert page.texts["blockquote"] == [f"{HOSTILE} 20"]
-
-
-def run_script(monkeypatch, name: str, *arguments: str | Path) -> None:
-    path = str(Path(__file__).resolve().parents[2] / "local" / f"{name}.py")
-    monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
-    runpy.run_path(path, run_name="__main__")
 
 
 def test_script_writes_the_page_to_the_run_or_to_output(run_dir, tmp_path, monkeypatch, capsys):

@@ -29,9 +29,8 @@ from basic.pretokenization import SpecialTokens
 from basic.Tokenizer import Tokenizer
 from basic.tokens.opening import open_tokens
 from basic.train_bpe import train_bpe
+from tests.helpers.scripts import run_script
 from tests.helpers.tokenizer_tools import BYTES
-
-from ..project.test_scripts import run_script
 
 pytestmark = pytest.mark.usefixtures("plain_path")
 

@@ -33,7 +33,7 @@ from basic.train_bpe import train_bpe
 from tests.fixtures.make_tokenizer_fixtures import naive_pretoken_counts
 from tests.helpers.corpus_tools import END, SPECIAL, TEXT, Inline, encoded, flip_a_bit, names_in
 from tests.helpers.dying_worker import die, die_once
-from tests.project.test_scripts import run_script
+from tests.helpers.scripts import run_script
 
 
 @pytest.fixture(scope="module")

@@ -41,8 +41,8 @@ from basic.tokens.opening import open_tokens
 from basic.train_bpe import train_bpe
 from tests.bpe.test_pretokenization import divide, special_token_lists, split_by_definition, split_stream, texts
 from tests.fixtures.make_tokenizer_fixtures import SAMPLE
+from tests.helpers.scripts import run_script
 from tests.helpers.tokenizer_tools import BYTES
-from tests.project.test_scripts import run_script
 
 if sys.version_info >= (3, 14):
     from compression import zstd

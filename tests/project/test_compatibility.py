@@ -16,7 +16,8 @@ from basic.Tokenizer import Tokenizer
 from basic.tokens.opening import open_tokens
 from basic.train_bpe import train_bpe
 from basic.training import load_run, read_metrics
-from tests.project.test_scripts import REPOSITORY, run_script
+from tests.helpers.scripts import run_script
+from tests.project.test_scripts import REPOSITORY
 
 WRITTEN = REPOSITORY / "tests" / "fixtures" / "written_by_0_1_0"
 EXPECTED = json.loads((WRITTEN / "expected.json").read_text(encoding="utf-8"))

@@ -23,7 +23,8 @@ from basic.Tokenizer import Tokenizer
 from basic.training.loop import train
 from basic.training.run_folder import load_run, load_run_config, save_run_config
 from basic.training.settings import DataConfig, RunConfig, TrainConfig
-from tests.project.test_scripts import REPOSITORY, run_script, script
+from tests.helpers.scripts import run_script
+from tests.project.test_scripts import REPOSITORY, script
 
 END = "<|endoftext|>"
 BYTES = Tokenizer({i: bytes([i]) for i in range(256)}, [], [END], kernels=False)

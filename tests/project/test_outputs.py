@@ -13,7 +13,8 @@ from basic.encoding import encode_file, encode_files
 from basic.Tokenizer import Tokenizer
 from basic.tokens.opening import open_tokens
 from tests.helpers.forks import is_killed, kill_this_process
-from tests.project.test_scripts import REPOSITORY, files, run_script
+from tests.helpers.scripts import run_script
+from tests.project.test_scripts import REPOSITORY, files
 
 WRITTEN = REPOSITORY / "tests" / "fixtures" / "written_by_0_1_0"
 BYTES = Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|endoftext|>"])

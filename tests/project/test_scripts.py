@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from basic.training.records.environment import read_environments
 from basic.training.records.metrics import read_metrics
 from basic.training.run_folder import load_run
 from basic.training.settings import DataConfig, RunConfig, TrainConfig
+from tests.helpers.scripts import run_script
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path.stem for path in (REPOSITORY / "local").glob("*.py"))
@@ -39,13 +39,6 @@ END = "<|endoftext|>"
 def script(name: str) -> ModuleType:
     """The module of the command that local/NAME.py starts."""
     return importlib.import_module("basic." + COMMANDS[name.replace("_", "-")][0])
-
-
-def run_script(monkeypatch, name: str, *arguments: str | Path) -> None:
-    """Do what `python local/NAME.py ARGUMENTS` does, in this process."""
-    path = str(REPOSITORY / "local" / f"{name}.py")
-    monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
-    runpy.run_path(path, run_name="__main__")
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -1,7 +1,6 @@
 """What `local/train.py` reports for wrong configurations and data: one line with the remedy; nothing is written."""
 
 import re
-import runpy
 import shutil
 import sys
 import types
@@ -14,7 +13,7 @@ import pytest
 
 from basic.Tokenizer import Tokenizer
 from basic.tokens.flat_file import TokenFileWriter
-from tests.project.test_scripts import REPOSITORY, run_script
+from tests.helpers.scripts import run_script
 
 GOOD = """
 [model]
@@ -139,27 +138,22 @@ def test_token_files_without_a_sidecar_need_a_dtype(monkeypatch):
     for name in ("train", "valid"):
         Path(f"{name}.json").unlink()
     assert "dtype" in error_of(monkeypatch)
-    arguments = ["train.py", "--config", "run.toml", "--output", "run", "--dtype", "uint16"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    runpy.run_path(str(REPOSITORY / "local" / "train.py"), run_name="__main__")
+    run_script(monkeypatch, "train", "--config", "run.toml", "--output", "run", "--dtype", "uint16")
     assert list(Path("run/checkpoints").glob("*.safetensors"))
 
 
 def test_a_wrong_dtype_and_a_damaged_environment_are_one_line(monkeypatch):
     Path("run.toml").write_text(GOOD)
     assert "dtype='int7' is not a type" in error_of(monkeypatch, "--dtype", "int7")
-    path = str(REPOSITORY / "local" / "train.py")
-    monkeypatch.setattr(sys, "argv", [path, "--config", "run.toml", "--output", "run"])
-    runpy.run_path(path, run_name="__main__")
+    run_script(monkeypatch, "train", "--config", "run.toml", "--output", "run")
     for content, message in (
         ("{", "is not JSON"),
         ("[]", "is not a JSON object"),
         ('{"starts": [{}]}', "does not describe"),
     ):
         Path("run/environment.json").write_text(content)
-        monkeypatch.setattr(sys, "argv", [path, "--resume", "run", "--steps", "3"])
         with pytest.raises(SystemExit, match=f"error: .*environment.json.* {message}"):
-            runpy.run_path(path, run_name="__main__")
+            run_script(monkeypatch, "train", "--resume", "run", "--steps", 3)
 
 
 def test_verify_finds_a_changed_byte(monkeypatch):

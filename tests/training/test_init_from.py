@@ -17,7 +17,7 @@ from basic.training.records.metrics import read_metrics
 from basic.training.run_folder import load_run, load_run_config
 from basic.training.settings import RunConfig
 from tests.helpers.fault_tools import TRAIN, VALID, configuration
-from tests.project.test_scripts import run_script
+from tests.helpers.scripts import run_script
 
 TOKENIZER = Tokenizer({i: bytes([i]) for i in range(40)}, [], pattern=r"[\s\S]")
 

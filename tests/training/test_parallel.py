@@ -22,7 +22,7 @@ from basic.training.step import model_segments
 from basic.transformer.kernels import dispatch
 from tests.helpers.fault_tools import VOCAB, configuration
 from tests.helpers.ranks_tools import losses, newest_state, run_job, signal_rank_1, start_processes
-from tests.project.test_scripts import run_script
+from tests.helpers.scripts import run_script
 
 
 def assert_equal_checkpoints(run_dir: Path, other_dir: Path) -> None:
