@@ -19,7 +19,7 @@ from basic.bpe.arrays import MAX_VOCAB_SIZE, InvalidByteError
 from basic.bpe.compiled import KernelEncoder
 from basic.bpe.patterns.tables import automaton_of
 from basic.bpe.spans import Encoding, find_spans
-from basic.bytes_utils import decode_blocks, invalid_byte_error
+from basic.bytes_utils import decode_blocks
 from basic.common.arguments import check_errors_option, check_text, check_text_list, describe
 from basic.common.errors import InvalidInputError
 from basic.common.progress import resolve_num_threads
@@ -143,7 +143,7 @@ class Tokenizer(TokenizerDefinition):
             try:
                 return encoder.encode_list(data, specials_as_text)
             except InvalidByteError as error:
-                raise _named_error("text", data, error) from None
+                raise error.described("text", data) from None
         text = replace_surrogates(text)
         if length > _MAX_COMPLETE_CHARACTERS:
             return list(chain.from_iterable(self._encode_plain([text], specials_as_text)))
@@ -200,7 +200,7 @@ class Tokenizer(TokenizerDefinition):
         try:
             arrays = [ids for ids, _ in encoder.encode_chunks(chunks, specials_as_text, num_threads, errors=errors)]
         except InvalidByteError as error:
-            raise _named_error("data", array, error) from None
+            raise error.described("data", array) from None
         return arrays[0] if len(arrays) == 1 else _join_arrays(arrays, encoder.dtype, num_threads)
 
     @overload
@@ -273,7 +273,7 @@ class Tokenizer(TokenizerDefinition):
                 try:
                     yield encode(data)
                 except InvalidByteError as error:
-                    raise _named_error("text", data, error, start) from None
+                    raise error.described("text", data, start) from None
                 start += len(data)
 
     def _encode_plain(self, texts: Iterable[str], specials_as_text: bool) -> Iterator[list[int]]:
@@ -316,7 +316,7 @@ class Tokenizer(TokenizerDefinition):
             return self._cache.encode(pretokens)
         except InvalidByteError as error:
             data = np.frombuffer("".join(pretokens).encode(), np.uint8)
-            raise _named_error("text", data, error, offset) from None
+            raise error.described("text", data, offset) from None
         except ValueError as error:
             raise InvalidInputError(str(error)) from None
 
@@ -359,14 +359,6 @@ def _utf8(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError:
         return replace_surrogates(text).encode()
-
-
-def _named_error(name: str, data: np.ndarray, error: InvalidByteError, start: int = 0) -> InvalidInputError:
-    """The error for the user; `start` is the offset of the data in the text."""
-    limit = error.max_pretoken_bytes
-    return invalid_byte_error(
-        name, data, error.offset, start + error.offset, lacks_token=error.lacks_token, max_pretoken_bytes=limit
-    )
 
 
 def _readonly_bytes(data: bytes | bytearray | memoryview | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""UTF-8 errors that name the byte, and GPT-2's files `vocab.json` and `merges.txt`.
+"""Text in blocks of bytes, and GPT-2's files `vocab.json` and `merges.txt`.
 
 Both files are text, but tokens are arbitrary bytes. So GPT-2 writes each byte as one printable character: "a" for 97,
 and a character from 256 on for a byte that has none ("Ġ" for the space).
@@ -12,9 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 
-import numpy as np
-
-from basic.common.errors import DamagedFileError, InvalidInputError
+from basic.common.errors import DamagedFileError, utf8_error
 from basic.common.files import atomic_write, load_json, read_text_file
 
 __all__ = [
@@ -28,48 +26,6 @@ __all__ = [
 ]
 
 _MERGES_HEADER = "#version: 0.2"
-
-
-def utf8_error(name: str | os.PathLike, offset: int, byte: int, reason: str) -> InvalidInputError:
-    """The error for a byte that is not UTF-8, at a byte offset of the text with this name."""
-    return InvalidInputError(
-        f"{os.fspath(name)!r} is not valid UTF-8 at byte offset {offset} (byte 0x{byte:02x}: {reason}); "
-        "convert the file to UTF-8"
-    )
-
-
-def invalid_byte_error(
-    name: str | os.PathLike,
-    data: np.ndarray,
-    index: int,
-    offset: int,
-    *,
-    lacks_token: bool = False,
-    max_pretoken_bytes: int | None = None,
-) -> InvalidInputError:
-    """The error for the byte data[index], which is not UTF-8, has no token, or begins a pre-token that is too long.
-
-    Args:
-        lacks_token: whether the vocabulary has no token for the byte.
-        max_pretoken_bytes: the limit, if the pre-token that begins here is longer.
-    """
-    if max_pretoken_bytes is not None:
-        beginning = data[index : index + 40].tobytes().decode(errors="replace")
-        return InvalidInputError(
-            f"{os.fspath(name)!r} has a pre-token (letters, digits, other signs or white space without an end) of more "
-            f"than {max_pretoken_bytes} bytes, the limit, at byte offset {offset}: {beginning!r}; divide it, for "
-            "example with spaces"
-        )
-    if lacks_token:
-        return InvalidInputError(
-            f"the vocabulary has no token for the byte 0x{data[index]:02x}, at byte offset {offset} of "
-            f"{os.fspath(name)!r}; encode with errors='replace', or train a tokenizer with all 256 bytes"
-        )
-    try:
-        data[index : index + 4].tobytes().decode()
-    except UnicodeDecodeError as error:
-        return utf8_error(name, offset, int(data[index]), error.reason)
-    raise AssertionError(f"the bytes at {index} are UTF-8")
 
 
 def decode_blocks(

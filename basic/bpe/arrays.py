@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Collection, Mapping
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
+
+from basic.common.errors import InvalidInputError, utf8_error
 
 # A larger vocabulary does not fit the hash table of merges (ID_BITS and RANK_BITS in kernels/merges/apply_merges.py).
 MAX_VOCAB_SIZE = (1 << 21) - 1
@@ -18,24 +21,43 @@ MAX_SYMBOLS = (1 << 31) - 1  # bytes and pre-tokens, which training numbers with
 Chunk = tuple[np.ndarray, int, int]  # read-only bytes, start, stop
 
 
-def describe_long_pretoken(beginning: str) -> str:
+def describe_long_pretoken(beginning: str, where: str = "the text") -> str:
     """The message for a pre-token of more than `MAX_PRETOKEN_BYTES`."""
     return (
-        "the text has a pre-token (letters, digits, other signs or white space without an end) of more than "
+        f"{where} has a pre-token (letters, digits, other signs or white space without an end) of more than "
         f"{MAX_PRETOKEN_BYTES} bytes, the limit: {beginning!r}; divide it, for example with spaces"
     )
 
 
 class InvalidByteError(ValueError):
-    """A byte that is not UTF-8, or that has no token, or that begins a pre-token that is too long to merge.
+    """A byte that is not UTF-8, or that has no token, or that begins a pre-token that is too long to merge."""
 
-    Attributes:
-        max_pretoken_bytes: the limit, if the byte begins such a pre-token.
-    """
-
-    def __init__(self, offset: int, lacks_token: bool = False, max_pretoken_bytes: int | None = None) -> None:
+    def __init__(self, offset: int, problem: Literal["not UTF-8", "no token", "too long"] = "not UTF-8") -> None:
         super().__init__(offset)
-        self.offset, self.lacks_token, self.max_pretoken_bytes = offset, lacks_token, max_pretoken_bytes
+        self.offset, self.problem = offset, problem
+
+    def described(self, name: str | os.PathLike, data: np.ndarray, start: int = 0) -> InvalidInputError:
+        """The error for the user.
+
+        Args:
+            name: of the text.
+            data: the bytes that have the wrong one.
+            start: the byte offset of the data in the text.
+        """
+        offset, rest = start + self.offset, data[self.offset : self.offset + 40].tobytes()
+        if self.problem == "too long":
+            where = f"{os.fspath(name)!r}, at byte offset {offset},"
+            return InvalidInputError(describe_long_pretoken(rest.decode(errors="replace"), where))
+        if self.problem == "no token":
+            return InvalidInputError(
+                f"the vocabulary has no token for the byte 0x{rest[0]:02x}, at byte offset {offset} of "
+                f"{os.fspath(name)!r}; encode with errors='replace', or train a tokenizer with all 256 bytes"
+            )
+        try:
+            rest[:4].decode()
+        except UnicodeDecodeError as error:
+            return utf8_error(name, offset, rest[0], error.reason)
+        raise AssertionError(f"the bytes at {self.offset} are UTF-8")
 
 
 class PretokenCounts(NamedTuple):

@@ -259,7 +259,7 @@ class KernelEncoder:
             try:
                 ids = encoder.encode(*chunk, specials)
             except InvalidByteError as error:
-                if errors != "replace" or error.lacks_token or error.max_pretoken_bytes is not None:
+                if errors != "replace" or error.problem != "not UTF-8":
                     raise
                 data, start, stop = chunk
                 valid = bytes_array(data[start:stop].tobytes().decode(errors="replace").encode())

@@ -232,7 +232,7 @@ class PretokenCache(dict[str, tuple[int, ...]]):
             for data in map(str.encode, pretokens):
                 for index, byte in enumerate(data if data not in self.rules.whole_tokens else b""):
                     if byte not in self.rules.byte_ids:
-                        raise InvalidByteError(start + index, lacks_token=True) from None
+                        raise InvalidByteError(start + index, "no token") from None
                 start += len(data)
             raise
 

@@ -6,6 +6,7 @@ type is also a built-in error, so `except ValueError` and `except OSError` still
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -36,6 +37,14 @@ class NotARunError(BasicError, FileNotFoundError):
 
 class DependencyError(BasicError, RuntimeError):
     """A program or a package of others failed or is not installed: a compiler, a tracker, a cluster."""
+
+
+def utf8_error(name: str | os.PathLike, offset: int, byte: int, reason: str) -> InvalidInputError:
+    """The error for a byte that is not UTF-8, at a byte offset of the text with this name."""
+    return InvalidInputError(
+        f"{os.fspath(name)!r} is not valid UTF-8 at byte offset {offset} (byte 0x{byte:02x}: {reason}); "
+        "convert the file to UTF-8"
+    )
 
 
 @contextmanager

@@ -12,8 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from basic.bytes_utils import utf8_error
-from basic.common.errors import DamagedFileError, InvalidInputError, how_to_install
+from basic.common.errors import DamagedFileError, InvalidInputError, how_to_install, utf8_error
 from basic.corpus.files import BLOCK_BYTES, ContentReader
 from basic.corpus.text_formats import JSON_LINES, check_head
 from basic.pretokenization import replace_surrogates

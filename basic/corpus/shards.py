@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from basic.bpe.arrays import Chunk, InvalidByteError
 from basic.bpe.loading import MIN_BYTES_FOR_KERNELS
 from basic.bpe.patterns.cuts import safe_cuts_of
-from basic.bytes_utils import decode_blocks, invalid_byte_error
+from basic.bytes_utils import decode_blocks
 from basic.common.errors import InvalidInputError
 from basic.corpus.files import map_bytes, release_pages, standard_input_exceeds
 from basic.corpus.sources import TextIterator, TextSource, read_text_with_marks, size_of_bom, with_known_content
@@ -291,14 +291,7 @@ class ShardChunks:
     def describe_error(self, error: InvalidByteError) -> ValueError:
         """Return the error to raise for a wrong byte in the first unfinished chunk: it names the input and offset."""
         segment, (data, _, _), offset = self._unfinished[0]
-        return invalid_byte_error(
-            segment.source,
-            data,
-            error.offset,
-            offset + error.offset,
-            lacks_token=error.lacks_token,
-            max_pretoken_bytes=error.max_pretoken_bytes,
-        )
+        return error.described(segment.source, data, offset)
 
     def _is_mapped(self, segment: Segment) -> bool:
         return segment.is_mapped and self._change is None

@@ -126,14 +126,13 @@ class PretokenEncoder:
                 call.set(out=out)
             elif status == BUFFERS_FULL:
                 if state[PROBLEM] > arrays.MAX_PRETOKEN_BYTES:
-                    position = int(state[POSITION])
-                    raise InvalidByteError(position, max_pretoken_bytes=arrays.MAX_PRETOKEN_BYTES)
+                    raise InvalidByteError(int(state[POSITION]), "too long")
                 symbols, heap = new_buffers(int(state[PROBLEM]))  # for this text only
                 call.set(symbol_buffers=symbols, heap=heap)
                 self._call = None
             elif status == NO_TOKEN:
                 self._clear()
-                raise InvalidByteError(int(state[PROBLEM]), lacks_token=True)
+                raise InvalidByteError(int(state[PROBLEM]), "no token")
             else:
                 raise InvalidByteError(int(state[PROBLEM]))
             call.set(start=-1, table=self._table, pool=self._pool)
