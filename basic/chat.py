@@ -33,11 +33,11 @@ from basic.corpus.documents import BadLines, SkippedLines, read_lines, warn_of_s
 from basic.corpus.shards import Shard
 from basic.corpus.sources import Inputs, TextSource, expand_inputs
 from basic.corpus.work_folder import Record
-from basic.encoding import SavedTokenizer, ShardEncoding, encode_files, shard_record, token_file_outputs
+from basic.encoding import SavedTokenizer, ShardEncoding, encode_files, shard_record
 from basic.Tokenizer import Tokenizer
 from basic.tokenizer_files.content import ChatTemplate
 from basic.tokens.flat_file import TokenFileWriter
-from basic.tokens.info import BEGINS_DOCUMENT, IS_LEARNED, TokenFileInfo
+from basic.tokens.info import BEGINS_DOCUMENT, IS_LEARNED, TokenFileInfo, token_file_outputs
 from basic.tokens.opening import open_mask, open_tokens
 
 __all__ = ["ChatFormat", "encode_conversations"]

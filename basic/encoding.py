@@ -12,12 +12,14 @@ folder also holds the tokenizer, which each worker process loads from there.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from basic.bpe.arrays import InvalidByteError
 from basic.bpe.compiled import KernelEncoder
@@ -30,6 +32,7 @@ from basic.corpus.documents import SkippedLines, warn_of_skipped
 from basic.corpus.shards import (
     KERNEL_CHUNK_BYTES,
     SHARD_BYTES,
+    SegmentGroup,
     Shard,
     ShardChunks,
     boundaries_fingerprint,
@@ -41,18 +44,12 @@ from basic.corpus.shards import (
     split_into_shards,
     total_text_bytes,
 )
-from basic.corpus.sources import (
-    Inputs,
-    TextSource,
-    check_can_be_divided,
-    check_separator,
-    expand_inputs,
-)
+from basic.corpus.sources import Inputs, TextSource, check_can_be_divided, check_separator, expand_inputs
 from basic.corpus.work_folder import MANIFEST_NAME, Record, WorkFolder, is_work_folder, local_executor
 from basic.Tokenizer import Tokenizer
 from basic.tokens.flat_file import TokenFileWriter
 from basic.tokens.index import INDEX_NAME, read_index, write_index
-from basic.tokens.info import TokenFileInfo, mask_path, read_sidecar, sidecar_path
+from basic.tokens.info import TokenFileInfo, mask_path, read_sidecar, sidecar_path, token_file_outputs
 
 __all__ = ["encode_file", "encode_files"]
 
@@ -219,23 +216,19 @@ def encode_files(
         "specials_as_text": specials_as_text,
         "shard_bytes": shard_bytes,
     }
-    encoding = ShardEncoding(
-        num_threads=max(1, num_workers // len(shards)) if executor is None else 1,
-        errors=errors,
-        specials_as_text=specials_as_text,
-    )
     kernels = task is None and _kernel_encoder(tokenizer, segments) is not None
     with (
         WorkFolder(output, work, start_over=start_over) as folder,
         progress_bar(progress, desc="encoding", total=total_text_bytes(segments), unit="B", unit_scale=True) as advance,
     ):
-        if executor is None and kernels:
-            encoding = replace(encoding, advance=folder.cancellable(advance))
-
-        def on_finished(record: Record) -> None:
-            if encoding.advance is None:  # otherwise threads of this process have reported it, chunk by chunk
-                advance(record["bytes"])
-
+        # Threads of this process report progress chunk by chunk, other workers shard by shard.
+        in_threads = executor is None and kernels
+        encoding = ShardEncoding(
+            num_threads=max(1, num_workers // len(shards)) if executor is None else 1,
+            errors=errors,
+            specials_as_text=specials_as_text,
+            advance=folder.cancellable(advance) if in_threads else None,
+        )
         saved = SavedTokenizer(
             folder=str(folder.path / _TOKENIZER), fingerprint=tokenizer.fingerprint, kernels=tokenizer.kernels
         )
@@ -253,26 +246,11 @@ def encode_files(
             partial(task or encode_shard, saved, encoding),
             tasks,
             executor or local_executor(num_workers, len(shards), threads=kernels),
-            on_finished,
+            None if in_threads else lambda record: advance(record["bytes"]),
         )
         folder.remove_temporary_files()
         warn_of_skipped(folder.records(names))
         return write_index(folder.path / INDEX_NAME, names)
-
-
-def token_file_outputs(path: str | os.PathLike, *, with_mask: bool = False) -> list[Output]:
-    """The files of a token file, for `reserved_outputs`."""
-    sidecar = sidecar_path(path)
-
-    def is_ours(existing: Path) -> bool:
-        try:
-            read_sidecar(path)
-        except (DamagedFileError, FileNotFoundError):
-            return is_unfinished(sidecar)
-        return True
-
-    outputs = [Output(path, "a token file", is_ours), Output(sidecar, "the sidecar of a token file", is_ours)]
-    return [*outputs, Output(mask_path(path), "the mask of a token file", is_ours)] if with_mask else outputs
 
 
 def _dataset_outputs(folder: Path, num_shards: int, *, with_masks: bool = False) -> list[Output]:
@@ -344,51 +322,67 @@ def _write_token_file(
     advance: Callable[[int], object],
 ) -> tuple[TokenFileInfo, SkippedLines]:
     """Encode a shard; return the contents of the sidecar, and the lines or rows that were left out."""
-    skipped = SkippedLines()
-    errors, specials_as_text = encoding.errors, encoding.specials_as_text
-    encoder = _kernel_encoder(tokenizer, shard)
-    groups = group_by_special_tokens(shard, tokenizer.active_special_tokens(specials_as_text))
+    skipped, encoder = SkippedLines(), _kernel_encoder(tokenizer, shard)
     with TokenFileWriter(path, tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint) as writer:
 
         def on_read(num_bytes: int) -> None:
             writer.write((), source_bytes=num_bytes)
             advance(num_bytes)
 
-        for segments, separator, special_tokens in groups:
-            changes = tokenizer.text_changes(special_tokens, errors)
-            if encoder is not None:
-                mark = None
-                if separator is not None:
-                    mark = special_tokens.longest_first_bytes[0], tokenizer.special_token_ids[separator]
-                chunks = ShardChunks(
-                    segments,
-                    special_tokens,
-                    tokenizer.compiled_pattern,
-                    errors=errors,
-                    chunk_bytes=encoding.chunk_bytes,
-                    on_skip=skipped,
-                    change=changes.apply_to_stream if changes else None,
-                    on_read=on_read if changes else lambda num_bytes: None,
-                )
-                try:
-                    for ids, chunk_bytes in encoder.encode_chunks(
-                        chunks, specials_as_text, encoding.num_threads, errors=errors, document_mark=mark
-                    ):
-                        chunks.mark_done()
-                        writer.write(ids)
-                        if not changes:
-                            on_read(chunk_bytes)
-                except InvalidByteError as error:
-                    raise chunks.describe_error(error) from None
-                continue
-            for segment in segments:
-                text = read_segment(
-                    segment, special_tokens, tokenizer.compiled_pattern, errors=errors, on_read=on_read, on_skip=skipped
-                )
-                if separator is None:
-                    batches = tokenizer.encode_stream(text, specials_as_text=specials_as_text, errors=errors)
-                else:
-                    batches = tokenizer.encode_documents(text, separator, errors=errors)
-                for ids in batches:
-                    writer.write(ids)
+        encode = _encode_plain if encoder is None else partial(_encode_with_kernels, encoder)
+        for group in group_by_special_tokens(shard, tokenizer.active_special_tokens(encoding.specials_as_text)):
+            for ids in encode(tokenizer, encoding, group, on_read, skipped):
+                writer.write(ids)
     return writer.info, skipped
+
+
+def _encode_with_kernels(
+    encoder: KernelEncoder,
+    tokenizer: Tokenizer,
+    encoding: ShardEncoding,
+    group: SegmentGroup,
+    on_read: Callable[[int], object],
+    skipped: SkippedLines,
+) -> Iterator[np.ndarray]:
+    """The ids of segments, chunk by chunk."""
+    errors, special_tokens, mark = encoding.errors, group.special_tokens, None
+    if group.separator is not None:
+        mark = special_tokens.longest_first_bytes[0], tokenizer.special_token_ids[group.separator]
+    changes = tokenizer.text_changes(special_tokens, errors)
+    chunks = ShardChunks(
+        group.segments,
+        special_tokens,
+        tokenizer.compiled_pattern,
+        errors=errors,
+        chunk_bytes=encoding.chunk_bytes,
+        on_skip=skipped,
+        change=changes.apply_to_stream if changes else None,
+        on_read=on_read if changes else lambda num_bytes: None,
+    )
+    try:
+        for ids, chunk_bytes in encoder.encode_chunks(
+            chunks, encoding.specials_as_text, encoding.num_threads, errors=errors, document_mark=mark
+        ):
+            chunks.mark_done()
+            yield ids
+            if not changes:
+                on_read(chunk_bytes)
+    except InvalidByteError as error:
+        raise chunks.describe_error(error) from None
+
+
+def _encode_plain(
+    tokenizer: Tokenizer,
+    encoding: ShardEncoding,
+    group: SegmentGroup,
+    on_read: Callable[[int], object],
+    skipped: SkippedLines,
+) -> Iterator[list[int]]:
+    """The plain version of the kernels."""
+    errors, pattern = encoding.errors, tokenizer.compiled_pattern
+    for segment in group.segments:
+        text = read_segment(segment, group.special_tokens, pattern, errors=errors, on_read=on_read, on_skip=skipped)
+        if group.separator is None:
+            yield from tokenizer.encode_stream(text, specials_as_text=encoding.specials_as_text, errors=errors)
+        else:
+            yield from tokenizer.encode_documents(text, group.separator, errors=errors)

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress, groupby, pairwise
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from basic.bpe.arrays import Chunk, InvalidByteError
 from basic.bpe.loading import MIN_BYTES_FOR_KERNELS
@@ -188,19 +188,23 @@ def split_into_shards(segments: Iterable[Segment], shard_bytes: int) -> list[Sha
     return [*shards, tuple(shard)] if shard else shards
 
 
-def group_by_special_tokens(
-    segments: Iterable[Segment], special_tokens: SpecialTokens
-) -> Iterator[tuple[tuple[Segment, ...], str | None, SpecialTokens]]:
-    """Group consecutive segments that have the same special tokens.
+class SegmentGroup(NamedTuple):
+    """Consecutive segments that have the same special tokens."""
+
+    segments: tuple[Segment, ...]
+    separator: str | None
+    special_tokens: SpecialTokens
+
+
+def group_by_special_tokens(segments: Iterable[Segment], special_tokens: SpecialTokens) -> Iterator[SegmentGroup]:
+    """Group segments by their `separator`.
 
     Args:
         special_tokens: those of plain text. Between the documents of JSON lines there is only a mark.
-
-    Yields:
-        The segments of a group, their `separator`, and their special tokens.
     """
     for separator, group in groupby(segments, lambda segment: segment.separator):
-        yield tuple(group), separator, special_tokens if separator is None else SpecialTokens.document_mark(separator)
+        special = special_tokens if separator is None else SpecialTokens.document_mark(separator)
+        yield SegmentGroup(tuple(group), separator, special)
 
 
 def read_segment(

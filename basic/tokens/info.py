@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from basic.common.errors import DamagedFileError, InvalidInputError
-from basic.common.files import load_object
+from basic.common.files import is_unfinished, load_object
+from basic.common.outputs import Output
 
 UINT16, UINT32 = np.dtype("<u2"), np.dtype("<u4")
 _DTYPES = {"uint16": UINT16, "uint32": UINT32}
@@ -112,6 +113,21 @@ def read_sidecar(path: str | os.PathLike) -> TokenFileInfo:
             f"{sidecar} is not the sidecar of a token file, or is damaged ({error}): make {path} again, or move the "
             "sidecar away and open the data with dtype=..."
         ) from None
+
+
+def token_file_outputs(path: str | os.PathLike, *, with_mask: bool = False) -> list[Output]:
+    """The files of a token file, for `reserved_outputs`."""
+    sidecar = sidecar_path(path)
+
+    def is_ours(existing: Path) -> bool:
+        try:
+            read_sidecar(path)
+        except (DamagedFileError, FileNotFoundError):
+            return is_unfinished(sidecar)
+        return True
+
+    outputs = [Output(path, "a token file", is_ours), Output(sidecar, "the sidecar of a token file", is_ours)]
+    return [*outputs, Output(mask_path(path), "the mask of a token file", is_ours)] if with_mask else outputs
 
 
 def info_to_json(info: TokenFileInfo) -> dict[str, Any]:
