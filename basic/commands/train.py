@@ -17,23 +17,20 @@ import sys
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from basic.commands import own_text
-from basic.commands.show.report import leave_report
 from basic.common import command_line
 from basic.common.config_files import convert, from_table, load_config
 from basic.common.errors import InvalidConfigError, InvalidInputError
-from basic.formats.initial_model import InitialModel, open_initial_model
-from basic.training.checkpoints.of_run import checkpoint_paths
-from basic.training.parallel.devices import choose_device, matmul_flops_per_s
-from basic.training.parallel.world import World, join_world
 from basic.training.recipes import RecipeName, recipe_settings
-from basic.training.run_folder import load_run_config
 from basic.training.settings import DataConfig, RunConfig, TrainConfig
 from basic.transformer.configuration import ModelConfig
+
+if TYPE_CHECKING:
+    from basic.formats.initial_model import InitialModel
+    from basic.training.parallel.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +68,11 @@ def parse(arguments: list[str]) -> tuple[Options, InitialModel | None]:
     first.add_argument("--recipe")
     first.add_argument("--depth", type=command_line.parse_integer)
     given, others = first.parse_known_args(arguments)
-    initial = None if source.init_from is None else open_initial_model(source.init_from)
+    initial = None
+    if source.init_from is not None:
+        from basic.formats.initial_model import open_initial_model
+
+        initial = open_initial_model(source.init_from)
     if initial is not None and given.resume is not None:
         raise InvalidInputError("--resume continues with the weights of the run itself; leave --init-from out")
     if given.config is not None and given.resume is not None:
@@ -92,6 +93,8 @@ def parse(arguments: list[str]) -> tuple[Options, InitialModel | None]:
             config = load_config(given.config, RunConfig, complete)
         default = Options(run=config, config=given.config, recipe=given.recipe, depth=given.depth, output=output)
     elif given.resume is not None:
+        from basic.training.run_folder import load_run_config
+
         default = Options(run=load_run_config(given.resume), output=given.resume)
     elif initial is not None or given.config is not None:
         output = None if given.config is None else Path("runs") / given.config.stem
@@ -131,6 +134,8 @@ def add_vocab_size(arguments: list[str], table: dict[str, Any]) -> None:
 
 def add_recipe(name: str, depth: int | None, arguments: list[str], table: dict[str, Any]) -> None:
     """A configuration gets the settings of a recipe that it does not have itself."""
+    from basic.training.parallel.devices import choose_device, matmul_flops_per_s
+
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for part in ("model", "train"):
         if not isinstance(table.setdefault(part, {}), dict):
@@ -160,6 +165,8 @@ def add_recipe(name: str, depth: int | None, arguments: list[str], table: dict[s
 def command() -> None:
     given = [argument.partition("=")[0].replace("_", "-") for argument in sys.argv[1:]]
     if "--text" in given:
+        from basic.commands import own_text
+
         classes = (Options, ModelConfig, TrainConfig, DataConfig)
         chosen = {f"--{each.name.replace('_', '-')}" for options in classes for each in fields(options)}
         chosen -= {f"--{each.name.replace('_', '-')}" for each in fields(own_text.Options)}
@@ -171,14 +178,21 @@ def command() -> None:
         own_text.command(sys.argv[1:])
         return
     options, initial = parse(sys.argv[1:])
+    from basic.training.parallel.world import join_world
+
     with join_world(os.environ) as world:
         start(options, initial, world)
 
 
 def start(options: Options, initial: InitialModel | None, world: World) -> None:
+    from basic.commands.own_text import announce
+    from basic.commands.show.report import leave_report
+    from basic.formats.initial_model import open_initial_model
     from basic.Tokenizer import Tokenizer
     from basic.tokens.opening import open_tokens
+    from basic.training.checkpoints.of_run import checkpoint_paths
     from basic.training.loop import train
+    from basic.training.parallel.devices import choose_device
     from basic.training.records.metrics import logged_metrics
 
     output, data = options.output or Path("runs/unnamed"), options.run.data
@@ -215,7 +229,7 @@ def start(options: Options, initial: InitialModel | None, world: World) -> None:
         records = [] if is_new else logged_metrics(output)
         steps_left = options.run.train.steps - (records[-1]["step"] if records else 0)
         if all(len(each) > options.run.model.context_length for each in tokens):  # else the run says what is wrong
-            own_text.announce(options.run, steps_left, choose_device(options.run.train.device))
+            announce(options.run, steps_left, choose_device(options.run.train.device))
     how: dict[str, Any] = {"resume": options.resume is not None, "overwrite": options.overwrite, "progress": True}
     how["init_from"] = None if initial is None else initial.model
     run = train(options.run, tokens[0], tokens[1], output, tokenizer=tokenizer, world=world, **how)

@@ -9,7 +9,6 @@ from typing import Literal
 from basic.common.config_files import check_fields, short_repr
 from basic.common.errors import InvalidConfigError
 from basic.transformer.configuration import ModelConfig
-from basic.transformer.optimizer import cosine_schedule, trapezoid_schedule
 
 # The docstrings of the fields are the texts of `basic train --help`.
 
@@ -207,6 +206,8 @@ class TrainConfig:
         Returns:
             `learning_rate`; with Muon also `momentum`; with a schedule for the weight decay also its factor.
         """
+        from basic.transformer.optimizer import cosine_schedule, trapezoid_schedule  # imported late: they need torch
+
         rates, warmup = (self.max_learning_rate, self.min_learning_rate), self.total_warmup_steps
         if self.schedule == "cosine":
             arguments = {"learning_rate": cosine_schedule(step, *rates, warmup, self.steps)}

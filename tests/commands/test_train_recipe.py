@@ -61,7 +61,7 @@ def test_a_wrong_configuration_is_named(text, message, tmp_path):
 
 
 def test_minutes_choose_the_depth_of_this_machine(monkeypatch):
-    monkeypatch.setattr("basic.commands.train.matmul_flops_per_s", lambda device: 1e12)
+    monkeypatch.setattr("basic.training.parallel.devices.matmul_flops_per_s", lambda device: 1e12)
     run = parsed("--recipe", "modern", "--minutes", "2", "--vocab-size", "500", "--device", "cpu")
     assert run.train.minutes == 2
     assert run.train.steps == 0

@@ -108,6 +108,22 @@ def test_every_command_has_a_script_and_the_list_of_commands_is_fast():
     assert all(re.search(rf"^  {name} +\w", done.stdout, re.M) for name in COMMANDS)
 
 
+def test_help_does_not_load_torch():
+    """Loading it takes longer than everything else that a help text needs."""
+    program = f"""
+import sys
+from contextlib import suppress
+from basic.__main__ import main
+for name in {sorted(COMMANDS.keys() - {"generate"})}:
+    sys.argv = ["basic", name, "--help"]
+    with suppress(SystemExit):
+        main()
+    assert "torch" not in sys.modules, name
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_messages_and_help_name_the_way_the_user_started(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     for start, shown in ((["/bin/basic"], "basic"), (["/lib/basic/__main__.py"], "python -m basic")):
