@@ -122,10 +122,7 @@ def atomic_folder(path: str | os.PathLike) -> Generator[Path]:
     if target.exists():
         raise FileExistsError(f"{os.fspath(path)!r} already exists; choose another name, or remove it first")
     _require_folder(target.parent)
-    remove_remains(target.parent, [target.name])
-    temporary = _temporary_path(target)
-    temporary.mkdir()
-    try:
+    with temporary_folder(target) as temporary:
         yield temporary
         for file in temporary.rglob("*"):
             sync_folder(file) if file.is_dir() else sync_file(file)
@@ -137,18 +134,14 @@ def atomic_folder(path: str | os.PathLike) -> Generator[Path]:
                 message = f"{os.fspath(path)!r} was made by another process meanwhile; start this one again"
                 raise FileExistsError(message) from None
             raise
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     sync_folder(target.parent)
 
 
 @contextmanager
 def temporary_folder(path: str | os.PathLike) -> Generator[Path]:
-    """Yield a new folder beside a file that is to be written, and remove it when the block ends.
+    """Yield a new folder beside a file or a folder that is to be written, and remove it when the block ends.
 
-    It is for other people's code that makes temporary files of its own. If the process is killed, the next one that
-    writes `path` removes the folder.
+    The block may rename it. If the process is killed, the next one that writes `path` removes the folder.
     """
     target = _resolve(path)
     remove_remains(target.parent, [target.name])
