@@ -29,7 +29,13 @@ from basic.common.errors import InvalidInputError
 from basic.model import TransformerLM
 from basic.training.checkpoints.of_run import valid_losses
 from basic.training.loop import train
-from basic.training.parallel.devices import activation_dtype, choose_device, matmul_flops_per_s
+from basic.training.parallel.devices import (
+    activation_dtype,
+    choose_device,
+    is_out_of_memory,
+    matmul_flops_per_s,
+    more_micro_batches,
+)
 from basic.training.recipes import RecipeName, depth_for, num_matrix_parameters, recipe_settings, training_flops
 from basic.training.run_folder import Run
 from basic.training.settings import DataConfig, RunConfig
@@ -245,11 +251,9 @@ def time_steps(config: RunConfig, device: torch.device) -> tuple[float, RunConfi
     while True:
         try:
             return _step_seconds(config, device), config
-        except (RuntimeError, MemoryError) as error:  # on a CPU, torch raises a plain RuntimeError
-            batch_size, accumulation = config.train.batch_size, config.train.gradient_accumulation
-            is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-            more = next((n for n in range(2 * accumulation, batch_size + 1) if batch_size % n == 0), None)
-            if not is_memory or more is None:
+        except (RuntimeError, MemoryError) as error:
+            more = more_micro_batches(config.train, 2 * config.train.gradient_accumulation)
+            if not is_out_of_memory(error) or more is None:
                 raise
             config = replace(config, train=replace(config.train, gradient_accumulation=more))
 

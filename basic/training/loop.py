@@ -285,11 +285,8 @@ class _TrainingLoop:
                 valid_loss = None
                 is_evaluated = _is_due(step, settings.eval_interval, settings)
                 # The first step shows the loss before training. It compiles and tunes, which is no part of a speed.
-                is_logged = (
-                    is_evaluated
-                    or (step == 1 and settings.log_interval > 0)
-                    or _is_due(step, settings.log_interval, settings)
-                )
+                is_first = step == 1 and settings.log_interval > 0
+                is_logged = is_first or is_evaluated or _is_due(step, settings.log_interval, settings)
                 if is_logged:
                     nonfinite.handle(meter.synchronize())
                     record = meter.record()

@@ -144,21 +144,30 @@ def deterministic_on_cpu(device: torch.device) -> Generator[None]:
         settings.fill_uninitialized_memory = before[1]
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was too small; on a CPU, torch raises a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def more_micro_batches(config: TrainConfig, least: int) -> int | None:
+    """The smallest number of micro-batches, from `least` on, that divides the batch; None if there is none."""
+    return next((n for n in range(least, config.batch_size + 1) if config.batch_size % n == 0), None)
+
+
 @contextmanager
 def advice_on_failures(config: RunConfig) -> Generator[None]:
     """Turn an out-of-memory error into a MemoryError, and one of torch.compile into a DependencyError, with advice."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # on a CPU, torch raises a plain RuntimeError
+    except (RuntimeError, MemoryError) as error:
         of_compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
         if of_compiler or "Failed to find C compiler" in str(error):  # the second is Triton's
             with failures_of("compiling", "install gcc and g++, or train on the CPU without --compile"):
                 raise
-        on_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-        if not (on_cpu or isinstance(error, torch.OutOfMemoryError)):
+        if not is_out_of_memory(error):
             raise
         batch_size, accumulation = config.train.batch_size, config.train.gradient_accumulation
-        more = next((n for n in range(accumulation + 1, batch_size + 1) if batch_size % n == 0), None)
+        more = more_micro_batches(config.train, accumulation + 1)
         remedy = "a smaller model" if more is None else f"gradient_accumulation = {more} for the same result"
         raise MemoryError(
             f"out of memory with batch_size = {batch_size}, gradient_accumulation = {accumulation}, context_length = "
