@@ -28,10 +28,12 @@ class Vocabulary:
     Attributes:
         vocab_size: the largest id plus one, the number of rows that an embedding of these ids needs.
         kernels: True uses the kernels always, False never, None where they are worth it (see Tokenizer).
+        skipped_ids: those that are left out where special tokens are skipped.
     """
 
     vocab: dict[int, bytes]
     vocab_size: int
+    skipped_ids: frozenset[int]
     kernels: bool | None
     _token_bytes: TokenBytes | None = None
 
@@ -57,11 +59,6 @@ class Vocabulary:
     @cached_property
     def _ids_of_tokens(self) -> dict[bytes, int]:
         return {self.vocab[token_id]: token_id for token_id in sorted(self.vocab, reverse=True)}
-
-    @cached_property
-    def skipped_ids(self) -> frozenset[int]:
-        """The ids that are left out where special tokens are skipped."""
-        return frozenset()
 
     def may_use_kernels(self, num_bytes: int, num_mapped_bytes: int = 0) -> bool:
         """Whether a text should use the kernels.

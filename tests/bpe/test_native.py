@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,13 @@ def test_machine_code_of_changed_sources_is_neither_used_nor_kept(monkeypatch, t
     object_files.write_object("two.o", b"machine code")
     assert object_files.read_object("one.o") is None
     assert [path.name for path in tmp_path.iterdir()] == ["one.o"]
+
+
+def test_machine_code_depends_on_every_module_with_kernels():
+    decorated = re.compile(r"^@(kernel|inlined\w*|instruction)$", re.MULTILINE)
+    modules = [path for path in (REPOSITORY / "basic").rglob("*.py") if decorated.search(path.read_text("utf-8"))]
+    assert len(modules) > 10
+    assert set(modules) <= object_files._sources().keys()
 
 
 def test_code_that_a_garbage_collection_runs_changes_no_ids():
