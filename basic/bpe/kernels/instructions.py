@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from basic.common.native.instructions import array_at, c_function, instruction, ir, prefetch_line, types
+from basic.common.native.instructions import array_at, broadcast, c_function, instruction, ir, prefetch_line, types
 
 U64 = np.uint64
 
@@ -130,12 +130,9 @@ def at_least_64(typing_context, array, index, bound):
     """A bit for each element of array[index : index + 64] (uint16): whether it is at least `bound` (uint16)."""
 
     def generate(context, builder, signature, arguments):
-        vector, number = ir.VectorType(ir.IntType(16), 64), ir.IntType(32)
+        vector = ir.VectorType(ir.IntType(16), 64)
         address = _address(context, builder, signature.args[0], *arguments[:2])
-        undefined = ir.Constant(vector, ir.Undefined)
-        first = builder.insert_element(undefined, arguments[2], ir.Constant(number, 0))
-        lanes = ir.Constant(ir.VectorType(number, 64), [0] * 64)
-        bounds = builder.shuffle_vector(first, undefined, lanes)
+        bounds = broadcast(builder, arguments[2], 64)
         numbers = builder.load(builder.bitcast(address, vector.as_pointer()), align=2)
         return builder.bitcast(builder.icmp_unsigned(">=", numbers, bounds), ir.IntType(64))
 
@@ -168,14 +165,8 @@ def low_bits_where(typing_context, array, index, high_bits, shift):
         number, vector = ir.IntType(64), ir.VectorType(ir.IntType(64), 8)
         address = _address(context, builder, signature.args[0], *arguments[:2])
         numbers = builder.load(builder.bitcast(address, vector.as_pointer()), align=8)
-        lanes = ir.Constant(ir.VectorType(ir.IntType(32), 8), [0] * 8)
-
-        def broadcast(value):
-            first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
-            return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), lanes)
-
-        shifts = broadcast(arguments[3])
-        equal = builder.icmp_unsigned("==", builder.lshr(numbers, shifts), broadcast(arguments[2]))
+        shifts = broadcast(builder, arguments[3], 8)
+        equal = builder.icmp_unsigned("==", builder.lshr(numbers, shifts), broadcast(builder, arguments[2], 8))
         low = builder.xor(numbers, builder.shl(builder.lshr(numbers, shifts), shifts))
         reduce = builder.module.declare_intrinsic("llvm.vector.reduce.or.v8i64", fnty=ir.FunctionType(number, [vector]))
         return builder.call(reduce, [builder.select(equal, low, ir.Constant(vector, [0] * 8))])

@@ -104,6 +104,13 @@ def larger(typing_context, first, second):
     return types.float32(types.float32, types.float32), generate
 
 
+def broadcast(builder: Any, value: Any, lanes: int) -> Any:
+    """Generate a vector all of whose numbers are a value."""
+    undefined, number = ir.VectorType(value.type, lanes)(ir.Undefined), ir.IntType(32)
+    first = builder.insert_element(undefined, value, number(0))
+    return builder.shuffle_vector(first, undefined, ir.VectorType(number, lanes)(None))
+
+
 TILE_ROWS, TILE_COLUMNS = (8, 32) if "avx512f" in processor() else (4, 16)
 """Of what `add_product` computes: as many sums as the registers of the processor hold."""
 
@@ -125,7 +132,7 @@ def add_product(typing_context, a, b, c, inner, keeps):
     def generate(context, builder, signature, arguments):
         a, b, c = (context.make_array(signature.args[i])(context, builder, arguments[i]) for i in range(3))
         number, index = ir.FloatType(), ir.IntType(64)
-        vector, zeros = ir.VectorType(number, TILE_COLUMNS), ir.VectorType(ir.IntType(32), TILE_COLUMNS)(None)
+        vector = ir.VectorType(number, TILE_COLUMNS)
 
         def address(array, row, column, kind):
             row_bytes, column_bytes = cgutils.unpack_tuple(builder, array.strides)
@@ -141,9 +148,7 @@ def add_product(typing_context, a, b, c, inner, keeps):
         with cgutils.for_range(builder, arguments[3]) as loop:
             line = builder.load(address(b, loop.index, index(0), vector), align=4)
             for row, total in enumerate(sums):
-                factor = builder.load(address(a, index(row), loop.index, number))
-                factor = builder.insert_element(vector(ir.Undefined), factor, ir.IntType(32)(0))
-                factor = builder.shuffle_vector(factor, vector(ir.Undefined), zeros)
+                factor = broadcast(builder, builder.load(address(a, index(row), loop.index, number)), TILE_COLUMNS)
                 product = builder.fmul(factor, line, flags=("contract",))
                 builder.store(builder.fadd(product, builder.load(total), flags=("contract",)), total)
         for result, total in zip(results, sums, strict=True):
