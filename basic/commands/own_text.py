@@ -293,9 +293,7 @@ def announce(config: RunConfig, steps_left: int, device: torch.device) -> None:
         step_s = time_steps(replace(config, train=part), device)[0] * config.train.batch_size / small
         if step_s < LONG_STEP_S:
             step_s, _ = time_steps(replace(config, train=replace(config.train, compile=False)), device)
-        seconds = steps_left * step_s
-        if config.train.eval_interval:  # an evaluation has no backward pass, which takes two thirds of a step
-            seconds *= 1 + config.train.eval_batches / config.train.eval_interval / 3
+        seconds = steps_left * step_s * (1 + config.train.evaluation_overhead)
         less = ", less with its compiled model" if config.train.compile else ""
         print(
             f"the run will take about {command_line.duration(seconds)} on this machine ({device}){less}",

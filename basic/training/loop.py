@@ -257,9 +257,7 @@ class _TrainingLoop:
         nonfinite = NonfiniteSteps(settings, self.train_sampler, start.nonfinite_steps, self.log, take_step)
         budget = None
         if settings.steps == 0:
-            # An evaluation has no backward pass, which takes two thirds of a step.
-            overhead = settings.eval_batches / settings.eval_interval / 3 if settings.eval_interval else 0.0
-            budget = TimeBudget((settings.minutes or 0.0) * 60, meter, overhead)
+            budget = TimeBudget((settings.minutes or 0.0) * 60, meter, settings.evaluation_overhead)
             settings = settings.before_planning
         steps = range(start.step, settings.steps)
         with StopSignals() as stop, read_ahead(self.train_sampler, steps, self.device) as batches:

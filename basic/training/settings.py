@@ -200,6 +200,11 @@ class TrainConfig:
         """Length of the trapezoid's decay in steps."""
         return round(self.decay_share * self.steps) if self.decay_steps is None else self.decay_steps
 
+    @property
+    def evaluation_overhead(self) -> float:
+        """Time for evaluations, for each second of steps: they have no backward pass, two thirds of a step's time."""
+        return self.eval_batches / self.eval_interval / 3 if self.eval_interval else 0.0
+
     def scheduled(self, step: int) -> dict[str, float]:
         """The arguments of a `TrainStep` at a step, counted from 1, so that the first rate is above 0.
 
