@@ -11,7 +11,6 @@ from typing import Annotated
 
 import tyro
 
-from basic.common import command_line
 from basic.common.errors import InvalidInputError
 
 
@@ -56,16 +55,12 @@ def main(options: Options) -> None:
 def open_data(data):
     """Open the token files and the tokenizer of a run; generate those of the stories if they do not exist."""
     from basic.analysis.sweep import SweepData
-    from basic.Tokenizer import Tokenizer
-    from basic.tokens.opening import open_tokens
+    from basic.commands import train
 
     folder = Path(data.train_tokens).parent
     if folder.name == "small_stories" and not (folder / "valid.bin").is_file():
         make_stories(folder)
-    tokenizer = Tokenizer.load(command_line.tokenizer_folder(Path(data.tokenizer))) if data.tokenizer else None
-    made_by = None if tokenizer is None else tokenizer.fingerprint
-    paths = data.train_tokens, data.valid_tokens
-    return SweepData(*(open_tokens(path, dtype=data.dtype or None, made_by=made_by) for path in paths), tokenizer)
+    return SweepData(*train.open_data(data))
 
 
 def make_stories(folder: Path, *, num_train: int = 20_000, num_valid: int = 400, vocab_size: int = 1024) -> None:

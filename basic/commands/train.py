@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from basic.transformer.configuration import ModelConfig
 
 if TYPE_CHECKING:
     from basic.formats.initial_model import InitialModel
+    from basic.Tokenizer import Tokenizer
     from basic.training.parallel.world import World
 
 
@@ -184,12 +185,22 @@ def command() -> None:
         start(options, initial, world)
 
 
+def open_data(data: DataConfig, *, verify: bool = False) -> tuple[Any, Any, Tokenizer | None]:
+    """Open the tokens for training, those for validation, and the tokenizer, with which they must have been made."""
+    from basic.Tokenizer import Tokenizer
+    from basic.tokens.opening import open_tokens
+
+    tokenizer = Tokenizer.load(command_line.tokenizer_folder(Path(data.tokenizer))) if data.tokenizer else None
+    made_by = None if tokenizer is None else tokenizer.fingerprint
+    paths = data.train_tokens, data.valid_tokens
+    train, valid = (open_tokens(path, dtype=data.dtype or None, verify=verify, made_by=made_by) for path in paths)
+    return train, valid, tokenizer
+
+
 def start(options: Options, initial: InitialModel | None, world: World) -> None:
     from basic.commands.own_text import announce
     from basic.commands.show.report import leave_report
     from basic.formats.initial_model import open_initial_model
-    from basic.Tokenizer import Tokenizer
-    from basic.tokens.opening import open_tokens
     from basic.training.checkpoints.of_run import checkpoint_paths
     from basic.training.loop import train
     from basic.training.parallel.devices import choose_device
@@ -203,15 +214,10 @@ def start(options: Options, initial: InitialModel | None, world: World) -> None:
     for name in ("train_tokens", "valid_tokens"):
         if not getattr(data, name):
             raise InvalidConfigError(f"data.{name} is not set; give a token file made by `basic encode`")
-    # A run folder has a copy of its tokenizer.
-    own = output / "tokenizer" if options.resume else Path()
-    folder = own if options.resume and own.is_dir() else data.tokenizer
-    tokenizer = Tokenizer.load(command_line.tokenizer_folder(Path(folder))) if folder else None
-    made_by = None if tokenizer is None else tokenizer.fingerprint
-    tokens = [
-        open_tokens(path, dtype=data.dtype or None, verify=options.verify, made_by=made_by)
-        for path in (data.train_tokens, data.valid_tokens)
-    ]
+    own = output / "tokenizer"  # a run folder has a copy of its tokenizer
+    if options.resume is not None and own.is_dir():
+        data = replace(data, tokenizer=str(own))
+    *tokens, tokenizer = open_data(data, verify=options.verify)
     if initial is None and options.run.train.init_from and not checkpoint_paths(output):
         initial = open_initial_model(options.run.train.init_from)  # a run that was stopped before its first checkpoint
     if initial is not None:
