@@ -51,7 +51,7 @@ def start_processes(count: int, jobs: list[dict[str, Any]]) -> list[subprocess.P
         subprocess.Popen(
             [sys.executable, "-m", "tests.helpers.ranks_tools", json.dumps(jobs)],
             cwd=REPOSITORY,
-            env={**os.environ, **environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+            env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -52,7 +52,7 @@ def test_a_run_resumed_in_a_new_process_equals_an_uninterrupted_one_to_the_last_
         del kinds["compiled"]
     # torch.compile shall neither start processes that compile, nor try which vector instructions the compiler knows.
     compiling = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_VEC_ISA_OK": "0"}
-    environment = {**os.environ, **compiling, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, **compiling, "OMP_NUM_THREADS": "2"}
 
     def train_in_a_process(name: str, resume: bool) -> None:
         runs = [[f"{tmp_path / kind}.toml", str(tmp_path / kind / name), resume] for kind in kinds]
@@ -135,7 +135,7 @@ def test_damage_to_an_environment_is_found(tmp_path):
 def test_a_killed_run_resumes_and_loses_no_checkpoint_that_it_has_logged(tmp_path):
     program = "import sys; from pathlib import Path; from tests.helpers.fault_tools import kill_at_random_times\n"
     program += "print(kill_at_random_times(Path(sys.argv[1]), 4, 0))"
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", program, str(tmp_path / "run")]
     finished = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
