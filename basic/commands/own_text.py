@@ -137,8 +137,8 @@ def train_text(
     # What is wrong with these is said before the text is encoded.
     recipe_settings(recipe, vocab_size=1, depth=1 if depth is None else depth)
     choose_device(device)
-    run_dir, say = Path(default_output(texts) if output is None else output), print if progress else lambda line: None
     local_sources(texts)
+    run_dir, say = Path(default_output(texts) if output is None else output), print if progress else lambda line: None
     if (run_dir / "config.toml").exists() and not overwrite:
         raise FileExistsError(
             f"{run_dir} already contains a run; add --overwrite to replace it, give another folder with --output, or "

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from basic.common.errors import InvalidInputError
-from basic.common.files import atomic_folder, check_regular_file, make_folder, sha256_of_file
+from basic.common.files import atomic_folder, check_path, check_regular_file, make_folder, sha256_of_file
 from basic.corpus.sources import STANDARD_INPUT, TextSource, expand_inputs, read_text
 from basic.corpus.train_valid import split_text
 from basic.encoding import encode_file
@@ -93,6 +93,7 @@ def local_sources(inputs: Sequence[str]) -> list[TextSource]:
                 f"{given!r} is no local file; `basic train-bpe` and `basic encode` also take URLs and standard input, "
                 "and `basic train --config` their token files"
             )
+        check_path(given)
     sources = expand_inputs(list(_files(inputs)))
     for source in sources:
         check_regular_file(source)

@@ -27,6 +27,8 @@ from basic.common.errors import DamagedFileError, InvalidInputError
 
 _UNFINISHED = {"unfinished": "a process ended while it wrote this file and the one that it describes: write both again"}
 _REMAINS_S = 24 * 3600.0
+_MAX_NAME_BYTES = 255
+"""Of a file or folder on Linux, macOS and Windows."""
 """Temporary files of other machines are removed when they have not changed for so long."""
 
 
@@ -231,17 +233,23 @@ def sync_file(path: Path, flags: int = os.O_RDWR) -> None:
 
 
 def check_path(path: str | os.PathLike) -> None:
-    """Raise InvalidInputError if a path cannot be one on this system: with NUL or lone surrogates in it.
+    """Raise InvalidInputError if a path cannot be one on this system: with NUL or lone surrogates in it, or too long.
 
     Raises:
         InvalidInputError: it cannot.
     """
+    name = f"{os.fspath(path)!r:.80}"  # a text that is given instead of a path can be long
     try:
-        is_possible = b"\0" not in os.fsencode(path)
+        encoded = os.fsencode(path)
     except UnicodeEncodeError:
-        is_possible = False
-    if not is_possible:
-        raise InvalidInputError(f"{os.fspath(path)!r} cannot be a path: it has a NUL or half of a surrogate pair")
+        encoded = b"\0"
+    if b"\0" in encoded:
+        raise InvalidInputError(f"{name} cannot be a path: it has a NUL or half of a surrogate pair")
+    if (longest := max(map(len, encoded.split(b"/")))) > _MAX_NAME_BYTES:
+        raise InvalidInputError(
+            f"{name}... is too long for a path: a name in it has {longest:,} bytes, at most {_MAX_NAME_BYTES} are "
+            "allowed; save a text to a file and give its name, or, where an iterator of texts is taken, iter([text])"
+        )
 
 
 def check_regular_file(path: str | os.PathLike) -> None:

@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 from basic.bytes_utils import decode_blocks
 from basic.common.arguments import check_type, describe
 from basic.common.errors import InvalidInputError
-from basic.common.files import open_file
+from basic.common.files import check_path, open_file
 from basic.corpus.documents import BadLines, read_json_lines, read_parquet
 from basic.corpus.files import (
     BLOCK_BYTES,
@@ -229,7 +229,8 @@ def expand_inputs(inputs: Inputs) -> list[TextSource]:
 
     Raises:
         TypeError: an input is no path.
-        InvalidInputError: no input is given, or one holds no text, as its name or its first bytes say.
+        InvalidInputError: no input is given, or one cannot be a path or holds no text, as its name or its first bytes
+            say.
         DamagedFileError: a compressed file is incomplete or damaged.
         FileNotFoundError: no file matches a glob.
         OSError: a file whose name does not say what it holds cannot be read.
@@ -237,6 +238,8 @@ def expand_inputs(inputs: Inputs) -> list[TextSource]:
     sources = []
     for source in _as_sources(inputs):
         name = os.fspath(source)
+        if not source.reads_once and not source.is_remote:
+            check_path(name)
         wildcards = "*[" if source.is_remote else "*?["  # a ? in a URL begins its query
         if source.reads_once or not any(wildcard in name for wildcard in wildcards) or os.path.exists(name):
             sources.append(source)

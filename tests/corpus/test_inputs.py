@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from basic.commands.own_text import train_text
 from basic.common.errors import InvalidInputError
 from basic.corpus.counting import count_pretokens
 from basic.corpus.shards import entire_source, split_into_shards
@@ -17,6 +18,7 @@ from basic.corpus.sources import TextSource, expand_inputs
 from basic.encoding import encode_files
 from basic.Tokenizer import Tokenizer
 from basic.tokens.opening import open_tokens
+from basic.train_bpe import train_bpe
 from tests.helpers.corpus_tools import END, SPECIAL, encoded
 
 
@@ -47,6 +49,15 @@ def test_globs_are_sorted_and_an_empty_one_is_an_error(tmp_path, monkeypatch):
         count_pretokens("x*.txt", SPECIAL)
     with pytest.raises(InvalidInputError, match="there is no input"):
         count_pretokens([], SPECIAL)
+
+
+@pytest.mark.parametrize(
+    "take", [train_text, lambda text: train_bpe(text, 300, [END])], ids=["train_text", "train_bpe"]
+)
+def test_a_text_that_is_given_as_a_path_is_not_printed_as_a_whole(take):
+    with pytest.raises(InvalidInputError, match=r"too long for a path.*save a text to a file") as error:
+        take("Who is it? [A text]\n" * 5000)
+    assert len(str(error.value)) < 400
 
 
 def test_urls_are_read_like_files(tmp_path, monkeypatch, corpus, tokenizer):
