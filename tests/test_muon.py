@@ -143,9 +143,9 @@ def test_other_groups_follow_adamw() -> None:
         for peer, our in zip(peers, ours, strict=True):
             peer.copy_(our)
     own = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.0}
-    groups = [{"params": []}, {"params": ours[:2], "rule": "muon"}, {"params": ours[2:], **own}]
+    groups = [{"params": []}, {"params": ours[:2], "rule": "muon"}, {"params": ours[2:], "rule": "adamw", **own}]
     optimizer = Muon(groups, **SETTINGS)
-    adamw, muon = AdamW(peers[2:], **own), Muon([{"params": peers[:2], "rule": "muon"}], **SETTINGS)
+    adamw, muon = AdamW(peers[2:], **own), Muon(peers[:2], **SETTINGS)  # matrices alone need no rule
     for _ in range(4):
         set_gradients(ours, peers)
         for each in (optimizer, adamw, muon):
@@ -178,7 +178,7 @@ def test_numbers_on_the_device_and_copies() -> None:
 
 def test_a_factor_that_is_not_finite_changes_nothing() -> None:
     ours = matrices(torch.float32)
-    optimizer = Muon([{"params": ours[:5], "rule": "muon"}, {"params": ours[5:]}], **SETTINGS)
+    optimizer = Muon([{"params": ours[:5]}, {"params": ours[5:], "rule": "adamw"}], **SETTINGS)
     for bad in (False, True):  # at first no state, then some
         before = copy.deepcopy((ours, optimizer.state_dict()["state"])) if bad else ([w.clone() for w in ours], None)
         set_gradients(ours)

@@ -1,4 +1,4 @@
-"""Muon: the momentum of each matrix is orthogonalized before it is subtracted; all other parameters follow AdamW.
+"""Muon: the momentum of each matrix is orthogonalized before it is subtracted; other parameters follow AdamW.
 
 The update of a matrix is the nearest matrix whose singular values are all 1. A gradient has a few large singular values
 and many small ones, so a plain step moves the weights in few directions; an orthogonal one moves them equally in all.
@@ -40,7 +40,7 @@ CHOICES = {
 
 
 class Muon(AdamW):
-    """Muon for the groups with `rule="muon"`, which hold matrices, and AdamW for all other groups.
+    """Muon for matrices, and AdamW for the groups of parameters with `rule="adamw"`.
 
     A step of a matrix, with the gradient g and the momentum m:
 
@@ -50,8 +50,9 @@ class Muon(AdamW):
         w = w - lr * scale * o - lr * weight_decay * w where o * w >= 0        # cautious decay
 
     Args:
-        params: groups of parameters as dictionaries with their own settings, `rule` among them.
+        params: matrices, or groups of parameters as dictionaries with their own settings, `rule` among them.
         lr, betas, eps, weight_decay: as for AdamW; Muon has no betas.
+        rule: of the groups that do not say it: "muon", for matrices, or "adamw".
         momentum: Muon: decay rate of the running mean of the gradient, in [0, 1).
         orthogonalization: Muon: the polynomials that take the singular values to 1.
         iterations: Muon: number of these polynomials, >= 1.
@@ -78,7 +79,7 @@ class Muon(AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        rule: str = "adamw",
+        rule: str = "muon",
         momentum: float = 0.95,
         orthogonalization: str = "polar_express",
         iterations: int = 5,

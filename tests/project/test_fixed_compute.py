@@ -82,7 +82,7 @@ def test_settings_of_all_recipes_are_valid(script, monkeypatch):
 def test_the_state_of_the_warm_up_is_forgotten(script):
     weights = [Parameter(torch.randn(4, 6)), Parameter(torch.randn(6))]
     before = [weight.detach().clone() for weight in weights]
-    groups = [{"params": weights[:1], "rule": "muon"}, {"params": weights[1:]}]
+    groups = [{"params": weights[:1]}, {"params": weights[1:], "rule": "adamw"}]
     optimizer, fresh = Muon(groups, weight_decay=0.1), Muon([{**group} for group in groups], weight_decay=0.1)
     for weight in weights:
         weight.grad = torch.randn_like(weight)
