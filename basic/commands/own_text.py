@@ -43,6 +43,8 @@ from basic.training.step import TrainStep, make_optimizer
 
 MAX_EPOCHS = 30
 """A text is seen at most so often: more only learns it by heart."""
+MIN_STEP_TOKENS = 1024
+"""Of the handout's recipe, whose steps get smaller where the time is too short for half of them."""
 MAX_PARAMETERS_PER_TOKEN = 4.0
 """Parameters that are multiplied with every token, for each token of the text."""
 LONG_STEP_S = 5.0
@@ -200,6 +202,10 @@ def choose(
         flops_per_s = training_flops(recipe, vocab_size, depth, has_gpu) / wanted / step_s
         depth = min(depth - 1, depth_for(recipe, vocab_size, 60 * minutes * flops_per_s, has_gpu))
     tokens_per_step = config.train.batch_size * config.model.context_length
+    while recipe == "handout" and steps < wanted / 2 and tokens_per_step >= 2 * MIN_STEP_TOKENS:
+        smaller = replace(config.train, batch_size=config.train.batch_size // 2, gradient_accumulation=1)
+        step_s, config = time_steps(replace(config, train=smaller), device)
+        steps, tokens_per_step = 60 * minutes / step_s, tokens_per_step // 2
     most = max(20, round(MAX_EPOCHS * num_tokens / tokens_per_step))
     is_short, steps = steps > most, max(1, round(min(steps, most)))
     passes = steps * tokens_per_step / num_tokens

@@ -156,6 +156,18 @@ def test_the_measured_time_of_steps_decides_the_depth(texts, tmp_path, quick, mo
     assert f"{settings.batch_size} sequences of {model.context_length} tokens a step" in line
 
 
+@pytest.mark.parametrize(("minutes", "batch_size"), [(2, 4), (10, 8), (60, 32)])
+def test_the_handout_takes_smaller_steps_in_a_short_time(texts, tmp_path, monkeypatch, minutes, batch_size):
+    monkeypatch.setattr(own_text, "time_steps", lambda config, device: (0.02 * config.train.batch_size, config))
+    monkeypatch.setattr(own_text, "MAX_EPOCHS", 10**9)
+    prepared = prepare_text([str(texts / "my.txt")], tmp_path)
+    config, line = own_text.choose(prepared, minutes, "cpu", depth=1, seed=0, recipe="handout")
+    assert config.model.context_length * config.train.batch_size == 256 * batch_size
+    assert f"; {config.train.batch_size} sequences of" in line
+    modern = own_text.choose(prepared, minutes, "cpu", depth=2, seed=0)[0]
+    assert modern.model.context_length * modern.train.batch_size == 512 * 2**2
+
+
 def test_a_short_text_gets_a_small_model_and_few_steps(texts, tmp_path, quick):
     prepared = prepare_text([str(texts / "my.txt")], tmp_path)
     config, line = own_text.choose(prepared, 60, "cpu", depth=None, seed=0)
