@@ -241,7 +241,8 @@ class TransformerLM(Module):
     """A causal language model: from token ids to the logits of each next token.
 
     Args:
-        config: the architecture.
+        config: the architecture, such as `ModelConfig(vocab_size=1000, context_length=64, d_model=64, num_layers=2,
+            num_heads=4)`.
 
     Source: assignment, "The full Transformer LM".
     """
