@@ -96,7 +96,8 @@ class CheckpointManager:
         """Whether to save the state after a step: by its number, by time, as the best, or after a failed attempt."""
         if not self.world.is_rank_0:
             return False
-        if self.saver.is_busy:  # a checkpoint that is due now is saved as soon as the saver is free
+        # What is due while the saver is busy is saved when it is free, at a later step. Only a milestone waits for it.
+        if self.saver.is_busy and not self._is_milestone(step):
             if self._is_due_by_step(step) or self._is_best(valid_loss):
                 self._retry_at_s = 0.0
             return False
@@ -184,8 +185,11 @@ class CheckpointManager:
         return True
 
     def _is_due_by_step(self, step: int) -> bool:
-        intervals = (self.config.checkpoint_interval, self.config.milestone_interval)
-        return any(interval > 0 and step % interval == 0 for interval in intervals)
+        interval = self.config.checkpoint_interval
+        return self._is_milestone(step) or (interval > 0 and step % interval == 0)
+
+    def _is_milestone(self, step: int) -> bool:
+        return self.config.milestone_interval > 0 and step % self.config.milestone_interval == 0
 
     def _is_best(self, valid_loss: float | None) -> bool:
         return (
@@ -201,8 +205,7 @@ class CheckpointManager:
         kept = set(steps[-self.config.checkpoints_kept :])
         if self.config.keep_best and self._valid_losses:
             kept.add(min(self._valid_losses, key=lambda step: self._valid_losses[step]))
-        if self.config.milestone_interval:
-            kept |= {step for step in steps if step % self.config.milestone_interval == 0}
+        kept |= set(filter(self._is_milestone, steps))
         for path in paths:
             if checkpoint_step(path) not in kept:
                 remove_checkpoint(path)

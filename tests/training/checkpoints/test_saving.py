@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,28 @@ def test_the_newest_the_best_and_milestones_are_kept(tmp_path):
     assert [int(name[5:13]) for name in checkpoint_names(tmp_path / "run")] == [6, 8, 12, 18, 20]
     saved = [record["step"] for record in log.records if record["kind"] == "checkpoint"]
     assert saved == [3, 4, 6, 8, 9, 12, 15, 18, 20]
+
+
+def test_a_milestone_is_saved_though_another_checkpoint_is_still_being_written(tmp_path, monkeypatch):
+    """At a later step it would be no milestone."""
+    may_write, save_file = threading.Event(), safetensors.torch.save_file
+
+    def save_late(*arguments):
+        may_write.wait(20)
+        save_file(*arguments)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save_late)
+    config = configuration(checkpoint_interval=1, milestone_interval=3, checkpoints_kept=1)
+    model = TransformerLM(config.model)
+    save = partial(CheckpointManager.save, model=model, optimizer=make_optimizer(model, config.train))
+    with CheckpointManager(tmp_path, config.train, NullLog()) as checkpoints:
+        save(checkpoints, progress=RunProgress(1))
+        assert not checkpoints.is_due(2, None)
+        assert checkpoints.is_due(3, None)
+        may_write.set()
+        save(checkpoints, progress=RunProgress(3))
+        save(checkpoints, progress=RunProgress(4))
+    assert checkpoint_names(tmp_path) == ["step_00000003.safetensors", "step_00000004.safetensors"]
 
 
 def test_a_damaged_newest_checkpoint_does_not_cost_the_new_ones(tmp_path):
