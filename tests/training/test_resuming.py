@@ -16,9 +16,13 @@ import torch
 
 from basic.common.config_files import save_config
 from basic.common.errors import DamagedFileError, InvalidInputError
+from basic.encoding import encode_files
+from basic.Tokenizer import Tokenizer
+from basic.tokens.opening import open_tokens
 from basic.training.checkpoints.file import read_checkpoint, save_checkpoint, write_checkpoint
 from basic.training.checkpoints.of_run import checkpoint_paths, open_checkpoint
 from basic.training.loop import train
+from basic.training.records.environment import describe_environment
 from basic.training.records.metrics import read_metrics
 from basic.training.run_folder import load_run
 from basic.training.step import TrainStep
@@ -120,6 +124,17 @@ def test_other_data_is_refused_and_another_number_of_threads_is_reported(tmp_pat
     starts = json.loads((tmp_path / "run" / "environment.json").read_text())["starts"]
     assert [start["step"] for start in starts] == [0, 2]
     assert starts[1]["code"]["version"] or starts[1]["code"]["commit"]
+
+
+def test_an_environment_names_a_dataset_wherever_the_run_was_started(tmp_path, monkeypatch):
+    """As it names a token file; a relative name is one in the run folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("text").write_text("some text")
+    encode_files(Tokenizer({byte: bytes([byte]) for byte in range(256)}, []), "text", "data")
+    tokens, device = open_tokens("data"), torch.device("cpu")
+    for run_dir, path in (("run", tmp_path.resolve() / "data" / "index.json"), ("data", "index.json")):
+        environment = describe_environment(Path(run_dir), tokens, tokens, None, device)
+        assert environment["train_tokens"]["path"] == str(path)
 
 
 def test_damage_to_an_environment_is_found(tmp_path):

@@ -157,8 +157,9 @@ def _describe_tokens(tokens: Tokens, run_dir: Path) -> dict[str, Any]:
             break
     if info is not None and info.mask_sha256 is not None:
         digest.update(info.mask_sha256.encode())
-    if path is not None and path.is_relative_to(folder := os.path.realpath(run_dir)):
-        path = path.relative_to(folder)
+    if path is not None:
+        path, folder = path.resolve(), run_dir.resolve()  # a dataset is named as it was given
+        path = path.relative_to(folder) if path.is_relative_to(folder) else path
     return {
         "path": None if path is None else str(path),
         "count": len(tokens),
