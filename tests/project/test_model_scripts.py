@@ -266,7 +266,7 @@ def test_tokens_and_text_give_the_same_numbers(folder, capsys, monkeypatch):
     [
         ("other.bin", "was made by another tokenizer than that of the model"),
         ("missing.txt", "there is no file"),
-        ("invalid.txt", "at byte offset 2"),
+        ("invalid.txt", "invalid.txt' is not valid UTF-8 at byte offset 2"),
         ("empty.txt", "there is nothing to score in 0 tokens"),
     ],
 )

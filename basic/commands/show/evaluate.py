@@ -73,6 +73,7 @@ def main(options: Options) -> None:
 
 def read_tokens(path: Path, tokenizer, dtype: str):
     """Return the ids of a file and the size of their text in bytes, 0 if unknown."""
+    from basic.bytes_utils import decode_blocks
     from basic.common.files import read_file
     from basic.tokens.opening import find_info, open_tokens
 
@@ -84,5 +85,5 @@ def read_tokens(path: Path, tokenizer, dtype: str):
         return tokens, info.source_bytes if info else 0
     if tokenizer is None:
         raise InvalidInputError(f"the run has no tokenizer/ folder, so {path} must be a token file (.bin or .npy)")
-    text = read_file(path)
-    return tokenizer.encode_array(text), len(text)
+    content = read_file(path)
+    return tokenizer.encode_array("".join(decode_blocks([content], path))), len(content)
