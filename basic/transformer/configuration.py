@@ -124,9 +124,11 @@ class ModelConfig:
         """The settings, such as "ffn='relu2'", that neither Llama nor its relatives have."""
         llama: dict[str, Any] = {"norm": "pre", "positions": "rope", "ffn": "swiglu", "embedding_norm": False}
         llama |= {"value_embeddings": False, "window_pattern": ""}
-        if self.norm == "sublayer" or self.qk_norm == "all_heads":  # OLMo 2
+        if self.norm == "sublayer":  # OLMo 2
             llama |= {"norm": "sublayer", "qk_norm": "all_heads", "qkv_bias": False, "sliding_window": None}
             llama |= {"head_dim": None}
+        elif self.qk_norm == "all_heads":  # which only OLMo 2 has
+            llama["qk_norm"] = False
         return [f"{name}={getattr(self, name)!r}" for name, value in llama.items() if getattr(self, name) != value]
 
 

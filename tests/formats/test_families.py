@@ -199,7 +199,7 @@ def test_what_is_not_covered_is_refused_by_name_and_value(fields: dict, message:
     ("changes", "message"),
     [
         ({"qk_norm": True, "qkv_bias": True}, "both qk_norm=True and qkv_bias=True"),
-        ({"qk_norm": "all_heads"}, "cannot express norm='pre'"),
+        ({"qk_norm": "all_heads"}, "cannot express qk_norm='all_heads'; only models with norm='pre'"),
         ({"norm": "sublayer", "qk_norm": "all_heads", "sliding_window": 2}, "cannot express sliding_window=2"),
     ],
     ids=str,
