@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate, chain, pairwise
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -369,3 +369,9 @@ def _readonly_bytes(data: bytes | bytearray | memoryview | npt.NDArray[np.uint8]
     array = np.frombuffer(np.ascontiguousarray(data) if isinstance(data, np.ndarray) else data, np.uint8)
     array.flags.writeable = False
     return array
+
+
+def __getattr__(name: str) -> NoReturn:
+    """`from basic import Tokenizer` gives this module instead of the class, as its first use says."""
+    hint = "; the class is in it: from basic.Tokenizer import Tokenizer" if hasattr(Tokenizer, name) else ""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")

@@ -518,3 +518,12 @@ def test_scripts_train_and_encode(tmp_path):
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: there is no file")
     assert not (tmp_path / "never").exists()
+
+
+def test_the_module_in_place_of_the_class_names_the_import():
+    from basic import Tokenizer as module
+
+    with pytest.raises(AttributeError, match=r": from basic\.Tokenizer import Tokenizer$"):
+        getattr(module, "load")("tokenizer")  # noqa: B009
+    with pytest.raises(AttributeError, match=r"no attribute 'nothing'$"):
+        getattr(module, "nothing")  # noqa: B009
