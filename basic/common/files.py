@@ -27,9 +27,9 @@ from basic.common.errors import DamagedFileError, InvalidInputError
 
 _UNFINISHED = {"unfinished": "a process ended while it wrote this file and the one that it describes: write both again"}
 _REMAINS_S = 24 * 3600.0
-_MAX_NAME_BYTES = 255
-"""Of a file or folder on Linux, macOS and Windows."""
 """Temporary files of other machines are removed when they have not changed for so long."""
+_MAX_NAME_BYTES = 255
+"""Of a file or folder; Windows counts characters instead."""
 
 
 @contextmanager
@@ -245,7 +245,9 @@ def check_path(path: str | os.PathLike) -> None:
         encoded = b"\0"
     if b"\0" in encoded:
         raise InvalidInputError(f"{name} cannot be a path: it has a NUL or half of a surrogate pair")
-    if (longest := max(map(len, encoded.split(b"/")))) > _MAX_NAME_BYTES:
+    names = Path(os.fsdecode(path)).parts
+    longest = max((len(name if os.name == "nt" else os.fsencode(name)) for name in names), default=0)
+    if longest > _MAX_NAME_BYTES:
         raise InvalidInputError(
             f"{name}... is too long for a path: a name in it has {longest:,} bytes, at most {_MAX_NAME_BYTES} are "
             "allowed; save a text to a file and give its name, or, where an iterator of texts is taken, iter([text])"
