@@ -250,11 +250,17 @@ def apply_merges(ids: list[int], ranks: PairRanks, results: Sequence[int], one_a
     return (merge_long_one_at_a_time if one_at_a_time else merge_long)(ids, ranks, results)
 
 
-def merge_short(ids: list[int], ranks: PairRanks, results: Sequence[int], one_at_a_time: bool = False) -> list[int]:
-    """`apply_merges` by definition, in time quadratic in the length: the fastest way for everyday lengths."""
+def merge_short(
+    ids: list[int], ranks: PairRanks, results: Sequence[int], one_at_a_time: bool = False, *, fewest: int = 1
+) -> list[int]:
+    """`apply_merges` by definition, in time quadratic in the length: the fastest way for everyday lengths.
+
+    Args:
+        fewest: where one merge is applied at a time, the number of ids at which it stops.
+    """
     no_rank = len(results)
     pair_ranks = [ranks.get(pair, no_rank) for pair in pairwise(ids)]
-    while pair_ranks and (rank := min(pair_ranks)) < no_rank:
+    while len(pair_ranks) >= fewest and (rank := min(pair_ranks)) < no_rank:
         while rank in pair_ranks:
             i = pair_ranks.index(rank)
             ids[i : i + 2] = [results[rank]]

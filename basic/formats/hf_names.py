@@ -36,11 +36,7 @@ _FIELDS = {
     "norm_eps": "rms_norm_eps",
 }
 
-_TENSORS = {
-    "token_embeddings": "model.embed_tokens",
-    "ln_final": "model.norm",
-    "lm_head": "lm_head",
-}
+_TENSORS = {"token_embeddings": "model.embed_tokens", "ln_final": "model.norm", "lm_head": "lm_head"}
 
 _LAYER_TENSORS = {
     "ln1": "input_layernorm",
@@ -243,12 +239,10 @@ def _sliding_window(fields: dict[str, Any]) -> Any:
     if not fields.get("use_sliding_window", False) or window is None:
         return None
     num_layers, first = fields["num_hidden_layers"], fields.get("max_window_layers", 28)
-    kinds = fields.get("layer_types")
+    name, kinds = "layer_types", fields.get("layer_types")
     if kinds is None:
         kinds = [] if first >= num_layers else ["sliding_attention"] + ["full_attention"] * (first > 0)
         name = "max_window_layers"
-    else:
-        name = "layer_types"
     if not {*kinds} <= {"sliding_attention"} and not {*kinds} <= {"full_attention"}:
         raise InvalidInputError(
             f"{name} is {fields.get(name, 28)!r} of {num_layers} layers with use_sliding_window; only models whose "

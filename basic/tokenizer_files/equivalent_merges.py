@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from itertools import pairwise
 from typing import NamedTuple
 
-from basic.bpe.plain import MergeRules
+from basic.bpe.plain import MergeRules, merge_short
 from basic.common.errors import InvalidInputError
 
 # The bytes that occur in UTF-8; the others need no token.
@@ -77,19 +76,8 @@ def last_merge(rules: MergeRules, token: bytes) -> tuple[int, int] | None:
         ids = [rules.byte_ids[byte] for byte in token]
     except KeyError:
         return None
-    get, no_rank = rules.ranks.get, len(rules.results)
-    ranks = [get(pair, no_rank) for pair in pairwise(ids)]
-    while (rank := min(ranks)) < no_rank:
-        if len(ids) == 2:
-            return ids[0], ids[1]
-        i = ranks.index(rank)
-        ids[i : i + 2] = [rules.results[rank]]
-        del ranks[i]
-        if i > 0:
-            ranks[i - 1] = get((ids[i - 1], ids[i]), no_rank)
-        if i < len(ranks):
-            ranks[i] = get((ids[i], ids[i + 1]), no_rank)
-    return None
+    left, *others = merge_short(ids, rules.ranks, rules.results, True, fewest=2)
+    return (left, others[0]) if len(others) == 1 and rules.ranks.get((left, others[0])) is not None else None
 
 
 def missing_bytes(tokens: Iterable[bytes]) -> bytes:

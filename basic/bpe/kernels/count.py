@@ -184,9 +184,7 @@ class PretokenCounter:
             rehash(self._table, larger)
             self._table = larger
         else:
-            pool = np.zeros(len(self._pool) * 4, np.uint64)
-            pool[: len(self._pool)] = self._pool
-            self._pool = pool
+            self._pool = np.pad(self._pool, (0, 3 * len(self._pool)))
 
 
 @kernel
@@ -258,10 +256,7 @@ def sort_and_sum(pretokens: PretokenCounts) -> PretokenCounts:
     _first_eight_bytes(data, pretokens.starts, keys)
     order = np.argsort(keys)
     _sort_equal_keys(data, pretokens.starts, keys, order)
-    data_out, starts_out, counts_out = (
-        np.empty_like(pretokens.data),
-        np.zeros_like(pretokens.starts),
-        np.empty_like(pretokens.counts),
-    )
-    n = _sum_equal(data, pretokens.starts, pretokens.counts, order, data_out, starts_out, counts_out)
-    return PretokenCounts(data_out[: starts_out[n]], starts_out[: n + 1], counts_out[:n])
+    out = PretokenCounts(*map(np.empty_like, pretokens))
+    out.starts[0] = 0
+    n = _sum_equal(data, pretokens.starts, pretokens.counts, order, *out)
+    return PretokenCounts(out.data[: out.starts[n]], out.starts[: n + 1], out.counts[:n])

@@ -155,9 +155,7 @@ class PretokenEncoder:
             rehash(self._table, larger)
             self._table = larger
         elif not table_is_full and len(self._pool) < self._max_pool:
-            pool = np.zeros(len(self._pool) * 4, np.uint64)
-            pool[: len(self._pool)] = self._pool
-            self._pool = pool
+            self._pool = np.pad(self._pool, (0, 3 * len(self._pool)))
         else:
             self._clear()
 

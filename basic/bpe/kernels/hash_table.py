@@ -36,7 +36,8 @@ LONG = 0xFE
 # and the slow path compares their bytes.
 _LONG_BLOCK_BIT = 1 << LENGTH_SHIFT
 
-_MULTIPLIER_0 = U64(0x9E3779B97F4A7C15)  # a multiplication spreads the low bits into the high bits
+EMPTY = U64(0xFFFFFFFFFFFFFFFF)  # a free slot of the tables that have other keys than pre-tokens
+MULTIPLIER = U64(0x9E3779B97F4A7C15)  # a multiplication spreads the low bits into the high bits
 _MULTIPLIER_1 = U64(0xD6E8FEB86659FD93)
 
 
@@ -65,7 +66,7 @@ def new_keys(length: int) -> np.ndarray:
 def first_slot(key0, key1, table):
     """The slot where the search for a key starts: the highest bits of a product, which depend on all its bits."""
     bits = trailing_zeros(U64(len(table)) // U64(SLOT_LENGTH))
-    return ((key0 ^ (key1 * _MULTIPLIER_1)) * _MULTIPLIER_0) >> (U64(64) - bits)
+    return ((key0 ^ (key1 * _MULTIPLIER_1)) * MULTIPLIER) >> (U64(64) - bits)
 
 
 @kernel
@@ -79,7 +80,7 @@ def _eight_bytes_of_long(data, start, length, i):
 def hash_of_long(data, start, length):
     mixed = U64(length)
     for i in range((length + 7) // 8):
-        mixed = (mixed ^ _eight_bytes_of_long(data, start, length, i)) * _MULTIPLIER_0
+        mixed = (mixed ^ _eight_bytes_of_long(data, start, length, i)) * MULTIPLIER
         mixed ^= mixed >> U64(29)
     return mixed
 

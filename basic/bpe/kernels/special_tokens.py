@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from basic.bpe.kernels.hash_table import MULTIPLIER
 from basic.bpe.kernels.instructions import U64, load8, trailing_zeros
 from basic.common.native.kernel import kernel
 
 _MAX_FIRST_BYTES = 4  # up to so many distinct first bytes are searched by comparing eight bytes at once
-_MULTIPLIER = U64(0x9E3779B97F4A7C15)
 _NO_EDGE = -1
 SHORT, LONG = 2, 1  # bits; LONG is that of `_has_bit`
 _NUMBER_BITS = 18
@@ -84,7 +84,7 @@ def special_token_tables(tokens: Sequence[bytes], ids: Sequence[int] | None = No
 
 @kernel
 def _number_of(first_bytes):
-    return (first_bytes * _MULTIPLIER) >> U64(64 - _NUMBER_BITS)
+    return (first_bytes * MULTIPLIER) >> U64(64 - _NUMBER_BITS)
 
 
 @kernel
@@ -102,7 +102,7 @@ def _has_bit(beginnings, row, first_bytes):
 
 @kernel
 def _first_slot(edges, key):
-    return (U64(key) * _MULTIPLIER) >> (U64(64) - trailing_zeros(U64(len(edges))))
+    return (U64(key) * MULTIPLIER) >> (U64(64) - trailing_zeros(U64(len(edges))))
 
 
 @kernel

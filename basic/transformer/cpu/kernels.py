@@ -159,14 +159,9 @@ def adamw(counters, addresses, sizes, rates, root_factors, factor, keep, beta1, 
         addresses: (parameters, 4): of the parameter, the gradient and the two moments.
     """
     for number in range(len(sizes)):
-        parameter, gradient = (
-            float32s_at(addresses[number, 0], sizes[number]),
-            float32s_at(addresses[number, 1], sizes[number]),
-        )
-        first, second = (
-            float32s_at(addresses[number, 2], sizes[number]),
-            float32s_at(addresses[number, 3], sizes[number]),
-        )
+        at, size = addresses[number], sizes[number]
+        parameter, gradient = float32s_at(at[0], size), float32s_at(at[1], size)
+        first, second = float32s_at(at[2], size), float32s_at(at[3], size)
         rate, root_factor = F32(rates[number]), F32(root_factors[number])
         while True:
             start = take_items(counters[number:], BLOCK)

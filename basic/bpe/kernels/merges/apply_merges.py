@@ -13,16 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from basic.bpe.kernels.hash_table import I64
+from basic.bpe.kernels.hash_table import EMPTY, I64, MULTIPLIER
 from basic.bpe.kernels.instructions import U64, low_bits_where, smallest16
 from basic.common.native.kernel import inlined_kernel, kernel
 
 # A slot of the hash table of merges is one number: left id, right id, rank + 1.
 ID_BITS, RANK_BITS = 21, 22
 NO_RANK = (1 << RANK_BITS) - 1
-EMPTY = U64(0xFFFFFFFFFFFFFFFF)
 LINE_SLOTS = 8  # slots in a cache line, which are compared at once
-_MULTIPLIER = U64(0x9E3779B97F4A7C15)
 
 # Up to this length, each merge scans all pairs of the pre-token for the lowest rank, which is the fastest way for usual
 # lengths; a longer pre-token uses a heap. The rank of a pair and its position are one number.
@@ -59,7 +57,7 @@ class MergeArrays(NamedTuple):
 @kernel
 def first_line(slots, key):
     """The cache line in which the search for a pair starts."""
-    return ((key * _MULTIPLIER) >> U64(36)) & U64(len(slots) // LINE_SLOTS - 1)
+    return ((key * MULTIPLIER) >> U64(36)) & U64(len(slots) // LINE_SLOTS - 1)
 
 
 @inlined_kernel

@@ -30,10 +30,9 @@ from typing import Any
 import numpy as np
 
 from basic.bpe.arrays import PretokenCounts, joined_bytes
-from basic.bpe.kernels.hash_table import DONE, FULL, I64
+from basic.bpe.kernels.hash_table import DONE, EMPTY, FULL, I64
 from basic.bpe.kernels.instructions import U64, prefetch
 from basic.bpe.kernels.merges.pairs import (
-    EMPTY,
     HEAP_SIZE,
     LARGE_PAIR,
     MAX_TOKEN_BYTES,
@@ -135,11 +134,8 @@ def _merge_positions(left, right, new, first, size, arrays):
                 after_sums[left] -= count
             else:
                 before_losses[x] += count
-            neighbors[num_records], new_positions[num_records], new_pretokens[num_records] = (
-                x,
-                position - (starts[x + 1] - starts[x]),
-                pretoken,
-            )
+            position_x = position - (starts[x + 1] - starts[x])
+            neighbors[num_records], new_positions[num_records], new_pretokens[num_records] = x, position_x, pretoken
             num_records += 1
         if y >= 0:
             if after_sizes[y] == 0:

@@ -12,10 +12,9 @@ from itertools import chain
 import numpy as np
 
 from basic.bpe.arrays import joined_bytes
-from basic.bpe.kernels.hash_table import I64, find_whole_bytes, new_table, whole_token_table
+from basic.bpe.kernels.hash_table import EMPTY, I64, find_whole_bytes, new_table, whole_token_table
 from basic.bpe.kernels.instructions import U64
 from basic.bpe.kernels.merges.apply_merges import (
-    EMPTY,
     ID_BITS,
     LINE_SLOTS,
     MAX_SCANNED_BYTES,

@@ -5,16 +5,13 @@ Both are flat arrays, like the other arrays of `learn_merges`, which lists them.
 
 from __future__ import annotations
 
-from basic.bpe.kernels.hash_table import compare_bytes
+from basic.bpe.kernels.hash_table import EMPTY, MULTIPLIER, compare_bytes
 from basic.bpe.kernels.instructions import U64
 from basic.common.native.kernel import kernel
 
 # Indices in the state: merges learned so far, pairs so far, entries of the heap, used elements of the occurrences,
 # tokens so far, given merges applied so far, the pair for which an array is too small, the limit for a token.
 NUM_MERGES, NUM_PAIRS, HEAP_SIZE, NUM_OCCURRENCES, NUM_TOKENS, NUM_APPLIED, LARGE_PAIR, MAX_TOKEN_BYTES = range(8)
-
-EMPTY = U64(0xFFFFFFFFFFFFFFFF)  # a free slot of the index
-_MULTIPLIER = U64(0x9E3779B97F4A7C15)
 
 
 @kernel
@@ -65,7 +62,7 @@ def find_pair(keys, left, right):
     """The slot of a pair in the index of pairs, or the empty slot where it belongs."""
     key = (U64(left) << U64(32)) | U64(right)
     mask = U64(len(keys) - 1)
-    slot = ((key * _MULTIPLIER) >> U64(32)) & mask
+    slot = ((key * MULTIPLIER) >> U64(32)) & mask
     while keys[slot] != key and keys[slot] != EMPTY:
         slot = (slot + U64(1)) & mask
     return slot
