@@ -255,13 +255,8 @@ def encode_files(
 
 def _dataset_outputs(folder: Path, num_shards: int, *, with_masks: bool = False) -> list[Output]:
     def is_ours(existing: Path) -> bool:
-        if is_work_folder(folder):
-            return True
-        try:
-            read_index(folder / INDEX_NAME)
-        except (DamagedFileError, OSError):
-            return False
-        return True
+        index = folder / INDEX_NAME
+        return is_work_folder(folder) or (index.is_file() and bool(read_index(index)))
 
     shards = [_shard_name(index) for index in range(num_shards)]
     suffixes = (".bin", ".json", ".mask") if with_masks else (".bin", ".json")

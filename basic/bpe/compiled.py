@@ -20,9 +20,7 @@ own hash table. The result does not depend on the number of threads.
 from __future__ import annotations
 
 import contextlib
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -30,6 +28,7 @@ import numpy as np
 from basic.bpe.arrays import Chunk, InvalidByteError, PretokenCounts, bytes_array, joined_bytes
 from basic.bpe.loading import load_kernels
 from basic.bpe.plain import MergeRules, NumberedMerges
+from basic.common.progress import map_in_threads
 
 if TYPE_CHECKING:
     from basic.bpe.kernels.encoders import PretokenEncoder
@@ -101,22 +100,9 @@ def sort_pretokens(pretokens: PretokenCounts) -> PretokenCounts:
 
 
 def _map_in_order(function: Callable[[T], R], items: Iterable[T], num_threads: int) -> Iterator[R]:
-    """Map in threads, with a bounded number of results in memory."""
     if num_threads == 1:
-        yield from map(function, items)
-        return
-    with ThreadPoolExecutor(num_threads) as executor:
-        waiting: deque[Future[R]] = deque()
-        try:
-            for item in items:
-                waiting.append(executor.submit(function, item))
-                if len(waiting) > 2 * num_threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        return map(function, items)
+    return map_in_threads(function, items, num_threads, most_waiting=2 * num_threads)
 
 
 def learn_merges(

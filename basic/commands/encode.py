@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -62,37 +62,16 @@ def main(options: Options) -> None:
     make_folder(output.parent)
     start = time.perf_counter()
     sources = [TextSource(path, **asdict(options.documents)) for path in inputs]
-    num_learned = None
-    if options.chat:
-        documents = options.documents
-        with dask_executor(options.scheduler) as executor:
-            info, num_learned = encode_conversations(
-                tokenizer,
-                sources,
-                output,
-                end_of_text=documents.end_of_text,
-                on_bad_line=documents.on_bad_line,
-                overwrite=options.overwrite,
-                progress=True,
-                executor=executor,
-                start_over=options.start_over,
-            )
-    elif output.suffix == ".bin" and options.scheduler is None:
-        info = encode_file(
-            tokenizer, sources, output, errors=options.errors, overwrite=options.overwrite, progress=True
-        )
-    else:
-        with dask_executor(options.scheduler) as executor:
-            info = encode_files(
-                tokenizer,
-                sources,
-                output,
-                executor=executor,
-                start_over=options.start_over,
-                shard_bytes=options.shard_bytes,
-                errors=options.errors,
-                progress=True,
-            )
+    what, num_learned = (tokenizer, sources, output), None
+    with dask_executor(options.scheduler) as executor:
+        how: dict[str, Any] = {"executor": executor, "start_over": options.start_over, "progress": True}
+        if options.chat:
+            how |= {"end_of_text": options.documents.end_of_text, "on_bad_line": options.documents.on_bad_line}
+            info, num_learned = encode_conversations(*what, overwrite=options.overwrite, **how)
+        elif output.suffix == ".bin" and executor is None:
+            info = encode_file(*what, errors=options.errors, overwrite=options.overwrite, progress=True)
+        else:
+            info = encode_files(*what, shard_bytes=options.shard_bytes, errors=options.errors, **how)
     seconds = time.perf_counter() - start
     print(f"text     {info.source_bytes:,} bytes, {info.source_bytes / seconds / 1e6:.2f} MB/s")
     print(f"tokens   {info.count:,}, {info.source_bytes / max(info.count, 1):.3f} bytes per token, {info.dtype}")

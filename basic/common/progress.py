@@ -1,14 +1,19 @@
-"""Progress bars, the default number of workers, and the memory of a process."""
+"""Progress bars, threads and the default number of them, and the memory of a process."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Generator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from basic.common.arguments import check_size
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def default_num_workers() -> int:
@@ -25,6 +30,28 @@ def resolve_num_threads(num_threads: int | None) -> int:
         InvalidInputError: the number is less than 1.
     """
     return default_num_workers() if num_threads is None else check_size("num_threads", num_threads)
+
+
+def map_in_threads(
+    function: Callable[[T], R], items: Iterable[T], num_threads: int, *, most_waiting: int
+) -> Generator[R]:
+    """Yield results in the order of the items, with a bounded number of them in memory; closing it ends the threads.
+
+    Args:
+        most_waiting: results, finished or not, beside the one that is yielded.
+    """
+    with ThreadPoolExecutor(num_threads) as executor:
+        waiting: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                waiting.append(executor.submit(function, item))
+                if len(waiting) > most_waiting:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 @contextmanager

@@ -13,6 +13,11 @@ from basic.pretokenization import Pattern
 DEFAULT_FLAGS = {"special": True, "normalized": False, "lstrip": False, "rstrip": False}
 
 
+def changed_flags(token: Mapping[str, Any]) -> dict[str, bool]:
+    """The options of an added token of other programs that are not those of `DEFAULT_FLAGS`."""
+    return {name: token[name] for name, default in DEFAULT_FLAGS.items() if token.get(name, default) != default}
+
+
 class Template(NamedTuple):
     """The ids that are added to a text."""
 

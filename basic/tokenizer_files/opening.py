@@ -13,7 +13,7 @@ from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.common.file_sets import CHECKSUMS_NAME
 from basic.common.files import decode_utf8, load_json_object, read_file
 from basic.pretokenization import PATTERNS, Pattern, resolve_pattern
-from basic.tokenizer_files.content import DEFAULT_FLAGS, ChatTemplate, TokenizerContent, TokenizerSettings
+from basic.tokenizer_files.content import ChatTemplate, TokenizerContent, TokenizerSettings, changed_flags
 from basic.tokenizer_files.equivalent_merges import missing_bytes
 from basic.tokenizer_files.our_folder import SPECIAL_TOKENS_FILE, parse_chat_template, read_folder
 from basic.tokenizer_files.rank_file import read_rank_file
@@ -137,10 +137,7 @@ def _special_tokens(
                 raise InvalidInputError(
                     f"added token {token['content']!r}: single_word is true, which is not supported"
                 )
-            changed = {
-                name: token[name] for name, default in DEFAULT_FLAGS.items() if token.get(name, default) != default
-            }
-            if changed:
+            if changed := changed_flags(token):
                 flags[token["content"]] = changed
         for token, token_id in _optional_object(folder / "added_tokens.json").items():
             special.setdefault(token, token_id)

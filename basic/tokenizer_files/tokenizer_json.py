@@ -17,7 +17,7 @@ from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.common.files import load_json, load_object
 from basic.common.outputs import Output, write_output
 from basic.pretokenization import resolve_pattern
-from basic.tokenizer_files.content import DEFAULT_FLAGS, TokenizerContent, TokenizerSettings
+from basic.tokenizer_files.content import DEFAULT_FLAGS, TokenizerContent, TokenizerSettings, changed_flags
 from basic.tokenizer_files.equivalent_merges import UsedMerges, check_all_bytes, missing_bytes
 from basic.tokenizer_files.normalization import overlap
 from basic.tokenizer_files.pre_tokenizers import (
@@ -90,11 +90,7 @@ def _parse(fields: dict[str, Any], name: str) -> TokenizerContent:
         require(f"model.{field}", model.get(field) or None, None)
     added = {token["content"]: token["id"] for token in fields["added_tokens"]}
     _check_added_tokens(fields["added_tokens"], model["vocab"])
-    flags = {}
-    for token in fields["added_tokens"]:
-        changed = {flag: token[flag] for flag, default in DEFAULT_FLAGS.items() if token[flag] != default}
-        if changed:
-            flags[token["content"]] = changed
+    flags = {token["content"]: changed for token in fields["added_tokens"] if (changed := changed_flags(token))}
     ignore_merges = bool(model.get("ignore_merges"))
     vocab = _parse_vocab(model["vocab"], added, ignore_merges)
     settings = TokenizerSettings(

@@ -120,11 +120,7 @@ def token_file_outputs(path: str | os.PathLike, *, with_mask: bool = False) -> l
     sidecar = sidecar_path(path)
 
     def is_ours(existing: Path) -> bool:
-        try:
-            read_sidecar(path)
-        except (DamagedFileError, FileNotFoundError):
-            return is_unfinished(sidecar)
-        return True
+        return is_unfinished(sidecar) or (sidecar.exists() and bool(read_sidecar(path)))
 
     outputs = [Output(path, "a token file", is_ours), Output(sidecar, "the sidecar of a token file", is_ours)]
     return [*outputs, Output(mask_path(path), "the mask of a token file", is_ours)] if with_mask else outputs

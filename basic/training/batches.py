@@ -8,10 +8,8 @@ of padding, are `IGNORE_INDEX`.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import numpy as np
 import torch
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from basic.common.arguments import check_integer, id_array
 from basic.common.errors import InvalidConfigError, InvalidInputError, WrongTokenizerError
+from basic.common.progress import map_in_threads
 from basic.tokens.index import Tokens
 from basic.tokens.info import IS_LEARNED
 from basic.tokens.opening import mapped_file
@@ -215,25 +214,12 @@ def read_ahead(sampler: BatchSampler, steps: range, device: torch.device) -> Gen
     Yields:
         An iterator over the batches; it raises what the thread raised. Leaving the block ends the thread.
     """
-    with ThreadPoolExecutor(1, "read-ahead") as thread:
-        queue: deque[Future] = deque()
 
-        def fetch(step: int) -> tuple[Tensor, ...]:
-            return tuple(to_device(tensor, device) for tensor in sampler.batch(step))
+    def fetch(step: int) -> tuple[Tensor, ...]:
+        return tuple(to_device(tensor, device) for tensor in sampler.batch(step))
 
-        def batches() -> Iterator[tuple[Tensor, ...]]:
-            for step in steps:
-                queue.append(thread.submit(fetch, step))
-                if len(queue) > _BATCHES_AHEAD:
-                    yield queue.popleft().result()
-            while queue:
-                yield queue.popleft().result()
-
-        try:
-            yield batches()
-        finally:
-            for future in queue:
-                future.cancel()
+    with closing(map_in_threads(fetch, steps, 1, most_waiting=_BATCHES_AHEAD)) as batches:
+        yield batches
 
 
 def document_starts(

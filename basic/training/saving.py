@@ -82,8 +82,7 @@ class CheckpointManager:
         self._step = 0
         self._valid_losses = valid_losses(run_dir)
         if world.is_rank_0:
-            for leftover in (run_dir / "checkpoints").glob(".step_*.tmp"):  # of a killed process
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            _remove_unfinished(run_dir)
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -328,10 +327,14 @@ def _rewind_folder(run_dir: Path, config: RunConfig, step: int) -> None:
     for path in checkpoint_paths(run_dir):
         if checkpoint_step(path) > step:
             set_aside(path)
-    # A killed process leaves what it was writing, and this one may not save the same step again. It holds the lock.
+    _remove_unfinished(run_dir)
+    save_run_config(run_dir, config)
+
+
+def _remove_unfinished(run_dir: Path) -> None:
+    """Remove what a killed process was writing: this one, which holds the lock, may not save the same step again."""
     for path in (run_dir / "checkpoints").glob(".step_*.tmp"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    save_run_config(run_dir, config)
 
 
 def _get_random_state() -> dict[str, str]:

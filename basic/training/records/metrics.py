@@ -78,11 +78,6 @@ def read_all_records(path: str | os.PathLike) -> list[dict[str, Any]]:
     return records
 
 
-def known_entropy(records: Iterable[Mapping[str, Any]]) -> float | None:
-    """The entropy in nats per token of the source that a run was trained on, if the log has it: kind "source"."""
-    return _number_of_source(records, "entropy_nats")
-
-
 def final_loss(logs: Sequence[Sequence[Mapping[str, Any]]]) -> float | None:
     """The loss of a model at its end in nats per token of whole documents, like the entropy of its source.
 
@@ -105,7 +100,7 @@ def entropy_to_draw(given: float | None, logs: Iterable[Iterable[Mapping[str, An
         InvalidInputError: the given one is not a positive number.
     """
     if given is None:
-        known = {known_entropy(log) for log in logs}
+        known = {_number_of_source(log, "entropy_nats") for log in logs}
         return known.pop() if len(known) == 1 else None
     if not 0 < given < math.inf:
         raise InvalidInputError(f"the entropy must be above 0 nats per token, got {given:g}; leave it out for no line")
