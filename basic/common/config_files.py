@@ -177,6 +177,20 @@ def check_fields(config: Any, *, may_be_infinite: Collection[str] = ()) -> None:
         object.__setattr__(config, name, value)
 
 
+def check_numbers(
+    config: Any, names: Iterable[str], smallest: float, below: float = math.inf, *, prefix: str = ""
+) -> None:
+    """Check that numbers of a dataclass, which `check_fields` has checked, are in a range; None stands for none.
+
+    Raises:
+        InvalidConfigError: one is not; the message has its name, behind the prefix.
+    """
+    for name in names:
+        if (value := getattr(config, name)) is not None and not smallest <= value < below:
+            limit = "" if below == math.inf else f" and below {below:g}"
+            raise InvalidConfigError(f"{prefix}{name} must be at least {smallest:g}{limit}, got {value}")
+
+
 def _checked(hint: Any, value: Any, name: str) -> Any:
     """Check a value of Python and convert it to the type of its field."""
     options = _options(hint)

@@ -25,8 +25,8 @@ from typing import Any
 from basic.bpe import compiled, loading
 from basic.bpe.arrays import Chunk, InvalidByteError, PretokenCounts, bytes_array
 from basic.bpe.patterns.tables import automaton_of
-from basic.common.arguments import check_errors_option, check_size
-from basic.common.config_files import check_fields
+from basic.common.arguments import check_errors_option
+from basic.common.config_files import check_fields, check_numbers
 from basic.common.progress import default_num_workers, progress_bar
 from basic.corpus.count_tables import (
     FAN_IN,
@@ -109,9 +109,7 @@ class CountingOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("num_workers", "shard_bytes", "min_count", "chunk_bytes"):
-            if (value := getattr(self, name)) is not None:
-                check_size(name, value)
+        check_numbers(self, ["num_workers", "shard_bytes", "min_count", "chunk_bytes"], 1)
         check_errors_option(self.errors)
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from basic.common.config_files import check_fields, short_repr
+from basic.common.config_files import check_fields, check_numbers, short_repr
 from basic.common.errors import InvalidConfigError
 from basic.transformer.configuration import ModelConfig
 
@@ -49,12 +49,9 @@ class MuonConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("momentum", "first_momentum", "normalization_beta"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InvalidConfigError(f"muon.{name} must be at least 0 and below 1, got {getattr(self, name)}")
-        for name, smallest in (("momentum_warmup_steps", 0), ("iterations", 1)):
-            if not getattr(self, name) >= smallest:
-                raise InvalidConfigError(f"muon.{name} must be at least {smallest}, got {getattr(self, name)}")
+        check_numbers(self, ["momentum", "first_momentum", "normalization_beta"], 0, 1, prefix="muon.")
+        check_numbers(self, ["momentum_warmup_steps"], 0, prefix="muon.")
+        check_numbers(self, ["iterations"], 1, prefix="muon.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,18 +263,16 @@ class TrainConfig:
             raise InvalidConfigError(f"minutes must be above 0, got {self.minutes}")
         if self.minutes is None and self.steps < 1:
             raise InvalidConfigError(f"steps must be at least 1, got {self.steps}; set steps, or minutes")
-        if self.steps < 0:
-            raise InvalidConfigError(f"steps must be at least 0, got {self.steps}")
         counts = ("batch_size", "gradient_accumulation", "eval_batches", "sample_tokens", "checkpoints_kept")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise InvalidConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_numbers(self, counts, 1)
         intervals = ("log_interval", "eval_interval", "sample_interval", "checkpoint_interval", "milestone_interval")
         numbers = ("min_learning_rate", "embedding_rate_factor", "eps", "weight_decay", "checkpoint_minutes")
         numbers += ("head_rate_factor", "gain_rate_factor", "other_weight_decay", "head_weight_decay")
-        for name in ("warmup_steps", "decay_steps", "seed", "max_nonfinite_steps", *numbers, *intervals):
-            if (value := getattr(self, name)) is not None and not value >= 0:
-                raise InvalidConfigError(f"{name} must be at least 0, got {value}")
+        steps = "steps", "warmup_steps", "decay_steps", "max_nonfinite_steps"
+        check_numbers(self, (*steps, "seed", *numbers, *intervals), 0)
+        if self.seed >= 2**64:  # what torch's generators accept
+            raise InvalidConfigError(f"seed must be below 2**64, got {self.seed}")
+        check_numbers(self, ["beta1", "beta2", "dropout"], 0, 1)
         for name in ("warmup_share", "decay_share"):
             if (share := getattr(self, name)) is not None and not 0 <= share <= 1:
                 raise InvalidConfigError(f"{name} must be from 0 to 1, got {share}")
@@ -285,13 +280,6 @@ class TrainConfig:
             raise InvalidConfigError(
                 f"warmup_steps={self.warmup_steps} and warmup_share={self.warmup_share} say the same; leave one out"
             )
-        if self.seed >= 2**64:  # what torch's generators accept
-            raise InvalidConfigError(f"seed must be below 2**64, got {self.seed}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InvalidConfigError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise InvalidConfigError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         if not self.max_gradient_norm > 0:
             raise InvalidConfigError(f"max_gradient_norm must be above 0, got {self.max_gradient_norm}")
         if not self.max_learning_rate >= self.min_learning_rate:

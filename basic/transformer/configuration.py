@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from basic.common.config_files import check_fields, short_repr
+from basic.common.config_files import check_fields, check_numbers, short_repr
 from basic.common.errors import InvalidConfigError
 
 
@@ -76,15 +76,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        sizes = ["vocab_size", "context_length", "d_model", "num_layers", "num_heads", "d_ff"]
-        sizes += [name for name in ("head_dim", "sliding_window") if getattr(self, name) is not None]
         if self.d_ff is None:
             # Three matrices of 8/3 d_model features have as many parameters as two of 4 d_model.
             d_ff = 4 * self.d_model if self.ffn != "swiglu" else max(64, round(self.d_model * 8 / 3 / 64) * 64)
             object.__setattr__(self, "d_ff", d_ff)
-        for name in sizes:
-            if not getattr(self, name) >= 1:
-                raise InvalidConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        sizes = "vocab_size", "context_length", "d_model", "num_layers", "num_heads", "d_ff", "head_dim"
+        check_numbers(self, (*sizes, "sliding_window"), 1)
         if not {*self.window_pattern} <= {"S", "L"} or (self.window_pattern and self.sliding_window is None):
             raise InvalidConfigError(
                 "window_pattern must have the letters S (block with the sliding window) and L (without) only, and it "
