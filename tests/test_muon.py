@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 from basic.model import AdamW
 from basic.transformer.muon import Muon, orthogonalize, polynomials
+from tests.helpers.model_tools import set_gradients
 
 SHAPES = [(6, 6), (6, 6), (9, 4), (4, 9), (1, 5), (9, 4)]
 SETTINGS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.3, "momentum": 0.9, "normalization_beta": 0.8}
@@ -28,13 +29,6 @@ def _seed() -> None:
 
 def matrices(dtype: torch.dtype = torch.float64) -> list[Parameter]:
     return [Parameter(torch.randn(shape, dtype=dtype)) for shape in SHAPES]
-
-
-def set_gradients(*lists: list[Parameter]) -> None:
-    for same in zip(*lists, strict=True):
-        gradient = torch.randn_like(same[0])
-        for parameter in same:
-            parameter.grad = gradient.clone()
 
 
 class PlainMuon:

@@ -12,6 +12,8 @@ import torch
 from torch.nn import Parameter
 from torch.testing import assert_close
 
+from tests.helpers.model_tools import set_gradients
+
 from .adapters import get_adamw_cls, run_get_lr_cosine_schedule
 
 AdamW: Any = get_adamw_cls()
@@ -30,14 +32,6 @@ def parameters(dtype: torch.dtype = torch.float64) -> list[Parameter]:
 def copies(dtype: torch.dtype = torch.float64) -> tuple[list[Parameter], list[Parameter]]:
     ours = parameters(dtype)
     return ours, [Parameter(parameter.detach().clone()) for parameter in ours]
-
-
-def set_gradients(*lists: list[Parameter], scale: float = 1.0) -> None:
-    """Set the same random gradients in each list of parameters."""
-    for same in zip(*lists, strict=True):
-        gradient = scale * torch.randn_like(same[0])
-        for parameter in same:
-            parameter.grad = gradient.clone()
 
 
 @pytest.mark.parametrize(

@@ -9,54 +9,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiktoken
-import tokenizers
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from basic.bpe.plain import MergeRules, PretokenCache, merge_long, merge_short
-from basic.bytes_utils import to_printable
 from basic.common.errors import InvalidInputError
 from basic.encoding import encode_file
 from basic.pretokenization import PATTERNS
 from basic.Tokenizer import Tokenizer
 from basic.tokens.opening import open_tokens, read_info
-from tests.helpers.tokenizer_tools import BYTES, TEXT_FILES
+from tests.helpers.tokenizer_tools import BYTES, TEXT_FILES, tiktoken_of, tokenizers_of
 
 from .adapters import get_tokenizer, run_train_bpe
 from .conftest import shared_data
-from .fixtures.make_tokenizer_fixtures import PATTERN, SAMPLE, SNAPSHOT, SPECIAL_TOKENS
+from .fixtures.make_tokenizer_fixtures import SAMPLE, SNAPSHOT, SPECIAL_TOKENS
 
 pytestmark = pytest.mark.usefixtures("plain_path")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 END = "<|endoftext|>"
-
-
-def tiktoken_of(tokenizer: Tokenizer) -> tiktoken.Encoding:
-    """tiktoken with the same tokens; it needs ids in the order of the merges."""
-    special = tokenizer.special_token_ids
-    return tiktoken.Encoding(
-        "ours",
-        pat_str=PATTERN,
-        mergeable_ranks={token: i for i, token in tokenizer.vocab.items() if i not in special.values()},
-        special_tokens=special,
-    )
-
-
-def tokenizers_of(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """The `tokenizers` package with the same tokens."""
-    model = tokenizers.models.BPE(
-        vocab={to_printable(token): i for i, token in tokenizer.vocab.items()},
-        merges=[(to_printable(left), to_printable(right)) for left, right in tokenizer.merges],
-    )
-    theirs = tokenizers.Tokenizer(model)
-    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    theirs.add_special_tokens(
-        [tokenizers.AddedToken(token, normalized=False, special=True) for token in tokenizer.special_token_ids]
-    )
-    return theirs
 
 
 # Against other programs
@@ -487,11 +459,6 @@ for too_large in (complete, long_pretoken, surrogates):
 print(len(tokenizer.encode("and it still works")))
 """
     assert measured(tmp_path, gpt2, code) == "MemoryError MemoryError MemoryError 4"
-
-
-def test_the_text_half_loads_neither_torch_nor_numba():
-    code = "import sys, basic.Tokenizer, basic.train_bpe; print({'torch', 'numba', 'tqdm'} & sys.modules.keys())"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 
 # The scripts

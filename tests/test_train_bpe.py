@@ -197,8 +197,7 @@ def test_the_error_names_the_offset_of_invalid_utf8(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("counts", "num_merges", "message"),
-    [({b"ab": 1}, -1, "num_merges=-1"), ({b"ab": -2}, 1, "count of b'ab' is -2")],
+    ("counts", "num_merges", "message"), [({b"ab": 1}, -1, "num_merges=-1"), ({b"ab": -2}, 1, "count of b'ab' is -2")]
 )
 def test_bad_counts(counts, num_merges, message):
     with pytest.raises(InvalidInputError, match=message):

@@ -54,12 +54,7 @@ from basic.corpus.shards import (
     split_into_shards,
     total_text_bytes,
 )
-from basic.corpus.sources import (
-    Inputs,
-    check_can_be_divided,
-    check_separator,
-    expand_inputs,
-)
+from basic.corpus.sources import Inputs, check_can_be_divided, check_separator, expand_inputs
 from basic.corpus.work_folder import Record, WorkFolder, local_executor
 from basic.pretokenization import GPT2_PATTERN, Pattern, SpecialTokens, pretokenize_stream, resolve_pattern
 

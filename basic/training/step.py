@@ -132,11 +132,7 @@ class TrainStep:
         self.stream = torch.cuda.Stream(device) if can_capture and config.cuda_graph else None
 
     def __call__(
-        self,
-        batch: tuple[Tensor, ...],
-        learning_rate: float,
-        momentum: float = 0.95,
-        weight_decay_factor: float = 1.0,
+        self, batch: tuple[Tensor, ...], learning_rate: float, momentum: float = 0.95, weight_decay_factor: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Take a step.
 

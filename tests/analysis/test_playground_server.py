@@ -146,11 +146,7 @@ def test_host_name_of_the_server_is_allowed(playground):
         ("score", {"text": ["a"]}, "text must be a string, got ['a']"),
         ("score", {"text": "", "keep_end": 1}, "keep_end must be true or false, got 1"),
         ("generate", SETTINGS | {"max_new_tokens": 0}, "max_new_tokens must be an integer from 1 to 1,000, got 0"),
-        (
-            "generate",
-            SETTINGS | {"max_new_tokens": 1.5},
-            "max_new_tokens must be an integer from 1 to 1,000, got 1.5",
-        ),
+        ("generate", SETTINGS | {"max_new_tokens": 1.5}, "max_new_tokens must be an integer from 1 to 1,000, got 1.5"),
         ("generate", SETTINGS | {"temperature": -1}, "temperature must be a number from 0 to 10, got -1"),
         ("generate", SETTINGS | {"temperature": True}, "temperature must be a number from 0 to 10, got True"),
         (

@@ -213,11 +213,7 @@ def test_damaged_tokenizer_is_an_error_that_names_the_file(run_dir, name):
 def test_default_settings_are_marked(run_dir):
     page = page_of(run_dir)
     marked = dict(
-        zip(
-            page.rows(),
-            (attributes.get("class") for tag, attributes in page.elements if tag == "tr"),
-            strict=True,
-        )
+        zip(page.rows(), (attributes.get("class") for tag, attributes in page.elements if tag == "tr"), strict=True)
     )
     assert marked["max_learning_rate0.003"] is None
     assert marked["min_learning_rate0.0001"] == "default"

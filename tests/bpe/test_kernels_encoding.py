@@ -20,8 +20,7 @@ from basic.tokens.opening import open_tokens, read_info
 from tests.conftest import SHARED_DATA, shared_data
 from tests.fixtures.make_tokenizer_fixtures import SAMPLE
 from tests.helpers.difficult_text import END, OVERLAPPING, difficult_text, write
-from tests.helpers.tokenizer_tools import BYTES, TEXT_FILES
-from tests.test_tokenizer import tiktoken_of
+from tests.helpers.tokenizer_tools import BYTES, TEXT_FILES, tiktoken_of
 
 # ---- encoding
 

@@ -21,14 +21,7 @@ from basic.bpe.patterns.characters import NUM_CODE_POINTS, complement, equal_ign
 from basic.bpe.patterns.cuts import SafeCuts, last_settled_position
 from basic.bpe.patterns.parser import UnsupportedPatternError
 from basic.common.native import cache_files
-from basic.pretokenization import (
-    PATTERNS,
-    Pattern,
-    SpecialTokens,
-    chunks_of_stream,
-    divide_stream,
-    pretokenize_stream,
-)
+from basic.pretokenization import PATTERNS, Pattern, SpecialTokens, chunks_of_stream, divide_stream, pretokenize_stream
 from basic.Tokenizer import Tokenizer
 from tests.helpers.tokenizer_tools import BYTES
 

@@ -223,10 +223,7 @@ def test_basic_train_with_a_text_leaves_a_complete_run(texts, tmp_path, quick, m
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["--batch-size", "3"],
-            "--batch-size is no option with --text, .* `basic train --text TEXT --help`",
-        ),
+        (["--batch-size", "3"], "--batch-size is no option with --text, .* `basic train --text TEXT --help`"),
         (["--config=x"], "--config is no option with --text"),
         (["--recipe", "other"], "invalid choice 'other'"),
         (["--nothing"], "For full helptext, run basic train --text TEXT --help"),

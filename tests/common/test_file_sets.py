@@ -10,13 +10,7 @@ from pathlib import Path
 import pytest
 
 from basic.common.errors import DamagedFileError
-from basic.common.file_sets import (
-    CHECKSUMS_NAME,
-    atomic_set,
-    check_checksums,
-    read_set,
-    write_checksums,
-)
+from basic.common.file_sets import CHECKSUMS_NAME, atomic_set, check_checksums, read_set, write_checksums
 from tests.helpers.forks import exit_status, run_in_fork
 
 resource = pytest.importorskip("resource", reason="Windows has no limit for the size of files")

@@ -83,10 +83,7 @@ def test_a_missing_folder_is_named(tmp_path):
 
 def test_no_file_is_replaced_if_the_block_did_not_create_all(tmp_path):
     (tmp_path / "data").write_bytes(b"old data")
-    with (
-        pytest.raises(FileNotFoundError),
-        atomic_paths(tmp_path / "data", tmp_path / "sidecar") as (data, _),
-    ):
+    with pytest.raises(FileNotFoundError), atomic_paths(tmp_path / "data", tmp_path / "sidecar") as (data, _):
         data.write_bytes(b"new data")
     assert contents(tmp_path) == {"data": b"old data"}
 

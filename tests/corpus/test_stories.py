@@ -9,14 +9,7 @@ from itertools import combinations, islice
 import pytest
 
 from basic.common.errors import InvalidInputError
-from basic.corpus.stories.grammar import (
-    ConditionalRule,
-    Grammar,
-    VariableReference,
-    stories,
-    story_grammar,
-    story_nats,
-)
+from basic.corpus.stories.grammar import ConditionalRule, Grammar, VariableReference, stories, story_grammar, story_nats
 from basic.corpus.stories.words import RULES, WORDS
 
 # Small enough to be counted by hand: 3/4 * (2 cats or 1 dog) + 1/4, where the variable's word selects a rule.

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import os
 import pickle
 import shutil
 from pathlib import Path
@@ -26,6 +25,7 @@ from basic.training.checkpoints.file import read_checkpoint, save_checkpoint
 from basic.training.run_folder import load_run
 from basic.training.settings import DataConfig, RunConfig, TrainConfig
 from tests.conftest import SHARED_DATA, shared_data
+from tests.helpers.checkpoint_tools import Bomb
 from tests.helpers.model_tools import small_tokenizer, transformers, with_random_weights
 
 END, OTHER = "<|endoftext|>", "<|endoftext|><|end|>"
@@ -307,10 +307,7 @@ Q = "model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda w: {**w, f"{Q}.bias": torch.ones(32)},
-            f"has '{Q}.bias', of shape .32,., which is not a weight",
-        ),
+        (lambda w: {**w, f"{Q}.bias": torch.ones(32)}, f"has '{Q}.bias', of shape .32,., which is not a weight"),
         (lambda w: {**w, "score.weight": torch.ones(2, 32)}, "has 'score.weight'"),
         (lambda w: w.pop("model.norm.weight") is None or w, "the weights lack 'model.norm.weight'"),
         (lambda w: {**w, f"{Q}.weight": torch.ones(16, 32)}, r"of shape \(16, 32\); this model takes \(32, 32\)"),
@@ -418,16 +415,6 @@ def test_end_of_text_has_its_default_without_an_eos_token(tokenizer, tmp_path):
 
 
 # --- Pickles --------------------------------------------------------------------------------------------------
-
-
-class Bomb:
-    """Creates a folder when it is unpickled."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def test_pickle_is_read_only_on_request_and_never_runs_code(tmp_path):

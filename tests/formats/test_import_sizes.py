@@ -13,14 +13,7 @@ from basic.formats.import_model import import_pt, load_model
 from basic.model import ModelConfig, TransformerLM
 from basic.training.settings import RunConfig, TrainConfig
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 20,
-    "context_length": 8,
-    "d_model": 8,
-    "num_layers": 2,
-    "num_heads": 2,
-    "d_ff": 8,
-}
+SIZES: dict[str, Any] = dict(vocab_size=20, context_length=8, d_model=8, num_layers=2, num_heads=2, d_ff=8)
 
 
 @pytest.mark.parametrize(

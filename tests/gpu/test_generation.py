@@ -23,13 +23,7 @@ PROMPTS = [list(range(7)), [3], list(range(40, 80))]
 @pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float32])
 def model(request) -> TransformerLM:
     torch.manual_seed(1)
-    sizes: dict[str, Any] = {
-        "vocab_size": 501,
-        "context_length": CONTEXT,
-        "d_model": 256,
-        "num_layers": 3,
-        "num_heads": 8,
-    }
+    sizes: dict[str, Any] = dict(vocab_size=501, context_length=CONTEXT, d_model=256, num_layers=3, num_heads=8)
     model = TransformerLM(ModelConfig(**sizes)).cuda().eval()
     torch.nn.init.normal_(model.lm_head.weight, std=0.3)  # scores apart, as a trained model has them
     model.activation_dtype = request.param

@@ -50,6 +50,14 @@ def with_random_weights(module: Module) -> Module:
     return module
 
 
+def set_gradients(*lists: list[torch.nn.Parameter], scale: float = 1.0) -> None:
+    """Set the same random gradients in each list of parameters."""
+    for same in zip(*lists, strict=True):
+        gradient = scale * torch.randn_like(same[0])
+        for parameter in same:
+            parameter.grad = gradient.clone()
+
+
 def decided_model(seed: int, **changes: Any) -> TransformerLM:
     """A tiny model whose output layer is larger than at the start of training, so that the likeliest id changes."""
     torch.manual_seed(seed)

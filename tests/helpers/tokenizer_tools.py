@@ -3,10 +3,12 @@
 from typing import Any
 
 import tiktoken
+import tokenizers
 from hypothesis import strategies as st
 from tiktoken.load import load_tiktoken_bpe
 
 from basic.bytes_utils import to_printable
+from basic.Tokenizer import Tokenizer
 
 END = "<|endoftext|>"
 SPECIAL_TOKENS = [END, "<| a break |>", "<|ü|>\n"]
@@ -73,6 +75,28 @@ def tokenizer_json(vocab: dict[int, bytes], merges: list[tuple[bytes, bytes]], *
     }
 
 
-def tiktoken_of(ranks_path, special_tokens: dict[str, int], pattern: str) -> tiktoken.Encoding:
+def tiktoken_of_file(ranks_path, special_tokens: dict[str, int], pattern: str) -> tiktoken.Encoding:
     ranks = load_tiktoken_bpe(str(ranks_path))
     return tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+
+
+def tiktoken_of(tokenizer: Tokenizer) -> tiktoken.Encoding:
+    """tiktoken with the same tokens and GPT-2's pattern; it needs ids in the order of the merges."""
+    special = tokenizer.special_token_ids
+    ranks = {token: i for i, token in tokenizer.vocab.items() if i not in special.values()}
+    return tiktoken.Encoding("ours", pat_str=PUBLISHED["gpt2"], mergeable_ranks=ranks, special_tokens=special)
+
+
+def tokenizers_of(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """The `tokenizers` package with the same tokens and GPT-2's pattern."""
+    model = tokenizers.models.BPE(
+        vocab={to_printable(token): i for i, token in tokenizer.vocab.items()},
+        merges=[(to_printable(left), to_printable(right)) for left, right in tokenizer.merges],
+    )
+    theirs = tokenizers.Tokenizer(model)
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    theirs.add_special_tokens(
+        [tokenizers.AddedToken(token, normalized=False, special=True) for token in tokenizer.special_token_ids]
+    )
+    return theirs

@@ -260,14 +260,7 @@ def test_registrations():
 def test_decoder(prompt_lengths, dtype, changes):
     # Few programs with much work each, because the interpreter runs one after the other.
     options = {"tiles": lambda n, k, rows: (32, 64 if rows <= 4 else 32, 1), "splits": 2}
-    sizes: dict[str, Any] = {
-        "vocab_size": 37,
-        "context_length": 12,
-        "d_model": 48,
-        "num_layers": 1,
-        "num_heads": 3,
-        "d_ff": 60,
-    }
+    sizes: dict[str, Any] = dict(vocab_size=37, context_length=12, d_model=48, num_layers=1, num_heads=3, d_ff=60)
     config = ModelConfig(**(sizes | changes))
     kernel_checks.check_decoder(config, prompt_lengths, 5, dtype, "cpu", **options)
 
@@ -282,14 +275,7 @@ def test_decoder_of_more_sequences_than_a_program_multiplies(monkeypatch):
 @pytest.mark.parametrize("window", [1, 65, 100])
 def test_decoder_skips_the_keys_before_a_window(window):
     """Blocks have 64 keys."""
-    sizes: dict[str, Any] = {
-        "vocab_size": 37,
-        "context_length": 300,
-        "d_model": 16,
-        "num_layers": 1,
-        "num_heads": 1,
-        "d_ff": 16,
-    }
+    sizes: dict[str, Any] = dict(vocab_size=37, context_length=300, d_model=16, num_layers=1, num_heads=1, d_ff=16)
     options = {"tiles": lambda n, k, batch: (32, 64, 1), "splits": 2}
     config = ModelConfig(**(sizes | {"sliding_window": window}))
     kernel_checks.check_decoder(config, [190], 5, FLOAT32, "cpu", **options)
@@ -346,14 +332,7 @@ def test_a_step_with_a_bad_target_changes_nothing(bad_target):
 @pytest.mark.parametrize(("optimizer", "changes"), [("adamw", {}), ("muon", {}), ("muon", MODERN)])
 def test_a_training_step(optimizer, changes):
     """All kernels in three steps, with half-precision copies of the matrices, against the steps without kernels."""
-    sizes: dict[str, Any] = {
-        "vocab_size": 37,
-        "context_length": 12,
-        "d_model": 32,
-        "num_layers": 2,
-        "num_heads": 2,
-        "d_ff": 48,
-    }
+    sizes: dict[str, Any] = dict(vocab_size=37, context_length=12, d_model=32, num_layers=2, num_heads=2, d_ff=48)
     torch.manual_seed(0)
     models = [TransformerLM(ModelConfig(**sizes, **changes))]
     models.append(copy.deepcopy(models[0]))

@@ -414,10 +414,7 @@ def test_unknown_question_is_an_error_that_lists_the_questions():
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [
-        ({"corpus": "missing.txt"}, "missing.txt"),
-        ({"vocab_size": 256}, "at least 257, got 256"),
-    ],
+    [({"corpus": "missing.txt"}, "missing.txt"), ({"vocab_size": 256}, "at least 257, got 256")],
 )
 def test_invalid_corpora_are_errors_of_the_user(settings, message, corpora, tmp_path):
     path = tmp_path / settings["corpus"] if "corpus" in settings else corpora.corpus

@@ -151,7 +151,7 @@ def test_wrong_references_are_found(tmp_path):
     )
     assert broken_links(page) == ["gone.md", "gone.svg"]
     assert missing_files(page) == [
-        *("basic/gone.py", "gone.py", "local/configs/gone.toml", "local/gone/*.toml", "tests/gone/"),
+        *("basic/gone.py", "gone.py", "local/configs/gone.toml", "local/gone/*.toml", "tests/gone/")
     ]
 
 

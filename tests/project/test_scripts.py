@@ -156,10 +156,7 @@ def corpus(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["quickstart", "--output", "foreign"],
-            "foreign holds other files than a quickstart's; give another folder",
-        ),
+        (["quickstart", "--output", "foreign"], "foreign holds other files than a quickstart's; give another folder"),
         (["train", "--config", "missing.toml"], "there is no configuration 'missing.toml'; give a TOML file"),
         (["train"], "give --text TEXT, --config FILE, --recipe NAME, --init-from MODEL or --resume FOLDER; got none"),
         (["train", "--confg", "run.toml"], "or --resume FOLDER; got --confg run.toml"),

@@ -63,10 +63,7 @@ CONFIGURATIONS = {
     "not UTF-8": (lambda good: good.replace("vocab_size", "vocab\udcff"), r"run\.toml"),
     "an unknown key": (lambda good: good.replace("d_model", "d_mdoel"), "d_mdoel.*d_model"),
     "a missing key": (lambda good: good.replace("d_model = 16", ""), "d_model"),
-    "a text for a number": (
-        lambda good: good.replace("steps = 2", 'steps = "2"'),
-        "steps must be an integer",
-    ),
+    "a text for a number": (lambda good: good.replace("steps = 2", 'steps = "2"'), "steps must be an integer"),
     "no step at all": (lambda good: good.replace("steps = 2", "steps = 0"), "steps must be at least 1, got 0"),
     "heads that do not divide": (lambda good: good.replace("num_heads = 2", "num_heads = 3"), "num_heads=3"),
     "an unknown choice": (lambda good: good.replace("steps = 2", 'steps = 2\non_nonfinite = "ignore"'), "stop.*skip"),

@@ -26,7 +26,7 @@ from tests.helpers.tokenizer_tools import (
     PUBLISHED,
     SPECIAL_TOKENS,
     TEXT_FILES,
-    tiktoken_of,
+    tiktoken_of_file,
     tokenizer_json,
 )
 
@@ -51,9 +51,10 @@ def programs_for(tmp_path_factory):
         special = tokenizer.special_token_ids
         loaded = Tokenizer.load(json_path), load_tiktoken(ranks_path, pattern=pattern, special_tokens=special)
         assert [ours.fingerprint for ours in loaded] == [tokenizer.fingerprint] * 2
-        programs = tokenizers.Tokenizer.from_file(str(json_path)), tiktoken_of(ranks_path, special, PUBLISHED[pattern])
-        assert programs[0].get_vocab_size() == programs[1].n_vocab == tokenizer.vocab_size
-        return programs, loaded
+        theirs = tokenizers.Tokenizer.from_file(str(json_path))
+        encoding = tiktoken_of_file(ranks_path, special, PUBLISHED[pattern])
+        assert theirs.get_vocab_size() == encoding.n_vocab == tokenizer.vocab_size
+        return (theirs, encoding), loaded
 
     return make
 
@@ -97,7 +98,7 @@ def test_gpt2_survives_a_round_trip(tmp_path):
     loaded = load_tiktoken(tmp_path / "gpt2.tiktoken", pattern=PUBLISHED["gpt2"], special_tokens=[END])
     assert loaded.fingerprint == gpt2.fingerprint
     text = shared_data("naughty_strings.json").read_text(encoding="utf-8")
-    encoding = tiktoken_of(tmp_path / "gpt2.tiktoken", {END: 10_256}, PUBLISHED["gpt2"])
+    encoding = tiktoken_of_file(tmp_path / "gpt2.tiktoken", {END: 10_256}, PUBLISHED["gpt2"])
     assert gpt2.encode(text) == encoding.encode(text) == huggingface.encode(text).ids
 
 

@@ -9,7 +9,7 @@ from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.formats.tokenizers import load_tiktoken, save_tiktoken, save_tokenizer_json
 from basic.Tokenizer import Tokenizer
 from basic.tokenizer_files.content import TokenizerSettings
-from tests.helpers.tokenizer_tools import BYTES, tiktoken_of
+from tests.helpers.tokenizer_tools import BYTES, tiktoken_of_file
 
 pytestmark = pytest.mark.usefixtures("plain_path")
 
@@ -42,10 +42,7 @@ def test_tokenizers_that_tokenizer_json_cannot_express(tmp_path, tokenizer, mess
         (Tokenizer({**BYTES, 256: b"a"}, []), "the ids 97 and 256 are both b'a'"),
         (Tokenizer({**BYTES, 256: b"abc"}, []), "the token b'abc' of rank 256 does not result from two tokens"),
         (Tokenizer({**BYTES, 256: b"ab"}, []), "must be in the order of the merges"),
-        (
-            Tokenizer({**BYTES, 256: b"ab", 257: b"bc"}, [(b"b", b"c"), (b"a", b"b")]),
-            "must be in the order",
-        ),
+        (Tokenizer({**BYTES, 256: b"ab", 257: b"bc"}, [(b"b", b"c"), (b"a", b"b")]), "must be in the order"),
         (Tokenizer(BYTES, [], pattern="[a-z]+|[0-9]"), r"pattern '\[a-z\]\+\|\[0-9\]' may leave out characters"),
         (Tokenizer(BYTES, [], pattern=r"\w(?!x)|\W"), "may leave out characters, which tiktoken would drop"),
         (Tokenizer(BYTES, [], pattern="starcoder"), "has 2 regular expressions"),
@@ -69,7 +66,7 @@ def test_ranks_of_a_pattern_that_leaves_nothing_out(tmp_path, pattern):
     save_tiktoken(ours, tmp_path / "ranks")
     assert load_tiktoken(tmp_path / "ranks", pattern=pattern).fingerprint == ours.fingerprint
     text = "ab cab! \n\n a1b\u3000\u0301"
-    assert tiktoken_of(tmp_path / "ranks", {}, ours.compiled_pattern.splits[0]).encode(text) == ours.encode(text)
+    assert tiktoken_of_file(tmp_path / "ranks", {}, ours.compiled_pattern.splits[0]).encode(text) == ours.encode(text)
 
 
 def test_special_tokens_that_are_also_ordinary_tokens(tmp_path):
@@ -151,7 +148,7 @@ def test_ranks_without_merges_are_those_of_tiktoken(tmp_path):
     path = tmp_path / "ranks.tiktoken"
     path.write_bytes(LINES + rank_lines(b"abcd", b"cab", b"ab", b"abab"))
     ours = Tokenizer.load(path, pattern=r"[^ ]+| ")
-    encoding = tiktoken_of(path, {}, r"[^ ]+| ")
+    encoding = tiktoken_of_file(path, {}, r"[^ ]+| ")
     for text in ["abcd", "abcdabcd abcd", "bcab", "xabab abab", "abcdab" * 300, "cab" * 50 + "d", "abab" * 999]:
         assert ours.encode(text) == encoding.encode(text)
     assert ours.used_merges.unmade == [b"abcd"]

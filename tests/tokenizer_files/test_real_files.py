@@ -13,7 +13,7 @@ from basic.formats.tokenizers import save_tokenizer_json
 from basic.Tokenizer import Tokenizer
 from basic.train_bpe import learn_more_merges
 from tests.conftest import shared_data
-from tests.helpers.tokenizer_tools import END, TEXT_FILES, tiktoken_of
+from tests.helpers.tokenizer_tools import END, TEXT_FILES, tiktoken_of_file
 
 pytestmark = pytest.mark.usefixtures("plain_path")
 
@@ -53,7 +53,7 @@ def test_published_rank_files(tmp_path, name):
     ours = Tokenizer.load(path)
     special = ours.special_token_ids
     assert (ours.compiled_pattern.name, bool(special)) == (name, True)
-    encoding = tiktoken_of(path, special, ours.compiled_pattern.splits[0])
+    encoding = tiktoken_of_file(path, special, ours.compiled_pattern.splits[0])
     for text in [*texts(), "".join(f"a{token}" for token in special)]:
         assert ours.encode(text) == encoding.encode(text, allowed_special="all")
         assert ours.decode(ours.encode(text)) == text

@@ -11,14 +11,7 @@ from basic.common.files import with_checksum
 from basic.training.checkpoints.file import StagedCheckpoint, load_checkpoint, read_document, write_staged_checkpoint
 from basic.training.checkpoints.sharded import METADATA_NAME, read_sharded_checkpoint
 
-GOOD: dict[str, Any] = {
-    "version": 2,
-    "iteration": 3,
-    "model": {},
-    "model_metadata": None,
-    "optimizer": None,
-    "extra": {},
-}
+GOOD: dict[str, Any] = dict(version=2, iteration=3, model={}, model_metadata=None, optimizer=None, extra={})
 DOCUMENTS = [
     ([1], r"is not a JSON object, but \[1\]"),
     ({}, "has no 'version'"),

@@ -301,11 +301,7 @@ def test_an_existing_run_is_refused_and_unchanged_unless_overwrite_is_given(tmp_
             f"training tokens: token id 20 at position {len(TRAIN)} is not in the",
         ),
         ({"valid_tokens": np.append(-1, VALID)}, WrongTokenizerError, "validation tokens: token id -1 at position 0"),
-        (
-            {"train_tokens": TRAIN.astype(float)},
-            InvalidInputError,
-            "train_tokens must be .* of integers, got float64",
-        ),
+        ({"train_tokens": TRAIN.astype(float)}, InvalidInputError, "train_tokens must be .* of integers, got float64"),
         (
             {"tokenizer": NumberTokenizer(21)},
             WrongTokenizerError,

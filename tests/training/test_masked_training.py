@@ -52,14 +52,7 @@ def data(tmp_path) -> list[np.ndarray]:
 
 
 def configuration(**settings) -> RunConfig:
-    defaults: dict[str, Any] = {
-        "steps": 6,
-        "batch_size": 4,
-        "warmup_steps": 1,
-        "log_interval": 1,
-        "eval_batches": 2,
-        "device": "cpu",
-    }
+    defaults: dict[str, Any] = dict(steps=6, batch_size=4, warmup_steps=1, log_interval=1, eval_batches=2, device="cpu")
     return RunConfig(
         model=tiny(vocab_size=VOCAB, context_length=CONTEXT), train=TrainConfig(**{**defaults, **settings})
     )

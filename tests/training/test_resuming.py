@@ -240,13 +240,7 @@ def test_changed_settings_of_a_resumed_run_are_reported_and_used(tmp_path, capsy
 def test_resuming_rewinds_the_samples_as_it_rewinds_the_metrics(tmp_path):
     """Samples at steps 2, 4, 6, a checkpoint at 3: the samples after it are written once."""
 
-    settings = {
-        "sample_interval": 2,
-        "sample_tokens": 3,
-        "checkpoint_interval": 3,
-        "eval_interval": 0,
-        "keep_best": False,
-    }
+    settings = dict(sample_interval=2, sample_tokens=3, checkpoint_interval=3, eval_interval=0, keep_best=False)
     config, tokenizer = configuration(steps=8, **settings), NumberTokenizer(VOCAB)
     train(config, TRAIN, VALID, tmp_path / "uninterrupted", tokenizer=tokenizer)
     expected = (tmp_path / "uninterrupted" / "samples.txt").read_text()

@@ -156,8 +156,7 @@ def test_compiling_leaves_the_original_model_unchanged(monkeypatch, precision, s
 
 
 @pytest.mark.parametrize(
-    ("changes", "sizes"),
-    [({}, [1, 9, 9, 9, 30]), ({"value_embeddings": True}, [1, 11, 9, 11, 34])],
+    ("changes", "sizes"), [({}, [1, 9, 9, 9, 30]), ({"value_embeddings": True}, [1, 11, 9, 11, 34])]
 )
 def test_segments_contain_all_parameters_and_compute_the_same(changes, sizes, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)

@@ -17,14 +17,7 @@ from basic.training.settings import TrainConfig
 from basic.training.step import make_optimizer
 from basic.transformer.functional import rms_norm, rope_tables, rotate_pairs
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 50,
-    "context_length": 16,
-    "d_model": 32,
-    "num_layers": 3,
-    "num_heads": 4,
-    "d_ff": 48,
-}
+SIZES: dict[str, Any] = dict(vocab_size=50, context_length=16, d_model=32, num_layers=3, num_heads=4, d_ff=48)
 ALL: dict[str, Any] = {"ffn": "relu2", "qk_norm": True, "embedding_norm": True, "value_embeddings": True}
 
 

@@ -167,11 +167,7 @@ def _as_table(
     for register in range(NUM_REGISTERS):
         packed |= (marks >> 2 + 2 * register & 1) << register | (marks >> 3 + 2 * register & 1) << C_SHIFT + register
     table = np.column_stack([row_of[next_states[:, columns]] * width, packed])[order]
-    return (
-        table.astype(np.uint16).ravel(),
-        np.searchsorted(kind[order], [1, 2, 3, 4]) * width,
-        int(row_of[0]) * width,
-    )
+    return (table.astype(np.uint16).ravel(), np.searchsorted(kind[order], [1, 2, 3, 4]) * width, int(row_of[0]) * width)
 
 
 def _safe_pairs(next_states: np.ndarray, marks: np.ndarray, num_classes: int) -> np.ndarray:

@@ -30,12 +30,7 @@ _I64 = ir.IntType(64)
 
 # `_nrt` (undocumented) switches off reference counting of arrays. Kernels create no arrays, and the counting was
 # twelve calls in a function that merges a pre-token, a third of the training time. Wrappers are for calls from Python.
-_OPTIONS: dict[str, Any] = {
-    "error_model": "numpy",
-    "_nrt": False,
-    "no_cpython_wrapper": True,
-    "no_cfunc_wrapper": True,
-}
+_OPTIONS: dict[str, Any] = {"error_model": "numpy", "_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 _NUMBERS = {"i": types.int64, "d": types.float64}
 _dispatchers: list[Any] = []  # their types have weak references to them

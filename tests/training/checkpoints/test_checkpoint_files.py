@@ -18,7 +18,7 @@ from torch import nn
 from basic.common.errors import DamagedFileError, InvalidInputError
 from basic.training.checkpoints.file import load_checkpoint, save_checkpoint
 from tests.adapters import run_load_checkpoint, run_save_checkpoint
-from tests.helpers.checkpoint_tools import OddModule, assert_same, make_net, trained_net
+from tests.helpers.checkpoint_tools import Bomb, OddModule, assert_same, make_net, trained_net
 
 
 @pytest.fixture
@@ -285,21 +285,11 @@ def test_bytes_after_the_end(trained, tmp_path):
         run_load_checkpoint(tmp_path / "c", *trained)
 
 
-class Exploit:
-    """A pickle that writes a file when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 def test_a_pickle_is_refused_without_running(trained, tmp_path):
     trap = tmp_path / "the pickle ran"
     archive = io.BytesIO()
-    torch.save({"model": Exploit(trap)}, archive)
-    for content in (pickle.dumps(Exploit(trap)), pickle.dumps(Exploit(trap), protocol=0), archive.getvalue()):
+    torch.save({"model": Bomb(trap)}, archive)
+    for content in (pickle.dumps(Bomb(trap)), pickle.dumps(Bomb(trap), protocol=0), archive.getvalue()):
         assert_refused(content, trained, tmp_path)
     assert not trap.exists()
 
