@@ -117,19 +117,7 @@ def gguf_tokenizer_fields(
         raise InvalidInputError("llama.cpp needs merges, but this tokenizer has ranks (it is from a rank file)")
     if not content.merges:
         raise InvalidInputError("llama.cpp needs merges, but this tokenizer has none; export the model without it")
-    patterns = [name for name in _PRE_TOKENIZERS if resolve_pattern(name) == tokenizer.compiled_pattern]
-    names = [
-        name
-        for pattern in patterns
-        for name in _PRE_TOKENIZERS[pattern]
-        if (name in _IGNORE_MERGES) == settings.ignore_merges
-    ]
-    if not names:
-        raise InvalidInputError(
-            "llama.cpp has no pre-tokenizer that splits a text as this tokenizer's pattern does"
-            f"{' and ignores merges' if settings.ignore_merges else ''} (it has those of "
-            f"{', '.join(_PRE_TOKENIZERS)}); export the model without its tokenizer"
-        )
+    pre_tokenizer = _pre_tokenizer_name(tokenizer)
     template = settings.template()
     end_id, answer_id = (tokenizer.special_token_ids.get(token or "") for token in (end_of_text, end_of_answer))
     bos = template.before[0] if template.before else _named_id(tokenizer, "bos_token", end_id)
@@ -148,7 +136,7 @@ def gguf_tokenizer_fields(
             tokens.append(f"[PAD{token_id}]")
     fields = {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": names[0],
+        "tokenizer.ggml.pre": pre_tokenizer,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.merges": [f"{to_printable(left)} {to_printable(right)}" for left, right in content.merges],
@@ -169,3 +157,17 @@ def _named_id(tokenizer: Tokenizer, name: str, default: int | None) -> int | Non
     chat = tokenizer.chat_template
     token = chat.tokens.get(name, "") if chat is not None and name in chat.source else ""
     return tokenizer.special_token_ids.get(token, default)
+
+
+def _pre_tokenizer_name(tokenizer: Tokenizer) -> str:
+    """llama.cpp's name of what splits a text as this tokenizer does."""
+    ignores_merges = tokenizer.settings.ignore_merges
+    for pattern, names in _PRE_TOKENIZERS.items():
+        fitting = [name for name in names if (name in _IGNORE_MERGES) == ignores_merges]
+        if fitting and resolve_pattern(pattern) == tokenizer.compiled_pattern:
+            return fitting[0]
+    raise InvalidInputError(
+        "llama.cpp has no pre-tokenizer that splits a text as this tokenizer's pattern does"
+        f"{' and ignores merges' if ignores_merges else ''} (it has those of "
+        f"{', '.join(_PRE_TOKENIZERS)}); export the model without its tokenizer"
+    )
