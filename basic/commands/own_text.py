@@ -7,11 +7,12 @@ options with which every setting is chosen by hand, for a text that is token fil
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,17 +37,24 @@ from basic.training.parallel.devices import (
     matmul_flops_per_s,
     more_micro_batches,
 )
-from basic.training.recipes import RecipeName, depth_for, num_matrix_parameters, recipe_settings, training_flops
+from basic.training.recipes import (
+    RecipeName,
+    against_memorizing,
+    depth_for,
+    flops_per_token,
+    most_epochs,
+    most_parameters,
+    num_matrix_parameters,
+    recipe_settings,
+)
 from basic.training.run_folder import Run
 from basic.training.settings import DataConfig, RunConfig
 from basic.training.step import TrainStep, make_optimizer
 
-MAX_EPOCHS = 30
-"""A text is seen at most so often: more only learns it by heart."""
-MIN_STEP_TOKENS = 1024
-"""Of the handout's recipe, whose steps get smaller where the time is too short for half of them."""
-MAX_PARAMETERS_PER_TOKEN = 4.0
-"""Parameters that are multiplied with every token, for each token of the text."""
+USUAL_EPOCHS = 5
+"""A text that would be seen more often gets a larger model of the modern recipe instead, if it is long enough."""
+MIN_STEP_TOKENS = {"handout": 1024, "modern": 16_384}
+"""Steps get smaller, down to these, where the time is too short for half of the handout's or for 1,000 modern ones."""
 LONG_STEP_S = 5.0
 
 
@@ -183,37 +191,26 @@ def choose(
     Returns:
         The configuration, and a line that says what was chosen and measured.
     """
-    device, vocab_size = choose_device(device_name), prepared.tokenizer.vocab_size
-    num_tokens = len(prepared.train_tokens)
-    configure = partial(_configure, prepared, recipe, device_name=device_name, seed=seed)
-    has_gpu = device.type == "cuda"
-    given = depth is not None
-    if depth is None:
-        budget = 60 * minutes * matmul_flops_per_s(device)
-        depth = depth_for(recipe, vocab_size, budget, has_gpu)
-        while depth > 1 and num_matrix_parameters(configure(depth).model) > MAX_PARAMETERS_PER_TOKEN * num_tokens:
-            depth -= 1
+    device, num_tokens = choose_device(device_name), len(prepared.train_tokens)
+    seconds, configure = 60 * minutes, partial(_configure, prepared, recipe, device_name=device_name, seed=seed)
+    config, step_s = _largest_model(configure, recipe, depth, num_tokens, seconds, device)
+    fewest = 1000 if recipe == "modern" else config.train.steps / 2
+    most = num_tokens * most_epochs(num_matrix_parameters(config.model) / num_tokens)
     while True:
-        config = configure(depth)
-        step_s, config = time_steps(config, device)
-        steps, wanted = 60 * minutes / step_s, config.train.steps
-        if given or depth == 1 or steps >= wanted:
+        tokens_per_step = config.train.batch_size * config.model.context_length
+        if min(seconds / step_s, most / tokens_per_step) >= fewest or tokens_per_step < 2 * MIN_STEP_TOKENS[recipe]:
             break
-        flops_per_s = training_flops(recipe, vocab_size, depth, has_gpu) / wanted / step_s
-        depth = min(depth - 1, depth_for(recipe, vocab_size, 60 * minutes * flops_per_s, has_gpu))
-    tokens_per_step = config.train.batch_size * config.model.context_length
-    while recipe == "handout" and steps < wanted / 2 and tokens_per_step >= 2 * MIN_STEP_TOKENS:
         smaller = replace(config.train, batch_size=config.train.batch_size // 2, gradient_accumulation=1)
         step_s, config = time_steps(replace(config, train=smaller), device)
-        steps, tokens_per_step = 60 * minutes / step_s, tokens_per_step // 2
-    most = max(20, round(MAX_EPOCHS * num_tokens / tokens_per_step))
-    is_short, steps = steps > most, max(1, round(min(steps, most)))
+    most_steps = max(20, round(most / tokens_per_step))
+    is_short, steps = seconds / step_s > most_steps, max(1, round(min(seconds / step_s, most_steps)))
     passes = steps * tokens_per_step / num_tokens
-    dropout = 0.0 if recipe == "handout" or passes <= 2 else 0.1 if passes < 4 else 0.2  # docs/modern_recipe.md
     intervals = {"log_interval": max(1, steps // 200), "eval_interval": max(1, steps // 20)}
     intervals |= {"sample_interval": max(1, steps // 4), "checkpoint_interval": max(1, steps // 4)}
     budget_settings = {"steps": steps} if is_short else {"steps": 0, "minutes": minutes}
-    train_settings: dict[str, Any] = {**intervals, **budget_settings, "eval_batches": 4, "dropout": dropout}
+    train_settings: dict[str, Any] = {**intervals, **budget_settings, "eval_batches": 4}
+    if recipe == "modern":
+        train_settings |= against_memorizing(config, num_tokens, passes)
     config = replace(config, train=replace(config.train, **train_settings))
     model, train_config = config.model, config.train
     blocks = f"{model.num_layers} block{'s'[: model.num_layers > 1]} of {model.d_model} features"
@@ -223,10 +220,40 @@ def choose(
         f"{steps * step_s / 60:.1f} minutes"
     )
     if is_short:
-        line += f" (the text is seen {MAX_EPOCHS} times; more would only learn it by heart)"
-    if dropout:
-        line += f"; dropout {dropout}, because the text is seen {passes:.1f} times"
+        line += f" (the text is seen {passes:.0f} times; more would only learn it by heart)"
+    if train_config.dropout:
+        line += f"; dropout {train_config.dropout}, because the text is seen {passes:.1f} times"
     return config, line
+
+
+def _largest_model(
+    configure: Callable[[int], RunConfig],
+    recipe: RecipeName,
+    depth: int | None,
+    num_tokens: int,
+    seconds: float,
+    device: torch.device,
+) -> tuple[RunConfig, float]:
+    """The run of a given depth, or of the largest that learns enough in the time; and the seconds of its steps."""
+    given, has_gpu = depth is not None, device.type == "cuda"
+    most_tokens = USUAL_EPOCHS * num_tokens if recipe == "modern" else math.inf
+
+    def within(flops: float) -> int:
+        vocab_size = configure(1).model.vocab_size
+        found = depth_for(recipe, vocab_size, flops, has_gpu, most_tokens)
+        while found > 1 and num_matrix_parameters(configure(found).model) > most_parameters(num_tokens):
+            found -= 1
+        return found
+
+    depth = within(seconds * matmul_flops_per_s(device)) if depth is None else depth
+    while True:
+        step_s, config = time_steps(configure(depth), device)
+        tokens_per_step = config.train.batch_size * config.model.context_length
+        wanted = min(config.train.steps, most_tokens / tokens_per_step)
+        if given or depth == 1 or seconds / step_s >= wanted:
+            return config, step_s
+        flops_per_s = flops_per_token(config.model) * tokens_per_step / step_s
+        depth = min(depth - 1, within(seconds * flops_per_s))
 
 
 def _configure(prepared: PreparedText, recipe: RecipeName, depth: int, *, device_name: str, seed: int) -> RunConfig:

@@ -8,9 +8,11 @@ overrides any of them, and the run's config.toml has them all.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from basic.common.errors import InvalidConfigError
+from basic.training.settings import RunConfig
 from basic.transformer.configuration import ModelConfig
 
 RecipeName = Literal["handout", "modern"]
@@ -72,20 +74,45 @@ def recipe_settings(
     return tables
 
 
-def depth_for(name: RecipeName, vocab_size: int, flops: float, has_gpu: bool = True) -> int:
+def depth_for(
+    name: RecipeName, vocab_size: int, flops: float, has_gpu: bool = True, most_tokens: float = math.inf
+) -> int:
     """The largest depth whose training needs at most so many floating-point operations; at least 1."""
     depth = 1
-    while depth < MAX_DEPTH and training_flops(name, vocab_size, depth + 1, has_gpu) <= flops:
+    while depth < MAX_DEPTH and training_flops(name, vocab_size, depth + 1, has_gpu, most_tokens) <= flops:
         depth += 1
     return depth
 
 
-def training_flops(name: RecipeName, vocab_size: int, depth: int, has_gpu: bool = True) -> float:
-    """The floating-point operations of all steps that suit a depth."""
+def training_flops(
+    name: RecipeName, vocab_size: int, depth: int, has_gpu: bool = True, most_tokens: float = math.inf
+) -> float:
+    """The floating-point operations of all steps that suit a depth, which see at most `most_tokens`."""
     tables = recipe_settings(name, vocab_size=vocab_size, depth=depth, has_gpu=has_gpu)
     config, train = ModelConfig(**tables["model"]), tables["train"]
     tokens = train["steps"] * train["batch_size"] * config.context_length
-    return tokens * flops_per_token(config)
+    return min(tokens, most_tokens) * flops_per_token(config)
+
+
+def most_parameters(num_tokens: int) -> float:
+    """Parameters that are multiplied with every token, of the largest model for a text of so many tokens.
+
+    2 for each token of 500 kB of books, 10 of 4.5 MB, 33 of 64 MB (docs/modern_recipe.md).
+    """
+    return num_tokens**1.5 / 115
+
+
+def most_epochs(parameters_per_token: float) -> float:
+    """How often a model should see a text at most; from there on it learns it by heart."""
+    return min(30.0, 60 / math.sqrt(parameters_per_token))
+
+
+def against_memorizing(config: RunConfig, num_tokens: int, epochs: float) -> dict[str, float]:
+    """Settings of the modern recipe's "train" for a text that is seen more than twice (docs/modern_recipe.md)."""
+    if epochs >= 4.5 and num_matrix_parameters(config.model) >= 5 * num_tokens:
+        decays = {name: 2 * getattr(config.train, name) for name in ("weight_decay", "head_weight_decay")}
+        return {"dropout": 0.3, **decays}
+    return {"dropout": 0.0 if epochs <= 2 else 0.1 if epochs < 4 else 0.2}
 
 
 def flops_per_token(config: ModelConfig) -> float:

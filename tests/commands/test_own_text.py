@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import torch
 from basic.__main__ import main
 from basic.commands import own_text
 from basic.commands import prepare_text as module
-from basic.commands.prepare_text import END, prepare_text
+from basic.commands.prepare_text import END, PreparedText, prepare_text
 from basic.common import command_line
 from basic.common.errors import InvalidInputError
 from basic.corpus.sources import TextSource
@@ -22,7 +24,9 @@ from basic.corpus.stories.grammar import stories
 from basic.formats import export_hf
 from basic.model import ModelConfig, TransformerLM
 from basic.training import load_run, train_text
+from basic.training.recipes import flops_per_token, most_epochs, num_matrix_parameters
 from basic.training.settings import RunConfig, TrainConfig
+from tests.helpers.number_tokenizer import NumberTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +146,9 @@ def quick(monkeypatch) -> list[RunConfig]:
 
 def test_the_measured_time_of_steps_decides_the_depth(texts, tmp_path, quick, monkeypatch):
     prepared = prepare_text([str(texts / "my.txt")], tmp_path)
-    monkeypatch.setattr(own_text, "MAX_PARAMETERS_PER_TOKEN", 1e9)
-    monkeypatch.setattr(own_text, "MAX_EPOCHS", 10**9)
+    monkeypatch.setattr(own_text, "most_parameters", lambda num_tokens: math.inf)
+    monkeypatch.setattr(own_text, "USUAL_EPOCHS", 10**9)
+    monkeypatch.setattr(own_text, "most_epochs", lambda parameters_per_token: 1e9)
     config, line = own_text.choose(prepared, 60, "cpu", depth=None, seed=1)
     depths = [timed.model.num_layers for timed in quick]
     assert depths == sorted(set(depths), reverse=True)
@@ -159,7 +164,7 @@ def test_the_measured_time_of_steps_decides_the_depth(texts, tmp_path, quick, mo
 @pytest.mark.parametrize(("minutes", "batch_size"), [(2, 4), (10, 8), (60, 32)])
 def test_the_handout_takes_smaller_steps_in_a_short_time(texts, tmp_path, monkeypatch, minutes, batch_size):
     monkeypatch.setattr(own_text, "time_steps", lambda config, device: (0.02 * config.train.batch_size, config))
-    monkeypatch.setattr(own_text, "MAX_EPOCHS", 10**9)
+    monkeypatch.setattr(own_text, "most_epochs", lambda parameters_per_token: 1e9)
     prepared = prepare_text([str(texts / "my.txt")], tmp_path)
     config, line = own_text.choose(prepared, minutes, "cpu", depth=1, seed=0, recipe="handout")
     assert config.model.context_length * config.train.batch_size == 256 * batch_size
@@ -173,16 +178,45 @@ def test_a_short_text_gets_a_small_model_and_few_steps(texts, tmp_path, quick):
     config, line = own_text.choose(prepared, 60, "cpu", depth=None, seed=0)
     tokens = config.train.steps * config.train.batch_size * config.model.context_length
     assert config.model.num_layers == 1
-    assert tokens <= 1.05 * own_text.MAX_EPOCHS * len(prepared.train_tokens)
+    epochs = tokens / len(prepared.train_tokens)
+    assert 10 < epochs <= 1.05 * most_epochs(num_matrix_parameters(config.model) / len(prepared.train_tokens)) < 20
     assert config.model.context_length < len(prepared.valid_tokens)
     assert "more would only learn it by heart" in line
-    assert config.train.dropout == 0.2
-    assert line.endswith("dropout 0.2, because the text is seen 30.0 times")
+    assert (config.train.dropout, config.train.weight_decay, config.train.head_weight_decay) == (0.3, 0.6, 0.2)
+    assert line.endswith(f"dropout 0.3, because the text is seen {epochs:.1f} times")
     chosen = [
         own_text.choose(prepared, minutes, "cpu", depth=1, seed=0, recipe=recipe)[0].train.dropout
         for minutes, recipe in ((60, "handout"), (1e-4, "modern"))
     ]
     assert chosen == [0, 0]
+
+
+def test_a_long_text_and_much_time_get_a_large_model_and_many_steps(monkeypatch):
+    """Depth, sequences a step, steps, epochs and dropout for 64 MB of books: docs/modern_recipe.md."""
+
+    def time_steps(config: RunConfig, device: torch.device) -> tuple[float, RunConfig]:
+        tokens = config.train.batch_size * config.model.context_length
+        return tokens * flops_per_token(config.model) / 4e14, config
+
+    monkeypatch.setattr(own_text, "time_steps", time_steps)
+    monkeypatch.setattr(own_text, "matmul_flops_per_s", lambda device: 7e14)
+    tokenizer: Any = NumberTokenizer(32_768)
+    books = PreparedText(Path("books"), tokenizer, range(14_800_000), range(500_000), False)
+    chosen = {}
+    for seconds in (6, 18, 60, 180, 600, 6000):
+        config = own_text.choose(books, seconds / 60, "cpu", depth=None, seed=0)[0]
+        model, train = config.model, config.train
+        steps = train.steps or seconds / time_steps(config, torch.device("cpu"))[0]
+        epochs = steps * train.batch_size * model.context_length / len(books.train_tokens)
+        chosen[seconds] = model.num_layers, train.batch_size, round(steps), round(epochs, 1), train.dropout
+    assert chosen == {
+        6: (4, 16, 4049, 2.2, 0.1),
+        18: (6, 36, 2670, 3.3, 0.1),
+        60: (8, 32, 2739, 6.1, 0.2),
+        180: (13, 42, 1964, 5.7, 0.3),
+        600: (20, 50, 1730, 6.0, 0.3),
+        6000: (20, 100, 1599, 11.1, 0.3),
+    }
 
 
 def test_too_short_a_text_is_an_error(tmp_path, quick):
@@ -202,7 +236,7 @@ def test_basic_train_with_a_text_leaves_a_complete_run(texts, tmp_path, quick, m
         return replace(config, model=model, train=replace(config.train, batch_size=2, sample_tokens=8))
 
     monkeypatch.setattr(own_text, "_configure", configure)
-    monkeypatch.setattr(own_text, "MAX_EPOCHS", 0)
+    monkeypatch.setattr(own_text, "most_epochs", lambda parameters_per_token: 0)
     command = ["basic", "train", "--text", str(texts / "many"), "--minutes", "1", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", list(command))
     main()
@@ -256,7 +290,7 @@ def test_a_run_of_the_handout_can_be_exported_as_a_llama(texts, tmp_path, quick,
     prepared = prepare_text([str(texts / "my.txt")], tmp_path)
     config, _ = own_text.choose(prepared, 60, "cpu", depth=1, seed=1, recipe="handout")
     assert (config.model.ffn, config.train.optimizer) == ("swiglu", "adamw")
-    assert config.train.batch_size * config.model.context_length == 32 * 256
+    assert config.train.batch_size * config.model.context_length == 4 * 256  # of 32 * 256, for a text this short
     assert config.train.max_learning_rate == 1e-3
     export_hf(TransformerLM(config.model), tmp_path / "llama", prepared.tokenizer)
     assert json.loads((tmp_path / "llama" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]

@@ -53,7 +53,7 @@ def test_all_of_them_run_and_do_what_they_say(tmp_path, monkeypatch, capsys):
     train(config, prepared.train_tokens, prepared.valid_tokens, "runs/my", tokenizer=prepared.tokenizer)
     monkeypatch.setattr(own_text, "time_steps", lambda config, device: (1.0, config))
     monkeypatch.setattr(own_text, "matmul_flops_per_s", lambda device: 1.0)
-    monkeypatch.setattr(own_text, "MAX_EPOCHS", 0)
+    monkeypatch.setattr(own_text, "most_epochs", lambda parameters_per_token: 0)
     pandas, shown = FakePandas(), []
     monkeypatch.setitem(sys.modules, "pandas", pandas)
     names: dict[str, Any] = {}
