@@ -313,5 +313,6 @@ def choose_tiles(n: int, k: int, rows: int) -> tuple[int, int, int]:
     """
     if rows <= _FEW_SEQUENCES:
         block_k = triton.next_power_of_2(k)
-        return (8 if n > 8192 else 4 if rows == 4 and block_k <= 2048 else 2), block_k, 4
+        wide = block_k <= 2048 and (rows == 4 or (rows == 1 and n > 4096))
+        return (8 if n > 8192 else 4 if wide else 2), block_k, 4
     return (16, 512, 4) if n <= 4096 else (32, 256, 4)

@@ -104,12 +104,12 @@ def most_parameters(num_tokens: int) -> float:
 
 def most_epochs(parameters_per_token: float) -> float:
     """How often a model should see a text at most; from there on it learns it by heart."""
-    return min(30.0, 60 / math.sqrt(parameters_per_token))
+    return min(30.0, 36 / math.sqrt(parameters_per_token))
 
 
 def against_memorizing(config: RunConfig, num_tokens: int, epochs: float) -> dict[str, float]:
     """Settings of the modern recipe's "train" for a text that is seen more than twice (docs/modern_recipe.md)."""
-    if epochs >= 4.5 and num_matrix_parameters(config.model) >= 5 * num_tokens:
+    if epochs >= 4.5 and num_matrix_parameters(config.model) >= 3 * num_tokens:
         decays = {name: 2 * getattr(config.train, name) for name in ("weight_decay", "head_weight_decay")}
         return {"dropout": 0.3, **decays}
     return {"dropout": 0.0 if epochs <= 2 else 0.1 if epochs < 4 else 0.2}

@@ -77,6 +77,9 @@ def draw(groups: dict[str, list[Point]], optima: list[Optimum], path: Path) -> N
     for optimum in optima:
         if optimum.parameters is not None:
             pyplot.axvline(optimum.parameters, color="gray", linewidth=0.8, linestyle=":")
+    sizes = sorted({point.parameters for points in groups.values() for point in points})
+    pyplot.xticks(sizes, [f"{size / 1e6:.2g}M" for size in sizes])
+    pyplot.minorticks_off()  # their labels would overlap
     pyplot.xlabel("parameters that are multiplied with every token")
     pyplot.ylabel("loss (nats per token)")
     pyplot.legend()

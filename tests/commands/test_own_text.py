@@ -179,7 +179,7 @@ def test_a_short_text_gets_a_small_model_and_few_steps(texts, tmp_path, quick):
     tokens = config.train.steps * config.train.batch_size * config.model.context_length
     assert config.model.num_layers == 1
     epochs = tokens / len(prepared.train_tokens)
-    assert 10 < epochs <= 1.05 * most_epochs(num_matrix_parameters(config.model) / len(prepared.train_tokens)) < 20
+    assert 6 < epochs <= 1.05 * most_epochs(num_matrix_parameters(config.model) / len(prepared.train_tokens)) < 10
     assert config.model.context_length < len(prepared.valid_tokens)
     assert "more would only learn it by heart" in line
     assert (config.train.dropout, config.train.weight_decay, config.train.head_weight_decay) == (0.3, 0.6, 0.2)
@@ -215,7 +215,7 @@ def test_a_long_text_and_much_time_get_a_large_model_and_many_steps(monkeypatch)
         60: (8, 32, 2739, 6.1, 0.2),
         180: (13, 42, 1964, 5.7, 0.3),
         600: (20, 50, 1730, 6.0, 0.3),
-        6000: (20, 100, 1599, 11.1, 0.3),
+        6000: (20, 50, 1919, 6.6, 0.3),
     }
 
 
