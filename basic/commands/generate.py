@@ -18,7 +18,7 @@ from basic.chat import ChatFormat
 from basic.common import command_line
 from basic.common.errors import InvalidInputError
 from basic.common.native.object_files import has_objects
-from basic.generation.sampling import Sampling
+from basic.generation.settings import SamplingSettings
 
 _SAMPLES_AT_A_TIME = 64  # so many caches of keys and values
 
@@ -44,7 +44,7 @@ class Options:
     """Strings before which a text ends."""
     log_probabilities: bool = False
     """List the new tokens, each behind the natural logarithm of the probability that the model gives it."""
-    sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=lambda: Sampling(top_p=0.95))
+    sampling: tyro.conf.OmitArgPrefixes[SamplingSettings] = field(default_factory=lambda: SamplingSettings(top_p=0.95))
     """How the next token is chosen."""
     checkpoint: int | Literal["best", "last"] = "last"
     """The step of a checkpoint, best for the one with the lowest validation loss, or last for the newest."""

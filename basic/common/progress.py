@@ -1,4 +1,4 @@
-"""Progress bars, threads and the default number of them, and the memory of a process."""
+"""What a process does: progress bars, threads and their default number, memory, and imports only when needed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, TypeVar
 
 from basic.common.arguments import check_size
@@ -87,3 +88,20 @@ def peak_memory() -> str:
     """Describe the peak memory of this process and of its workers."""
     own, worker = (size / 1e6 for size in peak_memory_bytes())
     return f"peak memory {own:.0f} MB" + (f" and {worker:.0f} MB a worker" if worker else "")
+
+
+def lazy_names(package: str, modules: dict[str, str]) -> Callable[[str], Any]:
+    """The `__getattr__` of a package whose names are imported when they are first used (PEP 562).
+
+    So `from basic.training import TrainConfig` does not import torch, which takes seconds.
+
+    Args:
+        modules: for each name its module, from the package `basic` on.
+    """
+
+    def __getattr__(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"basic.{modules[name]}"), name)
+
+    return __getattr__

@@ -1,7 +1,8 @@
 """Models and tokenizers in the formats of other programs."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from basic.common.progress import lazy_names
 
 if TYPE_CHECKING:
     from basic.formats.export_model import export_gguf, export_hf
@@ -11,17 +12,11 @@ if TYPE_CHECKING:
 __all__ = ["export_gguf", "export_hf", "import_hf", "import_pt", "import_run", "load_model"]
 __all__ += ["load_tiktoken", "save_tiktoken", "save_tokenizer_json"]
 _MODULES = {
-    **dict.fromkeys(("export_hf", "export_gguf"), "export_model"),
-    **dict.fromkeys(("import_hf", "import_run", "import_pt", "load_model"), "import_model"),
-    **dict.fromkeys(("load_tiktoken", "save_tiktoken", "save_tokenizer_json"), "tokenizers"),
+    **dict.fromkeys(("export_hf", "export_gguf"), "formats.export_model"),
+    **dict.fromkeys(("import_hf", "import_run", "import_pt", "load_model"), "formats.import_model"),
+    **dict.fromkeys(("load_tiktoken", "save_tiktoken", "save_tokenizer_json"), "formats.tokenizers"),
 }
-
-
-def __getattr__(name: str) -> Any:
-    """Import a function when it is first used, so that the functions for tokenizers do not import torch."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"basic.formats.{_MODULES[name]}"), name)
+__getattr__ = lazy_names(__name__, _MODULES)
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,8 @@
 """Training: from token ids to a model, with its settings, run folder, checkpoints and records."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from basic.common.progress import lazy_names
 
 if TYPE_CHECKING:
     from basic.training.loop import train
@@ -17,13 +18,7 @@ _MODULES = {
     "train": "training.loop",
     "train_text": "commands.own_text",  # by its name, because it needs the tokenizer, which training never imports
 }
-
-
-def __getattr__(name: str) -> Any:
-    """Import a name when it is first used, so that settings do not import torch."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"basic.{_MODULES[name]}"), name)
+__getattr__ = lazy_names(__name__, _MODULES)
 
 
 def __dir__() -> list[str]:

@@ -412,6 +412,17 @@ def test_text_to_tokens_loads_neither_torch_nor_numba_nor_tqdm() -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_settings_and_commands_load_no_torch() -> None:
+    """So `--help` and an error in an option come at once."""
+    modules = ["basic.training", "basic.training.settings", "basic.generation", "basic.generation.settings"]
+    modules += [
+        f"basic.commands.{name}" for name in ("train", "generate", "encode", "train_bpe", "sweep", "quickstart")
+    ]
+    program = f"import sys, {', '.join(modules)}\nassert 'torch' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_public_names_can_be_imported() -> None:
     program = "\n".join(f"from {package} import {', '.join(names.split())}" for package, names in PUBLIC_NAMES.items())
     result = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
