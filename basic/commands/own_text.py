@@ -48,7 +48,7 @@ from basic.training.recipes import (
     recipe_settings,
 )
 from basic.training.run_folder import Run
-from basic.training.settings import DataConfig, RunConfig
+from basic.training.settings import DataConfig, RunConfig, TrainConfig
 from basic.training.step import TrainStep, make_optimizer
 
 USUAL_EPOCHS = 5
@@ -146,6 +146,7 @@ def train_text(
         raise InvalidInputError(f"minutes must be above 0, got {minutes}")
     # What is wrong with these is said before the text is encoded.
     recipe_settings(recipe, vocab_size=1, depth=1 if depth is None else depth)
+    TrainConfig(steps=1, seed=seed)
     choose_device(device)
     local_sources(texts)
     run_dir, say = Path(default_output(texts) if output is None else output), print if progress else lambda line: None

@@ -6,7 +6,7 @@ needs no other option. `--init-from runs/NAME` begins with the weights of anothe
 
 Without a configuration, on your own text: `basic train --text my.txt --minutes 10`; add --help to it for its options.
 
-On several GPUs: `torchrun --nproc-per-node 4 -m basic train ...`, with the same options.
+On several GPUs: `torchrun --nproc-per-node 4 -m basic train ...`, with the same options, but not with --text.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def add_recipe(name: str, depth: int | None, arguments: list[str], table: dict[s
         raise InvalidConfigError("a recipe needs the size of the vocabulary; give --tokenizer or --vocab-size")
     device, speed = choose_device(given.device), None
     if depth is None and minutes is not None:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # each process would measure another speed
+        if is_one_of_several():  # each process would measure another speed
             raise InvalidInputError("several processes cannot choose the depth of a recipe; give --depth")
         speed = matmul_flops_per_s(device)
     size = {"vocab_size": convert(int, model["vocab_size"], "model.vocab_size"), "depth": depth, "minutes": minutes}
@@ -161,6 +161,10 @@ def add_recipe(name: str, depth: int | None, arguments: list[str], table: dict[s
     if given.warmup_steps is not None:
         del recipe["train"]["warmup_share"]
     table |= {"model": recipe["model"] | model, "train": recipe["train"] | train}
+
+
+def is_one_of_several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def command() -> None:
@@ -175,6 +179,11 @@ def command() -> None:
             raise InvalidInputError(
                 f"{min(wrong)} is no option with --text, which chooses the settings; `basic train --text TEXT --help` "
                 "lists those that are, and the token files of a text, in data/, can be given to `basic train --config`"
+            )
+        if is_one_of_several():  # each process would measure another speed
+            raise InvalidInputError(
+                "several processes cannot choose the settings for a text; leave torchrun out, or give the token files "
+                "of the text, in data/, to `basic train --config` or to `basic train --recipe modern --depth N`"
             )
         own_text.command(sys.argv[1:])
         return

@@ -262,6 +262,7 @@ def test_basic_train_with_a_text_leaves_a_complete_run(texts, tmp_path, quick, m
         (["--recipe", "other"], "invalid choice 'other'"),
         (["--nothing"], "For full helptext, run basic train --text TEXT --help"),
         (["--depth", "65"], "depth must be from 1 to 64 blocks, got 65"),  # there is no my.txt: it is not read first
+        (["--seed", "-1"], "seed must be at least 0, got -1"),
         (["--device", "other"], "other"),
     ],
 )
@@ -270,6 +271,15 @@ def test_options_that_a_text_does_not_take(arguments, message, monkeypatch, caps
     with pytest.raises(SystemExit) as caught:
         main()
     assert re.search(message, str(caught.value.code) + capsys.readouterr().err)
+
+
+def test_several_processes_do_not_train_on_a_text_side_by_side(texts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["basic", "train", "--text", str(texts / "my.txt")])
+    with pytest.raises(SystemExit, match="several processes cannot choose the settings for a text"):
+        main()
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_wrong_name_of_a_text_is_said_before_a_run_that_is_there(tmp_path, monkeypatch):
