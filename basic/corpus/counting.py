@@ -74,7 +74,7 @@ class CountingOptions:
 
     Raises:
         TypeError: an option has another type.
-        InvalidInputError: a number is less than 1, or `errors` has another value.
+        InvalidInputError: a number is less than 1 (`fan_in`: 2), or `errors` has another value.
     """
 
     executor: Executor | None = None
@@ -105,6 +105,7 @@ class CountingOptions:
     def __post_init__(self) -> None:
         check_fields(self)
         check_numbers(self, ["num_workers", "shard_bytes", "min_count", "chunk_bytes"], 1)
+        check_numbers(self, ["fan_in"], 2)  # one table would be merged into one, forever
         check_errors_option(self.errors)
 
 

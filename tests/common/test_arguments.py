@@ -68,6 +68,7 @@ WRONG: list[tuple[Any, list[Any], dict[str, Any], type[Exception], str]] = [
     (train_bpe, [None, 300, []], {}, TypeError, "inputs must be a path, or a list of paths, got NoneType"),
     (train_bpe, [[5], 300, []], {}, TypeError, "an input must be a path, a URL or a TextSource, got int: 5"),
     (train_bpe, ["x", 300, []], {"min_count": "2"}, TypeError, "min_count must be an integer, got str: '2'"),
+    (train_bpe, ["x", 300, []], {"fan_in": 1}, InvalidInputError, "fan_in must be at least 2, got 1"),
     (TokenFileWriter, ["x.bin", "300"], {}, TypeError, "vocab_size must be an integer, got str: '300'"),
     (encode_files, [None, "x", "y"], {"shard_bytes": "9"}, TypeError, "shard_bytes must be an integer, got str: '9'"),
     (BatchSampler, [IDS, 1, 2], {"seed": "0"}, TypeError, "seed must be an integer, got str: '0'"),
