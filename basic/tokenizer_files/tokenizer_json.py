@@ -147,11 +147,13 @@ def _check_added_tokens(tokens: list[dict[str, Any]], entries: dict[str, int]) -
         if token["id"] != expected:
             raise InvalidInputError(f"{field}.id is {token['id']}, but the tokenizers package would give it {expected}")
         ids.append(max([expected, *ids[-1:]]))
-    # The package finds tokens with normalized = false first, also if another token starts to the left of them.
+    # The package finds tokens with normalized = false first, also if another token starts to the left of them, and they
+    # take the white space beside them before another token can be found in it.
     normalized = [token["content"] for token in tokens if token["normalized"]]
     for left in normalized:
         for other in tokens:
-            if not other["normalized"] and overlap(left, other["content"]):
+            is_taken = (other["rstrip"] and left[:1].isspace()) or (other["lstrip"] and left[-1:].isspace())
+            if not other["normalized"] and (is_taken or overlap(left, other["content"])):
                 raise InvalidInputError(
                     f"added_tokens {left!r} and {other['content']!r} overlap and differ in 'normalized'"
                 )

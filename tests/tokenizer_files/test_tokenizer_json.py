@@ -131,6 +131,10 @@ def test_files_of_other_programs_are_read(tmp_path, path, value):
         ("added_tokens.0.single_word", True, "single_word is true"),
         ("added_tokens.0.id", 300, "id is 300, but the tokenizers package would give it 258"),
         ("added_tokens", [added("ab", 258), added("bc", 259, normalized=True)], "'bc' and 'ab' overlap"),
+        *(
+            ("added_tokens", [added(token, 258, normalized=True), added("bc", 259, **{flag: True})], "and 'bc' overlap")
+            for token, flag in (("  ", "rstrip"), (" x", "rstrip"), ("x ", "lstrip"))
+        ),
         ("added_tokens", [added(" t", 258)], "' t' as 258, where b' t' is 256"),
         ("added_tokens", [added("Ġt", 256)], "needs the token b' t'"),
         ("added_tokens", [added("", 258)], "special token 0 is empty"),
