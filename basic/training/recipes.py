@@ -97,7 +97,7 @@ def training_flops(
 def most_parameters(num_tokens: int) -> float:
     """Parameters that are multiplied with every token, of the largest model for a text of so many tokens.
 
-    2 for each token of 500 kB of books, 10 of 4.5 MB, 33 of 64 MB (docs/modern_recipe.md).
+    4 for each token of 0.5 MB of books, 10 of 4.5 MB, 33 of 64 MB (docs/modern_recipe.md).
     """
     return num_tokens**1.5 / 115
 
