@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def prepare_text(
 
 
 def local_sources(inputs: Sequence[str]) -> list[TextSource]:
-    """The texts of files, globs and folders; raises what `prepare_text` does where one is no local file."""
+    """The texts of files, globs and folders, each once; raises what `prepare_text` does where one is no local file."""
     for given in inputs:
         if given == STANDARD_INPUT or TextSource(given).is_remote:
             raise InvalidInputError(
@@ -97,14 +98,15 @@ def local_sources(inputs: Sequence[str]) -> list[TextSource]:
     sources = expand_inputs(list(_files(inputs)))
     for source in sources:
         check_regular_file(source)
-    return sources
+    # A file that is given twice, or that two globs match, would be for training and for validation.
+    return list({os.path.realpath(source): source for source in sources}.values())
 
 
 def _files(inputs: Sequence[str]) -> Iterator[str]:
     """The inputs, with the files in a folder in its place, without hidden ones."""
     for given in inputs:
         folder = Path(given)
-        if not folder.is_dir():
+        if not given or not folder.is_dir():  # Path("") is the current folder
             yield given
             continue
         paths = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -106,6 +106,15 @@ def test_a_long_document_is_not_searched_again_with_every_chunk(monkeypatch, chu
     assert max(searched_again) < len(END)
 
 
+def test_a_text_that_is_given_twice_is_read_once(texts, tmp_path, monkeypatch):
+    monkeypatch.chdir(texts / "many")
+    (tmp_path / "link").symlink_to(texts / "many" / "more")
+    inputs = ["more/*.txt", "more", str(texts / "many"), str(tmp_path / "link")]
+    prepared = prepare_text(inputs, tmp_path / "data", valid_fraction=0.2)
+    both = [document for split in ("train", "valid") for document in documents(prepared.folder / f"{split}.txt")]
+    assert sorted(both) == sorted(story.text for story in stories(3, 40))
+
+
 def test_few_files_are_split_inside_the_last_one(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(f"a line of {name}\n" * 200)
@@ -122,8 +131,9 @@ def test_what_cannot_be_prepared_is_refused_and_leaves_nothing(tmp_path):
             prepare_text([given], tmp_path / "data")
     with pytest.raises(InvalidInputError, match="valid_fraction must be above 0 and at most"):
         prepare_text(["my.txt"], tmp_path / "data", valid_fraction=1.0)
-    with pytest.raises(FileNotFoundError):
-        prepare_text(["missing.txt"], tmp_path / "data")
+    for missing in ("missing.txt", ""):
+        with pytest.raises(FileNotFoundError, match=f"there is no file '{missing}'"):
+            prepare_text([missing], tmp_path / "data")
     (tmp_path / "latin.txt").write_bytes(b"a line\n" * 100 + "na\u00efve".encode("latin-1"))
     with pytest.raises(InvalidInputError, match=r"latin\.txt' is not valid UTF-8 at byte offset 702"):
         prepare_text([str(tmp_path / "latin.txt")], tmp_path / "data")
