@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from basic.common import command_line
 from basic.common.errors import InvalidInputError
 from basic.corpus.text_formats import DocumentOptions
 
@@ -58,7 +57,7 @@ def main(options: Options) -> None:
     if len(options.paths) < 2:
         raise InvalidInputError("at least two paths are needed: INPUT [INPUT ...] OUTPUT")
     inputs, output = options.paths[:-1], Path(options.paths[-1])
-    tokenizer = Tokenizer.load(command_line.tokenizer_folder(options.tokenizer))
+    tokenizer = Tokenizer.load(options.tokenizer)
     make_folder(output.parent)
     start = time.perf_counter()
     sources = [TextSource(path, **asdict(options.documents)) for path in inputs]

@@ -130,7 +130,7 @@ def add_vocab_size(arguments: list[str], table: dict[str, Any]) -> None:
     if given.vocab_size is not None:
         model["vocab_size"] = given.vocab_size
     elif isinstance(path, str) and path:
-        model["vocab_size"] = Tokenizer.load(command_line.tokenizer_folder(Path(path))).vocab_size
+        model["vocab_size"] = Tokenizer.load(path).vocab_size
 
 
 def add_recipe(name: str, depth: int | None, arguments: list[str], table: dict[str, Any]) -> None:
@@ -199,7 +199,7 @@ def open_data(data: DataConfig, *, verify: bool = False) -> tuple[Any, Any, Toke
     from basic.Tokenizer import Tokenizer
     from basic.tokens.opening import open_tokens
 
-    tokenizer = Tokenizer.load(command_line.tokenizer_folder(Path(data.tokenizer))) if data.tokenizer else None
+    tokenizer = Tokenizer.load(data.tokenizer) if data.tokenizer else None
     made_by = None if tokenizer is None else tokenizer.fingerprint
     paths = data.train_tokens, data.valid_tokens
     train, valid = (open_tokens(path, dtype=data.dtype or None, verify=verify, made_by=made_by) for path in paths)

@@ -190,15 +190,6 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 2 * _HOUR_S else f"{seconds / _HOUR_S:.1f} hours"
 
 
-def tokenizer_folder(path: Path) -> Path:
-    """Return the folder of a tokenizer; for a run, it is the run's own tokenizer, which is said on stderr."""
-    own = path / "tokenizer"
-    if (path / "special_tokens.json").exists() or not (path / "config.toml").is_file() or not own.is_dir():
-        return path
-    print(f"{path} is a run; using its tokenizer, {own}", file=sys.stderr)
-    return own
-
-
 def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:

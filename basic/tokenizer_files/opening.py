@@ -31,7 +31,7 @@ def is_our_folder(path: Path) -> bool:
 
 
 def read_tokenizer(path: str | os.PathLike, *, pattern: str | Pattern | None = None) -> tuple[TokenizerContent, bool]:
-    """Read a tokenizer from a file or folder of any kind.
+    """Read a tokenizer from a file or folder of any kind; for a run, its own tokenizer.
 
     Returns:
         The parts of the tokenizer, and whether this library saved it.
@@ -44,6 +44,8 @@ def read_tokenizer(path: str | os.PathLike, *, pattern: str | Pattern | None = N
         OSError: a file cannot be read.
     """
     path = Path(path)
+    if (path / "config.toml").is_file() and (path / "tokenizer").is_dir() and not (path / SPECIAL_TOKENS_FILE).exists():
+        path /= "tokenizer"  # of a run
     is_ours = path.is_dir() and is_our_folder(path)
     if path.is_dir():
         content = _read_any_folder(path, pattern)

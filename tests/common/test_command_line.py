@@ -6,7 +6,6 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
@@ -216,19 +215,6 @@ def test_other_numbers_are_not_integers(text, capsys):
         command_line.parse(Numbers, None, args=["--steps", text])
     assert caught.value.code == 2
     assert "is not a whole number" in capsys.readouterr().err
-
-
-def test_the_tokenizer_of_a_run_is_used_and_named(tmp_path, capsys):
-    run = tmp_path / "run"
-    (run / "tokenizer").mkdir(parents=True)
-    assert command_line.tokenizer_folder(run) == run  # not a run yet
-    (run / "config.toml").touch()
-    assert command_line.tokenizer_folder(run) == run / "tokenizer"
-    assert capsys.readouterr().err == f"{run} is a run; using its tokenizer, {run / 'tokenizer'}\n"
-    (run / "special_tokens.json").touch()
-    assert command_line.tokenizer_folder(run) == run
-    assert command_line.tokenizer_folder(Path("missing")) == Path("missing")
-    assert capsys.readouterr().err == ""
 
 
 # --- Programs and packages of others --------------------------------------------------------------------------

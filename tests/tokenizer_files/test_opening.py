@@ -26,10 +26,13 @@ def ours() -> Tokenizer:
 
 def test_all_forms_of_a_tokenizer_are_opened(tmp_path, ours):
     ours.save(tmp_path / "folder")
+    ours.save(tmp_path / "run" / "tokenizer")
+    (tmp_path / "run" / "config.toml").touch()
+    (tmp_path / "run" / "checksums.json").touch()
     (tmp_path / "hf").mkdir()
     save_tokenizer_json(ours, tmp_path / "hf" / "tokenizer.json")
     save_tiktoken(ours, tmp_path / "ranks.tiktoken")
-    for name in ("folder", "hf", "hf/tokenizer.json"):
+    for name in ("folder", "run", "hf", "hf/tokenizer.json"):
         loaded = Tokenizer.load(tmp_path / name)
         assert (loaded.fingerprint, loaded.encode(TEXT)) == (ours.fingerprint, ours.encode(TEXT))
         assert Tokenizer.load(str(tmp_path / name), pattern="cl100k_base").fingerprint == ours.fingerprint

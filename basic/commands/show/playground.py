@@ -97,7 +97,7 @@ def open_vocabulary(path: Path) -> Tokenizer:
     from basic.Tokenizer import Tokenizer
 
     pattern = path.stem if path.suffix == ".tiktoken" else None
-    return Tokenizer.load(command_line.tokenizer_folder(path), pattern=pattern)
+    return Tokenizer.load(path, pattern=pattern)
 
 
 def listen(host: str, port: int | None) -> socket.socket:
