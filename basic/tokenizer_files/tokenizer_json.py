@@ -66,6 +66,11 @@ def read_tokenizer_json(path: str | os.PathLike, content: bytes | None = None) -
         OSError: the file cannot be read.
     """
     fields = load_json(path, content)
+    if isinstance(fields, dict) and len(fields) >= 256 and all(isinstance(value, int) for value in fields.values()):
+        raise InvalidInputError(
+            f"{os.fspath(path)!r} is a vocabulary without merges, not a tokenizer.json; give a folder that has it as "
+            "vocab.json, and merges.txt"
+        )
     try:
         return _parse(fields, os.fspath(path))
     except InvalidInputError as error:

@@ -53,6 +53,9 @@ def test_what_is_no_tokenizer_is_named(tmp_path):
     (tmp_path / "text.txt").write_text("the")
     with pytest.raises(DamagedFileError, match=r"text\.txt', line 1: b'the' must be a token in base64"):
         Tokenizer.load(tmp_path / "text.txt", pattern="gpt2")
+    save_vocab(VOCAB, tmp_path / "gpt2_vocab.json")
+    with pytest.raises(InvalidInputError, match=r"gpt2_vocab\.json' is a vocabulary without merges.*give a folder"):
+        Tokenizer.load(tmp_path / "gpt2_vocab.json")
     for name in ("a.tiktoken", "b.tiktoken"):
         (tmp_path / name).write_text("")
     with pytest.raises(InvalidInputError, match="has several rank files"):
