@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from basic.common.arguments import check_size, check_text_list
-from basic.common.errors import InvalidInputError
+from basic.common.errors import InvalidInputError, WrongTokenizerError
 from basic.generation.continuation import check_max_new_tokens, continue_ids
 from basic.generation.sampling import Sampling
 from basic.model import TransformerLM
@@ -139,11 +139,12 @@ def complete(
     Raises:
         TypeError: `prompts` is a single text, or a keyword is no field of `Sampling`.
         InvalidInputError: a prompt encodes to no token, or a setting is out of its range.
+        WrongTokenizerError: the tokenizer has ids that the model does not have.
     """
     prompts = check_text_list("prompts", prompts)
     settings = Sampling(**sampling)
     check_max_new_tokens(max_new_tokens)
-    encoded = [_encode_prompt(tokenizer, prompt, end_of_text) for prompt in prompts]
+    encoded = [_encode_prompt(model, tokenizer, prompt, end_of_text) for prompt in prompts]
     id_lists = [ids for ids in encoded for _ in range(check_size("num_samples", num_samples))]
     stop = StopStrings(stop).stop
     stops = [StopStrings(stop) for _ in id_lists]
@@ -190,13 +191,13 @@ def stream(
         when it is certain that it does not.
 
     Raises:
-        TypeError, InvalidInputError: as for `complete`, and before the first chunk is requested.
+        TypeError, InvalidInputError, WrongTokenizerError: as for `complete`, and before the first chunk is requested.
     """
     settings = Sampling(**sampling)
     check_max_new_tokens(max_new_tokens)
     new_ids = continue_ids(
         model,
-        [_encode_prompt(tokenizer, prompt, end_of_text)],
+        [_encode_prompt(model, tokenizer, prompt, end_of_text)],
         max_new_tokens,
         settings,
         end_id=tokenizer.special_token_ids.get(end_of_text),
@@ -205,9 +206,14 @@ def stream(
     return _decode_stream(tokenizer.stream_decoder(), StopStrings(stop), new_ids)
 
 
-def _encode_prompt(tokenizer: TextTokenizer, prompt: str, end_of_text: str) -> list[int]:
+def _encode_prompt(model: TransformerLM, tokenizer: TextTokenizer, prompt: str, end_of_text: str) -> list[int]:
     if not isinstance(prompt, str):
         raise TypeError(f"a prompt must be a text, got {type(prompt).__name__}: {prompt!r:.80}; ids go to generate")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise WrongTokenizerError(
+            f"the tokenizer's {tokenizer.vocab_size} ids do not fit into the model's vocab_size="
+            f"{model.config.vocab_size}; give the tokenizer with which the model was trained"
+        )
     ids = tokenizer.encode(prompt)
     if not ids:
         raise InvalidInputError(

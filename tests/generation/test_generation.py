@@ -229,6 +229,12 @@ def test_an_empty_prompt_is_named_by_its_index(model):
         generate(model, [[1], []], 3)
 
 
+@pytest.mark.parametrize("function", [complete, stream])
+def test_a_tokenizer_that_is_larger_than_the_model_is_refused(model, function):
+    with pytest.raises(WrongTokenizerError, match=f"tokenizer's {VOCAB + 1} ids do not fit .*vocab_size={VOCAB}; give"):
+        function(model, Letters({}, VOCAB + 1), "a" if function is stream else ["a"], 3)
+
+
 @pytest.mark.parametrize("function", [generate, complete, stream])
 def test_unknown_settings_are_refused(model, function):
     arguments = (model, [[1]]) if function is generate else (model, Letters({}), "a" if function is stream else ["a"])
