@@ -61,6 +61,8 @@ def main(options: Options) -> None:
         raise InvalidInputError("--prompt and --prompt-file are both given; leave one of them out")
     if options.max_tokens < 0:  # before the prompt is shown
         raise InvalidInputError(f"--max-tokens must be at least 0, got {options.max_tokens}")
+    if options.num_samples < 1:
+        raise InvalidInputError(f"--num-samples must be at least 1, got {options.num_samples}")
     if options.log_probabilities and (options.chat or options.stop):
         raise InvalidInputError("--log-probabilities lists all tokens of a continuation; leave --chat and --stop out")
     run = load_run(options.run, checkpoint=options.checkpoint, device=options.device)

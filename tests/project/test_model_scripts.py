@@ -63,6 +63,8 @@ def generate_output(capsys, monkeypatch, folder: Path, *arguments: str | Path) -
 def test_a_wrong_number_of_tokens_is_refused_before_the_prompt_is_shown(folder, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="error: --max-tokens must be at least 0, got -1"):
         generate_output(capsys, monkeypatch, folder, "--prompt", "the cat", "--max-tokens", "-1")
+    with pytest.raises(SystemExit, match="error: --num-samples must be at least 1, got 0"):
+        generate_output(capsys, monkeypatch, folder, "--prompt", "the cat", "--num-samples", "0")
     assert capsys.readouterr().out == ""
 
 

@@ -252,6 +252,7 @@ def test_an_export_and_an_import_are_refused_before_the_work_and_replace_nothing
     Path("mine").write_bytes(THEIRS)
     for command in (("export", run, "mine", "--to", "tiktoken"), ("import", run, "--output", "mine")):
         refused(monkeypatch, "'mine' (already exists|is a file, but a folder)", *command)
+    refused(monkeypatch, r"a\.gguf is the name of a \.gguf file.* add --to gguf", "export", run, "a.gguf")
     run_script(monkeypatch, "export", run, "llama")
     refused(monkeypatch, "'llama' already exists", "export", run, "llama")
     refused(monkeypatch, "'llama', a run to be written, is also an input", "import", "llama", "--output", "llama")

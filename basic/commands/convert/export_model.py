@@ -40,6 +40,11 @@ def main(options: Options) -> None:
     from basic.formats.tokenizers import save_tiktoken
     from basic.training.run_folder import load_run
 
+    if options.to == "hf" and options.output.suffix in (".gguf", ".tiktoken"):
+        raise InvalidInputError(
+            f"{options.output} is the name of a {options.output.suffix} file, but --to hf writes a folder; add --to "
+            f"{options.output.suffix[1:]}, or give a folder's name"
+        )
     check_outputs([Output(options.output, "an export", is_folder=options.to == "hf")])
     run = load_run(options.run, checkpoint=options.checkpoint, device="cpu")
     tokenizer = None if run.tokenizer_path is None else run.tokenizer
