@@ -271,7 +271,7 @@ class TokenizerDefinition(Vocabulary):
     def load(cls, path: str | os.PathLike, *, pattern: str | Pattern | None = None) -> Self:
         """Read a tokenizer of any kind. The ids are exactly those of the program that it is from.
 
-        - A folder that `save` wrote.
+        - A folder that `save` wrote, or a run, which has such a folder.
         - A `tokenizer.json` with byte-level BPE, or a folder with it; also one with only `vocab.json` and `merges.txt`.
         - A rank file of tiktoken (`*.tiktoken`, Llama 3's `tokenizer.model`). As for tiktoken, there is no
           normalization; Qwen's tokenizers bring a text to NFC first, which their tokenizer.json says.

@@ -113,8 +113,9 @@ def load_run_config(run_dir: Path) -> RunConfig:
     """
     path = run_dir / "config.toml"
     if not path.is_file():
-        run = next((folder for folder in run_dir.absolute().parents[:2] if (folder / "config.toml").is_file()), None)
-        remedy = "start one with `basic train`" if run is None else f"did you mean the run that it is in, {run}?"
+        guesses = (Path("runs") / run_dir, *run_dir.absolute().parents[:2])
+        run = next((guess for guess in guesses if (guess / "config.toml").is_file()), None)
+        remedy = "start one with `basic train`" if run is None else f"did you mean the run {run}?"
         raise NotARunError(f"{run_dir} is not a run: it has no config.toml; {remedy}")
     check_checksums(run_dir, {path.name: read_file(path)})
     return load_config(path, RunConfig)

@@ -210,3 +210,7 @@ def test_a_tokenizer_of_a_run_and_a_folder_inside_of_a_run(monkeypatch):
         message = str(ended.value.code)
         assert message.startswith("error: first/checkpoints is not a run: it has no config.toml; did you mean the run")
         assert message.endswith("/first?")
+    Path("runs").mkdir()
+    Path("first").rename("runs/first")
+    with pytest.raises(SystemExit, match=r"error: first is not a run: .*did you mean the run runs/first\?"):
+        run_script(monkeypatch, "generate", "first")
