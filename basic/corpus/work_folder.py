@@ -84,10 +84,12 @@ def dask_executor(scheduler: str | None) -> Generator[Executor | None]:
         return
     try:
         from distributed import Client
+        from distributed.comm.addressing import get_address_host_port
     except ImportError:
         install = how_to_install("dist", "distributed fsspec aiohttp")
         raise InvalidInputError(f"a cluster needs Dask, which is not installed; {install}") from None
     try:
+        get_address_host_port(scheduler)  # at the end of a Client that fails at this, a process waits for a minute
         client = Client(scheduler, set_as_default=False)
     except ValueError as error:
         raise InvalidInputError(f"{scheduler!r} is not an address such as tcp://10.0.0.1:8786: {error}") from error

@@ -109,6 +109,13 @@ def test_documents_of_several_json_lines_files_are_separated(tmp_path, tokenizer
     assert open_tokens(tmp_path / "many")[:].tolist() == expected
 
 
+@pytest.mark.parametrize("address", ["nonsense", "tcp://10.0.0.1", "other://10.0.0.1:8786"])
+def test_no_client_is_made_for_what_is_no_address(address, monkeypatch):
+    monkeypatch.setattr("distributed.Client", pytest.fail)
+    with pytest.raises(InvalidInputError, match="is not an address such as"), dask_executor(address):
+        pass
+
+
 def test_a_killed_worker_of_a_cluster_costs_only_its_task(scheduler, tmp_path, corpus, tokenizer):
     with dask_executor(scheduler) as dask:
         assert dask is not None
