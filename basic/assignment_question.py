@@ -477,7 +477,7 @@ def questions(corpora: Corpora = EMBEDDED) -> dict[str, Callable[[], Answer]]:
 
 
 def main(
-    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="QUESTION", help="Its name, or all.")] = "all",
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[QUESTION]", help="Its name, or all.")] = "all",
     corpora: tyro.conf.OmitArgPrefixes[Corpora] = EMBEDDED,
 ) -> None:
     """Print the answers to the assignment's written questions."""
