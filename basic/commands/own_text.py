@@ -159,7 +159,8 @@ def train_text(
     size, where = prepared.tokenizer.vocab_size, prepared.folder
     found = "found in" if prepared.was_there else "written to"
     say(f"text    {len(prepared.train_tokens):,} tokens for training, {len(prepared.valid_tokens):,} for validation,")
-    say(f"        vocabulary {size:,}, {found} {where}")
+    few = f" (for {vocab_size:,} the text has too few pairs)" if size < (vocab_size or 0) else ""
+    say(f"        vocabulary {size:,}{few}, {found} {where}")
     config, line = choose(prepared, minutes, device, depth=depth, seed=seed, recipe=recipe)
     say(f"model   {line}")
     if confirm:

@@ -248,10 +248,11 @@ def test_basic_train_with_a_text_leaves_a_complete_run(texts, tmp_path, quick, m
     monkeypatch.setattr(own_text, "_configure", configure)
     monkeypatch.setattr(own_text, "most_epochs", lambda parameters_per_token: 0)
     command = ["basic", "train", "--text", str(texts / "many"), "--minutes", "1", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", list(command))
+    monkeypatch.setattr(sys, "argv", [*command, "--vocab-size", "30000"])
     main()
     printed = capsys.readouterr().out
     assert re.search(r"^text .* tokens for training", printed)
+    assert re.search(r"vocabulary [0-9,]+ \(for 30,000 the text has too few pairs\), written to ", printed)
     assert "sample 2: " in printed
     assert "next: `basic generate runs/many`" in printed
     run = load_run("runs/many", device="cpu")
