@@ -81,7 +81,8 @@ class Sampling(SamplingSettings):
     ) -> Int64[Tensor, " batch"]:
         """Draw the next token of each sequence; `NO_TOKEN` where a logit is NaN, or none is finite."""
         if self.temperature == 0:  # as `probabilities` would have it, without a pass over the vocabulary for each step
-            return logits.argmax(-1).where(~logits.isnan().any(-1), NO_TOKEN)
+            largest, ids = logits.max(-1)
+            return ids.where(largest > -torch.inf, NO_TOKEN)
         probabilities = self.probabilities(logits)
         is_finite = probabilities.isfinite().all(-1)
         # torch could not draw from NaN: it would raise its own error, which on a GPU stops the process.

@@ -309,3 +309,14 @@ def test_penalties_keep_nan(model):
     logits = torch.tensor([[0.0, math.nan, 1.0]])
     penalized = Sampling(repetition_penalty=2.0).penalized(logits, torch.tensor([[2]]), torch.tensor([[True]]))
     assert Sampling(temperature=0).draw(penalized).tolist() == [-1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_token_is_drawn_only_where_a_logit_is_finite_and_none_is_nan(temperature):
+    none = -math.inf
+    logits = torch.tensor([[none, none, none], [0.0, math.nan, 1.0], [none, none, 2.0], [none, 0.0, none]])
+    assert Sampling(temperature=temperature).draw(logits).tolist() == [-1, -1, 2, 1]
+
+
+def test_the_first_of_the_likeliest_tokens_is_drawn():
+    assert Sampling(temperature=0).draw(torch.tensor([[1.0, 3.0, 3.0, 2.0]])).tolist() == [1]
