@@ -113,7 +113,8 @@ def load_run_config(run_dir: Path) -> RunConfig:
     """
     path = run_dir / "config.toml"
     if not path.is_file():
-        guesses = (Path("runs") / run_dir, *run_dir.absolute().parents[:2])
+        inside = sorted(config.parent for config in run_dir.glob("*/config.toml"))
+        guesses = (Path("runs") / run_dir, *run_dir.absolute().parents[:2], *inside)
         run = next((guess for guess in guesses if (guess / "config.toml").is_file()), None)
         remedy = "start one with `basic train`" if run is None else f"did you mean the run {run}?"
         raise NotARunError(f"{run_dir} is not a run: it has no config.toml; {remedy}")

@@ -212,5 +212,6 @@ def test_a_tokenizer_of_a_run_and_a_folder_inside_of_a_run(monkeypatch):
         assert message.endswith("/first?")
     Path("runs").mkdir()
     Path("first").rename("runs/first")
-    with pytest.raises(SystemExit, match=r"error: first is not a run: .*did you mean the run runs/first\?"):
-        run_script(monkeypatch, "generate", "first")
+    for wrong in ("first", "runs"):
+        with pytest.raises(SystemExit, match=rf"error: {wrong} is not a run: .*did you mean the run runs/first\?"):
+            run_script(monkeypatch, "generate", wrong)
