@@ -195,7 +195,10 @@ def choose(
     """
     device, num_tokens = choose_device(device_name), len(prepared.train_tokens)
     seconds, configure = 60 * minutes, partial(_configure, prepared, recipe, device_name=device_name, seed=seed)
-    config, step_s = _largest_model(configure, recipe, depth, num_tokens, seconds, device)
+    if depth is None:
+        step_s, config = _largest_model(configure, recipe, num_tokens, seconds, device)
+    else:
+        step_s, config = time_steps(configure(depth), device)
     fewest = 1000 if recipe == "modern" else config.train.steps / 2
     most = num_tokens * most_epochs(num_matrix_parameters(config.model) / num_tokens)
     while True:
@@ -229,31 +232,25 @@ def choose(
 
 
 def _largest_model(
-    configure: Callable[[int], RunConfig],
-    recipe: RecipeName,
-    depth: int | None,
-    num_tokens: int,
-    seconds: float,
-    device: torch.device,
-) -> tuple[RunConfig, float]:
-    """The run of a given depth, or of the largest that learns enough in the time; and the seconds of its steps."""
-    given, has_gpu = depth is not None, device.type == "cuda"
+    configure: Callable[[int], RunConfig], recipe: RecipeName, num_tokens: int, seconds: float, device: torch.device
+) -> tuple[float, RunConfig]:
+    """The largest run of a recipe that learns enough in the time; the seconds of its steps come first."""
+    vocab_size, has_gpu = configure(1).model.vocab_size, device.type == "cuda"
     most_tokens = USUAL_EPOCHS * num_tokens if recipe == "modern" else math.inf
 
     def within(flops: float) -> int:
-        vocab_size = configure(1).model.vocab_size
-        found = depth_for(recipe, vocab_size, flops, has_gpu, most_tokens)
-        while found > 1 and num_matrix_parameters(configure(found).model) > most_parameters(num_tokens):
-            found -= 1
-        return found
+        depth = depth_for(recipe, vocab_size, flops, has_gpu, most_tokens)
+        while depth > 1 and num_matrix_parameters(configure(depth).model) > most_parameters(num_tokens):
+            depth -= 1
+        return depth
 
-    depth = within(seconds * matmul_flops_per_s(device)) if depth is None else depth
+    depth = within(seconds * matmul_flops_per_s(device))
     while True:
         step_s, config = time_steps(configure(depth), device)
         tokens_per_step = config.train.batch_size * config.model.context_length
         wanted = min(config.train.steps, most_tokens / tokens_per_step)
-        if given or depth == 1 or seconds / step_s >= wanted:
-            return config, step_s
+        if depth == 1 or seconds / step_s >= wanted:
+            return step_s, config
         flops_per_s = flops_per_token(config.model) * tokens_per_step / step_s
         depth = min(depth - 1, within(seconds * flops_per_s))
 
