@@ -209,13 +209,13 @@ def choose(
         step_s, config = time_steps(replace(config, train=smaller), device)
     most_steps = max(20, round(most / tokens_per_step))
     is_short, steps = seconds / step_s > most_steps, max(1, round(min(seconds / step_s, most_steps)))
-    passes = steps * tokens_per_step / num_tokens
+    epochs = steps * tokens_per_step / num_tokens
     intervals = {"log_interval": max(1, steps // 200), "eval_interval": max(1, steps // 20)}
     intervals |= {"sample_interval": max(1, steps // 4), "checkpoint_interval": max(1, steps // 4)}
     budget_settings = {"steps": steps} if is_short else {"steps": 0, "minutes": minutes}
     train_settings: dict[str, Any] = {**intervals, **budget_settings, "eval_batches": 4}
     if recipe == "modern":
-        train_settings |= against_memorizing(config, num_tokens, passes)
+        train_settings |= against_memorizing(config, num_tokens, epochs)
     config = replace(config, train=replace(config.train, **train_settings))
     model, train_config = config.model, config.train
     blocks = f"{model.num_layers} block{'s'[: model.num_layers > 1]} of {model.d_model} features"
@@ -225,9 +225,9 @@ def choose(
         f"{steps * step_s / 60:.1f} minutes"
     )
     if is_short:
-        line += f" (the text is seen {passes:.0f} times; more would only learn it by heart)"
+        line += f" (the text is seen {epochs:.0f} times; more would only learn it by heart)"
     if train_config.dropout:
-        line += f"; dropout {train_config.dropout}, because the text is seen {passes:.1f} times"
+        line += f"; dropout {train_config.dropout}, because the text is seen {epochs:.1f} times"
     return config, line
 
 
